@@ -1,0 +1,154 @@
+"""First-order local training: backpropagation through the adapter, the base model frozen."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from corolla import seeds
+from corolla.config import RunConfig
+from corolla.encoding import Encoded, collate
+from corolla.errors import DataError, DivergedError
+from corolla.lora import LoraModel
+from corolla.scoring import loss_sum
+from corolla.types import Correct, Fit, LoraSpec, Params
+
+
+@dataclass
+class FirstOrder:
+    """AdamW or SGD over the trainable tensors of one client in one round.
+
+    The optimiser is fresh in each round, as in the papers; the learning rate runs through its
+    warm-up and decay over all rounds. Peak memory: base model, activations of one micro-batch,
+    and 16 bytes per trained value (value, gradient, two moments).
+    """
+
+    model: LoraModel
+    lora: LoraSpec
+    data: Sequence[Encoded]
+    config: RunConfig
+    seed: int
+    round: int
+    on_step: Callable[[int], None] | None = None
+
+    def init(self, seed: int) -> Params:
+        return self.model.init(self.lora, seed)
+
+    def fit(
+        self,
+        start: Params,
+        *,
+        frozen: Sequence[Params] = (),
+        train: Callable[[str], bool] = lambda name: True,
+        correct: Correct | None = None,
+    ) -> Fit:
+        if not self.data:
+            raise DataError("client has no example with a target left")
+        self.model.write(start, self.lora, frozen)
+        trained = {name: p for name, p in self.model.parameters() if train(name)}
+        for parameter in trained.values():
+            parameter.requires_grad_(True)
+        optimizer = self._optimizer(list(trained.values()))
+        tokens = steps = 0
+        losses: list[float] = []
+        seen: set[int] = set()
+        with _training(self.model.model, seeds.derive(self.seed, "dropout")):
+            for step, indices in enumerate(self._batches()):
+                batch = [self.data[i] for i in indices]
+                seen.update(indices)
+                loss, targets = self._backward(batch)
+                if not math.isfinite(loss):
+                    raise DivergedError(f"loss is {loss} at local step {step + 1}: lower lr")
+                self._correct(trained, correct)
+                if self.config.clip_norm is not None:
+                    nn.utils.clip_grad_norm_(trained.values(), self.config.clip_norm)
+                for group in optimizer.param_groups:
+                    group["lr"] = self.config.lr * self._rate(step)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                losses.append(loss)
+                tokens, steps = tokens + targets, steps + 1
+                if self.on_step:
+                    self.on_step(sum(len(sequence.input_ids) for sequence in batch))
+        for parameter in trained.values():
+            parameter.requires_grad_(False)
+        params = self.model.read()
+        if not all(bool(torch.isfinite(t).all()) for t in params.values()):
+            raise DivergedError("weights are not finite after local training: lower lr")
+        mean = math.fsum(losses) / len(losses)
+        metrics = {"train_loss": mean, "target_tokens": float(tokens), "local_steps": float(steps)}
+        return Fit(params, len(seen), metrics)
+
+    def steps_per_round(self) -> int:
+        """Local steps of this client in one round."""
+        per_epoch = math.ceil(len(self.data) / self.config.batch_size)
+        if self.config.local_epochs is not None:
+            return per_epoch * self.config.local_epochs
+        return self.config.local_steps
+
+    def _batches(self) -> Iterator[list[int]]:
+        """Indices of each step: epochs in a new order each, which also differs from round to round."""
+        generator = seeds.generator(self.seed, "order")
+        left = self.steps_per_round()
+        while left:
+            order = torch.randperm(len(self.data), generator=generator).tolist()
+            for start in range(0, len(order), self.config.batch_size):
+                yield order[start : start + self.config.batch_size]
+                left -= 1
+                if not left:
+                    return
+
+    def _backward(self, batch: Sequence[Encoded]) -> tuple[float, int]:
+        """Accumulate the gradient of Σ loss / Σ targets over the batch, whatever the micro-batch."""
+        targets = sum(sequence.targets for sequence in batch)
+        size = self.config.micro_batch_size or len(batch)
+        total = 0.0
+        for start in range(0, len(batch), size):
+            part = collate(batch[start : start + size], self.model.base.pad_id, self.model.device)
+            loss = loss_sum(self.model.model, part) / targets
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        return total, targets
+
+    def _correct(self, trained: dict[str, nn.Parameter], correct: Correct | None) -> None:
+        if correct is None:
+            return
+        gradients = {n: p.grad for n, p in trained.items() if p.grad is not None}
+        weights = {n: p.detach() for n, p in trained.items() if n in gradients}
+        for name, gradient in correct(gradients, weights).items():
+            trained[name].grad = gradient
+
+    def _rate(self, step: int) -> float:
+        """The factor of lr: linear warm-up, then constant or decay to 0, over all rounds."""
+        config, per_round = self.config, self.steps_per_round()
+        done = (self.round - 1) * per_round + step
+        total, warmup = config.rounds * per_round, config.warmup_rounds * per_round
+        if done < warmup:
+            return (done + 1) / math.ceil(warmup)
+        progress = (done - warmup) / max(1.0, total - warmup)
+        if config.schedule == "linear":
+            return 1 - progress
+        return (1 + math.cos(math.pi * progress)) / 2 if config.schedule == "cosine" else 1.0
+
+    def _optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        lr, decay = self.config.lr, self.config.weight_decay
+        if self.config.optimizer == "sgd":
+            return torch.optim.SGD(parameters, lr=lr, weight_decay=decay)
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=decay)
+
+
+@contextmanager
+def _training(model: nn.Module, seed: int) -> Iterator[None]:
+    """Training mode with a random state of its own: dropout can only draw from the global one."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.random.manual_seed(seed)
+        model.train()
+        try:
+            yield
+        finally:
+            model.eval()
+            model.zero_grad(set_to_none=True)

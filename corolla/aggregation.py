@@ -1,0 +1,99 @@
+"""Aggregators: monoids that fold the updates of a round. Sums run in fp64 and are rounded once."""
+
+from collections.abc import Mapping
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from corolla import factors
+from corolla.types import Aggregator, Params, Payload
+
+
+class WeightedMean:
+    """Σ w_m x_m / Σ w_m of every tensor of every group, in O(1) clients of memory."""
+
+    linear = True
+
+    def __init__(self) -> None:
+        self._sums: dict[str, dict[str, Tensor]] = {}
+        self._dtypes: dict[tuple[str, str], torch.dtype] = {}
+        self._weight = 0.0
+
+    def add(self, payload: Payload, weight: float) -> None:
+        for group, params in payload.items():
+            self._sums.setdefault(group, {})  # a group may be empty: a model without a head
+            for name, tensor in params.items():
+                self._dtypes[group, name] = tensor.dtype
+                self._accumulate(group, name, tensor.double() * weight)
+        self._weight += weight
+
+    def merge(self, other: Self) -> None:
+        for group, params in other._sums.items():
+            self._sums.setdefault(group, {})
+            for name, tensor in params.items():
+                self._accumulate(group, name, tensor)
+        self._dtypes.update(other._dtypes)
+        self._weight += other._weight
+
+    def finalise(self) -> Payload:
+        if not self._weight > 0:
+            raise ValueError("nothing to average: the weights sum to 0")
+        return {
+            group: {n: (t / self._weight).to(self._dtypes[group, n]) for n, t in params.items()}
+            for group, params in self._sums.items()
+        }
+
+    def _accumulate(self, group: str, name: str, value: Tensor) -> None:
+        sums = self._sums[group]
+        sums[name] = sums[name] + value if name in sums else value
+
+
+class Stack:
+    """Concatenates factors so that the product of the result is Σ p_m B_m A_m, exactly.
+
+    p_m = w_m / Σ w goes into A alone. Keeps every client's factors: individual updates are
+    visible to the server and to every receiver of the result, so secure sums do not apply.
+    """
+
+    linear = False
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[Payload, float]] = []
+
+    def add(self, payload: Payload, weight: float) -> None:
+        self._parts.append((payload, weight))
+
+    def merge(self, other: Self) -> None:
+        self._parts.extend(other._parts)
+
+    def finalise(self) -> Payload:
+        total = sum(weight for _, weight in self._parts)
+        if not total > 0:
+            raise ValueError("nothing to stack: the weights sum to 0")
+        return {
+            group: factors.stack([factors.bake(p[group], w / total) for p, w in self._parts])
+            for group in self._parts[0][0]
+        }
+
+
+class ByGroup:
+    """A different aggregator for each group of a payload."""
+
+    def __init__(self, groups: Mapping[str, Aggregator]) -> None:
+        self._groups = dict(groups)
+        self.linear = all(aggregator.linear for aggregator in self._groups.values())
+
+    def add(self, payload: Payload, weight: float) -> None:
+        for group, aggregator in self._groups.items():
+            aggregator.add({group: payload[group]}, weight)
+
+    def merge(self, other: Self) -> None:
+        for group, aggregator in self._groups.items():
+            aggregator.merge(other._groups[group])
+
+    def finalise(self) -> Payload:
+        merged: dict[str, Params] = {}
+        for aggregator in self._groups.values():
+            merged |= aggregator.finalise()
+        return merged

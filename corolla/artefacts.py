@@ -1,0 +1,119 @@
+"""What can be done with a finished adapter: score it, merge it. Uses plain PEFT, not our own model."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from corolla import data, lora, models
+from corolla.config import RunConfig, load
+from corolla.encoding import Encoded, Encoder, collate
+from corolla.errors import ArtefactError, ConfigError
+from corolla.scoring import score
+from corolla.types import Metrics
+
+
+def evaluate_adapter(
+    adapter: Path, model: str | None, dataset: str | None, settings: Sequence[str] = ()
+) -> dict[str, Metrics]:
+    """Held-out scores of the base model and of base + adapter: {"base": …, "adapter": …}.
+
+    Model, data and splits are those of the adapter's run (run.json beside it) unless given.
+    """
+    config = _config(adapter, model, dataset, settings)
+    federated = data.load(config)
+    base = models.load(config, federated.labels)
+    encoder = Encoder(base.tokenizer, federated.labels, config.max_length)
+    examples = [s for example in federated.heldout for s in encoder(example)]
+    device = models.pick_device(config.device)
+    before = score(base.model, examples, base.pad_id, device)
+    tuned = lora.load_adapter(base.model, adapter)
+    return {"base": before, "adapter": score(tuned, examples, base.pad_id, device)}
+
+
+def export_merged(adapter: Path, model: str | None, folder: Path) -> float:
+    """Write base + adapter as one model folder; the largest difference of logits after reloading it.
+
+    Merges in fp32, whatever the base's stored precision, and saves fp32: adding a small update to
+    half-precision weights would lose most of it. Raises ConfigError for a folder that is not
+    empty, ArtefactError when the reloaded model differs by more than rounding.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"--out {folder} is not empty: name a new folder")
+    config = _config(adapter, model, None, ())
+    config = config.model_copy(update={"dtype": "float32", "quantization": "none", "device": "cpu"})
+    labels = data.load(config).labels if _is_classifier(adapter) else ()
+    base = models.load(config, labels)
+    probe = _probe(base)
+    with torch.no_grad():
+        tuned = lora.load_adapter(base.model, adapter)
+        wanted = tuned(**probe).logits
+        merged = lora.merge(tuned)
+    scratch = folder.with_name(folder.name + ".part")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        merged.save_pretrained(scratch)
+        base.tokenizer.save_pretrained(scratch)
+        del merged, tuned, base
+        again = models.load(config.model_copy(update={"model": str(scratch)}), labels)
+        with torch.no_grad():
+            found = again.model(**probe).logits
+        difference = float((wanted - found).abs().max())
+        if not difference <= 1e-4 * max(1.0, float(wanted.abs().max())):
+            raise ArtefactError(f"the merged model differs by {difference:.2e} in its logits")
+        if folder.is_dir():
+            folder.rmdir()
+        os.replace(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return difference
+
+
+def print_scores(console: Console, scores: Mapping[str, Metrics]) -> None:
+    """A table of base and adapter."""
+    table = Table("", "loss", "accuracy", "targets")
+    for name, metrics in scores.items():
+        row = (f"{metrics['loss']:.4f}", f"{metrics['accuracy']:.1%}", f"{metrics['targets']:.0f}")
+        table.add_row(name, *row)
+    console.print(table)
+
+
+def _config(
+    adapter: Path, model: str | None, dataset: str | None, settings: Sequence[str]
+) -> RunConfig:
+    """The settings of the adapter's run where run.json is beside it, else defaults, then what is given."""
+    if not (adapter / "adapter_config.json").is_file():
+        raise ArtefactError(f"{adapter} is no adapter: it has no adapter_config.json")
+    stored: dict[str, Any] = {}
+    path = adapter.resolve().parent / "run.json"
+    if path.is_file():
+        try:
+            stored = json.loads(path.read_text())["config"]
+        except (OSError, ValueError, KeyError) as error:
+            raise ArtefactError(f"{path} cannot be read: {error!r}") from error
+    else:
+        stored["model"] = lora.base_of(adapter)
+    return load(None, {**stored, **_given(model=model, data=dataset)}, settings)
+
+
+def _given(**options: str | None) -> dict[str, str]:
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def _is_classifier(adapter: Path) -> bool:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    return config.get("task_type") == "SEQ_CLS"
+
+
+def _probe(base: models.Base) -> dict[str, torch.Tensor]:
+    size = base.model.config.get_text_config().vocab_size
+    ids = [[(7 * i) % size for i in range(1, 17)]]
+    batch = collate([Encoded(row, row) for row in ids], base.pad_id, base.model.device)
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}

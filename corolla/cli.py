@@ -1,0 +1,202 @@
+"""The command line. No logic: it reads options, calls one function, prints what comes back."""
+
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+import corolla
+from corolla.errors import ConfigError, CorollaError
+
+# Before anything imports them: no telemetry, no update check, no advice of tokenizers on forks.
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+app = typer.Typer(
+    name="corolla",
+    help="Federated fine-tuning of language models on Flower.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console()
+err = Console(stderr=True)
+
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other key.")]
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """One line and an exit code for what a user can cause."""
+    try:
+        with warnings.catch_warnings():
+            if not sys.warnoptions:
+                warnings.simplefilter("ignore")
+            yield
+    except CorollaError as error:
+        err.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        err.print("[yellow]stopped.[/] The last committed round is kept: go on with --resume.")
+        raise typer.Exit(1) from None
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"corolla {corolla.__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Federated fine-tuning of language models on Flower."""
+
+
+@app.command()
+def simulate(
+    config: Annotated[Path | None, typer.Option(help="TOML file with the same names.")] = None,
+    strategy: Annotated[str | None, typer.Option(help="fedavg, ffa_lora, flora, module:Class")] = None,
+    model: Annotated[str | None, typer.Option(help="Hub name, folder, .gguf, 'embedded'.")] = None,
+    data: Annotated[str | None, typer.Option(help="FILE.jsonl, hub name, 'embedded'.")] = None,
+    clients: Annotated[int | None, typer.Option(help="How many clients.")] = None,
+    cohort: Annotated[int | None, typer.Option(help="Clients per round.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds.")] = None,
+    local_steps: Annotated[int | None, typer.Option(help="Optimiser steps per round.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences per step.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    rank: Annotated[int | None, typer.Option(help="LoRA rank.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="LoRA alpha.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Decides everything that is random.")] = None,
+    engine: Annotated[str | None, typer.Option(help="inprocess or flower (Ray).")] = None,
+    keep_updates: Annotated[
+        bool, typer.Option("--keep-updates", help="Keep every client's adapter as a PEFT folder.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on in --out.")] = False,
+    out_dir: Annotated[Path | None, typer.Option("--out", help="A new or empty folder.")] = None,
+    settings: Set = None,
+) -> None:
+    """Fine-tune a model with a federation of simulated clients on this machine."""
+    options: dict[str, Any] = {
+        "strategy": strategy,
+        "model": model,
+        "data": data,
+        "clients": clients,
+        "cohort": cohort,
+        "rounds": rounds,
+        "local_steps": local_steps,
+        "batch_size": batch_size,
+        "lr": lr,
+        "rank": rank,
+        "alpha": alpha,
+        "seed": seed,
+        "engine": engine,
+    }
+    with _user_errors():
+        from corolla.config import load, resumed
+
+        if resume and out_dir is None:
+            raise ConfigError("--resume needs --out: the folder of the run to go on with")
+        if resume and out_dir:
+            run_config = resumed(out_dir, config, options, settings or ())
+        else:
+            run_config = load(config, options, settings or ())
+        folder = out_dir or Path("runs") / f"{run_config.strategy.split(':')[-1]}-{_now()}"
+        out.print("loading …", style="dim")
+        from corolla.progress import Bars, print_summary
+        from corolla.simulation import simulate as run
+
+        with Bars(out, run_config.rounds) as bars:
+            summary = run(
+                run_config,
+                folder,
+                bars,
+                keep_updates=keep_updates,
+                resume=resume,
+                on_step=bars.stepped,
+            )
+        print_summary(out, summary)
+
+
+@app.command()
+def check(
+    strategies: Annotated[
+        list[str] | None, typer.Argument(help="Names, or module:Class; default: all.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Prove strategies on effective model weights; exit code 1 when one fails."""
+    with _user_errors():
+        from corolla.conformance import conform, print_findings
+        from corolla.strategies import STRATEGIES
+
+        results = conform(list(strategies or STRATEGIES), _spinner(as_json))
+        if as_json:
+            print(json.dumps([result.to_json() for result in results], indent=2))
+        else:
+            print_findings(out, results)
+        if not all(result.passed for result in results):
+            raise typer.Exit(1)
+
+
+@app.command()
+def evaluate(
+    adapter: Annotated[Path, typer.Argument(help="A PEFT adapter folder.")],
+    model: Annotated[str | None, typer.Option(help="Default: the one it was trained on.")] = None,
+    data: Annotated[str | None, typer.Option(help="Default: the data of its run.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    settings: Set = None,
+) -> None:
+    """Score an adapter beside its base model on held-out examples, with plain PEFT."""
+    with _user_errors():
+        from corolla.artefacts import evaluate_adapter, print_scores
+
+        scores = evaluate_adapter(adapter, model, data, settings or ())
+        if as_json:
+            print(json.dumps(scores, indent=2))
+        else:
+            print_scores(out, scores)
+
+
+@app.command()
+def export(
+    adapter: Annotated[Path, typer.Argument(help="A PEFT adapter folder.")],
+    to: Annotated[Literal["merged"], typer.Option(help="merged: a plain model folder.")] = "merged",
+    model: Annotated[str | None, typer.Option(help="Default: the one it was trained on.")] = None,
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", help="A new folder; default: ADAPTER-merged.")
+    ] = None,
+) -> None:
+    """Write an adapter and its base model as one model that any tool loads."""
+    with _user_errors():
+        from corolla.artefacts import export_merged
+
+        folder = out_dir or adapter.resolve().with_name(adapter.resolve().name + "-merged")
+        difference = export_merged(adapter, model, folder)
+        out.print(
+            f"{escape(str(folder))}: reloaded, logits within {difference:.1e} of base + adapter",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _spinner(silent: bool) -> Callable[[str], None]:
+    """Says what is being checked; nothing when the output is for a machine."""
+    return (lambda text: None) if silent else (lambda text: out.print(text, style="dim"))
+
+
+def _now() -> str:
+    return time.strftime("%Y%m%d-%H%M%S")

@@ -1,0 +1,75 @@
+"""Payload ↔ bytes, as one safetensors buffer: bounds-checked, never able to run code."""
+
+import json
+from collections.abc import Mapping
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save
+
+from corolla import tree
+from corolla.errors import WireError
+from corolla.types import Params, Payload
+
+_SEPARATOR = "/"
+_ALLOWED = {torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.uint8}
+
+
+def encode(payload: Payload) -> bytes:
+    """The payload as bytes; `decode` gives it back bit for bit."""
+    flat = {
+        f"{group}{_SEPARATOR}{name}": tensor.detach().cpu().contiguous()
+        for group, params in payload.items()
+        for name, tensor in params.items()
+    }
+    return save(flat, metadata={"groups": json.dumps(list(payload))})
+
+
+def decode(data: bytes) -> Payload:
+    """The payload of bytes made by `encode`.
+
+    Raises WireError for anything else: a truncated buffer, a header that lies, a tensor type
+    that no payload has, a tensor without a group.
+    """
+    try:
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        groups: dict[str, dict[str, torch.Tensor]] = {
+            str(group): {} for group in json.loads(header["__metadata__"]["groups"])
+        }
+        flat = load(data)
+        for key, tensor in flat.items():
+            group, _, name = key.partition(_SEPARATOR)
+            if tensor.dtype not in _ALLOWED:
+                raise WireError(f"payload tensor {key!r} has type {tensor.dtype}")
+            groups[group][name] = tensor
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise WireError(f"payload of {len(data)} bytes cannot be read: {error!r}") from error
+    return groups
+
+
+def content_bytes(payload: Payload) -> int:
+    """Bytes of the tensors alone: what the formulas of papers count."""
+    return sum(t.numel() * t.element_size() for params in payload.values() for t in params.values())
+
+
+def content_id(params: Params) -> str:
+    """The name of a group by its content: the first 128 bits of its sha256, in hex."""
+    return tree.digest(params)[:32]
+
+
+def write(path: str, params: Params, metadata: Mapping[str, str] | None = None) -> None:
+    """Save Params as a safetensors file."""
+    from safetensors.torch import save_file
+
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in params.items()}
+    save_file(contiguous, path, metadata=dict(metadata or {}))
+
+
+def read(path: str) -> tuple[Params, Mapping[str, str]]:
+    """Load a safetensors file and its metadata. Raises WireError when it is not one."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise WireError(f"{path} is not a safetensors file: {error}") from error

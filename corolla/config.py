@@ -1,0 +1,229 @@
+"""The settings of a run: one flat list of keys, the same in a TOML file, in --set and in code."""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from corolla import strategies
+from corolla.errors import ConfigError
+from corolla.types import LoraSpec, Strategy
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+class RunConfig(BaseModel):
+    """Everything that decides the result of a run, checked before anything is loaded."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    strategy: str = Field("fedavg", description="name, or module:Class for one of your own")
+    options: dict[str, Any] = Field({}, description="hyper-parameters of the strategy")
+    model: str = Field("embedded", description="'embedded', hub name, folder or .gguf file")
+    data: str = Field("embedded", description="'embedded', .jsonl file or hub name")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    engine: Literal["inprocess", "flower"] = "inprocess"
+
+    clients: Positive | None = Field(None, description="how many; None: all of the data set")
+    cohort: Positive | None = Field(None, description="clients per round; None: 8 or all")
+    rounds: Annotated[int, Field(ge=1, le=100_000)] = 5
+    quorum: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5, description="a round needs valid replies from this part of its cohort"
+    )
+
+    task: Literal["auto", "causal", "classify"] = "auto"
+    partition: Literal[
+        "auto", "natural", "iid", "dirichlet", "shards", "linear", "square", "exponential"
+    ] = Field("auto", description="auto: natural where the data has client_id, else iid")
+    partition_alpha: Annotated[float, Field(gt=0)] = Field(0.5, description="of dirichlet")
+    shards_per_client: Positive = 2
+    eval_fraction: Fraction = Field(0.1, description="of each client, and again held out globally")
+    min_examples: Positive = Field(2, description="clients with fewer training examples are left out")
+    max_length: Annotated[int, Field(ge=8)] = Field(256, description="tokens")
+
+    rank: Positive = 8
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    rslora: bool = False
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    target_modules: list[str] | None = Field(None, description="None: all linear layers of the blocks")
+    ranks: list[Positive] = Field([], description="per client, in turn; needs a mixed-rank strategy")
+    alphas: list[Annotated[float, Field(gt=0)]] = Field([], description="per client, beside ranks")
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 3e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    local_steps: Positive = 10
+    local_epochs: Positive | None = Field(None, description="instead of local_steps")
+    batch_size: Positive = 8
+    micro_batch_size: Positive | None = Field(None, description="None: batch_size")
+    schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="across rounds")
+    warmup_rounds: Annotated[float, Field(ge=0)] = 0.0
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+
+    eval_every: Positive = 1
+    eval_examples: Positive = Field(256, description="held-out examples per evaluation, at most")
+    eval_clients: Annotated[int, Field(ge=0)] = Field(32, description="clients evaluated, at most")
+
+    device: str = Field("auto", description="cpu, cuda, mps; auto: the best there is")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the base")
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    gradient_checkpointing: bool = False
+    threads: Annotated[int, Field(ge=0)] = Field(0, description="of the CPU; 0: as many as cores")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunConfig":
+        if self.clients and self.cohort and self.cohort > self.clients:
+            raise ValueError(f"cohort {self.cohort} is larger than clients {self.clients}")
+        if self.alphas and len(self.alphas) != len(self.ranks):
+            raise ValueError(f"alphas has {len(self.alphas)} entries, ranks {len(self.ranks)}")
+        if (self.micro_batch_size or 1) > self.batch_size:
+            raise ValueError(
+                f"micro_batch_size {self.micro_batch_size} is larger than batch_size {self.batch_size}"
+            )
+        if self.quantization != "none" and self.engine == "inprocess" and self.device == "mps":
+            raise ValueError("4- and 8-bit base models need a CPU or CUDA device")
+        return self
+
+    def build_strategy(self) -> Strategy:
+        """The strategy with its options. Raises ConfigError; also for ranks it cannot mix."""
+        strategy = strategies.create(self.strategy, self.options)
+        if len(set(self.ranks)) > 1 and not strategy.mixed_ranks:
+            able = [n for n, c in strategies.STRATEGIES.items() if c.mixed_ranks]
+            raise ConfigError(
+                f"strategy {self.strategy} needs one rank for all clients, found ranks {self.ranks}: "
+                f"use {' or '.join(able)}"
+            )
+        return strategy
+
+    @property
+    def lora(self) -> LoraSpec:
+        """Rank and scaling of the global adapter."""
+        if self.ranks and len(set(self.ranks)) == 1:
+            return self.client_lora(0)
+        return LoraSpec(self.rank, self.alpha, self.rslora)
+
+    def client_lora(self, index: int) -> LoraSpec:
+        """Rank and scaling of the index-th client, in the order of client ids."""
+        if not self.ranks:
+            return LoraSpec(self.rank, self.alpha, self.rslora)
+        rank = self.ranks[index % len(self.ranks)]
+        alpha = self.alphas[index % len(self.alphas)] if self.alphas else self.alpha
+        return LoraSpec(rank, alpha, self.rslora)
+
+
+def load(
+    file: Path | None, overrides: Mapping[str, object], settings: Sequence[str] = ()
+) -> RunConfig:
+    """Defaults, then the TOML file, then --set key=value, then the command's own options.
+
+    A key may be written with - or _. `[NAME]` tables and `NAME.field=value` set options of the
+    strategy NAME; `strategy.field=value` those of the chosen one. Raises ConfigError with the
+    nearest known name for an unknown key.
+    """
+    return validate(_gather(file, overrides, settings))
+
+
+def resumed(
+    folder: Path, file: Path | None, overrides: Mapping[str, object], settings: Sequence[str] = ()
+) -> RunConfig:
+    """The config of the run in `folder`. Raises ConfigError when an option contradicts it."""
+    path = folder / "run.json"
+    if not path.is_file():
+        raise ConfigError(f"nothing to resume in {folder}: it has no run.json")
+    try:
+        stored = validate(json.loads(path.read_text())["config"])
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{path} cannot be read: {error!r}") from error
+    given = _gather(file, overrides, settings, stored.strategy)
+    asked = validate({**stored.model_dump(), **given})
+    for key in given:
+        if getattr(asked, key) != getattr(stored, key):
+            raise ConfigError(
+                f"--resume goes on with {key.replace('_', '-')}={getattr(stored, key)!r}, "
+                f"found {getattr(asked, key)!r}: leave it out"
+            )
+    return stored
+
+
+def _gather(
+    file: Path | None,
+    overrides: Mapping[str, object],
+    settings: Sequence[str],
+    default_strategy: str = "fedavg",
+) -> dict[str, Any]:
+    """What was given, and nothing else: keys of RunConfig."""
+    values: dict[str, Any] = {}
+    tables: dict[str, dict[str, Any]] = {}
+    for key, value in (_read(file) if file else {}).items():
+        _assign(values, tables, key.replace("-", "_"), value, str(file))
+    for setting in settings:
+        key, found, text = setting.partition("=")
+        if not found:
+            raise ConfigError(f"--set {setting!r}: expected key=value")
+        _assign(values, tables, key.strip().replace("-", "_"), _literal(text), "--set")
+    values |= {key: value for key, value in overrides.items() if value is not None}
+    if "strategy" in values and ":" not in str(values["strategy"]):
+        values["strategy"] = str(values["strategy"]).replace("-", "_")
+    chosen = str(values.get("strategy", default_strategy))
+    options = {**values.get("options", {}), **tables.get("strategy", {}), **tables.get(chosen, {})}
+    return {**values, "options": options} if options else values
+
+
+def validate(values: Mapping[str, Any]) -> RunConfig:
+    """A RunConfig. Raises ConfigError with one line for the first thing that is wrong."""
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]).replace("_", "-")
+        message = str(first["msg"]).removeprefix("Value error, ")
+        found = f", found {first['input']!r}" if where else ""
+        raise ConfigError(f"{where}: {message}{found}" if where else message) from error
+    config.build_strategy()
+    return config
+
+
+def _assign(
+    values: dict[str, Any], tables: dict[str, dict[str, Any]], key: str, value: Any, source: str
+) -> None:
+    table, dot, field = key.partition(".")
+    if isinstance(value, dict) and not dot and key != "options":
+        for name, entry in value.items():
+            _assign(values, tables, f"{key}.{name}", entry, source)
+    elif dot:
+        if table not in strategies.STRATEGIES and table != "strategy":
+            raise _unknown(table, ["strategy", *strategies.STRATEGIES], source)
+        tables.setdefault(table, {})[field.replace("-", "_")] = value
+    elif key not in RunConfig.model_fields:
+        raise _unknown(key, list(RunConfig.model_fields), source)
+    else:
+        values[key] = value
+
+
+def _unknown(key: str, known: list[str], source: str) -> ConfigError:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f": did you mean {near[0]!r}?" if near else f"; known keys are {', '.join(known)}"
+    return ConfigError(f"unknown key {key!r} in {source}{hint}")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read config file {file}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {file} is not TOML: {error}") from error
+
+
+def _literal(text: str) -> Any:
+    """A value as TOML or JSON would read it; anything else is a string."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text.strip()
+

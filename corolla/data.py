@@ -1,0 +1,264 @@
+"""Data sets by name or path, their clients, and their splits. Text only; tokens come later.
+
+A row has `text`, or `prompt` and `response`, or `text` and `label`; optionally `client_id` (the
+natural partition) and `split` (train, validation, test).
+"""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from corolla import seeds
+from corolla.assets import asset
+from corolla.config import RunConfig
+from corolla.errors import ConfigError, DataError
+
+_SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"}
+_SPLITS |= {"eval": "validation", "dev": "validation", "test": "test"}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row. Exactly one of: text; prompt and text (the response); text and label."""
+
+    text: str
+    prompt: str | None = None
+    label: str | None = None
+    client: str | None = None
+    split: str | None = None
+
+
+@dataclass(frozen=True)
+class Split:
+    """One client's examples."""
+
+    train: Sequence[Example]
+    eval: Sequence[Example]
+
+
+@dataclass(frozen=True)
+class FederatedData:
+    """Clients by id (sorted), a held-out set that no client trains on, and labels if there are any."""
+
+    name: str
+    clients: Mapping[str, Split]
+    heldout: Sequence[Example]
+    labels: Sequence[str]
+    fingerprint: str
+
+
+def load(config: RunConfig) -> FederatedData:
+    """The federation of a run: rows, partition, splits; the same on every machine.
+
+    Raises DataError for a file that is missing, malformed or leaves no client, ConfigError for a
+    partition that the data cannot give.
+    """
+    rows, fingerprint = read(config.data)
+    _one_kind(rows, config.data)
+    labels = sorted({row.label for row in rows if row.label is not None})
+    parts = _partition(rows, config)
+    clients: dict[str, Split] = {}
+    heldout: list[Example] = []
+    for client in sorted(parts):
+        split, held = _split(parts[client], config, client)
+        heldout += held
+        if len(split.train) >= config.min_examples:
+            clients[client] = split
+    if not clients:
+        raise DataError(
+            f"no clients left of {len(parts)} in {config.data}: none has min_examples="
+            f"{config.min_examples} training examples; lower it or the number of clients"
+        )
+    heldout = heldout or [row for split in clients.values() for row in split.eval]
+    if not heldout:
+        raise DataError(f"{config.data} leaves no held-out examples: raise eval_fraction")
+    return FederatedData(config.data, clients, heldout, labels, fingerprint)
+
+
+def read(name: str) -> tuple[list[Example], str]:
+    """The rows of a data set and the sha256 of its content: 'embedded', .jsonl file or hub name.
+
+    Raises DataError naming the line that cannot be used.
+    """
+    path = asset("data.jsonl") if name == "embedded" else Path(name)
+    if name == "embedded" or path.suffix in {".jsonl", ".json"} or path.exists():
+        return _read_lines(path)
+    rows = _read_hub(name)
+    digest = hashlib.sha256(json.dumps([vars(r) for r in rows], sort_keys=True).encode())
+    return rows, digest.hexdigest()
+
+
+def _read_lines(path: Path) -> tuple[list[Example], str]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read data file {path}: {error.strerror}") from error
+    rows = []
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: not JSON: {error}") from error
+        rows.append(_example(row, f"{path}, line {number}"))
+    if not rows:
+        raise DataError(f"{path} has no rows")
+    return rows, hashlib.sha256(content).hexdigest()
+
+
+def _read_hub(name: str) -> list[Example]:
+    import datasets
+
+    try:
+        splits = datasets.load_dataset(name)
+    except Exception as error:  # the library raises a dozen unrelated types for a missing name
+        raise DataError(
+            f"data set {name!r} is neither a file here nor on the hub: {str(error).splitlines()[0]}"
+        ) from error
+    rows = []
+    for split, table in splits.items():
+        for number, row in enumerate(table):
+            rows.append(_example({"split": str(split), **row}, f"{name}, {split} row {number}"))
+    return rows
+
+
+def _example(row: Any, where: str) -> Example:
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected an object, found {type(row).__name__}")
+    text, prompt = row.get("text", row.get("response")), row.get("prompt")
+    if ("response" in row) != ("prompt" in row) or ("prompt" in row and "text" in row):
+        raise DataError(f"{where}: needs both prompt and response, or text alone")
+    if not isinstance(text, str) or not isinstance(prompt, str | None):
+        found = ", ".join(sorted(map(str, row))) or "nothing"
+        raise DataError(f"{where}: needs text, or prompt and response, as strings; found {found}")
+    split = row.get("split", "")
+    if split and split not in _SPLITS:
+        raise DataError(f"{where}: unknown split {split!r}: use train, validation or test")
+    label, client = row.get("label"), row.get("client_id")
+    return Example(
+        text,
+        prompt,
+        None if label is None else str(label),
+        None if client is None else str(client),
+        _SPLITS.get(split),
+    )
+
+
+def _one_kind(rows: Sequence[Example], name: str) -> None:
+    labelled = sum(row.label is not None for row in rows)
+    if labelled not in (0, len(rows)):
+        raise DataError(f"{name}: {labelled} of {len(rows)} rows have a label; all or none must")
+    if labelled and any(row.prompt is not None for row in rows):
+        raise DataError(f"{name}: rows have prompt, response and label; use text and label")
+
+
+def _partition(rows: Sequence[Example], config: RunConfig) -> dict[str, list[Example]]:
+    natural = all(row.client is not None for row in rows)
+    kind = config.partition
+    if kind == "auto":
+        kind = "natural" if natural else "iid"
+    if kind == "natural":
+        if not natural:
+            raise DataError(f"{config.data}: partition natural needs client_id in every row")
+        return _natural(rows, config)
+    return _artificial(rows, kind, config)
+
+
+def _natural(rows: Sequence[Example], config: RunConfig) -> dict[str, list[Example]]:
+    parts: dict[str, list[Example]] = defaultdict(list)
+    for row in rows:
+        parts[str(row.client)].append(row)
+    if config.clients is None:
+        return parts
+    big_enough = sorted(c for c, own in parts.items() if len(own) >= config.min_examples + 2)
+    if config.clients > len(big_enough):
+        raise ConfigError(
+            f"asked for {config.clients} clients, {config.data} has {len(big_enough)} with "
+            f"enough examples: lower --clients, or use --set partition=iid"
+        )
+    order = torch.randperm(len(big_enough), generator=seeds.generator(config.seed, "clients"))
+    return {big_enough[i]: parts[big_enough[i]] for i in order[: config.clients].tolist()}
+
+
+def _artificial(rows: Sequence[Example], kind: str, config: RunConfig) -> dict[str, list[Example]]:
+    """Partitions of flwr-datasets. Only rows to train on are dealt out; test rows go round-robin."""
+    import datasets
+    from flwr_datasets import partitioner as flower
+
+    train = [row for row in rows if row.split in (None, "train")]
+    number = config.clients or 10
+    if number * (config.min_examples + 2) > len(train) and kind != "dirichlet":
+        raise ConfigError(
+            f"asked for {number} clients, {config.data} has {len(train)} training rows: fewer "
+            f"than {config.min_examples + 2} for each; lower --clients"
+        )
+    labels = [row.label or "" for row in train]
+    if kind in ("dirichlet", "shards") and not any(labels):
+        raise ConfigError(f"partition {kind} needs labels, {config.data} has none: use iid")
+    seed = seeds.derive(config.seed, "partition")
+    table = datasets.Dataset.from_dict({"row": list(range(len(train))), "label": labels})
+    if kind == "dirichlet":
+        dealer: Any = flower.DirichletPartitioner(
+            num_partitions=number,
+            partition_by="label",
+            alpha=config.partition_alpha,
+            min_partition_size=config.min_examples + 2,
+            seed=seed,
+        )
+    elif kind == "shards":
+        dealer = flower.ShardPartitioner(
+            num_partitions=number,
+            partition_by="label",
+            num_shards_per_partition=config.shards_per_client,
+            seed=seed,
+        )
+    else:
+        table = table.shuffle(seed=seed)
+        by_size = {
+            "iid": flower.IidPartitioner,
+            "linear": flower.LinearPartitioner,
+            "square": flower.SquarePartitioner,
+            "exponential": flower.ExponentialPartitioner,
+        }
+        dealer = by_size[kind](num_partitions=number)
+    dealer.dataset = table
+    width = len(str(number - 1))
+    try:
+        parts = {
+            f"client-{i:0{width}d}": [train[row] for row in dealer.load_partition(i)["row"]]
+            for i in range(number)
+        }
+    except ValueError as error:
+        raise ConfigError(f"partition {kind} into {number} clients failed: {error}") from error
+    names = list(parts)
+    for i, row in enumerate(row for row in rows if row.split not in (None, "train")):
+        parts[names[i % number]].append(row)
+    return parts
+
+
+def _split(
+    rows: Sequence[Example], config: RunConfig, client: str
+) -> tuple[Split, Sequence[Example]]:
+    """(train and eval of one client, its share of the global held-out set).
+
+    `split` is honoured where the rows have it: validation is the client's own, test is global.
+    What is missing is carved from the rest, but a data set with splits is not cut a second time.
+    """
+    order = torch.randperm(len(rows), generator=seeds.generator(config.seed, "split", client))
+    shuffled = [rows[i] for i in order.tolist()]
+    own = [row for row in shuffled if row.split == "validation"]
+    held = [row for row in shuffled if row.split == "test"]
+    train = [row for row in shuffled if row.split in (None, "train")]
+    carve = max(1, round(len(train) * config.eval_fraction)) if len(train) > 2 else 0
+    if not own and not held:
+        held, train = train[:carve], train[carve:]
+    if not own:
+        own, train = train[:carve], train[carve:]
+    return Split(train, own), held

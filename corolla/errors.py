@@ -1,0 +1,47 @@
+"""What can go wrong, as a tree; every message says what was asked, what was found and what to do.
+
+CorollaError                 anything a user can cause; the command line prints it in one line
+├── ConfigError              an option or a combination of options (exit code 2)
+├── DataError                a data file, a line of it, or a partition
+├── ModelError               a base model, an adapter, or modules that cannot carry LoRA
+├── WireError                a message that does not match its envelope
+├── RoundError               a round that could not be completed
+│   └── DivergedError        the loss is not finite
+└── ArtefactError            a checkpoint or an adapter folder
+"""
+
+
+class CorollaError(Exception):
+    """Base of all errors with a message meant for the user; `exit_code` is the command's."""
+
+    exit_code = 1
+
+
+class ConfigError(CorollaError):
+    """An option, a config key, or a combination that is refused before anything is loaded."""
+
+    exit_code = 2
+
+
+class DataError(CorollaError):
+    """A data set that is missing, malformed (the message names the line) or has no clients left."""
+
+
+class ModelError(CorollaError):
+    """A base model or adapter that cannot be loaded, or LoRA settings it cannot carry."""
+
+
+class WireError(CorollaError):
+    """A message whose schema, run, round, version, size or tensors are not what was agreed."""
+
+
+class RoundError(CorollaError):
+    """A round that could not be completed: too few valid replies."""
+
+
+class DivergedError(RoundError):
+    """The training loss of a client is NaN or infinite."""
+
+
+class ArtefactError(CorollaError):
+    """A checkpoint, an output folder or a saved adapter that is not what it should be."""

@@ -1,0 +1,115 @@
+"""LoRA factors as plain tensors: names, roles, and the linear algebra of B · A.
+
+A module's update is B (out, r) times A (r, in). Everything here works on factors; an (out, in)
+matrix is formed only by `product`, for tests and checks.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from corolla.types import Params, Size
+
+A, B = ".lora_A", ".lora_B"
+
+
+def is_a(name: str) -> bool:
+    """Whether a tensor is a factor A."""
+    return name.endswith(A)
+
+
+def is_b(name: str) -> bool:
+    """Whether a tensor is a factor B."""
+    return name.endswith(B)
+
+
+def is_head(name: str) -> bool:
+    """Whether a tensor is trained as it is: no LoRA factor."""
+    return not (is_a(name) or is_b(name))
+
+
+def select(params: Params, *roles: Callable[[str], bool]) -> Params:
+    """The tensors for which one of the predicates (`is_a`, `is_b`, `is_head`) holds."""
+    return {n: t for n, t in params.items() if any(role(n) for role in roles)}
+
+
+def modules(params: Params) -> list[str]:
+    """Names of the modules that have factors, sorted."""
+    return sorted(name.removesuffix(A) for name in params if is_a(name))
+
+
+def size(params: Params) -> Size:
+    """How many values the A factors, the B factors and the head have."""
+    counts = (sum(params[n].numel() for n in params if role(n)) for role in (is_a, is_b, is_head))
+    return Size(*counts)
+
+
+def bake(params: Params, scaling: float) -> Params:
+    """The same update with scaling 1: A is multiplied by `scaling`. Only one factor, or it counts twice."""
+    return {n: t * scaling if is_a(n) else t for n, t in params.items()}
+
+
+def stack(parts: Sequence[Params]) -> Params:
+    """Factors whose product is the sum of the parts' products: B side by side, A on top of each other.
+
+    For parts of ranks r_1 … r_M: B (out, Σr), A (Σr, in). All parts need the same modules.
+    """
+    names = modules(parts[0])
+    if any(modules(part) != names for part in parts):
+        raise ValueError("cannot stack factors of different modules")
+    stacked = {name + A: torch.cat([part[name + A] for part in parts], dim=0) for name in names}
+    stacked |= {name + B: torch.cat([part[name + B] for part in parts], dim=1) for name in names}
+    return stacked
+
+
+def product(params: Params, module: str) -> Tensor:
+    """The (out, in) update of one module in fp64."""
+    return params[module + B].double() @ params[module + A].double()
+
+
+def rank(params: Params) -> int:
+    """The largest rank over the modules; 0 without factors."""
+    return max((params[name + A].shape[0] for name in modules(params)), default=0)
+
+
+def full_rank(params: Params) -> int:
+    """The largest rank a product can have: max over modules of min(out, in)."""
+    return max(
+        (min(params[m + B].shape[0], params[m + A].shape[1]) for m in modules(params)), default=0
+    )
+
+
+def compact(params: Params, max_rank: int | None = None) -> tuple[Params, float]:
+    """The best factors of rank at most `max_rank` (per module at most min(out, in)) and the error.
+
+    QR of both factors, then the SVD of a small (R, R) matrix; the truncation is the best one in
+    Frobenius norm (Eckart and Young). Runs in fp64 and rounds once. The error is
+    ‖exact − compact‖_F / ‖exact‖_F over all modules, from the discarded singular values; it is 0
+    without truncation.
+    """
+    out: dict[str, Tensor] = {}
+    lost = total = 0.0
+    for name in modules(params):
+        b, a = params[name + B], params[name + A]
+        qb, rb = torch.linalg.qr(b.double())
+        qa, ra = torch.linalg.qr(a.double().T)
+        u, s, vt = torch.linalg.svd(rb @ ra.T, full_matrices=False)
+        keep = min(len(s), max_rank or len(s))
+        lost += float(s[keep:].square().sum())
+        total += float(s.square().sum())
+        root = s[:keep].sqrt()  # balanced: both factors carry sqrt(S)
+        out[name + B] = (qb @ (u[:, :keep] * root)).to(b.dtype)
+        out[name + A] = ((root[:, None] * vt[:keep]) @ qa.T).to(a.dtype)
+    return out, (lost / total) ** 0.5 if total else 0.0
+
+
+def pad(params: Params, to_rank: int) -> Params:
+    """The same products with every module at one rank: zero rows in A, zero columns in B."""
+    out: dict[str, Tensor] = {}
+    for name in modules(params):
+        b, a = params[name + B], params[name + A]
+        extra = to_rank - a.shape[0]
+        out[name + A] = torch.cat([a, a.new_zeros(extra, a.shape[1])], dim=0)
+        out[name + B] = torch.cat([b, b.new_zeros(b.shape[0], extra)], dim=1)
+    return out

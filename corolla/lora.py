@@ -1,0 +1,334 @@
+"""The one place that knows peft: adapters on a base model; read, write, save them.
+
+Module names are those of the base model; tensors are `<module>.lora_A`, `<module>.lora_B` and
+`<module>.<parameter>` for a trained head.
+"""
+
+import json
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from corolla import codec, factors, seeds, tree
+from corolla.errors import ArtefactError, ModelError
+from corolla.models import Base
+from corolla.types import Adapter, LoraSpec, Params
+
+_NAME = "default"
+_PREFIX = "base_model.model."
+
+
+class LoraModel:
+    """One resident base model with one adapter of any rank, and frozen low-rank blocks beside it.
+
+    `write` sets every trainable tensor, every buffer and the blocks, so nothing of the client
+    before survives. Rank and scaling may change from call to call: memory is the base model
+    once, whatever the number of clients.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        targets: Sequence[str] | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        """Adapters on `targets` (suffixes of module names; None: all linear layers but the output).
+
+        Raises ModelError when they match no linear layer.
+        """
+        self.base = base
+        heads = _heads(base)
+        self.targets = list(targets) if targets else _linear_suffixes(base.model, heads)
+        self.shapes = _shapes(base.model, self.targets, heads)
+        if not self.shapes:
+            known = ", ".join(_linear_suffixes(base.model, heads)[:12])
+            raise ModelError(
+                f"target modules {', '.join(self.targets)} match nothing in {base.name}: "
+                f"its linear layers are {known}"
+            )
+        conv1d = any(isinstance(base.model.get_submodule(n), Conv1D) for n in self.shapes)
+        self._config = LoraConfig(
+            task_type=TaskType.SEQ_CLS if base.task == "classify" else TaskType.CAUSAL_LM,
+            r=1,
+            lora_alpha=1,
+            lora_dropout=dropout,
+            target_modules=self.targets,
+            modules_to_save=heads or None,
+            exclude_modules=heads or None,
+            fan_in_fan_out=conv1d,
+        )
+        # peft draws its own start from torch's global state; `write` replaces it before any use.
+        with torch.random.fork_rng(devices=[]), _peft_speaks_to_transformers():
+            self.model = get_peft_model(base.model, self._config, adapter_name=_NAME)
+        self.device = next(self.model.parameters()).device
+        wrapped = self.model.base_model.model
+        self._layers = {n: m for n, m in wrapped.named_modules() if isinstance(m, LoraLayer)}
+        self._heads = {
+            n: m.modules_to_save[_NAME]
+            for n, m in wrapped.named_modules()
+            if isinstance(m, ModulesToSaveWrapper)
+        }
+        self._buffers = {n: b.detach().clone() for n, b in self.model.named_buffers()}
+        self._start_head = {n: p.detach().clone() for n, p in self._head_parameters()}
+        self._frozen: dict[str, tuple[Tensor, Tensor]] = {}
+        self._hooks = [m.register_forward_hook(self._add(n)) for n, m in self._layers.items()]
+        self.model.requires_grad_(False)
+
+    def check_rank(self, spec: LoraSpec) -> None:
+        """Raises ModelError for a rank larger than a module can have."""
+        for name, (out, into) in self.shapes.items():
+            if spec.rank > min(out, into):
+                raise ModelError(
+                    f"rank {spec.rank} is larger than module {name} ({out} x {into}): "
+                    f"at most {min(out, into)}, or choose other target_modules"
+                )
+
+    def init(self, spec: LoraSpec, seed: int) -> Params:
+        """A fresh adapter: A (r, in) Kaiming-uniform with a = sqrt(5), B (out, r) zero, the base's head.
+
+        The distribution is peft's default; the values depend only on `seed` and module names.
+        """
+        params: dict[str, Tensor] = {}
+        for name, (out, into) in self.shapes.items():
+            bound = 1 / math.sqrt(into)
+            uniform = torch.rand(spec.rank, into, generator=seeds.generator(seed, "A", name))
+            params[name + factors.A] = (2 * uniform - 1) * bound
+            params[name + factors.B] = torch.zeros(out, spec.rank)
+        return params | {name: tensor.cpu().clone() for name, tensor in self._start_head.items()}
+
+    def write(self, params: Params, spec: LoraSpec, frozen: Sequence[Params] = ()) -> None:
+        """Set factors, scaling, head, buffers and frozen blocks; nothing is left as it was.
+
+        Raises ValueError when a tensor is missing, unknown or of a wrong shape.
+        """
+        expected = {n + role for n in self._layers for role in (factors.A, factors.B)}
+        expected |= self._start_head.keys()
+        if params.keys() != expected:
+            odd = sorted(params.keys() ^ expected)
+            raise ValueError(f"adapter differs from the model in {len(odd)} tensors, first {odd[0]!r}")
+        for name, layer in self._layers.items():
+            out, into = self.shapes[name]
+            a, b = params[name + factors.A], params[name + factors.B]
+            if a.shape != (spec.rank, into) or b.shape != (out, spec.rank):
+                raise ValueError(f"factors of {name} do not have rank {spec.rank}")
+            layer.lora_A[_NAME].weight = self._parameter(a)
+            layer.lora_B[_NAME].weight = self._parameter(b)
+            layer.r[_NAME], layer.scaling[_NAME] = spec.rank, spec.scaling
+        for name, parameter in self._head_parameters():
+            if parameter.shape != params[name].shape:
+                raise ValueError(f"head tensor {name} has shape {tuple(params[name].shape)}")
+            parameter.data = params[name].to(self.device, parameter.dtype, copy=True)
+            parameter.requires_grad_(False)
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(self._buffers[name])
+        self._set_frozen(frozen)
+
+    def show(self, adapter: Adapter, spec: LoraSpec) -> None:
+        """Write a global model; factors it does not have are a zero update."""
+        zero = self.init(spec, 0) if adapter.trained.keys() != self._names() else {}
+        self.write({**zero, **adapter.trained}, spec, adapter.frozen)
+
+    def read(self) -> Params:
+        """A copy of all trainable tensors, on the CPU."""
+        return {n: p.detach().cpu().clone() for n, p in self.parameters()}
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All trainable tensors by name, in the order of names."""
+        pairs = dict(self._head_parameters())
+        for name, layer in self._layers.items():
+            pairs[name + factors.A] = layer.lora_A[_NAME].weight
+            pairs[name + factors.B] = layer.lora_B[_NAME].weight
+        return iter(sorted(pairs.items()))
+
+    @property
+    def frozen(self) -> tuple[Params, ...]:
+        """The frozen blocks in use, as one stack; empty without any."""
+        stacked = {n + factors.A: a.cpu() for n, (a, _) in self._frozen.items()}
+        stacked |= {n + factors.B: b.cpu() for n, (_, b) in self._frozen.items()}
+        return (stacked,) if stacked else ()
+
+    def deltas(self) -> Params:
+        """The effective update of every module, relative to the base model, dense, in fp64.
+
+        (out, in), from peft's own delta weight plus the frozen blocks. For checks and tests.
+        """
+        dense: dict[str, Tensor] = {}
+        for name, layer in self._layers.items():
+            own = layer.lora_B[_NAME].weight.double() @ layer.lora_A[_NAME].weight.double()
+            dense[name] = own * layer.scaling[_NAME]
+            if name in self._frozen:
+                a, b = self._frozen[name]
+                dense[name] = dense[name] + b.double() @ a.double()
+        for name, parameter in self._head_parameters():
+            dense[name] = parameter.double() - self._start_head[name].double()
+        return {name: tensor.detach().cpu() for name, tensor in dense.items()}
+
+    def save(self, folder: Path, adapter: Adapter, spec: LoraSpec) -> None:
+        """Write a global model as a PEFT adapter folder that `PeftModel.from_pretrained` loads.
+
+        With frozen blocks, everything is stacked into one adapter of one rank and scaling 1
+        (smaller modules padded with zeros, so that tools without per-module ranks read it right);
+        a stack beyond the full rank is compacted first, which loses nothing.
+        """
+        heads = factors.select(adapter.trained, factors.is_head)
+        own = factors.select(adapter.trained, factors.is_a, factors.is_b)
+        rank, alpha, rslora = spec.rank, spec.alpha, spec.rslora
+        if adapter.frozen:
+            parts = [*adapter.frozen, *([factors.bake(own, spec.scaling)] if own else [])]
+            stacked = factors.stack(parts)
+            if factors.rank(stacked) > factors.full_rank(stacked):
+                stacked, _ = factors.compact(stacked)
+            rank = factors.rank(stacked)
+            own, alpha, rslora = factors.pad(stacked, rank), float(rank), False
+        elif not own:
+            own = factors.select(self.init(spec, 0), factors.is_a, factors.is_b)
+        tensors = {
+            _PREFIX + name + (".weight" if not factors.is_head(name) else ""): tensor
+            for name, tensor in {**own, **heads}.items()
+        }
+        config = LoraConfig(
+            **{
+                **self._config.to_dict(),
+                "r": rank,
+                "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+                "use_rslora": rslora,
+                "inference_mode": True,
+                "base_model_name_or_path": self.base.path,
+            }
+        )
+        scratch = folder.with_name(folder.name + ".part")
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        config.save_pretrained(str(scratch))
+        codec.write(str(scratch / "adapter_model.safetensors"), tensors, {"format": "pt"})
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(scratch, folder)
+
+    def detach(self) -> PreTrainedModel:
+        """The plain base model, without adapter and hooks; this object cannot be used afterwards."""
+        for hook in self._hooks:
+            hook.remove()
+        return self.model.unload()  # type: ignore[no-any-return]
+
+    def _names(self) -> set[str]:
+        return {name for name, _ in self.parameters()}
+
+    def _parameter(self, value: Tensor) -> nn.Parameter:
+        return nn.Parameter(value.to(self.device, torch.float32, copy=True), requires_grad=False)
+
+    def _head_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for module, head in self._heads.items():
+            for name, parameter in head.named_parameters():
+                yield f"{module}.{name}", parameter
+
+    def _set_frozen(self, blocks: Sequence[Params]) -> None:
+        self._frozen = {}
+        if blocks:
+            stacked = factors.stack(list(blocks))
+            for name in factors.modules(stacked):
+                a, b = stacked[name + factors.A], stacked[name + factors.B]
+                self._frozen[name] = (a.to(self.device), b.to(self.device))
+
+    def _add(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        """A forward hook that adds x Aᵀ Bᵀ of the frozen blocks: beside the base, never merged."""
+
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if name not in self._frozen:
+                return output
+            a, b = self._frozen[name]
+            return output + F.linear(F.linear(inputs[0].to(a.dtype), a), b).to(output.dtype)
+
+        return hook
+
+
+def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """A saved adapter on a base model, with plain peft. Raises ArtefactError when it is none."""
+    if not (folder / "adapter_config.json").is_file():
+        raise ArtefactError(f"{folder} is no adapter: it has no adapter_config.json")
+    try:
+        with torch.random.fork_rng(devices=[]), _peft_speaks_to_transformers():
+            return PeftModel.from_pretrained(base, str(folder)).eval()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ArtefactError(f"cannot load adapter {folder} on this base model: {reason}") from error
+
+
+def merge(model: PeftModel) -> PreTrainedModel:
+    """The base model with the adapter merged in. Exact only where the base has the precision."""
+    return model.merge_and_unload(safe_merge=True)  # type: ignore[no-any-return, operator]
+
+
+def adapter_hash(folder: Path) -> str:
+    """sha256 over the tensors of a saved adapter. Raises ArtefactError when it has none."""
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        raise ArtefactError(f"{folder} is no adapter: it has no adapter_model.safetensors")
+    return tree.digest(codec.read(str(path))[0])
+
+
+def base_of(folder: Path) -> str:
+    """The base model that an adapter folder names. Raises ArtefactError when it is no adapter."""
+    try:
+        config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+        return str(config["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError) as error:
+        raise ArtefactError(f"{folder} is no adapter: it has no adapter_config.json") from error
+
+
+@contextmanager
+def _peft_speaks_to_transformers() -> Iterator[None]:
+    """peft 0.21 asks transformers 5 for an attribute by its old name; users can do nothing about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        yield
+
+
+def _heads(base: Base) -> list[str]:
+    """Modules outside the backbone that a classifier trains as they are."""
+    if base.task != "classify":
+        return []
+    return [
+        name
+        for name, module in base.model.named_children()
+        if module is not base.model.base_model and any(True for _ in module.parameters())
+    ]
+
+
+def _linear(model: PreTrainedModel, heads: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
+    output = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        is_linear = isinstance(module, nn.Linear | Conv1D) or "Linear" in type(module).__name__
+        if is_linear and module is not output and name.partition(".")[0] not in heads:
+            yield name, module
+
+
+def _linear_suffixes(model: PreTrainedModel, heads: Sequence[str]) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name, _ in _linear(model, heads)})
+
+
+def _shapes(
+    model: PreTrainedModel, targets: Sequence[str], heads: Sequence[str]
+) -> dict[str, tuple[int, int]]:
+    """(out, in) of every targeted module; Conv1D keeps its weight as (in, out)."""
+    found: dict[str, tuple[int, int]] = {}
+    for name, module in _linear(model, heads):
+        if any(name == target or name.endswith("." + target) for target in targets):
+            if isinstance(module, Conv1D):
+                found[name] = (module.weight.shape[1], module.weight.shape[0])
+            else:
+                found[name] = (int(module.out_features), int(module.in_features))  # type: ignore
+    return found

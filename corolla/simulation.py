@@ -1,0 +1,100 @@
+"""A whole federation on one machine. A composition root: server and client meet only here."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from corolla import data, models
+from corolla.client.memory import Memory
+from corolla.client.worker import Worker
+from corolla.config import RunConfig
+from corolla.errors import WireError
+from corolla.lora import LoraModel
+from corolla.server.evaluate import Evaluator
+from corolla.server.run import Observer, Run, Summary, prepare_folder, stored_run
+from corolla.wire import Kind, Packet, Task, pack_task, unpack_reply
+
+
+@dataclass(frozen=True)
+class InProcess:
+    """All clients in this process, one after another, on one resident base model."""
+
+    worker: Worker
+
+    def clients(self) -> Mapping[str, int]:
+        hello = pack_task(Task("0" * 32, 0, "", Kind.HELLO, ""))
+        answers = {c: unpack_reply(self.worker(c, hello), 0) for c in self.worker.data.clients}
+        return {client: reply.num_examples for client, reply in answers.items()}
+
+    def ask(self, packets: Mapping[str, Packet]) -> Iterator[tuple[str, Packet | None]]:
+        for client, packet in packets.items():
+            try:
+                yield client, self.worker(client, packet)
+            except WireError:
+                yield client, None
+
+
+def simulate(
+    config: RunConfig,
+    folder: Path,
+    observer: Observer,
+    *,
+    keep_updates: bool = False,
+    resume: bool = False,
+    on_step: Callable[[int], None] | None = None,
+) -> Summary:
+    """Run a federation on this machine and leave its artefacts in `folder`.
+
+    Raises CorollaError for anything a user can cause; an output folder that was new is removed
+    again when nothing of the run was committed.
+    """
+    prepare_folder(folder, resume)
+    existed = {path.name for path in folder.iterdir()}
+    run_id = stored_run(folder)[1] if resume else None
+    try:
+        if config.engine == "flower":
+            from corolla.flower_engine import simulate_on_flower
+
+            return simulate_on_flower(config, folder, observer, keep_updates, resume, run_id)
+        return _in_process(config, folder, observer, keep_updates, resume, run_id, on_step)
+    finally:
+        if not existed and not (folder / "run.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _in_process(
+    config: RunConfig,
+    folder: Path,
+    observer: Observer,
+    keep_updates: bool,
+    resume: bool,
+    run_id: str | None,
+    on_step: Callable[[int], None] | None,
+) -> Summary:
+    dataset = data.load(config)
+    set_threads(config)
+    base = models.load(config, dataset.labels)
+    facts = {
+        "run_id": run_id,
+        "model_sha256": models.fingerprint(base.model),
+        "data_sha256": dataset.fingerprint,
+    }
+    model = LoraModel(base, config.target_modules, config.dropout)
+    evaluator = Evaluator(config, model, dataset.heldout, dataset.labels)
+    record = folder / "updates" if keep_updates else None
+    with tempfile.TemporaryDirectory(prefix="corolla-memory-") as scratch:
+        worker = Worker(config, model, dataset, Memory(Path(scratch)), record, on_step)
+        run = Run(
+            config, InProcess(worker), evaluator, folder, facts, observer, keep_updates, resume
+        )
+        return run.execute()
+
+
+def set_threads(config: RunConfig) -> None:
+    """One number of CPU threads for every engine: it decides the last bits of matrix products."""
+    torch.set_num_threads(config.threads or os.cpu_count() or 1)

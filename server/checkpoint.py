@@ -1,0 +1,79 @@
+"""Checkpoints: the state after each committed round, two generations, checked before use."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from corolla import codec
+from corolla.errors import ArtefactError, WireError
+from corolla.types import Payload
+
+_KEPT = 2
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run needs to go on after `round` as if it had never stopped."""
+
+    run_id: str
+    round: int
+    state: Payload
+    held: Mapping[str, frozenset[str]]
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write a generation: tensors first, then the note that makes them valid; drop old ones.
+
+    A crash at any moment leaves the previous generation as it was.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"round-{checkpoint.round:06d}"
+    data = codec.encode(checkpoint.state)
+    note = {
+        "run_id": checkpoint.run_id,
+        "round": checkpoint.round,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "held": {client: sorted(ids) for client, ids in sorted(checkpoint.held.items())},
+    }
+    write_atomic(folder / f"{stem}.safetensors", data)
+    write_atomic(folder / f"{stem}.json", json.dumps(note).encode())
+    for old in sorted(folder.glob("round-*.json"))[:-_KEPT]:
+        old.unlink()
+        old.with_suffix(".safetensors").unlink(missing_ok=True)
+
+
+def load(folder: Path) -> Checkpoint | None:
+    """The newest generation whose tensors match their note; None when there is none at all.
+
+    Raises ArtefactError when generations exist and every one is damaged.
+    """
+    notes = sorted(folder.glob("round-*.json"), reverse=True)
+    for path in notes:
+        try:
+            note = json.loads(path.read_bytes())
+            data = path.with_suffix(".safetensors").read_bytes()
+            if hashlib.sha256(data).hexdigest() != note["sha256"]:
+                continue
+            # Content ids repeat from client to client: one object for equal sets.
+            shared: dict[frozenset[str], frozenset[str]] = {}
+            held = {c: frozenset(ids) for c, ids in note["held"].items()}
+            held = {c: shared.setdefault(ids, ids) for c, ids in held.items()}
+            return Checkpoint(note["run_id"], int(note["round"]), codec.decode(data), held)
+        except (OSError, ValueError, KeyError, TypeError, WireError):
+            continue
+    if notes:
+        raise ArtefactError(f"{folder} has {len(notes)} checkpoints and all are damaged")
+    return None
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that it is either the old one or the new one, whatever happens."""
+    scratch = path.with_name(path.name + ".part")
+    with scratch.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)

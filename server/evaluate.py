@@ -1,0 +1,126 @@
+"""What the server measures: held-out loss, sample answers, and whether the saved adapter is the model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from corolla import lora
+from corolla.config import RunConfig
+from corolla.data import Example
+from corolla.encoding import Encoded, Encoder, collate
+from corolla.errors import ArtefactError
+from corolla.lora import LoraModel
+from corolla.scoring import score
+from corolla.types import Adapter, Metrics
+
+_ANSWER_TOKENS = 48
+_SAMPLES = 2
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A held-out prompt, what the data says, and what a model says."""
+
+    prompt: str
+    reference: str
+    answer: str
+
+
+class Evaluator:
+    """Scores global models on the held-out set, with a model of its own or one shared in process."""
+
+    def __init__(
+        self, config: RunConfig, model: LoraModel, heldout: Sequence[Example], labels: Sequence[str]
+    ) -> None:
+        self.config, self.model, self.labels = config, model, labels
+        self._encoder = Encoder(model.base.tokenizer, labels, config.max_length)
+        chosen = _spread(heldout, config.eval_examples)
+        self._data = [sequence for example in chosen for sequence in self._encoder(example)]
+        self._samples = [e for e in _spread(heldout, 24) if 4 < len(e.text) < 400][:_SAMPLES]
+
+    def score(self, adapter: Adapter) -> Metrics:
+        """Loss and accuracy on the held-out examples."""
+        self.model.show(adapter, self.config.lora)
+        return score(self.model.model, self._data, self.model.base.pad_id, self.model.device)
+
+    def samples(self, adapter: Adapter) -> list[Sample]:
+        """Greedy answers, or predicted labels, for a few held-out examples."""
+        self.model.show(adapter, self.config.lora)
+        return [self._answer(example) for example in self._samples]
+
+    def save(self, adapter: Adapter, folder: Path) -> None:
+        """Write a global model as a PEFT adapter."""
+        self.model.save(folder, adapter, self.config.lora)
+        self.model.base.tokenizer.save_pretrained(str(folder))
+
+    def verify(self, adapter: Adapter, folder: Path) -> float:
+        """Load the saved adapter with plain peft; the largest difference of logits from the server's.
+
+        Ends this evaluator: its base model is handed to peft. Raises ArtefactError when the
+        difference is more than rounding.
+        """
+        probe = collate(self._data[:4], self.model.base.pad_id, self.model.device)
+        inputs = {name: probe[name] for name in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            self.model.show(adapter, self.config.lora)
+            mask = inputs["attention_mask"].bool()
+            ours = self.model.model(**inputs).logits.float()
+            reloaded = lora.load_adapter(self.model.detach(), folder)
+            theirs = reloaded(**inputs).logits.float()
+        rows = slice(None) if ours.dim() == 2 else mask
+        difference = float((ours[rows] - theirs[rows]).abs().max())
+        scale = max(1.0, float(ours[rows].abs().max()))
+        # fp32: sums in another order; a half-precision base also rounds each layer's output.
+        tolerance = scale * (1e-5 if self.config.dtype == "float32" else 0.1)
+        if self.config.quantization != "none":
+            tolerance = scale * 0.1
+        if not difference <= tolerance:
+            raise ArtefactError(
+                f"{folder} reloaded by peft differs from the server's model by {difference:.2e} in "
+                f"the logits (allowed {tolerance:.0e}): do not use it"
+            )
+        return difference
+
+    def _answer(self, example: Example) -> Sample:
+        tokenizer, model = self.model.base.tokenizer, self.model
+        if self.labels:
+            logits = self._logits(self._encoder(example)[0])
+            return Sample(example.text, str(example.label), self.labels[int(logits.argmax())])
+        if example.prompt is not None:
+            prompt, reference = example.prompt, example.text
+            ids = self._encoder.prompt_ids(prompt)
+        else:
+            cut = max(1, len(example.text) // 3)
+            prompt, reference = example.text[:cut], example.text[cut:]
+            ids = list(tokenizer(prompt)["input_ids"])
+            ids = ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+        start = torch.tensor([ids[-self.config.max_length :]], device=model.device)
+        with torch.no_grad():
+            out = model.model.generate(
+                input_ids=start,
+                attention_mask=torch.ones_like(start),
+                max_new_tokens=_ANSWER_TOKENS,
+                do_sample=False,
+                top_p=None,
+                top_k=None,
+                temperature=None,
+                pad_token_id=model.base.pad_id,
+            )
+        answer = tokenizer.decode(out[0, start.shape[1] :], skip_special_tokens=True)
+        return Sample(prompt, reference, str(answer).strip())
+
+    @torch.no_grad()
+    def _logits(self, sequence: Encoded) -> torch.Tensor:
+        batch = collate([sequence], self.model.base.pad_id, self.model.device)
+        del batch["labels"]
+        logits: torch.Tensor = self.model.model(**batch).logits[0]
+        return logits
+
+
+def _spread(examples: Sequence[Example], most: int) -> list[Example]:
+    """At most `most` examples at even distances, so that every client has its share."""
+    if len(examples) <= most:
+        return list(examples)
+    return [examples[i * len(examples) // most] for i in range(most)]

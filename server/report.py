@@ -1,0 +1,124 @@
+"""report.html: one file without links to anything, for people who would rather look than read."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from corolla.assets import asset
+from corolla.server.checkpoint import write_atomic
+
+_SHOWN_CLIENTS = 40
+
+
+def write_report(path: Path, info: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> None:
+    """Write the report of a run from what run.json and metrics.jsonl hold."""
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+        asset("report.html.j2").read_text(encoding="utf-8")
+    )
+    template.globals |= {"size": human_bytes}
+    page = template.render(
+        info=info,
+        lines=lines,
+        charts=[
+            ("Loss per round", _losses(info, lines)),
+            ("Loss per client", _client_losses(info)),
+            ("Bytes per round", _bytes(lines)),
+            ("Seconds per round", _bars(lines, "seconds", "seconds")),
+        ],
+        samples=list(zip(info["samples"]["before"], info["samples"]["after"], strict=True)),
+        measured=_measured(info),
+    )
+    write_atomic(path, page.encode())
+
+
+def human_bytes(count: float) -> str:
+    """1536 → '1.5 KB'. Powers of 1000, as networks are billed."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def _measured(info: Mapping[str, Any]) -> list[tuple[str, float, float]]:
+    """(client, loss before, loss after), the largest gain first."""
+    rows = [
+        (name, scores["base"]["loss"], scores["final"]["loss"])
+        for name, scores in info["clients"].items()
+        if "loss" in scores["base"] and "loss" in scores["final"]
+    ]
+    return sorted(rows, key=lambda row: row[2] - row[1])
+
+
+def _losses(info: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> str:
+    def draw(axes: Any) -> None:
+        rounds = [line["round"] for line in lines]
+        axes.plot(rounds, [line["train_loss"] for line in lines], "o-", label="training")
+        due = [line for line in lines if line["eval_loss"] is not None]
+        held = [info["base"]["loss"], *(line["eval_loss"] for line in due)]
+        axes.plot([0, *(line["round"] for line in due)], held, "s-", label="held out")
+        axes.axhline(info["base"]["loss"], ls=":", color="grey", label="base model, held out")
+        axes.set(xlabel="round", ylabel="loss (nats per target)")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(frameon=False)
+
+    return _svg(draw)
+
+
+def _client_losses(info: Mapping[str, Any]) -> str:
+    rows = _measured(info)[:_SHOWN_CLIENTS]
+    if not rows:
+        return ""
+
+    def draw(axes: Any) -> None:
+        places = range(len(rows))
+        axes.hlines(places, [r[2] for r in rows], [r[1] for r in rows], color="lightgrey", lw=3)
+        axes.plot([r[1] for r in rows], places, "o", label="base model")
+        axes.plot([r[2] for r in rows], places, "s", label="fine-tuned")
+        axes.set_yticks(list(places), [r[0] for r in rows], fontsize=7)
+        axes.set(xlabel="loss on the client's own held-out examples")
+        axes.invert_yaxis()
+        axes.legend(frameon=False)
+
+    return _svg(draw, height=max(3.0, 0.22 * len(rows) + 1))
+
+
+def _bytes(lines: Sequence[Mapping[str, Any]]) -> str:
+    def draw(axes: Any) -> None:
+        rounds = [line["round"] for line in lines]
+        for shift, key, label in ((-0.2, "bytes_up", "up"), (0.2, "bytes_down", "down")):
+            values = [line[key] / 1e6 for line in lines]
+            axes.bar([r + shift for r in rounds], values, width=0.4, label=label)
+        axes.set(xlabel="round", ylabel="MB, all clients")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(frameon=False)
+
+    return _svg(draw)
+
+
+def _bars(lines: Sequence[Mapping[str, Any]], key: str, label: str) -> str:
+    def draw(axes: Any) -> None:
+        axes.bar([line["round"] for line in lines], [line[key] for line in lines])
+        axes.set(xlabel="round", ylabel=label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+
+    return _svg(draw)
+
+
+def _svg(draw: Any, height: float = 3.4) -> str:
+    """A chart as inline SVG. Uses no global figure, so it is safe in any process."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({"svg.hashsalt": "corolla", "svg.fonttype": "none", "font.size": 9}):
+        figure = Figure(figsize=(6.4, height), layout="constrained")
+        axes = figure.subplots()
+        axes.spines[["top", "right"]].set_visible(False)
+        draw(axes)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

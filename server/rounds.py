@@ -1,0 +1,217 @@
+"""One round is one function: the same in process, in Flower's simulation and on devices."""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+from corolla import codec, tree
+from corolla.config import RunConfig
+from corolla.errors import RoundError, WireError
+from corolla.server import cohort
+from corolla.server.aggregate import in_order, read_reply
+from corolla.types import Broadcast, LoraSpec, Metrics, Params, Payload, Strategy
+from corolla.wire import Kind, Packet, Task, pack_task
+
+Held = Mapping[str, frozenset[str]]
+"""Client → content ids of the cached groups it is known to hold."""
+
+
+class Network(Protocol):
+    """Who can be asked: clients in this process, or behind a Flower Grid."""
+
+    def clients(self) -> Mapping[str, int]:
+        """Reachable clients and their numbers of training examples."""
+
+    def ask(self, packets: Mapping[str, Packet]) -> Iterable[tuple[str, Packet | None]]:
+        """Send each client its packet; yield (client, reply) in any order, None for no answer."""
+
+
+@dataclass(frozen=True)
+class Federation:
+    """What stays the same from round to round."""
+
+    run_id: str
+    config: RunConfig
+    strategy: Strategy
+    clients: Mapping[str, int]
+    fresh: Callable[[LoraSpec], Params]
+    """A fresh adapter of a rank: its names and shapes decide which replies are valid."""
+
+    @property
+    def cohort_size(self) -> int:
+        """Clients per round."""
+        return min(self.config.cohort or 8, len(self.clients))
+
+    def lora(self, client: str) -> LoraSpec:
+        """Rank and scaling of one client's adapter."""
+        return self.config.client_lora(self._index[client])
+
+    @cached_property
+    def _index(self) -> Mapping[str, int]:
+        return {client: i for i, client in enumerate(sorted(self.clients))}
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """The state after a round and the facts about it; bytes are payload, framing apart."""
+
+    state: Payload
+    held: Held
+    metrics: Metrics
+    num_examples: Mapping[str, int]
+    client_loss: Metrics
+    dropped: Mapping[str, str]
+    bytes_up: int
+    bytes_down: int
+    framing_up: int
+    framing_down: int
+
+
+@dataclass
+class _Traffic:
+    up: int = 0
+    down: int = 0
+    framing_up: int = 0
+    framing_down: int = 0
+
+
+def run_round(
+    federation: Federation,
+    state: Payload,
+    held: Held,
+    round: int,
+    network: Network,
+    on_reply: Callable[[str], None] = lambda client: None,
+) -> RoundResult:
+    """Broadcast, let the cohort train, aggregate the valid replies in the order of client ids, apply.
+
+    Commits or leaves everything as it was: raises RoundError when fewer than the quorum are
+    valid, or when the aggregate is not finite.
+    """
+    config, strategy = federation.config, federation.strategy
+    members = cohort.sample(list(federation.clients), federation.cohort_size, config.seed, round)
+    traffic = _Traffic()
+    tasks = make_tasks(federation, state, held, round, Kind.TRAIN, members, traffic)
+    content = set(next(iter(tasks.values())).cached.values())
+    known = dict(held)
+    aggregator = strategy.aggregator()
+    examples: dict[str, int] = {}
+    metrics: dict[str, Metrics] = {}
+    dropped: dict[str, str] = {}
+    packets = {client: pack_task(task) for client, task in tasks.items()}
+    for client, packet in in_order(network.ask(packets), members):
+        on_reply(client)
+        try:
+            if packet is None:
+                raise WireError("no answer")
+            like = strategy.update_like(federation.fresh(federation.lora(client)))
+            reply, update = read_reply(packet, client, tasks[client], like)
+            traffic.framing_up += len(packet.header)
+            if reply.missing:
+                known.pop(client, None)
+            if reply.error:
+                raise WireError(reply.error)
+        except WireError as error:
+            dropped[client] = str(error)
+            continue
+        aggregator.add(update, reply.num_examples)
+        examples[client], metrics[client] = reply.num_examples, reply.metrics
+        known[client] = frozenset(content)
+        sent = codec.content_bytes(update)
+        traffic.up += sent
+        traffic.framing_up += len(packet.payload) - sent
+    needed = math.ceil(config.quorum * len(members))
+    if len(examples) < needed:
+        reason = next(iter(dropped.items()), ("", "none was asked"))
+        raise RoundError(
+            f"round {round}: {len(examples)} of {len(members)} clients gave a valid update, "
+            f"{needed} are needed; {reason[0]}: {reason[1]}"
+        )
+    after, applied = strategy.apply(state, aggregator.finalise())
+    if not all(tree.finite(params) for params in after.values()):
+        raise RoundError(f"round {round}: the aggregate is not finite")
+    return RoundResult(
+        state=after,
+        held=known,
+        metrics={**_mean(metrics, examples), **applied},
+        num_examples=examples,
+        client_loss={c: m["train_loss"] for c, m in metrics.items() if "train_loss" in m},
+        dropped=dropped,
+        bytes_up=traffic.up,
+        bytes_down=traffic.down,
+        framing_up=traffic.framing_up,
+        framing_down=traffic.framing_down,
+    )
+
+
+def evaluate_clients(
+    federation: Federation, state: Payload, held: Held, round: int, network: Network
+) -> dict[str, Metrics]:
+    """The global model's scores on up to `eval_clients` clients' own held-out examples."""
+    size = min(federation.config.eval_clients, len(federation.clients))
+    members = cohort.sample(list(federation.clients), size, federation.config.seed, -1)
+    if not members:
+        return {}
+    tasks = make_tasks(federation, state, held, round, Kind.EVALUATE, members, _Traffic())
+    packets = {client: pack_task(task) for client, task in tasks.items()}
+    scores: dict[str, Metrics] = {}
+    for client, packet in in_order(network.ask(packets), members):
+        try:
+            if packet is not None:
+                reply, _ = read_reply(packet, client, tasks[client], None)
+                if not reply.error and "loss" in reply.metrics:
+                    scores[client] = {**reply.metrics, "examples": reply.num_examples}
+        except WireError:
+            continue  # an unreachable client has no score; training already said why it dropped
+    return scores
+
+
+def make_tasks(
+    federation: Federation,
+    state: Payload,
+    held: Held,
+    round: int,
+    kind: Kind,
+    members: list[str],
+    traffic: _Traffic,
+) -> dict[str, Task]:
+    """The task of each member: the broadcast, with cached groups only where they are not held."""
+    broadcast = federation.strategy.broadcast(state)
+    cached = {group: codec.content_id(params) for group, params in broadcast.cached.items()}
+    version = tree.digest_all(state)
+    encoded: dict[frozenset[str], tuple[bytes, int]] = {}
+    tasks: dict[str, Task] = {}
+    for client in members:
+        lacks = frozenset(g for g, i in cached.items() if i not in held.get(client, frozenset()))
+        if lacks not in encoded:
+            payload = _rendered(broadcast, lacks)
+            encoded[lacks] = codec.encode(payload), codec.content_bytes(payload)
+        data, content = encoded[lacks]
+        lora = federation.lora(client)
+        settings = {"lora": vars(lora), "run": federation.config.model_dump(mode="json")}
+        tasks[client] = Task(
+            federation.run_id, round, version, kind, json.dumps(settings), cached, data
+        )
+        traffic.down += content
+        traffic.framing_down += len(data) - content + len(pack_task(tasks[client]).header)
+    return tasks
+
+
+def _rendered(broadcast: Broadcast, lacks: frozenset[str]) -> Payload:
+    return {**broadcast.payload, **{g: broadcast.cached[g] for g in lacks}}
+
+
+def _mean(metrics: Mapping[str, Metrics], examples: Mapping[str, int]) -> Metrics:
+    """Example-weighted means of what clients report; counts of tokens, steps and skips are summed."""
+    summed = ("target_tokens", "local_steps", "skipped")
+    names = sorted({name for reported in metrics.values() for name in reported})
+    result: dict[str, float] = {}
+    for name in names:
+        values = {c: m[name] for c, m in metrics.items() if name in m}
+        weight = sum(examples[c] for c in values)
+        weighted = math.fsum(value * examples[c] for c, value in values.items())
+        result[name] = math.fsum(values.values()) if name in summed else weighted / weight
+    return result

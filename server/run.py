@@ -1,0 +1,305 @@
+"""A whole run: rounds, checkpoints, evaluation, and the artefacts a user keeps."""
+
+import json
+import platform
+import secrets
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import corolla
+from corolla import lora, records, seeds, tree
+from corolla.config import RunConfig, validate
+from corolla.errors import ArtefactError, ConfigError
+from corolla.server import checkpoint
+from corolla.server.checkpoint import Checkpoint, write_atomic
+from corolla.server.evaluate import Evaluator, Sample
+from corolla.server.report import write_report
+from corolla.server.rounds import (
+    Federation,
+    Held,
+    Network,
+    RoundResult,
+    evaluate_clients,
+    run_round,
+)
+from corolla.types import Metrics, Payload
+
+
+class Observer(Protocol):
+    """Who watches a run: a terminal, a tracker. Must not change anything."""
+
+    def started(self, facts: Mapping[str, Any], first_round: int) -> None:
+        """The run begins at `first_round`; `facts` is what run.json holds."""
+
+    def round_started(self, round: int, cohort: int) -> None:
+        """A cohort of this size has been asked."""
+
+    def replied(self, client: str) -> None:
+        """A client of the cohort has answered, or is given up."""
+
+    def round_ended(self, line: Mapping[str, Any]) -> None:
+        """The line that metrics.jsonl has got."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished run has to say."""
+
+    folder: Path
+    base: Metrics
+    final: Metrics
+    rounds: int
+    seconds: float
+    bytes_up: int
+    bytes_down: int
+    peak_rss: int
+    adapter_hash: str
+    reload_difference: float
+    before: Sequence[Sample]
+    after: Sequence[Sample]
+    clients: Mapping[str, Mapping[str, Metrics]] = field(default_factory=dict)
+
+
+@dataclass
+class Run:
+    """One run and its folder. `facts` names what was trained on: model and data with their hashes."""
+
+    config: RunConfig
+    network: Network
+    evaluator: Evaluator
+    folder: Path
+    facts: Mapping[str, Any]
+    observer: Observer
+    keep_updates: bool = False
+    resume: bool = False
+
+    def execute(self) -> Summary:
+        """Run all rounds (from the last committed one with `resume`), save, verify, report.
+
+        Raises RoundError, ArtefactError and what the network raises; the last checkpoint stays.
+        """
+        began = time.monotonic()
+        federation = self._federation()
+        found = checkpoint.load(self.folder / "checkpoint") if self.resume else None
+        start = self.evaluator.model.init(self.config.lora, seeds.derive(self.config.seed, "init"))
+        first = Checkpoint(federation.run_id, 0, federation.strategy.init(start), {})
+        at = found or first
+        lines = _committed(self.folder / "metrics.jsonl", at.round)
+        info = self._info(federation)
+        base = self._base(federation, first.state, info)
+        self._write_info({**info, "base": base["metrics"], "status": "running"})
+        self.observer.started({**info, "base": base["metrics"]}, at.round + 1)
+        if self.keep_updates and at.round == 0:
+            self._keep_global(federation, at.state, 0)
+        state, held = at.state, at.held
+        for round in range(at.round + 1, self.config.rounds + 1):
+            state, held, line = self._round(federation, state, held, round)
+            lines.append(line)
+            self._commit(federation, Checkpoint(federation.run_id, round, state, held), lines)
+            self.observer.round_ended(line)
+        return self._finish(federation, state, held, lines, info, base, time.monotonic() - began)
+
+    def _federation(self) -> Federation:
+        strategy = self.config.build_strategy()
+        clients = dict(sorted(self.network.clients().items()))
+        if not clients:
+            raise ConfigError("no client answered: nothing to train")
+        if self.config.cohort and self.config.cohort > len(clients):
+            raise ConfigError(
+                f"cohort {self.config.cohort} is larger than the {len(clients)} clients with "
+                f"enough examples: lower --cohort"
+            )
+        model = self.evaluator.model
+        for index in range(max(1, len(self.config.ranks))):
+            model.check_rank(self.config.client_lora(index))
+        model.check_rank(self.config.lora)
+        run_id = self.facts.get("run_id") or secrets.token_hex(16)
+        fresh = cache(lambda spec: model.init(spec, 0))
+        return Federation(str(run_id), self.config, strategy, clients, fresh)
+
+    def _round(
+        self, federation: Federation, state: Payload, held: Held, round: int
+    ) -> tuple[Payload, Held, dict[str, Any]]:
+        began = time.monotonic()
+        self.observer.round_started(round, federation.cohort_size)
+        result = run_round(federation, state, held, round, self.network, self.observer.replied)
+        seconds = time.monotonic() - began
+        if self.keep_updates:
+            self._keep_global(federation, result.state, round)
+            folder = records.round_folder(self.folder / "updates", round)
+            records.write_weights(folder, result.num_examples)
+        scores: Metrics = {}
+        if round % self.config.eval_every == 0 or round == self.config.rounds:
+            scores = self.evaluator.score(federation.strategy.adapter(result.state))
+        line = _line(federation, round, result, scores, seconds)
+        return result.state, result.held, line
+
+    def _commit(
+        self, federation: Federation, at: Checkpoint, lines: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """The checkpoint decides: metrics of a round without one are dropped on resume."""
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        write_atomic(self.folder / "metrics.jsonl", text.encode())
+        checkpoint.save(self.folder / "checkpoint", at)
+
+    def _base(self, federation: Federation, state: Payload, info: Mapping[str, Any]) -> dict[str, Any]:
+        """Scores and answers of the untouched model; the start of every strategy is a zero update."""
+        adapter = federation.strategy.adapter(state)
+        metrics = self.evaluator.score(adapter)
+        clients = evaluate_clients(federation, state, {}, 0, self.network)
+        return {"metrics": metrics, "samples": self.evaluator.samples(adapter), "clients": clients}
+
+    def _finish(
+        self,
+        federation: Federation,
+        state: Payload,
+        held: Held,
+        lines: Sequence[Mapping[str, Any]],
+        info: dict[str, Any],
+        base: Mapping[str, Any],
+        seconds: float,
+    ) -> Summary:
+        adapter = federation.strategy.adapter(state)
+        folder = self.folder / "adapter"
+        final = self.evaluator.score(adapter)
+        clients = evaluate_clients(federation, state, held, self.config.rounds + 1, self.network)
+        after = self.evaluator.samples(adapter)
+        self.evaluator.save(adapter, folder)
+        difference = self.evaluator.verify(adapter, folder)
+        summary = Summary(
+            folder=self.folder,
+            base=base["metrics"],
+            final=final,
+            rounds=len(lines),
+            seconds=seconds,
+            bytes_up=sum(line["bytes_up"] for line in lines),
+            bytes_down=sum(line["bytes_down"] for line in lines),
+            peak_rss=peak_rss(),
+            adapter_hash=lora.adapter_hash(folder),
+            reload_difference=difference,
+            before=base["samples"],
+            after=after,
+            clients={
+                c: {"base": base["clients"].get(c, {}), "final": m} for c, m in clients.items()
+            },
+        )
+        outcome = {
+            "status": "done",
+            "base": summary.base,
+            "final": summary.final,
+            "seconds": round(seconds, 3),
+            "bytes_up": summary.bytes_up,
+            "bytes_down": summary.bytes_down,
+            "peak_rss": summary.peak_rss,
+            "adapter_sha256": summary.adapter_hash,
+            "state_sha256": tree.digest_all(state),
+            "reload_max_logit_difference": difference,
+            "clients": summary.clients,
+            "samples": {
+                "before": [asdict(s) for s in summary.before],
+                "after": [asdict(s) for s in summary.after],
+            },
+        }
+        self._write_info({**info, **outcome})
+        write_report(self.folder / "report.html", {**info, **outcome}, lines)
+        return summary
+
+    def _info(self, federation: Federation) -> dict[str, Any]:
+        packages = ("flwr", "torch", "peft", "transformers", "safetensors")
+        return {
+            **self.facts,
+            "corolla": corolla.__version__,
+            "run_id": federation.run_id,
+            "config": self.config.model_dump(mode="json"),
+            "aggregates": federation.strategy.aggregates,
+            "num_clients": len(federation.clients),
+            "cohort": federation.cohort_size,
+            "target_modules": self.evaluator.model.targets,
+            "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
+            "platform": platform.platform(),
+        }
+
+    def _write_info(self, info: Mapping[str, Any]) -> None:
+        write_atomic(self.folder / "run.json", (json.dumps(info, indent=2) + "\n").encode())
+
+    def _keep_global(self, federation: Federation, state: Payload, round: int) -> None:
+        folder = records.round_folder(self.folder / "global", round)
+        self.evaluator.model.save(folder, federation.strategy.adapter(state), self.config.lora)
+
+
+def prepare_folder(folder: Path, resume: bool) -> None:
+    """Make the output folder. Raises ConfigError unless it is new or empty, or resumed."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--out {folder} is a file: name a folder")
+    filled = folder.is_dir() and any(folder.iterdir())
+    if filled and not resume:
+        raise ConfigError(f"--out {folder} is not empty: add --resume, or name another folder")
+    if resume and not (folder / "run.json").is_file():
+        raise ConfigError(f"nothing to resume in {folder}: it has no run.json")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot make --out {folder}: {error.strerror}") from error
+
+
+def stored_run(folder: Path) -> tuple[RunConfig, str]:
+    """The config and run id of a run's folder. Raises ArtefactError when run.json is damaged."""
+    try:
+        info = json.loads((folder / "run.json").read_text())
+        return validate(info["config"]), str(info["run_id"])
+    except (OSError, ValueError, KeyError) as error:
+        raise ArtefactError(f"{folder / 'run.json'} cannot be read: {error!r}") from error
+
+
+def peak_rss() -> int:
+    """The largest resident memory this process has had, in bytes."""
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _committed(path: Path, round: int) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl up to a committed round."""
+    if round == 0 or not path.is_file():
+        return []
+    lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    return [line for line in lines if line["round"] <= round]
+
+
+def _line(
+    federation: Federation, round: int, result: RoundResult, scores: Metrics, seconds: float
+) -> dict[str, Any]:
+    metrics = dict(result.metrics)
+    line: dict[str, Any] = {
+        "round": round,
+        "train_loss": metrics.pop("train_loss", None),
+        "eval_loss": scores.get("loss"),
+        "eval_accuracy": scores.get("accuracy"),
+        "bytes_up": result.bytes_up,
+        "bytes_down": result.bytes_down,
+        "framing_up": result.framing_up,
+        "framing_down": result.framing_down,
+        "seconds": seconds,
+        "clients": len(result.num_examples),
+        "dropped": len(result.dropped),
+        "peak_rss": peak_rss(),
+        "sampling_probability": federation.cohort_size / len(federation.clients),
+        **metrics,
+        "client_loss": dict(result.client_loss),
+    }
+    if result.dropped:
+        line["dropped_why"] = dict(result.dropped)
+    return line
+
+

@@ -1,0 +1,65 @@
+"""FedAvg over LoRA factors (FedIT).
+
+McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data",
+AISTATS 2017, arXiv 1602.05629; on LoRA: Zhang et al., "Towards Building the Federated GPT:
+Federated Instruction Tuning", ICASSP 2024, arXiv 2305.05644.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from corolla import tree
+from corolla.aggregation import WeightedMean
+from corolla.types import (
+    Adapter,
+    Aggregates,
+    Broadcast,
+    Client,
+    Cost,
+    Metrics,
+    Params,
+    Payload,
+    Size,
+    Update,
+)
+
+
+@dataclass(frozen=True)
+class FedAvg:
+    """Averages A and B separately: w ← w + Σ p_m (w_m - w), p_m = n_m / Σ n.
+
+    Not exact on the effective weights: with the means Ā and B̄,
+    Σ p_m B_m A_m - B̄ Ā = Σ p_m (B_m - B̄)(A_m - Ā), the weighted covariance of the factors,
+    which vanishes when all clients agree on A or on B. Exact for a classifier head.
+    """
+
+    name: ClassVar[str] = "fedavg"
+    aggregates: ClassVar[Aggregates] = "factors"
+    mixed_ranks: ClassVar[bool] = False
+
+    def init(self, start: Params) -> Payload:
+        return {"adapter": start}
+
+    def broadcast(self, state: Payload) -> Broadcast:
+        return Broadcast(state)
+
+    def local(self, client: Client, received: Payload) -> Update:
+        start = received["adapter"]
+        fit = client.trainer.fit(start)
+        return Update({"adapter": tree.sub(fit.params, start)}, fit.num_examples, fit.metrics)
+
+    def update_like(self, fresh: Params) -> Payload:
+        return {"adapter": fresh}
+
+    def aggregator(self) -> WeightedMean:
+        return WeightedMean()
+
+    def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
+        return {"adapter": tree.add(state["adapter"], aggregate["adapter"])}, {}
+
+    def adapter(self, state: Payload) -> Adapter:
+        return Adapter(state["adapter"])
+
+    def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
+        return [Cost(up=s.A + s.B + s.head, down=s.A + s.B + s.head) for s in cohort]

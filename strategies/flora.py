@@ -1,0 +1,99 @@
+"""FLoRA: stacking aggregation.
+
+Wang et al., "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank
+Adaptations", NeurIPS 2024, arXiv 2409.05976.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from corolla import factors, tree
+from corolla.aggregation import ByGroup, Stack, WeightedMean
+from corolla.types import (
+    Adapter,
+    Aggregates,
+    Broadcast,
+    Client,
+    Cost,
+    Metrics,
+    Params,
+    Payload,
+    Size,
+    Update,
+)
+
+
+@dataclass(frozen=True)
+class Flora:
+    """Stacks the clients' factors, so that the product is Σ p_m s_m B_m A_m exactly.
+
+    Each round every client trains a fresh adapter of its own rank (A random, B zero). The stack
+    of a round, of rank Σ r_m, becomes a frozen block beside the base model: it is never merged
+    into it. Once the blocks of a module reach `compact_at` times its full rank, all are replaced
+    by one block of at most `max_rank` (None: the full rank, which loses nothing).
+
+    Every client receives every other client's factors, and re-initialisation costs progress when
+    local training is short (arXiv 2410.09432, table 4).
+    """
+
+    name: ClassVar[str] = "flora"
+    aggregates: ClassVar[Aggregates] = "weights"
+    mixed_ranks: ClassVar[bool] = True
+
+    max_rank: int | None = None
+    compact_at: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.max_rank is not None and self.max_rank < 1:
+            raise ValueError(f"max_rank must be at least 1, found {self.max_rank}")
+        if self.compact_at < 1:
+            raise ValueError(f"compact_at must be at least 1, found {self.compact_at}")
+
+    def init(self, start: Params) -> Payload:
+        return {"head": factors.select(start, factors.is_head)}
+
+    def broadcast(self, state: Payload) -> Broadcast:
+        return Broadcast({"head": state["head"]}, cached=_blocks(state))
+
+    def local(self, client: Client, received: Payload) -> Update:
+        head = received["head"]
+        start = {**client.trainer.init(client.seed), **head}
+        fit = client.trainer.fit(start, frozen=list(_blocks(received).values()))
+        trained = factors.select(fit.params, factors.is_a, factors.is_b)
+        payload = {
+            "factors": factors.bake(trained, client.lora.scaling),
+            "head": tree.sub({name: fit.params[name] for name in head}, head),
+        }
+        return Update(payload, fit.num_examples, fit.metrics)
+
+    def update_like(self, fresh: Params) -> Payload:
+        return {
+            "factors": factors.select(fresh, factors.is_a, factors.is_b),
+            "head": factors.select(fresh, factors.is_head),
+        }
+
+    def aggregator(self) -> ByGroup:
+        return ByGroup({"factors": Stack(), "head": WeightedMean()})
+
+    def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
+        blocks = {**_blocks(state), f"block-{len(state):06d}": aggregate["factors"]}
+        stacked = factors.stack(list(blocks.values()))
+        full, error = factors.full_rank(stacked), 0.0
+        if factors.rank(stacked) > self.compact_at * min(self.max_rank or full, full):
+            compacted, error = factors.compact(stacked, self.max_rank)
+            blocks = {"block-000000": compacted}
+        head = tree.add(state["head"], aggregate["head"])
+        rank = sum(factors.rank(block) for block in blocks.values())
+        return {"head": head, **blocks}, {"frozen_rank": rank, "compaction_error": error}
+
+    def adapter(self, state: Payload) -> Adapter:
+        return Adapter(state["head"], tuple(_blocks(state).values()))
+
+    def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
+        stack = sum(s.A + s.B for s in cohort)
+        return [Cost(up=s.A + s.B + s.head, down=stack + s.head) for s in cohort]
+
+
+def _blocks(payload: Payload) -> Payload:
+    return {group: payload[group] for group in sorted(payload) if group.startswith("block-")}
