@@ -36,6 +36,10 @@ class RunConfig(BaseModel):
         0.5, description="a round needs valid replies from this part of its cohort"
     )
 
+    deadline: Annotated[float, Field(gt=0)] = Field(
+        3600.0, description="seconds for a round on the flower engine; late replies are dropped"
+    )
+
     task: Literal["auto", "causal", "classify"] = "auto"
     partition: Literal[
         "auto", "natural", "iid", "dirichlet", "shards", "linear", "square", "exponential"

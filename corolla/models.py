@@ -133,6 +133,11 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def set_threads(config: RunConfig) -> None:
+    """One number of CPU threads for every engine: it decides the last bits of matrix products."""
+    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+
+
 def cache_dir() -> Path:
     """Where converted models are kept: $COROLLA_CACHE, else the user's cache folder."""
     root = os.environ.get("COROLLA_CACHE")

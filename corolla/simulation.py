@@ -1,13 +1,10 @@
 """A whole federation on one machine. A composition root: server and client meet only here."""
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from corolla import data, models
 from corolla.client.memory import Memory
@@ -77,7 +74,7 @@ def _in_process(
     on_step: Callable[[int], None] | None,
 ) -> Summary:
     dataset = data.load(config)
-    set_threads(config)
+    models.set_threads(config)
     base = models.load(config, dataset.labels)
     facts = {
         "run_id": run_id,
@@ -94,7 +91,3 @@ def _in_process(
         )
         return run.execute()
 
-
-def set_threads(config: RunConfig) -> None:
-    """One number of CPU threads for every engine: it decides the last bits of matrix products."""
-    torch.set_num_threads(config.threads or os.cpu_count() or 1)

@@ -1,0 +1,62 @@
+"""The Flower ClientApp: unpacks a message, lets the resident worker answer it, packs the reply."""
+
+import json
+import os
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from corolla import data, models, wire
+from corolla.client.memory import Memory
+from corolla.client.worker import Worker
+from corolla.config import validate
+from corolla.errors import CorollaError, WireError
+from corolla.lora import LoraModel
+from corolla.wire import Packet, Reply, pack_reply, unpack_task
+
+_LARGEST = 1 << 40
+MEMORY = "COROLLA_MEMORY"
+RECORD = "COROLLA_KEEP_UPDATES"
+
+app: ClientApp = ClientApp()
+
+
+@app.train()
+def answer(message: Message, context: Context) -> Message:
+    """Every kind of task: what is asked stands in the packet's header."""
+    packet = wire.from_flower(message.content, _LARGEST)
+    reply = _answer(packet, int(context.node_config.get("partition-id", 0)))
+    return Message(wire.to_flower(reply), reply_to=message)
+
+
+def _answer(packet: Packet, partition: int) -> Packet:
+    task = unpack_task(packet)
+    try:
+        settings = json.dumps(json.loads(task.config)["run"], sort_keys=True)
+        worker = _worker(settings, task.run_id)
+        clients = sorted(worker.data.clients)
+        if partition >= len(clients):
+            raise WireError(f"node {partition} has no data: there are {len(clients)} clients")
+        return worker(clients[partition], packet)
+    except CorollaError as error:
+        return pack_reply(
+            Reply(task.run_id, task.round, task.base_version, task.kind, "", error=str(error))
+        )
+
+
+@lru_cache(maxsize=1)
+def _worker(settings: str, run_id: str) -> Worker:
+    """The resident model and data of one run: Flower's simulation keeps its processes."""
+    config = validate(json.loads(settings))
+    dataset = data.load(config)
+    models.set_threads(config)
+    model = LoraModel(models.load(config, dataset.labels), config.target_modules, config.dropout)
+    # Local settings of this machine; a server cannot say where a device writes.
+    record = os.environ.get(RECORD)
+    memory = os.environ.get(MEMORY) or str(Path(tempfile.gettempdir()) / f"corolla-{os.getuid()}")
+    return Worker(
+        config, model, dataset, Memory(Path(memory) / run_id), Path(record) if record else None
+    )
