@@ -1,0 +1,1 @@
+"""The device side: local training, memory, and the Flower ClientApp."""

@@ -90,7 +90,7 @@ class FirstOrder:
         return self.config.local_steps
 
     def _batches(self) -> Iterator[list[int]]:
-        """Indices of each step: epochs in a new order each, which also differs from round to round."""
+        """Indices of each step: every epoch in a new order, different from round to round."""
         generator = seeds.generator(self.seed, "order")
         left = self.steps_per_round()
         while left:
@@ -102,7 +102,7 @@ class FirstOrder:
                     return
 
     def _backward(self, batch: Sequence[Encoded]) -> tuple[float, int]:
-        """Accumulate the gradient of Σ loss / Σ targets over the batch, whatever the micro-batch."""
+        """Accumulate the gradient of Σ loss / Σ targets over the batch, for any micro-batch."""
         targets = sum(sequence.targets for sequence in batch)
         size = self.config.micro_batch_size or len(batch)
         total = 0.0

@@ -23,7 +23,9 @@ class Memory:
 
     def missing(self, wanted: Mapping[str, str]) -> list[str]:
         """The groups (group → content id) that are not held."""
-        return [g for g, i in wanted.items() if i not in self._loaded and not self._path(i).exists()]
+        return [
+            g for g, i in wanted.items() if i not in self._loaded and not self._path(i).exists()
+        ]
 
     def keep(self, group: str, params: Params, content: str) -> None:
         """Store a received group. Raises WireError when its content is not what was announced."""
@@ -34,7 +36,7 @@ class Memory:
             handle, scratch = tempfile.mkstemp(dir=self.folder, suffix=".part")
             os.close(handle)
             codec.write(scratch, params)
-            os.replace(scratch, self._path(content))
+            Path(scratch).replace(self._path(content))
         self._loaded[content] = params
 
     def recall(self, wanted: Mapping[str, str]) -> Payload:

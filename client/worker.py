@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from corolla import codec, seeds
 from corolla.client.first_order import FirstOrder
 from corolla.client.memory import Memory
+
+from corolla import codec, seeds
 from corolla.config import RunConfig
 from corolla.data import Example, FederatedData
 from corolla.encoding import Encoded, Encoder

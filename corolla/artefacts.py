@@ -1,7 +1,6 @@
-"""What can be done with a finished adapter: score it, merge it. Uses plain PEFT, not our own model."""
+"""What can be done with a finished adapter: score it, merge it. With plain PEFT."""
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,7 +37,7 @@ def evaluate_adapter(
 
 
 def export_merged(adapter: Path, model: str | None, folder: Path) -> float:
-    """Write base + adapter as one model folder; the largest difference of logits after reloading it.
+    """Write base + adapter as one model; the largest difference of logits after reloading.
 
     Merges in fp32, whatever the base's stored precision, and saves fp32: adding a small update to
     half-precision weights would lose most of it. Raises ConfigError for a folder that is not
@@ -70,7 +69,7 @@ def export_merged(adapter: Path, model: str | None, folder: Path) -> float:
             raise ArtefactError(f"the merged model differs by {difference:.2e} in its logits")
         if folder.is_dir():
             folder.rmdir()
-        os.replace(scratch, folder)
+        scratch.replace(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return difference
@@ -88,7 +87,7 @@ def print_scores(console: Console, scores: Mapping[str, Metrics]) -> None:
 def _config(
     adapter: Path, model: str | None, dataset: str | None, settings: Sequence[str]
 ) -> RunConfig:
-    """The settings of the adapter's run where run.json is beside it, else defaults, then what is given."""
+    """The settings of the adapter's run (run.json beside it) or defaults, then what is given."""
     if not (adapter / "adapter_config.json").is_file():
         raise ArtefactError(f"{adapter} is no adapter: it has no adapter_config.json")
     stored: dict[str, Any] = {}
@@ -109,7 +108,7 @@ def _given(**options: str | None) -> dict[str, str]:
 
 def _is_classifier(adapter: Path) -> bool:
     config = json.loads((adapter / "adapter_config.json").read_text())
-    return config.get("task_type") == "SEQ_CLS"
+    return bool(config.get("task_type") == "SEQ_CLS")
 
 
 def _probe(base: models.Base) -> dict[str, torch.Tensor]:

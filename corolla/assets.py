@@ -1,4 +1,4 @@
-"""Files that ship with Corolla beside its code: the embedded model and data, the report template."""
+"""Files that ship with Corolla: the embedded model and data, the report template."""
 
 import importlib.metadata
 import json

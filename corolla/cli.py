@@ -69,7 +69,9 @@ def main(
 @app.command()
 def simulate(
     config: Annotated[Path | None, typer.Option(help="TOML file with the same names.")] = None,
-    strategy: Annotated[str | None, typer.Option(help="fedavg, ffa_lora, flora, module:Class")] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="fedavg, ffa_lora, flora, module:Class")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Hub name, folder, .gguf, 'embedded'.")] = None,
     data: Annotated[str | None, typer.Option(help="FILE.jsonl, hub name, 'embedded'.")] = None,
     clients: Annotated[int | None, typer.Option(help="How many clients.")] = None,

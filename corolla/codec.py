@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
+from safetensors.torch import load, save, save_file
 
 from corolla import tree
 from corolla.errors import WireError
@@ -60,8 +60,6 @@ def content_id(params: Params) -> str:
 
 def write(path: str, params: Params, metadata: Mapping[str, str] | None = None) -> None:
     """Save Params as a safetensors file."""
-    from safetensors.torch import save_file
-
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in params.items()}
     save_file(contiguous, path, metadata=dict(metadata or {}))
 
@@ -70,6 +68,7 @@ def read(path: str) -> tuple[Params, Mapping[str, str]]:
     """Load a safetensors file and its metadata. Raises WireError when it is not one."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except SafetensorError as error:
         raise WireError(f"{path} is not a safetensors file: {error}") from error

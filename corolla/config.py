@@ -47,15 +47,21 @@ class RunConfig(BaseModel):
     partition_alpha: Annotated[float, Field(gt=0)] = Field(0.5, description="of dirichlet")
     shards_per_client: Positive = 2
     eval_fraction: Fraction = Field(0.1, description="of each client, and again held out globally")
-    min_examples: Positive = Field(2, description="clients with fewer training examples are left out")
+    min_examples: Positive = Field(
+        2, description="clients with fewer training examples are left out"
+    )
     max_length: Annotated[int, Field(ge=8)] = Field(256, description="tokens")
 
     rank: Positive = 8
     alpha: Annotated[float, Field(gt=0)] = 16.0
     rslora: bool = False
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: list[str] | None = Field(None, description="None: all linear layers of the blocks")
-    ranks: list[Positive] = Field([], description="per client, in turn; needs a mixed-rank strategy")
+    target_modules: list[str] | None = Field(
+        None, description="None: all linear layers of the blocks"
+    )
+    ranks: list[Positive] = Field(
+        [], description="per client, in turn; needs a mixed-rank strategy"
+    )
     alphas: list[Annotated[float, Field(gt=0)]] = Field([], description="per client, beside ranks")
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -87,7 +93,8 @@ class RunConfig(BaseModel):
             raise ValueError(f"alphas has {len(self.alphas)} entries, ranks {len(self.ranks)}")
         if (self.micro_batch_size or 1) > self.batch_size:
             raise ValueError(
-                f"micro_batch_size {self.micro_batch_size} is larger than batch_size {self.batch_size}"
+                f"micro_batch_size {self.micro_batch_size} is larger than "
+                f"batch_size {self.batch_size}"
             )
         if self.quantization != "none" and self.engine == "inprocess" and self.device == "mps":
             raise ValueError("4- and 8-bit base models need a CPU or CUDA device")
@@ -99,8 +106,8 @@ class RunConfig(BaseModel):
         if len(set(self.ranks)) > 1 and not strategy.mixed_ranks:
             able = [n for n, c in strategies.STRATEGIES.items() if c.mixed_ranks]
             raise ConfigError(
-                f"strategy {self.strategy} needs one rank for all clients, found ranks {self.ranks}: "
-                f"use {' or '.join(able)}"
+                f"strategy {self.strategy} needs one rank for all clients, "
+                f"found ranks {self.ranks}: use {' or '.join(able)}"
             )
         return strategy
 
@@ -230,4 +237,3 @@ def _literal(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text.strip()
-

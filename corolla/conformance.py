@@ -152,7 +152,8 @@ class _Probe:
             model = network.worker.model
             federation = _federation(self.config, self.strategy, model, self.data)
             start = model.init(self.config.lora, seeds.derive(0, "init"))
-            state, held = self.strategy.init(start), {}
+            state: Payload = self.strategy.init(start)
+            held: Held = {}
             worst, gap = 0.0, 0.0
             for round in range(1, rounds + 1):
                 before = state, held
@@ -186,7 +187,9 @@ class _Probe:
         means = _mean({c: network.trained[c] for c in p}, p)
         scaling = self.config.lora.scaling
         expected = {m: scaling * factors.product(means, m) for m in factors.modules(means)}
-        expected |= {n: t for n, t in ideal.items() if n not in expected}  # the head is a mean itself
+        expected |= {
+            n: t for n, t in ideal.items() if n not in expected
+        }  # the head is a mean itself
         covariance = self._covariance(p, network, means)
         off = _relative({m: got[m] + covariance[m] for m in covariance}, ideal)
         return max(_relative(got, expected), off), gap
@@ -194,11 +197,12 @@ class _Probe:
     def _covariance(
         self, p: Mapping[str, float], network: "_Recorder", means: Params
     ) -> dict[str, torch.Tensor]:
-        """s Σ p_m (B_m - B̄)(A_m - Ā): by which averaging factors misses the mean of products."""
+        """S Σ p_m (B_m - B̄)(A_m - Ā): by which averaging factors misses the mean of products."""
         scaling = self.config.lora.scaling
         centred = {c: tree.sub(network.trained[c], means) for c in p}
         return {
-            m: scaling * sum(w * factors.product(centred[c], m) for c, w in p.items())
+            m: scaling
+            * torch.stack([w * factors.product(centred[c], m) for c, w in p.items()]).sum(0)
             for m in factors.modules(means)
         }
 
@@ -206,7 +210,9 @@ class _Probe:
         if self.strategy.aggregates == "weights":
             return Finding("mean of effective weights", self.kind, worst, EXACT)
         if self.strategy.aggregates == "factors":
-            note = f"{gap:.1%} off the mean of effective weights = the weighted covariance of A and B"
+            note = (
+                f"{gap:.1%} off the mean of effective weights = the weighted covariance of A and B"
+            )
             return Finding("mean of factors", self.kind, worst, EXACT, note)
         note = f"{gap:.1%} off the mean of effective weights (no claim to check)"
         return Finding("aggregate is finite", self.kind, 0.0 if gap == gap else 1.0, 0.0, note)
@@ -219,10 +225,12 @@ class _Probe:
         network: "_Recorder",
         again: "_Recorder",
     ) -> Finding:
-        """The last round once more, on another model, clients in reverse order: same bytes from each."""
+        """The last round again, on another model, clients in reverse order: the same bytes."""
         run_round(federation, before[0], {}, round, again)
         differ = [c for c, sent in network.sent.items() if again.sent.get(c) != sent]
-        note = f"{', '.join(differ)}: update depends on which client trained before" if differ else ""
+        note = (
+            f"{', '.join(differ)}: update depends on which client trained before" if differ else ""
+        )
         return Finding("no leak between clients", self.kind, float(len(differ)), 0.0, note)
 
     def _grouping(self, federation: Federation, network: "_Recorder") -> Iterator[Finding]:
@@ -265,7 +273,9 @@ class _Probe:
         model.show(self.strategy.adapter(result.state), self.config.lora)
         error = _relative(model.deltas(), network.deltas[client])
         if self.strategy.aggregates == "other":
-            return Finding("one client (no claim)", self.kind, 0.0, 0.0, f"{error:.1e} off its model")
+            return Finding(
+                "one client (no claim)", self.kind, 0.0, 0.0, f"{error:.1e} off its model"
+            )
         return Finding("one client", self.kind, error, EXACT)
 
     def _bytes(
@@ -281,10 +291,13 @@ class _Probe:
         sizes = [factors.size(model.init(federation.lora(client), 0)) for client in members]
         formula = 4 * sum(cost.up for cost in self.strategy.cost(sizes))
         off = abs(result.bytes_up - formula)
-        yield Finding("bytes up = formula", self.kind, float(off), 0.0, f"{formula} bytes" if off else "")
+        yield Finding(
+            "bytes up = formula", self.kind, float(off), 0.0, f"{formula} bytes" if off else ""
+        )
         everyone = self.config.model_copy(update={"cohort": len(_CLIENTS)})
         full = replace(federation, config=everyone)
-        state, held = self._fresh(network), {}
+        state: Payload = self._fresh(network)
+        held: Held = {}
         for round in (1, 2):  # in the second round of full participation everything cached is held
             done = run_round(full, state, held, round, network)
             state, held = done.state, done.held
@@ -345,7 +358,7 @@ def _weights(examples: Mapping[str, int]) -> dict[str, float]:
 
 def _mean(values: Mapping[str, Params], p: Mapping[str, float]) -> dict[str, torch.Tensor]:
     names = next(iter(values.values()))
-    return {n: sum(w * values[c][n].double() for c, w in p.items()) for n in names}  # type: ignore[misc]
+    return {n: torch.stack([w * values[c][n].double() for c, w in p.items()]).sum(0) for n in names}
 
 
 def _relative(found: Params, wanted: Params) -> float:
@@ -370,10 +383,12 @@ def _data(labels: Sequence[str]) -> FederatedData:
 
 def _tokenizer() -> transformers.PreTrainedTokenizerBase:
     words = {"<eos>": 0, **{f"w{i}": i + 1 for i in range(_VOCABULARY - 1)}}
-    raw = Tokenizer(WordLevel(words, unk_token="<eos>"))
+    raw = Tokenizer(WordLevel(words, unk_token="<eos>"))  # noqa: S106
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=raw, eos_token="<eos>", pad_token="<eos>"
+        tokenizer_object=raw,
+        eos_token="<eos>",  # noqa: S106
+        pad_token="<eos>",  # noqa: S106
     )
 
 

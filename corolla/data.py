@@ -44,7 +44,7 @@ class Split:
 
 @dataclass(frozen=True)
 class FederatedData:
-    """Clients by id (sorted), a held-out set that no client trains on, and labels if there are any."""
+    """Clients by id (sorted), a held-out set that no client trains on, and labels if any."""
 
     name: str
     clients: Mapping[str, Split]
@@ -188,7 +188,7 @@ def _natural(rows: Sequence[Example], config: RunConfig) -> dict[str, list[Examp
 
 
 def _artificial(rows: Sequence[Example], kind: str, config: RunConfig) -> dict[str, list[Example]]:
-    """Partitions of flwr-datasets. Only rows to train on are dealt out; test rows go round-robin."""
+    """Partitions of flwr-datasets over the training rows; other rows go round-robin."""
     import datasets
     from flwr_datasets import partitioner as flower
 

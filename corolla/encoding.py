@@ -23,7 +23,7 @@ class Encoded:
 
     @property
     def targets(self) -> int:
-        """How many predictions count in the loss: target tokens (the first has no context), or 1."""
+        """How many predictions count: target tokens (the first has no context), or 1."""
         if isinstance(self.labels, int):
             return 1
         return sum(label != IGNORE for label in self.labels[1:])

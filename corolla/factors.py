@@ -46,14 +46,14 @@ def size(params: Params) -> Size:
 
 
 def bake(params: Params, scaling: float) -> Params:
-    """The same update with scaling 1: A is multiplied by `scaling`. Only one factor, or it counts twice."""
+    """The same update with scaling 1: `scaling` goes into A alone, or it would count twice."""
     return {n: t * scaling if is_a(n) else t for n, t in params.items()}
 
 
 def stack(parts: Sequence[Params]) -> Params:
-    """Factors whose product is the sum of the parts' products: B side by side, A on top of each other.
+    """Factors whose product is the sum of the parts' products.
 
-    For parts of ranks r_1 … r_M: B (out, Σr), A (Σr, in). All parts need the same modules.
+    B side by side, (out, Σr); A on top of each other, (Σr, in). All need the same modules.
     """
     names = modules(parts[0])
     if any(modules(part) != names for part in parts):

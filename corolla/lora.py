@@ -6,7 +6,6 @@ Module names are those of the base model; tensors are `<module>.lora_A`, `<modul
 
 import json
 import math
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -98,7 +97,7 @@ class LoraModel:
                 )
 
     def init(self, spec: LoraSpec, seed: int) -> Params:
-        """A fresh adapter: A (r, in) Kaiming-uniform with a = sqrt(5), B (out, r) zero, the base's head.
+        """A fresh adapter: A (r, in) Kaiming-uniform (a = sqrt(5)), B (out, r) zero, the start head.
 
         The distribution is peft's default; the values depend only on `seed` and module names.
         """
@@ -119,7 +118,9 @@ class LoraModel:
         expected |= self._start_head.keys()
         if params.keys() != expected:
             odd = sorted(params.keys() ^ expected)
-            raise ValueError(f"adapter differs from the model in {len(odd)} tensors, first {odd[0]!r}")
+            raise ValueError(
+                f"adapter differs from the model in {len(odd)} tensors, first {odd[0]!r}"
+            )
         for name, layer in self._layers.items():
             out, into = self.shapes[name]
             a, b = params[name + factors.A], params[name + factors.B]
@@ -164,7 +165,8 @@ class LoraModel:
     def deltas(self) -> Params:
         """The effective update of every module, relative to the base model, dense, in fp64.
 
-        (out, in), from peft's own delta weight plus the frozen blocks. For checks and tests.
+        (out, in) for every layer type, from the factors and scaling that peft computes with, plus
+        the frozen blocks; a head by parameter. For checks and tests.
         """
         dense: dict[str, Tensor] = {}
         for name, layer in self._layers.items():
@@ -216,13 +218,13 @@ class LoraModel:
         config.save_pretrained(str(scratch))
         codec.write(str(scratch / "adapter_model.safetensors"), tensors, {"format": "pt"})
         shutil.rmtree(folder, ignore_errors=True)
-        os.replace(scratch, folder)
+        scratch.replace(folder)
 
     def detach(self) -> PreTrainedModel:
-        """The plain base model, without adapter and hooks; this object cannot be used afterwards."""
+        """The plain base model, without adapter and hooks; this object is of no use afterwards."""
         for hook in self._hooks:
             hook.remove()
-        return self.model.unload()  # type: ignore[no-any-return]
+        return self.model.unload()
 
     def _names(self) -> set[str]:
         return {name for name, _ in self.parameters()}
@@ -269,7 +271,7 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
 
 def merge(model: PeftModel) -> PreTrainedModel:
     """The base model with the adapter merged in. Exact only where the base has the precision."""
-    return model.merge_and_unload(safe_merge=True)  # type: ignore[no-any-return, operator]
+    return model.merge_and_unload(safe_merge=True)
 
 
 def adapter_hash(folder: Path) -> str:
@@ -291,7 +293,7 @@ def base_of(folder: Path) -> str:
 
 @contextmanager
 def _peft_speaks_to_transformers() -> Iterator[None]:
-    """peft 0.21 asks transformers 5 for an attribute by its old name; users can do nothing about it."""
+    """Silence peft 0.21, which asks transformers 5 for an attribute by its old name."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
         yield

@@ -66,7 +66,7 @@ def load(config: RunConfig, labels: Sequence[str] = ()) -> Base:
     auto: Any = AutoModelForSequenceClassification if task == "classify" else AutoModelForCausalLM
     device = pick_device(config.device)
     # A new classifier head is drawn from torch's global state: give it one of its own.
-    with torch.random.fork_rng(devices=[]), _quiet():
+    with torch.random.fork_rng(devices=[]), _Quiet():
         torch.random.manual_seed(seeds.derive(config.seed, "head"))
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
@@ -75,7 +75,7 @@ def load(config: RunConfig, labels: Sequence[str] = ()) -> Base:
             reason = " ".join(str(error).split())[:300]
             raise ModelError(f"cannot load model {config.model!r}: {reason}") from error
     if config.quantization == "none":
-        model = model.to(device)  # type: ignore[arg-type]
+        model = model.to(device)
     if model.config.get_text_config().pad_token_id is None:
         pad = tokenizer.pad_token_id
         model.config.pad_token_id = pad if pad is not None else tokenizer.eos_token_id
@@ -110,7 +110,7 @@ def resolve(name: str) -> str:
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """sha256 over the base model's tensors, by name: two parties with equal ones have equal models."""
+    """sha256 over the base model's tensors, by name."""
     sha = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -154,7 +154,7 @@ def _packaged(name: str) -> Path:
 
 
 def _convert(gguf: Path) -> Path:
-    """Dequantise a GGUF file to a folder of fp32 safetensors, once: the first time takes minutes."""
+    """Dequantise a GGUF file to a folder of fp32 safetensors, once: it takes minutes."""
     digest = hashlib.sha256()
     with gguf.open("rb") as file:
         while chunk := file.read(1 << 22):
@@ -165,7 +165,7 @@ def _convert(gguf: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting-"))
     try:
-        with torch.random.fork_rng(devices=[]), _quiet():
+        with torch.random.fork_rng(devices=[]), _Quiet():
             where = {"gguf_file": gguf.name}
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
             model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
@@ -198,7 +198,7 @@ def _bitsandbytes(config: RunConfig) -> transformers.BitsAndBytesConfig:
     )
 
 
-class _quiet:
+class _Quiet:
     """Silences transformers' progress bars and advice while a model loads."""
 
     def __enter__(self) -> None:

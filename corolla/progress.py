@@ -7,8 +7,14 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
-from rich.progress import TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 
 from corolla.server.report import human_bytes
@@ -50,7 +56,8 @@ class Bars:
         self.console.print(
             f"[bold]{escape(config['strategy'])}[/] on {escape(config['data'])}: "
             f"{facts['num_clients']} clients, {facts['cohort']} a round, base model "
-            f"{escape(config['model'])}, held-out loss {facts['base']['loss']:.4f}"
+            f"{escape(config['model'])}, held-out loss {facts['base']['loss']:.4f}",
+            soft_wrap=True,
         )
         if first_round > 1:
             self.console.print(f"resumed after round {first_round - 1}")
@@ -87,7 +94,9 @@ class Bars:
             f"{line['seconds']:.1f} s",
             f"[yellow]{line['dropped']} dropped[/]" if line["dropped"] else "",
         ]
-        self.console.print("  ".join(part for part in parts if part), highlight=False)
+        self.console.print(
+            "  ".join(part for part in parts if part), highlight=False, soft_wrap=True
+        )
 
 
 def print_summary(console: Console, summary: Summary) -> None:

@@ -1,4 +1,4 @@
-"""Files of --keep-updates: each client's adapter as a PEFT folder, to check aggregation with peft alone."""
+"""Files of --keep-updates: each client's adapter, to check aggregation with peft alone."""
 
 import json
 from collections.abc import Mapping
@@ -9,7 +9,9 @@ from corolla.lora import LoraModel
 from corolla.types import Adapter, LoraSpec, Update
 
 
-def write_update(folder: Path, model: LoraModel, lora: LoraSpec, update: Update, client: str) -> None:
+def write_update(
+    folder: Path, model: LoraModel, lora: LoraSpec, update: Update, client: str
+) -> None:
     """The adapter a client's model holds after local training, read from the model itself.
 
     It is relative to the base model: with frozen blocks it is stacked with them. The server adds

@@ -32,7 +32,11 @@ def _predictions(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Te
 
 @torch.no_grad()
 def score(
-    model: nn.Module, data: Sequence[Encoded], pad_id: int, device: torch.device, batch_size: int = 8
+    model: nn.Module,
+    data: Sequence[Encoded],
+    pad_id: int,
+    device: torch.device,
+    batch_size: int = 8,
 ) -> Metrics:
     """`loss` (nats per target), `accuracy` of the most likely target, `targets` (how many).
 

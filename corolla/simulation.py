@@ -90,4 +90,3 @@ def _in_process(
             config, InProcess(worker), evaluator, folder, facts, observer, keep_updates, resume
         )
         return run.execute()
-

@@ -10,17 +10,17 @@ from corolla.types import Params, Payload
 
 
 def add(a: Params, b: Params) -> Params:
-    """a + b, name by name; both must have the same names."""
+    """A + b, name by name; both must have the same names."""
     return {name: a[name] + b[name] for name in _same_names(a, b)}
 
 
 def sub(a: Params, b: Params) -> Params:
-    """a - b, name by name; both must have the same names."""
+    """A - b, name by name; both must have the same names."""
     return {name: a[name] - b[name] for name in _same_names(a, b)}
 
 
 def scale(a: Params, factor: float) -> Params:
-    """factor · a."""
+    """Factor · a."""
     return {name: tensor * factor for name, tensor in a.items()}
 
 

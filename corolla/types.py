@@ -57,7 +57,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Cost:
-    """Values one client sends and receives in a round; `once` is received in its first round only."""
+    """Values one client sends and receives in a round; `once`: received in its first one."""
 
     up: int
     down: int
@@ -150,7 +150,7 @@ class Aggregator(Protocol):
 
     @property
     def linear(self) -> bool:
-        XX
+        """Only sums are needed: secure sums and differential privacy on the sum apply."""
 
     def add(self, payload: Payload, weight: float) -> None:
         """Fold one client's payload in; `weight` is its number of examples."""
@@ -168,7 +168,7 @@ class Strategy(Protocol):
 
     name: ClassVar[str]
     aggregates: ClassVar[Aggregates]
-    """What of the new global model is the clients' mean, weighted by examples; `check` proves it."""
+    """What of the global model is the clients' mean, weighted by examples; `check` proves it."""
     mixed_ranks: ClassVar[bool]
     """Clients may train adapters of different ranks."""
 

@@ -81,7 +81,7 @@ def pack_task(task: Task) -> Packet:
         run_id=task.run_id,
         round=task.round,
         base_version=task.base_version,
-        kind=pb.Kind.ValueType(task.kind),
+        kind=pb.Kind.Name(task.kind),
         config=task.config,
         payload_bytes=len(task.payload),
         payload_sha256=_sha256(task.payload),
@@ -114,7 +114,7 @@ def pack_reply(reply: Reply) -> Packet:
         run_id=reply.run_id,
         round=reply.round,
         base_version=reply.base_version,
-        kind=pb.Kind.ValueType(reply.kind),
+        kind=pb.Kind.Name(reply.kind),
         client=reply.client,
         num_examples=reply.num_examples,
         metrics={k: float(v) for k, v in reply.metrics.items() if math.isfinite(v)},
@@ -155,7 +155,7 @@ def unpack_reply(packet: Packet, max_payload: int) -> Reply:
 
 
 def to_flower(packet: Packet) -> "RecordDict":
-    """A packet as Flower records: the payload is one array, because each array costs two objects."""
+    """A packet as Flower records: one array for all, because each array costs two objects."""
     # Imported here because Flower takes a second to import and in-process runs do not need it.
     import numpy as np
     from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict

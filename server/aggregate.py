@@ -31,7 +31,9 @@ def in_order(
         yield client, waiting.get(client)
 
 
-def read_reply(packet: Packet, client: str, task: Task, like: Payload | None) -> tuple[Reply, Payload]:
+def read_reply(
+    packet: Packet, client: str, task: Task, like: Payload | None
+) -> tuple[Reply, Payload]:
     """A reply and its update, checked against the task it answers and what an update looks like.
 
     `like` is None where no payload is expected. Raises WireError for an error reply, a stale or

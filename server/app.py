@@ -9,6 +9,8 @@ from logging import INFO
 from pathlib import Path
 from typing import Any
 
+from corolla.server.evaluate import Evaluator
+from corolla.server.run import Observer, Run, Summary, prepare_folder
 from flwr.app import Context, Message
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
@@ -17,8 +19,6 @@ from corolla import data, models, wire
 from corolla.config import RunConfig, load
 from corolla.errors import RoundError, WireError
 from corolla.lora import LoraModel
-from corolla.server.evaluate import Evaluator
-from corolla.server.run import Observer, Run, Summary, prepare_folder
 from corolla.wire import Kind, Packet, Reply, Task, pack_reply, pack_task, unpack_task
 
 _POLL = 0.05
@@ -29,12 +29,12 @@ _LARGEST = 1 << 40
 app: ServerApp = ServerApp()
 
 
-class Stopped(RoundError):
+class StoppedError(RoundError):
     """The engine is being shut down."""
 
 
 class GridNetwork:
-    """Nodes behind a Flower Grid, asked with our own loop: deadlines, and no reply can end a run."""
+    """Nodes behind a Flower Grid, asked in our own loop: it has a deadline, no reply can end it."""
 
     def __init__(
         self, grid: Grid, run_id: str, config: RunConfig, nodes: int, stop: threading.Event
@@ -85,7 +85,7 @@ class GridNetwork:
         waiting = dict(zip(ids, packets, strict=True))
         while waiting and time.monotonic() < deadline:
             if self.stop.is_set():
-                raise Stopped("stopped")
+                raise StoppedError("stopped")
             for message in self.grid.pull_messages(list(waiting)):
                 node = waiting.pop(message.metadata.reply_to_message_id, None)
                 if node is not None:
@@ -98,7 +98,7 @@ class GridNetwork:
         deadline = since + self.config.deadline
         while time.monotonic() < deadline:
             if self.stop.is_set():
-                raise Stopped("stopped")
+                raise StoppedError("stopped")
             now = sorted(self.grid.get_node_ids())
             if now != found:
                 found, since = now, time.monotonic()
@@ -134,9 +134,7 @@ def serve(
     }
     model = LoraModel(base, config.target_modules, config.dropout)
     evaluator = Evaluator(config, model, dataset.heldout, dataset.labels)
-    return Run(
-        config, network, evaluator, folder, facts, observer, keep_updates, resume
-    ).execute()
+    return Run(config, network, evaluator, folder, facts, observer, keep_updates, resume).execute()
 
 
 @app.main()
@@ -188,4 +186,3 @@ def _packet(message: Message, asked: Packet) -> Packet:
     return pack_reply(
         Reply(task.run_id, task.round, task.base_version, task.kind, "", error=reason)
     )
-

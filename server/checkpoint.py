@@ -76,4 +76,4 @@ def write_atomic(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(scratch, path)
+    scratch.replace(path)

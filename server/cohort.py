@@ -8,7 +8,7 @@ from corolla import seeds
 
 
 def sample(clients: Sequence[str], size: int, seed: int, round: int) -> list[str]:
-    """`size` clients drawn uniformly without replacement, sorted; the same for the same seed and round.
+    """`size` clients drawn uniformly without replacement, sorted; a function of seed and round.
 
     Every client is in the cohort with probability size / len(clients).
     """

@@ -1,4 +1,4 @@
-"""What the server measures: held-out loss, sample answers, and whether the saved adapter is the model."""
+"""What the server measures: held-out loss, answers, and whether the saved adapter is right."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from corolla.lora import LoraModel
 from corolla.scoring import score
 from corolla.types import Adapter, Metrics
 
-_ANSWER_TOKENS = 48
+_ANSWER_TOKENS = 64
 _SAMPLES = 2
 
 
@@ -29,7 +29,7 @@ class Sample:
 
 
 class Evaluator:
-    """Scores global models on the held-out set, with a model of its own or one shared in process."""
+    """Scores global models on the held-out set, on a model of its own or a shared one."""
 
     def __init__(
         self, config: RunConfig, model: LoraModel, heldout: Sequence[Example], labels: Sequence[str]
@@ -38,7 +38,7 @@ class Evaluator:
         self._encoder = Encoder(model.base.tokenizer, labels, config.max_length)
         chosen = _spread(heldout, config.eval_examples)
         self._data = [sequence for example in chosen for sequence in self._encoder(example)]
-        self._samples = [e for e in _spread(heldout, 24) if 4 < len(e.text) < 400][:_SAMPLES]
+        self._samples = _spread([e for e in heldout if 4 < len(e.text) < 400], _SAMPLES)
 
     def score(self, adapter: Adapter) -> Metrics:
         """Loss and accuracy on the held-out examples."""
@@ -56,7 +56,7 @@ class Evaluator:
         self.model.base.tokenizer.save_pretrained(str(folder))
 
     def verify(self, adapter: Adapter, folder: Path) -> float:
-        """Load the saved adapter with plain peft; the largest difference of logits from the server's.
+        """Load the saved adapter with plain peft; the largest difference from the server's logits.
 
         Ends this evaluator: its base model is handed to peft. Raises ArtefactError when the
         difference is more than rounding.
@@ -123,4 +123,4 @@ def _spread(examples: Sequence[Example], most: int) -> list[Example]:
     """At most `most` examples at even distances, so that every client has its share."""
     if len(examples) <= most:
         return list(examples)
-    return [examples[i * len(examples) // most] for i in range(most)]
+    return [examples[(2 * i + 1) * len(examples) // (2 * most)] for i in range(most)]

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from corolla.server.checkpoint import write_atomic
 
 from corolla.assets import asset
-from corolla.server.checkpoint import write_atomic
 
 _SHOWN_CLIENTS = 40
 
@@ -18,8 +18,8 @@ def write_report(path: Path, info: Mapping[str, Any], lines: Sequence[Mapping[st
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         asset("report.html.j2").read_text(encoding="utf-8")
     )
-    template.globals |= {"size": human_bytes}
     page = template.render(
+        size=human_bytes,
         info=info,
         lines=lines,
         charts=[

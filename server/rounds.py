@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
+from corolla.server import cohort
+from corolla.server.aggregate import in_order, read_reply
+
 from corolla import codec, tree
 from corolla.config import RunConfig
 from corolla.errors import RoundError, WireError
-from corolla.server import cohort
-from corolla.server.aggregate import in_order, read_reply
 from corolla.types import Broadcast, LoraSpec, Metrics, Params, Payload, Strategy
 from corolla.wire import Kind, Packet, Task, pack_task
 
@@ -86,7 +87,7 @@ def run_round(
     network: Network,
     on_reply: Callable[[str], None] = lambda client: None,
 ) -> RoundResult:
-    """Broadcast, let the cohort train, aggregate the valid replies in the order of client ids, apply.
+    """Broadcast, let the cohort train, aggregate valid replies in the order of ids, apply.
 
     Commits or leaves everything as it was: raises RoundError when fewer than the quorum are
     valid, or when the aggregate is not finite.
@@ -205,7 +206,7 @@ def _rendered(broadcast: Broadcast, lacks: frozenset[str]) -> Payload:
 
 
 def _mean(metrics: Mapping[str, Metrics], examples: Mapping[str, int]) -> Metrics:
-    """Example-weighted means of what clients report; counts of tokens, steps and skips are summed."""
+    """Example-weighted means of what clients report; tokens, steps and skips are summed."""
     summed = ("target_tokens", "local_steps", "skipped")
     names = sorted({name for reported in metrics.values() for name in reported})
     result: dict[str, float] = {}

@@ -12,10 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
-import corolla
-from corolla import lora, records, seeds, tree
-from corolla.config import RunConfig, validate
-from corolla.errors import ArtefactError, ConfigError
 from corolla.server import checkpoint
 from corolla.server.checkpoint import Checkpoint, write_atomic
 from corolla.server.evaluate import Evaluator, Sample
@@ -28,6 +24,11 @@ from corolla.server.rounds import (
     evaluate_clients,
     run_round,
 )
+
+import corolla
+from corolla import lora, records, seeds, tree
+from corolla.config import RunConfig, validate
+from corolla.errors import ArtefactError, ConfigError
 from corolla.types import Metrics, Payload
 
 
@@ -68,7 +69,7 @@ class Summary:
 
 @dataclass
 class Run:
-    """One run and its folder. `facts` names what was trained on: model and data with their hashes."""
+    """One run and its folder. `facts` holds the hashes of model and data."""
 
     config: RunConfig
     network: Network
@@ -148,8 +149,10 @@ class Run:
         write_atomic(self.folder / "metrics.jsonl", text.encode())
         checkpoint.save(self.folder / "checkpoint", at)
 
-    def _base(self, federation: Federation, state: Payload, info: Mapping[str, Any]) -> dict[str, Any]:
-        """Scores and answers of the untouched model; the start of every strategy is a zero update."""
+    def _base(
+        self, federation: Federation, state: Payload, info: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Scores and answers of the untouched model: every strategy starts from a zero update."""
         adapter = federation.strategy.adapter(state)
         metrics = self.evaluator.score(adapter)
         clients = evaluate_clients(federation, state, {}, 0, self.network)
@@ -301,5 +304,3 @@ def _line(
     if result.dropped:
         line["dropped_why"] = dict(result.dropped)
     return line
-
-

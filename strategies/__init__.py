@@ -5,10 +5,11 @@ import difflib
 import importlib
 from collections.abc import Mapping
 
-from corolla.errors import ConfigError
 from corolla.strategies.fedavg import FedAvg
 from corolla.strategies.ffa_lora import FfaLora
 from corolla.strategies.flora import Flora
+
+from corolla.errors import ConfigError
 from corolla.types import Strategy
 
 STRATEGIES: dict[str, type[Strategy]] = {
@@ -29,7 +30,9 @@ def find(name: str) -> type[Strategy]:
         if known is None:
             near = difflib.get_close_matches(name.replace("-", "_"), STRATEGIES, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(STRATEGIES)}"
-            raise ConfigError(f"unknown strategy {name!r}: {hint}, or name your own as module:Class")
+            raise ConfigError(
+                f"unknown strategy {name!r}: {hint}, or name your own as module:Class"
+            )
         return known
     module, _, attribute = name.partition(":")
     try:
@@ -40,14 +43,18 @@ def find(name: str) -> type[Strategy]:
         raise ConfigError(f"strategy {name!r} is not a class")
     missing = sorted(part for part in _PARTS if not hasattr(found, part))
     if missing:
-        raise ConfigError(f"strategy {name!r} lacks {', '.join(missing)} (see corolla.types.Strategy)")
+        raise ConfigError(
+            f"strategy {name!r} lacks {', '.join(missing)} (see corolla.types.Strategy)"
+        )
     return found
 
 
 def create(name: str, options: Mapping[str, object] | None = None) -> Strategy:
     """A strategy with its hyper-parameters. Raises ConfigError for an unknown or bad option."""
     cls = find(name)
-    known = [field.name for field in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+    known: list[str] = (
+        [field.name for field in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+    )
     for key in options or {}:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
@@ -63,5 +70,6 @@ def create(name: str, options: Mapping[str, object] | None = None) -> Strategy:
 
 
 _PARTS = (
-    "name aggregates mixed_ranks init broadcast local update_like aggregator apply adapter cost".split()
+    *("name", "aggregates", "mixed_ranks", "init", "broadcast", "local", "update_like"),
+    *("aggregator", "apply", "adapter", "cost"),
 )
