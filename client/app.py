@@ -21,7 +21,7 @@ _LARGEST = 1 << 40
 MEMORY = "COROLLA_MEMORY"
 RECORD = "COROLLA_KEEP_UPDATES"
 
-app: ClientApp = ClientApp()
+app = ClientApp()  # without annotation: `flwr build` looks for the bare assignment
 
 
 @app.train()

@@ -103,8 +103,8 @@ class Worker:
         )
 
     def _evaluate(self, client: str, received: Payload, blank: Reply) -> Reply:
-        examples = self.data.clients[client].eval
-        data = [s for e in examples for s in self._encoder(e)][: self.config.eval_examples]
+        examples = self.data.clients[client].eval[: self.config.eval_client_examples]
+        data, _ = encode_all(self._encoder, examples)
         self.model.show(self.strategy.adapter(received), self.config.lora)
         metrics = score(self.model.model, data, self.model.base.pad_id, self.model.device)
         return replace(blank, num_examples=len(data), metrics=metrics)

@@ -2,15 +2,52 @@
 
 In a checkout or an app bundle the packages `corolla.server`, `corolla.client`,
 `corolla.strategies` and `corolla.proto` lie at the top level beside this folder; in a wheel they
-lie inside it. Both import under the same names.
+lie inside it. Both import under the same names. The public names below load on first use: torch
+and peft take seconds to import.
 """
 
+import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from corolla.config import RunConfig
+    from corolla.conformance import conform
+    from corolla.errors import CorollaError
+    from corolla.simulation import simulate
+    from corolla.types import Adapter, Broadcast, Client, Cost, Params, Payload, Strategy, Update
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Adapter",
+    "Broadcast",
+    "Client",
+    "CorollaError",
+    "Cost",
+    "Params",
+    "Payload",
+    "RunConfig",
+    "Strategy",
+    "Update",
+    "__version__",
+    "conform",
+    "simulate",
+]
 
 _root = Path(__file__).resolve().parent.parent
 if (_root / "server" / "rounds.py").is_file():  # a checkout or an app bundle
     __path__.insert(0, str(_root))
 
-__all__ = ["__version__"]
+_HOME = {
+    "CorollaError": "corolla.errors",
+    "RunConfig": "corolla.config",
+    "conform": "corolla.conformance",
+    "simulate": "corolla.simulation",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'corolla' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME.get(name, "corolla.types")), name)

@@ -65,7 +65,7 @@ class RunConfig(BaseModel):
     alphas: list[Annotated[float, Field(gt=0)]] = Field([], description="per client, beside ranks")
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: Annotated[float, Field(gt=0)] = 3e-3
+    lr: Annotated[float, Field(gt=0)] = Field(3e-4, description="3e-3 for the embedded model")
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     local_steps: Positive = 10
     local_epochs: Positive | None = Field(None, description="instead of local_steps")
@@ -77,6 +77,7 @@ class RunConfig(BaseModel):
 
     eval_every: Positive = 1
     eval_examples: Positive = Field(256, description="held-out examples per evaluation, at most")
+    eval_client_examples: Positive = Field(32, description="of each client that is evaluated")
     eval_clients: Annotated[int, Field(ge=0)] = Field(32, description="clients evaluated, at most")
 
     device: str = Field("auto", description="cpu, cuda, mps; auto: the best there is")
@@ -84,6 +85,14 @@ class RunConfig(BaseModel):
     quantization: Literal["none", "8bit", "4bit"] = "none"
     gradient_checkpointing: bool = False
     threads: Annotated[int, Field(ge=0)] = Field(0, description="of the CPU; 0: as many as cores")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lr_of_model(cls, values: Any) -> Any:
+        """The embedded model is a hundred times smaller than others: it wants a higher rate."""
+        if isinstance(values, dict) and values.get("model", "embedded") == "embedded":
+            return {"lr": 3e-3, **values}
+        return values
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":

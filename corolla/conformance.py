@@ -26,7 +26,6 @@ from corolla.client.memory import Memory
 from corolla.client.worker import Worker
 from corolla.config import RunConfig
 from corolla.data import Example, FederatedData, Split
-from corolla.errors import CorollaError
 from corolla.lora import LoraModel
 from corolla.models import Base
 from corolla.server.rounds import Federation, Held, RoundResult, run_round
@@ -126,7 +125,7 @@ def _cell(finding: Finding) -> str:
 def _on_model(name: str, kind: str, mixed: bool, rounds: int) -> Iterator[Finding]:
     try:
         yield from _Probe(name, kind, mixed).findings(rounds)
-    except (CorollaError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # noqa: BLE001 - whatever a strategy raises is its failure
         yield Finding("runs", kind, 1.0, 0.0, f"{type(error).__name__}: {error}")
 
 
@@ -154,14 +153,17 @@ class _Probe:
             start = model.init(self.config.lora, seeds.derive(0, "init"))
             state: Payload = self.strategy.init(start)
             held: Held = {}
-            worst, gap = 0.0, 0.0
+            worst, gap, miscounted = 0.0, 0.0, 0
             for round in range(1, rounds + 1):
                 before = state, held
                 result = run_round(federation, state, held, round, network)
                 state, held = result.state, result.held
                 error, inexact = self._error(model, network, result)
                 worst, gap = max(worst, error), max(gap, inexact)
+                # Three steps of four: every client sees each of its examples at least once.
+                miscounted += sum(_CLIENTS[c] != n for c, n in result.num_examples.items())
             yield self._mean(worst, gap)
+            yield Finding("weights = examples", self.kind, float(miscounted), 0.0)
             again = _Recorder(self._worker(Path(scratch) / "b"), reverse=True)
             yield self._leak(federation, before, rounds, network, again)
             yield from self._grouping(federation, network)

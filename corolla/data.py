@@ -51,6 +51,8 @@ class FederatedData:
     heldout: Sequence[Example]
     labels: Sequence[str]
     fingerprint: str
+    left_out: int = 0
+    """Clients with fewer than min_examples training examples."""
 
 
 def load(config: RunConfig) -> FederatedData:
@@ -78,7 +80,8 @@ def load(config: RunConfig) -> FederatedData:
     heldout = heldout or [row for split in clients.values() for row in split.eval]
     if not heldout:
         raise DataError(f"{config.data} leaves no held-out examples: raise eval_fraction")
-    return FederatedData(config.data, clients, heldout, labels, fingerprint)
+    left_out = len(parts) - len(clients)
+    return FederatedData(config.data, clients, heldout, labels, fingerprint, left_out)
 
 
 def read(name: str) -> tuple[list[Example], str]:
@@ -194,10 +197,10 @@ def _artificial(rows: Sequence[Example], kind: str, config: RunConfig) -> dict[s
 
     train = [row for row in rows if row.split in (None, "train")]
     number = config.clients or 10
-    if number * (config.min_examples + 2) > len(train) and kind != "dirichlet":
+    if number * config.min_examples > len(train):
         raise ConfigError(
             f"asked for {number} clients, {config.data} has {len(train)} training rows: fewer "
-            f"than {config.min_examples + 2} for each; lower --clients"
+            f"than min_examples={config.min_examples} for each; lower --clients"
         )
     labels = [row.label or "" for row in train]
     if kind in ("dirichlet", "shards") and not any(labels):
@@ -209,7 +212,7 @@ def _artificial(rows: Sequence[Example], kind: str, config: RunConfig) -> dict[s
             num_partitions=number,
             partition_by="label",
             alpha=config.partition_alpha,
-            min_partition_size=config.min_examples + 2,
+            min_partition_size=config.min_examples,
             seed=seed,
         )
     elif kind == "shards":
@@ -256,9 +259,9 @@ def _split(
     own = [row for row in shuffled if row.split == "validation"]
     held = [row for row in shuffled if row.split == "test"]
     train = [row for row in shuffled if row.split in (None, "train")]
-    carve = max(1, round(len(train) * config.eval_fraction)) if len(train) > 2 else 0
-    if not own and not held:
+    carve = max(1, round(len(train) * config.eval_fraction))
+    if not own and not held and len(train) > 2:
         held, train = train[:carve], train[carve:]
-    if not own:
+    if not own and len(train) > 2:
         own, train = train[:carve], train[carve:]
     return Split(train, own), held

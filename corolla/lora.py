@@ -53,10 +53,11 @@ class LoraModel:
         heads = _heads(base)
         self.targets = list(targets) if targets else _linear_suffixes(base.model, heads)
         self.shapes = _shapes(base.model, self.targets, heads)
-        if not self.shapes:
+        idle = [t for t in self.targets if not any(_matches(name, t) for name in self.shapes)]
+        if idle:
             known = ", ".join(_linear_suffixes(base.model, heads)[:12])
             raise ModelError(
-                f"target modules {', '.join(self.targets)} match nothing in {base.name}: "
+                f"target modules {', '.join(idle)} match nothing in {base.name}: "
                 f"its linear layers are {known}"
             )
         conv1d = any(isinstance(base.model.get_submodule(n), Conv1D) for n in self.shapes)
@@ -73,6 +74,7 @@ class LoraModel:
         # peft draws its own start from torch's global state; `write` replaces it before any use.
         with torch.random.fork_rng(devices=[]), _peft_speaks_to_transformers():
             self.model = get_peft_model(base.model, self._config, adapter_name=_NAME)
+        self.model.eval()  # peft adds its dropout layers in training mode
         self.device = next(self.model.parameters()).device
         wrapped = self.model.base_model.model
         self._layers = {n: m for n, m in wrapped.named_modules() if isinstance(m, LoraLayer)}
@@ -97,7 +99,7 @@ class LoraModel:
                 )
 
     def init(self, spec: LoraSpec, seed: int) -> Params:
-        """A fresh adapter: A (r, in) Kaiming-uniform (a = sqrt(5)), B (out, r) zero, the start head.
+        """A fresh adapter: A (r, in) Kaiming-uniform (a = sqrt(5)), B (out, r) zero, head as is.
 
         The distribution is peft's default; the values depend only on `seed` and module names.
         """
@@ -224,7 +226,10 @@ class LoraModel:
         """The plain base model, without adapter and hooks; this object is of no use afterwards."""
         for hook in self._hooks:
             hook.remove()
-        return self.model.unload()
+        plain: PreTrainedModel = self.model.unload()
+        for name, tensor in self._start_head.items():  # peft would leave the trained head in place
+            plain.get_parameter(name).data = tensor.clone()
+        return plain
 
     def _names(self) -> set[str]:
         return {name for name, _ in self.parameters()}
@@ -328,9 +333,14 @@ def _shapes(
     """(out, in) of every targeted module; Conv1D keeps its weight as (in, out)."""
     found: dict[str, tuple[int, int]] = {}
     for name, module in _linear(model, heads):
-        if any(name == target or name.endswith("." + target) for target in targets):
+        if any(_matches(name, target) for target in targets):
             if isinstance(module, Conv1D):
                 found[name] = (module.weight.shape[1], module.weight.shape[0])
             else:
                 found[name] = (int(module.out_features), int(module.in_features))  # type: ignore
     return found
+
+
+def _matches(name: str, target: str) -> bool:
+    """Whether a module is meant by a target: its full name, or the last parts of it."""
+    return name == target or name.endswith("." + target)

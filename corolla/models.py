@@ -169,6 +169,10 @@ def _convert(gguf: Path) -> Path:
             where = {"gguf_file": gguf.name}
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
             model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
+            # The tensors are plain fp32 by now; what says otherwise would forbid saving them.
+            model.hf_quantizer = None
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
             model.save_pretrained(scratch)
             tokenizer.save_pretrained(scratch)
         try:

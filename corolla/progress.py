@@ -59,6 +59,11 @@ class Bars:
             f"{escape(config['model'])}, held-out loss {facts['base']['loss']:.4f}",
             soft_wrap=True,
         )
+        if facts["clients_left_out"]:
+            self.console.print(
+                f"[yellow]{facts['clients_left_out']} clients left out:[/] fewer than "
+                f"min_examples={config['min_examples']} training examples"
+            )
         if first_round > 1:
             self.console.print(f"resumed after round {first_round - 1}")
         self._rounds = self._progress.add_task(

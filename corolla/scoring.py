@@ -1,7 +1,9 @@
 """How good a model is on examples: the loss that training uses, and what it means to people."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,15 +21,36 @@ def loss_sum(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return F.cross_entropy(*_predictions(model, batch), reduction="sum")
 
 
-def _predictions(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _predictions(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """(logits of the targets in fp32 (n, classes), targets (n,))."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     labels = batch["labels"]
     if labels.dim() == 1:
-        return logits.float(), labels
+        return model(**inputs).logits.float(), labels
     wanted = labels[:, 1:] != IGNORE
-    # Only positions with a target: with a large vocabulary the logits are most of the memory.
-    return logits[:, :-1][wanted].float(), labels[:, 1:][wanted]
+    with _only(model, wanted):
+        logits = model(**inputs).logits
+    if logits.dim() == 3:  # a head that is not one module: the hook had nothing to hold on to
+        logits = logits[:, :-1][wanted]
+    return logits.float(), labels[:, 1:][wanted]
+
+
+@contextmanager
+def _only(model: Any, wanted: Tensor) -> Iterator[None]:
+    """Let the output layer see only positions with a target.
+
+    With a vocabulary of 262,144 (Gemma 3) the logits of one batch are gigabytes, most of them for
+    padding and prompts.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda module, args: (args[0][:, :-1][wanted],))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from corolla.config import RunConfig
 from corolla.errors import WireError
 from corolla.lora import LoraModel
 from corolla.server.evaluate import Evaluator
-from corolla.server.run import Observer, Run, Summary, prepare_folder, stored_run
+from corolla.server.run import Observer, Run, Silent, Summary, prepare_folder, stored_run
 from corolla.wire import Kind, Packet, Task, pack_task, unpack_reply
 
 
@@ -39,7 +39,7 @@ class InProcess:
 def simulate(
     config: RunConfig,
     folder: Path,
-    observer: Observer,
+    observer: Observer | None = None,
     *,
     keep_updates: bool = False,
     resume: bool = False,
@@ -50,6 +50,7 @@ def simulate(
     Raises CorollaError for anything a user can cause; an output folder that was new is removed
     again when nothing of the run was committed.
     """
+    observer = observer or Silent()
     prepare_folder(folder, resume)
     existed = {path.name for path in folder.iterdir()}
     run_id = stored_run(folder)[1] if resume else None
@@ -60,7 +61,7 @@ def simulate(
             return simulate_on_flower(config, folder, observer, keep_updates, resume, run_id)
         return _in_process(config, folder, observer, keep_updates, resume, run_id, on_step)
     finally:
-        if not existed and not (folder / "run.json").exists():
+        if not existed and not (folder / "checkpoint").exists():
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -80,6 +81,7 @@ def _in_process(
         "run_id": run_id,
         "model_sha256": models.fingerprint(base.model),
         "data_sha256": dataset.fingerprint,
+        "clients_left_out": dataset.left_out,
     }
     model = LoraModel(base, config.target_modules, config.dropout)
     evaluator = Evaluator(config, model, dataset.heldout, dataset.labels)

@@ -26,7 +26,7 @@ _SETTLE = 2.0
 """Seconds without a new node after which those that are there are the federation."""
 _LARGEST = 1 << 40
 
-app: ServerApp = ServerApp()
+app = ServerApp()  # without annotation: `flwr build` looks for the bare assignment
 
 
 class StoppedError(RoundError):
@@ -131,6 +131,7 @@ def serve(
         "run_id": run_id,
         "model_sha256": models.fingerprint(base.model),
         "data_sha256": dataset.fingerprint,
+        "clients_left_out": dataset.left_out,
     }
     model = LoraModel(base, config.target_modules, config.dropout)
     evaluator = Evaluator(config, model, dataset.heldout, dataset.labels)

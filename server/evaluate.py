@@ -38,7 +38,9 @@ class Evaluator:
         self._encoder = Encoder(model.base.tokenizer, labels, config.max_length)
         chosen = _spread(heldout, config.eval_examples)
         self._data = [sequence for example in chosen for sequence in self._encoder(example)]
-        self._samples = _spread([e for e in heldout if 4 < len(e.text) < 400], _SAMPLES)
+        short = [e for e in heldout if len(e.text) < 400]
+        telling = [e for e in short if e.prompt or labels or len(e.text) > 40]
+        self._samples = _spread(telling or short, _SAMPLES)
 
     def score(self, adapter: Adapter) -> Metrics:
         """Loss and accuracy on the held-out examples."""
@@ -92,8 +94,9 @@ class Evaluator:
             prompt, reference = example.prompt, example.text
             ids = self._encoder.prompt_ids(prompt)
         else:
-            cut = max(1, len(example.text) // 3)
-            prompt, reference = example.text[:cut], example.text[cut:]
+            words = example.text.split(" ")
+            cut = max(1, len(words) // 3)
+            prompt, reference = " ".join(words[:cut]), " ".join(words[cut:])
             ids = list(tokenizer(prompt)["input_ids"])
             ids = ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
         start = torch.tensor([ids[-self.config.max_length :]], device=model.device)

@@ -48,6 +48,18 @@ class Observer(Protocol):
         """The line that metrics.jsonl has got."""
 
 
+class Silent:
+    """An observer that nobody hears."""
+
+    def started(self, facts: Mapping[str, Any], first_round: int) -> None: ...
+
+    def round_started(self, round: int, cohort: int) -> None: ...
+
+    def replied(self, client: str) -> None: ...
+
+    def round_ended(self, line: Mapping[str, Any]) -> None: ...
+
+
 @dataclass(frozen=True)
 class Summary:
     """What a finished run has to say."""

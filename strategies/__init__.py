@@ -37,7 +37,7 @@ def find(name: str) -> type[Strategy]:
     module, _, attribute = name.partition(":")
     try:
         found: object = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"cannot import strategy {name!r}: {error}") from error
     if not isinstance(found, type):
         raise ConfigError(f"strategy {name!r} is not a class")

@@ -30,8 +30,9 @@ class Flora:
 
     Each round every client trains a fresh adapter of its own rank (A random, B zero). The stack
     of a round, of rank Σ r_m, becomes a frozen block beside the base model: it is never merged
-    into it. Once the blocks of a module reach `compact_at` times its full rank, all are replaced
-    by one block of at most `max_rank` (None: the full rank, which loses nothing).
+    into it. Once the blocks' rank is more than `compact_at` times the largest they are compacted
+    to, all are replaced by one block of at most `max_rank` (None: the full rank of each module,
+    which loses nothing).
 
     Every client receives every other client's factors, and re-initialisation costs progress when
     local training is short (arXiv 2410.09432, table 4).
@@ -45,9 +46,9 @@ class Flora:
     compact_at: float = 2.0
 
     def __post_init__(self) -> None:
-        if self.max_rank is not None and self.max_rank < 1:
-            raise ValueError(f"max_rank must be at least 1, found {self.max_rank}")
-        if self.compact_at < 1:
+        if self.max_rank is not None and (type(self.max_rank) is not int or self.max_rank < 1):
+            raise ValueError(f"max_rank must be a whole number from 1, found {self.max_rank}")
+        if not self.compact_at >= 1:
             raise ValueError(f"compact_at must be at least 1, found {self.compact_at}")
 
     def init(self, start: Params) -> Payload:

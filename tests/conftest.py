@@ -1,0 +1,111 @@
+"""What all tests share: no network, one thread, a tiny random model and a tiny federation."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+import transformers
+from hypothesis import settings as hypothesis_settings
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from corolla.config import RunConfig
+
+torch.set_num_threads(1)
+
+# The same examples on every machine; a fixture is built once for all examples of a test.
+hypothesis_settings.register_profile(
+    "corolla", derandomize=True, deadline=None, database=None, max_examples=100
+)
+hypothesis_settings.load_profile("corolla")
+
+Settings = Callable[..., RunConfig]
+
+
+def byte_tokenizer(pad: str = "<pad>") -> transformers.PreTrainedTokenizerBase:
+    """One token a byte: <eos> is 0, <pad> is 1, the bytes follow. Any text is encoded exactly."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<eos>", "<pad>", *alphabet])}
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    raw.decoder = decoders.ByteLevel()
+    made: transformers.PreTrainedTokenizerBase = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="<eos>", pad_token=pad
+    )
+    return made
+
+
+@pytest.fixture
+def tokenizer() -> transformers.PreTrainedTokenizerBase:
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of one layer: grouped-query attention, tied embeddings."""
+    folder: Path = tmp_path_factory.mktemp("models") / "llama"
+    with torch.random.fork_rng(devices=[]):
+        torch.random.manual_seed(0)
+        model = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                vocab_size=258,
+                hidden_size=16,
+                intermediate_size=24,
+                num_hidden_layers=1,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=128,
+                tie_word_embeddings=True,
+                initializer_range=0.2,
+                bos_token_id=0,
+                eos_token_id=0,
+                pad_token_id=1,
+            )
+        )
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def federation_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four clients of unequal size; prompts and responses, no two rows alike."""
+    path: Path = tmp_path_factory.mktemp("data") / "federation.jsonl"
+    rows = [
+        {"client_id": name, "prompt": f"{name} {i}?", "response": f"{name[::-1]} {'ab' * (i % 5)}"}
+        for name, number in (("ada", 6), ("ben", 9), ("cyd", 12), ("dot", 7))
+        for i in range(number)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def settings(tiny_model: Path, federation_file: Path) -> Settings:
+    """A config of a run that takes a second, with the changes given."""
+
+    def make(**changes: Any) -> RunConfig:
+        values: dict[str, Any] = {
+            "model": str(tiny_model),
+            "data": str(federation_file),
+            "rounds": 3,
+            "cohort": 4,
+            "rank": 2,
+            "alpha": 4.0,
+            "local_steps": 2,
+            "batch_size": 3,
+            "lr": 0.01,
+            "schedule": "constant",
+            "max_length": 48,
+            "eval_examples": 8,
+            "threads": 1,
+            "device": "cpu",
+        }
+        return RunConfig(**{**values, **changes})
+
+    return make

@@ -1,0 +1,307 @@
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from corolla.strategies.flora import Flora
+
+from corolla import config
+from corolla.config import RunConfig
+from corolla.errors import ConfigError
+from corolla.types import LoraSpec
+
+
+def load(
+    tmp_path: Path,
+    toml: str | None = None,
+    settings: Sequence[str] = (),
+    **overrides: object,
+) -> RunConfig:
+    file = None
+    if toml is not None:
+        file = tmp_path / "config.toml"
+        file.write_text(toml)
+    return config.load(file, overrides, settings)
+
+
+def refused(
+    tmp_path: Path, toml: str | None = None, settings: Sequence[str] = (), **overrides: object
+) -> str:
+    """The message, which is one line, of a config that is refused."""
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, toml, settings, **overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert caught.value.exit_code == 2
+    return message
+
+
+def test_nothing_given_is_the_default(tmp_path: Path) -> None:
+    assert load(tmp_path) == RunConfig()
+
+
+def test_later_sources_win(tmp_path: Path) -> None:
+    toml = "rounds = 2\nrank = 3\nseed = 4"
+    found = load(tmp_path, toml, ["rank=5", "seed=6"], seed=7)
+    assert (found.rounds, found.rank, found.seed) == (2, 5, 7)
+
+
+def test_an_option_that_was_not_given_decides_nothing(tmp_path: Path) -> None:
+    assert load(tmp_path, "rounds = 2", rounds=None, strategy=None).rounds == 2
+
+
+@pytest.mark.parametrize("key", ["local-steps", "local_steps"])
+def test_keys_may_have_dashes(tmp_path: Path, key: str) -> None:
+    assert load(tmp_path, f"{key} = 3").local_steps == 3
+    assert load(tmp_path, None, [f"{key}=4"]).local_steps == 4
+
+
+@pytest.mark.parametrize(
+    ("setting", "key", "wanted"),
+    [
+        ("lr=1e-4", "lr", 1e-4),
+        ("rslora=true", "rslora", True),
+        ("local_epochs=null", "local_epochs", None),
+        ("ranks=[4, 8]", "ranks", [4, 8]),
+        ('target_modules=["q_proj","v_proj"]', "target_modules", ["q_proj", "v_proj"]),
+        ("schedule=linear", "schedule", "linear"),
+        ("model=a=b", "model", "a=b"),
+        ("model = some/name ", "model", "some/name"),
+    ],
+)
+def test_settings_are_read_as_their_type(
+    tmp_path: Path, setting: str, key: str, wanted: object
+) -> None:
+    settings = [setting, "strategy=flora"] if key == "ranks" else [setting]
+    assert getattr(load(tmp_path, None, settings), key) == wanted
+
+
+@pytest.mark.parametrize(
+    ("toml", "settings", "names"),
+    [
+        ("local_step = 3", [], ["'local_step'", "'local_steps'", "config.toml"]),
+        ("local-step = 3", [], ["'local_steps'"]),
+        (None, ["learnin_rate=1"], ["'learnin_rate'", "--set"]),
+        (None, ["batchsize=1"], ["'batch_size'"]),
+        ("[flra]\nmax_rank = 3", [], ["'flra'", "'flora'"]),
+        (None, ["flra.max_rank=3"], ["'flra'", "'flora'", "--set"]),
+        (None, ["strategi.max_rank=3"], ["'strategy'"]),
+        (None, ["strategy=flora", "strategy.max_rnk=3"], ["'max_rnk'", "'max_rank'"]),
+        ("strategy = 'flora'\n[flora]\nmax-rnk = 3", [], ["'max_rnk'", "'max_rank'"]),
+        (None, ["strategy.mu=3"], ["fedavg", "no options", "'mu'"]),
+        (None, ["strategy=fedavgg"], ["'fedavgg'", "'fedavg'"]),
+        (None, ["zzzzzz=3"], ["'zzzzzz'", "known keys", "local_steps"]),
+    ],
+)
+def test_an_unknown_key_gets_the_nearest_one(
+    tmp_path: Path, toml: str | None, settings: list[str], names: list[str]
+) -> None:
+    message = refused(tmp_path, toml, settings)
+    assert [name for name in names if name not in message] == []
+
+
+@pytest.mark.parametrize(
+    ("toml", "settings"),
+    [
+        ("strategy = 'flora'\n[flora]\nmax-rank = 7\n[fedavg]", []),
+        ("strategy = 'flora'\nflora.max_rank = 7", []),
+        ("strategy = 'flora'\noptions = { max_rank = 7 }", []),
+        (None, ["strategy=flora", "flora.max-rank=7"]),
+        (None, ["strategy=flora", "strategy.max_rank=7"]),
+        (None, ["strategy.max_rank=7", "strategy=flora"]),
+        ("strategy = 'flora'\n[flora]\nmax_rank = 9", ["flora.max_rank=7"]),
+    ],
+)
+def test_options_of_a_strategy_reach_it(
+    tmp_path: Path, toml: str | None, settings: list[str]
+) -> None:
+    assert load(tmp_path, toml, settings).build_strategy() == Flora(max_rank=7)
+
+
+def test_tables_of_other_strategies_are_kept_out(tmp_path: Path) -> None:
+    """One file serves a comparison of strategies."""
+    toml = "strategy = 'fedavg'\n[flora]\nmax_rank = 7"
+    assert load(tmp_path, toml).options == {}
+    assert load(tmp_path, toml, strategy="flora").options == {"max_rank": 7}
+
+
+def test_names_of_strategies_may_have_dashes(tmp_path: Path) -> None:
+    for found in (
+        load(tmp_path, "strategy = 'ffa-lora'"),
+        load(tmp_path, None, ["strategy=ffa-lora"]),
+        load(tmp_path, strategy="ffa-lora"),
+    ):
+        assert found.strategy == "ffa_lora"
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        (["rounds=0"], ["rounds", "greater than or equal to 1", "0"]),
+        (["rounds=many"], ["rounds", "integer", "'many'"]),
+        (["lr=-1"], ["lr", "greater than 0"]),
+        (["lr=0"], ["lr"]),
+        (["batch-size=0"], ["batch-size"]),
+        (["eval_fraction=1"], ["eval-fraction", "less than 1"]),
+        (["dropout=1"], ["dropout"]),
+        (["quorum=0"], ["quorum"]),
+        (["seed=-1"], ["seed"]),
+        (["engine=ray"], ["engine", "'inprocess' or 'flower'", "'ray'"]),
+        (["schedule=step"], ["schedule", "'cosine'"]),
+        (["ranks=[4,0]"], ["ranks", "0"]),
+        (["ranks=4"], ["ranks", "list"]),
+        (["clients=3", "cohort=4"], ["cohort 4", "clients 3"]),
+        (["micro_batch_size=9"], ["micro_batch_size 9", "batch_size 8"]),
+        (["strategy=flora", "ranks=[4,8]", "alphas=[1]"], ["alphas has 1", "ranks 2"]),
+        (["rank"], ["'rank'", "key=value"]),
+        (["=3"], ["unknown key"]),
+        (["strategy=no.such.module:Class"], ["no.such.module:Class"]),
+        (["strategy=math:pi"], ["math:pi", "not a class"]),
+        (["strategy=pathlib:Path"], ["pathlib:Path", "lacks", "aggregator"]),
+        (["strategy=flora", "flora.max_rank=0"], ["max_rank must be at least 1"]),
+        (["strategy=flora", "flora.max_rank=many"], ["flora"]),
+        (["model=[1,\n2]"], ["model"]),
+    ],
+)
+def test_a_bad_value_is_refused_in_one_line(
+    tmp_path: Path, settings: list[str], names: list[str]
+) -> None:
+    message = refused(tmp_path, None, settings)
+    assert [name for name in names if name not in message] == []
+
+
+@pytest.mark.parametrize("key", ["lr", "alpha", "weight_decay"])
+@pytest.mark.parametrize("value", ["NaN", "Infinity"])
+def test_numbers_are_finite(tmp_path: Path, key: str, value: str) -> None:
+    assert key.replace("_", "-") in refused(tmp_path, None, [f"{key}={value}"])
+
+
+def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    assert "not TOML" in refused(tmp_path, "rounds = = 3")
+    with pytest.raises(ConfigError, match="No such file"):
+        config.load(tmp_path / "none.toml", {})
+    (tmp_path / "latin.toml").write_bytes(b"model = '\xff'")
+    with pytest.raises(ConfigError, match="not TOML"):
+        config.load(tmp_path / "latin.toml", {})
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "ffa_lora"])
+def test_mixed_ranks_need_a_strategy_that_mixes(tmp_path: Path, strategy: str) -> None:
+    message = refused(tmp_path, None, [f"strategy={strategy}", "ranks=[4,8]"])
+    assert "one rank" in message
+    assert "flora" in message
+    assert load(tmp_path, None, [f"strategy={strategy}", "ranks=[4,4]"]).ranks == [4, 4]
+    assert load(tmp_path, None, ["strategy=flora", "ranks=[4,8]"]).ranks == [4, 8]
+
+
+def test_different_scalings_are_mixed_ranks_too(tmp_path: Path) -> None:
+    """B and A of different scalings cannot be averaged apart."""
+    settings = ["ranks=[4,4]", "alphas=[8,16]"]
+    assert "flora" in refused(tmp_path, None, settings)
+    assert load(tmp_path, None, ["strategy=flora", *settings]).alphas == [8, 16]
+
+
+def test_ranks_go_to_clients_in_turn() -> None:
+    found = RunConfig(strategy="flora", ranks=[4, 8], alphas=[8.0, 4.0], rank=2, alpha=3.0)
+    assert [found.client_lora(i) for i in range(4)] == [
+        LoraSpec(4, 8.0),
+        LoraSpec(8, 4.0),
+        LoraSpec(4, 8.0),
+        LoraSpec(8, 4.0),
+    ]
+    assert found.lora == LoraSpec(2, 3.0)
+
+
+def test_one_rank_for_all_is_the_rank_of_the_global_adapter() -> None:
+    found = RunConfig(ranks=[4, 4], alpha=3.0, rslora=True)
+    assert found.lora == found.client_lora(1) == LoraSpec(4, 3.0, rslora=True)
+
+
+def test_scaling_is_alpha_over_rank_or_its_root() -> None:
+    assert LoraSpec(4, 8.0).scaling == 2.0
+    assert LoraSpec(16, 8.0, rslora=True).scaling == 2.0
+
+
+def test_a_config_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        setattr(RunConfig(), "rounds", 3)  # noqa: B010 - mypy knows better than to assign
+
+
+def test_a_config_survives_json() -> None:
+    found = RunConfig(strategy="flora", options={"max_rank": 3}, ranks=[1, 2], clip_norm=None)
+    assert config.validate(json.loads(json.dumps(found.model_dump(mode="json")))) == found
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> RunConfig:
+    made = RunConfig(strategy="flora", options={"max_rank": 3}, rounds=4, lr=0.5)
+    (tmp_path / "run.json").write_text(json.dumps({"config": made.model_dump(mode="json")}))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("overrides", "settings"),
+    [
+        ({}, []),
+        ({"rounds": 4, "strategy": "flora"}, []),
+        ({"lr": 0.5}, ["rounds=4"]),
+        ({}, ["strategy.max_rank=3"]),
+        ({}, ["flora.max_rank=3"]),
+        ({"rounds": None}, []),
+    ],
+)
+def test_a_resumed_run_keeps_its_config(
+    tmp_path: Path, stored: RunConfig, overrides: Mapping[str, Any], settings: list[str]
+) -> None:
+    assert config.resumed(tmp_path, None, overrides, settings) == stored
+
+
+@pytest.mark.parametrize(
+    ("overrides", "settings", "reason"),
+    [
+        ({"rounds": 5}, [], "rounds=4, found 5"),
+        ({"lr": 0.25}, [], "lr=0.5"),
+        ({}, ["batch-size=3"], "batch-size=8, found 3"),
+        ({}, ["strategy.max_rank=5"], "max_rank"),
+        ({"strategy": "fedavg"}, [], "max_rank"),
+        ({"strategy": "ffa-lora"}, ["options={}"], "goes on with"),
+    ],
+)
+def test_a_resumed_run_refuses_what_contradicts_it(
+    tmp_path: Path,
+    stored: RunConfig,
+    overrides: Mapping[str, Any],
+    settings: list[str],
+    reason: str,
+) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        config.resumed(tmp_path, None, overrides, settings)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "",
+        "{",
+        "[]",
+        "null",
+        "{}",
+        '{"config": []}',
+        '{"config": {"rounds": 0}}',
+        '{"config": 3}',
+    ],
+)
+def test_a_folder_without_a_run_is_refused(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ConfigError):
+        config.resumed(tmp_path, None, {})
+
+
+def test_every_key_is_written_as_json() -> None:
+    """run.json and the wire hold the config: nothing in it is a number JSON does not have."""
+    text = json.dumps(RunConfig().model_dump(mode="json"), allow_nan=False)
+    assert not any(isinstance(v, float) and math.isinf(v) for v in json.loads(text).values())

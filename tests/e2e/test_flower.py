@@ -1,0 +1,221 @@
+"""The same round code on Flower: its simulation engine, `flwr run`, and the app bundle."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+OPTIONS = "--clients 3 --cohort 2 --rounds 2 --local-steps 2 --batch-size 4"
+QUICK = "--set threads=1 --set eval-examples=8 --set eval-client-examples=2"
+
+
+def simulate(folder: Path, engine: str, strategy: str) -> dict[str, object]:
+    command = [sys.executable, "-m", "corolla", "simulate", *OPTIONS.split(), *QUICK.split()]
+    command += ["--engine", engine, "--strategy", strategy, "--keep-updates"]
+    done = subprocess.run(
+        [*command, "--out", str(folder)], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    loaded: dict[str, object] = json.loads((folder / "run.json").read_text())
+    return loaded
+
+
+def test_both_engines_give_the_same_adapter(tmp_path: Path) -> None:
+    ours = simulate(tmp_path / "a", "inprocess", "flora")
+    flower = simulate(tmp_path / "b", "flower", "flora")
+    assert flower["adapter_sha256"] == ours["adapter_sha256"]
+    assert flower["state_sha256"] == ours["state_sha256"]
+    assert (flower["bytes_up"], flower["bytes_down"]) == (ours["bytes_up"], ours["bytes_down"])
+    updates = [sorted(p.relative_to(f) for p in f.rglob("*")) for f in _updates(tmp_path)]
+    assert updates[0] == updates[1] != []
+
+
+def _updates(folder: Path) -> Iterator[Path]:
+    yield folder / "a" / "updates"
+    yield folder / "b" / "updates"
+
+
+def test_a_client_that_diverges_on_flower_is_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "corolla", "simulate", *OPTIONS.split(), *QUICK.split()]
+    command += ["--engine", "flower", "--lr", "1e30", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    assert "lower lr" in lines[0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def superlink(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A SuperLink in simulation mode on a free port, started in an empty folder, ended by PID."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    home = tmp_path / "flwr"
+    home.mkdir()
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "sim"\n[superlink.sim]\naddress = "127.0.0.1:{port}"\n'
+        "insecure = true\n"
+    )
+    env = {
+        **os.environ,
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "HF_HUB_OFFLINE": "1",
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+    }
+    neutral = tmp_path / "empty"
+    neutral.mkdir()
+    log = (tmp_path / "superlink.log").open("w")
+    process = subprocess.Popen(
+        [
+            *(str(BIN / "flower-superlink"), "--insecure", "--simulation"),
+            *("--isolation", "subprocess", "--host", "127.0.0.1", "--port", str(port)),
+            "--disable-runtime-dependency-installation",
+        ],
+        env=env,
+        cwd=neutral,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
+                    break
+            except OSError:
+                assert time.monotonic() < deadline, (tmp_path / "superlink.log").read_text()
+                time.sleep(0.2)
+        yield env
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+        log.close()
+
+
+def test_flwr_run_from_the_checkout(superlink: dict[str, str], tmp_path: Path) -> None:
+    def flwr(*words: str) -> dict[str, object]:
+        done = subprocess.run(
+            [str(BIN / "flwr"), *words, "--format", "json"],
+            env=superlink,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        loaded: dict[str, object] = json.loads(done.stdout)
+        return loaded
+
+    out = tmp_path / "out"
+    settings = (
+        f'rounds=1 cohort=2 local-steps=1 batch-size=2 out="{out}" '
+        'set="eval-examples=4 eval-clients=2 eval-client-examples=2"'
+    )
+    federation = "num-supernodes=2 client-resources-num-cpus=1 init-args-num-cpus=2"
+    started = flwr(
+        *("run", str(_copy(tmp_path)), "sim"),
+        *("--run-config", settings, "--federation-config", federation),
+    )
+    assert started["success"], started
+    deadline = time.monotonic() + 240
+    status = ""
+    while not status.startswith("finished"):
+        assert time.monotonic() < deadline, status
+        time.sleep(1)
+        listed = flwr("ls", "sim", "--run-id", str(started["run-id"]))
+        status = str(listed["runs"][0]["status"])  # type: ignore[index]
+    log = subprocess.run(
+        [str(BIN / "flwr"), "log", str(started["run-id"]), "sim", "--show"],
+        env=superlink,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    ).stdout
+    assert status == "finished:completed", log
+    assert json.loads((out / "run.json").read_text())["status"] == "done"
+    assert (out / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_app_bundle_holds_the_code_and_only_code(tmp_path: Path) -> None:
+    checkout = _copy(tmp_path)
+    done = subprocess.run(
+        [str(BIN / "flwr"), "build"], cwd=checkout, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (bundle,) = checkout.glob("*.fab")
+    assert bundle.stat().st_size < 10_000_000
+    names = set(zipfile.ZipFile(bundle).namelist())
+    wanted = {"server/app.py", "client/app.py", "corolla/lora.py", "strategies/flora.py"}
+    assert wanted | {"proto/update_pb2.py", "pyproject.toml"} <= names
+    assert not any(name.endswith((".safetensors", ".so")) for name in names)
+
+
+def test_the_wheel_holds_everything_and_runs(tmp_path: Path) -> None:
+    checkout = _copy(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q"],
+        cwd=checkout,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = checkout.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    wanted = {"corolla/server/app.py", "corolla/client/worker.py", "corolla/proto/update.proto"}
+    wanted |= {"corolla/embedded/model/model.safetensors", "corolla/embedded/report.html.j2"}
+    assert wanted | {"corolla/py.typed", "corolla/embedded/data.jsonl"} <= names
+    assert not any(name.startswith(("proto/", "server/", "tests/")) for name in names)
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    code = (
+        "import corolla, corolla.server.app, corolla.client.app\n"
+        "from corolla.assets import asset\n"
+        "from corolla.cli import app\n"
+        f"assert corolla.__file__.startswith({str(site)!r}), corolla.__file__\n"
+        f"assert str(asset('model')).startswith({str(site)!r})\n"
+        "app(['simulate', '--clients', '2', '--rounds', '1', '--local-steps', '1', '--out', 'o',"
+        " '--set', 'eval-examples=4', '--set', 'eval-clients=0', '--set', 'threads=1'])"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert (tmp_path / "o" / "adapter").is_dir()
+
+
+def _copy(folder: Path) -> Path:
+    """A clean copy of the checkout: building leaves files behind. Letters and digits for Flower."""
+    target = folder / "checkout"
+    names = ["corolla", "server", "client", "strategies", "proto"]
+    for name in names:
+        shutil.copytree(
+            ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, target / name)
+    return target

@@ -1,0 +1,79 @@
+"""Killed at any moment, a run resumes from its last committed round to the same final adapter."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from corolla.cli import app
+
+OPTIONS = "--clients 4 --cohort 2 --rounds 4 --local-steps 2 --batch-size 4 --strategy flora"
+QUICK = "--set threads=1 --set eval-examples=8 --set eval-client-examples=2"
+RUNNER = CliRunner()
+
+
+def start(folder: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "corolla", "simulate", *OPTIONS.split(), *QUICK.split()]
+    return subprocess.Popen(
+        [*command, "--out", str(folder)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(path: Path, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path.name} did not appear"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    result = RUNNER.invoke(
+        app, ["simulate", *OPTIONS.split(), *QUICK.split(), "--out", str(folder)]
+    )
+    assert result.exit_code == 0, result.output
+    return str(json.loads((folder / "run.json").read_text())["adapter_sha256"])
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_resume_ends_in_the_same_adapter(
+    how: signal.Signals, undisturbed: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    process = start(folder)
+    wait_for(folder / "checkpoint" / "round-000001.json")
+    os.kill(process.pid, how)
+    _, errors = process.communicate(timeout=60)
+    if how == signal.SIGINT:
+        assert process.returncode == 1
+        assert "go on with --resume" in errors
+        assert "Traceback" not in errors
+    assert not (folder / "adapter").exists()
+    result = RUNNER.invoke(app, ["simulate", "--resume", "--out", str(folder)])
+    assert result.exit_code == 0, result.output
+    assert "resumed after round" in result.output
+    facts = json.loads((folder / "run.json").read_text())
+    assert facts["adapter_sha256"] == undisturbed
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_resume_refuses_other_settings(undisturbed: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    short = ["--clients", "2", "--rounds", "1", "--local-steps", "1", "--out", str(folder)]
+    assert RUNNER.invoke(app, ["simulate", *short, *QUICK.split()]).exit_code == 0
+    result = RUNNER.invoke(app, ["simulate", "--resume", "--out", str(folder), "--rank", "4"])
+    assert result.exit_code == 2
+    assert "rank=8, found 4" in result.stderr
+    same = ["simulate", "--resume", "--out", str(folder), "--rank", "8"]
+    assert RUNNER.invoke(app, same).exit_code == 0

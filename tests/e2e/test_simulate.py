@@ -1,0 +1,163 @@
+"""`corolla simulate` as a user runs it, and its artefacts checked with peft, torch and json alone."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from corolla.cli import app
+
+TINY = "--clients 5 --cohort 3 --rounds 2 --local-steps 2 --batch-size 4".split()
+QUICK = "--set threads=1 --set eval-examples=12 --set eval-client-examples=2".split()
+RUNNER = CliRunner()
+
+
+def simulate(folder: Path, *options: str) -> Path:
+    """Run, expect success, return the folder."""
+    result = RUNNER.invoke(app, ["simulate", *TINY, *QUICK, "--out", str(folder), *options])
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+@pytest.fixture(scope="module", params=["fedavg", "ffa_lora", "flora"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    strategy = str(request.param)
+    extra = ["--keep-updates", "--strategy", strategy]
+    if strategy == "flora":
+        extra += ["--set", "ranks=[4,8,16]", "--set", "alphas=[8,4,64]"]
+    return simulate(tmp_path_factory.mktemp(strategy) / "run", *extra)
+
+
+def info(folder: Path) -> dict[str, object]:
+    loaded: dict[str, object] = json.loads((folder / "run.json").read_text())
+    return loaded
+
+
+def base_model(folder: Path) -> torch.nn.Module:
+    path = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    return AutoModelForCausalLM.from_pretrained(
+        path["base_model_name_or_path"], dtype=torch.float32
+    )
+
+
+def effective(folder: Path, adapter: Path) -> dict[str, torch.Tensor]:
+    """Dense effective updates of an adapter folder, by peft alone, in fp64."""
+    model = PeftModel.from_pretrained(base_model(folder), str(adapter))
+    return {
+        name: module.get_delta_weight("default").detach().double()
+        for name, module in model.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+
+
+def test_loss_falls_and_the_folder_holds_what_is_promised(run: Path) -> None:
+    facts = info(run)
+    assert facts["status"] == "done"
+    assert facts["final"]["loss"] < facts["base"]["loss"]  # type: ignore[index]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == [1, 2]
+    wanted = {"round", "train_loss", "eval_loss", "bytes_up", "bytes_down", "seconds", "clients"}
+    assert all(wanted | {"dropped", "peak_rss"} <= line.keys() for line in lines)
+    assert {"config", "versions", "model_sha256", "data_sha256", "adapter_sha256"} <= facts.keys()
+    assert (run / "adapter" / "adapter_model.safetensors").is_file()
+    assert list((run / "checkpoint").glob("round-000002.*"))
+
+
+def test_plain_peft_loads_the_adapter_and_it_differs_from_the_base(run: Path) -> None:
+    tuned = AutoPeftModelForCausalLM.from_pretrained(str(run / "adapter"), dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(str(run / "adapter"))
+    ids = tokenizer("json.loads(s)\n", return_tensors="pt")
+    with torch.no_grad():
+        base = base_model(run).eval()(**ids).logits
+        difference = float((tuned.eval()(**ids).logits - base).abs().max())
+    assert difference > 1e-2
+    assert float(info(run)["reload_max_logit_difference"]) <= 1e-5  # type: ignore[arg-type]
+
+
+def test_anyone_can_check_the_aggregation_with_peft_alone(run: Path) -> None:
+    """global/round-002 is the weighted mean of the clients' effective updates, for exact ones."""
+    strategy = str(info(run)["config"]["strategy"])  # type: ignore[index]
+    folders = sorted((run / "updates" / "round-002").iterdir())
+    assert len(folders) == 3
+    weights = [json.loads((f / "update.json").read_text())["weight"] for f in folders]
+    assert sum(weights) == pytest.approx(1.0, abs=1e-12)
+    deltas = [effective(run, f) for f in folders]
+    after = effective(run, run / "global" / "round-002")
+    off = total = 0.0
+    for name, got in after.items():
+        ideal = sum(w * d[name] for w, d in zip(weights, deltas, strict=True))
+        off += float((got - ideal).square().sum())
+        total += float(torch.as_tensor(ideal).square().sum())
+    error = (off / total) ** 0.5
+    if strategy == "fedavg":
+        assert 1e-4 < error < 1  # averaging the factors is not averaging the products
+    else:
+        assert error < 1e-6
+    final = effective(run, run / "adapter")
+    assert all(torch.equal(final[name], after[name]) for name in after)
+
+
+def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(
+    run: Path, tmp_path: Path
+) -> None:
+    config = info(run)["config"]
+    again = ["--strategy", str(config["strategy"])]  # type: ignore[index]
+    if config["ranks"]:  # type: ignore[index]
+        again += ["--set", "ranks=[4,8,16]", "--set", "alphas=[8,4,64]"]
+    same = info(simulate(tmp_path / "same", *again))
+    assert same["adapter_sha256"] == info(run)["adapter_sha256"]
+    other = info(simulate(tmp_path / "other", *again, "--seed", "1"))
+    assert other["adapter_sha256"] != info(run)["adapter_sha256"]
+
+
+def test_the_report_works_without_a_network(run: Path) -> None:
+    page = (run / "report.html").read_text()
+    assert page.count("<svg") == 4
+    outside = [url for url in re.findall(r"""(?:src|href)\s*=\s*["']([^"'#]+)""", page)]
+    assert outside == []
+    assert "<script" not in page
+
+
+def test_evaluate_scores_base_and_adapter(run: Path) -> None:
+    result = RUNNER.invoke(app, ["evaluate", str(run / "adapter"), "--json"])
+    assert result.exit_code == 0, result.output
+    scores = json.loads(result.stdout)
+    assert scores["adapter"]["loss"] < scores["base"]["loss"]
+
+
+def test_merged_export_is_a_plain_model_with_the_same_logits(run: Path, tmp_path: Path) -> None:
+    target = tmp_path / "merged"
+    result = RUNNER.invoke(
+        app, ["export", str(run / "adapter"), "--to", "merged", "--out", str(target)]
+    )
+    assert result.exit_code == 0, result.output
+    merged = AutoModelForCausalLM.from_pretrained(str(target), dtype=torch.float32).eval()
+    tuned = AutoPeftModelForCausalLM.from_pretrained(str(run / "adapter"), dtype=torch.float32)
+    ids = torch.arange(40, 72)[None]
+    with torch.no_grad():
+        difference = (merged(input_ids=ids).logits - tuned.eval()(input_ids=ids).logits).abs()
+    assert float(difference.max()) < 1e-4
+    again = RUNNER.invoke(app, ["export", str(run / "adapter"), "--out", str(target)])
+    assert again.exit_code == 2
+    assert "not empty" in again.stderr
+
+
+def test_a_classifier_is_trained_with_its_head(tmp_path: Path) -> None:
+    rows = [
+        {"text": f"{word} {n}", "label": label, "client_id": f"c{n % 3}"}
+        for n in range(30)
+        for word, label in (("open the file", "io"), ("add two numbers", "maths"))
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--data", str(data), "--clients", "3", "--local-steps", "8", "--lr", "5e-3"]
+    folder = simulate(tmp_path / "run", *options)
+    facts = info(folder)
+    assert facts["final"]["accuracy"] > 0.9  # type: ignore[index]
+    result = RUNNER.invoke(app, ["evaluate", str(folder / "adapter"), "--json"])
+    assert json.loads(result.stdout)["adapter"]["accuracy"] > 0.9

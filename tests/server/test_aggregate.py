@@ -1,0 +1,207 @@
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from corolla.server.aggregate import in_order, read_reply
+from hypothesis import given
+from hypothesis import strategies as st
+
+from corolla import codec
+from corolla.errors import WireError
+from corolla.types import Payload
+from corolla.wire import Kind, Packet, Reply, Task, pack_reply
+
+TASK = Task("ab" * 16, 3, "v3", Kind.TRAIN, "{}")
+A, B = torch.arange(12.0).reshape(4, 3), torch.ones(2, 4)
+LIKE: Payload = {"adapter": {"x.lora_A": A, "x.lora_B": B}, "head": {}}
+
+
+def reply(payload: Payload | bytes = LIKE, **changes: Any) -> Packet:
+    data = payload if isinstance(payload, bytes) else codec.encode(payload)
+    honest = Reply(TASK.run_id, TASK.round, TASK.base_version, TASK.kind, "ada", 5, {}, data)
+    return pack_reply(replace(honest, **changes))
+
+
+def adapter(**tensors: torch.Tensor) -> Payload:
+    names = {"a": "x.lora_A", "b": "x.lora_B"}
+    return {"adapter": {names.get(n, n): t for n, t in tensors.items()}, "head": {}}
+
+
+def nan(value: float) -> torch.Tensor:
+    poisoned = A.clone()
+    poisoned[2, 1] = value
+    return poisoned
+
+
+def test_an_honest_reply_passes() -> None:
+    found, payload = read_reply(reply(metrics={"loss": 2.0}), "ada", TASK, LIKE)
+    assert (found.num_examples, found.metrics) == (5, {"loss": 2.0})
+    assert torch.equal(payload["adapter"]["x.lora_A"], A)
+    assert torch.equal(payload["adapter"]["x.lora_B"], B)
+
+
+def test_the_order_of_tensors_does_not_matter() -> None:
+    turned: Payload = {"head": {}, "adapter": dict(reversed(list(LIKE["adapter"].items())))}
+    _, payload = read_reply(reply(turned), "ada", TASK, LIKE)
+    assert torch.equal(payload["adapter"]["x.lora_A"], A)
+
+
+@pytest.mark.parametrize(
+    ("payload", "reason"),
+    [
+        (adapter(a=nan(math.nan), b=B), "not finite"),
+        (adapter(a=nan(math.inf), b=B), "not finite"),
+        (adapter(a=nan(-math.inf), b=B), "not finite"),
+        (adapter(a=A.T, b=B), "expected"),
+        (adapter(a=A[:1], b=B), "expected"),
+        (adapter(a=A[:, :1], b=B), "expected"),
+        (adapter(a=torch.tensor(1.0), b=B), "expected"),
+        (adapter(a=A[None], b=B), "expected"),
+        (adapter(a=A[:0], b=B), "expected"),
+        (adapter(a=A.half(), b=B), "float16"),
+        (adapter(a=A.bfloat16(), b=B), "bfloat16"),
+        (adapter(a=A.double(), b=B), "float64"),
+        (adapter(a=A.char(), b=B), "int8"),
+        (adapter(a=A.int(), b=B), "int32"),
+        (adapter(a=A.to(torch.complex64), b=B), "complex64"),
+        (adapter(a=A.bool(), b=B), "bool"),
+        (adapter(a=A), "1 tensors"),
+        (adapter(b=B), "1 tensors"),
+        (adapter(a=A, b=B, extra=B.clone()), "'extra'"),
+        (adapter(a=A, renamed=B), "2 tensors"),
+        ({"adapter": LIKE["adapter"]}, "groups"),
+        ({**LIKE, "more": {}}, "groups"),
+        ({"other": LIKE["adapter"], "head": {}}, "groups"),
+        ({"adapter": LIKE["adapter"], "head": {"w": A.clone()}}, "'head'"),
+        ({}, "groups"),
+        (b"", "cannot be read"),
+        (codec.encode(LIKE)[:-1], "cannot be read"),
+        (b"\x80\x04\x95\x0c\x00\x00\x00\x00\x00\x00\x00\x8c\x02os\x8c\x06system\x93.", "cannot"),
+    ],
+)
+def test_a_payload_that_is_not_as_declared_is_refused(
+    payload: Payload | bytes, reason: str
+) -> None:
+    with pytest.raises(WireError, match=reason):
+        read_reply(reply(payload), "ada", TASK, LIKE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"num_examples": 0}, "no examples"),
+        ({"num_examples": 2**40 + 1}, "examples"),
+        ({"run_id": "cd" * 16}, "another run"),
+        ({"run_id": ""}, "another run"),
+        ({"client": "ben"}, "another run, task or client"),
+        ({"client": ""}, "client"),
+        ({"client": "Ada"}, "client"),
+        ({"kind": Kind.EVALUATE}, "another run, task"),
+        ({"kind": Kind.HELLO}, "another run, task"),
+        ({"round": 2}, "stale"),
+        ({"round": 4}, "stale"),
+        ({"base_version": "v2"}, "stale"),
+        ({"base_version": ""}, "stale"),
+    ],
+)
+def test_a_reply_to_something_else_is_refused(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(WireError, match=reason):
+        read_reply(reply(**changes), "ada", TASK, LIKE)
+
+
+def test_an_error_reply_carries_no_update() -> None:
+    """Also one that sends a payload along."""
+    found, payload = read_reply(reply(error="out of memory"), "ada", TASK, LIKE)
+    assert (found.error, payload) == ("out of memory", {})
+    found, payload = read_reply(reply(missing=["A"], error="x"), "ada", TASK, LIKE)
+    assert (list(found.missing), payload) == (["A"], {})
+
+
+def test_a_payload_that_is_too_large_is_refused_before_it_is_decoded() -> None:
+    big = reply(b"\xff" * ((1 << 20) + 200))
+    with pytest.raises(WireError, match="at most"):
+        read_reply(big, "ada", TASK, LIKE)
+    large: Payload = {"adapter": {"w": torch.zeros(1 << 20)}}
+    with pytest.raises(WireError, match=f"at most {(5 << 20) + (1 << 20)}"):
+        read_reply(reply(b"\xff" * (7 << 20)), "ada", TASK, large)
+
+
+def test_where_no_payload_is_expected_none_is_read() -> None:
+    _, payload = read_reply(reply(b"junk"), "ada", TASK, None)
+    assert payload == {}
+
+
+HONEST = reply(metrics={"train_loss": 1.0})
+
+
+@given(
+    st.sets(st.integers(0, 8 * len(HONEST.header) - 1), max_size=3),
+    st.sets(st.integers(0, 8 * len(HONEST.payload) - 1), max_size=3),
+    st.integers(0, 20),
+)
+def test_a_damaged_reply_is_refused_or_harmless(head: set[int], body: set[int], cut: int) -> None:
+    header, payload = bytearray(HONEST.header), bytearray(HONEST.payload)
+    for data, bits in ((header, head), (payload, body)):
+        for bit in bits:
+            data[bit // 8] ^= 1 << bit % 8
+    damaged = Packet(bytes(header), bytes(payload[: len(payload) - cut]))
+    try:
+        found, update = read_reply(damaged, "ada", TASK, LIKE)
+    except WireError:
+        return
+    if update:
+        assert torch.equal(update["adapter"]["x.lora_A"], A)
+        assert 1 <= found.num_examples <= 2**40
+    else:
+        assert found.error or found.missing
+
+
+P = {name: Packet(name.encode(), b"") for name in "abcdef"}
+
+
+@given(st.permutations("abcde"))
+def test_answers_come_in_the_order_of_clients(arrival: Sequence[str]) -> None:
+    found = list(in_order([(c, P[c]) for c in arrival], "abcde"))
+    assert found == [(c, P[c]) for c in "abcde"]
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abcdef?"), st.sampled_from([*P.values(), None])), max_size=12
+    )
+)
+def test_everybody_is_answered_for_exactly_once(
+    answers: list[tuple[str, Packet | None]],
+) -> None:
+    """Duplicates, strangers and silence: the first answer of each counts."""
+    members = "bcde"
+    found = list(in_order(answers, members))
+    first: dict[str, Packet | None] = {}
+    for client, packet in answers:
+        first.setdefault(client, packet)
+    assert found == [(c, first.get(c)) for c in members]
+
+
+def test_answers_are_passed_on_as_soon_as_they_can_be() -> None:
+    """So that an aggregate is summed in the memory of few updates, not of all."""
+    asked: list[str] = []
+
+    def arriving() -> Iterator[tuple[str, Packet | None]]:
+        for client in "abdc":
+            asked.append(client)
+            yield client, P[client]
+
+    answers = in_order(arriving(), "abcd")
+    assert (next(answers)[0], asked) == ("a", ["a"])
+    assert (next(answers)[0], asked) == ("b", ["a", "b"])
+    assert (next(answers)[0], asked) == ("c", ["a", "b", "d", "c"])
+    assert [client for client, _ in answers] == ["d"]
+
+
+def test_a_thousand_clients_in_reverse_order() -> None:
+    members = [f"{i:04d}" for i in range(1000)]
+    answers = [(c, P["a"]) for c in reversed(members)]
+    assert [client for client, _ in in_order(answers, members)] == members

@@ -1,0 +1,266 @@
+"""Strategies with one mistake each, as seen in real code; and correct ones of a user's own."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, cast
+
+import torch
+from corolla.client.worker import LocalClient
+from corolla.strategies.fedavg import FedAvg
+from corolla.strategies.ffa_lora import FfaLora
+from corolla.strategies.flora import Flora
+
+from corolla import factors, tree
+from corolla.aggregation import ByGroup, Stack, WeightedMean
+from corolla.types import (
+    Adapter,
+    Aggregates,
+    Broadcast,
+    Client,
+    Cost,
+    Metrics,
+    Params,
+    Payload,
+    Size,
+    Update,
+)
+
+
+class ScalingForgotten(Flora):
+    """Stacks B and A as they were trained, without alpha / r."""
+
+    def local(self, client: Client, received: Payload) -> Update:
+        update = super().local(client, received)
+        raw = factors.bake(update.payload["factors"], 1 / client.lora.scaling)
+        return Update({**update.payload, "factors": raw}, update.num_examples)
+
+
+class ByWeightTwice(Stack):
+    """p_m on A and on B: p_m² in the product."""
+
+    def finalise(self) -> Payload:
+        total = sum(weight for _, weight in self._parts)
+        parts = [
+            {name: tensor * (weight / total) for name, tensor in payload["factors"].items()}
+            for payload, weight in self._parts
+        ]
+        return {"factors": factors.stack(parts)}
+
+
+class WeightsOnBothFactors(Flora):
+    def aggregator(self) -> ByGroup:
+        return ByGroup({"factors": ByWeightTwice(), "head": WeightedMean()})
+
+
+_LEFT_BEHIND: dict[frozenset[str], Params] = {}
+
+
+class LeakingB(FfaLora):
+    """Starts from the B that the client before has left in the process."""
+
+    def local(self, client: Client, received: Payload) -> Update:
+        b = factors.select(received["adapter"], factors.is_b)
+        start = {**received["adapter"], **_LEFT_BEHIND.get(frozenset(b), b)}
+        fit = client.trainer.fit({**received["A"], **start}, train=lambda n: not factors.is_a(n))
+        _LEFT_BEHIND[frozenset(b)] = {name: fit.params[name] for name in b}
+        trained = {name: fit.params[name] for name in start}
+        update = tree.sub(trained, received["adapter"])
+        return Update({"adapter": update}, fit.num_examples)
+
+
+class TrainsA(FfaLora):
+    """A is trained on the device and never sent."""
+
+    def local(self, client: Client, received: Payload) -> Update:
+        start = received["adapter"]
+        fit = client.trainer.fit({**received["A"], **start})
+        trained = {name: fit.params[name] for name in start}
+        return Update({"adapter": tree.sub(trained, start)}, fit.num_examples)
+
+
+class PlainMean(WeightedMean):
+    def add(self, payload: Payload, weight: float) -> None:
+        super().add(payload, 1.0)
+
+
+class Unweighted(FedAvg):
+    def aggregator(self) -> WeightedMean:
+        return PlainMean()
+
+
+class UnweightedB(FfaLora):
+    def aggregator(self) -> WeightedMean:
+        return PlainMean()
+
+
+class CountsClients(FedAvg):
+    """Claims one example, whatever it was trained on: every weight becomes equal."""
+
+    def local(self, client: Client, received: Payload) -> Update:
+        update = super().local(client, received)
+        return Update(update.payload, 1, update.metrics)
+
+
+class DrawsFromGlobalState(Flora):
+    """A fresh A from torch's global random state."""
+
+    def local(self, client: Client, received: Payload) -> Update:
+        seed = int(torch.randint(1 << 30, ()))
+        return super().local(replace(cast(LocalClient, client), seed=seed), received)
+
+
+class HeadForgotten(FedAvg):
+    """The head travels, and is dropped."""
+
+    def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
+        moved, metrics = super().apply(state, aggregate)
+        head = factors.select(state["adapter"], factors.is_head)
+        return {"adapter": {**moved["adapter"], **head}}, metrics
+
+
+class HalfTheBytes(FfaLora):
+    """Counts B as half of the adapter, which it is not with grouped queries."""
+
+    def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
+        return [Cost(up=(s.A + s.B) // 2 + s.head, down=s.B + s.head, once=s.A) for s in cohort]
+
+
+class DownloadForgotten(Flora):
+    """Counts a client's own factors as what it receives, not the whole stack."""
+
+    def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
+        return [Cost(up=s.A + s.B + s.head, down=s.A + s.B + s.head) for s in cohort]
+
+
+class SavesUntuned(FedAvg):
+    def adapter(self, state: Payload) -> Adapter:
+        b = factors.select(state["adapter"], factors.is_b)
+        return Adapter({**state["adapter"], **tree.scale(b, 0.0)})
+
+
+class KeepsTheLast(FedAvg):
+    """An aggregator whose result depends on the order and the grouping."""
+
+    def aggregator(self) -> WeightedMean:
+        return LastOne()
+
+
+class LastOne(WeightedMean):
+    def add(self, payload: Payload, weight: float) -> None:
+        self._sums, self._weight = {}, 0.0
+        super().add(payload, weight)
+
+    def merge(self, other: WeightedMean) -> None:
+        pass
+
+
+class ClaimsFactorsAreExact(FedAvg):
+    aggregates: ClassVar[Aggregates] = "weights"
+
+
+class MergesIntoHalf(FfaLora):
+    """Keeps the global B in bfloat16."""
+
+    def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
+        after, metrics = super().apply(state, aggregate)
+        rounded = {name: t.bfloat16().float() for name, t in after["adapter"].items()}
+        return {**after, "adapter": rounded}, metrics
+
+
+class WrongKeys(FedAvg):
+    """Sends what it does not announce: the server refuses every update."""
+
+    def update_like(self, fresh: Params) -> Payload:
+        return {"another": fresh}
+
+
+class Raises(FedAvg):
+    """Raises `error` in the server half."""
+
+    error: ClassVar[type[Exception]] = ValueError
+
+    def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
+        raise self.error("a mistake of its author")
+
+
+class RaisesType(Raises):
+    error = TypeError
+
+
+class RaisesKey(Raises):
+    error = KeyError
+
+
+class RaisesIndex(Raises):
+    error = IndexError
+
+
+class RaisesZeroDivision(Raises):
+    error = ZeroDivisionError
+
+
+class RaisesAssertion(Raises):
+    error = AssertionError
+
+
+class RaisesOnDevice(FedAvg):
+    def local(self, client: Client, received: Payload) -> Update:
+        raise RuntimeError("a mistake of its author")
+
+
+class NotFinite(FedAvg):
+    def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
+        return {"adapter": tree.scale(state["adapter"], float("nan"))}, {}
+
+
+@dataclass(frozen=True)
+class Own:
+    """A user's own strategy, correct, from nothing but the protocol: all travels, B is trained."""
+
+    name: ClassVar[str] = "own"
+    aggregates: ClassVar[Aggregates] = "weights"
+    mixed_ranks: ClassVar[bool] = False
+
+    server_lr: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.server_lr <= 0:
+            raise ValueError(f"server_lr must be positive, found {self.server_lr}")
+
+    def init(self, start: Params) -> Payload:
+        return {"all": start}
+
+    def broadcast(self, state: Payload) -> Broadcast:
+        return Broadcast(state)
+
+    def local(self, client: Client, received: Payload) -> Update:
+        start = received["all"]
+        fit = client.trainer.fit(start, train=lambda n: not factors.is_a(n))
+        moved = {n: fit.params[n] - start[n] for n in start if not factors.is_a(n)}
+        return Update({"moved": moved}, fit.num_examples, fit.metrics)
+
+    def update_like(self, fresh: Params) -> Payload:
+        return {"moved": {n: t for n, t in fresh.items() if not factors.is_a(n)}}
+
+    def aggregator(self) -> WeightedMean:
+        return WeightedMean()
+
+    def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
+        step = tree.scale(aggregate["moved"], self.server_lr)
+        moved = {n: t + step[n] if n in step else t for n, t in state["all"].items()}
+        return {"all": moved}, {}
+
+    def adapter(self, state: Payload) -> Adapter:
+        return Adapter(state["all"])
+
+    def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
+        return [Cost(up=s.B + s.head, down=s.A + s.B + s.head) for s in cohort]
+
+
+class NoStrategy:
+    """Has a name and nothing else."""
+
+    name = "none"
+
+
+NOT_A_CLASS = FedAvg()

@@ -1,0 +1,329 @@
+"""Federations on tiny random models, with effective weights read by peft: what tests share."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from corolla.client.memory import Memory
+from corolla.client.worker import Worker
+from corolla.server.rounds import Federation, Held, RoundResult, run_round
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from torch import Tensor, nn
+
+from corolla import codec, seeds
+from corolla.config import RunConfig
+from corolla.data import Example, FederatedData, Split
+from corolla.lora import LoraModel
+from corolla.models import Base
+from corolla.types import Correct, Fit, LocalTrainer, LoraSpec, Params, Payload, Strategy
+from corolla.wire import Packet, unpack_reply, unpack_task
+
+KINDS = ("llama", "gpt2", "bert")
+VOCABULARY = 64
+LABELS = ("no", "perhaps", "yes")
+CLIENTS = {"a": 3, "b": 9, "c": 6, "d": 4}
+"""Client → training examples."""
+IDS = torch.arange(2, 26).reshape(2, 12)
+"""Input for comparing logits."""
+
+_COMMON: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0}
+_GENERATOR: dict[str, Any] = {**_COMMON, "bos_token_id": 0, "eos_token_id": 0}
+
+
+def llama() -> transformers.PreTrainedModel:
+    """Grouped-query attention (k and v are (16, 32)), tied embeddings."""
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=32,
+            tie_word_embeddings=True,
+            **_GENERATOR,
+        )
+    )
+
+
+def gpt2() -> transformers.PreTrainedModel:
+    """Conv1D, with weights (in, out); dropout 0.1."""
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_embd=32, n_layer=1, n_head=4, n_positions=32, **_GENERATOR)
+    )
+
+
+def bert() -> transformers.PreTrainedModel:
+    """A classifier with a trained head; dropout 0.1."""
+    return transformers.BertForSequenceClassification(
+        transformers.BertConfig(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            max_position_embeddings=32,
+            num_labels=len(LABELS),
+            **_COMMON,
+        )
+    )
+
+
+_MODELS: Mapping[str, Callable[[], transformers.PreTrainedModel]] = {
+    "llama": llama,
+    "gpt2": gpt2,
+    "bert": bert,
+}
+
+
+def base(kind: str) -> Base:
+    """The same weights each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.random.manual_seed(7)
+        model = _MODELS[kind]().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:  # transformers starts biases at 0 and norms at 1
+                noise = torch.randn(parameter.shape, generator=seeds.generator(7, name))
+                parameter += 0.05 * noise
+    model.requires_grad_(False)
+    task = "classify" if kind == "bert" else "causal"
+    return Base(model, _tokenizer(), task, kind, kind)
+
+
+def lora_model(kind: str, dropout: float = 0.0) -> LoraModel:
+    """An adapter on all linear layers of a tiny model."""
+    return LoraModel(base(kind), dropout=dropout)
+
+
+def adapter(model: LoraModel, spec: LoraSpec, seed: int) -> Params:
+    """An adapter as after training: nothing in it is zero, the head is away from its start."""
+    return {
+        name: tensor + 0.1 * torch.randn(tensor.shape, generator=seeds.generator(seed, name))
+        for name, tensor in model.init(spec, seed).items()
+    }
+
+
+def block(model: LoraModel, rank: int, seed: int) -> Params:
+    """A frozen block of that rank on every module."""
+    factors = adapter(model, LoraSpec(rank, 1.0), seed)
+    return {name: tensor for name, tensor in factors.items() if ".lora_" in name}
+
+
+def logits(model: nn.Module) -> Tensor:
+    """Logits on IDS."""
+    with torch.no_grad():
+        return cast(Tensor, model(input_ids=IDS).logits)
+
+
+def data(kind: str) -> FederatedData:
+    """Random words, each client from its own part of the vocabulary."""
+    generator = seeds.generator(7, "words")
+    labels = list(LABELS) if kind == "bert" else []
+    clients: dict[str, Split] = {}
+    for index, (client, number) in enumerate(CLIENTS.items()):
+        words = torch.randint(12 * index, 12 * index + 20, (number, 8), generator=generator)
+        rows = [
+            Example(" ".join(f"w{w}" for w in row), label=labels[sum(row) % 3] if labels else None)
+            for row in words.tolist()
+        ]
+        clients[client] = Split(rows, rows[:2])
+    return FederatedData(kind, clients, [], labels, "")
+
+
+def config(strategy: str, **changes: Any) -> RunConfig:
+    """Three of four clients a round, two steps each."""
+    values = {
+        "strategy": strategy,
+        "rank": 4,
+        "alpha": 8.0,
+        "cohort": 3,
+        "local_steps": 2,
+        "batch_size": 3,
+        "lr": 1e-2,
+        "schedule": "constant",
+    }
+    return RunConfig(**{**values, **changes})
+
+
+@dataclass
+class Tracer:
+    """A network of clients in this process that writes down all that travels."""
+
+    worker: Worker
+    reverse: bool = False
+    visits: list[str] = field(default_factory=list)
+    received: dict[str, Payload] = field(default_factory=dict)
+    sent: dict[str, bytes] = field(default_factory=dict)
+    examples: dict[str, int] = field(default_factory=dict)
+    trained: dict[str, Params] = field(default_factory=dict)
+    dense: dict[str, Params] = field(default_factory=dict)
+
+    def clients(self) -> Mapping[str, int]:
+        return dict(CLIENTS)
+
+    def ask(self, packets: Mapping[str, Packet]) -> Iterator[tuple[str, Packet | None]]:
+        """Trains the cohort; forgets the round before."""
+        for seen in (self.visits, self.received, self.sent, self.examples, self.trained):
+            seen.clear()
+        self.dense.clear()
+        for client in sorted(packets, reverse=self.reverse):
+            answer = self.worker(client, packets[client])
+            self.visits.append(client)
+            self.received[client] = codec.decode(unpack_task(packets[client]).payload)
+            self.sent[client] = answer.payload
+            self.examples[client] = unpack_reply(answer, 1 << 30).num_examples
+            self.trained[client] = self.worker.model.read()
+            self.dense[client] = effective(self.worker.model)
+            yield client, answer
+
+    def mean(self) -> Params:
+        """Σ n_m W_m / Σ n of what the clients' models held after training, dense, in fp64."""
+        total = sum(self.examples.values())
+        names = next(iter(self.dense.values()))
+        return {
+            n: torch.stack([self.examples[c] / total * w[n] for c, w in self.dense.items()]).sum(0)
+            for n in names
+        }
+
+
+@dataclass
+class Run:
+    """A federation and where it stands."""
+
+    federation: Federation
+    network: Tracer
+    state: Payload
+    held: Held = field(default_factory=dict)
+    done: list[RoundResult] = field(default_factory=list)
+
+    @property
+    def model(self) -> LoraModel:
+        """The resident model."""
+        return self.network.worker.model
+
+    def step(self) -> RoundResult:
+        """One round."""
+        result = run_round(self.federation, self.state, self.held, len(self.done) + 1, self.network)
+        self.state, self.held = result.state, result.held
+        self.done.append(result)
+        return result
+
+
+def start(settings: RunConfig, kind: str, folder: Path, *, reverse: bool = False) -> Run:
+    """A federation before its first round."""
+    model = lora_model(kind, settings.dropout)
+    strategy = settings.build_strategy()
+    federation = Federation("0" * 32, settings, strategy, CLIENTS, lambda spec: model.init(spec, 0))
+    worker = Worker(settings, model, data(kind), Memory(folder))
+    first = strategy.init(model.init(settings.lora, seeds.derive(settings.seed, "init")))
+    return Run(federation, Tracer(worker, reverse), first)
+
+
+@dataclass(frozen=True)
+class Scripted:
+    """A client (and its trainer) whose training ends where the test says."""
+
+    outcome: Params
+    num_examples: int
+    lora: LoraSpec = field(default_factory=lambda: LoraSpec(1, 1.0))
+    seed: int = 0
+    fresh: Params = field(default_factory=dict)
+    asked: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def trainer(self) -> LocalTrainer:
+        return self
+
+    def init(self, seed: int) -> Params:
+        return self.fresh
+
+    def fit(
+        self,
+        start: Params,
+        *,
+        frozen: Sequence[Params] = (),
+        train: Callable[[str], bool] = lambda name: True,
+        correct: Correct | None = None,
+    ) -> Fit:
+        """`outcome` for what is trained; `asked` holds how it was called."""
+        self.asked.append({"start": start, "frozen": frozen, "train": train, "correct": correct})
+        params = {n: self.outcome.get(n, t) if train(n) else t for n, t in start.items()}
+        return Fit(params, self.num_examples, {})
+
+
+def play(strategy: Strategy, state: Payload, clients: Sequence[Scripted]) -> Payload:
+    """One round with scripted clients."""
+    broadcast = strategy.broadcast(state)
+    aggregator = strategy.aggregator()
+    for client in clients:
+        update = strategy.local(client, {**broadcast.payload, **broadcast.cached})
+        aggregator.add(update.payload, update.num_examples)
+    return strategy.apply(state, aggregator.finalise())[0]
+
+
+def effective(model: LoraModel) -> Params:
+    """What a model adds to the base weights, by peft, plus its frozen blocks; dense, in fp64."""
+    dense = dict(peft_weights(model.model))
+    for stack in model.frozen:
+        for name in [n.removesuffix(".lora_A") for n in stack if n.endswith(".lora_A")]:
+            added = stack[name + ".lora_B"].double() @ stack[name + ".lora_A"].double()
+            layer = model.model.base_model.model.get_submodule(name)
+            dense[name] = dense[name] + (added.T if layer.fan_in_fan_out else added)
+    return dense
+
+
+def saved(run: Run, folder: Path) -> Params:
+    """What the saved global adapter adds to the base weights, loaded by peft alone."""
+    strategy, spec = run.federation.strategy, run.federation.config.lora
+    run.model.save(folder, strategy.adapter(run.state), spec)
+    return peft_weights(PeftModel.from_pretrained(base(run.model.base.name).model, str(folder)))
+
+
+def peft_weights(model: PeftModel) -> Params:
+    """What the adapter adds to every weight, in the weight's orientation; to the head as well."""
+    found: dict[str, Tensor] = {}
+    for name, module in model.base_model.model.named_modules():
+        if isinstance(module, LoraLayer):
+            found[name] = module.get_delta_weight("default").detach().double()
+        elif isinstance(module, ModulesToSaveWrapper):
+            before = dict(module.original_module.named_parameters())
+            for part, parameter in module.modules_to_save["default"].named_parameters():
+                moved = parameter.detach().double() - before[part].detach().double()
+                found[f"{name}.{part}"] = moved
+    return found
+
+
+def relative(found: Params, wanted: Params) -> float:
+    """‖found - wanted‖ / ‖wanted‖ over all tensors of `wanted`."""
+    off = sum(float((found[n] - wanted[n]).square().sum()) for n in wanted)
+    return math.sqrt(off / sum(float(wanted[n].square().sum()) for n in wanted))
+
+
+def same(one: Params, other: Params) -> bool:
+    """Bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def names(payload: Payload) -> dict[str, dict[str, tuple[Sequence[int], torch.dtype]]]:
+    """Groups, names, shapes and types."""
+    return {
+        group: {n: (tuple(t.shape), t.dtype) for n, t in params.items()}
+        for group, params in payload.items()
+    }
+
+
+def _tokenizer() -> transformers.PreTrainedTokenizerBase:
+    words = {"<eos>": 0, **{f"w{i}": i + 1 for i in range(VOCABULARY - 1)}}
+    raw = Tokenizer(WordLevel(words, unk_token="<eos>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="<eos>", pad_token="<eos>"
+    )
