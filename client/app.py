@@ -6,12 +6,12 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
-from corolla.client.memory import Memory
-from corolla.client.worker import Worker
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from corolla import data, models, wire
+from corolla.client.memory import Memory
+from corolla.client.worker import Worker
 from corolla.config import validate
 from corolla.errors import CorollaError, WireError
 from corolla.lora import LoraModel

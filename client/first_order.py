@@ -54,11 +54,13 @@ class FirstOrder:
         optimizer = self._optimizer(list(trained.values()))
         tokens = steps = 0
         losses: list[float] = []
-        seen: set[int] = set()
+        seen: set[int | None] = set()
         with _training(self.model.model, seeds.derive(self.seed, "dropout")):
             for step, indices in enumerate(self._batches()):
                 batch = [self.data[i] for i in indices]
-                seen.update(indices)
+                seen.update(
+                    i if self.data[i].example is None else self.data[i].example for i in indices
+                )
                 loss, targets = self._backward(batch)
                 if not math.isfinite(loss):
                     raise DivergedError(f"loss is {loss} at local step {step + 1}: lower lr")

@@ -22,10 +22,8 @@ class Memory:
         self._loaded: dict[str, Params] = {}
 
     def missing(self, wanted: Mapping[str, str]) -> list[str]:
-        """The groups (group → content id) that are not held."""
-        return [
-            g for g, i in wanted.items() if i not in self._loaded and not self._path(i).exists()
-        ]
+        """The groups (group → content id) that are not held, or are damaged on disk."""
+        return [group for group, content in wanted.items() if not self._load(content)]
 
     def keep(self, group: str, params: Params, content: str) -> None:
         """Store a received group. Raises WireError when its content is not what was announced."""
@@ -42,9 +40,9 @@ class Memory:
     def recall(self, wanted: Mapping[str, str]) -> Payload:
         """The groups wanted (group → content id). Others are forgotten in memory, not on disk."""
         self._loaded = {i: p for i, p in self._loaded.items() if i in wanted.values()}
-        for content in wanted.values():
-            if content not in self._loaded:
-                self._loaded[content] = codec.read(str(self._path(content)))[0]
+        lost = [group for group, content in wanted.items() if not self._load(content)]
+        if lost:
+            raise WireError(f"cached groups {', '.join(lost)} are missing")
         return {group: self._loaded[content] for group, content in wanted.items()}
 
     def prune(self, wanted: Mapping[str, str]) -> None:
@@ -52,6 +50,19 @@ class Memory:
         for path in self.folder.glob("*.safetensors"):
             if path.stem not in wanted.values():
                 path.unlink(missing_ok=True)
+
+    def _load(self, content: str) -> bool:
+        """Have a group in memory if it is held; a file whose content changed is deleted."""
+        if content not in self._loaded and self._path(content).is_file():
+            try:
+                params, _ = codec.read(str(self._path(content)))
+            except (OSError, WireError):
+                params = {}
+            if codec.content_id(params) == content:
+                self._loaded[content] = params
+            else:
+                self._path(content).unlink(missing_ok=True)
+        return content in self._loaded
 
     def _path(self, content: str) -> Path:
         return self.folder / f"{content}.safetensors"

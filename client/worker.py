@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from corolla import codec, seeds
 from corolla.client.first_order import FirstOrder
 from corolla.client.memory import Memory
-
-from corolla import codec, seeds
 from corolla.config import RunConfig
 from corolla.data import Example, FederatedData
 from corolla.encoding import Encoded, Encoder
@@ -66,9 +65,15 @@ class Worker:
             reply = self._answer(client, task, blank)
         except CorollaError as error:
             reply = replace(blank, error=str(error))
+        except (KeyError, ValueError, TypeError) as error:  # a task that does not fit this model
+            reply = replace(
+                blank, error=f"task cannot be done here: {type(error).__name__}: {error}"
+            )
         return pack_reply(reply)
 
     def _answer(self, client: str, task: Task, blank: Reply) -> Reply:
+        if client not in self.data.clients:
+            raise WireError("this device has no such client")
         if task.kind == Kind.HELLO:
             return replace(blank, num_examples=len(self.data.clients[client].train))
         sent = codec.decode(task.payload)
@@ -111,8 +116,6 @@ class Worker:
 
     def _tokens(self, client: str) -> tuple[list[Encoded], int]:
         """A client's training sequences, and how many examples have no target left."""
-        if client not in self.data.clients:
-            raise WireError("this device has no such client")
         if client not in self._encoded:
             self._encoded[client] = encode_all(self._encoder, self.data.clients[client].train)
         self._encoded.move_to_end(client)
@@ -124,4 +127,5 @@ class Worker:
 def encode_all(encoder: Encoder, examples: Sequence[Example]) -> tuple[list[Encoded], int]:
     """(sequences, number of examples without a target)."""
     encoded = [encoder(example) for example in examples]
-    return [s for sequences in encoded for s in sequences], sum(not s for s in encoded)
+    sequences = [replace(s, example=i) for i, own in enumerate(encoded) for s in own]
+    return sequences, sum(not own for own in encoded)

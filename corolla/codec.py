@@ -17,11 +17,13 @@ _ALLOWED = {torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int
 
 def encode(payload: Payload) -> bytes:
     """The payload as bytes; `decode` gives it back bit for bit."""
-    flat = {
-        f"{group}{_SEPARATOR}{name}": tensor.detach().cpu().contiguous()
-        for group, params in payload.items()
-        for name, tensor in params.items()
-    }
+    flat = _apart(
+        {
+            f"{group}{_SEPARATOR}{name}": tensor
+            for group, params in payload.items()
+            for name, tensor in params.items()
+        }
+    )
     return save(flat, metadata={"groups": json.dumps(list(payload))})
 
 
@@ -43,7 +45,10 @@ def decode(data: bytes) -> Payload:
             if tensor.dtype not in _ALLOWED:
                 raise WireError(f"payload tensor {key!r} has type {tensor.dtype}")
             groups[group][name] = tensor
-    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (
+        *(SafetensorError, ValueError, KeyError, TypeError, AttributeError),
+        *(RecursionError, RuntimeError, OverflowError, MemoryError),
+    ) as error:
         raise WireError(f"payload of {len(data)} bytes cannot be read: {error!r}") from error
     return groups
 
@@ -60,8 +65,8 @@ def content_id(params: Params) -> str:
 
 def write(path: str, params: Params, metadata: Mapping[str, str] | None = None) -> None:
     """Save Params as a safetensors file."""
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in params.items()}
-    save_file(contiguous, path, metadata=dict(metadata or {}))
+    # None, not {}: a file with empty metadata and no tensors cannot be read back.
+    save_file(_apart(params), path, metadata=dict(metadata) if metadata else None)
 
 
 def read(path: str) -> tuple[Params, Mapping[str, str]]:
@@ -72,3 +77,14 @@ def read(path: str) -> tuple[Params, Mapping[str, str]]:
             return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except SafetensorError as error:
         raise WireError(f"{path} is not a safetensors file: {error}") from error
+
+
+def _apart(params: Params) -> dict[str, torch.Tensor]:
+    """Contiguous CPU tensors that share no memory: safetensors refuses tied ones."""
+    flat: dict[str, torch.Tensor] = {}
+    places: set[int] = set()
+    for name, tensor in params.items():
+        own = tensor.detach().cpu().contiguous()
+        flat[name] = own.clone() if own.data_ptr() in places else own
+        places.add(flat[name].data_ptr())
+    return flat

@@ -20,7 +20,7 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 class RunConfig(BaseModel):
     """Everything that decides the result of a run, checked before anything is loaded."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     strategy: str = Field("fedavg", description="name, or module:Class for one of your own")
     options: dict[str, Any] = Field({}, description="hyper-parameters of the strategy")
@@ -112,18 +112,19 @@ class RunConfig(BaseModel):
     def build_strategy(self) -> Strategy:
         """The strategy with its options. Raises ConfigError; also for ranks it cannot mix."""
         strategy = strategies.create(self.strategy, self.options)
-        if len(set(self.ranks)) > 1 and not strategy.mixed_ranks:
+        specs = {self.client_lora(index) for index in range(len(self.ranks))}
+        if len(specs) > 1 and not strategy.mixed_ranks:
             able = [n for n, c in strategies.STRATEGIES.items() if c.mixed_ranks]
             raise ConfigError(
-                f"strategy {self.strategy} needs one rank for all clients, "
-                f"found ranks {self.ranks}: use {' or '.join(able)}"
+                f"strategy {self.strategy} needs one rank and alpha for all clients, "
+                f"found ranks {self.ranks}, alphas {self.alphas}: use {' or '.join(able)}"
             )
         return strategy
 
     @property
     def lora(self) -> LoraSpec:
         """Rank and scaling of the global adapter."""
-        if self.ranks and len(set(self.ranks)) == 1:
+        if len({self.client_lora(index) for index in range(len(self.ranks))}) == 1:
             return self.client_lora(0)
         return LoraSpec(self.rank, self.alpha, self.rslora)
 
@@ -157,7 +158,7 @@ def resumed(
         raise ConfigError(f"nothing to resume in {folder}: it has no run.json")
     try:
         stored = validate(json.loads(path.read_text())["config"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read: {error!r}") from error
     given = _gather(file, overrides, settings, stored.strategy)
     asked = validate({**stored.model_dump(), **given})

@@ -135,16 +135,19 @@ def _read_hub(name: str) -> list[Example]:
 def _example(row: Any, where: str) -> Example:
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object, found {type(row).__name__}")
-    text, prompt = row.get("text", row.get("response")), row.get("prompt")
     if ("response" in row) != ("prompt" in row) or ("prompt" in row and "text" in row):
         raise DataError(f"{where}: needs both prompt and response, or text alone")
-    if not isinstance(text, str) or not isinstance(prompt, str | None):
+    text, prompt = row.get("text", row.get("response")), row.get("prompt")
+    if not isinstance(text, str) or ("prompt" in row and not isinstance(prompt, str)):
         found = ", ".join(sorted(map(str, row))) or "nothing"
         raise DataError(f"{where}: needs text, or prompt and response, as strings; found {found}")
-    split = row.get("split", "")
-    if split and split not in _SPLITS:
+    split = row.get("split") or ""
+    if split and str(split) not in _SPLITS:
         raise DataError(f"{where}: unknown split {split!r}: use train, validation or test")
     label, client = row.get("label"), row.get("client_id")
+    for key, value in (("text", text), ("prompt", prompt), ("label", label), ("client_id", client)):
+        if not _encodable(str(value)):
+            raise DataError(f"{where}: {key} has half of a surrogate pair, which is no text")
     return Example(
         text,
         prompt,
@@ -152,6 +155,14 @@ def _example(row: Any, where: str) -> Example:
         None if client is None else str(client),
         _SPLITS.get(split),
     )
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _one_kind(rows: Sequence[Example], name: str) -> None:
@@ -180,7 +191,9 @@ def _natural(rows: Sequence[Example], config: RunConfig) -> dict[str, list[Examp
         parts[str(row.client)].append(row)
     if config.clients is None:
         return parts
-    big_enough = sorted(c for c, own in parts.items() if len(own) >= config.min_examples + 2)
+    big_enough = sorted(
+        c for c, own in parts.items() if len(_split(own, config, c)[0].train) >= config.min_examples
+    )
     if config.clients > len(big_enough):
         raise ConfigError(
             f"asked for {config.clients} clients, {config.data} has {len(big_enough)} with "
@@ -238,7 +251,7 @@ def _artificial(rows: Sequence[Example], kind: str, config: RunConfig) -> dict[s
             f"client-{i:0{width}d}": [train[row] for row in dealer.load_partition(i)["row"]]
             for i in range(number)
         }
-    except ValueError as error:
+    except (ValueError, ArithmeticError) as error:
         raise ConfigError(f"partition {kind} into {number} clients failed: {error}") from error
     names = list(parts)
     for i, row in enumerate(row for row in rows if row.split not in (None, "train")):

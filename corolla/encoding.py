@@ -20,6 +20,8 @@ class Encoded:
 
     input_ids: Sequence[int]
     labels: Sequence[int] | int
+    example: int | None = None
+    """Which of a client's examples it comes from: windows of one text count once."""
 
     @property
     def targets(self) -> int:
@@ -63,8 +65,10 @@ class Encoder:
 
     def _windows(self, text: str) -> list[Encoded]:
         ids = self._with_eos(list(self.tokenizer(text)["input_ids"]))
-        cuts = (ids[i : i + self.max_length] for i in range(0, len(ids), self.max_length))
-        return [Encoded(window, window) for window in cuts if len(window) > 1]
+        # One token of overlap: each token but the very first is the target of one window.
+        starts = range(0, len(ids) - 1, self.max_length - 1)
+        cuts = (ids[i : i + self.max_length] for i in starts)
+        return [Encoded(window, window) for window in cuts]
 
     def _pair(self, prompt: str, response: str) -> tuple[list[int], list[int]]:
         if getattr(self.tokenizer, "chat_template", None):

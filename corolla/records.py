@@ -1,5 +1,6 @@
 """Files of --keep-updates: each client's adapter, to check aggregation with peft alone."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,8 +39,11 @@ def write_weights(folder: Path, num_examples: Mapping[str, int]) -> None:
 
 
 def client_folder(folder: Path, client: str) -> Path:
-    """The folder of a client in a round's folder; any name of a client becomes one file name."""
-    return folder / quote(client, safe=" ()").replace(".", "%2E")
+    """The folder of a client in a round's folder: any name becomes one file name of its own."""
+    name = quote(client, safe=" ()").replace(".", "%2E") or "%"
+    if len(name) > 120:  # file systems allow 255 bytes
+        name = f"{name[:80]}~{hashlib.sha256(client.encode()).hexdigest()[:32]}"
+    return folder / name
 
 
 def round_folder(folder: Path, round: int) -> Path:

@@ -13,6 +13,10 @@ _FRAMING = 1 << 20
 """Room for the safetensors header and for a quarter more than the tensors, at least."""
 
 
+_ABSURD = 1e6
+"""No honest change of a factor is as large; one such value would end everybody's training."""
+
+
 def in_order(
     answers: Iterable[tuple[str, Packet | None]], clients: Sequence[str]
 ) -> Iterator[tuple[str, Packet | None]]:
@@ -72,3 +76,5 @@ def _same_form(payload: Payload, like: Payload) -> None:
                 )
         if not tree.finite(found):
             raise WireError(f"update has values in {group!r} that are not finite")
+        if any(bool((tensor.abs() > _ABSURD).any()) for tensor in found.values()):
+            raise WireError(f"update has values in {group!r} beyond {_ABSURD:.0e}")

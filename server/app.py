@@ -9,8 +9,6 @@ from logging import INFO
 from pathlib import Path
 from typing import Any
 
-from corolla.server.evaluate import Evaluator
-from corolla.server.run import Observer, Run, Summary, prepare_folder
 from flwr.app import Context, Message
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
@@ -19,6 +17,8 @@ from corolla import data, models, wire
 from corolla.config import RunConfig, load
 from corolla.errors import RoundError, WireError
 from corolla.lora import LoraModel
+from corolla.server.evaluate import Evaluator
+from corolla.server.run import Observer, Run, Summary, prepare_folder
 from corolla.wire import Kind, Packet, Reply, Task, pack_reply, pack_task, unpack_task
 
 _POLL = 0.05
@@ -53,7 +53,11 @@ class GridNetwork:
         found: dict[str, int] = {}
         reasons: list[str] = []
         for node, packet in self._exchange(dict.fromkeys(self.node_ids, hello)):
-            reply = wire.unpack_reply(packet, 0)
+            try:
+                reply = wire.unpack_reply(packet, 0)
+            except WireError as error:
+                reasons.append(str(error))
+                continue
             if reply.error:
                 reasons.append(reply.error)
             elif reply.client in found:

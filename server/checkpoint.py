@@ -39,7 +39,9 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
         "held": {client: sorted(ids) for client, ids in sorted(checkpoint.held.items())},
     }
     write_atomic(folder / f"{stem}.safetensors", data)
-    write_atomic(folder / f"{stem}.json", json.dumps(note).encode())
+    text = json.dumps(note)
+    signed = {"note": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    write_atomic(folder / f"{stem}.json", json.dumps(signed).encode())
     for old in sorted(folder.glob("round-*.json"))[:-_KEPT]:
         old.unlink()
         old.with_suffix(".safetensors").unlink(missing_ok=True)
@@ -53,7 +55,10 @@ def load(folder: Path) -> Checkpoint | None:
     notes = sorted(folder.glob("round-*.json"), reverse=True)
     for path in notes:
         try:
-            note = json.loads(path.read_bytes())
+            signed = json.loads(path.read_bytes())
+            if hashlib.sha256(signed["note"].encode()).hexdigest() != signed["sha256"]:
+                continue
+            note = json.loads(signed["note"])
             data = path.with_suffix(".safetensors").read_bytes()
             if hashlib.sha256(data).hexdigest() != note["sha256"]:
                 continue
@@ -62,7 +67,7 @@ def load(folder: Path) -> Checkpoint | None:
             held = {c: frozenset(ids) for c, ids in note["held"].items()}
             held = {c: shared.setdefault(ids, ids) for c, ids in held.items()}
             return Checkpoint(note["run_id"], int(note["round"]), codec.decode(data), held)
-        except (OSError, ValueError, KeyError, TypeError, WireError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, WireError):
             continue
     if notes:
         raise ArtefactError(f"{folder} has {len(notes)} checkpoints and all are damaged")

@@ -99,6 +99,7 @@ class Evaluator:
             prompt, reference = " ".join(words[:cut]), " ".join(words[cut:])
             ids = list(tokenizer(prompt)["input_ids"])
             ids = ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+            ids = ids or [model.base.pad_id]  # a prompt without tokens: start from any one
         start = torch.tensor([ids[-self.config.max_length :]], device=model.device)
         with torch.no_grad():
             out = model.model.generate(

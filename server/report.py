@@ -1,14 +1,15 @@
 """report.html: one file without links to anything, for people who would rather look than read."""
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from corolla.server.checkpoint import write_atomic
 
 from corolla.assets import asset
+from corolla.server.checkpoint import write_atomic
 
 _SHOWN_CLIENTS = 40
 
@@ -78,12 +79,18 @@ def _client_losses(info: Mapping[str, Any]) -> str:
         axes.hlines(places, [r[2] for r in rows], [r[1] for r in rows], color="lightgrey", lw=3)
         axes.plot([r[1] for r in rows], places, "o", label="base model")
         axes.plot([r[2] for r in rows], places, "s", label="fine-tuned")
-        axes.set_yticks(list(places), [r[0] for r in rows], fontsize=7)
+        axes.set_yticks(list(places), [_label(r[0]) for r in rows], fontsize=7)
         axes.set(xlabel="loss on the client's own held-out examples")
         axes.invert_yaxis()
         axes.legend(frameon=False)
 
     return _svg(draw, height=max(3.0, 0.22 * len(rows) + 1))
+
+
+def _label(name: str) -> str:
+    """A client's name as a chart can show it: short, printable, without mathematics."""
+    shown = "".join(c if c.isprintable() else "?" for c in name).replace("$", r"\$")
+    return shown if len(shown) <= 32 else shown[:31] + "…"
 
 
 def _bytes(lines: Sequence[Mapping[str, Any]]) -> str:
@@ -113,7 +120,10 @@ def _svg(draw: Any, height: float = 3.4) -> str:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context({"svg.hashsalt": "corolla", "svg.fonttype": "none", "font.size": 9}):
+    settings: dict[Any, Any] = {"svg.hashsalt": "corolla", "svg.fonttype": "none", "font.size": 9}
+    with rc_context(settings), warnings.catch_warnings():
+        # Text stays text in the SVG: the browser has the glyphs that matplotlib's font lacks.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure = Figure(figsize=(6.4, height), layout="constrained")
         axes = figure.subplots()
         axes.spines[["top", "right"]].set_visible(False)

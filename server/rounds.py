@@ -2,19 +2,18 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
-from corolla.server import cohort
-from corolla.server.aggregate import in_order, read_reply
-
 from corolla import codec, tree
 from corolla.config import RunConfig
 from corolla.errors import RoundError, WireError
+from corolla.server import cohort
+from corolla.server.aggregate import in_order, read_reply
 from corolla.types import Broadcast, LoraSpec, Metrics, Params, Payload, Strategy
-from corolla.wire import Kind, Packet, Task, pack_task
+from corolla.wire import Kind, Packet, Reply, Task, pack_task
 
 Held = Mapping[str, frozenset[str]]
 """Client → content ids of the cached groups it is known to hold."""
@@ -49,6 +48,12 @@ class Federation:
     def lora(self, client: str) -> LoraSpec:
         """Rank and scaling of one client's adapter."""
         return self.config.client_lora(self._index[client])
+
+    def most_examples(self, client: str) -> int:
+        """The most examples a client can have used: a claim is the weight of its update."""
+        if self.config.local_epochs is not None:
+            return self.clients[client]
+        return min(self.clients[client], self.config.local_steps * self.config.batch_size)
 
     @cached_property
     def _index(self) -> Mapping[str, int]:
@@ -102,28 +107,15 @@ def run_round(
     examples: dict[str, int] = {}
     metrics: dict[str, Metrics] = {}
     dropped: dict[str, str] = {}
-    packets = {client: pack_task(task) for client, task in tasks.items()}
-    for client, packet in in_order(network.ask(packets), members):
+    for client, reply, update, why in _answers(federation, state, tasks, network, traffic):
         on_reply(client)
-        try:
-            if packet is None:
-                raise WireError("no answer")
-            like = strategy.update_like(federation.fresh(federation.lora(client)))
-            reply, update = read_reply(packet, client, tasks[client], like)
-            traffic.framing_up += len(packet.header)
-            if reply.missing:
-                known.pop(client, None)
-            if reply.error:
-                raise WireError(reply.error)
-        except WireError as error:
-            dropped[client] = str(error)
+        if reply is None:
+            dropped[client] = why
+            known.pop(client, None)
             continue
         aggregator.add(update, reply.num_examples)
         examples[client], metrics[client] = reply.num_examples, reply.metrics
         known[client] = frozenset(content)
-        sent = codec.content_bytes(update)
-        traffic.up += sent
-        traffic.framing_up += len(packet.payload) - sent
     needed = math.ceil(config.quorum * len(members))
     if len(examples) < needed:
         reason = next(iter(dropped.items()), ("", "none was asked"))
@@ -157,17 +149,58 @@ def evaluate_clients(
     if not members:
         return {}
     tasks = make_tasks(federation, state, held, round, Kind.EVALUATE, members, _Traffic())
+    answers = _answers(federation, state, tasks, network, _Traffic())
+    return {
+        client: {**reply.metrics, "examples": reply.num_examples}
+        for client, reply, _, _ in answers
+        if reply is not None and "loss" in reply.metrics
+    }
+
+
+def _answers(
+    federation: Federation,
+    state: Payload,
+    tasks: Mapping[str, Task],
+    network: Network,
+    traffic: _Traffic,
+) -> Iterator[tuple[str, Reply | None, Payload, str]]:
+    """(client, valid reply or None, its update, why not) in the order of clients.
+
+    A client that has lost cached groups is asked once more, with everything: a device may forget.
+    """
     packets = {client: pack_task(task) for client, task in tasks.items()}
-    scores: dict[str, Metrics] = {}
-    for client, packet in in_order(network.ask(packets), members):
+    for client, packet in in_order(network.ask(packets), list(tasks)):
+        task, answer = tasks[client], packet
         try:
-            if packet is not None:
-                reply, _ = read_reply(packet, client, tasks[client], None)
-                if not reply.error and "loss" in reply.metrics:
-                    scores[client] = {**reply.metrics, "examples": reply.num_examples}
-        except WireError:
-            continue  # an unreachable client has no score; training already said why it dropped
-    return scores
+            reply, update = _checked(federation, client, task, answer, traffic)
+            if reply.missing:
+                full = make_tasks(federation, state, {}, task.round, task.kind, [client], traffic)
+                task = full[client]
+                again = in_order(network.ask({client: pack_task(task)}), [client])
+                reply, update = _checked(federation, client, task, next(again)[1], traffic)
+            if reply.error or reply.missing:
+                raise WireError(reply.error or "cached groups are missing")
+            yield client, reply, update, ""
+        except WireError as error:
+            yield client, None, {}, str(error)
+
+
+def _checked(
+    federation: Federation, client: str, task: Task, packet: Packet | None, traffic: _Traffic
+) -> tuple[Reply, Payload]:
+    """A reply that passed all checks; counts its bytes. Raises WireError."""
+    if packet is None:
+        raise WireError("no answer")
+    like = None
+    if task.kind == Kind.TRAIN:
+        like = federation.strategy.update_like(federation.fresh(federation.lora(client)))
+    reply, update = read_reply(packet, client, task, like)
+    if reply.num_examples > federation.most_examples(client) and not reply.error:
+        raise WireError(f"reply claims {reply.num_examples} examples, more than it can have")
+    content = codec.content_bytes(update)
+    traffic.up += content
+    traffic.framing_up += len(packet.header) + len(packet.payload) - content
+    return reply, update
 
 
 def make_tasks(

@@ -12,6 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
+import corolla
+from corolla import lora, records, seeds, tree
+from corolla.config import RunConfig, validate
+from corolla.errors import ArtefactError, ConfigError
 from corolla.server import checkpoint
 from corolla.server.checkpoint import Checkpoint, write_atomic
 from corolla.server.evaluate import Evaluator, Sample
@@ -24,11 +28,6 @@ from corolla.server.rounds import (
     evaluate_clients,
     run_round,
 )
-
-import corolla
-from corolla import lora, records, seeds, tree
-from corolla.config import RunConfig, validate
-from corolla.errors import ArtefactError, ConfigError
 from corolla.types import Metrics, Payload
 
 
@@ -158,8 +157,14 @@ class Run:
     ) -> None:
         """The checkpoint decides: metrics of a round without one are dropped on resume."""
         text = "".join(json.dumps(line) + "\n" for line in lines)
-        write_atomic(self.folder / "metrics.jsonl", text.encode())
-        checkpoint.save(self.folder / "checkpoint", at)
+        try:
+            write_atomic(self.folder / "metrics.jsonl", text.encode())
+            checkpoint.save(self.folder / "checkpoint", at)
+        except OSError as error:
+            raise ArtefactError(
+                f"round {at.round} could not be kept in {self.folder}: {error.strerror}; the "
+                f"round before is, go on with --resume"
+            ) from error
 
     def _base(
         self, federation: Federation, state: Payload, info: Mapping[str, Any]
@@ -268,7 +273,7 @@ def stored_run(folder: Path) -> tuple[RunConfig, str]:
     try:
         info = json.loads((folder / "run.json").read_text())
         return validate(info["config"]), str(info["run_id"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtefactError(f"{folder / 'run.json'} cannot be read: {error!r}") from error
 
 
@@ -297,8 +302,9 @@ def _line(
 ) -> dict[str, Any]:
     metrics = dict(result.metrics)
     line: dict[str, Any] = {
+        **metrics,  # first: no name that a client sends may replace one of ours
         "round": round,
-        "train_loss": metrics.pop("train_loss", None),
+        "train_loss": metrics.get("train_loss"),
         "eval_loss": scores.get("loss"),
         "eval_accuracy": scores.get("accuracy"),
         "bytes_up": result.bytes_up,
@@ -310,7 +316,6 @@ def _line(
         "dropped": len(result.dropped),
         "peak_rss": peak_rss(),
         "sampling_probability": federation.cohort_size / len(federation.clients),
-        **metrics,
         "client_loss": dict(result.client_loss),
     }
     if result.dropped:

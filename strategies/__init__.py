@@ -5,11 +5,10 @@ import difflib
 import importlib
 from collections.abc import Mapping
 
+from corolla.errors import ConfigError
 from corolla.strategies.fedavg import FedAvg
 from corolla.strategies.ffa_lora import FfaLora
 from corolla.strategies.flora import Flora
-
-from corolla.errors import ConfigError
 from corolla.types import Strategy
 
 STRATEGIES: dict[str, type[Strategy]] = {

@@ -21,7 +21,7 @@ def test_public_names_are_sorted_and_unique() -> None:
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
     try:
-        corolla.nothing  # type: ignore[attr-defined]  # noqa: B018
+        corolla.nothing  # noqa: B018
     except AttributeError as error:
         assert "nothing" in str(error)
     else:
@@ -43,7 +43,5 @@ def test_strategies_follow_the_protocol_and_cite_their_paper() -> None:
 
 def test_importing_corolla_loads_neither_torch_nor_flower() -> None:
     code = "import sys, corolla; print([m for m in ('torch', 'flwr', 'peft') if m in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -22,10 +22,11 @@ from pathlib import Path
 
 import torch
 import transformers
-from build_data import OUTPUT_DIR, collect_examples, read_psf_source, stdlib_files
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from build_data import OUTPUT_DIR, collect_examples, read_psf_source, stdlib_files
 
 MODEL_DIR = OUTPUT_DIR / "model"
 SEED = 0

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from corolla.client.first_order import FirstOrder
 from torch import Tensor
 from torch.func import functional_call
 
 from corolla import models
+from corolla.client.first_order import FirstOrder
 from corolla.config import RunConfig
 from corolla.encoding import Encoded
 from corolla.errors import DataError, DivergedError

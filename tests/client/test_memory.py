@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from corolla.client.memory import Memory
 
 from corolla import codec
+from corolla.client.memory import Memory
 from corolla.errors import WireError
 from corolla.types import Params
 

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from corolla.client.memory import Memory
-from corolla.client.worker import Worker
 
 from corolla import codec, data, models
+from corolla.client.memory import Memory
+from corolla.client.worker import Worker
 from corolla.config import RunConfig
 from corolla.data import Example, FederatedData, Split
 from corolla.lora import LoraModel

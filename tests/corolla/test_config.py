@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from corolla.strategies.flora import Flora
 
 from corolla import config
 from corolla.config import RunConfig
 from corolla.errors import ConfigError
+from corolla.strategies.flora import Flora
 from corolla.types import LoraSpec
 
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from corolla.proto import update_pb2 as pb
 from hypothesis import given
 from hypothesis import strategies as st
 
 from corolla import wire
 from corolla.errors import WireError
+from corolla.proto import update_pb2 as pb
 from corolla.wire import Kind, Packet, Reply, Task
 
 if TYPE_CHECKING:

@@ -213,9 +213,7 @@ def _copy(folder: Path) -> Path:
     target = folder / "checkout"
     names = ["corolla", "server", "client", "strategies", "proto"]
     for name in names:
-        shutil.copytree(
-            ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__")
-        )
+        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, target / name)
     return target

@@ -1,4 +1,4 @@
-"""`corolla simulate` as a user runs it, and its artefacts checked with peft, torch and json alone."""
+"""`corolla simulate` as a user runs it; its artefacts checked with peft, torch and json."""
 
 import json
 import re
@@ -40,9 +40,10 @@ def info(folder: Path) -> dict[str, object]:
 
 def base_model(folder: Path) -> torch.nn.Module:
     path = json.loads((folder / "adapter" / "adapter_config.json").read_text())
-    return AutoModelForCausalLM.from_pretrained(
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
         path["base_model_name_or_path"], dtype=torch.float32
     )
+    return model
 
 
 def effective(folder: Path, adapter: Path) -> dict[str, torch.Tensor]:
@@ -118,7 +119,7 @@ def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(
 def test_the_report_works_without_a_network(run: Path) -> None:
     page = (run / "report.html").read_text()
     assert page.count("<svg") == 4
-    outside = [url for url in re.findall(r"""(?:src|href)\s*=\s*["']([^"'#]+)""", page)]
+    outside = re.findall(r"""(?:src|href)\s*=\s*["']([^"'#]+)""", page)
     assert outside == []
     assert "<script" not in page
 

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from corolla.server.aggregate import in_order, read_reply
 from hypothesis import given
 from hypothesis import strategies as st
 
 from corolla import codec
 from corolla.errors import WireError
+from corolla.server.aggregate import in_order, read_reply
 from corolla.types import Payload
 from corolla.wire import Kind, Packet, Reply, Task, pack_reply
 

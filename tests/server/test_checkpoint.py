@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from corolla.server.checkpoint import Checkpoint, load, save, write_atomic
 
 from corolla.errors import ArtefactError
+from corolla.server.checkpoint import Checkpoint, load, save, write_atomic
 
 
 def at(round: int) -> Checkpoint:

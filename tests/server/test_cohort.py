@@ -3,9 +3,10 @@ from itertools import combinations
 
 import pytest
 import torch
-from corolla.server.cohort import sample
 from hypothesis import given
 from hypothesis import strategies as st
+
+from corolla.server.cohort import sample
 
 NAMES = [f"c{i:02d}" for i in range(20)]
 

@@ -4,8 +4,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from corolla.server import evaluate
-from corolla.server.evaluate import Evaluator
 from peft import PeftModel
 
 from corolla import codec, models
@@ -13,6 +11,8 @@ from corolla.config import RunConfig
 from corolla.data import Example
 from corolla.errors import ArtefactError
 from corolla.lora import LoraModel
+from corolla.server import evaluate
+from corolla.server.evaluate import Evaluator
 from corolla.types import Adapter, LoraSpec, Params
 
 Settings = Callable[..., RunConfig]

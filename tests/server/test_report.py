@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from corolla.server.report import human_bytes, write_report
 
 from corolla.config import RunConfig
+from corolla.server.report import human_bytes, write_report
 
 SAMPLE = {"prompt": "is it?", "reference": "yes", "answer": "no"}
 INFO: dict[str, Any] = {

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from corolla.client.memory import Memory
-from corolla.client.worker import Worker
-from corolla.proto import update_pb2 as pb
-from corolla.server.rounds import Federation, RoundResult, evaluate_clients, run_round
 
 from corolla import codec, data, models
+from corolla.client.memory import Memory
+from corolla.client.worker import Worker
 from corolla.config import RunConfig
 from corolla.errors import RoundError
 from corolla.lora import LoraModel
+from corolla.proto import update_pb2 as pb
+from corolla.server.rounds import Federation, RoundResult, evaluate_clients, run_round
 from corolla.types import Metrics, Params, Payload
 from corolla.wire import Kind, Packet, Reply, Task, pack_reply, unpack_reply, unpack_task
 

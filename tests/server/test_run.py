@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from corolla.server import checkpoint, evaluate, report, run
-from corolla.server.run import Summary, prepare_folder, stored_run
 
 from corolla import codec, simulation
 from corolla.config import RunConfig
 from corolla.errors import ArtefactError, ConfigError, CorollaError, DataError
+from corolla.server import checkpoint, evaluate, report, run
+from corolla.server.run import Summary, prepare_folder, stored_run
 from corolla.types import Metrics
 from corolla.wire import Packet, pack_reply, unpack_reply
 

@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, cast
 
 import torch
+
+from corolla import factors, tree
+from corolla.aggregation import ByGroup, Stack, WeightedMean
 from corolla.client.worker import LocalClient
 from corolla.strategies.fedavg import FedAvg
 from corolla.strategies.ffa_lora import FfaLora
 from corolla.strategies.flora import Flora
-
-from corolla import factors, tree
-from corolla.aggregation import ByGroup, Stack, WeightedMean
 from corolla.types import (
     Adapter,
     Aggregates,

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from corolla.strategies import STRATEGIES, create
 
 from corolla import codec, factors, tree
 from corolla.conformance import Result, conform
 from corolla.errors import ConfigError
+from corolla.strategies import STRATEGIES, create
 from corolla.types import LoraSpec, Params, Payload, Strategy
 from tests.strategies import tiny
 from tests.strategies.tiny import Run

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from corolla.strategies.fedavg import FedAvg
 
 from corolla import codec, factors
+from corolla.strategies.fedavg import FedAvg
 from corolla.types import Cost, Params, Size
 from tests.strategies import tiny
 

@@ -2,12 +2,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from corolla.client.first_order import FirstOrder
-from corolla.strategies.ffa_lora import FfaLora
 
 from corolla import codec, factors, tree
+from corolla.client.first_order import FirstOrder
 from corolla.encoding import Encoded
 from corolla.lora import LoraModel
+from corolla.strategies.ffa_lora import FfaLora
 from corolla.types import Cost, LoraSpec, Params, Size
 from tests.strategies import tiny
 

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from corolla.strategies.flora import Flora
 from torch import Tensor
 
 from corolla import codec, factors, models, tree
+from corolla.strategies.flora import Flora
 from corolla.types import Cost, LoraSpec, Params, Payload, Size
 from tests.strategies import tiny
 
@@ -218,7 +218,7 @@ def test_blocks_keep_their_order_and_never_share_a_name() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_rank": 0}, "max_rank must be at least 1, found 0"),
+        ({"max_rank": 0}, "max_rank must be a whole number from 1, found 0"),
         ({"compact_at": 0.5}, "compact_at must be at least 1, found 0.5"),
     ],
 )

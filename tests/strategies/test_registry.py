@@ -1,10 +1,10 @@
 import pytest
+
+from corolla.errors import ConfigError
 from corolla.strategies import STRATEGIES, create, find
 from corolla.strategies.fedavg import FedAvg
 from corolla.strategies.ffa_lora import FfaLora
 from corolla.strategies.flora import Flora
-
-from corolla.errors import ConfigError
 from corolla.types import Strategy
 from tests.strategies.sabotaged import Own
 
@@ -72,7 +72,11 @@ def test_what_cannot_be_a_strategy_is_refused(name: str, message: str) -> None:
         ),
         ("flora", {"qqq": 8}, "its options are max_rank, compact_at"),
         ("fedavg", {"mu": 0.1}, "strategy fedavg has no option 'mu': it has no options"),
-        ("flora", {"max_rank": 0}, "strategy flora: max_rank must be at least 1, found 0"),
+        (
+            "flora",
+            {"max_rank": 0},
+            "strategy flora: max_rank must be a whole number from 1, found 0",
+        ),
         ("flora", {"max_rank": 2.5}, "strategy flora: max_rank must be"),
         ("flora", {"compact_at": "often"}, "strategy flora: "),
         (OWN + "Own", {"server_lr": -1}, "server_lr must be positive, found -1"),

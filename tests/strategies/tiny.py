@@ -8,9 +8,6 @@ from typing import Any, cast
 
 import torch
 import transformers
-from corolla.client.memory import Memory
-from corolla.client.worker import Worker
-from corolla.server.rounds import Federation, Held, RoundResult, run_round
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
@@ -19,10 +16,13 @@ from tokenizers.models import WordLevel
 from torch import Tensor, nn
 
 from corolla import codec, seeds
+from corolla.client.memory import Memory
+from corolla.client.worker import Worker
 from corolla.config import RunConfig
 from corolla.data import Example, FederatedData, Split
 from corolla.lora import LoraModel
 from corolla.models import Base
+from corolla.server.rounds import Federation, Held, RoundResult, run_round
 from corolla.types import Correct, Fit, LocalTrainer, LoraSpec, Params, Payload, Strategy
 from corolla.wire import Packet, unpack_reply, unpack_task
 
