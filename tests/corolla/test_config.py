@@ -160,7 +160,7 @@ def test_names_of_strategies_may_have_dashes(tmp_path: Path) -> None:
         (["strategy=no.such.module:Class"], ["no.such.module:Class"]),
         (["strategy=math:pi"], ["math:pi", "not a class"]),
         (["strategy=pathlib:Path"], ["pathlib:Path", "lacks", "aggregator"]),
-        (["strategy=flora", "flora.max_rank=0"], ["max_rank must be at least 1"]),
+        (["strategy=flora", "flora.max_rank=0"], ["max_rank must be a whole number from 1"]),
         (["strategy=flora", "flora.max_rank=many"], ["flora"]),
         (["model=[1,\n2]"], ["model"]),
     ],

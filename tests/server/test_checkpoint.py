@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 from dataclasses import replace
@@ -104,7 +105,9 @@ def test_held_groups_of_another_form_fall_back(tmp_path: Path) -> None:
     path = tmp_path / "round-000002.json"
     odd: list[object] = [[], 3, {"ada": 3}, None]
     for held in odd:
-        path.write_text(json.dumps({**json.loads(path.read_text()), "held": held}))
+        note = json.dumps({**json.loads(json.loads(path.read_text())["note"]), "held": held})
+        sha256 = hashlib.sha256(note.encode()).hexdigest()
+        path.write_text(json.dumps({"note": note, "sha256": sha256}))
         assert same(load(tmp_path), at(1))
 
 

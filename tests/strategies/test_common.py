@@ -96,7 +96,7 @@ def test_mixed_ranks_are_accepted_exactly_when_declared(name: str) -> None:
     if STRATEGIES[name].mixed_ranks:
         settings.build_strategy()
         return
-    with pytest.raises(ConfigError, match="needs one rank for all clients"):
+    with pytest.raises(ConfigError, match="needs one rank and alpha for all clients"):
         settings.build_strategy()
     assert tiny.config(name, ranks=[2, 2]).build_strategy() is not None
 
