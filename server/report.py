@@ -25,9 +25,9 @@ def write_report(path: Path, info: Mapping[str, Any], lines: Sequence[Mapping[st
         lines=lines,
         charts=[
             ("Loss per round", _losses(info, lines)),
-            ("Loss per client", _client_losses(info)),
             ("Bytes per round", _bytes(lines)),
-            ("Seconds per round", _bars(lines, "seconds", "seconds")),
+            ("Seconds per round", _seconds(lines)),
+            ("Loss per client", _client_losses(info)),
         ],
         samples=list(zip(info["samples"]["before"], info["samples"]["after"], strict=True)),
         measured=_measured(info),
@@ -106,10 +106,10 @@ def _bytes(lines: Sequence[Mapping[str, Any]]) -> str:
     return _svg(draw)
 
 
-def _bars(lines: Sequence[Mapping[str, Any]], key: str, label: str) -> str:
+def _seconds(lines: Sequence[Mapping[str, Any]]) -> str:
     def draw(axes: Any) -> None:
-        axes.bar([line["round"] for line in lines], [line[key] for line in lines])
-        axes.set(xlabel="round", ylabel=label)
+        axes.bar([line["round"] for line in lines], [line["seconds"] for line in lines])
+        axes.set(xlabel="round", ylabel="seconds")
         axes.xaxis.get_major_locator().set_params(integer=True)
 
     return _svg(draw)

@@ -56,7 +56,7 @@ def test_every_task_comes_back(task: Task) -> None:
         num_examples=st.integers(0, 2**40),
         metrics=st.dictionaries(texts, st.floats(-1e30, 1e30)),
         payload=st.binary(max_size=40),
-        error=texts,
+        error=st.text("abc", max_size=9),
         missing=st.lists(texts, max_size=3),
     )
 )
