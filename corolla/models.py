@@ -85,6 +85,8 @@ def load(config: RunConfig, labels: Sequence[str] = ()) -> Base:
             raise ModelError(f"cannot load model {config.model!r}: {reason}") from error
     if config.quantization == "none":
         model = model.to(device)
+    if config.quantization == "4bit" and model.device.type == "cpu":
+        _check_4bit_on_cpu(model)
     if model.config.get_text_config().pad_token_id is None:
         pad = tokenizer.pad_token_id
         model.config.pad_token_id = pad if pad is not None else tokenizer.eos_token_id
@@ -209,6 +211,16 @@ def _bitsandbytes(config: RunConfig) -> transformers.BitsAndBytesConfig:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=getattr(torch, config.dtype),
     )
+
+
+def _check_4bit_on_cpu(model: PreTrainedModel) -> None:
+    """The CPU kernel of bitsandbytes packs blocks of 64 values along a row."""
+    for name, module in model.named_modules():
+        if type(module).__name__ == "Linear4bit" and module.in_features % 64:
+            raise ModelError(
+                f"4-bit layers on a CPU need an input width that is a multiple of 64, {name} has "
+                f"{module.in_features}: use quantization=8bit or a CUDA device"
+            )
 
 
 class _Quiet:
