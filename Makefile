@@ -13,7 +13,7 @@ demo: $(STAMPS)/base
 	$(RUN)/corolla simulate
 
 demo-llm: $(STAMPS)/llm
-	$(RUN)/python experiments/demo_llm/run.py
+	$(RUN)/corolla simulate --config experiments/demo_llm/config.toml
 
 test: $(STAMPS)/dev
 	$(RUN)/python -m pytest -n 2 --dist worksteal -q

@@ -1,5 +1,6 @@
 """The Flower ClientApp: unpacks a message, lets the resident worker answer it, packs the reply."""
 
+import getpass
 import json
 import os
 import tempfile
@@ -56,7 +57,9 @@ def _worker(settings: str, run_id: str) -> Worker:
     model = LoraModel(models.load(config, dataset.labels), config.target_modules, config.dropout)
     # Local settings of this machine; a server cannot say where a device writes.
     record = os.environ.get(RECORD)
-    memory = os.environ.get(MEMORY) or str(Path(tempfile.gettempdir()) / f"corolla-{os.getuid()}")
+    memory = os.environ.get(MEMORY) or str(
+        Path(tempfile.gettempdir(), f"corolla-memory-{getpass.getuser()}")  # checked by content
+    )
     return Worker(
         config, model, dataset, Memory(Path(memory) / run_id), Path(record) if record else None
     )

@@ -47,7 +47,7 @@ def _user_errors() -> Iterator[None]:
         err.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
-        err.print("[yellow]stopped.[/] The last committed round is kept: go on with --resume.")
+        err.print("[yellow]stopped[/]")
         raise typer.Exit(1) from None
 
 

@@ -7,6 +7,7 @@ CorollaError                 anything a user can cause; the command line prints 
 ├── WireError                a message that does not match its envelope
 ├── RoundError               a round that could not be completed
 │   └── DivergedError        the loss is not finite
+├── StoppedError             the user or the engine has stopped the run
 └── ArtefactError            a checkpoint or an adapter folder
 """
 
@@ -41,6 +42,10 @@ class RoundError(CorollaError):
 
 class DivergedError(RoundError):
     """The training loss of a client is NaN or infinite."""
+
+
+class StoppedError(CorollaError):
+    """A run that was stopped from outside; the message says what is kept."""
 
 
 class ArtefactError(CorollaError):

@@ -10,8 +10,9 @@ from corolla import data, models
 from corolla.client.memory import Memory
 from corolla.client.worker import Worker
 from corolla.config import RunConfig
-from corolla.errors import WireError
+from corolla.errors import StoppedError, WireError
 from corolla.lora import LoraModel
+from corolla.server import checkpoint
 from corolla.server.evaluate import Evaluator
 from corolla.server.run import Observer, Run, Silent, Summary, prepare_folder, stored_run
 from corolla.wire import Kind, Packet, Task, pack_task, unpack_reply
@@ -60,6 +61,13 @@ def simulate(
 
             return simulate_on_flower(config, folder, observer, keep_updates, resume, run_id)
         return _in_process(config, folder, observer, keep_updates, resume, run_id, on_step)
+    except KeyboardInterrupt:
+        kept = checkpoint.load(folder / "checkpoint")
+        raise StoppedError(
+            f"stopped; round {kept.round} is kept: go on with --resume --out {folder}"
+            if kept
+            else "stopped before a round was complete: nothing is kept"
+        ) from None
     finally:
         if not existed and not (folder / "checkpoint").exists():
             shutil.rmtree(folder, ignore_errors=True)

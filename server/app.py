@@ -15,7 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from corolla import data, models, wire
 from corolla.config import RunConfig, load
-from corolla.errors import RoundError, WireError
+from corolla.errors import RoundError, StoppedError, WireError
 from corolla.lora import LoraModel
 from corolla.server.evaluate import Evaluator
 from corolla.server.run import Observer, Run, Summary, prepare_folder
@@ -27,10 +27,6 @@ _SETTLE = 2.0
 _LARGEST = 1 << 40
 
 app = ServerApp()  # without annotation: `flwr build` looks for the bare assignment
-
-
-class StoppedError(RoundError):
-    """The engine is being shut down."""
 
 
 class GridNetwork:
