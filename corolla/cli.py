@@ -117,9 +117,9 @@ def simulate(
         else:
             run_config = load(config, options, settings or ())
         folder = out_dir or Path("runs") / f"{run_config.strategy.split(':')[-1]}-{_now()}"
-        out.print("loading …", style="dim")
-        from corolla.progress import Bars, print_summary
-        from corolla.simulation import simulate as run
+        with out.status("loading"):  # torch, transformers and peft take seconds to import
+            from corolla.progress import Bars, print_summary
+            from corolla.simulation import simulate as run
 
         with Bars(out, run_config.rounds) as bars:
             summary = run(

@@ -37,10 +37,14 @@ class Bars:
         )
         self._rounds: TaskID | None = None
         self._clients: TaskID | None = None
+        self._busy = TaskID(-1)
         self._tokens, self._since = 0, time.monotonic()
 
     def __enter__(self) -> Self:
         self._progress.start()
+        self._busy = self._progress.add_task(
+            "loading", total=None, note="and measuring the base model"
+        )
         return self
 
     def __exit__(
@@ -52,6 +56,7 @@ class Bars:
         self._progress.stop()
 
     def started(self, facts: Mapping[str, Any], first_round: int) -> None:
+        self._progress.remove_task(self._busy)
         config = facts["config"]
         self.console.print(
             f"[bold]{escape(config['strategy'])}[/] on {escape(config['data'])}: "
@@ -90,6 +95,8 @@ class Bars:
     def round_ended(self, line: Mapping[str, Any]) -> None:
         if self._rounds is not None:
             self._progress.advance(self._rounds)
+        if line["round"] == self.rounds:
+            self._progress.add_task("ending", total=None, note="measuring, saving, reloading")
         held = line["eval_loss"]
         parts = [
             f"round {line['round']}/{self.rounds}",
