@@ -49,7 +49,8 @@ $(STAMPS)/venv:
 	mkdir -p $(STAMPS)
 	touch $@
 
-# torch first and pinned: an unpinned one may be a CUDA build of several GB.
+# torch first and pinned: the newest may be a CUDA build of several GB. Where the index serves only
+# CUDA builds, point PIP_EXTRA_INDEX_URL at PyTorch's index of CPU builds.
 $(STAMPS)/base: pyproject.toml constraints.txt $(STAMPS)/venv
 	$(INSTALL) torch
 	$(INSTALL) -e .

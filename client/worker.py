@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from corolla import codec, seeds
 from corolla.client.first_order import FirstOrder
 from corolla.client.memory import Memory
@@ -65,6 +67,8 @@ class Worker:
             reply = self._answer(client, task, blank)
         except CorollaError as error:
             reply = replace(blank, error=str(error))
+        except torch.OutOfMemoryError:
+            reply = replace(blank, error="out of memory: lower micro_batch_size or max_length")
         except (KeyError, ValueError, TypeError) as error:  # a task that does not fit this model
             reply = replace(
                 blank, error=f"task cannot be done here: {type(error).__name__}: {error}"

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from corolla import data, lora, models
-from corolla.config import RunConfig, load
+from corolla.config import RunConfig, amended, validate
 from corolla.encoding import Encoded, Encoder, collate
 from corolla.errors import ArtefactError, ConfigError
 from corolla.scoring import score
@@ -23,13 +23,14 @@ def evaluate_adapter(
 ) -> dict[str, Metrics]:
     """Held-out scores of the base model and of base + adapter: {"base": …, "adapter": …}.
 
-    Model, data and splits are those of the adapter's run (run.json beside it) unless given.
+    Model, data and the examples are those of the adapter's run (run.json beside it) unless given.
     """
     config = _config(adapter, model, dataset, settings)
     federated = data.load(config)
     base = models.load(config, federated.labels)
     encoder = Encoder(base.tokenizer, federated.labels, config.max_length)
-    examples = [s for example in federated.heldout for s in encoder(example)]
+    chosen = data.spread(federated.heldout, config.eval_examples)
+    examples = [s for example in chosen for s in encoder(example)]
     device = models.pick_device(config.device)
     before = score(base.model, examples, base.pad_id, device)
     tuned = lora.load_adapter(base.model, adapter)
@@ -47,7 +48,7 @@ def export_merged(adapter: Path, model: str | None, folder: Path) -> float:
         raise ConfigError(f"--out {folder} is not empty: name a new folder")
     config = _config(adapter, model, None, ())
     config = config.model_copy(update={"dtype": "float32", "quantization": "none", "device": "cpu"})
-    labels = data.load(config).labels if _is_classifier(adapter) else ()
+    labels = _labels(adapter)
     base = models.load(config, labels)
     probe = _probe(base)
     with torch.no_grad():
@@ -90,25 +91,32 @@ def _config(
     """The settings of the adapter's run (run.json beside it) or defaults, then what is given."""
     if not (adapter / "adapter_config.json").is_file():
         raise ArtefactError(f"{adapter} is no adapter: it has no adapter_config.json")
-    stored: dict[str, Any] = {}
+    run = _run_info(adapter)
+    stored = validate(run["config"] if run else {"model": lora.base_of(adapter)})
+    return amended(stored, {"model": model, "data": dataset}, settings)
+
+
+def _run_info(adapter: Path) -> dict[str, Any]:
+    """run.json of the run that the adapter is the result of; empty where it is not beside it."""
     path = adapter.resolve().parent / "run.json"
-    if path.is_file():
-        try:
-            stored = json.loads(path.read_text())["config"]
-        except (OSError, ValueError, KeyError) as error:
-            raise ArtefactError(f"{path} cannot be read: {error!r}") from error
-    else:
-        stored["model"] = lora.base_of(adapter)
-    return load(None, {**stored, **_given(model=model, data=dataset)}, settings)
+    if not path.is_file():
+        return {}
+    try:
+        info: dict[str, Any] = json.loads(path.read_text())
+        return {**info, "config": dict(info["config"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtefactError(f"{path} cannot be read: {error!r}") from error
 
 
-def _given(**options: str | None) -> dict[str, str]:
-    return {key: value for key, value in options.items() if value is not None}
-
-
-def _is_classifier(adapter: Path) -> bool:
+def _labels(adapter: Path) -> Sequence[str]:
+    """Labels of a classifier, from its run or counted from its head; empty for a causal model."""
     config = json.loads((adapter / "adapter_config.json").read_text())
-    return bool(config.get("task_type") == "SEQ_CLS")
+    if config.get("task_type") != "SEQ_CLS":
+        return ()
+    if labels := _run_info(adapter).get("labels"):
+        return [str(label) for label in labels]
+    head = lora.read_adapter(adapter)[1]
+    return [f"LABEL_{i}" for i in range(max(len(tensor) for tensor in head.values()))]
 
 
 def _probe(base: models.Base) -> dict[str, torch.Tensor]:

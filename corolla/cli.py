@@ -46,6 +46,9 @@ def _user_errors() -> Iterator[None]:
     except CorollaError as error:
         err.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         raise typer.Exit(error.exit_code) from None
+    except OSError as error:  # a full disk, a folder without permission
+        err.print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        raise typer.Exit(1) from None
     except KeyboardInterrupt:
         err.print("[yellow]stopped[/]")
         raise typer.Exit(1) from None
@@ -64,6 +67,7 @@ def main(
     ] = False,
 ) -> None:
     """Federated fine-tuning of language models on Flower."""
+    sys.path.insert(0, str(Path.cwd()))  # strategies of one's own: module:Class in this folder
 
 
 @app.command()

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from corolla import strategies
 from corolla.errors import ConfigError
@@ -94,6 +94,12 @@ class RunConfig(BaseModel):
             return {"lr": 3e-3, **values}
         return values
 
+    @field_validator("model", "data")
+    @classmethod
+    def _absolute(cls, name: str) -> str:
+        """A path must mean the same from another folder: run.json is read later."""
+        return str(Path(name).resolve()) if name != "embedded" and Path(name).exists() else name
+
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
         if self.clients and self.cohort and self.cohort > self.clients:
@@ -160,15 +166,25 @@ def resumed(
         stored = validate(json.loads(path.read_text())["config"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read: {error!r}") from error
-    given = _gather(file, overrides, settings, stored.strategy)
-    asked = validate({**stored.model_dump(), **given})
-    for key in given:
+    asked = amended(stored, overrides, settings, file)
+    for key in RunConfig.model_fields:
         if getattr(asked, key) != getattr(stored, key):
             raise ConfigError(
                 f"--resume goes on with {key.replace('_', '-')}={getattr(stored, key)!r}, "
                 f"found {getattr(asked, key)!r}: leave it out"
             )
     return stored
+
+
+def amended(
+    stored: RunConfig,
+    overrides: Mapping[str, object],
+    settings: Sequence[str] = (),
+    file: Path | None = None,
+) -> RunConfig:
+    """A stored config with what is given put over it. Raises ConfigError as `load` does."""
+    given = _gather(file, overrides, settings, stored.strategy)
+    return validate({**stored.model_dump(), **given})
 
 
 def _gather(

@@ -64,11 +64,13 @@ def load(config: RunConfig) -> FederatedData:
     rows, fingerprint = read(config.data)
     _one_kind(rows, config.data)
     labels = sorted({row.label for row in rows if row.label is not None})
-    parts = _partition(rows, config)
+    labels = [] if config.task == "causal" else labels
+    given = frozenset(row.split for row in rows if row.split not in (None, "train"))
+    parts = _partition(rows, given, config)
     clients: dict[str, Split] = {}
     heldout: list[Example] = []
     for client in sorted(parts):
-        split, held = _split(parts[client], config, client)
+        split, held = _split(parts[client], given, config, client)
         heldout += held
         if len(split.train) >= config.min_examples:
             clients[client] = split
@@ -108,7 +110,7 @@ def _read_lines(path: Path) -> tuple[list[Example], str]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, line {number}: not JSON: {error}") from error
         rows.append(_example(row, f"{path}, line {number}"))
     if not rows:
@@ -173,7 +175,9 @@ def _one_kind(rows: Sequence[Example], name: str) -> None:
         raise DataError(f"{name}: rows have prompt, response and label; use text and label")
 
 
-def _partition(rows: Sequence[Example], config: RunConfig) -> dict[str, list[Example]]:
+def _partition(
+    rows: Sequence[Example], given: frozenset[str | None], config: RunConfig
+) -> dict[str, list[Example]]:
     natural = all(row.client is not None for row in rows)
     kind = config.partition
     if kind == "auto":
@@ -181,18 +185,22 @@ def _partition(rows: Sequence[Example], config: RunConfig) -> dict[str, list[Exa
     if kind == "natural":
         if not natural:
             raise DataError(f"{config.data}: partition natural needs client_id in every row")
-        return _natural(rows, config)
+        return _natural(rows, given, config)
     return _artificial(rows, kind, config)
 
 
-def _natural(rows: Sequence[Example], config: RunConfig) -> dict[str, list[Example]]:
+def _natural(
+    rows: Sequence[Example], given: frozenset[str | None], config: RunConfig
+) -> dict[str, list[Example]]:
     parts: dict[str, list[Example]] = defaultdict(list)
     for row in rows:
         parts[str(row.client)].append(row)
     if config.clients is None:
         return parts
     big_enough = sorted(
-        c for c, own in parts.items() if len(_split(own, config, c)[0].train) >= config.min_examples
+        c
+        for c, own in parts.items()
+        if len(_split(own, given, config, c)[0].train) >= config.min_examples
     )
     if config.clients > len(big_enough):
         raise ConfigError(
@@ -260,12 +268,12 @@ def _artificial(rows: Sequence[Example], kind: str, config: RunConfig) -> dict[s
 
 
 def _split(
-    rows: Sequence[Example], config: RunConfig, client: str
+    rows: Sequence[Example], given: frozenset[str | None], config: RunConfig, client: str
 ) -> tuple[Split, Sequence[Example]]:
     """(train and eval of one client, its share of the global held-out set).
 
-    `split` is honoured where the rows have it: validation is the client's own, test is global.
-    What is missing is carved from the rest, but a data set with splits is not cut a second time.
+    `given` are the splits that the data set has beside train: they are honoured (validation is the
+    client's own, test is global), and what it has is not cut a second time. The rest is carved.
     """
     order = torch.randperm(len(rows), generator=seeds.generator(config.seed, "split", client))
     shuffled = [rows[i] for i in order.tolist()]
@@ -273,8 +281,15 @@ def _split(
     held = [row for row in shuffled if row.split == "test"]
     train = [row for row in shuffled if row.split in (None, "train")]
     carve = max(1, round(len(train) * config.eval_fraction))
-    if not own and not held and len(train) > 2:
+    if not given and len(train) > 2:
         held, train = train[:carve], train[carve:]
-    if not own and len(train) > 2:
+    if "validation" not in given and len(train) > 2:
         own, train = train[:carve], train[carve:]
     return Split(train, own), held
+
+
+def spread(examples: Sequence[Example], most: int) -> list[Example]:
+    """At most `most` examples at even distances, so that every client has its share."""
+    if len(examples) <= most:
+        return list(examples)
+    return [examples[(2 * i + 1) * len(examples) // (2 * most)] for i in range(most)]

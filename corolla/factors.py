@@ -4,6 +4,7 @@ A module's update is B (out, r) times A (r, in). Everything here works on factor
 matrix is formed only by `product`, for tests and checks.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -113,3 +114,21 @@ def pad(params: Params, to_rank: int) -> Params:
         out[name + A] = torch.cat([a, a.new_zeros(extra, a.shape[1])], dim=0)
         out[name + B] = torch.cat([b, b.new_zeros(b.shape[0], extra)], dim=1)
     return out
+
+
+def distance(a: Params, b: Params) -> float:
+    """‖a - b‖_F / ‖b‖_F of the products over all modules, without forming them.
+
+    The norm of a stack is that of R_B R_Aᵀ from two small QR decompositions, in fp64.
+    """
+    difference = stack([bake(b, -1.0), a])
+    return _norm(difference) / max(_norm(b), 1e-30)
+
+
+def _norm(params: Params) -> float:
+    total: float = 0.0
+    for name in modules(params):
+        rb = torch.linalg.qr(params[name + B].double(), mode="r").R
+        ra = torch.linalg.qr(params[name + A].double().T, mode="r").R
+        total += float((rb @ ra.T).square().sum())
+    return math.sqrt(total)

@@ -19,6 +19,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -51,6 +52,7 @@ class LoraModel:
         """
         self.base = base
         heads = _heads(base)
+        self._head_dtype = base.model.dtype
         self.targets = list(targets) if targets else _linear_suffixes(base.model, heads)
         self.shapes = _shapes(base.model, self.targets, heads)
         idle = [t for t in self.targets if not any(_matches(name, t) for name in self.shapes)]
@@ -83,10 +85,14 @@ class LoraModel:
             for n, m in wrapped.named_modules()
             if isinstance(m, ModulesToSaveWrapper)
         }
+        self._hooks: list[RemovableHandle] = []
+        for head in self._heads.values():
+            head.float()  # trained and averaged in fp32 whatever the base is
+            self._hooks.append(head.register_forward_pre_hook(_inputs_in_fp32))
         self._buffers = {n: b.detach().clone() for n, b in self.model.named_buffers()}
         self._start_head = {n: p.detach().clone() for n, p in self._head_parameters()}
         self._frozen: dict[str, tuple[Tensor, Tensor]] = {}
-        self._hooks = [m.register_forward_hook(self._add(n)) for n, m in self._layers.items()]
+        self._hooks += [m.register_forward_hook(self._add(n)) for n, m in self._layers.items()]
         self.model.requires_grad_(False)
 
     def check_rank(self, spec: LoraSpec) -> None:
@@ -228,7 +234,8 @@ class LoraModel:
             hook.remove()
         plain: PreTrainedModel = self.model.unload()
         for name, tensor in self._start_head.items():  # peft would leave the trained head in place
-            plain.get_parameter(name).data = tensor.clone()
+            parameter = plain.get_parameter(name)
+            parameter.data = tensor.to(self._head_dtype, copy=True)
         return plain
 
     def _names(self) -> set[str]:
@@ -274,6 +281,18 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
         raise ArtefactError(f"cannot load adapter {folder} on this base model: {reason}") from error
 
 
+def read_adapter(folder: Path) -> tuple[Params, Params]:
+    """(factors with their scaling in A, head tensors) of a saved adapter, by our names."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors, _ = codec.read(str(folder / "adapter_model.safetensors"))
+    named = {n.removeprefix(_PREFIX): t for n, t in tensors.items()}
+    plain = {n.removesuffix(".weight"): t for n, t in named.items()}
+    spec = LoraSpec(config["r"], config["lora_alpha"], config["use_rslora"])
+    update = factors.select(plain, factors.is_a, factors.is_b)
+    heads = {n: t for n, t in named.items() if factors.is_head(n.removesuffix(".weight"))}
+    return factors.bake(update, spec.scaling), heads
+
+
 def merge(model: PeftModel) -> PreTrainedModel:
     """The base model with the adapter merged in. Exact only where the base has the precision."""
     return model.merge_and_unload(safe_merge=True)
@@ -302,6 +321,10 @@ def _peft_speaks_to_transformers() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
         yield
+
+
+def _inputs_in_fp32(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.float() if x.is_floating_point() else x for x in inputs)
 
 
 def _heads(base: Base) -> list[str]:

@@ -87,14 +87,20 @@ def load(config: RunConfig, labels: Sequence[str] = ()) -> Base:
         model = model.to(device)
     if config.quantization == "4bit" and model.device.type == "cpu":
         _check_4bit_on_cpu(model)
-    if model.config.get_text_config().pad_token_id is None:
-        pad = tokenizer.pad_token_id
-        model.config.pad_token_id = pad if pad is not None else tokenizer.eos_token_id
     model.requires_grad_(False)
+    base = Base(model.eval(), tokenizer, task, config.model, str(path))
+    # A decoder that classifies looks for the last token before the first pad: both must agree.
+    model.config.pad_token_id = model.config.get_text_config().pad_token_id = base.pad_id
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions and config.max_length > positions:
+        raise ModelError(
+            f"max_length {config.max_length} is more than the {positions} positions of "
+            f"{config.model}: use --set max-length={positions}"
+        )
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
-    return Base(model.eval(), tokenizer, task, config.model, str(path))
+    return base
 
 
 def resolve(name: str) -> str:

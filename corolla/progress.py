@@ -97,10 +97,10 @@ class Bars:
             self._progress.advance(self._rounds)
         if line["round"] == self.rounds:
             self._progress.add_task("ending", total=None, note="measuring, saving, reloading")
-        held = line["eval_loss"]
+        trained, held = line["train_loss"], line["eval_loss"]
         parts = [
             f"round {line['round']}/{self.rounds}",
-            f"training loss {line['train_loss']:.4f}",
+            f"training loss {trained:.4f}" if trained is not None else "",
             f"held-out loss {held:.4f}" if held is not None else "",
             f"up {human_bytes(line['bytes_up'])}, down {human_bytes(line['bytes_down'])}",
             f"{line['seconds']:.1f} s",

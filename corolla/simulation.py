@@ -1,8 +1,8 @@
-"""A whole federation on one machine. A composition root: server and client meet only here."""
+"""A whole federation on one machine. A composition root: it brings server and client together."""
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +52,7 @@ def simulate(
     again when nothing of the run was committed.
     """
     observer = observer or Silent()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     prepare_folder(folder, resume)
     existed = {path.name for path in folder.iterdir()}
     run_id = stored_run(folder)[1] if resume else None
@@ -70,7 +71,18 @@ def simulate(
         ) from None
     finally:
         if not existed and not (folder / "checkpoint").exists():
-            shutil.rmtree(folder, ignore_errors=True)
+            _undo(folder, made)
+
+
+def _undo(folder: Path, made: Sequence[Path]) -> None:
+    """Leave no trace of a run that committed nothing: empty its folder, remove what it made."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+    for path in made:
+        path.rmdir()
 
 
 def _in_process(

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from corolla import lora
+from corolla import factors, lora
 from corolla.config import RunConfig
-from corolla.data import Example
+from corolla.data import Example, spread
 from corolla.encoding import Encoded, Encoder, collate
-from corolla.errors import ArtefactError
+from corolla.errors import ArtefactError, DataError
 from corolla.lora import LoraModel
 from corolla.scoring import score
 from corolla.types import Adapter, Metrics
@@ -36,11 +36,19 @@ class Evaluator:
     ) -> None:
         self.config, self.model, self.labels = config, model, labels
         self._encoder = Encoder(model.base.tokenizer, labels, config.max_length)
-        chosen = _spread(heldout, config.eval_examples)
-        self._data = [sequence for example in chosen for sequence in self._encoder(example)]
+        chosen = spread(heldout, config.eval_examples)
+        encoded = [self._encoder(example) for example in chosen]
+        self._data = [sequence for sequences in encoded for sequence in sequences]
+        self.skipped = sum(not sequences for sequences in encoded)
+        """Held-out examples without a target left, e.g. a prompt as long as max_length."""
+        if not self._data:
+            raise DataError(
+                f"none of {len(chosen)} held-out examples has a target left within "
+                f"max_length={config.max_length}: raise it"
+            )
         short = [e for e in heldout if len(e.text) < 400]
         telling = [e for e in short if e.prompt or labels or len(e.text) > 40]
-        self._samples = _spread(telling or short, _SAMPLES)
+        self._samples = spread(telling or short, _SAMPLES)
 
     def score(self, adapter: Adapter) -> Metrics:
         """Loss and accuracy on the held-out examples."""
@@ -60,18 +68,27 @@ class Evaluator:
     def verify(self, adapter: Adapter, folder: Path) -> float:
         """Load the saved adapter with plain peft; the largest difference from the server's logits.
 
-        Ends this evaluator: its base model is handed to peft. Raises ArtefactError when the
-        difference is more than rounding.
+        Also compares the effective updates themselves, in fp64, because logits of a half-precision
+        or quantised base say little. Ends this evaluator: its base model is handed to peft. Raises
+        ArtefactError when a difference is more than rounding.
         """
         probe = collate(self._data[:4], self.model.base.pad_id, self.model.device)
         inputs = {name: probe[name] for name in ("input_ids", "attention_mask")}
         with torch.no_grad():
             self.model.show(adapter, self.config.lora)
+            own = factors.select(self.model.read(), factors.is_a, factors.is_b)
+            whole = [factors.bake(own, self.config.lora.scaling), *self.model.frozen]
             mask = inputs["attention_mask"].bool()
             ours = self.model.model(**inputs).logits.float()
             reloaded = lora.load_adapter(self.model.detach(), folder)
             theirs = reloaded(**inputs).logits.float()
         rows = slice(None) if ours.dim() == 2 else mask
+        stored, heads = lora.read_adapter(folder)
+        apart = factors.distance(factors.stack(whole), stored)
+        if apart > 1e-6 or any(not torch.equal(adapter.trained[n], heads[n]) for n in heads):
+            raise ArtefactError(
+                f"{folder} as saved is another update than the server's: {apart:.2e} apart"
+            )
         difference = float((ours[rows] - theirs[rows]).abs().max())
         scale = max(1.0, float(ours[rows].abs().max()))
         # fp32: sums in another order; a half-precision base also rounds each layer's output.
@@ -121,10 +138,3 @@ class Evaluator:
         del batch["labels"]
         logits: torch.Tensor = self.model.model(**batch).logits[0]
         return logits
-
-
-def _spread(examples: Sequence[Example], most: int) -> list[Example]:
-    """At most `most` examples at even distances, so that every client has its share."""
-    if len(examples) <= most:
-        return list(examples)
-    return [examples[(2 * i + 1) * len(examples) // (2 * most)] for i in range(most)]

@@ -56,8 +56,9 @@ def _measured(info: Mapping[str, Any]) -> list[tuple[str, float, float]]:
 
 def _losses(info: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> str:
     def draw(axes: Any) -> None:
-        rounds = [line["round"] for line in lines]
-        axes.plot(rounds, [line["train_loss"] for line in lines], "o-", label="training")
+        told = [line for line in lines if line["train_loss"] is not None]
+        trained = [line["train_loss"] for line in told]
+        axes.plot([line["round"] for line in told], trained, "o-", label="training")
         due = [line for line in lines if line["eval_loss"] is not None]
         held = [info["base"]["loss"], *(line["eval_loss"] for line in due)]
         axes.plot([0, *(line["round"] for line in due)], held, "s-", label="held out")

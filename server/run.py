@@ -3,6 +3,7 @@
 import json
 import platform
 import secrets
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -97,6 +98,8 @@ class Run:
         Raises RoundError, ArtefactError and what the network raises; the last checkpoint stays.
         """
         began = time.monotonic()
+        if self.resume:
+            self._same_inputs()
         federation = self._federation()
         found = checkpoint.load(self.folder / "checkpoint") if self.resume else None
         start = self.evaluator.model.init(self.config.lora, seeds.derive(self.config.seed, "init"))
@@ -107,8 +110,8 @@ class Run:
         base = self._base(federation, first.state, info)
         self._write_info({**info, "base": base["metrics"], "status": "running"})
         self.observer.started({**info, "base": base["metrics"]}, at.round + 1)
-        if self.keep_updates and at.round == 0:
-            self._keep_global(federation, at.state, 0)
+        if self.keep_updates:
+            self._keep_global(federation, at.state, at.round)
         state, held = at.state, at.held
         for round in range(at.round + 1, self.config.rounds + 1):
             state, held, line = self._round(federation, state, held, round)
@@ -190,8 +193,11 @@ class Run:
         final = self.evaluator.score(adapter)
         clients = evaluate_clients(federation, state, held, self.config.rounds + 1, self.network)
         after = self.evaluator.samples(adapter)
-        self.evaluator.save(adapter, folder)
-        difference = self.evaluator.verify(adapter, folder)
+        unproven = self.folder / "adapter.part"
+        self.evaluator.save(adapter, unproven)
+        difference = self.evaluator.verify(adapter, unproven)
+        shutil.rmtree(folder, ignore_errors=True)
+        unproven.replace(folder)
         summary = Summary(
             folder=self.folder,
             base=base["metrics"],
@@ -241,9 +247,21 @@ class Run:
             "num_clients": len(federation.clients),
             "cohort": federation.cohort_size,
             "target_modules": self.evaluator.model.targets,
+            "labels": list(self.evaluator.labels),
+            "heldout_skipped": self.evaluator.skipped,
             "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
             "platform": platform.platform(),
         }
+
+    def _same_inputs(self) -> None:
+        """Raises ConfigError when the model or the data changed since the run began."""
+        before = json.loads((self.folder / "run.json").read_text())
+        for what in ("model", "data"):
+            if before.get(f"{what}_sha256") != self.facts[f"{what}_sha256"]:
+                raise ConfigError(
+                    f"the {what} ({getattr(self.config, what)}) is not what {self.folder} was "
+                    f"begun with: restore it, or start a new run"
+                )
 
     def _write_info(self, info: Mapping[str, Any]) -> None:
         write_atomic(self.folder / "run.json", (json.dumps(info, indent=2) + "\n").encode())
@@ -293,8 +311,11 @@ def _committed(path: Path, round: int) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl up to a committed round."""
     if round == 0 or not path.is_file():
         return []
-    lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    return [line for line in lines if line["round"] <= round]
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        return [line for line in lines if line["round"] <= round]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtefactError(f"{path} is damaged: {error}") from error
 
 
 def _line(

@@ -36,8 +36,8 @@ def find(name: str) -> type[Strategy]:
     module, _, attribute = name.partition(":")
     try:
         found: object = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ConfigError(f"cannot import strategy {name!r}: {error}") from error
+    except Exception as error:
+        raise ConfigError(f"cannot import strategy {name!r}: {error!r}") from error
     if not isinstance(found, type):
         raise ConfigError(f"strategy {name!r} is not a class")
     missing = sorted(part for part in _PARTS if not hasattr(found, part))

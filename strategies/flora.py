@@ -34,6 +34,8 @@ class Flora:
     to, all are replaced by one block of at most `max_rank` (None: the full rank of each module,
     which loses nothing).
 
+    Blocks are sent once: a client that was absent receives all that it has missed.
+
     Every client receives every other client's factors, and re-initialisation costs progress when
     local training is short (arXiv 2410.09432, table 4).
     """

@@ -43,6 +43,7 @@ SIMULATE = [
     (["--data", "missing.jsonl"], 1, "cannot read data file missing.jsonl"),
     (["--model", "./missing"], 1, "neither a model folder nor a .gguf file"),
     (["--model", "missing.gguf"], 1, "does not exist"),
+    (["--set", "max-length=4096"], 1, "more than the 512 positions"),
     (["--config", "missing.toml"], 2, "cannot read config file"),
     (["--resume"], 2, "--resume needs --out"),
 ]

@@ -68,6 +68,18 @@ def test_resume_ends_in_the_same_adapter(
     assert [line["round"] for line in lines] == [1, 2, 3, 4]
 
 
+def test_resume_refuses_changed_data(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    rows = [{"text": f"message number {i}", "client_id": f"c{i % 2}"} for i in range(40)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = ["simulate", "--data", str(data), "--rounds", "1", "--local-steps", "1", *QUICK.split()]
+    assert RUNNER.invoke(app, [*run, "--out", str(tmp_path / "run")]).exit_code == 0
+    data.write_text(data.read_text().replace("message", "letter"))
+    result = RUNNER.invoke(app, ["simulate", "--resume", "--out", str(tmp_path / "run")])
+    assert result.exit_code == 2
+    assert "is not what" in result.stderr
+
+
 def test_resume_refuses_other_settings(undisturbed: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     short = ["--clients", "2", "--rounds", "1", "--local-steps", "1", "--out", str(folder)]

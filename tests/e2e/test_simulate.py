@@ -2,12 +2,19 @@
 
 import json
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 from typer.testing import CliRunner
 
 from corolla.cli import app
@@ -162,3 +169,36 @@ def test_a_classifier_is_trained_with_its_head(tmp_path: Path) -> None:
     assert facts["final"]["accuracy"] > 0.9  # type: ignore[index]
     result = RUNNER.invoke(app, ["evaluate", str(folder / "adapter"), "--json"])
     assert json.loads(result.stdout)["adapter"]["accuracy"] > 0.9
+    alone = tmp_path / "alone"  # without its run and its data, the head says how many labels
+    shutil.copytree(folder / "adapter", alone)
+    data.unlink()
+    for adapter in (folder / "adapter", alone):
+        target = tmp_path / f"merged-{adapter.name}"
+        exported = RUNNER.invoke(app, ["export", str(adapter), "--out", str(target)])
+        assert exported.exit_code == 0, exported.output
+        merged = AutoModelForSequenceClassification.from_pretrained(str(target))
+        head = load_file(adapter / "adapter_model.safetensors")["base_model.model.score.weight"]
+        assert torch.equal(merged.score.weight, head)
+
+
+def test_evaluate_repeats_the_run_and_follows_its_options(run: Path) -> None:
+    command = ["evaluate", str(run / "adapter"), "--json"]
+    scores = json.loads(RUNNER.invoke(app, command).stdout)
+    assert scores["adapter"] == pytest.approx(info(run)["final"], rel=1e-5)
+    short = json.loads(RUNNER.invoke(app, [*command, "--set", "max-length=48"]).stdout)
+    assert short["base"]["targets"] < scores["base"]["targets"]
+
+
+def test_a_strategy_in_the_current_folder_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine_here.py").write_text(
+        "from corolla.strategies.fedavg import FedAvg\nclass Mine(FedAvg):\n    pass\n"
+    )
+    (tmp_path / "broken_here.py").write_text("class Mine(\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    simulate(tmp_path / "run", "--strategy", "mine_here:Mine", "--rounds", "1")
+    broken = RUNNER.invoke(app, ["simulate", "--strategy", "broken_here:Mine"])
+    assert broken.exit_code == 2
+    assert "cannot import" in broken.stderr

@@ -9,7 +9,7 @@ from peft import PeftModel
 from corolla import codec, models
 from corolla.config import RunConfig
 from corolla.data import Example
-from corolla.errors import ArtefactError
+from corolla.errors import ArtefactError, DataError
 from corolla.lora import LoraModel
 from corolla.server import evaluate
 from corolla.server.evaluate import Evaluator
@@ -123,7 +123,7 @@ def test_answers_come_from_the_model(settings: Settings) -> None:
 
 def test_free_text_is_continued(settings: Settings) -> None:
     text = "abc def ghi jkl mno pqr stu vwx yza bcd efg hij"
-    (sample,) = evaluator(settings(), [Example(text)]).samples(Adapter({}))
+    (sample,) = evaluator(settings(), [Example(text), Example("more")]).samples(Adapter({}))
     assert f"{sample.prompt} {sample.reference}" == text
     assert sample.prompt
     assert sample.reference
@@ -134,8 +134,9 @@ def test_free_text_is_continued(settings: Settings) -> None:
 )
 def test_any_free_text_can_be_shown(settings: Settings, text: str) -> None:
     """Also what leaves no token to continue from."""
-    samples = evaluator(settings(), [Example(text)]).samples(Adapter({}))
-    assert all(text.startswith(sample.prompt) for sample in samples)
+    samples = evaluator(settings(), [Example(text), Example("more")]).samples(Adapter({}))
+    assert samples
+    assert all(text.startswith(s.prompt) or "more".startswith(s.prompt) for s in samples)
 
 
 def test_texts_that_are_too_long_to_show_are_left_out(settings: Settings) -> None:
@@ -157,7 +158,39 @@ def test_a_classifier_answers_with_a_label(settings: Settings) -> None:
     assert all(s.answer in labels for s in samples)
 
 
-def test_nothing_that_can_be_scored_is_not_a_crash(settings: Settings) -> None:
+def test_nothing_that_can_be_scored_is_one_line(settings: Settings) -> None:
     """Every held-out prompt is longer than max_length."""
-    judge = evaluator(settings(), [Example("yes", prompt="p" * 100)])
-    assert judge.score(Adapter({}))["targets"] == 0.0
+    with pytest.raises(DataError, match="none of 1 held-out examples has a target left"):
+        evaluator(settings(), [Example("yes", prompt="p" * 100)])
+
+
+def test_held_out_examples_without_a_target_are_counted(settings: Settings) -> None:
+    judge = evaluator(settings(), [*HELD, Example("yes", prompt="p" * 100)])
+    assert judge.skipped == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("factor", [0.5, 0.999])
+def test_a_saved_adapter_with_another_scaling_is_refused(
+    settings: Settings, tmp_path: Path, dtype: str, factor: float
+) -> None:
+    """Logits of a half-precision base would not show it: the updates themselves are compared."""
+    judge = evaluator(settings(dtype=dtype))
+    tuned = adapter(judge.model, settings().lora)
+    wrong = {n: factor * t if n.endswith("lora_B") else t for n, t in tuned.items()}
+    judge.save(Adapter(wrong), tmp_path / "adapter")
+    with pytest.raises(ArtefactError, match="another update"):
+        judge.verify(Adapter(tuned), tmp_path / "adapter")
+
+
+def test_a_head_is_trained_in_fp32_on_a_half_precision_base(
+    settings: Settings, tmp_path: Path
+) -> None:
+    labels = ["no", "yes"]
+    held = [Example("good enough", label="yes"), Example("bad enough at last", label="no")]
+    judge = evaluator(settings(dtype="bfloat16"), held, labels)
+    start = judge.model.init(settings().lora, 0)
+    assert {tensor.dtype for tensor in start.values()} == {torch.float32}
+    tuned = Adapter(adapter(judge.model, settings().lora))
+    judge.save(tuned, tmp_path / "adapter")
+    judge.verify(tuned, tmp_path / "adapter")
