@@ -6,15 +6,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from corolla import data, models
 from corolla.client.memory import Memory
 from corolla.client.worker import Worker
 from corolla.config import RunConfig
 from corolla.errors import StoppedError, WireError
-from corolla.lora import LoraModel
 from corolla.server import checkpoint
-from corolla.server.evaluate import Evaluator
 from corolla.server.run import Observer, Run, Silent, Summary, prepare_folder, stored_run
+from corolla.server.setup import set_up
 from corolla.wire import Kind, Packet, Task, pack_task, unpack_reply
 
 
@@ -94,21 +92,18 @@ def _in_process(
     run_id: str | None,
     on_step: Callable[[int], None] | None,
 ) -> Summary:
-    dataset = data.load(config)
-    models.set_threads(config)
-    base = models.load(config, dataset.labels)
-    facts = {
-        "run_id": run_id,
-        "model_sha256": models.fingerprint(base.model),
-        "data_sha256": dataset.fingerprint,
-        "clients_left_out": dataset.left_out,
-    }
-    model = LoraModel(base, config.target_modules, config.dropout)
-    evaluator = Evaluator(config, model, dataset.heldout, dataset.labels)
+    loaded = set_up(config, run_id)
     record = folder / "updates" if keep_updates else None
     with tempfile.TemporaryDirectory(prefix="corolla-memory-") as scratch:
-        worker = Worker(config, model, dataset, Memory(Path(scratch)), record, on_step)
+        worker = Worker(config, loaded.model, loaded.data, Memory(Path(scratch)), record, on_step)
         run = Run(
-            config, InProcess(worker), evaluator, folder, facts, observer, keep_updates, resume
+            config,
+            InProcess(worker),
+            loaded.evaluator,
+            folder,
+            loaded.facts,
+            observer,
+            keep_updates,
+            resume,
         )
         return run.execute()

@@ -13,12 +13,11 @@ from flwr.app import Context, Message
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
-from corolla import data, models, wire
+from corolla import models, wire
 from corolla.config import RunConfig, load
 from corolla.errors import RoundError, StoppedError, WireError
-from corolla.lora import LoraModel
-from corolla.server.evaluate import Evaluator
 from corolla.server.run import Observer, Run, Summary, prepare_folder
+from corolla.server.setup import set_up
 from corolla.wire import Kind, Packet, Reply, Task, pack_reply, pack_task, unpack_task
 
 _POLL = 0.05
@@ -124,18 +123,10 @@ def serve(
     """Run a federation over a Grid and leave its artefacts in `folder`."""
     network = GridNetwork(grid, run_id, config, nodes, stop or threading.Event())
     config = network.config
-    dataset = data.load(config)
-    models.set_threads(config)
-    base = models.load(config, dataset.labels)
-    facts = {
-        "run_id": run_id,
-        "model_sha256": models.fingerprint(base.model),
-        "data_sha256": dataset.fingerprint,
-        "clients_left_out": dataset.left_out,
-    }
-    model = LoraModel(base, config.target_modules, config.dropout)
-    evaluator = Evaluator(config, model, dataset.heldout, dataset.labels)
-    return Run(config, network, evaluator, folder, facts, observer, keep_updates, resume).execute()
+    loaded = set_up(config, run_id)
+    return Run(
+        config, network, loaded.evaluator, folder, loaded.facts, observer, keep_updates, resume
+    ).execute()
 
 
 @app.main()
