@@ -64,7 +64,7 @@ def _losses(info: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> str:
         axes.plot([0, *(line["round"] for line in due)], held, "s-", label="held out")
         axes.axhline(info["base"]["loss"], ls=":", color="grey", label="base model, held out")
         axes.set(xlabel="round", ylabel="loss (nats per target)")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        _whole_rounds(axes)
         axes.legend(frameon=False)
 
     return _svg(draw)
@@ -101,7 +101,8 @@ def _bytes(lines: Sequence[Mapping[str, Any]]) -> str:
             values = [line[key] / 1e6 for line in lines]
             axes.bar([r + shift for r in rounds], values, width=0.4, label=label)
         axes.set(xlabel="round", ylabel="MB, all clients")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.margins(y=0.25)  # room for the legend
+        _whole_rounds(axes)
         axes.legend(frameon=False)
 
     return _svg(draw)
@@ -111,9 +112,15 @@ def _seconds(lines: Sequence[Mapping[str, Any]]) -> str:
     def draw(axes: Any) -> None:
         axes.bar([line["round"] for line in lines], [line["seconds"] for line in lines])
         axes.set(xlabel="round", ylabel="seconds")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        _whole_rounds(axes)
 
     return _svg(draw)
+
+
+def _whole_rounds(axes: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def _svg(draw: Any, height: float = 3.4) -> str:
