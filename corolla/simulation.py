@@ -53,7 +53,10 @@ def simulate(
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     prepare_folder(folder, resume)
     existed = {path.name for path in folder.iterdir()}
-    run_id = stored_run(folder)[1] if resume else None
+    run_id = None
+    if resume:
+        _, run_id, kept_updates = stored_run(folder)
+        keep_updates = keep_updates or kept_updates
     try:
         if config.engine == "flower":
             from corolla.flower_engine import simulate_on_flower

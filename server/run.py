@@ -242,6 +242,7 @@ class Run:
             **self.facts,
             "corolla": corolla.__version__,
             "run_id": federation.run_id,
+            "keep_updates": self.keep_updates,
             "config": self.config.model_dump(mode="json"),
             "aggregates": federation.strategy.aggregates,
             "num_clients": len(federation.clients),
@@ -286,11 +287,11 @@ def prepare_folder(folder: Path, resume: bool) -> None:
         raise ConfigError(f"cannot make --out {folder}: {error.strerror}") from error
 
 
-def stored_run(folder: Path) -> tuple[RunConfig, str]:
-    """The config and run id of a run's folder. Raises ArtefactError when run.json is damaged."""
+def stored_run(folder: Path) -> tuple[RunConfig, str, bool]:
+    """Config, run id and keep_updates of a run's folder. Raises ArtefactError when damaged."""
     try:
         info = json.loads((folder / "run.json").read_text())
-        return validate(info["config"]), str(info["run_id"])
+        return validate(info["config"]), str(info["run_id"]), bool(info["keep_updates"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtefactError(f"{folder / 'run.json'} cannot be read: {error!r}") from error
 

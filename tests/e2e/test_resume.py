@@ -18,13 +18,15 @@ QUICK = "--set threads=1 --set eval-examples=8 --set eval-client-examples=2"
 RUNNER = CliRunner()
 
 
-def start(folder: Path) -> subprocess.Popen[str]:
+def start(folder: Path, *options: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "corolla", "simulate", *OPTIONS.split(), *QUICK.split()]
     return subprocess.Popen(
-        [*command, "--out", str(folder)],
+        [*command, *options, "--out", str(folder)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        # A background job of a shell, as CI may be, starts with SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
@@ -50,7 +52,7 @@ def test_resume_ends_in_the_same_adapter(
     how: signal.Signals, undisturbed: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    process = start(folder)
+    process = start(folder, "--keep-updates")
     wait_for(folder / "checkpoint" / "round-000001.json")
     os.kill(process.pid, how)
     _, errors = process.communicate(timeout=60)
@@ -66,6 +68,9 @@ def test_resume_ends_in_the_same_adapter(
     assert facts["adapter_sha256"] == undisturbed
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["round"] for line in lines] == [1, 2, 3, 4]
+    for kept, first in (("updates", 1), ("global", 0)):
+        names = [path.name for path in sorted((folder / kept).iterdir())]
+        assert names == [f"round-{i:03d}" for i in range(first, 5)]
 
 
 def test_resume_refuses_changed_data(tmp_path: Path) -> None:

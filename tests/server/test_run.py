@@ -361,7 +361,7 @@ def test_a_damaged_note_of_a_run_is_said(tmp_path: Path, content: str) -> None:
 def test_a_run_knows_its_config_and_id(settings: Settings, tmp_path: Path) -> None:
     with pytest.raises(StopError):
         simulate(settings(), tmp_path / "out", observer=Watch(("round", 3)))
-    found, run_id = stored_run(tmp_path / "out")
+    found, run_id, _ = stored_run(tmp_path / "out")
     assert found == settings()
     assert len(run_id) == 32
     shutil.rmtree(tmp_path / "out")
