@@ -10,12 +10,11 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from corolla import data, models, wire
+from corolla import data, models, trainable, wire
 from corolla.client.memory import Memory
 from corolla.client.worker import Worker
 from corolla.config import validate
 from corolla.errors import CorollaError, WireError
-from corolla.lora import LoraModel
 from corolla.wire import Packet, Reply, pack_reply, unpack_task
 
 _LARGEST = 1 << 40
@@ -54,7 +53,7 @@ def _worker(settings: str, run_id: str) -> Worker:
     config = validate(json.loads(settings))
     dataset = data.load(config)
     models.set_threads(config)
-    model = LoraModel(models.load(config, dataset.labels), config.target_modules, config.dropout)
+    model = trainable.build(config, models.load(config, dataset.labels))
     # Local settings of this machine; a server cannot say where a device writes.
     record = os.environ.get(RECORD)
     memory = os.environ.get(MEMORY) or str(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from corolla import seeds
+from corolla import schedule, seeds
 from corolla.config import RunConfig
 from corolla.encoding import Encoded, collate
 from corolla.errors import DataError, DivergedError
@@ -52,11 +52,13 @@ class FirstOrder:
         for parameter in trained.values():
             parameter.requires_grad_(True)
         optimizer = self._optimizer(list(trained.values()))
+        batches = schedule.batches(self.config, len(self.data), self.seed)
+        per_round = schedule.steps_per_round(self.config, len(self.data))
         tokens = steps = 0
         losses: list[float] = []
         seen: set[int | None] = set()
         with _training(self.model.model, seeds.derive(self.seed, "dropout")):
-            for step, indices in enumerate(self._batches()):
+            for step, indices in enumerate(batches):
                 batch = [self.data[i] for i in indices]
                 seen.update(
                     i if self.data[i].example is None else self.data[i].example for i in indices
@@ -68,7 +70,9 @@ class FirstOrder:
                 if self.config.clip_norm is not None:
                     nn.utils.clip_grad_norm_(trained.values(), self.config.clip_norm)
                 for group in optimizer.param_groups:
-                    group["lr"] = self.config.lr * self._rate(step)
+                    group["lr"] = self.config.lr * schedule.rate(
+                        self.config, self.round, per_round, step
+                    )
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 losses.append(loss)
@@ -83,25 +87,6 @@ class FirstOrder:
         mean = math.fsum(losses) / len(losses)
         metrics = {"train_loss": mean, "target_tokens": float(tokens), "local_steps": float(steps)}
         return Fit(params, len(seen), metrics)
-
-    def steps_per_round(self) -> int:
-        """Local steps of this client in one round."""
-        per_epoch = math.ceil(len(self.data) / self.config.batch_size)
-        if self.config.local_epochs is not None:
-            return per_epoch * self.config.local_epochs
-        return self.config.local_steps
-
-    def _batches(self) -> Iterator[list[int]]:
-        """Indices of each step: every epoch in a new order, different from round to round."""
-        generator = seeds.generator(self.seed, "order")
-        left = self.steps_per_round()
-        while left:
-            order = torch.randperm(len(self.data), generator=generator).tolist()
-            for start in range(0, len(order), self.config.batch_size):
-                yield order[start : start + self.config.batch_size]
-                left -= 1
-                if not left:
-                    return
 
     def _backward(self, batch: Sequence[Encoded]) -> tuple[float, int]:
         """Accumulate the gradient of Σ loss / Σ targets over the batch, for any micro-batch."""
@@ -122,18 +107,6 @@ class FirstOrder:
         weights = {n: p.detach() for n, p in trained.items() if n in gradients}
         for name, gradient in correct(gradients, weights).items():
             trained[name].grad = gradient
-
-    def _rate(self, step: int) -> float:
-        """The factor of lr: linear warm-up, then constant or decay to 0, over all rounds."""
-        config, per_round = self.config, self.steps_per_round()
-        done = (self.round - 1) * per_round + step
-        total, warmup = config.rounds * per_round, config.warmup_rounds * per_round
-        if done < warmup:
-            return (done + 1) / math.ceil(warmup)
-        progress = (done - warmup) / max(1.0, total - warmup)
-        if config.schedule == "linear":
-            return 1 - progress
-        return (1 + math.cos(math.pi * progress)) / 2 if config.schedule == "cosine" else 1.0
 
     def _optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         lr, decay = self.config.lr, self.config.weight_decay

@@ -1,11 +1,11 @@
-"""What a device keeps between rounds: groups of tensors by content, on its own disk."""
+"""What a device keeps between rounds, on its own disk: groups of tensors by content, and a log."""
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from corolla import codec
+from corolla import codec, seedlog
 from corolla.errors import WireError
 from corolla.types import Params, Payload
 
@@ -20,6 +20,7 @@ class Memory:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._loaded: dict[str, Params] = {}
+        self._rows: dict[str, tuple[str, Params]] = {}
 
     def missing(self, wanted: Mapping[str, str]) -> list[str]:
         """The groups (group → content id) that are not held, or are damaged on disk."""
@@ -29,12 +30,7 @@ class Memory:
         """Store a received group. Raises WireError when its content is not what was announced."""
         if codec.content_id(params) != content:
             raise WireError(f"cached group {group} does not match its content id")
-        if not self._path(content).exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            handle, scratch = tempfile.mkstemp(dir=self.folder, suffix=".part")
-            os.close(handle)
-            codec.write(scratch, params)
-            Path(scratch).replace(self._path(content))
+        self._write(self._path(content), params)
         self._loaded[content] = params
 
     def recall(self, wanted: Mapping[str, str]) -> Payload:
@@ -44,6 +40,40 @@ class Memory:
         if lost:
             raise WireError(f"cached groups {', '.join(lost)} are missing")
         return {group: self._loaded[content] for group, content in wanted.items()}
+
+    def extend(self, since: str, rows: Sequence[Params]) -> str:
+        """Store rows of a log that continue a version; the version that they lead to."""
+        for row in rows:
+            before, since = since, seedlog.after(since, row)
+            if since not in self._rows:
+                self._write(self._row_path(since), row, {"before": before})
+                self._rows[since] = (before, row)
+        return since
+
+    def keep_start(self, version: str, start: Params) -> None:
+        """Store a snapshot: the start for the rows after `version`. Older ones are deleted."""
+        path = self._start_path(version)
+        for old in path.parent.glob("start-*.safetensors"):
+            if old != path:
+                old.unlink(missing_ok=True)
+        self._write(path, start, {"content": codec.content_id(start)})
+
+    def log(self, version: str, origin: str) -> tuple[Params | None, list[Params]] | None:
+        """(snapshot or None for the first state, the rows after it) up to a version.
+
+        None when a row between is missing or damaged.
+        """
+        rows: list[Params] = []
+        while version != origin:
+            start = self._read_start(version)
+            if start is not None:
+                return start, rows[::-1]
+            entry = self._read_row(version)
+            if entry is None:
+                return None
+            version, row = entry
+            rows.append(row)
+        return None, rows[::-1]
 
     def prune(self, wanted: Mapping[str, str]) -> None:
         """Delete stored groups that no broadcast names any more."""
@@ -64,5 +94,41 @@ class Memory:
                 self._path(content).unlink(missing_ok=True)
         return content in self._loaded
 
+    def _write(self, path: Path, params: Params, facts: Mapping[str, str] | None = None) -> None:
+        if path.exists():
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, scratch = tempfile.mkstemp(dir=path.parent, suffix=".part")
+        os.close(handle)
+        codec.write(scratch, params, facts)
+        Path(scratch).replace(path)
+
     def _path(self, content: str) -> Path:
         return self.folder / f"{content}.safetensors"
+
+    def _row_path(self, version: str) -> Path:
+        return self.folder / "log" / f"row-{version}.safetensors"
+
+    def _start_path(self, version: str) -> Path:
+        return self.folder / "log" / f"start-{version}.safetensors"
+
+    def _read_row(self, version: str) -> tuple[str, Params] | None:
+        if version not in self._rows:
+            params, facts = _read(self._row_path(version))
+            before = facts.get("before", "")
+            if seedlog.after(before, params) != version:
+                return None
+            self._rows[version] = (before, params)
+        return self._rows[version]
+
+    def _read_start(self, version: str) -> Params | None:
+        params, facts = _read(self._start_path(version))
+        return params if facts.get("content") == codec.content_id(params) else None
+
+
+def _read(path: Path) -> tuple[Params, Mapping[str, str]]:
+    """A file's tensors and facts; nothing when there is none, or it is damaged."""
+    try:
+        return codec.read(str(path)) if path.is_file() else ({}, {})
+    except (OSError, WireError):
+        return {}, {}

@@ -8,18 +8,20 @@ from pathlib import Path
 
 import torch
 
-from corolla import codec, seeds
+from corolla import seedlog, seeds, wire
 from corolla.client.first_order import FirstOrder
 from corolla.client.memory import Memory
+from corolla.client.zeroth_order import ZerothOrder
 from corolla.config import RunConfig
 from corolla.data import Example, FederatedData
 from corolla.encoding import Encoded, Encoder
-from corolla.errors import CorollaError, WireError
+from corolla.errors import ConfigError, CorollaError, WireError
 from corolla.lora import LoraModel
 from corolla.records import client_folder, round_folder, write_update
 from corolla.scoring import score
-from corolla.types import LoraSpec, Payload
-from corolla.wire import Kind, Packet, Reply, Task, pack_reply, unpack_task
+from corolla.trainable import Trainable
+from corolla.types import LoraSpec, Payload, TrainerName, row_name
+from corolla.wire import Kind, Log, Packet, Reply, Task, pack_reply, unpack_task
 
 _RESIDENT_CLIENTS = 64
 """How many simulated clients keep their tokens in memory."""
@@ -29,9 +31,28 @@ _RESIDENT_CLIENTS = 64
 class LocalClient:
     """One client during one task: what a strategy sees of it."""
 
-    seed: int
+    model: Trainable
     lora: LoraSpec
-    trainer: FirstOrder
+    data: Sequence[Encoded]
+    config: RunConfig
+    seed: int
+    round: int
+    kind: TrainerName
+    on_step: Callable[[int], None] | None = None
+
+    @property
+    def trainer(self) -> FirstOrder:
+        if not isinstance(self.model, LoraModel):
+            raise ConfigError("first-order training of all parameters is not there: use LoRA")
+        return FirstOrder(
+            self.model, self.lora, self.data, self.config, self.seed, self.round, self.on_step
+        )
+
+    @property
+    def forward(self) -> ZerothOrder:
+        return ZerothOrder(
+            self.model, self.lora, self.data, self.config, self.seed, self.round, self.on_step
+        )
 
 
 class Worker:
@@ -43,7 +64,7 @@ class Worker:
     def __init__(
         self,
         config: RunConfig,
-        model: LoraModel,
+        model: Trainable,
         data: FederatedData,
         memory: Memory,
         record: Path | None = None,
@@ -80,35 +101,75 @@ class Worker:
             raise WireError("this device has no such client")
         if task.kind == Kind.HELLO:
             return replace(blank, num_examples=len(self.data.clients[client].train))
-        sent = codec.decode(task.payload)
+        sent = wire.content(task)
         for group in task.cached.keys() & sent.keys():
             self.memory.keep(group, sent[group], task.cached[group])
         missing = self.memory.missing(task.cached)
-        if missing:
-            return replace(blank, missing=missing, error="cached groups are missing")
+        followed = self._follow(task.log, sent) if task.log else {}
+        if missing or followed is None:
+            missing = missing or ["log"]
+            return replace(blank, missing=missing, error=f"{', '.join(missing)}: not held here")
         self.memory.prune(task.cached)
-        received = {**sent, **self.memory.recall(task.cached)}
+        received = {**followed, **sent, **self.memory.recall(task.cached)}
         if task.kind == Kind.EVALUATE:
             return self._evaluate(client, received, blank)
         return self._train(client, task, received, blank)
 
+    def _follow(self, log: Log, sent: Payload) -> Payload | None:
+        """The first state and all rows up to the task's version; None when some are missing.
+
+        Raises WireError when the start is not the server's or the rows do not lead to its version.
+        """
+        start = self.model.init(self.config.lora, seeds.derive(self.config.seed, "init"))
+        first = self.strategy.init(start, self.config.seed)
+        origin = seedlog.origin(self.model.base.fingerprint, first)
+        if origin != log.origin:
+            raise WireError(
+                f"this device starts from version {origin[:8]}, the server from {log.origin[:8]}: "
+                f"another base model, or another adapter on it"
+            )
+        if "start" in sent:
+            self.memory.keep_start(log.since, sent["start"])
+        if self.memory.extend(log.since, log.rows) != log.version:
+            raise WireError(
+                f"{len(log.rows)} rows from version {log.since[:8]} do not lead to "
+                f"{log.version[:8]}: the log has a gap or a foreign row"
+            )
+        known = self.memory.log(log.version, origin)
+        if known is None:
+            return None
+        snapshot, rows = known
+        numbers = range(log.number - len(rows) + 1, log.number + 1)
+        named = {row_name(number): row for number, row in zip(numbers, rows, strict=True)}
+        return {**first, **({"start": snapshot} if snapshot is not None else {}), **named}
+
     def _train(self, client: str, task: Task, received: Payload, blank: Reply) -> Reply:
         data, skipped = self._tokens(client)
-        lora = LoraSpec(**json.loads(task.config)["lora"])
+        settings = json.loads(task.config)
+        lora, name = LoraSpec(**settings["lora"]), settings["class"]
         self.model.check_rank(lora)
         seed = seeds.derive(self.config.seed, "client", client, task.round)
-        trainer = FirstOrder(
-            self.model, lora, data, self.config, seed, task.round, on_step=self.on_step
+        member = LocalClient(
+            self.model,
+            lora,
+            data,
+            self.config.of_class(name),
+            seed,
+            task.round,
+            self.config.trainer_of(name),
+            self.on_step,
         )
-        update = self.strategy.local(LocalClient(seed, lora, trainer), received)
+        update = self.strategy.local(member, received)
         if self.record:
             folder = client_folder(round_folder(self.record, task.round), client)
             write_update(folder, self.model, lora, update, client)
+        dense, scalars = wire.enclose(update.payload)
         return replace(
             blank,
             num_examples=update.num_examples,
             metrics={**update.metrics, "skipped": float(skipped)},
-            payload=codec.encode(update.payload),
+            payload=dense,
+            scalars=scalars,
         )
 
     def _evaluate(self, client: str, received: Payload, blank: Reply) -> Reply:

@@ -6,7 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from corolla import factors
+from corolla import factors, seedlog
 from corolla.types import Aggregator, Params, Payload
 
 
@@ -75,6 +75,35 @@ class Stack:
             group: factors.stack([factors.bake(p[group], w / total) for p, w in self._parts])
             for group in self._parts[0][0]
         }
+
+
+class SeedSums:
+    """Σ_m p_m step_m Σ_t g_mt e_{k_mt}: what clients measured along directions, K sums in fp64.
+
+    Folds the group "scalars" of an update: scalars g (T,), the step they were multiplied by, and
+    their directions k or the seed that these follow from. p_m = w_m / Σ w.
+    """
+
+    linear = True
+
+    def __init__(self, size: int) -> None:
+        self._sums = torch.zeros(size, dtype=torch.float64)
+        self._weight = 0.0
+
+    def add(self, payload: Payload, weight: float) -> None:
+        scalars = payload["scalars"]
+        values = scalars["scalars"].double() * (weight * float(scalars["step"]))
+        self._sums.index_add_(0, seedlog.directions(scalars, len(self._sums)), values)
+        self._weight += weight
+
+    def merge(self, other: Self) -> None:
+        self._sums += other._sums
+        self._weight += other._weight
+
+    def finalise(self) -> Payload:
+        if not self._weight > 0:
+            raise ValueError("nothing to sum: the weights sum to 0")
+        return {"scalars": {"scalars": self._sums / self._weight}}
 
 
 class ByGroup:

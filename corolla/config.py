@@ -11,10 +11,32 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from corolla import strategies
 from corolla.errors import ConfigError
-from corolla.types import LoraSpec, Strategy
+from corolla.types import LoraSpec, Strategy, TrainerName
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+LR_ZEROTH_ORDER = {
+    ("lora", True): 1e-3,
+    ("lora", False): 1e-3,
+    ("full", True): 1e-5,
+    ("full", False): 1e-6,
+}
+"""(what is trained, whether on the embedded model) → the default lr of zeroth-order strategies."""
+
+
+class ClientClass(BaseModel):
+    """Clients that differ from the rest: what is not given here is as in the run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    share: Positive = Field(1, description="of clients, in turn, among all classes")
+    trainer: TrainerName | None = None
+    lr: Annotated[float, Field(gt=0)] | None = None
+    local_steps: Positive | None = None
+    batch_size: Positive | None = None
+    queries: Positive | None = None
+    eps: Annotated[float, Field(gt=0)] | None = None
 
 
 class RunConfig(BaseModel):
@@ -64,8 +86,21 @@ class RunConfig(BaseModel):
     )
     alphas: list[Annotated[float, Field(gt=0)]] = Field([], description="per client, beside ranks")
 
+    parameters: Literal["lora", "full"] = Field(
+        "lora", description="what is trained: an adapter, or all parameters (zeroth order only)"
+    )
+    classes: dict[str, ClientClass] = Field(
+        {}, description="classes of clients by name; clients take them in turn, by their shares"
+    )
+
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: Annotated[float, Field(gt=0)] = Field(3e-4, description="3e-3 for the embedded model")
+    lr: Annotated[float, Field(gt=0)] = Field(
+        3e-4, description="3e-3 for the embedded model; zeroth order: see LR_ZEROTH_ORDER"
+    )
+    queries: Positive = Field(1, description="directions a zeroth-order step measures")
+    eps: Annotated[float, Field(gt=0)] = Field(
+        1e-3, description="how far along a direction a zeroth-order step looks, both ways"
+    )
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     local_steps: Positive = 10
     local_epochs: Positive | None = Field(None, description="instead of local_steps")
@@ -88,11 +123,20 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _lr_of_model(cls, values: Any) -> Any:
-        """The embedded model is a hundred times smaller than others: it wants a higher rate."""
-        if isinstance(values, dict) and values.get("model", "embedded") == "embedded":
-            return {"lr": 3e-3, **values}
-        return values
+    def _lr_that_fits(cls, values: Any) -> Any:
+        """The embedded model is a hundred times smaller than others: it wants a higher rate.
+
+        A zeroth-order step is as noisy as there are parameters: it wants a far lower one.
+        """
+        if not isinstance(values, dict):
+            return values
+        name = str(values.get("strategy", "fedavg")).replace("-", "_")
+        known = strategies.STRATEGIES.get(name)
+        embedded = values.get("model", "embedded") == "embedded"
+        if known and known.trainers[0] == "zeroth_order":
+            space = values.get("parameters", "lora")
+            return {"lr": LR_ZEROTH_ORDER.get((space, embedded), 3e-4), **values}
+        return {"lr": 3e-3, **values} if embedded else values
 
     @field_validator("model", "data")
     @classmethod
@@ -111,6 +155,10 @@ class RunConfig(BaseModel):
                 f"micro_batch_size {self.micro_batch_size} is larger than "
                 f"batch_size {self.batch_size}"
             )
+        if self.parameters == "full" and self.quantization != "none":
+            raise ValueError(f"parameters=full cannot train a base in {self.quantization}")
+        if self.parameters == "full" and self.ranks:
+            raise ValueError("ranks are those of adapters: parameters=full has none")
         if self.quantization != "none" and self.engine == "inprocess" and self.device == "mps":
             raise ValueError("4- and 8-bit base models need a CPU or CUDA device")
         return self
@@ -125,7 +173,45 @@ class RunConfig(BaseModel):
                 f"strategy {self.strategy} needs one rank and alpha for all clients, "
                 f"found ranks {self.ranks}, alphas {self.alphas}: use {' or '.join(able)}"
             )
+        if self.parameters == "full" and not strategy.full:
+            able = [n for n, c in strategies.STRATEGIES.items() if c.full]
+            raise ConfigError(
+                f"strategy {self.strategy} trains adapters, not all parameters: "
+                f"use {' or '.join(able)}"
+            )
+        for name, wanted in self.classes.items():
+            if wanted.trainer and wanted.trainer not in strategy.trainers:
+                raise ConfigError(
+                    f"class {name} has trainer {wanted.trainer}, but clients of strategy "
+                    f"{self.strategy} train with {' or '.join(strategy.trainers)}"
+                )
         return strategy
+
+    def class_of(self, index: int) -> str:
+        """The class of the index-th client, in the order of client ids; "" without classes."""
+        turns = [name for name, own in self.classes.items() for _ in range(own.share)]
+        return turns[index % len(turns)] if turns else ""
+
+    def of_class(self, name: str) -> "RunConfig":
+        """The settings of the clients of a class. Raises ConfigError for an unknown one."""
+        if not name:
+            return self
+        if name not in self.classes:
+            raise ConfigError(f"unknown class {name!r}: known are {', '.join(self.classes)}")
+        given = self.classes[name].model_dump(exclude={"share", "trainer"}, exclude_none=True)
+        usual = strategies.find(self.strategy).trainers[0]
+        if self.trainer_of(name) == "zeroth_order" != usual and "lr" not in given:
+            given["lr"] = LR_ZEROTH_ORDER[self.parameters, self.model == "embedded"]
+        changed = self.model_copy(update=given)
+        micro = changed.micro_batch_size
+        return changed.model_copy(
+            update={"micro_batch_size": micro and min(micro, changed.batch_size)}
+        )
+
+    def trainer_of(self, name: str) -> TrainerName:
+        """How the clients of a class train."""
+        wanted = self.classes[name].trainer if name else None
+        return wanted or strategies.find(self.strategy).trainers[0]
 
     @property
     def lora(self) -> LoraSpec:
@@ -229,7 +315,14 @@ def _assign(
     values: dict[str, Any], tables: dict[str, dict[str, Any]], key: str, value: Any, source: str
 ) -> None:
     table, dot, field = key.partition(".")
-    if isinstance(value, dict) and not dot and key != "options":
+    if table == "classes" and dot:  # classes.phone.lr=1e-3
+        name, _, entry = field.partition(".")
+        given = {entry: value} if entry else value
+        if not isinstance(given, dict):
+            raise ConfigError(f"{key} in {source}: expected classes.NAME.KEY=value")
+        own = values.setdefault("classes", {}).setdefault(name, {})
+        own |= {part.replace("-", "_"): entry for part, entry in given.items()}
+    elif isinstance(value, dict) and not dot and key != "options":
         for name, entry in value.items():
             _assign(values, tables, f"{key}.{name}", entry, source)
     elif dot:

@@ -23,10 +23,11 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from corolla import codec, factors, seeds, tree
+from corolla import codec, directions, factors, seeds, tree
 from corolla.errors import ArtefactError, ModelError
 from corolla.models import Base
-from corolla.types import Adapter, LoraSpec, Params
+from corolla.space import Beside, Space
+from corolla.types import Adapter, LoraSpec, Move, Params
 
 _NAME = "default"
 _PREFIX = "base_model.model."
@@ -39,6 +40,9 @@ class LoraModel:
     before survives. Rank and scaling may change from call to call: memory is the base model
     once, whatever the number of clients.
     """
+
+    artefact = "adapter"
+    """The name of the folder of a saved global model."""
 
     def __init__(
         self,
@@ -92,6 +96,8 @@ class LoraModel:
         self._buffers = {n: b.detach().clone() for n, b in self.model.named_buffers()}
         self._start_head = {n: p.detach().clone() for n, p in self._head_parameters()}
         self._frozen: dict[str, tuple[Tensor, Tensor]] = {}
+        self._flat = torch.empty(0)
+        self._settled: tuple[str, Params] = ("", {})
         self._hooks += [m.register_forward_hook(self._add(n)) for n, m in self._layers.items()]
         self.model.requires_grad_(False)
 
@@ -129,18 +135,24 @@ class LoraModel:
             raise ValueError(
                 f"adapter differs from the model in {len(odd)} tensors, first {odd[0]!r}"
             )
-        for name, layer in self._layers.items():
+        for name in self._layers:
             out, into = self.shapes[name]
             a, b = params[name + factors.A], params[name + factors.B]
             if a.shape != (spec.rank, into) or b.shape != (out, spec.rank):
                 raise ValueError(f"factors of {name} do not have rank {spec.rank}")
-            layer.lora_A[_NAME].weight = self._parameter(a)
-            layer.lora_B[_NAME].weight = self._parameter(b)
-            layer.r[_NAME], layer.scaling[_NAME] = spec.rank, spec.scaling
         for name, parameter in self._head_parameters():
             if parameter.shape != params[name].shape:
                 raise ValueError(f"head tensor {name} has shape {tuple(params[name].shape)}")
-            parameter.data = params[name].to(self.device, parameter.dtype, copy=True)
+        flat, layout = directions.flatten(params)
+        # One vector for all of them: a zeroth-order step is one pass over it.
+        self._flat = flat.to(self.device)
+        views = directions.unflatten(self._flat, layout)
+        for name, layer in self._layers.items():
+            for factor, role in ((layer.lora_A, factors.A), (layer.lora_B, factors.B)):
+                factor[_NAME].weight = nn.Parameter(views[name + role], requires_grad=False)
+            layer.r[_NAME], layer.scaling[_NAME] = spec.rank, spec.scaling
+        for name, parameter in self._head_parameters():
+            parameter.data = views[name]
             parameter.requires_grad_(False)
         for name, buffer in self.model.named_buffers():
             buffer.copy_(self._buffers[name])
@@ -149,7 +161,13 @@ class LoraModel:
     def show(self, adapter: Adapter, spec: LoraSpec) -> None:
         """Write a global model; factors it does not have are a zero update."""
         zero = self.init(spec, 0) if adapter.trained.keys() != self._names() else {}
-        self.write({**zero, **adapter.trained}, spec, adapter.frozen)
+        start = {**zero, **adapter.trained}
+        self.write(self._settle(start, adapter.moves), spec, adapter.frozen)
+
+    def enter(self, start: Params, spec: LoraSpec, moves: Sequence[Move]) -> Space:
+        """Write `start` after `moves`; the space of the trainable tensors, standing there."""
+        self.write(self._settle(start, moves), spec)
+        return Beside(self._flat)
 
     def read(self) -> Params:
         """A copy of all trainable tensors, on the CPU."""
@@ -194,8 +212,9 @@ class LoraModel:
         (smaller modules padded with zeros, so that tools without per-module ranks read it right);
         a stack beyond the full rank is compacted first, which loses nothing.
         """
-        heads = factors.select(adapter.trained, factors.is_head)
-        own = factors.select(adapter.trained, factors.is_a, factors.is_b)
+        trained = self._settle(adapter.trained, adapter.moves)
+        heads = factors.select(trained, factors.is_head)
+        own = factors.select(trained, factors.is_a, factors.is_b)
         rank, alpha, rslora = spec.rank, spec.alpha, spec.rslora
         if adapter.frozen:
             parts = [*adapter.frozen, *([factors.bake(own, spec.scaling)] if own else [])]
@@ -238,11 +257,37 @@ class LoraModel:
             parameter.data = tensor.to(self._head_dtype, copy=True)
         return plain
 
+    def distance_to(self, folder: Path, spec: LoraSpec) -> float:
+        """How far a saved adapter is from the update in use: relative, in fp64.
+
+        Infinite when a head differs in a bit.
+        """
+        own = self.read()
+        update = factors.bake(factors.select(own, factors.is_a, factors.is_b), spec.scaling)
+        stored, heads = read_adapter(folder)
+        if any(not torch.equal(own[name], heads[name]) for name in heads):
+            return math.inf
+        return factors.distance(factors.stack([update, *self.frozen]), stored)
+
+    def reload(self, folder: Path) -> PeftModel:
+        """A saved adapter on this base model, with plain peft. Ends this object: see `detach`."""
+        return load_adapter(self.detach(), folder)
+
+    def digest(self, folder: Path) -> str:
+        """sha256 of the tensors of a saved adapter."""
+        return adapter_hash(folder)
+
+    def _settle(self, start: Params, moves: Sequence[Move]) -> Params:
+        """`start` after `moves`; the last one is kept, for all clients of a round have it."""
+        if not moves:
+            return start
+        key = tree.digest(start) + directions.fingerprint(moves)
+        if key != self._settled[0]:
+            self._settled = (key, directions.settle(start, moves))
+        return self._settled[1]
+
     def _names(self) -> set[str]:
         return {name for name, _ in self.parameters()}
-
-    def _parameter(self, value: Tensor) -> nn.Parameter:
-        return nn.Parameter(value.to(self.device, torch.float32, copy=True), requires_grad=False)
 
     def _head_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for module, head in self._heads.items():

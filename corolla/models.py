@@ -47,6 +47,8 @@ class Base:
     task: str
     name: str
     path: str
+    fingerprint: str = ""
+    """sha256 of the weights, so that two parties can tell that they have the same model."""
 
     @property
     def pad_id(self) -> int:
@@ -88,7 +90,7 @@ def load(config: RunConfig, labels: Sequence[str] = ()) -> Base:
     if config.quantization == "4bit" and model.device.type == "cpu":
         _check_4bit_on_cpu(model)
     model.requires_grad_(False)
-    base = Base(model.eval(), tokenizer, task, config.model, str(path))
+    base = Base(model.eval(), tokenizer, task, config.model, str(path), fingerprint(model))
     # A decoder that classifies looks for the last token before the first pad: both must agree.
     model.config.pad_token_id = model.config.get_text_config().pad_token_id = base.pad_id
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)

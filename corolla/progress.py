@@ -134,7 +134,7 @@ def print_summary(console: Console, summary: Summary) -> None:
         answers.add_row("data", escape(_short(before.reference)))
         console.print(answers)
     console.print(
-        f"adapter {escape(str(summary.folder / 'adapter'))}  (sha256 {summary.adapter_hash[:16]}…; "
+        f"{summary.artefact.name} {escape(str(summary.artefact))}  (sha256 {summary.adapter_hash[:16]}…; "
         f"plain PEFT reloads it with the server's logits within {summary.reload_difference:.1e})",
         highlight=False,
         soft_wrap=True,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol, Self, runtime_checkable
 
+import torch
 from torch import Tensor
 
 Params = Mapping[str, Tensor]
@@ -15,7 +16,11 @@ Params = Mapping[str, Tensor]
 everything else (a classifier head) keeps its name in the base model."""
 
 Payload = Mapping[str, Params]
-"""Group name → Params: what travels, and what a server keeps between rounds."""
+"""Group name → Params: what travels, and what a server keeps between rounds.
+
+A group with a tensor "scalars" holds what was measured along seeded directions (see wire.py for
+its form): it travels in kilobytes, in the header of a message.
+"""
 
 Metrics = Mapping[str, float]
 """Name → number, returned by whoever measured it, never logged."""
@@ -26,6 +31,9 @@ Correct = Callable[[Params, Params], Params]
 
 Aggregates = Literal["weights", "factors", "other"]
 """The effective weights (exact aggregation); the factors A and B apart (FedIT); or neither."""
+
+TrainerName = Literal["first_order", "zeroth_order"]
+"""Backpropagation, or forward passes only."""
 
 
 @dataclass(frozen=True)
@@ -48,20 +56,55 @@ class LoraSpec:
 
 @dataclass(frozen=True)
 class Size:
-    """How many values one client's adapter has: all A factors, all B factors, the head."""
+    """What decides the bytes of one client: values of its A factors, B factors and head.
+
+    `scalars` is how many directions a zeroth-order client measures in a round.
+    """
 
     A: int
     B: int
     head: int = 0
+    scalars: int = 0
+    trainer: TrainerName = "first_order"
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Values one client sends and receives in a round; `once`: received in its first one."""
+    """Bytes one client sends and receives in a round; `once`: received in its first one.
+
+    With `at_most`, `down` is a limit: a log with few directions is sent sparse.
+    """
 
     up: int
     down: int
     once: int = 0
+    at_most: bool = False
+
+
+class Pool(Protocol):
+    """Seeded directions z_0, z_1, … of one flat vector: all trained tensors, sorted by name."""
+
+    def add(
+        self,
+        out: Tensor,
+        offset: int,
+        terms: Sequence[tuple[int, float]],
+        source: Tensor | None = None,
+    ) -> None:
+        """`out` = `source` (default: itself) + Σ_j scale_j · z_{k_j}[offset : offset + n].
+
+        `terms` holds (k_j, scale_j), added in this order in fp32; `out` and `source` are
+        contiguous, of n values and of one type.
+        """
+
+
+@dataclass(frozen=True)
+class Move:
+    """A step along seeded directions: w ← w + step · Σ_k scalars[k] · z_k, in canonical order."""
+
+    pool: Pool
+    scalars: Tensor
+    step: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -69,22 +112,34 @@ class Adapter:
     """A global model as the server knows it, relative to the base model.
 
     `trained` holds factors at the run's LoraSpec, and the head; `frozen` holds stacked low-rank
-    blocks whose scaling is 1 (weights and alpha / rank are baked into A).
+    blocks whose scaling is 1 (weights and alpha / rank are baked into A). `moves` are made from
+    `trained`; where that is empty (all parameters are trained), from the base weights themselves.
     """
 
     trained: Params
     frozen: tuple[Params, ...] = ()
+    moves: tuple[Move, ...] = ()
 
 
 @dataclass(frozen=True)
 class Broadcast:
     """What the server sends: `payload` each time; a group of `cached` once to each client.
 
-    The client sees one payload with the groups of both.
+    The client sees one payload with the groups of all. With `log`, it also sees the groups of
+    `Strategy.init`, which it makes itself from the run's seed, and one group a row, named by
+    `row_name`: a client receives only the rows it lacks, or, where that is fewer bytes,
+    `snapshot()` instead of the group "start" and all rows so far.
     """
 
     payload: Payload
     cached: Payload = field(default_factory=dict)
+    log: Sequence[Params] | None = None
+    snapshot: Callable[[], Params] | None = None
+
+
+def row_name(number: int) -> str:
+    """The group of the number-th row of a log, from 1."""
+    return f"log-{number:06d}"
 
 
 @dataclass(frozen=True)
@@ -103,6 +158,21 @@ class Update:
 class Fit:
     """The outcome of local training: all trainable tensors afterwards, and what it took."""
 
+    params: Params
+    num_examples: int
+    metrics: Metrics
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The outcome of zeroth-order training: the scalars in the order of the queries.
+
+    The client has moved its weights by step · Σ_t scalars[t] · z_{k_t}; a scalar that was not
+    finite is 0. `params` are the LoRA tensors afterwards, empty when all parameters are trained.
+    """
+
+    scalars: Tensor
+    step: float
     params: Params
     num_examples: int
     metrics: Metrics
@@ -129,6 +199,28 @@ class LocalTrainer(Protocol):
         """
 
 
+class ForwardTrainer(Protocol):
+    """Trains with forward passes only, along seeded directions."""
+
+    @property
+    def queries(self) -> int:
+        """How many directions it measures in a round."""
+
+    def walk(
+        self,
+        start: Params,
+        moves: Sequence[Move],
+        pool: Pool,
+        directions: Sequence[int],
+        dtype: torch.dtype = torch.float32,
+    ) -> Walk:
+        """Take one two-sided step after the other from `start` + `moves`.
+
+        `directions` are those of all queries, in order; each scalar is rounded to `dtype` before
+        it moves the weights, so that who receives it can repeat the move.
+        """
+
+
 class Client(Protocol):
     """What a strategy may see of a device during one task."""
 
@@ -141,8 +233,16 @@ class Client(Protocol):
         """Rank and scaling of this client's adapter."""
 
     @property
+    def kind(self) -> TrainerName:
+        """How it trains: what its class in the config says, else what the strategy asks for."""
+
+    @property
     def trainer(self) -> LocalTrainer:
-        """Its trainer."""
+        """Its first-order trainer."""
+
+    @property
+    def forward(self) -> ForwardTrainer:
+        """Its zeroth-order trainer."""
 
 
 class Aggregator(Protocol):
@@ -171,9 +271,16 @@ class Strategy(Protocol):
     """What of the global model is the clients' mean, weighted by examples; `check` proves it."""
     mixed_ranks: ClassVar[bool]
     """Clients may train adapters of different ranks."""
+    trainers: ClassVar[tuple[TrainerName, ...]]
+    """How its clients may train; the first is the default."""
+    full: ClassVar[bool]
+    """It can train all parameters of the base model instead of an adapter."""
 
-    def init(self, start: Params) -> Payload:
-        """The server's first state, from a fresh adapter of the run's rank."""
+    def init(self, start: Params, seed: int) -> Payload:
+        """The server's first state, from a fresh adapter of the run's rank and the run's seed.
+
+        `start` is empty when all parameters are trained.
+        """
 
     def broadcast(self, state: Payload) -> Broadcast:
         """What every client of the cohort receives."""
@@ -181,10 +288,11 @@ class Strategy(Protocol):
     def local(self, client: Client, received: Payload) -> Update:
         """The client half: train and say what to send."""
 
-    def update_like(self, fresh: Params) -> Payload:
+    def update_like(self, fresh: Params, size: Size) -> Payload:
         """What an update must look like (groups, names, shapes, types), from a fresh adapter.
 
-        `fresh` has the client's rank. The server refuses replies that differ.
+        `fresh` has the client's rank, `size` says how it trains. The server refuses replies that
+        differ; whole numbers may lie between 0 and those given here.
         """
 
     def aggregator(self) -> Aggregator:
@@ -197,4 +305,4 @@ class Strategy(Protocol):
         """The global model of a state; also of a received broadcast, which clients evaluate."""
 
     def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
-        """Values sent and received by each client of a cohort, from the paper's formula."""
+        """Bytes sent and received by each client of a cohort, from the paper's formula."""

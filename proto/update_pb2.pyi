@@ -26,8 +26,44 @@ class CachedGroup(_message.Message):
     id: str
     def __init__(self, group: _Optional[str] = ..., id: _Optional[str] = ...) -> None: ...
 
+class Scalars(_message.Message):
+    __slots__ = ("group", "size", "fp32", "fp16", "fixed32", "varint", "bitmap", "seed", "step")
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    FP32_FIELD_NUMBER: _ClassVar[int]
+    FP16_FIELD_NUMBER: _ClassVar[int]
+    FIXED32_FIELD_NUMBER: _ClassVar[int]
+    VARINT_FIELD_NUMBER: _ClassVar[int]
+    BITMAP_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    group: str
+    size: int
+    fp32: bytes
+    fp16: bytes
+    fixed32: bytes
+    varint: bytes
+    bitmap: bytes
+    seed: int
+    step: float
+    def __init__(self, group: _Optional[str] = ..., size: _Optional[int] = ..., fp32: _Optional[bytes] = ..., fp16: _Optional[bytes] = ..., fixed32: _Optional[bytes] = ..., varint: _Optional[bytes] = ..., bitmap: _Optional[bytes] = ..., seed: _Optional[int] = ..., step: _Optional[float] = ...) -> None: ...
+
+class Log(_message.Message):
+    __slots__ = ("origin", "since", "version", "rows", "number")
+    ORIGIN_FIELD_NUMBER: _ClassVar[int]
+    SINCE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    origin: str
+    since: str
+    version: str
+    rows: _containers.RepeatedCompositeFieldContainer[Scalars]
+    number: int
+    def __init__(self, origin: _Optional[str] = ..., since: _Optional[str] = ..., version: _Optional[str] = ..., rows: _Optional[_Iterable[_Union[Scalars, _Mapping]]] = ..., number: _Optional[int] = ...) -> None: ...
+
 class Task(_message.Message):
-    __slots__ = ("schema", "run_id", "round", "base_version", "kind", "config", "payload_bytes", "payload_sha256", "cached")
+    __slots__ = ("schema", "run_id", "round", "base_version", "kind", "config", "payload_bytes", "payload_sha256", "cached", "scalars", "log")
     SCHEMA_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
@@ -37,6 +73,8 @@ class Task(_message.Message):
     PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_SHA256_FIELD_NUMBER: _ClassVar[int]
     CACHED_FIELD_NUMBER: _ClassVar[int]
+    SCALARS_FIELD_NUMBER: _ClassVar[int]
+    LOG_FIELD_NUMBER: _ClassVar[int]
     schema: int
     run_id: str
     round: int
@@ -46,10 +84,12 @@ class Task(_message.Message):
     payload_bytes: int
     payload_sha256: str
     cached: _containers.RepeatedCompositeFieldContainer[CachedGroup]
-    def __init__(self, schema: _Optional[int] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., base_version: _Optional[str] = ..., kind: _Optional[_Union[Kind, str]] = ..., config: _Optional[str] = ..., payload_bytes: _Optional[int] = ..., payload_sha256: _Optional[str] = ..., cached: _Optional[_Iterable[_Union[CachedGroup, _Mapping]]] = ...) -> None: ...
+    scalars: _containers.RepeatedCompositeFieldContainer[Scalars]
+    log: Log
+    def __init__(self, schema: _Optional[int] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., base_version: _Optional[str] = ..., kind: _Optional[_Union[Kind, str]] = ..., config: _Optional[str] = ..., payload_bytes: _Optional[int] = ..., payload_sha256: _Optional[str] = ..., cached: _Optional[_Iterable[_Union[CachedGroup, _Mapping]]] = ..., scalars: _Optional[_Iterable[_Union[Scalars, _Mapping]]] = ..., log: _Optional[_Union[Log, _Mapping]] = ...) -> None: ...
 
 class Reply(_message.Message):
-    __slots__ = ("schema", "run_id", "round", "base_version", "kind", "client", "num_examples", "metrics", "payload_bytes", "payload_sha256", "error", "missing")
+    __slots__ = ("schema", "run_id", "round", "base_version", "kind", "client", "num_examples", "metrics", "payload_bytes", "payload_sha256", "error", "missing", "scalars")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -69,6 +109,7 @@ class Reply(_message.Message):
     PAYLOAD_SHA256_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     MISSING_FIELD_NUMBER: _ClassVar[int]
+    SCALARS_FIELD_NUMBER: _ClassVar[int]
     schema: int
     run_id: str
     round: int
@@ -81,4 +122,5 @@ class Reply(_message.Message):
     payload_sha256: str
     error: str
     missing: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, schema: _Optional[int] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., base_version: _Optional[str] = ..., kind: _Optional[_Union[Kind, str]] = ..., client: _Optional[str] = ..., num_examples: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., payload_bytes: _Optional[int] = ..., payload_sha256: _Optional[str] = ..., error: _Optional[str] = ..., missing: _Optional[_Iterable[str]] = ...) -> None: ...
+    scalars: _containers.RepeatedCompositeFieldContainer[Scalars]
+    def __init__(self, schema: _Optional[int] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., base_version: _Optional[str] = ..., kind: _Optional[_Union[Kind, str]] = ..., client: _Optional[str] = ..., num_examples: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., payload_bytes: _Optional[int] = ..., payload_sha256: _Optional[str] = ..., error: _Optional[str] = ..., missing: _Optional[_Iterable[str]] = ..., scalars: _Optional[_Iterable[_Union[Scalars, _Mapping]]] = ...) -> None: ...

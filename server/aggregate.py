@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
-from corolla import codec, tree
+from corolla import tree, wire
 from corolla.errors import WireError
 from corolla.types import Payload
 from corolla.wire import Packet, Reply, Task, unpack_reply
@@ -43,7 +43,7 @@ def read_reply(
     `like` is None where no payload is expected. Raises WireError for an error reply, a stale or
     foreign one, a payload that differs in names, shapes or types, and values that are not finite.
     """
-    expected = codec.content_bytes(like) if like is not None else 0
+    expected = wire.content_bytes(like) if like is not None else 0
     reply = unpack_reply(packet, max_payload=expected + expected // 4 + _FRAMING)
     if (reply.run_id, reply.kind, reply.client) != (task.run_id, task.kind, client):
         raise WireError("reply belongs to another run, task or client")
@@ -55,7 +55,7 @@ def read_reply(
         return reply, {}
     if reply.num_examples < 1:
         raise WireError("reply has no examples")
-    payload = codec.decode(reply.payload)
+    payload = wire.content(reply)
     _same_form(payload, like)
     return reply, payload
 
@@ -74,7 +74,16 @@ def _same_form(payload: Payload, like: Payload) -> None:
                     f"update tensor {name!r} is {found[name].dtype} {tuple(found[name].shape)}, "
                     f"expected {tensor.dtype} {tuple(tensor.shape)}"
                 )
+            if not tensor.is_floating_point() and not _within(found[name], tensor):
+                raise WireError(
+                    f"update tensor {name!r} of {group!r} is not between 0 and {int(tensor.max())}"
+                )
         if not tree.finite(found):
             raise WireError(f"update has values in {group!r} that are not finite")
-        if any(bool((tensor.abs() > _ABSURD).any()) for tensor in found.values()):
+        values = [tensor for tensor in found.values() if tensor.is_floating_point()]
+        if any(bool((tensor.abs() > _ABSURD).any()) for tensor in values):
             raise WireError(f"update has values in {group!r} beyond {_ABSURD:.0e}")
+
+
+def _within(found: torch.Tensor, limits: torch.Tensor) -> bool:
+    return bool(((found >= 0) & (found <= limits)).all())

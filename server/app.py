@@ -143,7 +143,7 @@ def main(grid: Grid, context: Context) -> None:
         "held-out loss %.4f -> %.4f; adapter %s (sha256 %s)",
         summary.base["loss"],
         summary.final["loss"],
-        summary.folder / "adapter",
+        summary.artefact,
         summary.adapter_hash,
     )
 

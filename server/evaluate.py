@@ -6,13 +6,12 @@ from pathlib import Path
 
 import torch
 
-from corolla import factors, lora
 from corolla.config import RunConfig
 from corolla.data import Example, spread
 from corolla.encoding import Encoded, Encoder, collate
 from corolla.errors import ArtefactError, DataError
-from corolla.lora import LoraModel
 from corolla.scoring import score
+from corolla.trainable import Trainable
 from corolla.types import Adapter, Metrics
 
 _ANSWER_TOKENS = 64
@@ -32,7 +31,7 @@ class Evaluator:
     """Scores global models on the held-out set, on a model of its own or a shared one."""
 
     def __init__(
-        self, config: RunConfig, model: LoraModel, heldout: Sequence[Example], labels: Sequence[str]
+        self, config: RunConfig, model: Trainable, heldout: Sequence[Example], labels: Sequence[str]
     ) -> None:
         self.config, self.model, self.labels = config, model, labels
         self._encoder = Encoder(model.base.tokenizer, labels, config.max_length)
@@ -66,26 +65,24 @@ class Evaluator:
         self.model.base.tokenizer.save_pretrained(str(folder))
 
     def verify(self, adapter: Adapter, folder: Path) -> float:
-        """Load the saved adapter with plain peft; the largest difference from the server's logits.
+        """Load the saved model with plain peft (all parameters: with transformers).
 
-        Also compares the effective updates themselves, in fp64, because logits of a half-precision
-        or quantised base say little. Ends this evaluator: its base model is handed to peft. Raises
+        Returns the largest difference from the server's logits. Also compares the effective updates
+        themselves, in fp64, because logits of a half-precision or quantised base say little. Ends
+        this evaluator: its base model is handed to peft. Raises
         ArtefactError when a difference is more than rounding.
         """
         probe = collate(self._data[:4], self.model.base.pad_id, self.model.device)
         inputs = {name: probe[name] for name in ("input_ids", "attention_mask")}
         with torch.no_grad():
             self.model.show(adapter, self.config.lora)
-            own = factors.select(self.model.read(), factors.is_a, factors.is_b)
-            whole = [factors.bake(own, self.config.lora.scaling), *self.model.frozen]
             mask = inputs["attention_mask"].bool()
             ours = self.model.model(**inputs).logits.float()
-            reloaded = lora.load_adapter(self.model.detach(), folder)
+            apart = self.model.distance_to(folder, self.config.lora)
+            reloaded = self.model.reload(folder)
             theirs = reloaded(**inputs).logits.float()
         rows = slice(None) if ours.dim() == 2 else mask
-        stored, heads = lora.read_adapter(folder)
-        apart = factors.distance(factors.stack(whole), stored)
-        if apart > 1e-6 or any(not torch.equal(adapter.trained[n], heads[n]) for n in heads):
+        if not apart <= 1e-6:
             raise ArtefactError(
                 f"{folder} as saved is another update than the server's: {apart:.2e} apart"
             )

@@ -2,21 +2,33 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
-from corolla import codec, tree
+from corolla import codec, factors, schedule, seedlog, tree, wire
 from corolla.config import RunConfig
 from corolla.errors import RoundError, WireError
 from corolla.server import cohort
 from corolla.server.aggregate import in_order, read_reply
-from corolla.types import Broadcast, LoraSpec, Metrics, Params, Payload, Strategy
-from corolla.wire import Kind, Packet, Reply, Task, pack_task
+from corolla.types import (
+    Broadcast,
+    Cost,
+    LoraSpec,
+    Metrics,
+    Params,
+    Payload,
+    Size,
+    Strategy,
+)
+from corolla.wire import Kind, Log, Packet, Reply, Task, pack_task
 
 Held = Mapping[str, frozenset[str]]
 """Client → content ids of the cached groups it is known to hold."""
+
+
+_SCALARS = ("scalars", "zero_scalars", "skipped_scalars")
 
 
 class Network(Protocol):
@@ -39,6 +51,8 @@ class Federation:
     clients: Mapping[str, int]
     fresh: Callable[[LoraSpec], Params]
     """A fresh adapter of a rank: its names and shapes decide which replies are valid."""
+    origin: str = ""
+    """The version of the first state, where the strategy keeps a log (seedlog.origin)."""
 
     @property
     def cohort_size(self) -> int:
@@ -49,11 +63,24 @@ class Federation:
         """Rank and scaling of one client's adapter."""
         return self.config.client_lora(self._index[client])
 
+    def class_of(self, client: str) -> str:
+        """The name of one client's class; "" without classes."""
+        return self.config.class_of(self._index[client])
+
+    def size(self, client: str) -> Size:
+        """What decides the bytes of one client."""
+        own = self.config.of_class(self.class_of(client))
+        steps = schedule.steps_per_round(own, self.clients[client])
+        adapter = factors.size(self.fresh(self.lora(client)))
+        trainer = self.config.trainer_of(self.class_of(client))
+        return replace(adapter, scalars=steps * own.queries, trainer=trainer)
+
     def most_examples(self, client: str) -> int:
         """The most examples a client can have used: a claim is the weight of its update."""
-        if self.config.local_epochs is not None:
+        own = self.config.of_class(self.class_of(client))
+        if own.local_epochs is not None:
             return self.clients[client]
-        return min(self.clients[client], self.config.local_steps * self.config.batch_size)
+        return min(self.clients[client], own.local_steps * own.batch_size)
 
     @cached_property
     def _index(self) -> Mapping[str, int]:
@@ -74,6 +101,8 @@ class RoundResult:
     bytes_down: int
     framing_up: int
     framing_down: int
+    cost: Cost
+    """What the strategy's formula says for these clients; `once` is not in it."""
 
 
 @dataclass
@@ -101,7 +130,8 @@ def run_round(
     members = cohort.sample(list(federation.clients), federation.cohort_size, config.seed, round)
     traffic = _Traffic()
     tasks = make_tasks(federation, state, held, round, Kind.TRAIN, members, traffic)
-    content = set(next(iter(tasks.values())).cached.values())
+    first = next(iter(tasks.values()))
+    content = {*first.cached.values(), *([first.log.version] if first.log else [])}
     known = dict(held)
     aggregator = strategy.aggregator()
     examples: dict[str, int] = {}
@@ -137,6 +167,7 @@ def run_round(
         bytes_down=traffic.down,
         framing_up=traffic.framing_up,
         framing_down=traffic.framing_down,
+        cost=_formula(strategy.cost([federation.size(client) for client in examples])),
     )
 
 
@@ -193,11 +224,12 @@ def _checked(
         raise WireError("no answer")
     like = None
     if task.kind == Kind.TRAIN:
-        like = federation.strategy.update_like(federation.fresh(federation.lora(client)))
+        fresh = federation.fresh(federation.lora(client))
+        like = federation.strategy.update_like(fresh, federation.size(client))
     reply, update = read_reply(packet, client, task, like)
     if reply.num_examples > federation.most_examples(client) and not reply.error:
         raise WireError(f"reply claims {reply.num_examples} examples, more than it can have")
-    content = codec.content_bytes(update)
+    content = wire.content_bytes(update)
     traffic.up += content
     traffic.framing_up += len(packet.header) + len(packet.payload) - content
     return reply, update
@@ -212,35 +244,72 @@ def make_tasks(
     members: list[str],
     traffic: _Traffic,
 ) -> dict[str, Task]:
-    """The task of each member: the broadcast, with cached groups only where they are not held."""
+    """The task of each member: the broadcast, with only what it does not hold of cached groups.
+
+    Of a log it gets the rows after the version it holds, or a snapshot where that is less.
+    """
     broadcast = federation.strategy.broadcast(state)
     cached = {group: codec.content_id(params) for group, params in broadcast.cached.items()}
+    rows = broadcast.log
+    versions = seedlog.versions(federation.origin, rows) if rows is not None else []
     version = tree.digest_all(state)
-    encoded: dict[frozenset[str], tuple[bytes, int]] = {}
+    sent: dict[tuple[frozenset[str], str], tuple[bytes, Payload, Log | None, int]] = {}
     tasks: dict[str, Task] = {}
     for client in members:
-        lacks = frozenset(g for g, i in cached.items() if i not in held.get(client, frozenset()))
-        if lacks not in encoded:
-            payload = _rendered(broadcast, lacks)
-            encoded[lacks] = codec.encode(payload), codec.content_bytes(payload)
-        data, content = encoded[lacks]
-        lora = federation.lora(client)
-        settings = {"lora": vars(lora), "run": federation.config.model_dump(mode="json")}
+        known = held.get(client, frozenset())
+        lacks = frozenset(g for g, i in cached.items() if i not in known)
+        since = next((v for v in reversed(versions) if v in known), federation.origin)
+        if (lacks, since) not in sent:
+            payload = {**broadcast.payload, **{g: broadcast.cached[g] for g in lacks}}
+            log, extra = _log(broadcast, versions, since)
+            payload = {**payload, **extra}
+            content = wire.content_bytes(payload)
+            content += sum(wire.scalar_bytes(row) for row in (log.rows if log else ()))
+            sent[lacks, since] = (*wire.enclose(payload), log, content)
+        data, scalars, log, content = sent[lacks, since]
+        settings = {
+            "lora": vars(federation.lora(client)),
+            "class": federation.class_of(client),
+            "run": federation.config.model_dump(mode="json"),
+        }
         tasks[client] = Task(
-            federation.run_id, round, version, kind, json.dumps(settings), cached, data
+            run_id=federation.run_id,
+            round=round,
+            base_version=version,
+            kind=kind,
+            config=json.dumps(settings),
+            cached=cached,
+            payload=data,
+            scalars=scalars,
+            log=log,
         )
         traffic.down += content
-        traffic.framing_down += len(data) - content + len(pack_task(tasks[client]).header)
+        traffic.framing_down += len(data) + len(pack_task(tasks[client]).header) - content
     return tasks
 
 
-def _rendered(broadcast: Broadcast, lacks: frozenset[str]) -> Payload:
-    return {**broadcast.payload, **{g: broadcast.cached[g] for g in lacks}}
+def _log(broadcast: Broadcast, versions: Sequence[str], since: str) -> tuple[Log | None, Payload]:
+    """What a client at a version needs to reach the last: (rows, or a snapshot as a payload)."""
+    if broadcast.log is None:
+        return None, {}
+    number, last = len(broadcast.log), versions[-1]
+    rows = broadcast.log[versions.index(since) :]
+    if broadcast.snapshot is not None and rows:
+        snapshot = {"start": broadcast.snapshot()}
+        if wire.content_bytes(snapshot) < sum(wire.scalar_bytes(row) for row in rows):
+            return Log(versions[0], last, last, (), number), snapshot
+    return Log(versions[0], since, last, rows, number), {}
+
+
+def _formula(costs: Sequence[Cost]) -> Cost:
+    """The sum over a cohort."""
+    up, down = sum(cost.up for cost in costs), sum(cost.down for cost in costs)
+    return Cost(up, down, at_most=any(cost.at_most for cost in costs))
 
 
 def _mean(metrics: Mapping[str, Metrics], examples: Mapping[str, int]) -> Metrics:
     """Example-weighted means of what clients report; tokens, steps and skips are summed."""
-    summed = ("target_tokens", "local_steps", "skipped")
+    summed = ("target_tokens", "local_steps", "skipped", *_SCALARS)
     names = sorted({name for reported in metrics.values() for name in reported})
     result: dict[str, float] = {}
     for name in names:

@@ -7,14 +7,14 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
 import corolla
-from corolla import lora, records, seeds, tree
+from corolla import records, seedlog, seeds, tree
 from corolla.config import RunConfig, validate
 from corolla.errors import ArtefactError, ConfigError
 from corolla.server import checkpoint
@@ -65,6 +65,7 @@ class Summary:
     """What a finished run has to say."""
 
     folder: Path
+    artefact: Path
     base: Metrics
     final: Metrics
     rounds: int
@@ -103,7 +104,11 @@ class Run:
         federation = self._federation()
         found = checkpoint.load(self.folder / "checkpoint") if self.resume else None
         start = self.evaluator.model.init(self.config.lora, seeds.derive(self.config.seed, "init"))
-        first = Checkpoint(federation.run_id, 0, federation.strategy.init(start), {})
+        initial = federation.strategy.init(start, self.config.seed)
+        federation = replace(
+            federation, origin=seedlog.origin(self.evaluator.model.base.fingerprint, initial)
+        )
+        first = Checkpoint(federation.run_id, 0, initial, {})
         at = found or first
         lines = _committed(self.folder / "metrics.jsonl", at.round)
         info = self._info(federation)
@@ -189,17 +194,18 @@ class Run:
         seconds: float,
     ) -> Summary:
         adapter = federation.strategy.adapter(state)
-        folder = self.folder / "adapter"
+        folder = self.folder / self.evaluator.model.artefact
         final = self.evaluator.score(adapter)
         clients = evaluate_clients(federation, state, held, self.config.rounds + 1, self.network)
         after = self.evaluator.samples(adapter)
-        unproven = self.folder / "adapter.part"
+        unproven = folder.with_name(folder.name + ".unproven")
         self.evaluator.save(adapter, unproven)
         difference = self.evaluator.verify(adapter, unproven)
         shutil.rmtree(folder, ignore_errors=True)
         unproven.replace(folder)
         summary = Summary(
             folder=self.folder,
+            artefact=folder,
             base=base["metrics"],
             final=final,
             rounds=len(lines),
@@ -207,7 +213,7 @@ class Run:
             bytes_up=sum(line["bytes_up"] for line in lines),
             bytes_down=sum(line["bytes_down"] for line in lines),
             peak_rss=peak_rss(),
-            adapter_hash=lora.adapter_hash(folder),
+            adapter_hash=self.evaluator.model.digest(folder),
             reload_difference=difference,
             before=base["samples"],
             after=after,

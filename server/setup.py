@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from corolla import data, models
+from corolla import data, models, trainable
 from corolla.config import RunConfig
 from corolla.data import FederatedData
-from corolla.lora import LoraModel
 from corolla.server.evaluate import Evaluator
+from corolla.trainable import Trainable
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Setup:
     """Data, the model with its evaluator, and the facts that identify them in run.json."""
 
     data: FederatedData
-    model: LoraModel
+    model: Trainable
     evaluator: Evaluator
     facts: Mapping[str, Any]
 
@@ -28,10 +28,10 @@ def set_up(config: RunConfig, run_id: str | None) -> Setup:
     base = models.load(config, dataset.labels)
     facts = {
         "run_id": run_id,
-        "model_sha256": models.fingerprint(base.model),
+        "model_sha256": base.fingerprint,
         "data_sha256": dataset.fingerprint,
         "clients_left_out": dataset.left_out,
     }
-    model = LoraModel(base, config.target_modules, config.dropout)
+    model = trainable.build(config, base)
     evaluator = Evaluator(config, model, dataset.heldout, dataset.labels)
     return Setup(dataset, model, evaluator, facts)

@@ -7,14 +7,26 @@ from collections.abc import Mapping
 
 from corolla.errors import ConfigError
 from corolla.strategies.fedavg import FedAvg
+from corolla.strategies.fedkseed import FedKSeed
+from corolla.strategies.fedkseed_pro import FedKSeedPro
+from corolla.strategies.fedmezo import FedMeZO
+from corolla.strategies.ferret import Ferret
 from corolla.strategies.ffa_lora import FfaLora
 from corolla.strategies.flora import Flora
+from corolla.strategies.mixed import Mixed
+from corolla.strategies.seed_pool import SeedPool
 from corolla.types import Strategy
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "fedavg": FedAvg,
     "ffa_lora": FfaLora,
     "flora": Flora,
+    "seed_pool": SeedPool,
+    "fedkseed": FedKSeed,
+    "fedkseed_pro": FedKSeedPro,
+    "fedmezo": FedMeZO,
+    "ferret": Ferret,
+    "mixed": Mixed,
 }
 
 
@@ -69,6 +81,16 @@ def create(name: str, options: Mapping[str, object] | None = None) -> Strategy:
 
 
 _PARTS = (
-    *("name", "aggregates", "mixed_ranks", "init", "broadcast", "local", "update_like"),
+    *(
+        "name",
+        "aggregates",
+        "mixed_ranks",
+        "trainers",
+        "full",
+        "init",
+        "broadcast",
+        "local",
+        "update_like",
+    ),
     *("aggregator", "apply", "adapter", "cost"),
 )

@@ -21,6 +21,7 @@ from corolla.types import (
     Params,
     Payload,
     Size,
+    TrainerName,
     Update,
 )
 
@@ -37,8 +38,10 @@ class FedAvg:
     name: ClassVar[str] = "fedavg"
     aggregates: ClassVar[Aggregates] = "factors"
     mixed_ranks: ClassVar[bool] = False
+    trainers: ClassVar[tuple[TrainerName, ...]] = ("first_order",)
+    full: ClassVar[bool] = False
 
-    def init(self, start: Params) -> Payload:
+    def init(self, start: Params, seed: int) -> Payload:
         return {"adapter": start}
 
     def broadcast(self, state: Payload) -> Broadcast:
@@ -49,7 +52,7 @@ class FedAvg:
         fit = client.trainer.fit(start)
         return Update({"adapter": tree.sub(fit.params, start)}, fit.num_examples, fit.metrics)
 
-    def update_like(self, fresh: Params) -> Payload:
+    def update_like(self, fresh: Params, size: Size) -> Payload:
         return {"adapter": fresh}
 
     def aggregator(self) -> WeightedMean:
@@ -62,4 +65,4 @@ class FedAvg:
         return Adapter(state["adapter"])
 
     def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
-        return [Cost(up=s.A + s.B + s.head, down=s.A + s.B + s.head) for s in cohort]
+        return [Cost(up=4 * n, down=4 * n) for n in (s.A + s.B + s.head for s in cohort)]

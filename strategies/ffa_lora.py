@@ -20,6 +20,7 @@ from corolla.types import (
     Params,
     Payload,
     Size,
+    TrainerName,
     Update,
 )
 
@@ -35,8 +36,10 @@ class FfaLora:
     name: ClassVar[str] = "ffa_lora"
     aggregates: ClassVar[Aggregates] = "weights"
     mixed_ranks: ClassVar[bool] = False
+    trainers: ClassVar[tuple[TrainerName, ...]] = ("first_order",)
+    full: ClassVar[bool] = False
 
-    def init(self, start: Params) -> Payload:
+    def init(self, start: Params, seed: int) -> Payload:
         a = factors.select(start, factors.is_a)
         return {"A": a, "adapter": factors.select(start, factors.is_b, factors.is_head)}
 
@@ -49,7 +52,7 @@ class FfaLora:
         trained = {name: fit.params[name] for name in start}
         return Update({"adapter": tree.sub(trained, start)}, fit.num_examples, fit.metrics)
 
-    def update_like(self, fresh: Params) -> Payload:
+    def update_like(self, fresh: Params, size: Size) -> Payload:
         return {"adapter": factors.select(fresh, factors.is_b, factors.is_head)}
 
     def aggregator(self) -> WeightedMean:
@@ -62,4 +65,4 @@ class FfaLora:
         return Adapter({**state["A"], **state["adapter"]})
 
     def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
-        return [Cost(up=s.B + s.head, down=s.B + s.head, once=s.A) for s in cohort]
+        return [Cost(up=4 * (s.B + s.head), down=4 * (s.B + s.head), once=4 * s.A) for s in cohort]

@@ -20,6 +20,7 @@ from corolla.types import (
     Params,
     Payload,
     Size,
+    TrainerName,
     Update,
 )
 
@@ -43,6 +44,8 @@ class Flora:
     name: ClassVar[str] = "flora"
     aggregates: ClassVar[Aggregates] = "weights"
     mixed_ranks: ClassVar[bool] = True
+    trainers: ClassVar[tuple[TrainerName, ...]] = ("first_order",)
+    full: ClassVar[bool] = False
 
     max_rank: int | None = None
     compact_at: float = 2.0
@@ -53,7 +56,7 @@ class Flora:
         if not self.compact_at >= 1:
             raise ValueError(f"compact_at must be at least 1, found {self.compact_at}")
 
-    def init(self, start: Params) -> Payload:
+    def init(self, start: Params, seed: int) -> Payload:
         return {"head": factors.select(start, factors.is_head)}
 
     def broadcast(self, state: Payload) -> Broadcast:
@@ -70,7 +73,7 @@ class Flora:
         }
         return Update(payload, fit.num_examples, fit.metrics)
 
-    def update_like(self, fresh: Params) -> Payload:
+    def update_like(self, fresh: Params, size: Size) -> Payload:
         return {
             "factors": factors.select(fresh, factors.is_a, factors.is_b),
             "head": factors.select(fresh, factors.is_head),
@@ -95,7 +98,7 @@ class Flora:
 
     def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
         stack = sum(s.A + s.B for s in cohort)
-        return [Cost(up=s.A + s.B + s.head, down=stack + s.head) for s in cohort]
+        return [Cost(up=4 * (s.A + s.B + s.head), down=4 * (stack + s.head)) for s in cohort]
 
 
 def _blocks(payload: Payload) -> Payload:

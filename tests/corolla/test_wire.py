@@ -84,7 +84,8 @@ def test_a_header_that_is_right_passes() -> None:
     ("changes", "reason"),
     [
         ({"schema": 0}, "schema 0"),
-        ({"schema": 2}, "schema 2"),
+        ({"schema": 1}, "schema 1"),
+        ({"schema": 3}, "schema 3"),
         ({"kind": 0}, "kind"),
         ({"kind": 9}, "kind"),
         ({"payload_bytes": 8}, "7 bytes, header 8"),
@@ -134,7 +135,9 @@ def test_size_limits_are_exact() -> None:
     with pytest.raises(WireError, match="at most 6"):
         wire.unpack_reply(packet, 6)
     with pytest.raises(WireError, match="header has"):
-        wire.unpack_reply(Packet(b"\x00" * (wire.MAX_HEADER + 1), b""), 100)
+        wire.unpack_reply(Packet(b"\x00" * (wire.MAX_REPLY_HEADER + 1), b""), 100)
+    with pytest.raises(WireError, match="header has"):
+        wire.unpack_task(Packet(b"\x00" * (wire.MAX_HEADER + 1), b""))
 
 
 def test_metrics_are_limited_in_number_and_name() -> None:
@@ -295,8 +298,12 @@ def test_the_generated_code_is_what_the_schema_gives(tmp_path: Path) -> None:
 
 def test_the_limits_are_those_the_schema_promises() -> None:
     text = (ROOT / "proto" / "update.proto").read_text()
-    assert wire.MAX_HEADER == 1 << 20
-    assert "at most 1 MiB" in text
+    assert (wire.MAX_HEADER, wire.MAX_REPLY_HEADER) == (8 << 20, 1 << 20)
+    assert "at most 8 MiB of a task, 1 MiB of a reply" in text
+    assert f"at most {wire.MAX_GROUPS}, names of 1 to {wire.MAX_NAME} characters" in text
+    assert f"at most {wire.MAX_SCALARS}, directions below {wire.MAX_SCALARS}" in text
+    assert f"at most {wire.MAX_ROWS} rows, of {wire.MAX_LOG_SCALARS} scalars" in text
+    assert f"version of this file: {wire.SCHEMA}" in text
     assert f"at most {wire.MAX_CACHED} ids" in text
     assert f"at most {wire.MAX_METRICS} entries, names of at most {wire.MAX_NAME}" in text
     assert f"at most {wire.MAX_ERROR} characters" in text

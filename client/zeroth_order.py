@@ -1,0 +1,112 @@
+"""Zeroth-order local training: forward passes only, at the memory of inference.
+
+Spall, "Multivariate stochastic approximation using a simultaneous perturbation gradient
+approximation", IEEE TAC 1992; in place and for language models: Malladi et al., "Fine-Tuning
+Language Models with Just Forward Passes" (MeZO), NeurIPS 2023, arXiv 2305.17333.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from corolla import schedule
+from corolla.config import RunConfig
+from corolla.encoding import Encoded, collate
+from corolla.errors import DataError, DivergedError
+from corolla.scoring import loss_sum
+from corolla.trainable import Trainable
+from corolla.types import LoraSpec, Move, Params, Pool, Walk
+
+
+@dataclass
+class ZerothOrder:
+    """Two-sided differences along seeded directions, of one client in one round.
+
+    A step measures `queries` directions on one batch, g = (L(w + eps z) - L(w - eps z)) / (2 eps),
+    and moves w by -lr / queries · Σ g z. The learning rate is that of the round's first step: it
+    stays the same within a round, because what travels is g alone.
+    """
+
+    model: Trainable
+    lora: LoraSpec
+    data: Sequence[Encoded]
+    config: RunConfig
+    seed: int
+    round: int
+    on_step: Callable[[int], None] | None = None
+
+    @property
+    def queries(self) -> int:
+        return schedule.steps_per_round(self.config, len(self.data)) * self.config.queries
+
+    @torch.no_grad()
+    def walk(
+        self,
+        start: Params,
+        moves: Sequence[Move],
+        pool: Pool,
+        directions: Sequence[int],
+        dtype: torch.dtype = torch.float32,
+    ) -> Walk:
+        if not self.data:
+            raise DataError("client has no example with a target left")
+        config, per_step = self.config, self.config.queries
+        steps = schedule.steps_per_round(config, len(self.data))
+        step_size = -config.lr * schedule.rate(config, self.round, steps) / per_step
+        step_size = float(torch.tensor(step_size, dtype=torch.float32))  # as it travels
+        space = self.model.enter(start, self.lora, moves)
+        scalars = torch.zeros(steps * per_step, dtype=dtype)
+        losses: list[float] = []
+        seen: set[int | None] = set()
+        skipped = tokens = 0
+        for step, indices in enumerate(schedule.batches(config, len(self.data), self.seed)):
+            batch = [self.data[i] for i in indices]
+            seen.update(
+                i if self.data[i].example is None else self.data[i].example for i in indices
+            )
+            update: dict[int, float] = {}
+            for query in range(step * per_step, (step + 1) * per_step):
+                k = int(directions[query])
+                space.look(pool, {k: config.eps})
+                above = self._loss(batch)
+                space.look(pool, {k: -config.eps})
+                below = self._loss(batch)
+                losses += [above, below]
+                g = torch.tensor((above - below) / (2 * config.eps)).to(dtype)
+                if not bool(torch.isfinite(g)):  # one NaN in a log would be there for ever
+                    skipped += 1
+                    continue
+                scalars[query] = g
+                update[k] = update.get(k, 0.0) + step_size * float(g)
+            space.move(pool, update)
+            tokens += sum(sequence.targets for sequence in batch)
+            if self.on_step:
+                self.on_step(2 * per_step * sum(len(sequence.input_ids) for sequence in batch))
+        space.look(pool, {})
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        if 2 * skipped > len(scalars):
+            raise DivergedError(
+                f"{skipped} of {len(scalars)} scalars are not finite in {dtype}: lower lr or "
+                f"raise eps"
+            )
+        metrics = {
+            "train_loss": math.fsum(finite) / len(finite),
+            "target_tokens": float(tokens),
+            "local_steps": float(steps),
+            "skipped_scalars": float(skipped),
+            "zero_scalars": float((scalars == 0).sum()) - skipped,
+            "scalars": float(len(scalars)),
+        }
+        return Walk(scalars, step_size, self.model.read(), len(seen), metrics)
+
+    def _loss(self, batch: Sequence[Encoded]) -> float:
+        """Σ loss / Σ targets in fp32, micro-batch by micro-batch; the sums of these in fp64."""
+        size = self.config.micro_batch_size or len(batch)
+        pad, device = self.model.base.pad_id, self.model.device
+        total = 0.0
+        for start in range(0, len(batch), size):
+            part = collate(batch[start : start + size], pad, device)
+            total += float(loss_sum(self.model.model, part))
+        return total / sum(sequence.targets for sequence in batch)

@@ -1,0 +1,166 @@
+"""Seeded directions and moves along them: what a zeroth-order client needs instead of gradients.
+
+All trained tensors, sorted by name, row-major and concatenated, are one flat vector of d values. A
+pool names directions z_k of it by a seed; a `Move` adds Σ_k a_k z_k.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from corolla import signs
+from corolla.types import Move, Params
+
+_BLOCK = 1 << 16
+"""Gaussian values are drawn in blocks of this many, each seekable by itself."""
+_GAUSSIAN = 2
+"""Stream number of Gaussian blocks; 0 and 1 are those of signs.py."""
+
+
+@dataclass(frozen=True)
+class SignPool:
+    """Sign-Hadamard directions: z_k[i] = D[i] · (-1)^popcount(k & i), for 0 ≤ k < size.
+
+    Inside every full block of `size` values they are exactly orthogonal, and E[z zᵀ] = I. A move
+    along any number of them is one pass over the weights. Raises ValueError unless `size` is a
+    power of two.
+    """
+
+    size: int
+    key: signs.Key
+
+    def __post_init__(self) -> None:
+        check_power_of_two(self.size)
+
+    def add(
+        self,
+        out: Tensor,
+        offset: int,
+        terms: Sequence[tuple[int, float]],
+        source: Tensor | None = None,
+    ) -> None:
+        signs.add(out, self.key, offset, terms, source)
+
+
+@dataclass(frozen=True)
+class GaussianPool:
+    """Standard normal directions, as in MeZO and FedKSeed: as many as there are seeds.
+
+    Every direction of a move costs as many random numbers as there are weights. Values come from
+    NumPy's ziggurat on Philox4x64, block by block, so that any slice can be drawn by itself.
+    """
+
+    seed: int
+
+    def add(
+        self,
+        out: Tensor,
+        offset: int,
+        terms: Sequence[tuple[int, float]],
+        source: Tensor | None = None,
+    ) -> None:
+        _by_block(out, offset, source, lambda values, at: self._add(values, at, terms))
+
+    def _add(self, values: Tensor, at: int, terms: Sequence[tuple[int, float]]) -> None:
+        for k, scale in terms:
+            values += np.float32(scale) * self.values(k, at, at + len(values)).to(values.device)
+
+    def values(self, k: int, start: int, stop: int) -> Tensor:
+        """z_k[start:stop] in fp32."""
+        blocks = range(start // _BLOCK, (stop - 1) // _BLOCK + 1)
+        drawn = np.concatenate([self._block(k, block) for block in blocks])
+        first = start - blocks[0] * _BLOCK
+        return torch.from_numpy(drawn[first : first + stop - start])
+
+    def _block(self, k: int, block: int) -> np.ndarray:
+        counter = np.array([0, block, _GAUSSIAN, 0], dtype=np.uint64)
+        bits = np.random.Philox(key=np.array([self.seed, k], dtype=np.uint64), counter=counter)
+        return np.random.Generator(bits).standard_normal(_BLOCK, dtype=np.float32)
+
+
+def check_power_of_two(size: int) -> None:
+    """Raises ValueError unless `size` is a number of directions that a sign pool can have."""
+    if type(size) is not int or size < 1 or size & (size - 1) or size > 1 << 16:
+        raise ValueError(f"size must be a power of two up to 65536, found {size!r}")
+
+
+def apply(out: Tensor, offset: int, moves: Sequence[Move], source: Tensor | None = None) -> None:
+    """`out` = `source` (default: itself) + all moves, for values offset … of the flat vector.
+
+    Runs in fp32 and rounds once to the type of `out`, so that who applies moves one by one to
+    fp32 weights, and who applies all at the end, have the same bits.
+    """
+    if all(isinstance(move.pool, SignPool) for move in moves):
+        logs = [(move.pool.key, _spectrum(move)) for move in moves]  # type: ignore[attr-defined]
+        signs.replay(out, offset, logs, source)
+        return
+    _by_block(out, offset, source, lambda values, at: _apply_each(values, at, moves))
+
+
+def fingerprint(moves: Sequence[Move]) -> str:
+    """sha256 (hex) of what moves do."""
+    sha = hashlib.sha256()
+    for move in moves:
+        sha.update(f"{move.pool!r}|{move.step!r}|{move.scalars.dtype}|".encode())
+        sha.update(move.scalars.contiguous().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def settle(start: Params, moves: Sequence[Move]) -> Params:
+    """The tensors of `start` after all moves; new tensors."""
+    flat, layout = flatten(start)
+    apply(flat, 0, moves)
+    return unflatten(flat, layout)
+
+
+def flatten(params: Params) -> tuple[Tensor, list[tuple[str, torch.Size]]]:
+    """(all tensors sorted by name as one new fp32 vector, their names and shapes)."""
+    names = sorted(params)
+    layout = [(name, params[name].shape) for name in names]
+    flat = torch.cat([params[name].detach().float().cpu().reshape(-1) for name in names])
+    return flat, layout
+
+
+def unflatten(flat: Tensor, layout: Sequence[tuple[str, torch.Size]]) -> Params:
+    """Views of a flat vector, by name."""
+    found: dict[str, Tensor] = {}
+    at = 0
+    for name, shape in layout:
+        found[name] = flat[at : at + shape.numel()].view(shape)
+        at += shape.numel()
+    return found
+
+
+def _apply_each(values: Tensor, at: int, moves: Sequence[Move]) -> None:
+    for move in moves:
+        if isinstance(move.pool, SignPool):
+            signs.replay(values, at, [(move.pool.key, _spectrum(move))])
+            continue
+        scales = move.step * move.scalars.double()
+        used = torch.nonzero(scales).reshape(-1).tolist()
+        # Summed before it meets the weights, which are larger: less is lost.
+        total = torch.zeros_like(values)
+        move.pool.add(total, at, [(k, float(scales[k])) for k in used])
+        values += total
+
+
+def _spectrum(move: Move) -> np.ndarray:
+    """Step · FWHT(scalars), computed in fp64 and rounded once: (size,) fp32."""
+    scalars = move.scalars.double().cpu().numpy()
+    return (move.step * signs.fwht(scalars)).astype(np.float32)
+
+
+def _by_block(
+    out: Tensor, offset: int, source: Tensor | None, change: Callable[[Tensor, int], None]
+) -> None:
+    """Change `out` block by block in fp32, each value rounded once to the type of `out`."""
+    flat = out.view(-1)
+    before = flat if source is None else source.reshape(-1)
+    for start in range(0, len(flat), _BLOCK):
+        values = before[start : start + _BLOCK].to(torch.float32, copy=True)
+        change(values, offset + start)
+        flat[start : start + _BLOCK] = values.to(flat.dtype)

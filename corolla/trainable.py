@@ -1,0 +1,58 @@
+"""A model that clients train and servers evaluate: an adapter on it, or all its parameters."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from corolla.config import RunConfig
+from corolla.full import FullModel
+from corolla.lora import LoraModel
+from corolla.models import Base
+from corolla.space import Space
+from corolla.types import Adapter, LoraSpec, Move, Params
+
+
+class Trainable(Protocol):
+    """What workers and evaluators ask of a resident model."""
+
+    artefact: str
+    base: Base
+    model: Any
+    device: torch.device
+    targets: list[str]
+
+    def check_rank(self, spec: LoraSpec) -> None:
+        """Raises ModelError for a rank larger than a module can have."""
+
+    def init(self, spec: LoraSpec, seed: int) -> Params:
+        """A fresh adapter; empty when all parameters are trained."""
+
+    def show(self, adapter: Adapter, spec: LoraSpec) -> None:
+        """Set every weight to those of a global model."""
+
+    def enter(self, start: Params, spec: LoraSpec, moves: Sequence[Move]) -> Space:
+        """The space of the trained tensors, standing at `start` after `moves`."""
+
+    def read(self) -> Params:
+        """A copy of all tensors of the adapter, on the CPU."""
+
+    def save(self, folder: Path, adapter: Adapter, spec: LoraSpec) -> None:
+        """Write a global model so that other tools load it."""
+
+    def distance_to(self, folder: Path, spec: LoraSpec) -> float:
+        """How far a saved model is from the one that is shown: relative, in fp64."""
+
+    def reload(self, folder: Path) -> Any:
+        """A saved model as other tools load it. Ends this object."""
+
+    def digest(self, folder: Path) -> str:
+        """sha256 of the tensors of a saved model."""
+
+
+def build(config: RunConfig, base: Base) -> LoraModel | FullModel:
+    """The resident model of a run. Raises ModelError when the base cannot carry what is asked."""
+    if config.parameters == "full":
+        return FullModel(base)
+    return LoraModel(base, config.target_modules, config.dropout)

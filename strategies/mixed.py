@@ -1,0 +1,184 @@
+"""Mixed federation: some clients backpropagate, others only run forward passes, in one round.
+
+First-order clients follow FedAvg on LoRA (Zhang et al., ICASSP 2024, arXiv 2305.05644), zeroth-order
+clients send scalars along seeded directions as in FedKSeed (Qin et al., ICML 2024,
+arXiv 2312.06353); how they are combined is ours.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from corolla import directions, seedlog, seeds, signs, tree
+from corolla.directions import SignPool
+from corolla.types import (
+    Adapter,
+    Aggregates,
+    Broadcast,
+    Client,
+    Cost,
+    Metrics,
+    Move,
+    Params,
+    Payload,
+    Size,
+    TrainerName,
+    Update,
+)
+
+_BOTH: tuple[TrainerName, ...] = ("first_order", "zeroth_order")
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """w ← w + λ_1 ū_1 + λ_0 ū_0, the mean updates of the first- and the zeroth-order clients.
+
+    All work on the same LoRA tensors. A zeroth-order client sends scalars in kilobytes (and receives
+    whole adapters); the server rebuilds ū_0 = Σ_k a_k z_k from its seeds, sign-Hadamard directions
+    that are new in each round, with a transform and one pass. Each ū is weighted by examples. With
+    `weights`
+
+    - "examples": λ_c = n_c / Σ n, so that w moves by the mean over all clients;
+    - "inverse_variance": λ_c ∝ 1 / v_c, where v_c = s_c² / M_c estimates the variance of ū_c from
+      the spread s_c² = Σ_m p_m |u_m - ū_c|² of its M_c clients. Zeroth-order updates are noisy in
+      proportion to the number of weights, so first-order ones count for more. A round in which a
+      class has fewer than two clients falls back to "examples".
+
+    Config: `classes`, each with a `trainer`.
+    """
+
+    name: ClassVar[str] = "mixed"
+    aggregates: ClassVar[Aggregates] = "factors"
+    mixed_ranks: ClassVar[bool] = False
+    trainers: ClassVar[tuple[TrainerName, ...]] = _BOTH
+    full: ClassVar[bool] = False
+
+    size: int = 4096
+    weights: Literal["examples", "inverse_variance"] = "examples"
+
+    def __post_init__(self) -> None:
+        directions.check_power_of_two(self.size)
+        if self.weights not in ("examples", "inverse_variance"):
+            raise ValueError(
+                f"weights must be examples or inverse_variance, found {self.weights!r}"
+            )
+
+    def init(self, start: Params, seed: int) -> Payload:
+        key = torch.tensor([seeds.derive(seed, "directions"), 1])
+        return {"adapter": start, "key": {"key": key}}
+
+    def broadcast(self, state: Payload) -> Broadcast:
+        return Broadcast(state)
+
+    def local(self, client: Client, received: Payload) -> Update:
+        start = received["adapter"]
+        if client.kind == "first_order":
+            fit = client.trainer.fit(start)
+            return Update({"adapter": tree.sub(fit.params, start)}, fit.num_examples, fit.metrics)
+        chosen = signs.choices(client.seed, client.forward.queries, self.size)
+        walk = client.forward.walk(start, (), self._pool(received), chosen.tolist())
+        scalars = seedlog.upload(walk, seed=torch.tensor(client.seed))
+        return Update({"scalars": scalars}, walk.num_examples, walk.metrics)
+
+    def update_like(self, fresh: Params, size: Size) -> Payload:
+        if size.trainer == "first_order":
+            return {"adapter": fresh}
+        return {"scalars": seedlog.upload_like(size.scalars, torch.float32, seed=2**32 - 1)}
+
+    def aggregator(self) -> "_TwoMeans":
+        return _TwoMeans(self.size)
+
+    def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
+        flat, layout = directions.flatten(state["adapter"])
+        first, _ = directions.flatten(aggregate["adapter"]) if aggregate["adapter"] else (None, ())
+        sums = aggregate["scalars"]["scalars"]
+        n_1, n_0 = (float(n) for n in aggregate["counts"]["examples"])
+        share_1, share_0 = n_1 / (n_1 + n_0), n_0 / (n_1 + n_0)
+        variances = _variances(aggregate, len(flat), self.size)
+        if self.weights == "inverse_variance" and variances:
+            total = 1 / variances[0] + 1 / variances[1]
+            share_1, share_0 = 1 / variances[0] / total, 1 / variances[1] / total
+        directions.apply(flat, 0, [Move(self._pool(state), sums, share_0)])
+        if first is not None:
+            flat += share_1 * first
+        key = state["key"]["key"] + torch.tensor([0, 1])  # new signs in the next round
+        after = {"adapter": directions.unflatten(flat, layout), "key": {"key": key}}
+        return after, {"first_order_share": share_1, "zeroth_order_share": share_0}
+
+    def adapter(self, state: Payload) -> Adapter:
+        return Adapter(state["adapter"])
+
+    def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
+        costs = []
+        for s in cohort:
+            whole = 4 * (s.A + s.B + s.head)
+            up = whole if s.trainer == "first_order" else 4 * s.scalars + 8
+            costs.append(Cost(up, whole + 16))
+        return costs
+
+    def _pool(self, state: Payload) -> SignPool:
+        seed, round = state["key"]["key"].tolist()
+        return SignPool(self.size, (seed, round))
+
+
+def _variances(aggregate: Payload, values: int, size: int) -> tuple[float, float] | None:
+    """Estimated variances of the two class means; None when a class has too few clients."""
+    counts = aggregate["counts"]
+    if any(int(clients) < 2 for clients in counts["clients"]):
+        return None
+    first = sum(float(t.double().square().sum()) for t in aggregate["adapter"].values())
+    # |Σ_k a_k z_k|² = values · |a|² inside full blocks, where directions are orthogonal.
+    zeroth = values * float(aggregate["scalars"]["scalars"].square().sum())
+    squares = counts["squares"] * torch.tensor([1.0, float(values)], dtype=torch.float64)
+    spread = (squares - torch.tensor([first, zeroth], dtype=torch.float64)) / counts["clients"]
+    found = (float(spread[0]), float(spread[1]))
+    return found if all(v > 0 and math.isfinite(v) for v in found) else None
+
+
+class _TwoMeans:
+    """Σ n u, Σ n, Σ n |u|² and how many clients there are, for each of the two classes.
+
+    Zeroth-order updates stay sums of scalars: a client costs no pass over the weights here.
+    """
+
+    linear = True
+
+    def __init__(self, size: int) -> None:
+        self._dense: dict[str, Tensor] = {}
+        self._sums = torch.zeros(size, dtype=torch.float64)
+        self._counts = torch.zeros(3, 2, dtype=torch.float64)  # examples, clients, squares
+
+    def add(self, payload: Payload, weight: float) -> None:
+        if "adapter" in payload:
+            square = tree.norm(payload["adapter"]) ** 2
+            for name, tensor in payload["adapter"].items():
+                self._dense[name] = self._dense.get(name, 0) + tensor.double() * weight
+            self._counts[:, 0] += torch.tensor([weight, 1, weight * square])
+            return
+        scalars = payload["scalars"]
+        own = torch.zeros_like(self._sums)
+        values = scalars["scalars"].double() * float(scalars["step"])
+        own.index_add_(0, seedlog.directions(scalars, len(own)), values)
+        self._sums += weight * own
+        self._counts[:, 1] += torch.tensor([weight, 1, weight * float(own.square().sum())])
+
+    def merge(self, other: Self) -> None:
+        for name, tensor in other._dense.items():
+            self._dense[name] = self._dense.get(name, 0) + tensor
+        self._sums += other._sums
+        self._counts += other._counts
+
+    def finalise(self) -> Payload:
+        examples, clients, squares = self._counts
+        if not float(examples.sum()) > 0:
+            raise ValueError("nothing to average: the weights sum to 0")
+        per = examples.clamp(min=1e-300)
+        return {
+            "adapter": {name: tensor / per[0] for name, tensor in self._dense.items()},
+            "scalars": {"scalars": self._sums / per[1]},
+            "counts": {"examples": examples, "clients": clients, "squares": squares / per},
+        }

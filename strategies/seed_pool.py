@@ -1,0 +1,115 @@
+"""The sign-Hadamard seed pool: zeroth-order updates that replay in one pass over the weights.
+
+After FedKSeed (Qin et al., "Federated Full-Parameter Tuning of Billion-Sized Language Models with
+Communication Cost under 18 Kilobytes", ICML 2024, arXiv 2312.06353), with other directions: z_k =
+D · H_k, random signs D that are new in each round times row k of a Hadamard matrix. The steps are
+those of MeZO (Malladi et al., NeurIPS 2023, arXiv 2305.17333).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from corolla import directions, seedlog, seeds, signs
+from corolla.aggregation import SeedSums
+from corolla.directions import SignPool
+from corolla.types import (
+    Adapter,
+    Aggregates,
+    Broadcast,
+    Client,
+    Cost,
+    Metrics,
+    Move,
+    Params,
+    Payload,
+    Size,
+    TrainerName,
+    Update,
+    row_name,
+)
+
+
+@dataclass(frozen=True)
+class SeedPool:
+    """Clients send a scalar for each query, the server one row of `size` sums for each round.
+
+    A client's queries follow from its seed: k_t = word t of the sign stream, mod `size`. The server
+    sums a_k = Σ_m p_m step_m Σ_{t: k_t = k} g_mt, and everybody moves by Σ_k a_k z_k: a fast
+    Walsh-Hadamard transform of a, then one pass over the weights for any `size`. This is the mean
+    of the clients' trained tensors, up to the rounding of a to `scalars`.
+
+    Who missed rounds receives their rows, or the weights where these are fewer bytes.
+    """
+
+    name: ClassVar[str] = "seed_pool"
+    aggregates: ClassVar[Aggregates] = "factors"
+    mixed_ranks: ClassVar[bool] = False
+    trainers: ClassVar[tuple[TrainerName, ...]] = ("zeroth_order",)
+    full: ClassVar[bool] = True
+
+    size: int = 512
+    scalars: Literal["fp16", "fp32"] = "fp16"
+
+    def __post_init__(self) -> None:
+        directions.check_power_of_two(self.size)
+        if self.scalars not in ("fp16", "fp32"):
+            raise ValueError(f"scalars must be fp16 or fp32, found {self.scalars!r}")
+
+    @property
+    def rounding(self) -> float:
+        return 2.0**-11 if self.scalars == "fp16" else 0.0
+
+    def init(self, start: Params, seed: int) -> Payload:
+        return {"start": start, "key": {"seed": torch.tensor(seeds.derive(seed, "directions"))}}
+
+    def broadcast(self, state: Payload) -> Broadcast:
+        rows = list(seedlog.rows(state).values())
+        if not state["start"]:
+            return Broadcast({}, log=rows)
+        whole = self.adapter(state)
+        return Broadcast(
+            {}, log=rows, snapshot=lambda: directions.settle(whole.trained, whole.moves)
+        )
+
+    def local(self, client: Client, received: Payload) -> Update:
+        at = self.adapter(received)
+        number = max(seedlog.rows(received), default=0) + 1
+        chosen = signs.choices(client.seed, client.forward.queries, self.size)
+        pool = self._pool(received, number)
+        walk = client.forward.walk(at.trained, at.moves, pool, chosen.tolist(), self._dtype)
+        scalars = seedlog.upload(walk, seed=torch.tensor(client.seed))
+        return Update({"scalars": scalars}, walk.num_examples, walk.metrics)
+
+    def update_like(self, fresh: Params, size: Size) -> Payload:
+        return {"scalars": seedlog.upload_like(size.scalars, self._dtype, seed=2**32 - 1)}
+
+    def aggregator(self) -> SeedSums:
+        return SeedSums(self.size)
+
+    def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
+        sums = aggregate["scalars"]["scalars"]
+        number = max(seedlog.rows(state), default=0) + 1
+        used = float((sums != 0).sum())
+        return {**state, row_name(number): seedlog.row(sums, self._dtype)}, {"directions": used}
+
+    def adapter(self, state: Payload) -> Adapter:
+        moves = (
+            Move(self._pool(state, number), row["scalars"], float(row["step"]))
+            for number, row in seedlog.rows(state).items()
+        )
+        return Adapter(state["start"], moves=tuple(moves))
+
+    def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
+        width = self._dtype.itemsize
+        down = self.size * width + 4
+        return [Cost(s.scalars * width + 8, down, at_most=True) for s in cohort]
+
+    def _pool(self, state: Payload, round: int) -> SignPool:
+        return SignPool(self.size, (int(state["key"]["seed"]), round))
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.float16 if self.scalars == "fp16" else torch.float32
