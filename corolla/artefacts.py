@@ -21,9 +21,10 @@ from corolla.types import Metrics
 def evaluate_adapter(
     adapter: Path, model: str | None, dataset: str | None, settings: Sequence[str] = ()
 ) -> dict[str, Metrics]:
-    """Held-out scores of the base model and of base + adapter: {"base": …, "adapter": …}.
+    """Held-out scores of the base model and of the fine-tuned one: {"base": …, "adapter": …}.
 
-    Model, data and the examples are those of the adapter's run (run.json beside it) unless given.
+    `adapter` is a PEFT adapter, or a whole model, the result of a run with parameters=full. Model,
+    data and the examples are those of its run (run.json beside it) unless given.
     """
     config = _config(adapter, model, dataset, settings)
     federated = data.load(config)
@@ -33,6 +34,9 @@ def evaluate_adapter(
     examples = [s for example in chosen for s in encoder(example)]
     device = models.pick_device(config.device)
     before = score(base.model, examples, base.pad_id, device)
+    if _is_model(adapter):
+        whole = models.load(config.model_copy(update={"model": str(adapter)}), federated.labels)
+        return {"base": before, "model": score(whole.model, examples, base.pad_id, device)}
     tuned = lora.load_adapter(base.model, adapter)
     return {"base": before, "adapter": score(tuned, examples, base.pad_id, device)}
 
@@ -46,6 +50,8 @@ def export_merged(adapter: Path, model: str | None, folder: Path) -> float:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"--out {folder} is not empty: name a new folder")
+    if _is_model(adapter):
+        raise ConfigError(f"{adapter} is a whole model already: any tool loads it as it is")
     config = _config(adapter, model, None, ())
     config = config.model_copy(update={"dtype": "float32", "quantization": "none", "device": "cpu"})
     labels = _labels(adapter)
@@ -89,11 +95,20 @@ def _config(
     adapter: Path, model: str | None, dataset: str | None, settings: Sequence[str]
 ) -> RunConfig:
     """The settings of the adapter's run (run.json beside it) or defaults, then what is given."""
-    if not (adapter / "adapter_config.json").is_file():
+    if not (adapter / "adapter_config.json").is_file() and not _is_model(adapter):
         raise ArtefactError(f"{adapter} is no adapter: it has no adapter_config.json")
     run = _run_info(adapter)
-    stored = validate(run["config"] if run else {"model": lora.base_of(adapter)})
+    if _is_model(adapter) and not run and model is None:
+        raise ConfigError(f"{adapter} has no run.json beside it: name its base model with --model")
+    known = {} if _is_model(adapter) else {"model": lora.base_of(adapter)}
+    stored = validate(run["config"] if run else known)
     return amended(stored, {"model": model, "data": dataset}, settings)
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether a folder holds a whole model and no adapter."""
+    whole, adapter = folder / "config.json", folder / "adapter_config.json"
+    return whole.is_file() and not adapter.is_file()
 
 
 def _run_info(adapter: Path) -> dict[str, Any]:

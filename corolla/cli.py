@@ -74,7 +74,7 @@ def main(
 def simulate(
     config: Annotated[Path | None, typer.Option(help="TOML file with the same names.")] = None,
     strategy: Annotated[
-        str | None, typer.Option(help="fedavg, ffa_lora, flora, module:Class")
+        str | None, typer.Option(help="fedavg, flora, seed_pool, …, or module:Class.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Hub name, folder, .gguf, 'embedded'.")] = None,
     data: Annotated[str | None, typer.Option(help="FILE.jsonl, hub name, 'embedded'.")] = None,
@@ -160,7 +160,7 @@ def check(
 
 @app.command()
 def evaluate(
-    adapter: Annotated[Path, typer.Argument(help="A PEFT adapter folder.")],
+    adapter: Annotated[Path, typer.Argument(help="A run's adapter/ or model/ folder.")],
     model: Annotated[str | None, typer.Option(help="Default: the one it was trained on.")] = None,
     data: Annotated[str | None, typer.Option(help="Default: the data of its run.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,

@@ -98,6 +98,9 @@ class RunConfig(BaseModel):
         3e-4, description="3e-3 for the embedded model; zeroth order: see LR_ZEROTH_ORDER"
     )
     queries: Positive = Field(1, description="directions a zeroth-order step measures")
+    estimator: Literal["two_sided", "kerzoo"] = Field(
+        "two_sided", description="how a zeroth-order step estimates a slope"
+    )
     eps: Annotated[float, Field(gt=0)] = Field(
         1e-3, description="how far along a direction a zeroth-order step looks, both ways"
     )

@@ -154,8 +154,8 @@ class _Probe:
     def findings(self, rounds: int) -> Iterator[Finding]:
         """Run rounds and compare each with what the clients' models say."""
         with tempfile.TemporaryDirectory() as scratch:
-            network = _Recorder(self._worker(Path(scratch) / "a"))
-            model = network.worker.model
+            network = self._network(Path(scratch) / "a")
+            model = network.model
             federation = _federation(self.config, self.strategy, model, self.data)
             state = self._fresh(network)
             held: Held = {}
@@ -170,7 +170,7 @@ class _Probe:
                 miscounted += sum(_CLIENTS[c] != n for c, n in result.num_examples.items())
             yield self._mean(worst, gap)
             yield Finding("weights = examples", self.kind, float(miscounted), 0.0)
-            again = _Recorder(self._worker(Path(scratch) / "b"), reverse=True)
+            again = self._network(Path(scratch) / "b", reverse=True)
             yield self._leak(federation, before, rounds, network, again)
             yield from self._grouping(federation, network)
             if self.strategy.aggregates != "other":
@@ -178,9 +178,10 @@ class _Probe:
             yield from self._bytes(federation, model, before, result, network)
             yield self._reload(model, state, Path(scratch) / "adapter")
 
-    def _worker(self, folder: Path) -> Worker:
+    def _network(self, folder: Path, reverse: bool = False) -> "_Recorder":
         model = LoraModel(_base(self.kind, len(self.labels)))
-        return Worker(self.config, model, self.data, Memory(folder))
+        worker = Worker(self.config, model, self.data, Memory(folder))
+        return _Recorder(worker, model, reverse)
 
     def _error(
         self, model: LoraModel, network: "_Recorder", result: RoundResult
@@ -265,11 +266,11 @@ class _Probe:
         return self.strategy.apply(self._fresh(network), aggregator.finalise())[0]
 
     def _fresh(self, network: "_Recorder") -> Payload:
-        model = network.worker.model
+        model = network.model
         return self.strategy.init(model.init(self.config.lora, seeds.derive(0, "init")), 0)
 
     def _same(self, check: str, network: "_Recorder", one: Payload, other: Payload) -> Finding:
-        model = network.worker.model
+        model = network.model
         found = []
         for state in (one, other):
             model.show(self.strategy.adapter(state), self.config.lora)
@@ -334,8 +335,8 @@ class _Probe:
 class _Recorder:
     """A network of clients in this process that remembers what each model was after training."""
 
-    def __init__(self, worker: Worker, reverse: bool = False) -> None:
-        self.worker, self.reverse = worker, reverse
+    def __init__(self, worker: Worker, model: LoraModel, reverse: bool = False) -> None:
+        self.worker, self.model, self.reverse = worker, model, reverse
         self.deltas: dict[str, Params] = {}
         self.trained: dict[str, Params] = {}
         self.sent: dict[str, Packet] = {}
@@ -348,8 +349,8 @@ class _Recorder:
         self.sent = {}
         for client in sorted(packets, reverse=self.reverse):
             answer = self.worker(client, packets[client])
-            self.deltas[client] = self.worker.model.deltas()
-            self.trained[client] = self.worker.model.read()
+            self.deltas[client] = self.model.deltas()
+            self.trained[client] = self.model.read()
             self.sent[client] = answer
             self.examples[client] = unpack_reply(answer, 1 << 40).num_examples
             yield client, answer

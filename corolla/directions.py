@@ -5,6 +5,7 @@ pool names directions z_k of it by a seed; a `Move` adds Σ_k a_k z_k.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from corolla import signs
+from corolla import seeds, signs
 from corolla.types import Move, Params
 
 _BLOCK = 1 << 16
@@ -67,7 +68,8 @@ class GaussianPool:
 
     def _add(self, values: Tensor, at: int, terms: Sequence[tuple[int, float]]) -> None:
         for k, scale in terms:
-            values += np.float32(scale) * self.values(k, at, at + len(values)).to(values.device)
+            scaled = np.float32(scale) * self.values(k, at, at + len(values)).numpy()
+            values += torch.from_numpy(scaled).to(values.device)
 
     def values(self, k: int, start: int, stop: int) -> Tensor:
         """z_k[start:stop] in fp32."""
@@ -80,6 +82,51 @@ class GaussianPool:
         counter = np.array([0, block, _GAUSSIAN, 0], dtype=np.uint64)
         bits = np.random.Philox(key=np.array([self.seed, k], dtype=np.uint64), counter=counter)
         return np.random.Generator(bits).standard_normal(_BLOCK, dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class LowRankPool:
+    """Matrices of low rank: z_k = U_k Vᵀ / sqrt(rank) for a matrix, Gaussian for a vector.
+
+    U is new for each k, V for each `interval` of k. Both follow from k alone: the direction of an
+    update is that of its perturbation at every step, also where V changes. Chen et al., "Enhancing
+    Zeroth-order Fine-tuning for Language Models with Low-rank Structures" (LOZO), ICLR 2025,
+    arXiv 2410.07698. Holds one direction, d values, in memory; `out` is the whole flat vector.
+    """
+
+    seed: int
+    shapes: tuple[tuple[int, ...], ...]
+    rank: int
+    interval: int
+
+    def add(
+        self,
+        out: Tensor,
+        offset: int,
+        terms: Sequence[tuple[int, float]],
+        source: Tensor | None = None,
+    ) -> None:
+        if offset or out.numel() != sum(map(math.prod, self.shapes)):
+            raise ValueError("low-rank directions are those of whole tensors: no slice has one")
+        if source is not None:
+            out.copy_(source)
+        for k, scale in terms:
+            out.view(-1).add_(self.values(k).to(out.device), alpha=scale)
+
+    def values(self, k: int) -> Tensor:
+        """z_k in fp32 (d,)."""
+        parts = []
+        for index, shape in enumerate(self.shapes):
+            if len(shape) == 2:
+                u = self._normal((shape[0], self.rank), "U", k, index)
+                v = self._normal((shape[1], self.rank), "V", k // self.interval, index)
+                parts.append((u @ v.T / math.sqrt(self.rank)).reshape(-1))
+            else:
+                parts.append(self._normal(shape, "z", k, index).reshape(-1))
+        return torch.cat(parts)
+
+    def _normal(self, shape: tuple[int, ...], *purpose: str | int) -> Tensor:
+        return torch.randn(shape, generator=seeds.generator(self.seed, *purpose))
 
 
 def check_power_of_two(size: int) -> None:

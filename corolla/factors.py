@@ -42,8 +42,10 @@ def modules(params: Params) -> list[str]:
 
 def size(params: Params) -> Size:
     """How many values the A factors, the B factors and the head have."""
-    counts = (sum(params[n].numel() for n in params if role(n)) for role in (is_a, is_b, is_head))
-    return Size(*counts)
+    a, b, head = (
+        sum(params[n].numel() for n in params if role(n)) for role in (is_a, is_b, is_head)
+    )
+    return Size(a, b, head)
 
 
 def bake(params: Params, scaling: float) -> Params:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from corolla import directions
 from corolla.errors import ArtefactError, ModelError
-from corolla.models import Base
+from corolla.models import Base, Quiet
 from corolla.space import InPlace, Space
 from corolla.types import Adapter, LoraSpec, Move, Params
 
@@ -35,6 +35,7 @@ class FullModel:
     """
 
     artefact = "model"
+    frozen: tuple[Params, ...] = ()
 
     def __init__(self, base: Base) -> None:
         self.base, self.model = base, base.model
@@ -83,13 +84,27 @@ class FullModel:
         self._shown = None
         return InPlace([(at, tensor) for at, _, tensor in self._tensors])
 
+    def unmoved(self, eps: float) -> float:
+        """The part of the weights that a perturbation of eps leaves as they are, by rounding.
+
+        Looks at the first 65,536 values of each tensor.
+        """
+        same = total = 0
+        for _, _, tensor in self._tensors:
+            part = tensor.view(-1)[: 1 << 16]
+            moved = (part.float() + eps).to(part.dtype)
+            same += int((moved == part).sum())
+            total += part.numel()
+        return same / total
+
     def save(self, folder: Path, adapter: Adapter, spec: LoraSpec) -> None:
         """Write the whole model in its own type, as transformers loads it."""
         self.show(adapter, spec)
         scratch = folder.with_name(folder.name + ".part")
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
-        self.model.save_pretrained(scratch)
+        with Quiet():
+            self.model.save_pretrained(scratch)
         shutil.rmtree(folder, ignore_errors=True)
         scratch.replace(folder)
 
@@ -111,7 +126,8 @@ class FullModel:
     def reload(self, folder: Path) -> PreTrainedModel:
         """The saved model as transformers loads it, on the device of this one."""
         kind: Any = type(self.model)
-        loaded: PreTrainedModel = kind.from_pretrained(folder, dtype=self.model.dtype)
+        with Quiet():
+            loaded: PreTrainedModel = kind.from_pretrained(folder, dtype=self.model.dtype)
         return loaded.to(self.device).eval()
 
     def digest(self, folder: Path) -> str:

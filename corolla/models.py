@@ -77,7 +77,7 @@ def load(config: RunConfig, labels: Sequence[str] = ()) -> Base:
     auto: Any = AutoModelForSequenceClassification if task == "classify" else AutoModelForCausalLM
     device = pick_device(config.device)
     # A new classifier head is drawn from torch's global state: give it one of its own.
-    with torch.random.fork_rng(devices=[]), _Quiet():
+    with torch.random.fork_rng(devices=[]), Quiet():
         torch.random.manual_seed(seeds.derive(config.seed, "head"))
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
@@ -184,7 +184,7 @@ def _convert(gguf: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting-"))
     try:
-        with torch.random.fork_rng(devices=[]), _Quiet():
+        with torch.random.fork_rng(devices=[]), Quiet():
             where = {"gguf_file": gguf.name}
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
             model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
@@ -231,7 +231,7 @@ def _check_4bit_on_cpu(model: PreTrainedModel) -> None:
             )
 
 
-class _Quiet:
+class Quiet:
     """Silences transformers' progress bars and advice while a model loads."""
 
     def __enter__(self) -> None:

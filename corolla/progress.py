@@ -69,6 +69,8 @@ class Bars:
                 f"[yellow]{facts['clients_left_out']} clients left out:[/] fewer than "
                 f"min_examples={config['min_examples']} training examples"
             )
+        for warning in facts.get("warnings", ()):
+            self.console.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
         if first_round > 1:
             self.console.print(f"resumed after round {first_round - 1}")
         self._rounds = self._progress.add_task(
@@ -104,11 +106,20 @@ class Bars:
             f"held-out loss {held:.4f}" if held is not None else "",
             f"up {human_bytes(line['bytes_up'])}, down {human_bytes(line['bytes_down'])}",
             f"{line['seconds']:.1f} s",
+            _zeros(line),
             f"[yellow]{line['dropped']} dropped[/]" if line["dropped"] else "",
         ]
         self.console.print(
             "  ".join(part for part in parts if part), highlight=False, soft_wrap=True
         )
+
+
+def _zeros(line: Mapping[str, Any]) -> str:
+    """What to say when a perturbation is too small for the loss to show it."""
+    zeros, scalars = line.get("zero_scalars", 0), line.get("scalars", 0)
+    if 2 * zeros <= scalars:
+        return ""
+    return f"[yellow]{zeros:.0f} of {scalars:.0f} scalars are 0: raise eps[/]"
 
 
 def print_summary(console: Console, summary: Summary) -> None:
@@ -122,6 +133,8 @@ def print_summary(console: Console, summary: Summary) -> None:
     table.add_row("held-out accuracy", f"{base['accuracy']:.1%}", f"{final['accuracy']:.1%}")
     table.add_section()
     table.add_row("bytes up / down", human_bytes(summary.bytes_up), human_bytes(summary.bytes_down))
+    up, down = (f"{human_bytes(n)} ({human_bytes(f)})" for n, f in summary.per_client)
+    table.add_row("  per client and round (formula)", up, down)
     table.add_row("time, peak memory", f"{summary.seconds:.1f} s", human_bytes(summary.peak_rss))
     console.print(table)
     for before, after in zip(summary.before, summary.after, strict=True):
@@ -133,9 +146,11 @@ def print_summary(console: Console, summary: Summary) -> None:
         answers.add_row("fine-tuned", f"[bold]{escape(_short(after.answer) or '(nothing)')}[/]")
         answers.add_row("data", escape(_short(before.reference)))
         console.print(answers)
+    reader = "plain PEFT" if summary.artefact.name == "adapter" else "transformers"
     console.print(
-        f"{summary.artefact.name} {escape(str(summary.artefact))}  (sha256 {summary.adapter_hash[:16]}…; "
-        f"plain PEFT reloads it with the server's logits within {summary.reload_difference:.1e})",
+        f"{summary.artefact.name} {escape(str(summary.artefact))}  "
+        f"(sha256 {summary.adapter_hash[:16]}…; "
+        f"{reader} reloads it with the server's logits within {summary.reload_difference:.1e})",
         highlight=False,
         soft_wrap=True,
     )

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import quote
 
-from corolla.lora import LoraModel
+from corolla.trainable import Trainable
 from corolla.types import Adapter, LoraSpec, Update
 
 
 def write_update(
-    folder: Path, model: LoraModel, lora: LoraSpec, update: Update, client: str
+    folder: Path, model: Trainable, lora: LoraSpec, update: Update, client: str
 ) -> None:
     """The adapter a client's model holds after local training, read from the model itself.
 

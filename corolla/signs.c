@@ -1,8 +1,8 @@
 /* The inner loops of corolla/signs.py; the definition is proto/signs-v1.md.
  *
- * Plain C99, loaded with ctypes. Nothing here multiplies floating-point numbers: a sign is xored
- * into the bits of a value, so no compiler can contract the one addition that is left. Reads of
- * v and writes of whole words go through local blocks, so every loop has a constant length. */
+ * Plain C99, loaded with ctypes. A sign is xored into the bits of a value, never multiplied, so no
+ * compiler can contract the one addition that is left. Values pass through a local block of fp32:
+ * it holds whole words, so the inner loops have a constant length, and is where half types widen. */
 
 #include <stdint.h>
 #include <string.h>
@@ -40,7 +40,7 @@
 /* setuptools exports the entry point of an extension module on some systems, so it must exist. */
 EXPORT void *PyInit__signs(void) { return 0; }
 
-EXPORT int64_t corolla_signs_version(void) { return 2; }
+EXPORT int64_t corolla_signs_version(void) { return 3; }
 
 #if defined(__SIZEOF_INT128__)
 __extension__ typedef unsigned __int128 u128;
@@ -109,26 +109,85 @@ INLINE uint64_t pattern(uint64_t k) {
     return bits;
 }
 
-typedef union {
-    uint32_t u;
-    float f;
-} bits32;
+INLINE float number(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
 
+INLINE uint32_t bits(float x) {
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    return u;
+}
+
+/* Without a branch, which would keep a loop from being vectorised. */
+INLINE uint32_t either(int first, uint32_t a, uint32_t b) {
+    const uint32_t mask = 0 - (uint32_t)first;
+    return (a & mask) | (b & ~mask);
+}
+
+enum { FP32, BF16, FP16 };
+
+INLINE void load(float *block, const void *from, uint64_t at, uint64_t count, int64_t type) {
+    const uint16_t *half = (const uint16_t *)from + at;
+    if (type == FP32)
+        memcpy(block, (const float *)from + at, count * sizeof(float));
+    else if (type == BF16)
+        for (uint64_t i = 0; i < count; i++) block[i] = number((uint32_t)half[i] << 16);
+    else
+        for (uint64_t i = 0; i < count; i++) {
+            const uint32_t h = half[i], size = h & 0x7FFFu, sign = (h & 0x8000u) << 16;
+            const uint32_t bias = either(size < 0x7C00u, UINT32_C(112) << 23, UINT32_C(224) << 23);
+            const uint32_t small = bits((float)(int32_t)size * 0x1p-24f); /* subnormal; exact */
+            block[i] = number(sign | either(size < 0x0400u, small, (size << 13) + bias));
+        }
+}
+
+INLINE void store(void *to, uint64_t at, const float *block, uint64_t count, int64_t type) {
+    uint16_t *half = (uint16_t *)to + at;
+    if (type == FP32)
+        memcpy((float *)to + at, block, count * sizeof(float));
+    else if (type == BF16)
+        for (uint64_t i = 0; i < count; i++) {
+            const uint32_t u = bits(block[i]), size = u & 0x7FFFFFFFu;
+            const uint32_t even = (u + 0x7FFFu + (u >> 16 & 1)) >> 16;
+            half[i] = (uint16_t)either(size > 0x7F800000u, u >> 16 | 0x40u, even);
+        }
+    else
+        for (uint64_t i = 0; i < count; i++) {
+            const uint32_t u = bits(block[i]), size = u & 0x7FFFFFFFu;
+            const uint32_t even = (size - (UINT32_C(112) << 23) + 0xFFFu + (size >> 13 & 1)) >> 13;
+            /* The last place of a number from 0.5 to 1 is fp16's smallest number. */
+            const uint32_t small = bits(number(size) + 0.5f) - UINT32_C(0x3F000000);
+            uint32_t h = either(size < 0x38800000u, small, even);
+            h = either(size >= 0x477FF000u, 0x7C00u + 0x200u * (size > 0x7F800000u), h);
+            half[i] = (uint16_t)(h | (u >> 16 & 0x8000u));
+        }
+}
+
+#define FOUR(i) 1u << (i), 2u << (i), 4u << (i), 8u << (i)
+static const uint32_t BIT[32] = {FOUR(0),  FOUR(4),  FOUR(8),  FOUR(12),
+                                 FOUR(16), FOUR(20), FOUR(24), FOUR(28)};
+
+/* The sign bit of a value, if bit i is set. Shifts by i would need more than SSE2. */
+INLINE uint32_t sign_bit(uint32_t signs, int i) {
+    return either((signs & BIT[i]) != 0, 0x80000000u, 0);
+}
+
+/* Adds 32 values under the signs given: a set bit takes away. */
 INLINE void add32(float *block, const uint32_t *v, uint32_t signs) {
-    for (int i = 0; i < 32; i++) {
-        bits32 x;
-        x.u = v[i] ^ (signs & (UINT32_C(1) << i) ? UINT32_C(0x80000000) : 0);
-        block[i] += x.f;
-    }
+    for (int i = 0; i < 32; i++)
+        block[i] += number(v[i] ^ sign_bit(signs, i));
 }
 
 /* out[i] = source[i] + sum over steps, in order, of z[i] * v[(start + i) & mask], where z is
  * direction k of a key. A step is five numbers: the key's two, k, mask, and the address of v's
  * mask + 1 >= 64 values; with mask 0, v is one value and the last number its bits. `out` may be
- * `source`. With several steps a block stays in the cache from its first to its last. */
-EXPORT CLONES void corolla_add(float *out, const float *source, uint64_t start, uint64_t count,
-                               int64_t steps, const uint64_t *table) {
-    const uint64_t stop = start + count;
+ * `source`; `type` is that of both. With several steps a block stays in the cache from its first to its last. */
+EXPORT CLONES void corolla_add(void *out, const void *source, int64_t type, uint64_t start,
+                               uint64_t count, int64_t steps, const uint64_t *table) {
+    const uint64_t stop = start + count, size = type == FP32 ? 4 : 2;
     uint64_t words[WORDS];
     uint32_t same[64];
     float block[BLOCK];
@@ -136,7 +195,7 @@ EXPORT CLONES void corolla_add(float *out, const float *source, uint64_t start, 
     for (uint64_t from = start, to; from < stop; from = to) {
         const uint64_t base = from & ~(uint64_t)(BLOCK - 1);
         to = stop - base < BLOCK ? stop : base + BLOCK;
-        memcpy(block + (from - base), source + (from - start), (to - from) * sizeof(float));
+        load(block + (from - base), source, from - start, to - from, type);
         for (int64_t s = 0; s < steps; s++) {
             const uint64_t *step = table + 5 * s, mask = step[3];
             const uint64_t high = step[2] >> 6, low = pattern(step[2]);
@@ -152,38 +211,36 @@ EXPORT CLONES void corolla_add(float *out, const float *source, uint64_t start, 
                 const uint32_t *v = values + ((w << 6) & mask);
                 float *x = block + ((w << 6) - base);
                 if (s == 0 && stop - (w << 6) > BLOCK + 64) /* load the next block meanwhile */
-                    for (int line = 0; line < 64; line += 16)
-                        PREFETCH(source + ((w << 6) + BLOCK - start + line));
+                    for (uint64_t line = 0; line < 64 * size; line += 64)
+                        PREFETCH((const char *)source + ((w << 6) + BLOCK - start) * size + line);
                 add32(x, v, (uint32_t)signs);
                 add32(x + 32, v + 32, (uint32_t)(signs >> 32));
             }
         }
-        memcpy(out + (from - start), block + (from - base), (to - from) * sizeof(float));
+        store(out, from - start, block + (from - base), to - from, type);
     }
 }
 
 /* sums[(start + i) & mask] += D[start + i] * x[i], in fp64 and in the order of i; mask >= 63. */
-EXPORT CLONES void corolla_fold(const float *x, uint64_t start, uint64_t count,
+EXPORT CLONES void corolla_fold(const void *x, int64_t type, uint64_t start, uint64_t count,
                                 const uint64_t *key, double *sums, uint64_t mask) {
     const uint64_t stop = start + count;
     uint64_t words[WORDS];
-    uint32_t block[BLOCK];
+    float block[BLOCK];
     for (uint64_t from = start, to; from < stop; from = to) {
         const uint64_t base = from & ~(uint64_t)(BLOCK - 1);
         to = stop - base < BLOCK ? stop : base + BLOCK;
         if (to - from < BLOCK) memset(block, 0, sizeof block); /* adding a zero changes no sum */
-        memcpy(block + (from - base), x + (from - start), (to - from) * sizeof(float));
+        load(block + (from - base), x, from - start, to - from, type);
         block_words(words, key, base, from, to);
         for (uint64_t w = from >> 6; w << 6 < to; w++) {
             double *into = sums + ((w << 6) & mask);
-            const uint32_t *values = block + ((w << 6) - base);
+            const float *values = block + ((w << 6) - base);
             for (int half = 0; half < 2; half++) {
                 const uint32_t signs = (uint32_t)(words[w - (base >> 6)] >> (32 * half));
                 for (int i = 0; i < 32; i++) {
-                    bits32 y;
-                    y.u = values[32 * half + i] ^
-                          (signs & (UINT32_C(1) << i) ? UINT32_C(0x80000000) : 0);
-                    into[32 * half + i] += (double)y.f;
+                    const uint32_t value = bits(values[32 * half + i]);
+                    into[32 * half + i] += (double)number(value ^ sign_bit(signs, i));
                 }
             }
         }

@@ -14,6 +14,7 @@ value. Non-finite weights are outside the definition. Philox: Salmon et al., SC 
 import ctypes
 import math
 import operator
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -36,7 +37,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PIECE = 1 << 20  # values for one thread at a time; a multiple of every pool and of a counter's 256
 _BLOCK = 1 << 15  # values that stay in the cache; torch converts so few without threads of its own
 _FOLD = 4096  # width of the running sums of `fold`
-_KERNEL = 2  # version of the calls, not of the stream: an old build is left alone
+_KERNEL = 3  # version of the calls, not of the stream: an old build is left alone
 _LOW, _HIGH = 0xFFFFFFFF, 1 << 63
 # Signs of row 2^b of the Hadamard matrix in 64 consecutive columns, for b = 0..5.
 _ROWS = (
@@ -174,15 +175,17 @@ def fold(x: Tensor, key: Key, offset: int, size: int) -> NDArray[np.float64]:
     key, width = _key(key), max(_pool(size), _FOLD)
     flat = _flat(x, "x")
     _range(offset, flat.numel())
-    run = _numpy_fold if _kernel is None else _c_fold
 
     def one(edges: tuple[int, int]) -> NDArray[np.float64]:
         sums = np.zeros(width)
         with torch.inference_mode():
             piece = flat[edges[0] - offset : edges[1] - offset].cpu()
-            step = _PIECE if piece.dtype == torch.float32 else _BLOCK
-            for start, stop in _cuts(edges[0], edges[1], step):
-                run(piece[start - edges[0] : stop - edges[0]].float(), start, key, sums)
+            if _kernel is not None:
+                _c_fold(piece, edges[0], key, sums)
+                return sums
+            for start, stop in _cuts(edges[0], edges[1], _BLOCK):
+                block = piece[start - edges[0] : stop - edges[0]].float()
+                _numpy_fold(block, start, key, sums)
         return sums
 
     total = np.zeros(width)
@@ -221,7 +224,7 @@ def _apply(out: Tensor, offset: int, steps: list[_Step], source: Tensor | None) 
         piece, origins = into, origin
         if stop - start < into.numel():
             piece, origins = (x[start - offset : stop - offset] for x in (into, origin))
-        if piece.dtype == torch.float32 and run is not _torch_add:
+        if run is _c_add or (run is not _torch_add and piece.dtype == torch.float32):
             run(piece, origins, start, steps)
             return
         with torch.inference_mode():  # a thread's own, and tensors made in it demand it
@@ -234,8 +237,7 @@ def _apply(out: Tensor, offset: int, steps: list[_Step], source: Tensor | None) 
                 piece[low - start : high - start].copy_(scratch)
 
     if out.device.type == "cpu":
-        for _ in _spread(one, offset, offset + into.numel()):
-            pass
+        _spread(one, offset, offset + into.numel())
     else:
         for edges in _cuts(offset, offset + into.numel(), _PIECE):
             one(edges)
@@ -247,14 +249,34 @@ def _cuts(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
     return pairwise(edges)
 
 
-def _spread(one: Callable[[tuple[int, int]], T], start: int, stop: int) -> Iterator[T]:
-    """The results for all pieces of [start, stop), in order; many values take several threads."""
-    threads = torch.get_num_threads()
-    if threads == 1 or stop - start < _PIECE:
-        yield from map(one, _cuts(start, stop, _PIECE))
+def _spread(one: Callable[[tuple[int, int]], T], start: int, stop: int) -> list[T]:
+    """The results for all pieces of [start, stop), in order; many values take several threads.
+
+    The caller works too: it need not wait for a thread to start. NumPy's calls are too short for
+    threads, which would only pass Python's lock around.
+    """
+    cuts = list(_cuts(start, stop, _PIECE))
+    threads = 1 if _kernel is None or stop - start < _PIECE else torch.get_num_threads()
+    results: dict[int, T] = {}
+    left = deque(enumerate(cuts))
+
+    def work() -> None:
+        while left:
+            try:
+                number, edges = left.popleft()
+            except IndexError:  # another thread took the last
+                return
+            results[number] = one(edges)
+
+    if threads == 1:
+        work()
     else:
-        with ThreadPoolExecutor(threads) as pool:
-            yield from pool.map(one, _cuts(start, stop, _PIECE))
+        with ThreadPoolExecutor(threads - 1) as pool:
+            others = [pool.submit(work) for _ in range(threads - 1)]
+            work()
+            for other in others:
+                other.result()
+    return [results[number] for number in range(len(cuts))]
 
 
 # --- checks ---------------------------------------------------------------------------------------
@@ -335,6 +357,7 @@ def _bits_to_signs(
     return np.take(_EIGHT, octets, axis=0, out=rows, mode="clip").reshape(-1)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # as C and torch: weights may diverge
 def _numpy_add(out: Tensor, source: Tensor, start: int, steps: list[_Step]) -> None:
     into, origin = out.numpy(), source.numpy()
     scratch = np.empty(_BLOCK, dtype=np.float32)
@@ -404,6 +427,7 @@ def _c_add(
     kernel.corolla_add(
         out.data_ptr(),
         source.data_ptr(),
+        _DTYPES.index(out.dtype),
         start,
         out.numel(),
         len(steps),
@@ -415,7 +439,13 @@ def _c_fold(x: Tensor, start: int, key: Key, sums: NDArray[np.float64]) -> None:
     assert _kernel is not None
     by = np.array(key, dtype=np.uint64)
     _kernel.corolla_fold(
-        x.data_ptr(), start, x.numel(), by.ctypes.data, sums.ctypes.data, sums.size - 1
+        x.data_ptr(),
+        _DTYPES.index(x.dtype),
+        start,
+        x.numel(),
+        by.ctypes.data,
+        sums.ctypes.data,
+        sums.size - 1,
     )
 
 
@@ -431,8 +461,8 @@ def _load() -> ctypes.CDLL | None:
             continue
         u64, i64, at = ctypes.c_uint64, ctypes.c_int64, ctypes.c_void_p
         library.corolla_words.argtypes = [at, at, i64, at]
-        library.corolla_add.argtypes = [at, at, u64, u64, i64, at]
-        library.corolla_fold.argtypes = [at, u64, u64, at, at, u64]
+        library.corolla_add.argtypes = [at, at, i64, u64, u64, i64, at]
+        library.corolla_fold.argtypes = [at, i64, u64, u64, at, at, u64]
         for function in (library.corolla_words, library.corolla_add, library.corolla_fold):
             function.restype = None
         if _agrees(library):

@@ -9,7 +9,7 @@ from pathlib import Path
 from corolla.client.memory import Memory
 from corolla.client.worker import Worker
 from corolla.config import RunConfig
-from corolla.errors import StoppedError, WireError
+from corolla.errors import ConfigError, StoppedError, WireError
 from corolla.server import checkpoint
 from corolla.server.run import Observer, Run, Silent, Summary, prepare_folder, stored_run
 from corolla.server.setup import set_up
@@ -50,6 +50,8 @@ def simulate(
     again when nothing of the run was committed.
     """
     observer = observer or Silent()
+    if keep_updates and config.parameters == "full":
+        raise ConfigError("--keep-updates keeps adapters: parameters=full has none")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     prepare_folder(folder, resume)
     existed = {path.name for path in folder.iterdir()}

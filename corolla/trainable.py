@@ -23,6 +23,10 @@ class Trainable(Protocol):
     device: torch.device
     targets: list[str]
 
+    @property
+    def frozen(self) -> tuple[Params, ...]:
+        """The frozen blocks in use."""
+
     def check_rank(self, spec: LoraSpec) -> None:
         """Raises ModelError for a rank larger than a module can have."""
 

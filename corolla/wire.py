@@ -71,7 +71,8 @@ class Log:
 
     Versions are 32 hexadecimal characters. `origin` is that of the start, before any round: base
     model and start adapter; `since` is the one that `rows` continue; `version` the one after the
-    last row, which is row `number` of the run, from 1. At most MAX_ROWS rows, of MAX_LOG_SCALARS scalars in all when written out dense.
+    last row, which is row `number` of the run, from 1. At most MAX_ROWS rows, of MAX_LOG_SCALARS
+    scalars in all when written out dense.
     """
 
     origin: str

@@ -72,6 +72,8 @@ class Summary:
     seconds: float
     bytes_up: int
     bytes_down: int
+    per_client: tuple[tuple[float, float], tuple[float, float]]
+    """((up, its formula), (down, its formula)) in bytes, of a client of the last round."""
     peak_rss: int
     adapter_hash: str
     reload_difference: float
@@ -212,6 +214,7 @@ class Run:
             seconds=seconds,
             bytes_up=sum(line["bytes_up"] for line in lines),
             bytes_down=sum(line["bytes_down"] for line in lines),
+            per_client=_per_client(lines[-1]),
             peak_rss=peak_rss(),
             adapter_hash=self.evaluator.model.digest(folder),
             reload_difference=difference,
@@ -325,6 +328,13 @@ def _committed(path: Path, round: int) -> list[dict[str, Any]]:
         raise ArtefactError(f"{path} is damaged: {error}") from error
 
 
+def _per_client(line: Mapping[str, Any]) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Means over a round's clients; the formula counts those that answered."""
+    asked = line["clients"] + line["dropped"]
+    up = (line["bytes_up"] / line["clients"], line["formula_up"] / line["clients"])
+    return up, (line["bytes_down"] / asked, line["formula_down"] / line["clients"])
+
+
 def _line(
     federation: Federation, round: int, result: RoundResult, scores: Metrics, seconds: float
 ) -> dict[str, Any]:
@@ -339,6 +349,8 @@ def _line(
         "bytes_down": result.bytes_down,
         "framing_up": result.framing_up,
         "framing_down": result.framing_down,
+        "formula_up": result.cost.up,
+        "formula_down": result.cost.down,
         "seconds": seconds,
         "clients": len(result.num_examples),
         "dropped": len(result.dropped),

@@ -6,11 +6,11 @@ Ling et al., "On the Convergence of Zeroth-Order Federated Tuning for Large Lang
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from corolla import tree
 from corolla.aggregation import WeightedMean
-from corolla.directions import GaussianPool
+from corolla.directions import GaussianPool, LowRankPool, SignPool
 from corolla.types import (
     Adapter,
     Aggregates,
@@ -20,6 +20,7 @@ from corolla.types import (
     Metrics,
     Params,
     Payload,
+    Pool,
     Size,
     TrainerName,
     Update,
@@ -28,10 +29,12 @@ from corolla.types import (
 
 @dataclass(frozen=True)
 class FedMeZO:
-    """FedAvg whose clients take MeZO's steps: a new Gaussian direction for every query.
+    """FedAvg whose clients take MeZO's steps: a new direction for every query.
 
     Saves the memory of backpropagation and no bytes: whole adapters travel. Averages A and B apart,
-    as FedAvg does.
+    as FedAvg does. `directions`: "gaussian" as in the paper; "sign", which are cheaper to draw; or
+    "low_rank", the matrices U Vᵀ of LOZO (Chen et al., ICLR 2025, arXiv 2410.07698), of rank
+    `lozo_rank`, with a new V every `interval` queries.
     """
 
     name: ClassVar[str] = "fedmezo"
@@ -39,6 +42,18 @@ class FedMeZO:
     mixed_ranks: ClassVar[bool] = False
     trainers: ClassVar[tuple[TrainerName, ...]] = ("zeroth_order",)
     full: ClassVar[bool] = False
+
+    directions: Literal["gaussian", "sign", "low_rank"] = "gaussian"
+    lozo_rank: int = 2
+    interval: int = 50
+
+    def __post_init__(self) -> None:
+        if self.directions not in ("gaussian", "sign", "low_rank"):
+            raise ValueError(
+                f"directions must be gaussian, sign or low_rank, found {self.directions!r}"
+            )
+        if self.lozo_rank < 1 or self.interval < 1:
+            raise ValueError(f"lozo_rank and interval must be from 1, found {self}")
 
     def init(self, start: Params, seed: int) -> Payload:
         return {"adapter": start}
@@ -48,7 +63,7 @@ class FedMeZO:
 
     def local(self, client: Client, received: Payload) -> Update:
         start = received["adapter"]
-        pool = GaussianPool(client.seed)
+        pool = self._pool(client.seed, start)
         walk = client.forward.walk(start, (), pool, range(client.forward.queries))
         return Update({"adapter": tree.sub(walk.params, start)}, walk.num_examples, walk.metrics)
 
@@ -66,3 +81,11 @@ class FedMeZO:
 
     def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
         return [Cost(up=4 * n, down=4 * n) for n in (s.A + s.B + s.head for s in cohort)]
+
+    def _pool(self, seed: int, start: Params) -> Pool:
+        if self.directions == "sign":
+            return SignPool(1 << 16, (seed, 0))
+        if self.directions == "low_rank":
+            shapes = tuple(tuple(start[name].shape) for name in sorted(start))
+            return LowRankPool(seed, shapes, self.lozo_rank, self.interval)
+        return GaussianPool(seed)

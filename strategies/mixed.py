@@ -1,7 +1,7 @@
 """Mixed federation: some clients backpropagate, others only run forward passes, in one round.
 
-First-order clients follow FedAvg on LoRA (Zhang et al., ICASSP 2024, arXiv 2305.05644), zeroth-order
-clients send scalars along seeded directions as in FedKSeed (Qin et al., ICML 2024,
+First-order clients follow FedAvg on LoRA (Zhang et al., ICASSP 2024, arXiv 2305.05644),
+zeroth-order clients send scalars along seeded directions as in FedKSeed (Qin et al., ICML 2024,
 arXiv 2312.06353); how they are combined is ours.
 """
 
@@ -37,7 +37,7 @@ _BOTH: tuple[TrainerName, ...] = ("first_order", "zeroth_order")
 class Mixed:
     """w ← w + λ_1 ū_1 + λ_0 ū_0, the mean updates of the first- and the zeroth-order clients.
 
-    All work on the same LoRA tensors. A zeroth-order client sends scalars in kilobytes (and receives
+    All work on the same LoRA tensors. A zeroth-order client sends kilobytes of scalars (and receives
     whole adapters); the server rebuilds ū_0 = Σ_k a_k z_k from its seeds, sign-Hadamard directions
     that are new in each round, with a transform and one pass. Each ū is weighted by examples. With
     `weights`

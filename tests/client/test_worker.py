@@ -40,7 +40,7 @@ def make(settings: Settings, tmp_path: Path) -> Callable[..., Worker]:
 
 def task(worker: Worker, kind: Kind = Kind.TRAIN, round: int = 1, **changes: Any) -> Packet:
     config = worker.config
-    state = worker.strategy.init(worker.model.init(config.lora, 0))
+    state = worker.strategy.init(worker.model.init(config.lora, 0), 0)
     broadcast = worker.strategy.broadcast(state)
     values: dict[str, Any] = {
         "run_id": RUN,
@@ -194,7 +194,7 @@ def test_what_cannot_be_trained_on_gets_an_error_reply(
 def test_divergence_is_reported_and_harms_nobody_else(make: Callable[..., Worker]) -> None:
     worker = make()
     wanted = worker("ben", task(worker)).payload
-    state: Payload = worker.strategy.init(worker.model.init(worker.config.lora, 0))
+    state: Payload = worker.strategy.init(worker.model.init(worker.config.lora, 0), 0)
     bad = {n: t * float("inf") for n, t in state["adapter"].items()}
     reply = ask(worker, "ada", task(worker, payload=codec.encode({"adapter": bad})))
     assert "loss is nan" in reply.error
@@ -203,7 +203,7 @@ def test_divergence_is_reported_and_harms_nobody_else(make: Callable[..., Worker
 
 def test_cached_groups_are_asked_for_and_then_kept(make: Callable[..., Worker]) -> None:
     worker = make(strategy="ffa_lora")
-    state = worker.strategy.init(worker.model.init(worker.config.lora, 0))
+    state = worker.strategy.init(worker.model.init(worker.config.lora, 0), 0)
     adapter = codec.encode({"adapter": state["adapter"]})
     reply = ask(worker, "ada", task(worker, payload=adapter))
     assert (list(reply.missing), reply.payload) == (["A"], b"")

@@ -393,6 +393,21 @@ def test_in_place_and_from_a_source_are_the_same(path: str, dtype: torch.dtype) 
     assert torch.equal(source, before)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_every_half_number_is_read_and_rounded(path: str, dtype: torch.dtype) -> None:
+    """All finite numbers of the type, and sums that are ties, subnormal or overflow."""
+    every = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
+    source = every[every.isfinite()]
+    z = torch.from_numpy(signs.signs((1, 2), 3, 3 + len(source), 9))
+    for scale in (0.0, 2.0**-25, 3 * 2.0**-26, 1e-7, 3e-5, 2.0**-9, 1.0, 6e4, 3e38):
+        out = source.clone()
+        signs.add(out, (1, 2), 3, [(9, scale)])
+        wanted = (source.float() + torch.tensor(scale) * z).to(dtype)
+        assert bits(out) == bits(wanted)
+    parts = signs.fold(source[:9999], (1, 2), 3, 64)
+    assert np.array_equal(parts, signs.fold(source[:9999].float(), (1, 2), 3, 64))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_to_add_is_a_copy(path: str, dtype: torch.dtype) -> None:
     source = random(1000, 6).to(dtype)

@@ -13,6 +13,7 @@ from corolla.errors import ArtefactError, DataError
 from corolla.lora import LoraModel
 from corolla.server import evaluate
 from corolla.server.evaluate import Evaluator
+from corolla.trainable import Trainable
 from corolla.types import Adapter, LoraSpec, Params
 
 Settings = Callable[..., RunConfig]
@@ -31,7 +32,7 @@ def evaluator(
     return Evaluator(config, model, heldout, labels or [])
 
 
-def adapter(model: LoraModel, spec: LoraSpec) -> Params:
+def adapter(model: Trainable, spec: LoraSpec) -> Params:
     noise = torch.Generator().manual_seed(0)
     return {n: 0.3 * torch.randn(t.shape, generator=noise) for n, t in model.init(spec, 0).items()}
 

@@ -74,7 +74,7 @@ def setup(settings: Settings, tmp_path: Path) -> Callable[..., Setting]:
         worker = Worker(config, model, data.load(config), Memory(tmp_path / "memory"))
         clients = {c: len(s.train) for c, s in worker.data.clients.items()}
         strategy = config.build_strategy()
-        state = strategy.init(model.init(config.lora, 0))
+        state = strategy.init(model.init(config.lora, 0), 0)
         fresh = cache(lambda spec: model.init(spec, 0))
         return Setting(Federation("ab" * 16, config, strategy, clients, fresh), worker, state)
 
@@ -419,7 +419,7 @@ def _answer(task: Task, client: str, examples: int, sent: Params, metrics: Metri
 def crowd(network: Counting, **changes: Any) -> tuple[Federation, Payload]:
     config = RunConfig(rank=1, local_steps=1, batch_size=7, **changes)
     strategy = config.build_strategy()
-    state = strategy.init(FRESH)
+    state = strategy.init(FRESH, 0)
     return Federation("ab" * 16, config, strategy, network.clients(), lambda spec: FRESH), state
 
 

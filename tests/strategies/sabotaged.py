@@ -22,6 +22,7 @@ from corolla.types import (
     Params,
     Payload,
     Size,
+    TrainerName,
     Update,
 )
 
@@ -122,14 +123,17 @@ class HalfTheBytes(FfaLora):
     """Counts B as half of the adapter, which it is not with grouped queries."""
 
     def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
-        return [Cost(up=(s.A + s.B) // 2 + s.head, down=s.B + s.head, once=s.A) for s in cohort]
+        return [
+            Cost(up=2 * (s.A + s.B) + 4 * s.head, down=4 * (s.B + s.head), once=4 * s.A)
+            for s in cohort
+        ]
 
 
 class DownloadForgotten(Flora):
     """Counts a client's own factors as what it receives, not the whole stack."""
 
     def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
-        return [Cost(up=s.A + s.B + s.head, down=s.A + s.B + s.head) for s in cohort]
+        return [Cost(up=4 * n, down=4 * n) for n in (s.A + s.B + s.head for s in cohort)]
 
 
 class SavesUntuned(FedAvg):
@@ -170,7 +174,7 @@ class MergesIntoHalf(FfaLora):
 class WrongKeys(FedAvg):
     """Sends what it does not announce: the server refuses every update."""
 
-    def update_like(self, fresh: Params) -> Payload:
+    def update_like(self, fresh: Params, size: Size) -> Payload:
         return {"another": fresh}
 
 
@@ -220,6 +224,8 @@ class Own:
     name: ClassVar[str] = "own"
     aggregates: ClassVar[Aggregates] = "weights"
     mixed_ranks: ClassVar[bool] = False
+    trainers: ClassVar[tuple[TrainerName, ...]] = ("first_order",)
+    full: ClassVar[bool] = False
 
     server_lr: float = 1.0
 
@@ -227,7 +233,7 @@ class Own:
         if self.server_lr <= 0:
             raise ValueError(f"server_lr must be positive, found {self.server_lr}")
 
-    def init(self, start: Params) -> Payload:
+    def init(self, start: Params, seed: int) -> Payload:
         return {"all": start}
 
     def broadcast(self, state: Payload) -> Broadcast:
@@ -239,7 +245,7 @@ class Own:
         moved = {n: fit.params[n] - start[n] for n in start if not factors.is_a(n)}
         return Update({"moved": moved}, fit.num_examples, fit.metrics)
 
-    def update_like(self, fresh: Params) -> Payload:
+    def update_like(self, fresh: Params, size: Size) -> Payload:
         return {"moved": {n: t for n, t in fresh.items() if not factors.is_a(n)}}
 
     def aggregator(self) -> WeightedMean:
@@ -254,7 +260,7 @@ class Own:
         return Adapter(state["all"])
 
     def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
-        return [Cost(up=s.B + s.head, down=s.A + s.B + s.head) for s in cohort]
+        return [Cost(4 * (s.B + s.head), 4 * (s.A + s.B + s.head)) for s in cohort]
 
 
 class NoStrategy:

@@ -189,7 +189,7 @@ def test_a_linear_aggregator_needs_only_sums(name: str, run: Run) -> None:
 
 def test_a_fresh_state_is_the_base_model(name: str, run: Run) -> None:
     strategy, spec = run.federation.strategy, run.federation.config.lora
-    run.model.show(strategy.adapter(strategy.init(run.model.init(spec, 3))), spec)
+    run.model.show(strategy.adapter(strategy.init(run.model.init(spec, 3), 0)), spec)
     assert torch.equal(tiny.logits(run.model.model), tiny.logits(tiny.base("bert").model))
 
 
@@ -271,7 +271,7 @@ def test_nothing_given_is_changed(name: str, run: Run) -> None:
     start = run.model.init(run.federation.config.lora, 3)
     combined = aggregate(strategy, updates(run))
     before = [tree.digest(start), tree.digest_all(run.state), tree.digest_all(combined)]
-    strategy.init(start)
+    strategy.init(start, 0)
     strategy.update_like(start)
     strategy.broadcast(run.state)
     strategy.apply(run.state, combined)

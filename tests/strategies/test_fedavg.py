@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from corolla import codec, factors
+from corolla import factors
 from corolla.strategies.fedavg import FedAvg
 from corolla.types import Cost, Params, Size
 from tests.strategies import tiny
@@ -23,7 +23,7 @@ BEN = module([[6.0, 0.0]], [[5.0], [3.0]], 6.0)
 def round_of(*clients: tuple[Params, int]) -> Params:
     strategy = FedAvg()
     scripted = [tiny.Scripted(params, n) for params, n in clients]
-    state = tiny.play(strategy, strategy.init(START), scripted)
+    state = tiny.play(strategy, strategy.init(START, 0), scripted)
     return strategy.adapter(state).trained
 
 
@@ -107,10 +107,10 @@ def test_averages_a_head_exactly_with_the_clients_weights(tmp_path: Path) -> Non
 
 def test_cost_is_the_adapter_both_ways(tmp_path: Path) -> None:
     sizes = [Size(A=3, B=5, head=2), Size(A=3, B=5, head=2)]
-    assert FedAvg().cost(sizes) == [Cost(up=10, down=10)] * 2
+    assert FedAvg().cost(sizes) == [Cost(up=40, down=40)] * 2
     run = tiny.start(tiny.config("fedavg"), "llama", tmp_path)
     first = run.step()
     # q, o: 4·(32 + 32); k, v: 4·(32 + 16); gate, up, down: 4·(32 + 48)
     assert first.bytes_up == first.bytes_down == 3 * 4 * (2 * 256 + 2 * 192 + 3 * 320)
-    size = factors.size(codec.decode(run.network.sent["a"])["adapter"])
+    size = factors.size(run.network.update("a")["adapter"])
     assert size.A + size.B == 2 * 256 + 2 * 192 + 3 * 320

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from corolla import codec, factors, tree
+from corolla import factors, tree
 from corolla.client.first_order import FirstOrder
 from corolla.encoding import Encoded
 from corolla.lora import LoraModel
@@ -25,7 +25,7 @@ def test_two_clients_by_hand() -> None:
     ada = {"m.lora_A": moved, "m.lora_B": torch.tensor([[1.0], [-1.0]]), "bias": torch.zeros(1)}
     ben = {"m.lora_A": moved, "m.lora_B": torch.tensor([[5.0], [3.0]]), "bias": torch.ones(1) * 4}
     clients = [tiny.Scripted(ada, 1), tiny.Scripted(ben, 3)]
-    mean = strategy.adapter(tiny.play(strategy, strategy.init(START), clients)).trained
+    mean = strategy.adapter(tiny.play(strategy, strategy.init(START, 0), clients)).trained
     assert mean["m.lora_A"].tolist() == [[1.0, 2.0]]
     assert mean["m.lora_B"].tolist() == [[4.0], [2.0]]
     assert mean["bias"].tolist() == [3.0]  # (0 + 3·4) / 4
@@ -41,7 +41,7 @@ def test_mean_of_products_is_product_of_means() -> None:
         ({**start, "m.lora_B": 0.1 * torch.randn(20, 4, generator=generator)}, n) for n in (3, 8, 5)
     ]
     clients = [tiny.Scripted(outcome, n) for outcome, n in outcomes]
-    mean = strategy.adapter(tiny.play(strategy, strategy.init(start), clients)).trained
+    mean = strategy.adapter(tiny.play(strategy, strategy.init(start, 0), clients)).trained
     ideal = sum(n / 16 * o["m.lora_B"].double() @ o["m.lora_A"].double() for o, n in outcomes)
     found = mean["m.lora_B"].double() @ mean["m.lora_A"].double()
     assert float((found - ideal).abs().max()) < 1e-8
@@ -75,13 +75,13 @@ def test_a_travels_once_to_each_client(tmp_path: Path) -> None:
             sent[client] = sent.get(client, 0) + ("A" in received)
             assert "adapter" in received
             assert not any(factors.is_a(name) for name in received["adapter"])
-        for update in run.network.sent.values():
-            assert not any(factors.is_a(name) for name in codec.decode(update)["adapter"])
+        for client in run.network.sent:
+            assert not any(factors.is_a(name) for name in run.network.update(client)["adapter"])
     assert sent == dict.fromkeys(tiny.CLIENTS, 1)
 
 
 def test_cost_is_b_and_the_head_with_a_once(tmp_path: Path) -> None:
-    assert FfaLora().cost([Size(A=3, B=5, head=2)]) == [Cost(up=7, down=7, once=3)]
+    assert FfaLora().cost([Size(A=3, B=5, head=2)]) == [Cost(up=28, down=28, once=12)]
     run = tiny.start(tiny.config("ffa_lora", cohort=4), "llama", tmp_path)
     # q, k, v, o, gate, up: in 32, down: in 48; out 32, 16, 16, 32, 48, 48, 32
     a, b = 4 * (6 * 32 + 48), 4 * (2 * 32 + 2 * 16 + 2 * 48 + 32)

@@ -43,7 +43,7 @@ def test_two_clients_by_hand() -> None:
         "m.lora_B": torch.tensor([[5.0, 0.0], [3.0, 1.0]]),
     }
     clients = [client(ada, 1, LoraSpec(1, 2.0)), client(ben, 3, LoraSpec(2, 1.0))]
-    state = tiny.play(strategy, strategy.init({}), clients)
+    state = tiny.play(strategy, strategy.init({}, 0), clients)
     (block,) = strategy.adapter(state).frozen
     assert block["m.lora_A"].tolist() == [[2.0, 4.0], [3.0, 0.0], [0.0, 6.0]]
     assert block["m.lora_B"].tolist() == [[1.0, 5.0, 0.0], [-1.0, 3.0, 1.0]]
@@ -51,7 +51,7 @@ def test_two_clients_by_hand() -> None:
 
 def test_each_round_starts_afresh_beside_all_blocks() -> None:
     strategy = Flora()
-    state = strategy.init({})
+    state = strategy.init({}, 0)
     for round in range(1, 4):
         outcome = pair(2, round)
         asked = client(outcome, 1, LoraSpec(2, 2.0))
@@ -77,7 +77,7 @@ def test_alpha_against_b_leaves_the_aggregate(c: float) -> None:
             client(ada, 2, LoraSpec(3, 6.0 * factor)),
             client(pair(5, 2), 5, LoraSpec(5, 4.0)),
         ]
-        return total(strategy, tiny.play(strategy, strategy.init({}), clients))
+        return total(strategy, tiny.play(strategy, strategy.init({}, 0), clients))
 
     wanted = aggregate(1.0)
     assert float((aggregate(c) - wanted).norm() / wanted.norm()) < 1e-6
@@ -85,7 +85,7 @@ def test_alpha_against_b_leaves_the_aggregate(c: float) -> None:
 
 def test_a_head_is_averaged_with_the_clients_weights() -> None:
     strategy = Flora()
-    state = strategy.init({"bias": torch.tensor([10.0]), **pair(1, 0)})
+    state = strategy.init({"bias": torch.tensor([10.0]), **pair(1, 0)}, 0)
     assert state.keys() == {"head"}
     clients = [
         client({**pair(1, seed), "bias": torch.tensor([value])}, n, LoraSpec(1, 1.0))
@@ -149,7 +149,7 @@ def test_a_late_joiner_gets_every_block_and_trains_as_if_it_had_been_there(
 
 def test_first_download_is_the_head_then_the_stack_of_the_cohort(tmp_path: Path) -> None:
     sizes = [Size(A=3, B=5, head=2), Size(A=6, B=10, head=2)]
-    assert Flora().cost(sizes) == [Cost(up=10, down=26), Cost(up=18, down=26)]
+    assert Flora().cost(sizes) == [Cost(up=40, down=104), Cost(up=72, down=104)]
     run = tiny.start(tiny.config("flora", cohort=4), "llama", tmp_path)
     one = 4 * (2 * 256 + 2 * 192 + 3 * 320)  # see FedAvg: the same factors
     first, second = run.step(), run.step()
@@ -162,7 +162,7 @@ def test_first_download_is_the_head_then_the_stack_of_the_cohort(tmp_path: Path)
 
 def grown(strategy: Flora, rounds: int) -> tuple[list[Payload], list[dict[str, float]], Tensor]:
     """States and metrics of rounds with one client of rank 3, and the dense sum of all."""
-    state, states, reports = strategy.init({}), [], []
+    state, states, reports = strategy.init({}, 0), [], []
     exact = torch.zeros(10, 8, dtype=torch.float64)
     for round in range(rounds):
         outcome = pair(3, round)
@@ -228,7 +228,7 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, float], messa
 
 
 def test_announces_factors_and_head_apart() -> None:
-    like = Flora().update_like({**pair(3, 0), "bias": torch.zeros(2)})
+    like = Flora().update_like({**pair(3, 0), "bias": torch.zeros(2)}, Size(A=24, B=30, head=2))
     assert {group: set(params) for group, params in like.items()} == {
         "factors": {"m.lora_A", "m.lora_B"},
         "head": {"bias"},

@@ -39,8 +39,9 @@ def test_unknown_names_get_a_suggestion(name: str, message: str) -> None:
 
 
 def test_a_class_of_ones_own_by_module_and_name() -> None:
-    assert find(OWN + "Own") is Own
-    made = create(OWN + "Own", {"server_lr": 0.5})
+    found: object = find(OWN + "Own")
+    assert found is Own
+    made: object = create(OWN + "Own", {"server_lr": 0.5})
     assert made == Own(server_lr=0.5)
     assert isinstance(made, Strategy)
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
 
-from corolla import codec, seeds
+from corolla import models, seedlog, seeds, wire
 from corolla.client.memory import Memory
 from corolla.client.worker import Worker
 from corolla.config import RunConfig
@@ -23,7 +24,22 @@ from corolla.data import Example, FederatedData, Split
 from corolla.lora import LoraModel
 from corolla.models import Base
 from corolla.server.rounds import Federation, Held, RoundResult, run_round
-from corolla.types import Correct, Fit, LocalTrainer, LoraSpec, Params, Payload, Strategy
+from corolla.types import (
+    Broadcast,
+    Correct,
+    Fit,
+    ForwardTrainer,
+    LocalTrainer,
+    LoraSpec,
+    Move,
+    Params,
+    Payload,
+    Pool,
+    Strategy,
+    TrainerName,
+    Walk,
+    row_name,
+)
 from corolla.wire import Packet, unpack_reply, unpack_task
 
 KINDS = ("llama", "gpt2", "bert")
@@ -95,7 +111,7 @@ def base(kind: str) -> Base:
                 parameter += 0.05 * noise
     model.requires_grad_(False)
     task = "classify" if kind == "bert" else "causal"
-    return Base(model, _tokenizer(), task, kind, kind)
+    return Base(model, _tokenizer(), task, kind, kind, models.fingerprint(model))
 
 
 def lora_model(kind: str, dropout: float = 0.0) -> LoraModel:
@@ -161,7 +177,7 @@ class Tracer:
     reverse: bool = False
     visits: list[str] = field(default_factory=list)
     received: dict[str, Payload] = field(default_factory=dict)
-    sent: dict[str, bytes] = field(default_factory=dict)
+    sent: dict[str, Packet] = field(default_factory=dict)
     examples: dict[str, int] = field(default_factory=dict)
     trained: dict[str, Params] = field(default_factory=dict)
     dense: dict[str, Params] = field(default_factory=dict)
@@ -177,12 +193,21 @@ class Tracer:
         for client in sorted(packets, reverse=self.reverse):
             answer = self.worker(client, packets[client])
             self.visits.append(client)
-            self.received[client] = codec.decode(unpack_task(packets[client]).payload)
-            self.sent[client] = answer.payload
+            self.received[client] = delivered(packets[client])
+            self.sent[client] = answer
             self.examples[client] = unpack_reply(answer, 1 << 30).num_examples
-            self.trained[client] = self.worker.model.read()
-            self.dense[client] = effective(self.worker.model)
+            self.trained[client] = self.model.read()
+            self.dense[client] = effective(self.model)
             yield client, answer
+
+    @property
+    def model(self) -> LoraModel:
+        """The resident model."""
+        return cast(LoraModel, self.worker.model)
+
+    def update(self, client: str) -> Payload:
+        """What a client of the last cohort sent."""
+        return wire.content(unpack_reply(self.sent[client], 1 << 30))
 
     def mean(self) -> Params:
         """Σ n_m W_m / Σ n of what the clients' models held after training, dense, in fp64."""
@@ -192,6 +217,16 @@ class Tracer:
             n: torch.stack([self.examples[c] / total * w[n] for c, w in self.dense.items()]).sum(0)
             for n in names
         }
+
+
+def delivered(packet: Packet) -> Payload:
+    """All that a task brings: its groups, and each row of its log by name."""
+    task = unpack_task(packet)
+    rows = task.log.rows if task.log else ()
+    last = task.log.number if task.log else 0
+    numbers = range(last - len(rows) + 1, last + 1)
+    named = {row_name(n): row for n, row in zip(numbers, rows, strict=True)}
+    return {**wire.content(task), **named}
 
 
 @dataclass
@@ -207,7 +242,7 @@ class Run:
     @property
     def model(self) -> LoraModel:
         """The resident model."""
-        return self.network.worker.model
+        return self.network.model
 
     def step(self) -> RoundResult:
         """One round."""
@@ -221,9 +256,13 @@ def start(settings: RunConfig, kind: str, folder: Path, *, reverse: bool = False
     """A federation before its first round."""
     model = lora_model(kind, settings.dropout)
     strategy = settings.build_strategy()
-    federation = Federation("0" * 32, settings, strategy, CLIENTS, lambda spec: model.init(spec, 0))
     worker = Worker(settings, model, data(kind), Memory(folder))
-    first = strategy.init(model.init(settings.lora, seeds.derive(settings.seed, "init")))
+    first = strategy.init(
+        model.init(settings.lora, seeds.derive(settings.seed, "init")), settings.seed
+    )
+    origin = seedlog.origin(model.base.fingerprint, first)
+    fresh = cache(lambda spec: model.init(spec, 0))
+    federation = Federation("0" * 32, settings, strategy, CLIENTS, fresh, origin)
     return Run(federation, Tracer(worker, reverse), first)
 
 
@@ -237,10 +276,34 @@ class Scripted:
     seed: int = 0
     fresh: Params = field(default_factory=dict)
     asked: list[dict[str, Any]] = field(default_factory=list)
+    kind: TrainerName = "first_order"
+    scalars: Sequence[float] = (1.0, -2.0, 0.5)
+    step: float = -0.25
 
     @property
     def trainer(self) -> LocalTrainer:
         return self
+
+    @property
+    def forward(self) -> ForwardTrainer:
+        return self
+
+    @property
+    def queries(self) -> int:
+        return len(self.scalars)
+
+    def walk(
+        self,
+        start: Params,
+        moves: Sequence[Move],
+        pool: Pool,
+        directions: Sequence[int],
+        dtype: torch.dtype = torch.float32,
+    ) -> Walk:
+        """Ends at `outcome` with the scalars the test says; `asked` holds how it was called."""
+        self.asked.append({"start": start, "moves": moves, "pool": pool, "directions": directions})
+        scalars = torch.tensor(self.scalars, dtype=dtype)
+        return Walk(scalars, self.step, self.outcome, self.num_examples, {})
 
     def init(self, seed: int) -> Params:
         return self.fresh
@@ -259,12 +322,22 @@ class Scripted:
         return Fit(params, self.num_examples, {})
 
 
-def play(strategy: Strategy, state: Payload, clients: Sequence[Scripted]) -> Payload:
-    """One round with scripted clients."""
-    broadcast = strategy.broadcast(state)
+def seen(broadcast: Broadcast, first: Payload) -> Payload:
+    """What a client that holds all sees of a broadcast: with a log, also the first state."""
+    payload = {**broadcast.payload, **broadcast.cached}
+    if broadcast.log is None:
+        return payload
+    return {**first, **payload, **{row_name(n): row for n, row in enumerate(broadcast.log, 1)}}
+
+
+def play(
+    strategy: Strategy, state: Payload, clients: Sequence[Scripted], first: Payload | None = None
+) -> Payload:
+    """One round with scripted clients; `first` is the state before all rounds."""
+    received = seen(strategy.broadcast(state), state if first is None else first)
     aggregator = strategy.aggregator()
     for client in clients:
-        update = strategy.local(client, {**broadcast.payload, **broadcast.cached})
+        update = strategy.local(client, received)
         aggregator.add(update.payload, update.num_examples)
     return strategy.apply(state, aggregator.finalise())[0]
 
