@@ -120,8 +120,8 @@ class Worker:
 
         Raises WireError when the start is not the server's or the rows do not lead to its version.
         """
-        start = self.model.init(self.config.lora, seeds.derive(self.config.seed, "init"))
-        first = self.strategy.init(start, self.config.seed)
+        fresh = self.model.init(self.config.lora, seeds.derive(self.config.seed, "init"))
+        first = self.strategy.init(fresh, self.config.seed)
         origin = seedlog.origin(self.model.base.fingerprint, first)
         if origin != log.origin:
             raise WireError(
@@ -141,7 +141,9 @@ class Worker:
         snapshot, rows = known
         numbers = range(log.number - len(rows) + 1, log.number + 1)
         named = {row_name(number): row for number, row in zip(numbers, rows, strict=True)}
-        return {**first, **({"start": snapshot} if snapshot is not None else {}), **named}
+        last = {seedlog.LAST: {"number": torch.tensor(log.number)}}
+        start = {} if snapshot is None else {"start": snapshot}
+        return {**first, **start, **named, **last}
 
     def _train(self, client: str, task: Task, received: Payload, blank: Reply) -> Reply:
         data, skipped = self._tokens(client)

@@ -105,7 +105,7 @@ class RunConfig(BaseModel):
         1e-3, description="how far along a direction a zeroth-order step looks, both ways"
     )
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    local_steps: Positive = 10
+    local_steps: Positive = Field(10, description="50 where all clients are zeroth order")
     local_epochs: Positive | None = Field(None, description="instead of local_steps")
     batch_size: Positive = 8
     micro_batch_size: Positive | None = Field(None, description="None: batch_size")
@@ -138,7 +138,8 @@ class RunConfig(BaseModel):
         embedded = values.get("model", "embedded") == "embedded"
         if known and known.trainers[0] == "zeroth_order":
             space = values.get("parameters", "lora")
-            return {"lr": LR_ZEROTH_ORDER.get((space, embedded), 3e-4), **values}
+            usual = {"lr": LR_ZEROTH_ORDER.get((space, embedded), 3e-4), "local_steps": 50}
+            return {**usual, **values}
         return {"lr": 3e-3, **values} if embedded else values
 
     @field_validator("model", "data")
@@ -181,6 +182,12 @@ class RunConfig(BaseModel):
             raise ConfigError(
                 f"strategy {self.strategy} trains adapters, not all parameters: "
                 f"use {' or '.join(able)}"
+            )
+        used = {self.trainer_of(name) for name in self.classes or ("",)}
+        if self.local_epochs is not None and "zeroth_order" in used:
+            raise ConfigError(
+                "local-epochs is for first-order clients: how many scalars a zeroth-order one "
+                "sends must be known beforehand, use local-steps"
             )
         for name, wanted in self.classes.items():
             if wanted.trainer and wanted.trainer not in strategy.trainers:

@@ -8,6 +8,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -133,6 +134,17 @@ def check_power_of_two(size: int) -> None:
     """Raises ValueError unless `size` is a number of directions that a sign pool can have."""
     if type(size) is not int or size < 1 or size & (size - 1) or size > 1 << 16:
         raise ValueError(f"size must be a power of two up to 65536, found {size!r}")
+
+
+def check_kind(kind: str) -> None:
+    """Raises ValueError unless there are directions of this kind in `pool`."""
+    if kind not in ("gaussian", "sign"):
+        raise ValueError(f"directions must be gaussian or sign, found {kind!r}")
+
+
+def pool(kind: Literal["gaussian", "sign"], size: int, seed: int) -> GaussianPool | SignPool:
+    """The same `size` directions for all rounds of a run."""
+    return GaussianPool(seed) if kind == "gaussian" else SignPool(size, (seed, 0))
 
 
 def apply(out: Tensor, offset: int, moves: Sequence[Move], source: Tensor | None = None) -> None:

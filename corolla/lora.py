@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from corolla import codec, directions, factors, seeds, tree
-from corolla.errors import ArtefactError, ModelError
+from corolla.errors import ArtefactError, ModelError, WireError
 from corolla.models import Base
 from corolla.space import Beside, Space
 from corolla.types import Adapter, LoraSpec, Move, Params
@@ -327,9 +327,15 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
 
 
 def read_adapter(folder: Path) -> tuple[Params, Params]:
-    """(factors with their scaling in A, head tensors) of a saved adapter, by our names."""
-    config = json.loads((folder / "adapter_config.json").read_text())
-    tensors, _ = codec.read(str(folder / "adapter_model.safetensors"))
+    """(factors with their scaling in A, head tensors) of a saved adapter, by our names.
+
+    Raises ArtefactError when it cannot be read.
+    """
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        tensors, _ = codec.read(str(folder / "adapter_model.safetensors"))
+    except (OSError, ValueError, WireError) as error:
+        raise ArtefactError(f"{folder} is no adapter: {error}") from error
     named = {n.removeprefix(_PREFIX): t for n, t in tensors.items()}
     plain = {n.removesuffix(".weight"): t for n, t in named.items()}
     spec = LoraSpec(config["r"], config["lora_alpha"], config["use_rslora"])

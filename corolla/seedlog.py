@@ -13,7 +13,11 @@ import torch
 from torch import Tensor
 
 from corolla import signs, tree
-from corolla.types import Params, Payload, Walk
+from corolla.directions import SignPool
+from corolla.types import Move, Params, Payload, Walk
+
+LAST = "last"
+"""The group that tells a client the number of the last row."""
 
 _LARGEST = 13
 """Rows in half precision are scaled so that their largest scalar is in [2**13, 2**14)."""
@@ -41,6 +45,26 @@ def rows(payload: Payload) -> Mapping[int, Params]:
     """The rows in a state or a broadcast, by number, in order."""
     found = {int(g.removeprefix("log-")): payload[g] for g in payload if g.startswith("log-")}
     return dict(sorted(found.items()))
+
+
+def next_number(payload: Payload) -> int:
+    """The number of the row that comes after those of a state or a broadcast."""
+    if LAST in payload:  # with a snapshot there may be no row to count from
+        return int(payload[LAST]["number"]) + 1
+    return max(rows(payload), default=0) + 1
+
+
+def pool(payload: Payload, size: int, number: int) -> SignPool:
+    """The directions of a row: signs that are new in each, from the seed in the group "key"."""
+    return SignPool(size, (int(payload["key"]["seed"]), number))
+
+
+def moves(payload: Payload, size: int) -> tuple[Move, ...]:
+    """What the rows of a state or a broadcast do, in order."""
+    return tuple(
+        Move(pool(payload, size, number), row["scalars"], float(row["step"]))
+        for number, row in rows(payload).items()
+    )
 
 
 def row(sums: Tensor, dtype: torch.dtype) -> Params:

@@ -261,7 +261,7 @@ def make_tasks(
         since = next((v for v in reversed(versions) if v in known), federation.origin)
         if (lacks, since) not in sent:
             payload = {**broadcast.payload, **{g: broadcast.cached[g] for g in lacks}}
-            log, extra = _log(broadcast, versions, since)
+            log, extra = _log(broadcast, versions, since, state)
             payload = {**payload, **extra}
             content = wire.content_bytes(payload)
             content += sum(wire.scalar_bytes(row) for row in (log.rows if log else ()))
@@ -288,16 +288,17 @@ def make_tasks(
     return tasks
 
 
-def _log(broadcast: Broadcast, versions: Sequence[str], since: str) -> tuple[Log | None, Payload]:
+def _log(
+    broadcast: Broadcast, versions: Sequence[str], since: str, state: Payload
+) -> tuple[Log | None, Payload]:
     """What a client at a version needs to reach the last: (rows, or a snapshot as a payload)."""
     if broadcast.log is None:
         return None, {}
     number, last = len(broadcast.log), versions[-1]
     rows = broadcast.log[versions.index(since) :]
-    if broadcast.snapshot is not None and rows:
-        snapshot = {"start": broadcast.snapshot()}
-        if wire.content_bytes(snapshot) < sum(wire.scalar_bytes(row) for row in rows):
-            return Log(versions[0], last, last, (), number), snapshot
+    size = sum(wire.scalar_bytes(row) for row in rows)
+    if broadcast.snapshot is not None and size > wire.content_bytes({"start": state["start"]}):
+        return Log(versions[0], last, last, (), number), {"start": broadcast.snapshot()}
     return Log(versions[0], since, last, rows, number), {}
 
 

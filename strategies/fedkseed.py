@@ -53,8 +53,7 @@ class FedKSeed:
 
     def __post_init__(self) -> None:
         directions.check_power_of_two(self.size)
-        if self.directions not in ("gaussian", "sign"):
-            raise ValueError(f"directions must be gaussian or sign, found {self.directions!r}")
+        directions.check_kind(self.directions)
 
     def init(self, start: Params, seed: int) -> Payload:
         key = torch.tensor(seeds.derive(seed, "directions"))
@@ -93,7 +92,4 @@ class FedKSeed:
         return [Cost(8 * s.scalars + 4, 4 * self.size + 4, at_most=True) for s in cohort]
 
     def _pool(self, state: Payload) -> GaussianPool | SignPool:
-        seed = int(state["sums"]["seed"])
-        return (
-            GaussianPool(seed) if self.directions == "gaussian" else SignPool(self.size, (seed, 0))
-        )
+        return directions.pool(self.directions, self.size, int(state["sums"]["seed"]))

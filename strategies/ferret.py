@@ -12,7 +12,6 @@ import torch
 
 from corolla import directions, seedlog, seeds, signs, tree
 from corolla.aggregation import WeightedMean
-from corolla.directions import SignPool
 from corolla.types import (
     Adapter,
     Aggregates,
@@ -20,7 +19,6 @@ from corolla.types import (
     Client,
     Cost,
     Metrics,
-    Move,
     Params,
     Payload,
     Size,
@@ -72,7 +70,7 @@ class Ferret:
         start = directions.settle(at.trained, at.moves)
         fit = client.trainer.fit(start)
         change, _ = directions.flatten(tree.sub(fit.params, start))
-        pool = self._pool(received, max(seedlog.rows(received), default=0) + 1)
+        pool = seedlog.pool(received, self.size, seedlog.next_number(received))
         sums = signs.fwht(signs.fold(change, pool.key, 0, self.size))
         gamma = torch.from_numpy(sums / self.size).float()
         return Update({"projections": {"scalars": gamma}}, fit.num_examples, fit.metrics)
@@ -84,19 +82,12 @@ class Ferret:
         return WeightedMean()
 
     def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
-        number = max(seedlog.rows(state), default=0) + 1
+        number = seedlog.next_number(state)
         sums = self.server_lr * aggregate["projections"]["scalars"].double()
         return {**state, row_name(number): seedlog.row(sums, torch.float32)}, {}
 
     def adapter(self, state: Payload) -> Adapter:
-        moves = (
-            Move(self._pool(state, number), row["scalars"], float(row["step"]))
-            for number, row in seedlog.rows(state).items()
-        )
-        return Adapter(state["start"], moves=tuple(moves))
+        return Adapter(state["start"], moves=seedlog.moves(state, self.size))
 
     def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
         return [Cost(4 * self.size, 4 * self.size + 4, at_most=True) for _ in cohort]
-
-    def _pool(self, state: Payload, round: int) -> SignPool:
-        return SignPool(self.size, (int(state["key"]["seed"]), round))

@@ -37,8 +37,8 @@ _BOTH: tuple[TrainerName, ...] = ("first_order", "zeroth_order")
 class Mixed:
     """w ← w + λ_1 ū_1 + λ_0 ū_0, the mean updates of the first- and the zeroth-order clients.
 
-    All work on the same LoRA tensors. A zeroth-order client sends kilobytes of scalars (and receives
-    whole adapters); the server rebuilds ū_0 = Σ_k a_k z_k from its seeds, sign-Hadamard directions
+    All work on the same LoRA tensors. A zeroth-order client sends kilobytes of scalars and receives
+    whole adapters; the server rebuilds ū_0 = Σ_k a_k z_k from its seeds, sign-Hadamard directions
     that are new in each round, with a transform and one pass. Each ū is weighted by examples. With
     `weights`
 

@@ -14,7 +14,6 @@ import torch
 
 from corolla import directions, seedlog, seeds, signs
 from corolla.aggregation import SeedSums
-from corolla.directions import SignPool
 from corolla.types import (
     Adapter,
     Aggregates,
@@ -22,7 +21,6 @@ from corolla.types import (
     Client,
     Cost,
     Metrics,
-    Move,
     Params,
     Payload,
     Size,
@@ -76,9 +74,9 @@ class SeedPool:
 
     def local(self, client: Client, received: Payload) -> Update:
         at = self.adapter(received)
-        number = max(seedlog.rows(received), default=0) + 1
+        number = seedlog.next_number(received)
         chosen = signs.choices(client.seed, client.forward.queries, self.size)
-        pool = self._pool(received, number)
+        pool = seedlog.pool(received, self.size, number)
         walk = client.forward.walk(at.trained, at.moves, pool, chosen.tolist(), self._dtype)
         scalars = seedlog.upload(walk, seed=torch.tensor(client.seed))
         return Update({"scalars": scalars}, walk.num_examples, walk.metrics)
@@ -91,24 +89,17 @@ class SeedPool:
 
     def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
         sums = aggregate["scalars"]["scalars"]
-        number = max(seedlog.rows(state), default=0) + 1
+        number = seedlog.next_number(state)
         used = float((sums != 0).sum())
         return {**state, row_name(number): seedlog.row(sums, self._dtype)}, {"directions": used}
 
     def adapter(self, state: Payload) -> Adapter:
-        moves = (
-            Move(self._pool(state, number), row["scalars"], float(row["step"]))
-            for number, row in seedlog.rows(state).items()
-        )
-        return Adapter(state["start"], moves=tuple(moves))
+        return Adapter(state["start"], moves=seedlog.moves(state, self.size))
 
     def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
         width = self._dtype.itemsize
         down = self.size * width + 4
         return [Cost(s.scalars * width + 8, down, at_most=True) for s in cohort]
-
-    def _pool(self, state: Payload, round: int) -> SignPool:
-        return SignPool(self.size, (int(state["key"]["seed"]), round))
 
     @property
     def _dtype(self) -> torch.dtype:

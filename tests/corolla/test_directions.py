@@ -298,10 +298,9 @@ def test_rounds_accumulate_in_single_precision_and_round_once() -> None:
     for move in moves:
         for k in range(32):
             ideal += 1e-5 * float(move.scalars[k]) * direction(move.pool, k, 20_000).double()
-    kept = [float((w.double() - start.double()) @ (ideal - start)) for w in (once, each)]
-    wanted = float((ideal - start).square().sum())
-    assert kept[0] / wanted == pytest.approx(1, abs=0.03)
-    assert abs(kept[1] / wanted - 1) > 0.1  # rounded each time, small steps are lost
+    off = [float((w.double() - ideal).norm() / (ideal - start).norm()) for w in (once, each)]
+    assert off[0] < 0.2
+    assert off[1] > 3 * off[0]  # rounded each time, small steps are lost
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

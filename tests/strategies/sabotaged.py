@@ -2,16 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, cast
+from typing import ClassVar, Self, cast
 
 import torch
 
 from corolla import factors, tree
-from corolla.aggregation import ByGroup, Stack, WeightedMean
+from corolla.aggregation import ByGroup, SeedSums, Stack, WeightedMean
 from corolla.client.worker import LocalClient
+from corolla.directions import SignPool
 from corolla.strategies.fedavg import FedAvg
+from corolla.strategies.fedkseed import FedKSeed
 from corolla.strategies.ffa_lora import FfaLora
 from corolla.strategies.flora import Flora
+from corolla.strategies.mixed import Mixed
+from corolla.strategies.seed_pool import SeedPool
 from corolla.types import (
     Adapter,
     Aggregates,
@@ -215,6 +219,153 @@ class RaisesOnDevice(FedAvg):
 class NotFinite(FedAvg):
     def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
         return {"adapter": tree.scale(state["adapter"], float("nan"))}, {}
+
+
+# Zeroth order: what travels are scalars, and both sides must make the same step of them.
+
+
+class ExamplesForgotten(SeedSums):
+    def add(self, payload: Payload, weight: float) -> None:
+        super().add(payload, 1.0)
+
+
+class UnweightedScalars(SeedPool):
+    def aggregator(self) -> SeedSums:
+        return ExamplesForgotten(self.size)
+
+
+class SumOfClients(SeedSums):
+    """Adds up where it should average: a learning rate times the number of clients."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.clients = 0
+
+    def add(self, payload: Payload, weight: float) -> None:
+        super().add(payload, weight)
+        self.clients += 1
+
+    def merge(self, other: Self) -> None:
+        super().merge(other)
+        self.clients += other.clients
+
+    def finalise(self) -> Payload:
+        return {"scalars": tree.scale(super().finalise()["scalars"], float(self.clients))}
+
+
+class AddsUpClients(SeedPool):
+    def aggregator(self) -> SeedSums:
+        return SumOfClients(self.size)
+
+
+class SignsOfTheRoundBefore(SeedPool):
+    """Client and server disagree by one on the number of the round."""
+
+    def local(self, client: Client, received: Payload) -> Update:
+        before = _ShiftedPool(self.size, self.scalars)
+        return SeedPool.local(before, client, received)
+
+
+class _ShiftedPool(SeedPool):
+    def _pool(self, state: Payload, round: int) -> SignPool:
+        known = len([group for group in state if group.startswith("log-")])
+        return super()._pool(state, round - 1 if round > known else round)
+
+
+class StepOfOne(SeedSums):
+    def add(self, payload: Payload, weight: float) -> None:
+        scalars = {**payload["scalars"], "step": torch.tensor(1.0)}
+        super().add({"scalars": scalars}, weight)
+
+
+class StepForgotten(SeedPool):
+    def aggregator(self) -> SeedSums:
+        return StepOfOne(self.size)
+
+
+class StepForgottenInSums(FedKSeed):
+    def aggregator(self) -> SeedSums:
+        return StepOfOne(self.size)
+
+
+class Uphill(SeedPool):
+    """The server moves against the step of its clients."""
+
+    def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
+        return super().apply(state, {"scalars": tree.scale(aggregate["scalars"], -1.0)})
+
+
+class OtherSeed(SeedSums):
+    def add(self, payload: Payload, weight: float) -> None:
+        scalars = {**payload["scalars"], "seed": payload["scalars"]["seed"] + 1}
+        super().add({"scalars": scalars}, weight)
+
+
+class ReplaysAnotherSeed(SeedPool):
+    def aggregator(self) -> SeedSums:
+        return OtherSeed(self.size)
+
+
+class FirstOne(SeedSums):
+    def add(self, payload: Payload, weight: float) -> None:
+        if not self._weight:
+            super().add(payload, weight)
+
+    def merge(self, other: SeedSums) -> None:
+        pass
+
+
+class CountsTheFirstClient(SeedPool):
+    def aggregator(self) -> SeedSums:
+        return FirstOne(self.size)
+
+
+class RowsOfWholeNumbers(SeedPool):
+    """A row in 8 bits: 127 steps for its largest scalar."""
+
+    def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
+        sums = aggregate["scalars"]["scalars"]
+        unit = sums.abs().max() / 127
+        return super().apply(state, {"scalars": {"scalars": (sums / unit).round() * unit}})
+
+
+class KeepsTheLastRow(SeedPool):
+    """A model that forgets all rounds but one."""
+
+    def adapter(self, state: Payload) -> Adapter:
+        whole = super().adapter(state)
+        return Adapter(whole.trained, moves=whole.moves[-1:])
+
+
+class DirectionsFromGlobalState(SeedPool):
+    """Says honestly which seed it took, but takes another each time."""
+
+    def local(self, client: Client, received: Payload) -> Update:
+        seed = int(torch.randint(1 << 30, ()))
+        return super().local(replace(cast(LocalClient, client), seed=seed), received)
+
+
+class HeaderForgotten(SeedPool):
+    """A formula that forgets the seed and the step of each client."""
+
+    def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
+        return [replace(cost, up=cost.up - 8) for cost in super().cost(cohort)]
+
+
+class SmallRows(SeedPool):
+    """Claims a download of one value a row."""
+
+    def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
+        return [replace(cost, down=2 + 4) for cost in super().cost(cohort)]
+
+
+class ClassesAlike(Mixed):
+    """Each class counts for one half, however many examples it has."""
+
+    def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
+        examples = torch.ones_like(aggregate["counts"]["examples"])
+        counts = {**aggregate["counts"], "examples": examples}
+        return super().apply(state, {**aggregate, "counts": counts})
 
 
 @dataclass(frozen=True)

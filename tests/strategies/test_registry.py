@@ -55,7 +55,11 @@ def test_a_class_of_ones_own_by_module_and_name() -> None:
         (":Mine", "cannot import strategy"),
         (".mine:Mine", "cannot import strategy"),
         (OWN + "NOT_A_CLASS", "is not a class"),
-        (OWN + "NoStrategy", "lacks adapter, aggregates, aggregator, apply, broadcast, cost, init"),
+        (
+            OWN + "NoStrategy",
+            "lacks adapter, aggregates, aggregator, apply, broadcast, cost, full, init, local, "
+            "mixed_ranks, trainers, update_like",
+        ),
     ],
 )
 def test_what_cannot_be_a_strategy_is_refused(name: str, message: str) -> None:

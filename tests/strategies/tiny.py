@@ -236,6 +236,7 @@ class Run:
     federation: Federation
     network: Tracer
     state: Payload
+    first: Payload
     held: Held = field(default_factory=dict)
     done: list[RoundResult] = field(default_factory=list)
 
@@ -263,7 +264,7 @@ def start(settings: RunConfig, kind: str, folder: Path, *, reverse: bool = False
     origin = seedlog.origin(model.base.fingerprint, first)
     fresh = cache(lambda spec: model.init(spec, 0))
     federation = Federation("0" * 32, settings, strategy, CLIENTS, fresh, origin)
-    return Run(federation, Tracer(worker, reverse), first)
+    return Run(federation, Tracer(worker, reverse), first, first)
 
 
 @dataclass(frozen=True)
