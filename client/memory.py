@@ -114,21 +114,31 @@ class Memory:
 
     def _read_row(self, version: str) -> tuple[str, Params] | None:
         if version not in self._rows:
-            params, facts = _read(self._row_path(version))
+            path = self._row_path(version)
+            if not path.is_file():
+                return None
+            params, facts = _read(path)
             before = facts.get("before", "")
             if seedlog.after(before, params) != version:
+                path.unlink(missing_ok=True)  # or it would never be written again
                 return None
             self._rows[version] = (before, params)
         return self._rows[version]
 
     def _read_start(self, version: str) -> Params | None:
-        params, facts = _read(self._start_path(version))
-        return params if facts.get("content") == codec.content_id(params) else None
+        path = self._start_path(version)
+        if not path.is_file():
+            return None
+        params, facts = _read(path)
+        if facts.get("content") != codec.content_id(params):
+            path.unlink(missing_ok=True)
+            return None
+        return params
 
 
 def _read(path: Path) -> tuple[Params, Mapping[str, str]]:
-    """A file's tensors and facts; nothing when there is none, or it is damaged."""
+    """A file's tensors and facts; nothing when it is damaged."""
     try:
-        return codec.read(str(path)) if path.is_file() else ({}, {})
+        return codec.read(str(path))
     except (OSError, WireError):
         return {}, {}

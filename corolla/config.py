@@ -17,9 +17,9 @@ Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 LR_ZEROTH_ORDER = {
-    ("lora", True): 1e-3,
-    ("lora", False): 1e-3,
-    ("full", True): 1e-5,
+    ("lora", True): 3e-3,
+    ("lora", False): 1e-4,
+    ("full", True): 3e-4,
     ("full", False): 1e-6,
 }
 """(what is trained, whether on the embedded model) → the default lr of zeroth-order strategies."""

@@ -43,6 +43,7 @@ LIBRARIES = {
     "datasets": {"corolla.data"},
     "google": {"corolla.wire", "proto.update_pb2"},
     "typer": {"corolla.cli"},
+    "huggingface_hub": {"corolla.full"},
     "pickle": set(),
 }
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from corolla import codec
+from corolla import codec, seedlog
 from corolla.client.memory import Memory
 from corolla.errors import WireError
 from corolla.types import Params
@@ -85,3 +85,169 @@ def test_a_damaged_file_is_asked_for_again(tmp_path: Path, damage: str) -> None:
     again.keep("A", A, ID)
     fresh = Memory(tmp_path)
     assert torch.equal(fresh.recall({"A": ID})["A"]["x.lora_A"], A["x.lora_A"])
+
+
+# The log of seeded steps
+
+ORIGIN = "0" * 32
+ROWS: list[Params] = [
+    {"scalars": torch.tensor([float(i), -1.0]), "step": torch.tensor(0.5)} for i in range(1, 6)
+]
+VERSIONS = seedlog.versions(ORIGIN, ROWS)
+"""VERSIONS[i] is the version after i rows."""
+
+
+def rows(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "log").glob("row-*"))
+
+
+def held(memory: Memory, number: int) -> tuple[Params | None, list[Params]] | None:
+    return memory.log(VERSIONS[number], ORIGIN)
+
+
+def same(found: list[Params], wanted: list[Params]) -> bool:
+    return len(found) == len(wanted) and all(
+        one.keys() == other.keys()
+        and all(torch.equal(one[n], other[n]) and one[n].dtype == other[n].dtype for n in one)
+        for one, other in zip(found, wanted, strict=True)
+    )
+
+
+def test_before_any_row_there_is_the_first_state(tmp_path: Path) -> None:
+    assert Memory(tmp_path).log(ORIGIN, ORIGIN) == (None, [])
+    assert Memory(tmp_path).extend(ORIGIN, []) == ORIGIN
+
+
+def test_rows_lead_to_a_version_and_come_back_in_order(tmp_path: Path) -> None:
+    memory = Memory(tmp_path)
+    assert memory.extend(ORIGIN, ROWS[:2]) == VERSIONS[2]
+    assert memory.extend(VERSIONS[2], ROWS[2:]) == VERSIONS[5]
+    for number in (5, 2, 1):
+        found = held(memory, number)
+        assert found is not None
+        assert found[0] is None
+        assert same(found[1], ROWS[:number])
+
+
+def test_rows_survive_a_restart_bit_for_bit(tmp_path: Path) -> None:
+    """Also in half precision, and a scalar that is minus zero."""
+    row = {"scalars": torch.tensor([-0.0, 6e-8], dtype=torch.float16), "step": torch.tensor(2.0)}
+    version = Memory(tmp_path).extend(ORIGIN, [row])
+    found = Memory(tmp_path).log(version, ORIGIN)
+    assert found is not None
+    assert same(found[1], [row])
+    assert bool(torch.signbit(found[1][0]["scalars"][0]))
+    assert seedlog.after(ORIGIN, found[1][0]) == version
+
+
+def test_a_log_is_continued_by_another_process(tmp_path: Path) -> None:
+    for number, row in enumerate(ROWS):
+        assert Memory(tmp_path).extend(VERSIONS[number], [row]) == VERSIONS[number + 1]
+    found = held(Memory(tmp_path), 5)
+    assert found is not None
+    assert same(found[1], ROWS)
+
+
+def test_rows_of_many_clients_are_stored_once(tmp_path: Path) -> None:
+    for _ in range(3):
+        Memory(tmp_path).extend(ORIGIN, ROWS)
+    assert len(rows(tmp_path)) == 5
+    assert [p.name for p in tmp_path.rglob("*") if p.suffix == ".part"] == []
+
+
+def test_what_a_broadcast_does_not_name_is_not_the_log(tmp_path: Path) -> None:
+    """Forgetting cached groups leaves rows and snapshots."""
+    memory = Memory(tmp_path)
+    memory.extend(ORIGIN, ROWS)
+    memory.keep("A", A, ID)
+    memory.prune({})
+    assert len(rows(tmp_path)) == 5
+    assert held(Memory(tmp_path), 5) is not None
+
+
+def test_a_missing_row_is_noticed(tmp_path: Path) -> None:
+    memory = Memory(tmp_path)
+    memory.extend(VERSIONS[2], ROWS[2:])
+    assert held(memory, 5) is None
+    assert held(memory, 2) is None
+    memory.extend(ORIGIN, ROWS[:2])
+    assert held(memory, 5) is not None
+
+
+def test_a_row_of_another_run_is_not_found(tmp_path: Path) -> None:
+    memory = Memory(tmp_path)
+    memory.extend("1" * 32, ROWS)
+    assert held(memory, 5) is None
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "swapped", "gone"])
+def test_a_damaged_row_is_asked_for_again(tmp_path: Path, damage: str) -> None:
+    Memory(tmp_path).extend(ORIGIN, ROWS)
+    path = tmp_path / "log" / f"row-{VERSIONS[3]}.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    other = tmp_path / "log" / f"row-{VERSIONS[2]}.safetensors"
+    kept = {
+        "truncated": bytes(data[:-4]),
+        "flipped": bytes(data),
+        "empty": b"",
+        "swapped": other.read_bytes(),
+    }
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(kept[damage])
+    again = Memory(tmp_path)
+    assert held(again, 5) is None
+    assert held(again, 2) is not None
+    assert again.extend(ORIGIN, ROWS) == VERSIONS[5]
+    for memory in (again, Memory(tmp_path)):  # in this process, and in the next
+        found = held(memory, 5)
+        assert found is not None
+        assert same(found[1], ROWS)
+
+
+def test_a_snapshot_stands_for_the_rows_before_it(tmp_path: Path) -> None:
+    memory = Memory(tmp_path)
+    memory.keep_start(VERSIONS[3], A)
+    memory.extend(VERSIONS[3], ROWS[3:])
+    for again in (memory, Memory(tmp_path)):
+        found = held(again, 5)
+        assert found is not None
+        assert found[0] is not None
+        assert torch.equal(found[0]["x.lora_A"], A["x.lora_A"])
+        assert same(found[1], ROWS[3:])
+    at = held(memory, 3)
+    assert at is not None
+    assert at[1] == []
+    assert held(memory, 2) is None
+
+
+def test_a_newer_snapshot_replaces_the_older(tmp_path: Path) -> None:
+    """A device keeps one, whatever it misses."""
+    memory = Memory(tmp_path)
+    memory.keep_start(VERSIONS[1], A)
+    memory.keep_start(VERSIONS[3], OTHER)
+    assert len(list((tmp_path / "log").glob("start-*"))) == 1
+    assert held(memory, 1) is None
+    found = held(memory, 3)
+    assert found is not None
+    assert found[0] is not None
+    assert torch.equal(found[0]["x.lora_A"], OTHER["x.lora_A"])
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
+def test_a_damaged_snapshot_is_asked_for_again(tmp_path: Path, damage: str) -> None:
+    Memory(tmp_path).keep_start(VERSIONS[3], A)
+    path = tmp_path / "log" / f"start-{VERSIONS[3]}.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    kept = {"truncated": bytes(data[:-4]), "flipped": bytes(data), "empty": b""}
+    path.write_bytes(kept[damage])
+    again = Memory(tmp_path)
+    assert held(again, 3) is None
+    again.keep_start(VERSIONS[3], A)
+    found = held(Memory(tmp_path), 3)
+    assert found is not None
+    assert found[0] is not None
+    assert torch.equal(found[0]["x.lora_A"], A["x.lora_A"])

@@ -7,14 +7,14 @@ import pytest
 import torch
 import transformers
 
-from corolla import codec, data, models
+from corolla import codec, data, directions, models, seedlog, seeds, trainable, wire
 from corolla.client.memory import Memory
-from corolla.client.worker import Worker
+from corolla.client.worker import LocalClient, Worker
 from corolla.config import RunConfig
 from corolla.data import Example, FederatedData, Split
-from corolla.lora import LoraModel
-from corolla.types import Payload
-from corolla.wire import Kind, Packet, Reply, Task, pack_task, unpack_reply
+from corolla.errors import ConfigError
+from corolla.types import LoraSpec, Params, Payload, TrainerName, row_name
+from corolla.wire import Kind, Log, Packet, Reply, Task, pack_task, unpack_reply
 
 Settings = Callable[..., RunConfig]
 RUN = "ab" * 16
@@ -23,7 +23,6 @@ RUN = "ab" * 16
 @pytest.fixture
 def make(settings: Settings, tmp_path: Path) -> Callable[..., Worker]:
     def worker(
-        dropout: float = 0.0,
         federation: FederatedData | None = None,
         record: Path | None = None,
         on_step: Callable[[int], None] | None = None,
@@ -31,27 +30,54 @@ def make(settings: Settings, tmp_path: Path) -> Callable[..., Worker]:
         **changes: Any,
     ) -> Worker:
         config = settings(**changes)
-        model = LoraModel(models.load(config), dropout=dropout)
+        model = trainable.build(config, models.load(config))
         own = federation or data.load(config)
         return Worker(config, model, own, Memory(tmp_path / folder), record, on_step)
 
     return worker
 
 
-def task(worker: Worker, kind: Kind = Kind.TRAIN, round: int = 1, **changes: Any) -> Packet:
+def first(worker: Worker) -> Payload:
+    """The state before all rounds, as server and client make it."""
     config = worker.config
-    state = worker.strategy.init(worker.model.init(config.lora, 0), 0)
-    broadcast = worker.strategy.broadcast(state)
+    start = worker.model.init(config.lora, seeds.derive(config.seed, "init"))
+    return worker.strategy.init(start, config.seed)
+
+
+def task(
+    worker: Worker,
+    kind: Kind = Kind.TRAIN,
+    round: int = 1,
+    lora: LoraSpec | None = None,
+    class_name: str = "",
+    state: Payload | None = None,
+    **changes: Any,
+) -> Packet:
+    """A task as a server sends it to who has nothing; `changes` are of its fields."""
+    start = first(worker)
+    broadcast = worker.strategy.broadcast(start if state is None else state)
+    payload, scalars = wire.enclose({**broadcast.payload, **broadcast.cached})
+    log = None
+    if broadcast.log is not None:
+        versions = seedlog.versions(origin(worker), broadcast.log)
+        log = Log(versions[0], versions[0], versions[-1], broadcast.log, len(broadcast.log))
+    settings = {"lora": vars(lora or worker.config.lora), "class": class_name}
     values: dict[str, Any] = {
         "run_id": RUN,
         "round": round,
         "base_version": "v",
         "kind": kind,
-        "config": json.dumps({"lora": vars(config.lora)}),
+        "config": json.dumps(settings),
         "cached": {group: codec.content_id(params) for group, params in broadcast.cached.items()},
-        "payload": codec.encode({**broadcast.payload, **broadcast.cached}),
+        "payload": payload,
+        "scalars": scalars,
+        "log": log,
     }
     return pack_task(Task(**{**values, **changes}))
+
+
+def origin(worker: Worker) -> str:
+    return seedlog.origin(worker.model.base.fingerprint, first(worker))
 
 
 def ask(worker: Worker, client: str, packet: Packet) -> Reply:
@@ -79,7 +105,7 @@ def test_the_update_is_what_training_changed(
     make: Callable[..., Worker], tmp_path: Path, tiny_model: Path
 ) -> None:
     worker = make()
-    start = worker.model.init(worker.config.lora, 0)
+    start = first(worker)["adapter"]
     update = codec.decode(ask(worker, "ada", task(worker)).payload)
     after = worker.model.read()
     assert update["adapter"].keys() == start.keys()
@@ -176,10 +202,15 @@ def test_an_unknown_client_gets_an_error_reply(make: Callable[..., Worker], kind
         {"payload": codec.encode({"adapter": {"x": torch.zeros(1)}})},
         {"config": "{}"},
         {"config": "not json"},
-        {"config": json.dumps({"lora": {"rank": 1000, "alpha": 1.0}})},
-        {"config": json.dumps({"lora": {"rank": 3, "alpha": 1.0}})},
+        {"config": json.dumps({"lora": {"rank": 2, "alpha": 4.0}})},
+        {"class_name": "phone"},
+        {"lora": LoraSpec(1000, 1.0)},
+        {"lora": LoraSpec(3, 1.0)},
     ],
-    ids=["junk", "no group", "other tensors", "no lora", "no json", "huge rank", "other rank"],
+    ids=[
+        *("junk", "no group", "other tensors", "no lora", "no json", "no class", "other class"),
+        *("huge rank", "other rank"),
+    ],
 )
 def test_what_cannot_be_trained_on_gets_an_error_reply(
     make: Callable[..., Worker], changes: dict[str, Any]
@@ -194,7 +225,7 @@ def test_what_cannot_be_trained_on_gets_an_error_reply(
 def test_divergence_is_reported_and_harms_nobody_else(make: Callable[..., Worker]) -> None:
     worker = make()
     wanted = worker("ben", task(worker)).payload
-    state: Payload = worker.strategy.init(worker.model.init(worker.config.lora, 0), 0)
+    state = first(worker)
     bad = {n: t * float("inf") for n, t in state["adapter"].items()}
     reply = ask(worker, "ada", task(worker, payload=codec.encode({"adapter": bad})))
     assert "loss is nan" in reply.error
@@ -203,7 +234,7 @@ def test_divergence_is_reported_and_harms_nobody_else(make: Callable[..., Worker
 
 def test_cached_groups_are_asked_for_and_then_kept(make: Callable[..., Worker]) -> None:
     worker = make(strategy="ffa_lora")
-    state = worker.strategy.init(worker.model.init(worker.config.lora, 0), 0)
+    state = first(worker)
     adapter = codec.encode({"adapter": state["adapter"]})
     reply = ask(worker, "ada", task(worker, payload=adapter))
     assert (list(reply.missing), reply.payload) == (["A"], b"")
@@ -234,6 +265,202 @@ def test_a_record_is_the_model_after_training(make: Callable[..., Worker], tmp_p
 
 def test_each_clients_rank_comes_with_the_task(make: Callable[..., Worker]) -> None:
     worker = make(strategy="flora", ranks=[2, 3])
-    lora = json.dumps({"lora": {"rank": 3, "alpha": 6.0, "rslora": False}})
-    update = codec.decode(ask(worker, "ben", task(worker, config=lora)).payload)
+    packet = task(worker, lora=LoraSpec(3, 6.0))
+    update = codec.decode(ask(worker, "ben", packet).payload)
     assert {t.shape[0] for n, t in update["factors"].items() if n.endswith("lora_A")} == {3}
+
+
+# Logs of seeded steps
+
+ZEROTH: dict[str, Any] = {"strategy": "seed_pool", "options": {"size": 8}}
+
+
+def logged(worker: Worker, rounds: int) -> Payload:
+    """A state after rounds whose rows move by known steps."""
+    state = dict(first(worker))
+    for number in range(1, rounds + 1):
+        sums = 0.01 * torch.arange(1.0, 9.0, dtype=torch.float64) * (-1) ** number
+        state[row_name(number)] = seedlog.row(sums, torch.float16)
+    return state
+
+
+def fingerprint(worker: Worker) -> str:
+    """Of all weights of the resident model as they are: adapter, head and base."""
+    return models.fingerprint(worker.model.model)
+
+
+def test_a_log_is_replayed_on_the_first_state(make: Callable[..., Worker]) -> None:
+    worker = make(**ZEROTH)
+    state = logged(worker, 3)
+    reply = ask(worker, "ada", task(worker, Kind.EVALUATE, state=state))
+    assert reply.error == ""
+    found = worker.model.read()
+    flat, layout = directions.flatten(first(worker)["start"])
+    key = int(state["key"]["seed"])
+    for number, row in seedlog.rows(state).items():
+        for k in range(8):  # one direction after the other, in fp64: no transform, no fusion
+            z = torch.zeros(len(flat))
+            directions.SignPool(8, (key, number)).add(z, 0, [(k, 1.0)])
+            flat = flat.double() + float(row["scalars"][k]) * float(row["step"]) * z.double()
+    wanted = directions.unflatten(flat.float(), layout)
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-7)
+
+
+def test_an_update_of_scalars_travels_in_the_header(make: Callable[..., Worker]) -> None:
+    worker = make(**ZEROTH)
+    packet = worker("ada", task(worker))
+    reply = unpack_reply(packet, 0)
+    assert (reply.error, packet.payload) == ("", b"")
+    assert reply.scalars["scalars"]["scalars"].shape == (2,)  # local_steps
+    assert reply.metrics["scalars"] == 2.0
+
+
+def test_a_client_that_follows_needs_the_new_rows_alone(make: Callable[..., Worker]) -> None:
+    one, other = make(**ZEROTH), make(**ZEROTH, folder="other")
+    state = logged(one, 4)
+    rows = list(seedlog.rows(state).values())
+    versions = seedlog.versions(origin(one), rows)
+    ask(one, "ada", task(one, Kind.EVALUATE, state=logged(one, 1)))
+    late = Log(versions[0], versions[1], versions[4], rows[1:], 4)
+    followed = one("ada", task(one, state=state, round=5, log=late))
+    assert unpack_reply(followed, 0).error == ""
+    assert other("ada", task(other, state=state, round=5)) == followed
+
+
+def test_a_device_that_starts_elsewhere_says_so_in_one_line(make: Callable[..., Worker]) -> None:
+    """Another base model, or another seed of the run: no row of the log would fit."""
+    worker = make(**ZEROTH)
+    before = fingerprint(worker)
+    rows = list(seedlog.rows(logged(worker, 2)).values())
+    foreign = seedlog.versions("0" * 32, rows)
+    log = Log(foreign[0], foreign[0], foreign[-1], rows, 2)
+    reply = ask(worker, "ada", task(worker, log=log))
+    own = origin(worker)[:8]
+    assert f"this device starts from version {own}, the server from 00000000" in reply.error
+    assert "another base model" in reply.error
+    assert "\n" not in reply.error
+    assert (reply.scalars, list(reply.missing)) == ({}, [])
+    assert fingerprint(worker) == before
+    assert ask(worker, "ada", task(worker)).error == ""
+
+
+@pytest.mark.parametrize("damage", ["gap", "order", "value", "foreign"])
+def test_a_log_with_a_gap_is_refused_and_the_model_stays(
+    make: Callable[..., Worker], damage: str
+) -> None:
+    worker = make(**ZEROTH)
+    state = logged(worker, 3)
+    rows = list(seedlog.rows(state).values())
+    changed: Params = {**rows[1], "scalars": rows[1]["scalars"] + 1}
+    sent = {
+        "gap": [rows[0], rows[2]],
+        "order": [rows[0], rows[2], rows[1]],
+        "value": [rows[0], changed, rows[2]],
+        "foreign": [*rows, rows[0]],
+    }[damage]
+    versions = seedlog.versions(origin(worker), rows)
+    before = fingerprint(worker)
+    log = Log(versions[0], versions[0], versions[3], sent, max(3, len(sent)))
+    reply = ask(worker, "ada", task(worker, state=state, log=log))
+    assert f"rows from version {versions[0][:8]} do not lead to {versions[3][:8]}" in reply.error
+    assert "gap" in reply.error
+    assert reply.scalars == {}
+    assert fingerprint(worker) == before
+    assert ask(worker, "ada", task(worker, state=state)).error == ""
+
+
+def test_a_client_that_lost_its_log_asks_for_it(make: Callable[..., Worker]) -> None:
+    worker = make(**ZEROTH)
+    state = logged(worker, 3)
+    rows = list(seedlog.rows(state).values())
+    versions = seedlog.versions(origin(worker), rows)
+    before = fingerprint(worker)
+    late = Log(versions[0], versions[2], versions[3], rows[2:], 3)
+    reply = ask(worker, "ada", task(worker, state=state, log=late))
+    assert list(reply.missing) == ["log"]
+    assert (reply.error, reply.scalars) == ("log: not held here", {})
+    assert fingerprint(worker) == before
+    assert ask(worker, "ada", task(worker, state=state)).error == ""
+
+
+def test_a_snapshot_stands_for_all_rows_before_it(make: Callable[..., Worker]) -> None:
+    """Trained from it, the first round and the next, is what is trained from the rows."""
+    follower, newcomer = make(**ZEROTH), make(**ZEROTH, folder="other")
+    state, later = logged(follower, 3), logged(follower, 4)
+    versions = seedlog.versions(origin(follower), list(seedlog.rows(later).values()))
+    make_snapshot = follower.strategy.broadcast(state).snapshot
+    assert make_snapshot is not None
+    whole = codec.encode({"start": make_snapshot()})
+    log = Log(versions[0], versions[3], versions[3], (), 3)
+    sent = newcomer("ada", task(newcomer, state=state, round=4, log=log, payload=whole))
+    assert unpack_reply(sent, 0).error == ""
+    assert sent == follower("ada", task(follower, state=state, round=4))
+    row = list(seedlog.rows(later).values())[3:]
+    log = Log(versions[0], versions[3], versions[4], row, 4)
+    sent = newcomer("ada", task(newcomer, state=later, round=5, log=log))
+    assert unpack_reply(sent, 0).error == ""
+    assert sent == follower("ada", task(follower, state=later, round=5))
+
+
+def test_a_wrong_snapshot_group_is_no_start(make: Callable[..., Worker]) -> None:
+    worker = make(**ZEROTH)
+    state = logged(worker, 1)
+    version = seedlog.versions(origin(worker), list(seedlog.rows(state).values()))[-1]
+    log = Log(origin(worker), version, version, (), 1)
+    bad = codec.encode({"start": {"x": torch.zeros(3)}})
+    reply = ask(worker, "ada", task(worker, state=state, log=log, payload=bad))
+    assert reply.error
+    assert reply.scalars == {}
+
+
+# Classes of clients
+
+
+def test_the_settings_of_a_class_are_those_of_its_clients(make: Callable[..., Worker]) -> None:
+    classes = {
+        "phone": {"trainer": "zeroth_order", "local_steps": 5, "queries": 3, "lr": 0.5},
+        "server": {"local_steps": 4},
+    }
+    worker = make(strategy="mixed", options={"size": 8}, classes=classes)
+    phone = ask(worker, "ada", task(worker, class_name="phone"))
+    assert (phone.error, phone.payload) == ("", b"")
+    assert phone.scalars["scalars"]["scalars"].shape == (5 * 3,)
+    assert phone.metrics["local_steps"] == 5.0
+    assert float(phone.scalars["scalars"]["step"]) == torch.tensor(-0.5 / 3).item()
+    server = ask(worker, "ada", task(worker, class_name="server"))
+    assert (server.error, server.scalars) == ("", {})
+    assert server.metrics["local_steps"] == 4.0
+    assert codec.decode(server.payload).keys() == {"adapter"}
+
+
+@pytest.mark.parametrize(("name", "kind"), [("a", "first_order"), ("b", "zeroth_order")])
+def test_a_strategy_sees_how_a_client_trains(
+    make: Callable[..., Worker], name: str, kind: TrainerName
+) -> None:
+    classes = {"a": {"trainer": "first_order"}, "b": {"trainer": "zeroth_order"}}
+    config = make(strategy="mixed", classes=classes, local_steps=3, queries=2).config
+    worker = make(strategy="mixed", classes=classes)
+    lora = worker.config.lora
+    client = LocalClient(
+        worker.model, lora, [], config.of_class(name), 1, 1, config.trainer_of(name)
+    )
+    assert client.kind == kind
+    assert client.forward.queries == 6
+    assert client.trainer.init(3).keys() == worker.model.init(lora, 3).keys()
+
+
+def test_all_parameters_have_no_first_order_trainer(make: Callable[..., Worker]) -> None:
+    worker = make(**ZEROTH, parameters="full")
+    config = worker.config
+    client = LocalClient(worker.model, config.lora, [], config, 1, 1, "zeroth_order")
+    with pytest.raises(ConfigError, match="first-order training of all parameters"):
+        _ = client.trainer
+
+
+def test_all_parameters_follow_a_log_and_train(make: Callable[..., Worker]) -> None:
+    worker = make(**ZEROTH, parameters="full", lr=1e-4)
+    reply = ask(worker, "ada", task(worker, state=logged(worker, 2)))
+    assert reply.error == ""
+    assert reply.scalars["scalars"]["scalars"].shape == (2,)

@@ -1,3 +1,4 @@
+import itertools
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -5,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corolla import seeds
-from corolla.aggregation import ByGroup, Stack, WeightedMean
+from corolla import seeds, signs
+from corolla.aggregation import ByGroup, SeedSums, Stack, WeightedMean
 from corolla.types import Aggregator, Payload
 
 Make = Callable[[], Aggregator]
@@ -16,7 +17,11 @@ def by_group() -> ByGroup:
     return ByGroup({"factors": Stack(), "head": WeightedMean()})
 
 
-MAKES: list[Make] = [WeightedMean, Stack, by_group]
+def seed_sums() -> SeedSums:
+    return SeedSums(16)
+
+
+MAKES: list[Make] = [WeightedMean, Stack, by_group, seed_sums]
 
 
 def update(seed: int, rank: int = 2, head: bool = True) -> Payload:
@@ -27,11 +32,17 @@ def update(seed: int, rank: int = 2, head: bool = True) -> Payload:
             "m.lora_B": torch.randn(7, rank, generator=generator),
         },
         "head": {"bias": torch.randn(3, generator=generator)} if head else {},
+        "scalars": {
+            "scalars": torch.randn(5, generator=generator),
+            "step": torch.tensor(-0.125 * (1 + seed)),
+            "directions": torch.randperm(16, generator=generator)[:5].int(),
+        },
     }
 
 
 def usable(make: Make, payload: Payload) -> Payload:
-    return {"factors": payload["factors"]} if make is Stack else payload
+    groups = {Stack: ["factors"], seed_sums: ["scalars"]}.get(make, ["factors", "head"])
+    return {group: payload[group] for group in groups}
 
 
 def folded(make: Make, updates: Sequence[tuple[Payload, float]]) -> Aggregator:
@@ -43,6 +54,8 @@ def folded(make: Make, updates: Sequence[tuple[Payload, float]]) -> Aggregator:
 
 def dense(payload: Payload, make: Make) -> torch.Tensor:
     """What an aggregate stands for: a stack is known by its product only."""
+    if make is seed_sums:
+        return payload["scalars"]["scalars"]
     group = payload["factors"]
     if make is WeightedMean:
         parts = [t.double().flatten() for _, t in sorted(group.items())]
@@ -71,6 +84,79 @@ def test_stack_by_hand() -> None:
     assert (result["m.lora_B"] @ result["m.lora_A"]).item() == 9.5  # (2·1 + 3·12) / 4
 
 
+def scalars(values: list[float], step: float, **named: torch.Tensor) -> Payload:
+    return {"scalars": {"scalars": torch.tensor(values), "step": torch.tensor(step), **named}}
+
+
+def on(*directions: int) -> torch.Tensor:
+    return torch.tensor(directions, dtype=torch.int32)
+
+
+def test_seed_sums_by_hand() -> None:
+    """Direction 2 is measured twice by one client, and by both."""
+    sums = SeedSums(4)
+    sums.add(scalars([1.0, 2.0, 4.0], -0.5, directions=on(2, 0, 2)), 1)
+    sums.add(scalars([8.0, -16.0], -0.25, directions=on(2, 3)), 3)
+    (found,) = sums.finalise()["scalars"].values()
+    # weights 1/4 and 3/4: -0.5·2 / 4; -0.5·(1 + 4) / 4 - 0.25·8·3 / 4; 0.25·16·3 / 4
+    assert found.tolist() == [-0.25, 0.0, -2.125, 3.0]
+    assert found.dtype == torch.float64
+
+
+def test_seed_sums_of_dense_scalars_and_of_half_precision() -> None:
+    """A seed stands for its words of the sign stream, mod the size."""
+    seed, size = 123, 8
+    where = signs.choices(seed, 6, size)
+    values = torch.tensor([1.0, -2.0, 3.0, 0.5, 0.0, 7.0], dtype=torch.float16)
+    sums = SeedSums(size)
+    sums.add(
+        {
+            "scalars": {
+                "scalars": values,
+                "step": torch.tensor(0.5),
+                "seed": torch.tensor(seed),
+            }
+        },
+        7,
+    )
+    wanted = [0.0] * size
+    for k, value in zip(where.tolist(), values.tolist(), strict=True):
+        wanted[k] += 0.5 * value
+    assert sums.finalise()["scalars"]["scalars"].tolist() == wanted
+
+
+def test_seed_sums_run_in_double_precision() -> None:
+    sums = SeedSums(1)
+    sums.add(scalars([2.0**24], 1.0, directions=on(0)), 1)
+    for _ in range(1000):
+        sums.add(scalars([1.0], 1.0, directions=on(0)), 1)
+    assert sums.finalise()["scalars"]["scalars"].item() == (2**24 + 1000) / 1001
+
+
+def test_merged_seed_sums_weigh_clients_by_examples() -> None:
+    """Not partial sums by their number of clients."""
+    left, right = SeedSums(2), SeedSums(2)
+    left.add(scalars([1.0], 1.0, directions=on(0)), 6)
+    right.add(scalars([1.0], 1.0, directions=on(1)), 1)
+    right.add(scalars([3.0], 1.0, directions=on(1)), 1)
+    left.merge(right)
+    assert left.finalise()["scalars"]["scalars"].tolist() == [0.75, 0.5]
+
+
+def test_seed_sums_of_whole_numbers_do_not_depend_on_order() -> None:
+    parts = [
+        (scalars([float(v) for v in range(i, i + 6)], 2.0**-i, directions=on(*range(6))), i + 1.0)
+        for i in range(4)
+    ]
+    found = set()
+    for order in itertools.permutations(parts):
+        sums = SeedSums(8)
+        for payload, weight in order:
+            sums.add(payload, weight)
+        found.add(tuple(sums.finalise()["scalars"]["scalars"].tolist()))
+    assert len(found) == 1
+
+
 def test_groups_have_their_own_aggregators() -> None:
     aggregator = folded(by_group, [(update(0), 1.0), (update(1, rank=3), 3.0)])
     result = aggregator.finalise()
@@ -81,6 +167,7 @@ def test_groups_have_their_own_aggregators() -> None:
 
 def test_only_sums_are_linear() -> None:
     assert WeightedMean().linear
+    assert SeedSums(2).linear
     assert not Stack().linear
     assert not by_group().linear
     assert ByGroup({"a": WeightedMean(), "b": WeightedMean()}).linear

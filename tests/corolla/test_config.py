@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from corolla import config
-from corolla.config import RunConfig
+from corolla.config import LR_ZEROTH_ORDER, ClientClass, RunConfig
 from corolla.errors import ConfigError
 from corolla.strategies.flora import Flora
 from corolla.types import LoraSpec
@@ -212,6 +212,187 @@ def test_ranks_go_to_clients_in_turn() -> None:
         LoraSpec(8, 4.0),
     ]
     assert found.lora == LoraSpec(2, 3.0)
+
+
+# All parameters, classes of clients and the learning rates of their trainers
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        (["parameters=all"], ["parameters", "'lora' or 'full'", "'all'"]),
+        (
+            ["parameters=full"],
+            ["strategy fedavg trains adapters", "use seed_pool or fedkseed or fedkseed_pro"],
+        ),
+        (["parameters=full", "strategy=fedmezo"], ["fedmezo trains adapters", "seed_pool"]),
+        (["parameters=full", "strategy=mixed"], ["mixed trains adapters"]),
+        (
+            ["parameters=full", "strategy=seed_pool", "quantization=4bit"],
+            ["parameters=full", "4bit"],
+        ),
+        (["parameters=full", "strategy=seed_pool", "ranks=[4,4]"], ["ranks", "parameters=full"]),
+        (["queries=0"], ["queries", "1"]),
+        (["eps=0"], ["eps", "greater than 0"]),
+        (["eps=NaN"], ["eps"]),
+        (["classes=3"], ["classes", "3"]),
+        (["classes.phone=3"], ["classes.phone", "--set", "classes.NAME.KEY=value"]),
+        (["classes.phone.lr=-1"], ["classes.phone.lr", "greater than 0", "-1"]),
+        (["classes.phone.lr=NaN"], ["classes.phone.lr"]),
+        (["classes.phone.share=0"], ["classes.phone.share", "0"]),
+        (["classes.phone.eps=0"], ["classes.phone.eps"]),
+        (["classes.phone.batch-size=0"], ["classes.phone.batch-size"]),
+        (["classes.phone.learnin_rate=1"], ["classes.phone.learnin-rate"]),
+        (["classes.phone.rank=4"], ["classes.phone.rank"]),
+        (["classes.phone.trainer=fast"], ["classes.phone.trainer", "'zeroth_order'", "'fast'"]),
+        (
+            ["classes.phone.trainer=zeroth_order"],
+            ["class phone has trainer zeroth_order", "strategy fedavg train with first_order"],
+        ),
+        (
+            ["strategy=seed_pool", "classes.phone.trainer=first_order"],
+            ["class phone has trainer first_order", "seed_pool train with zeroth_order"],
+        ),
+        (["strategy=seed_pool", "local_epochs=1"], ["local-epochs", "use local-steps"]),
+        (
+            ["strategy=mixed", "classes.a.trainer=zeroth_order", "local_epochs=1"],
+            ["local-epochs", "use local-steps"],
+        ),
+        (["strategy=seed_pool", "seed_pool.size=3"], ["size must be a power of two", "found 3"]),
+        (["strategy=seed_pool", "seed_pool.scalars=fp8"], ["fp16 or fp32", "'fp8'"]),
+        (["strategy=fedkseed", "strategy.directions=any"], ["gaussian or sign", "'any'"]),
+        (["strategy=mixed", "mixed.weights=none"], ["examples or inverse_variance", "'none'"]),
+    ],
+)
+def test_bad_settings_of_zeroth_order_are_refused_in_one_line(
+    tmp_path: Path, settings: list[str], names: list[str]
+) -> None:
+    message = refused(tmp_path, None, settings)
+    assert [name for name in names if name not in message] == []
+
+
+def test_all_parameters_are_trained_by_strategies_that_can(tmp_path: Path) -> None:
+    for name in ("seed_pool", "fedkseed", "fedkseed_pro"):
+        assert load(tmp_path, None, ["parameters=full"], strategy=name).parameters == "full"
+
+
+@pytest.mark.parametrize(
+    ("toml", "settings"),
+    [
+        ("strategy = 'mixed'\n[classes.phone]\nlr = 0.5\nlocal-steps = 3", []),
+        ("strategy = 'mixed'\n[classes]\nphone = { lr = 0.5, local_steps = 3 }", []),
+        ("strategy = 'mixed'\nclasses.phone.lr = 0.5\nclasses.phone.local_steps = 3", []),
+        ("strategy = 'mixed'", ["classes.phone.lr=0.5", "classes.phone.local-steps=3"]),
+        ("strategy = 'mixed'\n[classes.phone]\nlr = 0.5", ["classes.phone.local_steps=3"]),
+        (
+            "strategy = 'mixed'\n[classes.phone]\nlr = 0.1\nlocal_steps = 3",
+            ["classes.phone.lr=0.5"],
+        ),
+        (None, ['classes={"phone": {"lr": 0.5, "local_steps": 3}}', "strategy=mixed"]),
+        (None, ['classes.phone={"lr": 0.5, "local-steps": 3}', "strategy=mixed"]),
+    ],
+)
+def test_classes_are_given_in_a_file_or_with_set(
+    tmp_path: Path, toml: str | None, settings: list[str]
+) -> None:
+    found = load(tmp_path, toml, settings)
+    assert found.classes == {"phone": ClientClass(lr=0.5, local_steps=3)}
+    assert found.options == {}
+
+
+def test_clients_take_classes_in_turn_by_their_shares() -> None:
+    found = RunConfig(strategy="mixed", classes={"a": ClientClass(), "b": ClientClass(share=2)})
+    assert [found.class_of(i) for i in range(7)] == ["a", "b", "b", "a", "b", "b", "a"]
+    assert RunConfig().class_of(5) == ""
+
+
+def test_a_class_has_its_own_settings_and_the_runs_for_the_rest() -> None:
+    own = ClientClass(lr=0.5, local_steps=3, batch_size=4, queries=5, eps=0.25)
+    run = RunConfig(strategy="mixed", classes={"a": own, "b": ClientClass()}, lr=0.125, queries=2)
+    a = run.of_class("a")
+    assert (a.lr, a.local_steps, a.batch_size, a.queries, a.eps) == (0.5, 3, 4, 5, 0.25)
+    assert (a.rank, a.strategy, a.seed) == (run.rank, run.strategy, run.seed)
+    assert run.of_class("b") == run
+    assert run.of_class("") == run
+    with pytest.raises(ConfigError, match="unknown class 'c': known are a, b"):
+        run.of_class("c")
+
+
+def test_a_smaller_batch_of_a_class_bounds_its_micro_batch() -> None:
+    run = RunConfig(micro_batch_size=4, classes={"a": ClientClass(batch_size=2)})
+    assert run.of_class("a").micro_batch_size == 2
+    assert (
+        RunConfig(classes={"a": ClientClass(batch_size=2)}).of_class("a").micro_batch_size is None
+    )
+
+
+def test_a_class_trains_as_it_says_or_as_the_strategy_does() -> None:
+    classes = {"a": ClientClass(), "b": ClientClass(trainer="zeroth_order")}
+    run = RunConfig(strategy="mixed", classes=classes)
+    assert [run.trainer_of(n) for n in ("", "a", "b")] == [
+        "first_order",
+        "first_order",
+        "zeroth_order",
+    ]
+    assert RunConfig(strategy="seed_pool").trainer_of("") == "zeroth_order"
+
+
+@pytest.mark.parametrize(
+    ("changes", "lr"),
+    [
+        ({}, 3e-3),
+        ({"model": "some/model"}, 3e-4),
+        ({"strategy": "ferret"}, 3e-3),
+        ({"strategy": "mixed"}, 3e-3),
+        ({"strategy": "seed_pool"}, LR_ZEROTH_ORDER["lora", True]),
+        ({"strategy": "seed-pool"}, LR_ZEROTH_ORDER["lora", True]),
+        ({"strategy": "fedmezo", "model": "some/model"}, LR_ZEROTH_ORDER["lora", False]),
+        ({"strategy": "fedkseed", "parameters": "full"}, LR_ZEROTH_ORDER["full", True]),
+        (
+            {"strategy": "fedkseed", "parameters": "full", "model": "some/model"},
+            LR_ZEROTH_ORDER["full", False],
+        ),
+        ({"strategy": "seed_pool", "lr": 0.5}, 0.5),
+        ({"lr": 0.5}, 0.5),
+    ],
+)
+def test_the_default_learning_rate_fits_trainer_and_model(
+    tmp_path: Path, changes: dict[str, Any], lr: float
+) -> None:
+    assert load(tmp_path, None, **changes).lr == lr
+
+
+def test_zeroth_order_clients_of_a_first_order_strategy_have_a_rate_of_their_own() -> None:
+    """The run's rate is that of backpropagation."""
+    classes = {
+        "a": ClientClass(),
+        "b": ClientClass(trainer="zeroth_order"),
+        "c": ClientClass(trainer="zeroth_order", lr=0.25),
+    }
+    run = RunConfig(strategy="mixed", classes=classes, lr=0.5)
+    found = [run.of_class(name).lr for name in "abc"]
+    assert found == [0.5, LR_ZEROTH_ORDER["lora", True], 0.25]
+    hub = RunConfig(strategy="mixed", classes=classes, model="some/model")
+    assert hub.of_class("b").lr == LR_ZEROTH_ORDER["lora", False]
+
+
+@pytest.mark.parametrize("embedded", [True, False])
+def test_full_training_is_far_more_careful_than_that_of_adapters(embedded: bool) -> None:
+    """A step is as noisy as there are parameters."""
+    assert 10 * LR_ZEROTH_ORDER["full", embedded] <= LR_ZEROTH_ORDER["lora", embedded]
+
+
+def test_a_zeroth_order_run_takes_more_steps_unless_told() -> None:
+    """A step says little and its scalar is all that is sent: many of them make a round."""
+    assert RunConfig().local_steps == RunConfig(strategy="mixed").local_steps == 10
+    assert RunConfig(strategy="seed_pool").local_steps == 50
+    assert RunConfig(strategy="seed_pool", local_steps=3).local_steps == 3
+
+
+def test_a_config_with_classes_survives_json() -> None:
+    classes = {"a": ClientClass(share=2), "b": ClientClass(trainer="zeroth_order", lr=0.5)}
+    found = RunConfig(strategy="mixed", classes=classes, estimator="kerzoo")
+    assert config.validate(json.loads(json.dumps(found.model_dump(mode="json")))) == found
 
 
 def test_one_rank_for_all_is_the_rank_of_the_global_adapter() -> None:

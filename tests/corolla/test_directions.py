@@ -365,7 +365,7 @@ def test_settling_depends_on_names_not_on_the_order_of_a_dict() -> None:
     before = {n: t.clone() for n, t in params.items()}
     moves = [Move(SIGN, scalars(32, 3)), Move(GAUSSIAN, scalars(32, 4))]
     found = directions.settle(params, moves)
-    other = directions.settle(dict(reversed(params.items())), moves)
+    other = directions.settle(dict(reversed(list(params.items()))), moves)
     flat, _ = directions.flatten(params)
     directions.apply(flat, 0, moves)
     assert torch.equal(directions.flatten(found)[0], flat)

@@ -165,6 +165,37 @@ def test_the_fingerprint_is_of_the_weights(settings: Settings) -> None:
     assert models.fingerprint(base.model) != first
 
 
+def test_a_base_carries_the_fingerprint_of_its_weights(
+    settings: Settings, tiny_model: Path, tmp_path: Path
+) -> None:
+    """By which server and device can tell that they start from the same model."""
+    base = models.load(settings())
+    assert base.fingerprint == models.fingerprint(base.model)
+    assert len(base.fingerprint) == 64
+    assert models.load(settings(seed=5, rank=3)).fingerprint == base.fingerprint
+    copied = tmp_path / "elsewhere"
+    shutil.copytree(tiny_model, copied)
+    assert models.load(settings(model=str(copied))).fingerprint == base.fingerprint
+    other = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
+    with torch.no_grad():
+        other.get_input_embeddings().weight[7, 3] += 2**-20
+    other.save_pretrained(copied)
+    assert models.load(settings(model=str(copied))).fingerprint != base.fingerprint
+
+
+def test_a_base_in_another_type_has_another_fingerprint(settings: Settings) -> None:
+    """Rounded weights are other weights: a log of steps would not lead to the same model."""
+    found = {models.load(settings(dtype=d)).fingerprint for d in ("float32", "bfloat16", "float16")}
+    assert len(found) == 3
+
+
+def test_a_classifiers_fingerprint_is_also_of_its_new_head(settings: Settings) -> None:
+    labels = ["no", "yes"]
+    one, again, other = (models.load(settings(seed=s), labels).fingerprint for s in (1, 1, 2))
+    assert one == again
+    assert one != other
+
+
 def test_quantization_needs_its_package(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,7 +57,7 @@ def test_other_bases_and_other_starts_are_other_origins() -> None:
     found = {seedlog.origin(BASE, state) for state in (FIRST, moved, renamed, reseeded)}
     found |= {seedlog.origin(base, FIRST) for base in ("cd" * 32, "")}
     assert len(found) == 6
-    assert seedlog.origin(BASE, dict(reversed(FIRST.items()))) in found
+    assert seedlog.origin(BASE, dict(reversed(list(FIRST.items())))) in found
 
 
 def test_a_gap_a_swap_and_a_foreign_row_end_elsewhere() -> None:

@@ -8,10 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corolla import codec
+from corolla import codec, wire
 from corolla.errors import WireError
+from corolla.proto import update_pb2 as pb
 from corolla.server.aggregate import in_order, read_reply
-from corolla.types import Payload
+from corolla.types import Params, Payload
 from corolla.wire import Kind, Packet, Reply, Task, pack_reply
 
 TASK = Task("ab" * 16, 3, "v3", Kind.TRAIN, "{}")
@@ -127,6 +128,124 @@ def test_a_payload_that_is_too_large_is_refused_before_it_is_decoded() -> None:
     large: Payload = {"adapter": {"w": torch.zeros(1 << 20)}}
     with pytest.raises(WireError, match=f"at most {(5 << 20) + (1 << 20)}"):
         read_reply(reply(b"\xff" * (7 << 20)), "ada", TASK, large)
+
+
+# Scalar groups, which travel in the header
+
+G = torch.tensor([0.5, -2.0, 0.0])
+SCALARS: Params = {
+    "scalars": G,
+    "step": torch.tensor(-0.1),
+    "directions": torch.tensor([7, 0, 7], dtype=torch.int32),
+}
+LIKE_SCALARS: Payload = {
+    "scalars": {
+        "scalars": torch.zeros(3),
+        "step": torch.tensor(0.0),
+        "directions": torch.full((3,), 7, dtype=torch.int32),
+    }
+}
+LIKE_SEEDED: Payload = {
+    "scalars": {
+        "scalars": torch.zeros(3, dtype=torch.float16),
+        "step": torch.tensor(0.0),
+        "seed": torch.tensor(2**32 - 1),
+    }
+}
+
+
+def answer(payload: Payload) -> Packet:
+    """A reply as a client packs it."""
+    dense, scalars = wire.enclose(payload)
+    return reply(dense, scalars=scalars)
+
+
+def test_an_honest_reply_of_scalars_passes() -> None:
+    found, payload = read_reply(answer({"scalars": SCALARS}), "ada", TASK, LIKE_SCALARS)
+    assert found.num_examples == 5
+    assert payload.keys() == {"scalars"}
+    assert payload["scalars"].keys() == SCALARS.keys()
+    assert all(torch.equal(payload["scalars"][n], t) for n, t in SCALARS.items())
+
+
+@pytest.mark.parametrize("seed", [0, 5, 2**32 - 1])
+def test_any_seed_of_32_bits_passes(seed: int) -> None:
+    honest = {"scalars": G.half(), "step": torch.tensor(1.0), "seed": torch.tensor(seed)}
+    _, payload = read_reply(answer({"scalars": honest}), "ada", TASK, LIKE_SEEDED)
+    assert payload["scalars"]["seed"].item() == seed
+
+
+def test_scalars_beside_tensors_pass() -> None:
+    like: Payload = {**LIKE, **LIKE_SCALARS}
+    _, payload = read_reply(answer({**LIKE, "scalars": SCALARS}), "ada", TASK, like)
+    assert payload.keys() == like.keys()
+
+
+def without(name: str) -> Params:
+    return {n: t for n, t in SCALARS.items() if n != name}
+
+
+def directed(*directions: int) -> Params:
+    return {**SCALARS, "directions": torch.tensor(directions, dtype=torch.int32)}
+
+
+@pytest.mark.parametrize(
+    ("payload", "reason"),
+    [
+        ({"scalars": {**SCALARS, "scalars": G * math.nan}}, "not finite"),
+        ({"scalars": {**SCALARS, "scalars": torch.tensor([0.0, math.inf, 1.0])}}, "not finite"),
+        ({"scalars": {**SCALARS, "scalars": torch.tensor([0.0, 2e6, 1.0])}}, r"beyond 1e\+06"),
+        ({"scalars": {**SCALARS, "step": torch.tensor(-2e6)}}, r"beyond 1e\+06"),
+        ({"scalars": {**SCALARS, "scalars": G.half()}}, "float16"),
+        ({"scalars": {**directed(1, 2), "scalars": G[:2]}}, r"\(2,\), expected .* \(3,\)"),
+        ({"scalars": {**directed(1, 2, 3, 4), "scalars": torch.ones(4)}}, r"\(4,\), expected"),
+        ({"scalars": {**directed(), "scalars": G[:0]}}, r"\(0,\), expected"),
+        ({"scalars": directed(0, 8, 1)}, "'directions' of 'scalars' is not between 0 and 7"),
+        ({"scalars": directed(0, 65535, 1)}, "not between 0 and 7"),
+        ({"scalars": without("directions")}, "1 tensors of 'scalars', first 'directions'"),
+        ({"scalars": without("step")}, "first 'step'"),
+        ({"scalars": {**SCALARS, "seed": torch.tensor(3)}}, "first 'seed'"),
+        ({"scalars": SCALARS, "more": SCALARS}, "groups"),
+        ({"other": SCALARS}, "groups"),
+        ({}, "groups"),
+        ({"scalars": {"x": G}}, "4 tensors of 'scalars'"),
+    ],
+)
+def test_scalars_that_are_not_as_declared_are_refused(payload: Payload, reason: str) -> None:
+    with pytest.raises(WireError, match=reason):
+        read_reply(answer(payload), "ada", TASK, LIKE_SCALARS)
+
+
+@pytest.mark.parametrize("like", [LIKE, LIKE_SCALARS])
+def test_a_group_cannot_come_twice(like: Payload) -> None:
+    """As tensors in the payload and as scalars in the header."""
+    (name, *_) = like
+    twice = reply(codec.encode({name: {"x": G}}), scalars={name: SCALARS})
+    with pytest.raises(WireError, match=f"group '{name}' is there as tensors and as scalars"):
+        read_reply(twice, "ada", TASK, like)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("fp32", b"\x00" * 8),
+        ("fp32", b"\x00" * 13),
+        ("fixed32", b"\xff" * 12),
+        ("fixed32", b"\x00" * 8),
+        ("bitmap", b"\xff"),
+        ("varint", b"\x80\x80\x80"),
+        ("size", 1 << 31),
+        ("step", math.nan),
+        ("step", math.inf),
+    ],
+)
+def test_a_header_that_no_sender_writes_is_refused(field: str, value: object) -> None:
+    head = pb.Reply()
+    honest = answer({"scalars": SCALARS})
+    head.ParseFromString(honest.header)
+    setattr(head.scalars[0], field, value)
+    with pytest.raises(WireError):
+        read_reply(Packet(head.SerializeToString(), b""), "ada", TASK, LIKE_SCALARS)
 
 
 def test_where_no_payload_is_expected_none_is_read() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from corolla import codec, data, models
+from corolla import codec, data, models, seedlog, seeds, tree, wire
 from corolla.client.memory import Memory
 from corolla.client.worker import Worker
 from corolla.config import RunConfig
@@ -19,8 +19,19 @@ from corolla.errors import RoundError
 from corolla.lora import LoraModel
 from corolla.proto import update_pb2 as pb
 from corolla.server.rounds import Federation, RoundResult, evaluate_clients, run_round
-from corolla.types import Metrics, Params, Payload
-from corolla.wire import Kind, Packet, Reply, Task, pack_reply, unpack_reply, unpack_task
+from corolla.types import Metrics, Params, Payload, Size, row_name
+from corolla.wire import (
+    SCHEMA,
+    Kind,
+    Log,
+    Packet,
+    Reply,
+    Task,
+    pack_reply,
+    pack_task,
+    unpack_reply,
+    unpack_task,
+)
 
 Settings = Callable[..., RunConfig]
 Tamper = Callable[[Packet], Packet | None]
@@ -65,6 +76,16 @@ class Setting:
     def network(self, **changes: Any) -> Local:
         return Local(dict.fromkeys(self.federation.clients, self.worker), **changes)
 
+    def device(self, folder: Path) -> Worker:
+        """A device with a memory of its own; the model and the data are shared."""
+        return Worker(self.worker.config, self.worker.model, self.worker.data, Memory(folder))
+
+    def shown(self, state: Payload) -> str:
+        """What the model of a state is, as the server has it."""
+        adapter = self.federation.strategy.adapter(state)
+        self.worker.model.show(adapter, self.federation.config.lora)
+        return tree.digest(self.worker.model.read())
+
 
 @pytest.fixture
 def setup(settings: Settings, tmp_path: Path) -> Callable[..., Setting]:
@@ -74,9 +95,12 @@ def setup(settings: Settings, tmp_path: Path) -> Callable[..., Setting]:
         worker = Worker(config, model, data.load(config), Memory(tmp_path / "memory"))
         clients = {c: len(s.train) for c, s in worker.data.clients.items()}
         strategy = config.build_strategy()
-        state = strategy.init(model.init(config.lora, 0), 0)
+        start = model.init(config.lora, seeds.derive(config.seed, "init"))
+        state = strategy.init(start, config.seed)
+        origin = seedlog.origin(model.base.fingerprint, state)
         fresh = cache(lambda spec: model.init(spec, 0))
-        return Setting(Federation("ab" * 16, config, strategy, clients, fresh), worker, state)
+        federation = Federation("ab" * 16, config, strategy, clients, fresh, origin)
+        return Setting(federation, worker, state)
 
     return make
 
@@ -175,7 +199,7 @@ HOSTILE: dict[str, Tamper] = {
     "other name": changed(client="ben"),
     "no name": changed(client=""),
     "other kind": changed(kind=Kind.EVALUATE),
-    "other schema": header(schema=2),
+    "other schema": header(schema=SCHEMA + 1),
     "error": changed(error="out of memory"),
     "missing groups": changed(missing=["A"], error="missing", payload=b""),
     "missing groups without error": changed(missing=["A"]),
@@ -266,7 +290,7 @@ def test_the_aggregate_is_the_weighted_mean_of_what_clients_sent(
     assert found.metrics["local_steps"] == sum(r.metrics["local_steps"] for r in sent.values())
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "ffa_lora", "flora"])
+@pytest.mark.parametrize("strategy", ["fedavg", "ffa_lora", "flora", "seed_pool", "fedkseed_pro"])
 def test_the_order_of_arrival_changes_no_bit(setup: Callable[..., Setting], strategy: str) -> None:
     setting = setup(strategy=strategy)
     answers: dict[str, Packet] = {}
@@ -480,6 +504,357 @@ def test_huge_metrics_do_not_end_a_round(name: str, signs: tuple[int, int]) -> N
     found = run_round(federation, state, {}, 1, network)
     assert len(found.num_examples) == 6
     assert all(math.isfinite(value) for value in found.metrics.values())
+
+
+# Logs of seeded steps: who holds what, and what it is sent
+
+POOL: dict[str, Any] = {"strategy": "seed_pool", "options": {"size": 8}}
+
+
+@dataclass
+class Watching(Local):
+    """Writes down which rows each client was sent, and which model it then had."""
+
+    logs: dict[str, Log] = field(default_factory=dict)
+    sent: dict[str, Payload] = field(default_factory=dict)
+    models: dict[str, str] = field(default_factory=dict)
+
+    def ask(self, packets: Mapping[str, Packet]) -> Iterator[tuple[str, Packet | None]]:
+        for client, packet in packets.items():
+            task = unpack_task(packet)
+            assert task.log is not None
+            self.logs[client], self.sent[client] = task.log, wire.content(task)
+            worker = self.workers[client]
+            reply = unpack_reply(worker(client, pack_task(replace(task, kind=Kind.EVALUATE))), 0)
+            if not reply.error:
+                self.models[client] = tree.digest(worker.model.read())
+            yield client, worker(client, packet)
+
+
+def test_each_client_gets_the_rows_it_missed_and_reaches_the_servers_model(
+    setup: Callable[..., Setting], tmp_path: Path
+) -> None:
+    """Who was asked in round r holds r - 1 rows; in round n it gets n - r, a newcomer n - 1."""
+    setting = setup(cohort=2, **POOL)
+    devices = {c: setting.device(tmp_path / c) for c in setting.federation.clients}
+    state, held = setting.state, {}  # type: Payload, Mapping[str, frozenset[str]]
+    asked: dict[str, int] = {}
+    missed = set()
+    for round in range(1, 10):
+        server, network = setting.shown(state), Watching(devices)
+        found = run_round(setting.federation, state, held, round, network)
+        down = 0
+        for client, log in network.logs.items():
+            count = round - asked.get(client, 1)
+            rows = list(seedlog.rows(state).values())[round - 1 - count :]
+            assert log.number == round - 1
+            assert [tree.digest(row) for row in log.rows] == [tree.digest(row) for row in rows]
+            assert network.sent[client] == {}
+            assert network.models[client] == server
+            down += sum(wire.scalar_bytes(row) for row in rows)
+            missed.add(count)
+            asked[client] = round
+        assert (found.bytes_down, found.dropped) == (down, {})
+        state, held = found.state, found.held
+    assert asked.keys() == setting.federation.clients.keys()
+    assert {0, 1, 2} <= missed
+    assert max(missed) >= 3
+
+
+def test_who_is_not_believed_to_follow_gets_all_rows(
+    setup: Callable[..., Setting], tmp_path: Path
+) -> None:
+    setting = setup(**POOL)
+    devices = {c: setting.device(tmp_path / c) for c in setting.federation.clients}
+    first = run_round(setting.federation, setting.state, {}, 1, Local(devices))
+    second = run_round(
+        *(setting.federation, first.state, first.held, 2),
+        Local(devices, tamper={"ben": HOSTILE["silence"]}),
+    )
+    assert set(second.held) == {"ada", "cyd", "dot"}
+    network = Watching(devices)
+    third = run_round(setting.federation, second.state, second.held, 3, network)
+    assert {c: len(log.rows) for c, log in network.logs.items()} == {
+        "ada": 1,
+        "ben": 2,
+        "cyd": 1,
+        "dot": 1,
+    }
+    assert third.dropped == {}
+
+
+def dense_then_sparse(setting: Setting) -> tuple[Payload, list[str]]:
+    """A log whose first row is larger than the adapter and whose second is small; versions."""
+    noise = torch.randn(4096, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    few = torch.zeros(4096, dtype=torch.float64)
+    few[100:103] = 0.01
+    rows = [seedlog.row(0.001 * noise, torch.float16), seedlog.row(few, torch.float16)]
+    state = {**setting.state, row_name(1): rows[0], row_name(2): rows[1]}
+    return state, seedlog.versions(setting.federation.origin, rows)
+
+
+def test_a_newcomer_gets_the_weights_where_these_are_fewer_bytes(
+    setup: Callable[..., Setting], tmp_path: Path
+) -> None:
+    setting = setup(strategy="seed_pool", options={"size": 4096})
+    state, versions = dense_then_sparse(setting)
+    devices = {c: setting.device(tmp_path / c) for c in setting.federation.clients}
+    followers = ("ada", "cyd", "dot")
+    for client in followers:
+        devices[client].memory.extend(versions[0], list(seedlog.rows(state).values())[:1])
+    held = {c: frozenset([versions[1]]) for c in followers}
+    server, network = setting.shown(state), Watching(devices)
+    found = run_round(setting.federation, state, held, 3, network)
+    assert (found.dropped, set(network.models.values())) == ({}, {server})
+    assert {c: len(log.rows) for c, log in network.logs.items()} == {
+        "ada": 1,
+        "ben": 0,
+        "cyd": 1,
+        "dot": 1,
+    }
+    assert network.logs["ben"].since == network.logs["ben"].version == versions[2]
+    assert {c: sorted(sent) for c, sent in network.sent.items() if sent} == {"ben": ["start"]}
+    # Three values of 2 bytes, the first direction in 1 byte (100), the next two in 1, the step.
+    assert found.bytes_down == A_BYTES + B_BYTES + 3 * (3 * 2 + 3 + 4)
+    again = Watching(devices)
+    server = setting.shown(found.state)
+    then = run_round(setting.federation, found.state, found.held, 4, again)
+    assert (then.dropped, set(again.models.values())) == ({}, {server})
+    assert {len(log.rows) for log in again.logs.values()} == {1}
+    assert all(not sent for sent in again.sent.values())
+
+
+def test_rows_larger_than_the_weights_are_never_sent(setup: Callable[..., Setting]) -> None:
+    """Also to who follows: one row of 4096 values is more than this adapter."""
+    setting = setup(strategy="seed_pool", options={"size": 4096})
+    state, versions = dense_then_sparse(setting)
+    before: Payload = {g: p for g, p in state.items() if g != row_name(2)}
+    held = {c: frozenset([versions[0]]) for c in setting.federation.clients}
+    network = Watching(dict.fromkeys(setting.federation.clients, setting.worker))
+    server = setting.shown(before)
+    found = run_round(setting.federation, before, held, 2, network)
+    assert found.bytes_down == 4 * (A_BYTES + B_BYTES)
+    assert set(network.models.values()) == {server}
+
+
+def test_a_client_that_lost_its_log_is_sent_everything(
+    setup: Callable[..., Setting], tmp_path: Path
+) -> None:
+    setting = setup(**POOL)
+    devices = {c: setting.device(tmp_path / c) for c in setting.federation.clients}
+    state, held = setting.state, {}  # type: Payload, Mapping[str, frozenset[str]]
+    for round in (1, 2):
+        found = run_round(setting.federation, state, held, round, Local(devices))
+        state, held = found.state, found.held
+    devices["ben"] = setting.device(tmp_path / "new device")
+    server, network = setting.shown(state), Watching(devices)
+    third = run_round(setting.federation, state, held, 3, network)
+    one, two = (wire.scalar_bytes(row) for row in seedlog.rows(state).values())
+    assert third.dropped == {}
+    assert third.bytes_down == 4 * two + (one + two)  # ben is asked twice, then with everything
+    assert set(network.models.values()) == {server}
+    fourth = run_round(setting.federation, third.state, third.held, 4, Watching(devices))
+    last = list(seedlog.rows(third.state).values())[-1]
+    assert (fourth.bytes_down, fourth.dropped) == (4 * wire.scalar_bytes(last), {})
+
+
+def test_a_device_with_another_base_model_takes_no_part(
+    setup: Callable[..., Setting], tmp_path: Path
+) -> None:
+    setting = setup(**POOL)
+    other = LoraModel(models.load(setting.federation.config))
+    with torch.no_grad():
+        other.base.model.get_output_embeddings().weight[5] += 0.1
+    other.base = replace(other.base, fingerprint=models.fingerprint(other.base.model))
+    odd = Worker(setting.worker.config, other, setting.worker.data, Memory(tmp_path / "odd"))
+    workers = {**dict.fromkeys(setting.federation.clients, setting.worker), "ben": odd}
+    found = run_round(setting.federation, setting.state, {}, 1, Local(workers))
+    assert set(found.num_examples) == {"ada", "cyd", "dot"}
+    assert "another base model" in found.dropped["ben"]
+
+
+# Classes of clients
+
+PHONES: dict[str, Any] = {
+    "strategy": "mixed",
+    "options": {"size": 8},
+    "classes": {
+        "server": {"trainer": "first_order", "local_steps": 1, "batch_size": 2},
+        "phone": {
+            "trainer": "zeroth_order",
+            **{"share": 2, "local_steps": 3, "queries": 2, "batch_size": 1},
+        },
+    },
+}
+
+
+def test_clients_take_classes_in_turn_by_their_shares(setup: Callable[..., Setting]) -> None:
+    federation = setup(**PHONES).federation
+    found = {c: federation.class_of(c) for c in ("ada", "ben", "cyd", "dot")}
+    assert found == {"ada": "server", "ben": "phone", "cyd": "phone", "dot": "server"}
+    assert setup().federation.class_of("ada") == ""
+
+
+def test_size_and_examples_are_those_of_a_clients_class(setup: Callable[..., Setting]) -> None:
+    federation = setup(**PHONES).federation
+    a, b = A_BYTES // 4, B_BYTES // 4
+    assert federation.size("ada") == Size(a, b, 0, 1, "first_order")
+    assert federation.size("ben") == Size(a, b, 0, 6, "zeroth_order")
+    assert [federation.most_examples(c) for c in ("ada", "ben", "cyd", "dot")] == [2, 3, 3, 2]
+    # without classes: two steps of three, of 4, 7, 10 and 5 examples
+    plain = setup().federation
+    assert [plain.most_examples(c) for c in ("ada", "ben", "cyd", "dot")] == [4, 6, 6, 5]
+
+
+def test_a_round_of_two_classes(setup: Callable[..., Setting]) -> None:
+    setting = setup(**PHONES)
+    sent: dict[str, Reply] = {}
+
+    def keep(packet: Packet) -> Packet:
+        reply = unpack_reply(packet, 1 << 30)
+        sent[reply.client] = reply
+        return packet
+
+    found = setting.run(tamper=dict.fromkeys(setting.federation.clients, keep))
+    assert found.num_examples == {"ada": 2, "ben": 3, "cyd": 3, "dot": 2}
+    assert {c: r.metrics["local_steps"] for c, r in sent.items()} == {
+        "ada": 1.0,
+        "ben": 3.0,
+        "cyd": 3.0,
+        "dot": 1.0,
+    }
+    assert found.metrics["local_steps"] == 8.0
+    assert found.metrics["scalars"] == 12.0
+    # 6 scalars, the seed and the step of a phone; 16 bytes of key with each adapter
+    assert found.bytes_up == 2 * (A_BYTES + B_BYTES) + 2 * (6 * 4 + 8)
+    assert found.bytes_down == 4 * (A_BYTES + B_BYTES + 16)
+    assert found.metrics["zeroth_order_share"] == pytest.approx(0.6)  # 6 of 10 examples
+
+
+def test_a_client_cannot_answer_for_another_class(setup: Callable[..., Setting]) -> None:
+    setting = setup(**PHONES)
+    dense = codec.encode({"adapter": setting.state["adapter"]})
+    tamper = {"ben": changed(scalars={}, payload=dense)}
+    found = setting.run(tamper=tamper)
+    assert set(found.dropped) == {"ben"}
+    assert "update has groups ['adapter'], expected ['scalars']" in found.dropped["ben"]
+    more = setting.run(tamper={"cyd": changed(num_examples=4), "dot": changed(num_examples=3)})
+    assert set(more.dropped) == {"cyd", "dot"}
+    assert all("more than it can have" in why for why in more.dropped.values())
+
+
+# What a round costs
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"strategy": "fedavg"},
+        {"strategy": "ffa_lora"},
+        {"strategy": "flora", "ranks": [2, 4]},
+        POOL,
+        {"strategy": "fedkseed", "options": {"size": 8}},
+        {"strategy": "fedkseed_pro", "options": {"size": 8}},
+        {"strategy": "fedmezo"},
+        {"strategy": "ferret", "options": {"size": 8}},
+        PHONES,
+    ],
+    ids=lambda changes: str(changes["strategy"]),
+)
+def test_the_cost_of_a_round_is_its_traffic(
+    setup: Callable[..., Setting], changes: dict[str, Any]
+) -> None:
+    """Once everybody has all that is sent once, and nobody missed a round."""
+    setting = setup(**changes)
+    first = setting.run()
+    found = run_round(setting.federation, first.state, first.held, 2, setting.network())
+    assert found.dropped == {}
+    assert found.cost.up == found.bytes_up > 0
+    if found.cost.at_most:
+        assert 0 < found.bytes_down <= found.cost.down
+    else:
+        assert found.cost.down == found.bytes_down > 0
+
+
+def test_the_cost_of_a_round_counts_who_answered(setup: Callable[..., Setting]) -> None:
+    found = setup().run(tamper={"ben": HOSTILE["silence"]})
+    assert (found.cost.up, found.bytes_up) == (3 * (A_BYTES + B_BYTES),) * 2
+
+
+# Scalars from clients nobody trusts
+
+
+def grouped(change: Callable[[dict[str, torch.Tensor]], None], *names: str) -> Tamper:
+    """An honest answer whose scalar group is changed, under these names."""
+
+    def tamper(packet: Packet) -> Packet:
+        reply = unpack_reply(packet, 1 << 30)
+        group = dict(reply.scalars["scalars"])
+        change(group)
+        return pack_reply(replace(reply, scalars=dict.fromkeys(names or ("scalars",), group)))
+
+    return tamper
+
+
+def scalars(**functions: Callable[[torch.Tensor], torch.Tensor]) -> Tamper:
+    """An honest answer with functions of some tensors of its scalar group."""
+    return grouped(lambda g: g.update({n: function(g[n]) for n, function in functions.items()}))
+
+
+def resized(take: Callable[[torch.Tensor], torch.Tensor]) -> Tamper:
+    """An honest answer with fewer or more scalars, and directions where there are any."""
+    return grouped(lambda g: g.update({n: take(t) for n, t in g.items() if t.dim()}))
+
+
+HOSTILE_SCALARS: dict[str, Tamper] = {
+    "nan": scalars(scalars=lambda t: t * math.nan),
+    "inf": scalars(scalars=lambda t: t * math.inf),
+    "too few": resized(lambda t: t[:1]),
+    "too many": resized(lambda t: torch.cat([t, t])),
+    "none": resized(lambda t: t[:0]),
+    "other type": scalars(scalars=lambda t: t.half() if t.dtype == torch.float32 else t.float()),
+    "huge step": scalars(step=lambda t: torch.full_like(t, 1e30)),
+    "no step": grouped(lambda g: g.__delitem__("step")),
+    "other group": grouped(lambda g: None, "other"),
+    "two groups": grouped(lambda g: None, "scalars", "more"),
+    "no group": changed(scalars={}),
+    "tensors instead": changed(scalars={}, payload=codec.encode({"scalars": {"x": torch.ones(2)}})),
+    "both": changed(payload=codec.encode({"scalars": {"x": torch.ones(2)}})),
+}
+SEEDED = {
+    **HOSTILE_SCALARS,
+    "no seed": grouped(lambda g: g.__delitem__("seed")),
+    "directions too": grouped(lambda g: g.update(directions=torch.zeros(2, dtype=torch.int32))),
+}
+DIRECTED = {
+    **HOSTILE_SCALARS,
+    "huge": scalars(scalars=lambda t: torch.full_like(t, 3e38)),
+    "no directions": grouped(lambda g: g.__delitem__("directions")),
+    "direction beyond the pool": scalars(directions=lambda t: torch.full_like(t, 8)),
+    "a seed": grouped(lambda g: g.update(seed=torch.tensor(3))),
+}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "attack"),
+    [
+        *(("seed_pool", attack) for attack in SEEDED),
+        *(("fedkseed", attack) for attack in DIRECTED),
+        *(("fedkseed_pro", attack) for attack in DIRECTED),
+    ],
+)
+def test_hostile_scalars_cost_their_sender_the_round_and_nobody_else(
+    setup: Callable[..., Setting], strategy: str, attack: str
+) -> None:
+    setting = setup(strategy=strategy, options={"size": 8})
+    tamper = (SEEDED if strategy == "seed_pool" else DIRECTED)[attack]
+    found = setting.run(tamper={"cyd": tamper})
+    assert set(found.num_examples) == {"ada", "ben", "dot"}
+    assert set(found.dropped) == {"cyd"}
+    wanted = setting.run(tamper={"cyd": lambda packet: None})
+    assert equal(found.state, wanted.state)
+    assert found.metrics == wanted.metrics
+    assert found.bytes_up == wanted.bytes_up
 
 
 def test_evaluation_collects_what_clients_measure(setup: Callable[..., Setting]) -> None:

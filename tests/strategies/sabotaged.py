@@ -1,7 +1,7 @@
 """Strategies with one mistake each, as seen in real code; and correct ones of a user's own."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Self, cast
 
 import torch
@@ -22,12 +22,16 @@ from corolla.types import (
     Broadcast,
     Client,
     Cost,
+    ForwardTrainer,
     Metrics,
+    Move,
     Params,
     Payload,
+    Pool,
     Size,
     TrainerName,
     Update,
+    Walk,
 )
 
 
@@ -258,18 +262,43 @@ class AddsUpClients(SeedPool):
         return SumOfClients(self.size)
 
 
+@dataclass(frozen=True)
+class EarlierSigns:
+    """A trainer that takes the signs of the round before, whatever it is asked for."""
+
+    own: ForwardTrainer
+
+    @property
+    def queries(self) -> int:
+        return self.own.queries
+
+    def walk(
+        self,
+        start: Params,
+        moves: Sequence[Move],
+        pool: Pool,
+        directions: Sequence[int],
+        dtype: torch.dtype = torch.float32,
+    ) -> Walk:
+        seed, round = cast(SignPool, pool).key
+        earlier = SignPool(cast(SignPool, pool).size, (seed, round - 1))
+        return self.own.walk(start, moves, earlier, directions, dtype)
+
+
+class _Behind(LocalClient):
+    @property
+    def forward(self) -> ForwardTrainer:  # type: ignore[override]
+        return EarlierSigns(super().forward)
+
+
 class SignsOfTheRoundBefore(SeedPool):
     """Client and server disagree by one on the number of the round."""
 
     def local(self, client: Client, received: Payload) -> Update:
-        before = _ShiftedPool(self.size, self.scalars)
-        return SeedPool.local(before, client, received)
-
-
-class _ShiftedPool(SeedPool):
-    def _pool(self, state: Payload, round: int) -> SignPool:
-        known = len([group for group in state if group.startswith("log-")])
-        return super()._pool(state, round - 1 if round > known else round)
+        own = cast(LocalClient, client)
+        return super().local(
+            _Behind(**{f.name: getattr(own, f.name) for f in fields(own)}), received
+        )
 
 
 class StepOfOne(SeedSums):
@@ -363,7 +392,7 @@ class ClassesAlike(Mixed):
     """Each class counts for one half, however many examples it has."""
 
     def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
-        examples = torch.ones_like(aggregate["counts"]["examples"])
+        examples = (aggregate["counts"]["examples"] > 0).double()
         counts = {**aggregate["counts"], "examples": examples}
         return super().apply(state, {**aggregate, "counts": counts})
 

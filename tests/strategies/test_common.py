@@ -177,6 +177,33 @@ def test_saved_model_is_the_weighted_mean_of_what_clients_trained(
     assert trained == set(tiny.CLIENTS)
 
 
+@pytest.mark.parametrize("model", tiny.KINDS)
+def test_saved_factors_are_the_weighted_means_of_what_clients_trained(
+    name: str, model: str, tmp_path: Path
+) -> None:
+    """Three rounds: A, B and the head apart, each client's read from its model."""
+    if STRATEGIES[name].aggregates != "factors":
+        pytest.skip("does not claim means of factors")
+    run = tiny.start(tiny.config(name, **varied(name)), model, tmp_path / "memory")
+    for _ in range(3):
+        run.step()
+        total = sum(run.network.examples.values())
+        p = {client: n / total for client, n in run.network.examples.items()}
+        wanted = dict(run.network.mean())
+        means = {
+            n: torch.stack([p[c] * own[n].double() for c, own in run.network.trained.items()]).sum(
+                0
+            )
+            for n in run.model.init(SPEC, 0)
+        }
+        for module in [n.removesuffix(".lora_A") for n in means if n.endswith(".lora_A")]:
+            product = SPEC.scaling * means[module + ".lora_B"] @ means[module + ".lora_A"]
+            wanted[module] = product.T if model == "gpt2" else product  # Conv1D is (in, out)
+        found = tiny.saved(run, tmp_path / "adapter")
+        assert found.keys() == wanted.keys()
+        assert tiny.relative(found, wanted) <= 1e-6 + rounding(name)
+
+
 def test_equal_updates_count_as_one(name: str, run: Run) -> None:
     ((payload, _), *_) = updates(run)
     wanted = applied(run, [(payload, 5.0)])

@@ -328,7 +328,9 @@ def seen(broadcast: Broadcast, first: Payload) -> Payload:
     payload = {**broadcast.payload, **broadcast.cached}
     if broadcast.log is None:
         return payload
-    return {**first, **payload, **{row_name(n): row for n, row in enumerate(broadcast.log, 1)}}
+    rows = {row_name(n): row for n, row in enumerate(broadcast.log, 1)}
+    last = {seedlog.LAST: {"number": torch.tensor(len(rows))}}
+    return {**first, **payload, **rows, **last}
 
 
 def play(

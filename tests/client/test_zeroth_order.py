@@ -1,0 +1,773 @@
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+import transformers
+from torch import Tensor
+from torch.func import functional_call
+
+from corolla import models, schedule, scoring, trainable
+from corolla.client import zeroth_order
+from corolla.client.zeroth_order import ZerothOrder
+from corolla.config import RunConfig
+from corolla.directions import GaussianPool, LowRankPool, SignPool
+from corolla.encoding import Encoded
+from corolla.errors import DataError, DivergedError
+from corolla.full import FullModel
+from corolla.lora import LoraModel
+from corolla.space import Beside, InPlace, Space
+from corolla.trainable import Trainable
+from corolla.types import LoraSpec, Move, Params, Pool, Walk
+
+Settings = Callable[..., RunConfig]
+SPEC = LoraSpec(2, 4.0)
+SCALING = 2.0  # alpha 4 / rank 2
+SIGN = SignPool(64, (5, 1))
+POOLS = [pytest.param(SIGN, id="sign"), pytest.param(GaussianPool(5), id="gaussian")]
+
+# Unequal numbers of target tokens: 3, 7, 1 and 4.
+DATA = [
+    Encoded([40, 41, 42, 43], [40, 41, 42, 43]),
+    Encoded([50, 51, 52, 53, 54, 55, 56, 0], [50, 51, 52, 53, 54, 55, 56, 0]),
+    Encoded([60, 61, 62, 0], [-100, -100, -100, 0]),
+    Encoded([70, 71, 72, 73, 74, 0], [-100, -100, 72, 73, 74, 0]),
+]
+
+
+def z(pool: Pool, k: int, count: int) -> Tensor:
+    """One direction in fp64."""
+    found = torch.zeros(count)
+    pool.add(found, 0, [(k, 1.0)])
+    return found.double()
+
+
+class Recording:
+    """A pool that writes down what is asked of it."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.calls: list[tuple[int, list[tuple[int, float]], bool]] = []
+
+    def add(
+        self,
+        out: Tensor,
+        offset: int,
+        terms: Sequence[tuple[int, float]],
+        source: Tensor | None = None,
+    ) -> None:
+        self.calls.append((offset, list(terms), source is not None))
+        self.pool.add(out, offset, terms, source)
+
+
+class Quadratic:
+    """L(w) = ½ wᵀ A w + b · w in fp64, with the interface of a resident model."""
+
+    count = 40
+
+    def __init__(self, space: type[Beside] | type[InPlace] = Beside) -> None:
+        generator = torch.Generator().manual_seed(3)
+        root = torch.randn(self.count, self.count, generator=generator, dtype=torch.float64)
+        self.a = root @ root.T / self.count
+        self.b = torch.randn(self.count, generator=generator, dtype=torch.float64)
+        # Coarse numbers: what is added to them is exact in fp32.
+        self.start = torch.randint(-64, 64, (self.count,), generator=generator) / 64.0
+        self.w = self.start.clone()
+        self.space = space
+        self.base = SimpleNamespace(pad_id=0)
+        self.device = torch.device("cpu")
+        self.points: list[Tensor] = []
+
+    def enter(self, start: Params, spec: LoraSpec, moves: Sequence[Move]) -> Space:
+        self.w = start["w"].clone()
+        return Beside(self.w) if self.space is Beside else InPlace([(0, self.w)])
+
+    def read(self) -> Params:
+        return {"w": self.w.clone()}
+
+    def loss(self, w: Tensor) -> float:
+        w = w.double()
+        return float(w @ self.a @ w / 2 + self.b @ w)
+
+    def gradient(self, w: Tensor) -> Tensor:
+        return self.a @ w.double() + self.b
+
+    def walk(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        config: RunConfig,
+        directions: Sequence[int],
+        pool: Pool = SIGN,
+        dtype: torch.dtype = torch.float32,
+        change: Callable[[int, float], float] = lambda call, loss: loss,
+        **fields: Any,
+    ) -> Walk:
+        """Train on it; `change` may replace the loss of a call."""
+        calls = itertools.count()
+
+        def loss(trainer: ZerothOrder, batch: Sequence[Encoded]) -> float:
+            self.points.append(self.w.clone())
+            return change(next(calls), self.loss(self.w))
+
+        monkeypatch.setattr(ZerothOrder, "_loss", loss)
+        values: dict[str, Any] = {"data": DATA, "seed": 0, "round": 1, **fields}
+        made = ZerothOrder(cast(Trainable, self), SPEC, config=config, **values)
+        return made.walk({"w": self.start}, (), pool, directions, dtype)
+
+
+@pytest.fixture
+def model(settings: Settings) -> LoraModel:
+    return LoraModel(models.load(settings()))
+
+
+@pytest.fixture
+def start(model: LoraModel) -> Params:
+    """A start whose B is not zero: both factors have slopes."""
+    fresh = model.init(SPEC, 0)
+    noise = torch.Generator().manual_seed(1)
+    return {n: t + 0.1 * torch.randn(t.shape, generator=noise) for n, t in fresh.items()}
+
+
+@pytest.fixture
+def plain(tiny_model: Path) -> transformers.PreTrainedModel:
+    """The same model without peft and without any code of ours."""
+    loaded: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(
+        tiny_model
+    ).requires_grad_(False)
+    return loaded
+
+
+def trainer(
+    model: Trainable,
+    config: RunConfig,
+    data: Sequence[Encoded] = DATA,
+    seed: int = 0,
+    round: int = 1,
+    on_step: Callable[[int], None] | None = None,
+) -> ZerothOrder:
+    return ZerothOrder(model, SPEC, data, config, seed, round, on_step)
+
+
+def padded(data: Sequence[Encoded]) -> dict[str, Tensor]:
+    """A batch made by hand: right-padded, padding masked."""
+    longest = max(len(s.input_ids) for s in data)
+
+    def row(values: Sequence[int], fill: int) -> list[int]:
+        return [*values, *[fill] * (longest - len(values))]
+
+    labels = [s.labels for s in data if not isinstance(s.labels, int)]
+    return {
+        "input_ids": torch.tensor([row(s.input_ids, 1) for s in data]),
+        "attention_mask": torch.tensor([row([1] * len(s.input_ids), 0) for s in data]),
+        "labels": torch.tensor([row(own, -100) for own in labels]),
+    }
+
+
+def plain_loss(
+    plain: transformers.PreTrainedModel, params: Params, data: Sequence[Encoded]
+) -> Tensor:
+    """transformers' own loss of W + s B A, with dense weights."""
+    weights: dict[str, Tensor] = dict(plain.named_parameters())
+    for name in [n.removesuffix(".lora_A") for n in params if n.endswith(".lora_A")]:
+        delta = SCALING * params[name + ".lora_B"] @ params[name + ".lora_A"]
+        weights[name + ".weight"] = weights[name + ".weight"] + delta
+    loss: Tensor = functional_call(plain, weights, kwargs=padded(data)).loss
+    return loss
+
+
+def flat(params: Params) -> Tensor:
+    return torch.cat([params[name].detach().double().reshape(-1) for name in sorted(params)])
+
+
+def same(one: Params, other: Params) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+# The estimate
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("eps", [2.0**-6, 0.01])
+def test_the_slope_of_a_quadratic_is_exact(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, pool: Pool, eps: float
+) -> None:
+    """Two-sided differences have no error on quadratics, at any point of the walk."""
+    made = Quadratic()
+    config = settings(eps=eps, lr=0.01, local_steps=12)
+    directions = [(7 * t) % 64 for t in range(12)]
+    walk = made.walk(monkeypatch, config, directions, pool)
+    w = made.start.double()
+    for g, k in zip(walk.scalars.tolist(), directions, strict=True):
+        direction = z(pool, k, made.count)
+        slope = float(made.gradient(w) @ direction)
+        assert g == pytest.approx(slope, rel=1e-5, abs=1e-5 * float(made.gradient(w).norm()))
+        w = w - 0.01 * g * direction
+    assert float((walk.params["w"].double() - w).norm() / w.norm()) < 1e-6
+    assert made.loss(walk.params["w"]) < made.loss(made.start)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_the_slope_is_that_of_autograd_up_to_the_square_of_eps(
+    model: LoraModel,
+    start: Params,
+    plain: transformers.PreTrainedModel,
+    settings: Settings,
+    pool: Pool,
+) -> None:
+    leaves = {n: t.clone().requires_grad_() for n, t in start.items()}
+    plain_loss(plain, leaves, DATA).backward()  # type: ignore[no-untyped-call]
+    gradient = torch.cat([cast(Tensor, leaves[n].grad).double().reshape(-1) for n in sorted(start)])
+    slopes = torch.stack([gradient @ z(pool, k, len(gradient)) for k in range(8)])
+    off = {}
+    for eps in (0.04, 0.02, 0.005):
+        config = settings(eps=eps, lr=1e-30, local_steps=8, batch_size=4)
+        g = trainer(model, config).walk(start, (), pool, range(8)).scalars.double()
+        off[eps] = float((g - slopes).norm() / slopes.norm())
+    assert 2.5 < off[0.04] / off[0.02] < 6
+    assert off[0.005] < min(0.01, off[0.02] / 8)
+
+
+def test_the_slope_is_that_of_autograd_for_all_parameters(
+    settings: Settings, plain: transformers.PreTrainedModel
+) -> None:
+    config = settings(
+        strategy="seed_pool", parameters="full", eps=5e-3, lr=1e-30, local_steps=8, batch_size=4
+    )
+    full = trainable.build(config, models.load(config))
+    plain.requires_grad_(True)
+    plain(**padded(DATA)).loss.backward()
+    grads = {n: cast(Tensor, p.grad) for n, p in plain.named_parameters()}
+    gradient = flat(grads)
+    slopes = torch.stack([gradient @ z(SIGN, k, len(gradient)) for k in range(8)])
+    g = trainer(full, config).walk({}, (), SIGN, range(8)).scalars.double()
+    assert float((g - slopes).norm() / slopes.norm()) < 0.02
+
+
+def test_the_loss_is_that_of_transformers(
+    model: LoraModel, start: Params, plain: transformers.PreTrainedModel, settings: Settings
+) -> None:
+    config = settings(eps=1e-6, lr=1e-30, local_steps=1, batch_size=4)
+    walk = trainer(model, config).walk(start, (), SIGN, [0])
+    wanted = float(plain_loss(plain, start, DATA))
+    assert walk.metrics["train_loss"] == pytest.approx(wanted, rel=1e-5)
+    assert walk.metrics["target_tokens"] == 3 + 7 + 1 + 4
+
+
+@pytest.mark.parametrize("micro", [1, 2, 3])
+def test_micro_batches_of_unequal_targets_are_one_batch(
+    model: LoraModel, start: Params, settings: Settings, micro: int
+) -> None:
+    given: dict[str, Any] = {"eps": 0.05, "lr": 1e-3, "local_steps": 3, "batch_size": 4}
+    whole, parts = (settings(**given), settings(**given, micro_batch_size=micro))
+    model.write(start, SPEC)
+    losses = [trainer(model, config)._loss(DATA) for config in (whole, parts)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    means = [trainer(model, whole)._loss([one]) for one in DATA]
+    assert abs(sum(means) / 4 - losses[0]) > 1e-2  # what a mean of means would be
+    walks = [trainer(model, config).walk(start, (), SIGN, range(3)) for config in (whole, parts)]
+    tolerance = 2e-7 * losses[0] / 0.05  # of a loss in fp32, twice
+    torch.testing.assert_close(walks[1].scalars, walks[0].scalars, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_loss_is_computed_in_single_precision(
+    settings: Settings, dtype: str, monkeypatch: pytest.MonkeyPatch, tiny_model: Path
+) -> None:
+    config = settings(dtype=dtype, local_steps=1, batch_size=4, eps=1e-6, lr=1e-30)
+    model = LoraModel(models.load(config))
+    kinds = set()
+    own = scoring.loss_sum
+
+    def spy(*args: Any) -> Tensor:
+        found = own(*args)
+        kinds.add(found.dtype)
+        return found
+
+    monkeypatch.setattr(zeroth_order, "loss_sum", spy)
+    found = trainer(model, config).walk(model.init(SPEC, 0), (), SIGN, [0])
+    assert kinds == {torch.float32}
+    half = transformers.AutoModelForCausalLM.from_pretrained(
+        tiny_model, dtype=getattr(torch, dtype)
+    )
+    batch = padded(DATA)
+    with torch.no_grad():
+        logits = half(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    wanted = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), batch["labels"][:, 1:].flatten())
+    assert found.metrics["train_loss"] == pytest.approx(float(wanted), rel=2e-3)
+
+
+# The steps
+
+
+@pytest.mark.parametrize("queries", [2, 3])
+def test_several_queries_are_the_mean_of_each(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, queries: int
+) -> None:
+    """All of a step are measured at one point; the step is their mean."""
+    made = Quadratic()
+    chosen = [5, 9, 5][:queries]
+    together = settings(queries=queries, local_steps=1, lr=0.02)
+    alone = settings(queries=1, local_steps=1, lr=0.02)
+    walk = made.walk(monkeypatch, together, chosen)
+    singles = [made.walk(monkeypatch, alone, [k]) for k in chosen]
+    assert walk.scalars.tolist() == [float(single.scalars[0]) for single in singles]
+    assert walk.step == pytest.approx(-0.02 / queries, rel=1e-7)
+    wanted = torch.stack([single.params["w"].double() for single in singles]).mean(0)
+    assert float((walk.params["w"] - wanted).abs().max()) < 2e-7
+    assert walk.metrics["scalars"] == queries
+    assert trainer(cast(Trainable, made), together).queries == queries
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("space", [Beside, InPlace])
+def test_the_trajectory_is_that_of_three_passes_a_step(
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    space: type[Beside] | type[InPlace],
+    pool: Pool,
+) -> None:
+    """MeZO as it is written: + eps z, - 2 eps z, + eps z, then - lr g z."""
+    made = Quadratic(space)
+    config = settings(eps=2.0**-4, lr=0.01, local_steps=40)
+    directions = [(5 * t) % 16 for t in range(40)]
+    walk = made.walk(monkeypatch, config, directions, pool)
+    w = made.start.double()
+    for k in directions:
+        direction = z(pool, k, made.count)
+        above = made.loss(w + 2.0**-4 * direction)
+        below = made.loss(w - 2.0**-4 * direction)
+        w = w - 0.01 * (above - below) / 2.0**-3 * direction
+    assert float((walk.params["w"].double() - w).norm() / w.norm()) < 1e-6
+
+
+def test_scalars_and_step_are_all_that_is_needed_to_follow(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounded scalars move the weights: who receives them gets the same weights."""
+    for dtype in (torch.float32, torch.float16):
+        made = Quadratic()
+        config = settings(lr=0.01, local_steps=20, queries=2)
+        directions = [(3 * t) % 64 for t in range(40)]
+        walk = made.walk(monkeypatch, config, directions, dtype=dtype)
+        assert walk.scalars.dtype == dtype
+        w = made.start.double()
+        for g, k in zip(walk.scalars.tolist(), directions, strict=True):
+            w = w + walk.step * g * z(SIGN, k, made.count)
+        assert float((walk.params["w"] - w).norm() / w.norm()) < 1e-6
+
+
+def low_rank(model: LoraModel, start: Params) -> Pool:
+    return LowRankPool(5, tuple(tuple(start[n].shape) for n in sorted(start)), 2, 3)
+
+
+@pytest.mark.parametrize("kind", ["sign", "gaussian", "low_rank"])
+@pytest.mark.parametrize("queries", [1, 2])
+def test_the_update_is_along_the_perturbation_at_every_step(
+    model: LoraModel, start: Params, settings: Settings, kind: str, queries: int
+) -> None:
+    pools: dict[str, Pool] = {"sign": SIGN, "gaussian": GaussianPool(5)}
+    own = pools.get(kind) or low_rank(model, start)
+    pool = Recording(own)
+    count = len(flat(start))
+    config = settings(lr=1e-3, local_steps=7, queries=queries, eps=0.01)
+    chosen = [(5 * t) % 64 for t in range(7 * queries)]
+    walk = trainer(model, config).walk(start, (), pool, chosen)
+    calls = [(dict(terms), looks) for _, terms, looks in pool.calls]
+    per_step = 2 * queries + 1
+    assert len(calls) == 7 * per_step + 1
+    assert calls[-1] == ({}, True)
+    for step in range(7):
+        *looked, (moved, looks) = calls[step * per_step : (step + 1) * per_step]
+        assert not looks
+        assert all(looks for _, looks in looked)
+        own_k = chosen[step * queries : (step + 1) * queries]
+        assert [terms for terms, _ in looked] == [{k: s * 0.01} for k in own_k for s in (1, -1)]
+        own_g = walk.scalars[step * queries : (step + 1) * queries].tolist()
+        assert moved == {k: walk.step * g for k, g in zip(own_k, own_g, strict=True)}
+        if queries == 1:  # the vectors themselves
+            ahead = torch.zeros(count)
+            own.add(ahead, 0, list(looked[0][0].items()))
+            update = torch.zeros(count)
+            own.add(update, 0, list(moved.items()))
+            cosine = torch.cosine_similarity(ahead.double(), update.double(), dim=0)
+            assert abs(float(cosine)) == pytest.approx(1, abs=1e-6)
+            assert (float(cosine) > 0) == (own_g[0] < 0)
+
+
+def test_in_place_a_step_is_two_passes(settings: Settings) -> None:
+    """The update of one step and the perturbation of the next are one pass over the weights."""
+    config = settings(strategy="seed_pool", parameters="full", lr=1e-4, local_steps=5, eps=0.01)
+    full = trainable.build(config, models.load(config))
+    tensors = len(list(full.model.parameters()))
+    pool = Recording(SIGN)
+    trainer(full, config).walk({}, (), pool, range(5))
+    assert len(pool.calls) == tensors * (2 * 5 + 1)
+    more = config.model_copy(update={"queries": 3, "local_steps": 2})
+    pool.calls.clear()
+    trainer(full, more).walk({}, (), pool, range(6))
+    assert len(pool.calls) == tensors * (2 * 6 + 1)
+
+
+def test_all_parameters_follow_three_passes_a_step(
+    settings: Settings, plain: transformers.PreTrainedModel
+) -> None:
+    config = settings(
+        strategy="seed_pool", parameters="full", lr=1e-3, local_steps=10, eps=0.01, batch_size=4
+    )
+    full = trainable.build(config, models.load(config))
+    walk = trainer(full, config).walk({}, (), SIGN, range(10))
+    assert walk.params == {}
+    named = sorted(plain.named_parameters())
+    w = flat(dict(named))
+
+    def loss(point: Tensor) -> float:
+        at, weights = 0, {}
+        for name, tensor in named:
+            weights[name] = point[at : at + tensor.numel()].float().view(tensor.shape)
+            at += tensor.numel()
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+        with torch.no_grad():
+            return float(functional_call(plain, weights, kwargs=padded(DATA)).loss)
+
+    for k in range(10):
+        direction = z(SIGN, k, len(w))
+        g = (loss(w + 0.01 * direction) - loss(w - 0.01 * direction)) / 0.02
+        assert float(walk.scalars[k]) == pytest.approx(g, abs=2e-4)
+        w = w - 1e-3 * g * direction
+    found = flat(dict(full.model.named_parameters()))
+    assert float((found - w).norm() / w.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_walks_start_after_the_moves_given(
+    model: LoraModel, start: Params, settings: Settings, pool: Pool
+) -> None:
+    g = torch.randn(64, generator=torch.Generator().manual_seed(2)) * 1e-3
+    moved = flat(start)
+    for k in range(64):
+        moved = moved + float(g[k]) * z(pool, k, len(moved))
+    config = settings(lr=1e-30, local_steps=2)
+    walk = trainer(model, config).walk(start, [Move(pool, g)], pool, range(2))
+    assert float((flat(walk.params) - moved).norm() / moved.norm()) < 1e-7
+
+
+def test_lora_weights_are_exact_after_steps_that_are_undone(
+    model: LoraModel, start: Params, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With slopes of zero nothing moves, bit for bit, in the model itself."""
+    monkeypatch.setattr(ZerothOrder, "_loss", lambda *_: 1.0)
+    walk = trainer(model, settings(local_steps=50)).walk(start, (), SIGN, [3] * 50)
+    assert not walk.scalars.any()
+    assert walk.metrics["zero_scalars"] == 50.0
+    assert same(walk.params, start)
+    assert same(model.read(), start)
+
+
+@pytest.mark.parametrize(
+    ("kind", "warmup", "rates"),
+    [
+        ("constant", 0.0, [1, 1, 1]),
+        ("linear", 0.0, [1, 2 / 3, 1 / 3]),
+        ("cosine", 0.0, [1, 0.75, 0.25]),
+        ("constant", 1.0, [1 / 4, 1, 1]),
+    ],
+)
+def test_the_rate_is_one_in_a_round_and_falls_across_rounds(
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    warmup: float,
+    rates: list[float],
+) -> None:
+    config = settings(
+        schedule=kind, warmup_rounds=warmup, rounds=3, lr=0.012, local_steps=4, queries=2
+    )
+    for round, factor in enumerate(rates, 1):
+        made, pool = Quadratic(), Recording(SIGN)
+        walk = made.walk(monkeypatch, config, [1, 2] * 4, pool, round=round)
+        assert walk.step == float(torch.tensor(walk.step))  # single precision: as it travels
+        assert walk.step == pytest.approx(-0.012 * factor / 2, rel=1e-6)
+        moved = [dict(terms) for _, terms, looks in pool.calls if not looks]
+        g = walk.scalars.view(4, 2)
+        assert moved == [{1: walk.step * float(a), 2: walk.step * float(b)} for a, b in g]
+
+
+@pytest.mark.parametrize("space", ["lora", "full"])
+def test_the_loss_falls(settings: Settings, space: str) -> None:
+    rate = {"lora": 1e-2, "full": 3e-4}[space]
+    config = settings(
+        strategy="seed_pool", parameters=space, lr=rate, local_steps=200, batch_size=4
+    )
+    model = trainable.build(config, models.load(config))
+    first = model.init(SPEC, 0)
+    made = trainer(model, config)
+    model.enter(first, SPEC, ())
+    before = made._loss(DATA)
+    walk = made.walk(first, (), SignPool(512, (5, 1)), range(200))
+    after = made._loss(DATA)
+    assert after < before - 0.3
+    assert after < walk.metrics["train_loss"] < before
+    assert walk.metrics["local_steps"] == 200.0
+
+
+# What is not finite
+
+
+NAN = math.nan
+
+
+@pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_loss_that_is_not_finite_is_skipped_and_counted(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, bad: float, side: int
+) -> None:
+    made = Quadratic()
+    config = settings(lr=0.01, local_steps=5)
+    at = 2 * 3 + side
+    walk = made.walk(
+        monkeypatch, config, range(5), change=lambda call, loss: bad if call == at else loss
+    )
+    assert float(walk.scalars[3]) == 0.0
+    assert int((walk.scalars == 0).sum()) == 1
+    assert walk.metrics["skipped_scalars"] == 1.0
+    assert walk.metrics["zero_scalars"] == 0.0
+    assert math.isfinite(walk.metrics["train_loss"])
+    w = made.start.double()
+    for g, k in zip(walk.scalars.tolist(), range(5), strict=True):
+        w = w + walk.step * g * z(SIGN, k, made.count)
+    assert float((walk.params["w"] - w).norm() / w.norm()) < 1e-6
+
+
+def test_of_several_queries_only_the_bad_one_is_skipped(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(lr=0.01, local_steps=2, queries=3)
+    made = Quadratic()
+    walk = made.walk(
+        monkeypatch, config, range(6), change=lambda call, loss: NAN if call == 3 else loss
+    )
+    assert walk.scalars.ne(0).tolist() == [True, False, True, True, True, True]
+    assert walk.step == pytest.approx(-0.01 / 3, rel=1e-6)
+
+
+@pytest.mark.parametrize(("bad", "diverges"), [(0, False), (2, False), (3, True), (4, True)])
+def test_more_than_half_of_bad_scalars_end_training(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, bad: int, diverges: bool
+) -> None:
+    made = Quadratic()
+
+    def run() -> Walk:
+        return made.walk(
+            monkeypatch,
+            settings(lr=0.01, local_steps=4),
+            range(4),
+            change=lambda call, loss: NAN if call < 2 * bad else loss,
+        )
+
+    if diverges:
+        with pytest.raises(DivergedError, match=f"{bad} of 4 scalars are not finite"):
+            run()
+    else:
+        assert run().metrics["skipped_scalars"] == bad
+
+
+def test_a_scalar_beyond_half_precision_is_skipped(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(lr=0.01, local_steps=4, eps=2.0**-6)
+    found = {}
+    for dtype in (torch.float16, torch.float32):
+        made = Quadratic()
+        found[dtype] = made.walk(
+            monkeypatch,
+            config,
+            range(4),
+            dtype=dtype,
+            change=lambda call, loss: 1e4 if call == 2 else loss,
+        )
+    half, single = found[torch.float16], found[torch.float32]
+    assert float(single.scalars[1]) > 65504
+    assert single.metrics["skipped_scalars"] == 0.0
+    assert float(half.scalars[1]) == 0.0
+    assert half.metrics["skipped_scalars"] == 1.0
+    assert bool(half.scalars.isfinite().all())
+
+
+def test_weights_that_are_not_finite_diverge(
+    model: LoraModel, start: Params, settings: Settings
+) -> None:
+    name = "model.layers.0.mlp.up_proj.lora_A"  # attention may swallow a NaN
+    poisoned = {**start, name: torch.full_like(start[name], NAN)}
+    with pytest.raises(DivergedError, match="lower lr"):
+        trainer(model, settings()).walk(poisoned, (), SIGN, range(2))
+    wanted = trainer(model, settings()).walk(start, (), SIGN, range(2))
+    again = trainer(model, settings()).walk(start, (), SIGN, range(2))
+    assert torch.equal(wanted.scalars, again.scalars)  # no trace of the poison
+
+
+def test_no_data_is_said(model: LoraModel, start: Params, settings: Settings) -> None:
+    with pytest.raises(DataError, match="no example"):
+        trainer(model, settings(), []).walk(start, (), SIGN, range(2))
+
+
+# What is left alone
+
+
+def test_nothing_is_kept_for_a_backward_pass(
+    model: LoraModel, start: Params, settings: Settings
+) -> None:
+    seen = []
+
+    def look(module: Any, args: Any, output: Any) -> None:
+        seen.append((torch.is_grad_enabled(), output.logits.requires_grad))
+        assert not any(p.requires_grad for p in model.model.parameters())
+
+    model.model.base_model.model.register_forward_hook(look)
+    with torch.enable_grad():
+        trainer(model, settings(local_steps=3)).walk(start, (), SIGN, range(3))
+        assert torch.is_grad_enabled()
+    assert seen == [(False, False)] * 6
+
+
+def test_the_start_is_left_as_it_was(model: LoraModel, start: Params, settings: Settings) -> None:
+    before = {n: t.clone() for n, t in start.items()}
+    walk = trainer(model, settings(lr=0.1)).walk(start, (), SIGN, range(2))
+    assert same(start, before)
+    assert not same(walk.params, before)
+
+
+def test_the_base_model_does_not_move(
+    model: LoraModel, start: Params, plain: transformers.PreTrainedModel, settings: Settings
+) -> None:
+    trainer(model, settings(lr=0.1)).walk(start, (), SIGN, range(2))
+    own = model.detach().state_dict()
+    assert same({n: own[n] for n in plain.state_dict()}, plain.state_dict())
+
+
+def test_a_client_does_not_depend_on_the_one_before(
+    model: LoraModel, start: Params, settings: Settings
+) -> None:
+    wanted = trainer(model, settings(), DATA[:2]).walk(start, (), SIGN, range(2))
+    trainer(model, settings(lr=0.5), DATA[2:], seed=9).walk(
+        model.init(SPEC, 7), (), GaussianPool(3), range(2)
+    )
+    again = trainer(model, settings(), DATA[:2]).walk(start, (), SIGN, range(2))
+    assert torch.equal(wanted.scalars, again.scalars)
+    assert same(wanted.params, again.params)
+
+
+def test_dropout_is_off(settings: Settings, start: Params) -> None:
+    """A perturbation is measured on one function: with other units dropped on its two sides, the
+    difference would be noise.
+    """
+    found = [
+        trainer(LoraModel(models.load(settings()), dropout=rate), settings()).walk(
+            start, (), SIGN, range(2)
+        )
+        for rate in (0.0, 0.5)
+    ]
+    assert torch.equal(found[0].scalars, found[1].scalars)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_global_random_states_are_neither_read_nor_moved(
+    model: LoraModel, start: Params, settings: Settings, pool: Pool
+) -> None:
+    results = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
+        before = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
+        results.append(trainer(model, settings()).walk(start, (), pool, range(2)))
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert (random.getstate(), str(np.random.get_state())) == before[1:]
+    assert torch.equal(results[0].scalars, results[1].scalars)
+    assert same(results[0].params, results[1].params)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_the_order_of_data_is_that_of_first_order_training(
+    model: LoraModel,
+    start: Params,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    queries: int,
+) -> None:
+    """Neither pools nor directions nor queries change which examples come when."""
+    config = settings(local_steps=9, batch_size=2, queries=queries)
+    wanted = [[DATA[i] for i in batch] for batch in schedule.batches(config, 4, 11)]
+    for pool in (SIGN, GaussianPool(4)):
+        seen: list[Sequence[Encoded]] = []
+        monkeypatch.setattr(
+            ZerothOrder, "_loss", lambda own, batch, seen=seen: seen.append(batch) or 1.0
+        )
+        trainer(model, config, seed=11).walk(start, (), pool, [7] * 9 * queries)
+        assert seen == [batch for batch in wanted for _ in range(2 * queries)]
+
+
+# What is counted
+
+
+def numbered() -> Iterator[Encoded]:
+    for example, count in ((0, 3), (1, 1), (4, 2)):
+        for _ in range(count):
+            yield Encoded([40, 41, 42], [40, 41, 42], example)
+
+
+@pytest.mark.parametrize(
+    ("steps", "batch_size", "most"), [(1, 1, 1), (2, 3, 3), (6, 1, 3), (50, 2, 3)]
+)
+def test_examples_that_were_seen_count_once(
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    steps: int,
+    batch_size: int,
+    most: int,
+) -> None:
+    """Windows of one text are one example; a step that was skipped has seen its batch too."""
+    data = list(numbered())
+    config = settings(local_steps=steps, batch_size=batch_size)
+    walk = Quadratic().walk(monkeypatch, config, range(steps), data=data, seed=3)
+    batches = list(schedule.batches(config, len(data), 3))
+    wanted = {data[i].example for batch in batches for i in batch}
+    assert walk.num_examples == len(wanted) <= most
+    plain = Quadratic().walk(monkeypatch, config, range(steps), data=DATA, seed=3)
+    unnumbered = schedule.batches(config, len(DATA), 3)
+    assert plain.num_examples == len({i for batch in unnumbered for i in batch})
+
+
+@pytest.mark.parametrize("queries", [1, 4])
+def test_every_forward_pass_counts_its_tokens(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, queries: int
+) -> None:
+    steps: list[int] = []
+    config = settings(local_epochs=1, batch_size=4, queries=queries)
+    walk = Quadratic().walk(monkeypatch, config, range(queries), on_step=steps.append)
+    assert steps == [2 * queries * (4 + 8 + 4 + 6)]
+    assert walk.metrics["target_tokens"] == 3 + 7 + 1 + 4  # of the data, however often it is read
+
+
+def test_queries_are_those_of_all_steps(model: LoraModel, settings: Settings) -> None:
+    assert trainer(model, settings(local_steps=7, queries=3)).queries == 21
+    epochs = settings(local_epochs=2, batch_size=3, queries=2)
+    assert trainer(model, epochs).queries == 2 * 2 * 2
+
+
+def test_the_resident_model_of_all_parameters_is_set_anew_for_each_client(
+    settings: Settings,
+) -> None:
+    config = settings(strategy="seed_pool", parameters="full", lr=1e-2, local_steps=3, eps=0.01)
+    full = trainable.build(config, models.load(config))
+    assert isinstance(full, FullModel)
+    wanted = trainer(full, config, DATA[:2]).walk({}, (), SIGN, range(3))
+    trainer(full, config, DATA[2:]).walk({}, [Move(SIGN, torch.ones(64))], SIGN, range(3))
+    again = trainer(full, config, DATA[:2]).walk({}, (), SIGN, range(3))
+    assert torch.equal(wanted.scalars, again.scalars)
