@@ -189,6 +189,13 @@ class RunConfig(BaseModel):
                 "local-epochs is for first-order clients: how many scalars a zeroth-order one "
                 "sends must be known beforehand, use local-steps"
             )
+        for name in self.classes or ("",):
+            own = self.of_class(name)
+            if self.trainer_of(name) == "zeroth_order" and own.local_steps * own.queries > 1 << 16:
+                raise ConfigError(
+                    f"local-steps {own.local_steps} times queries {own.queries} is more than the "
+                    f"65536 scalars that an update holds: lower one, and take more rounds"
+                )
         for name, wanted in self.classes.items():
             if wanted.trainer and wanted.trainer not in strategy.trainers:
                 raise ConfigError(

@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from corolla import seeds, signs
@@ -74,15 +75,17 @@ class GaussianPool:
 
     def values(self, k: int, start: int, stop: int) -> Tensor:
         """z_k[start:stop] in fp32."""
-        blocks = range(start // _BLOCK, (stop - 1) // _BLOCK + 1)
-        drawn = np.concatenate([self._block(k, block) for block in blocks])
-        first = start - blocks[0] * _BLOCK
-        return torch.from_numpy(drawn[first : first + stop - start])
+        parts = []
+        for block in range(start // _BLOCK, (stop - 1) // _BLOCK + 1):
+            last = min(stop - block * _BLOCK, _BLOCK)
+            parts.append(self._block(k, block, last)[max(0, start - block * _BLOCK) :])
+        return torch.from_numpy(np.concatenate(parts))
 
-    def _block(self, k: int, block: int) -> np.ndarray:
+    def _block(self, k: int, block: int, count: int) -> NDArray[np.float32]:
+        """The first `count` values of a block: whoever draws fewer sees the same ones."""
         counter = np.array([0, block, _GAUSSIAN, 0], dtype=np.uint64)
         bits = np.random.Philox(key=np.array([self.seed, k], dtype=np.uint64), counter=counter)
-        return np.random.Generator(bits).standard_normal(_BLOCK, dtype=np.float32)
+        return np.random.Generator(bits).standard_normal(count, dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -207,7 +210,7 @@ def _apply_each(values: Tensor, at: int, moves: Sequence[Move]) -> None:
         values += total
 
 
-def _spectrum(move: Move) -> np.ndarray:
+def _spectrum(move: Move) -> NDArray[np.float32]:
     """Step · FWHT(scalars), computed in fp64 and rounded once: (size,) fp32."""
     scalars = move.scalars.double().cpu().numpy()
     return (move.step * signs.fwht(scalars)).astype(np.float32)
@@ -219,7 +222,11 @@ def _by_block(
     """Change `out` block by block in fp32, each value rounded once to the type of `out`."""
     flat = out.view(-1)
     before = flat if source is None else source.reshape(-1)
-    for start in range(0, len(flat), _BLOCK):
-        values = before[start : start + _BLOCK].to(torch.float32, copy=True)
+    start = 0
+    while start < len(flat):
+        # Cut where the blocks of Gaussian values are cut: none is drawn twice.
+        stop = min(len(flat), ((offset + start) // _BLOCK + 1) * _BLOCK - offset)
+        values = before[start:stop].to(torch.float32, copy=True)
         change(values, offset + start)
-        flat[start : start + _BLOCK] = values.to(flat.dtype)
+        flat[start:stop] = values.to(flat.dtype)
+        start = stop

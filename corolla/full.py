@@ -168,6 +168,8 @@ class _Stored:
         raw = np.fromfile(
             self.path, np.uint8, (stop - start) * width, offset=self.at + start * width
         )
+        if len(raw) != (stop - start) * width:
+            raise ModelError(f"{self.path} is not the file any more that the model was loaded from")
         return torch.from_numpy(raw).view(self.dtype)
 
 
@@ -196,6 +198,8 @@ class _Origin:
 def _same(stored: _Stored, tensor: Tensor) -> bool:
     """Bit for bit, after the cast to the type of the model."""
     flat = tensor.view(-1)
+    if stored.path.stat().st_size < stored.at + flat.numel() * stored.dtype.itemsize:
+        return False
     for start in range(0, flat.numel(), _BLOCK):
         stop = min(start + _BLOCK, flat.numel())
         if not torch.equal(stored.read(start, stop).to(flat.dtype), flat[start:stop].cpu()):
@@ -221,7 +225,10 @@ def _files(folder: Path) -> dict[str, _Stored]:
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header: dict[str, Any] = json.loads(file.read(length))
+            try:
+                header: dict[str, Any] = json.loads(file.read(min(length, path.stat().st_size)))
+            except ValueError:  # a damaged file, which the model was not loaded from
+                continue
         for name, entry in header.items():
             if name != "__metadata__" and entry["dtype"] in _TYPES:
                 at = 8 + length + entry["data_offsets"][0]

@@ -35,6 +35,9 @@ MAX_POOL = 65536
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _PIECE = 1 << 20  # values for one thread at a time; a multiple of every pool and of a counter's 256
+_MANY = 1 << 22
+"""From this many values on, several threads are faster than one: starting them takes as long as a
+pass over a million."""
 _BLOCK = 1 << 15  # values that stay in the cache; torch converts so few without threads of its own
 _FOLD = 4096  # width of the running sums of `fold`
 _KERNEL = 3  # version of the calls, not of the stream: an old build is left alone
@@ -256,7 +259,7 @@ def _spread(one: Callable[[tuple[int, int]], T], start: int, stop: int) -> list[
     threads, which would only pass Python's lock around.
     """
     cuts = list(_cuts(start, stop, _PIECE))
-    threads = 1 if _kernel is None or stop - start < _PIECE else torch.get_num_threads()
+    threads = 1 if _kernel is None or stop - start < _MANY else torch.get_num_threads()
     results: dict[int, T] = {}
     left = deque(enumerate(cuts))
 

@@ -14,9 +14,9 @@ import transformers
 from torch import Tensor
 from torch.func import functional_call
 
-from corolla import models, schedule, scoring, trainable
+from corolla import models, schedule, scoring, signs, trainable
 from corolla.client import zeroth_order
-from corolla.client.zeroth_order import ZerothOrder
+from corolla.client.zeroth_order import ZerothOrder, kernel
 from corolla.config import RunConfig
 from corolla.directions import GaussianPool, LowRankPool, SignPool
 from corolla.encoding import Encoded
@@ -301,6 +301,80 @@ def test_the_loss_is_computed_in_single_precision(
         logits = half(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     wanted = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), batch["labels"][:, 1:].flatten())
     assert found.metrics["train_loss"] == pytest.approx(float(wanted), rel=2e-3)
+
+
+# With a kernel
+
+
+def moment(function: Callable[[float], float]) -> float:
+    """E[function(r)] for r uniform in [-1, 1], by Gauss-Legendre quadrature: exact for these."""
+    nodes, weights = np.polynomial.legendre.leggauss(12)
+    return sum(w * function(float(r)) for r, w in zip(nodes, weights, strict=True)) / 2
+
+
+def test_the_kernel_has_the_moments_that_remove_the_third_order() -> None:
+    wanted = {"rK": 1.0, "r3K": 0.0, "rK2": 6.25, "K2": 18.75, "K": 0.0}
+    found = {
+        "rK": moment(lambda r: r * kernel(r)),
+        "r3K": moment(lambda r: r**3 * kernel(r)),
+        "rK2": moment(lambda r: (r * kernel(r)) ** 2),
+        "K2": moment(lambda r: kernel(r) ** 2),
+        "K": moment(kernel),
+    }
+    assert found == pytest.approx(wanted, abs=1e-12)
+
+
+def test_the_kernel_estimate_of_a_cubic_has_no_bias() -> None:
+    """L(t) = 2 t + 3 t² + 5 t³ has slope 2; a two-sided difference is 5 eps² off."""
+    eps = 0.3
+
+    def loss(t: float) -> float:
+        return 2 * t + 3 * t**2 + 5 * t**3
+
+    found = moment(lambda r: kernel(r) * (loss(r * eps) - loss(-r * eps)) / (2 * eps))
+    assert found == pytest.approx(2, abs=1e-12)
+    assert (loss(eps) - loss(-eps)) / (2 * eps) == pytest.approx(2 + 5 * eps**2)
+
+
+@pytest.mark.parametrize("space", [Beside, InPlace])
+def test_the_kernel_looks_at_random_distances(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, space: type[Beside] | type[InPlace]
+) -> None:
+    """For a quadratic each scalar is r K(r) times the slope, with r from the client's seed."""
+    made, pool = Quadratic(space), Recording(SIGN)
+    config = settings(estimator="kerzoo", eps=0.25, lr=1e-3, local_steps=6, queries=2)
+    directions = [(7 * t) % 64 for t in range(12)]
+    walk = made.walk(monkeypatch, config, directions, pool, seed=9)
+    words = signs.words((9, 0), 0, 12, stream=3)
+    drawn = [2 * ((int(word) >> 11) / 2**53) - 1 for word in words]
+    assert min(drawn) < 0 < max(drawn)
+    w = made.start.double()
+    for step in range(6):
+        gradient, moved = made.gradient(w), torch.zeros(made.count, dtype=torch.float64)
+        for t in (2 * step, 2 * step + 1):
+            direction, r = z(SIGN, directions[t], made.count), drawn[t]
+            wanted = kernel(r) * r * float(gradient @ direction)
+            assert float(walk.scalars[t]) == pytest.approx(wanted, rel=1e-4, abs=2e-4)
+            moved += walk.step * float(walk.scalars[t]) * direction
+        w = w + moved
+    assert float((walk.params["w"].double() - w).norm() / w.norm()) < 1e-6
+    if space is Beside:
+        looked = [terms for _, [*terms], looks in pool.calls if looks and terms]
+        pairs = zip(directions, drawn, strict=True)
+        assert looked == [[(k, side * 0.25 * r)] for k, r in pairs for side in (1, -1)]
+
+
+def test_distances_are_uniform_and_differ_from_client_to_client(
+    settings: Settings, model: LoraModel
+) -> None:
+    config = settings(estimator="kerzoo", eps=1.0)
+    drawn = [np.array(trainer(model, config, seed=s)._reach(20_000))[:, 0] for s in (1, 2)]
+    for found in drawn:
+        assert -1 <= found.min() < -0.99 < 0.99 < found.max() < 1
+        for power in (1, 2, 3, 4):
+            exact = (1 / (power + 1)) if power % 2 == 0 else 0.0
+            assert (found**power).mean() == pytest.approx(exact, abs=4 / math.sqrt(20_000))
+    assert abs((drawn[0] * drawn[1]).mean()) < 4 / 3 / math.sqrt(20_000)
 
 
 # The steps

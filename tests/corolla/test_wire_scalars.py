@@ -298,7 +298,9 @@ def unpack_task(*rows: pb.Scalars, **fields: Any) -> Task:
     head = pb.Task()
     head.ParseFromString(wire.pack_task(TASK).header)
     if rows:
-        head.log.CopyFrom(pb.Log(origin=ORIGIN, since=SINCE, version=VERSION, rows=rows, number=1000))
+        head.log.CopyFrom(
+            pb.Log(origin=ORIGIN, since=SINCE, version=VERSION, rows=rows, number=1000)
+        )
     head.MergeFrom(pb.Task(**fields))
     return wire.unpack_task(Packet(head.SerializeToString(), b""))
 
@@ -452,7 +454,9 @@ FORMS: Payload = {
     "gaps": {"scalars": FAR, "step": torch.tensor(0.1)},
     "bits": {"scalars": vector([1.0, 0.0] * 8, torch.float16)},
 }
-FULL_TASK = replace(TASK, scalars=FORMS, log=Log(ORIGIN, SINCE, VERSION, list(FORMS.values()), 1000))
+FULL_TASK = replace(
+    TASK, scalars=FORMS, log=Log(ORIGIN, SINCE, VERSION, list(FORMS.values()), 1000)
+)
 HEADERS = [wire.pack_task(FULL_TASK).header, wire.pack_reply(replace(REPLY, scalars=FORMS)).header]
 
 

@@ -118,7 +118,6 @@ def test_the_cost_is_the_formula() -> None:
     assert cost == Cost(4 * 10 + 8, 4 * 64 + 4, at_most=True)
 
 
-@pytest.mark.xfail(strict=True, reason="found out when the first client answers")
 def test_more_scalars_than_a_message_takes_are_refused_before_training() -> None:
     tiny.config("seed_pool", local_steps=256, queries=256).build_strategy()
     with pytest.raises(ConfigError):
