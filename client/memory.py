@@ -50,30 +50,34 @@ class Memory:
                 self._rows[since] = (before, row)
         return since
 
-    def keep_start(self, version: str, start: Params) -> None:
-        """Store a snapshot: the start for the rows after `version`. Older ones are deleted."""
+    def keep_start(self, version: str, start: Params, number: int) -> None:
+        """Store a snapshot: the start for the rows after `version`, row `number` of the run.
+
+        Older ones are deleted.
+        """
         path = self._start_path(version)
+        self._write(path, start, {"content": codec.content_id(start), "number": str(number)})
         for old in path.parent.glob("start-*.safetensors"):
             if old != path:
                 old.unlink(missing_ok=True)
-        self._write(path, start, {"content": codec.content_id(start)})
 
-    def log(self, version: str, origin: str) -> tuple[Params | None, list[Params]] | None:
-        """(snapshot or None for the first state, the rows after it) up to a version.
+    def log(self, version: str, origin: str) -> tuple[Params | None, list[Params], int] | None:
+        """How a version is reached: (snapshot, rows after it, number of rows before these).
 
-        None when a row between is missing or damaged.
+        The snapshot is None where the rows begin at the first state. None when a row between is
+        missing or damaged.
         """
         rows: list[Params] = []
         while version != origin:
             start = self._read_start(version)
             if start is not None:
-                return start, rows[::-1]
+                return start[0], rows[::-1], start[1]
             entry = self._read_row(version)
             if entry is None:
                 return None
             version, row = entry
             rows.append(row)
-        return None, rows[::-1]
+        return None, rows[::-1], 0
 
     def prune(self, wanted: Mapping[str, str]) -> None:
         """Delete stored groups that no broadcast names any more."""
@@ -125,7 +129,7 @@ class Memory:
             self._rows[version] = (before, params)
         return self._rows[version]
 
-    def _read_start(self, version: str) -> Params | None:
+    def _read_start(self, version: str) -> tuple[Params, int] | None:
         path = self._start_path(version)
         if not path.is_file():
             return None
@@ -133,12 +137,12 @@ class Memory:
         if facts.get("content") != codec.content_id(params):
             path.unlink(missing_ok=True)
             return None
-        return params
+        return params, int(facts["number"])
 
 
 def _read(path: Path) -> tuple[Params, Mapping[str, str]]:
     """A file's tensors and facts; nothing when it is damaged."""
     try:
         return codec.read(str(path))
-    except (OSError, WireError):
+    except WireError:
         return {}, {}

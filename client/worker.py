@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from corolla import seedlog, seeds, wire
+from corolla import codec, seedlog, seeds, wire
 from corolla.client.first_order import FirstOrder
 from corolla.client.memory import Memory
 from corolla.client.zeroth_order import ZerothOrder
@@ -85,7 +85,7 @@ class Worker:
         task = unpack_task(packet)
         blank = Reply(task.run_id, task.round, task.base_version, task.kind, client)
         try:
-            reply = self._answer(client, task, blank)
+            return pack_reply(self._answer(client, task, blank))
         except CorollaError as error:
             reply = replace(blank, error=str(error))
         except torch.OutOfMemoryError:
@@ -128,8 +128,10 @@ class Worker:
                 f"this device starts from version {origin[:8]}, the server from {log.origin[:8]}: "
                 f"another base model, or another adapter on it"
             )
-        if "start" in sent:
-            self.memory.keep_start(log.since, sent["start"])
+        if log.start:
+            if codec.content_id(sent.get("start", {})) != log.start:
+                raise WireError("the snapshot does not match its content id")
+            self.memory.keep_start(log.since, sent["start"], log.number)
         if self.memory.extend(log.since, log.rows) != log.version:
             raise WireError(
                 f"{len(log.rows)} rows from version {log.since[:8]} do not lead to "
@@ -138,8 +140,10 @@ class Worker:
         known = self.memory.log(log.version, origin)
         if known is None:
             return None
-        snapshot, rows = known
-        numbers = range(log.number - len(rows) + 1, log.number + 1)
+        snapshot, rows, before = known
+        if log.number != before + len(rows):
+            raise WireError(f"log ends at row {log.number}, here at {before + len(rows)}")
+        numbers = range(before + 1, log.number + 1)
         named = {row_name(number): row for number, row in zip(numbers, rows, strict=True)}
         last = {seedlog.LAST: {"number": torch.tensor(log.number)}}
         start = {} if snapshot is None else {"start": snapshot}

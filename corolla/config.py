@@ -32,7 +32,9 @@ class ClientClass(BaseModel):
 
     share: Positive = Field(1, description="of clients, in turn, among all classes")
     trainer: TrainerName | None = None
-    lr: Annotated[float, Field(gt=0)] | None = None
+    lr: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="zeroth order beside first: see LR_ZEROTH_ORDER; else that of the run"
+    )
     local_steps: Positive | None = None
     batch_size: Positive | None = None
     queries: Positive | None = None
@@ -188,6 +190,12 @@ class RunConfig(BaseModel):
             raise ConfigError(
                 "local-epochs is for first-order clients: how many scalars a zeroth-order one "
                 "sends must be known beforehand, use local-steps"
+            )
+        if len(strategy.trainers) > 1 and used != set(strategy.trainers):
+            raise ConfigError(
+                f"strategy {self.strategy} needs classes of clients with trainers "
+                f"{' and '.join(strategy.trainers)}, found {' and '.join(sorted(used))}: set "
+                f"classes.NAME.trainer for at least two"
             )
         for name in self.classes or ("",):
             own = self.of_class(name)

@@ -54,7 +54,9 @@ class GaussianPool:
     """Standard normal directions, as in MeZO and FedKSeed: as many as there are seeds.
 
     Every direction of a move costs as many random numbers as there are weights. Values come from
-    NumPy's ziggurat on Philox4x64, block by block, so that any slice can be drawn by itself.
+    NumPy's ziggurat on Philox4x64, block by block, so that any slice can be drawn by itself. NumPy
+    may change it in a later version: all devices of a federation need the same one. Signs do not
+    have that limit.
     """
 
     seed: int
@@ -156,11 +158,25 @@ def apply(out: Tensor, offset: int, moves: Sequence[Move], source: Tensor | None
     Runs in fp32 and rounds once to the type of `out`, so that who applies moves one by one to
     fp32 weights, and who applies all at the end, have the same bits.
     """
-    if all(isinstance(move.pool, SignPool) for move in moves):
-        logs = [(move.pool.key, _spectrum(move)) for move in moves]  # type: ignore[attr-defined]
-        signs.replay(out, offset, logs, source)
-        return
-    _by_block(out, offset, source, lambda values, at: _apply_each(values, at, moves))
+    prepared(moves)(out, offset, source)
+
+
+def prepared(moves: Sequence[Move]) -> Callable[[Tensor, int, Tensor | None], None]:
+    """`apply` for these moves, to be called for many tensors: transforms are computed once."""
+    spectra = [_spectrum(move) if isinstance(move.pool, SignPool) else None for move in moves]
+    logs = [
+        (move.pool.key, spectrum)
+        for move, spectrum in zip(moves, spectra, strict=True)
+        if isinstance(move.pool, SignPool) and spectrum is not None
+    ]
+    if len(logs) == len(moves):
+        return lambda out, offset, source: signs.replay(out, offset, logs, source)
+
+    def each(values: Tensor, at: int) -> None:
+        for move, spectrum in zip(moves, spectra, strict=True):
+            _apply_one(values, at, move, spectrum)
+
+    return lambda out, offset, source: _by_block(out, offset, source, each)
 
 
 def fingerprint(moves: Sequence[Move]) -> str:
@@ -197,17 +213,16 @@ def unflatten(flat: Tensor, layout: Sequence[tuple[str, torch.Size]]) -> Params:
     return found
 
 
-def _apply_each(values: Tensor, at: int, moves: Sequence[Move]) -> None:
-    for move in moves:
-        if isinstance(move.pool, SignPool):
-            signs.replay(values, at, [(move.pool.key, _spectrum(move))])
-            continue
-        scales = move.step * move.scalars.double()
-        used = torch.nonzero(scales).reshape(-1).tolist()
-        # Summed before it meets the weights, which are larger: less is lost.
-        total = torch.zeros_like(values)
-        move.pool.add(total, at, [(k, float(scales[k])) for k in used])
-        values += total
+def _apply_one(values: Tensor, at: int, move: Move, spectrum: NDArray[np.float32] | None) -> None:
+    if isinstance(move.pool, SignPool) and spectrum is not None:
+        signs.replay(values, at, [(move.pool.key, spectrum)])
+        return
+    scales = move.step * move.scalars.double()
+    used = torch.nonzero(scales).reshape(-1).tolist()
+    # Summed before it meets the weights, which are larger: less is lost.
+    total = torch.zeros_like(values)
+    move.pool.add(total, at, [(k, float(scales[k])) for k in used])
+    values += total
 
 
 def _spectrum(move: Move) -> NDArray[np.float32]:

@@ -55,6 +55,11 @@ class FullModel:
         self._shown: str | None = directions.fingerprint(())
 
     @property
+    def drifts(self) -> bool:
+        """Whether local steps in place are lost by rounding: a base in half precision."""
+        return bool(self.model.dtype != torch.float32)
+
+    @property
     def kept_bytes(self) -> int:
         """Bytes of base tensors that are in no file of the model and had to be copied."""
         return self._origin.kept_bytes
@@ -109,25 +114,34 @@ class FullModel:
         scratch.replace(folder)
 
     def distance_to(self, folder: Path, spec: LoraSpec) -> float:
-        """‖saved - shown‖ / ‖shown‖ over all parameters, in fp64."""
+        """‖saved - shown‖ / ‖shown‖ in fp64, over the parameters that are saved by their names.
+
+        Infinite when there is none. transformers stores some in another form (experts).
+        """
         files = _files(folder)
         lost = total = 0.0
         for _, name, tensor in self._tensors:
             if name not in files:
-                return math.inf
+                continue
             for start in range(0, tensor.numel(), _BLOCK):
                 stop = min(start + _BLOCK, tensor.numel())
                 shown = tensor.view(-1)[start:stop].cpu().double()
                 saved = files[name].read(start, stop).double()
                 lost += float((saved - shown).square().sum())
                 total += float(shown.square().sum())
-        return math.sqrt(lost / total)
+        return math.sqrt(lost / total) if total else math.inf
 
     def reload(self, folder: Path) -> PreTrainedModel:
-        """The saved model as transformers loads it, on the device of this one."""
+        """The saved model as transformers loads it, on the device of this one.
+
+        Ends this object: its weights are given back first, there is never room for two.
+        """
         kind: Any = type(self.model)
+        dtype = self.model.dtype
+        self._tensors, self._shown = [], None
+        self.model.to("meta")
         with Quiet():
-            loaded: PreTrainedModel = kind.from_pretrained(folder, dtype=self.model.dtype)
+            loaded: PreTrainedModel = kind.from_pretrained(folder, dtype=dtype)
         return loaded.to(self.device).eval()
 
     def digest(self, folder: Path) -> str:
@@ -135,12 +149,13 @@ class FullModel:
         return digest(folder)
 
     def _settle(self, moves: Sequence[Move]) -> None:
+        apply = directions.prepared(moves)
         for at, name, tensor in self._tensors:
             flat = tensor.view(-1)
             for start in range(0, flat.numel(), _BLOCK):
                 stop = min(start + _BLOCK, flat.numel())
                 source = self._origin.read(name, start, stop).to(self.device, tensor.dtype)
-                directions.apply(flat[start:stop], at + start, moves, source)
+                apply(flat[start:stop], at + start, source)
 
 
 def digest(folder: Path) -> str:

@@ -43,6 +43,7 @@ class LoraModel:
 
     artefact = "adapter"
     """The name of the folder of a saved global model."""
+    drifts = False
 
     def __init__(
         self,

@@ -29,6 +29,17 @@ def batches(config: RunConfig, sequences: int, seed: int) -> Iterator[list[int]]
                 return
 
 
+def step_size(config: RunConfig, round: int, sequences: int) -> float:
+    """-lr / queries of a zeroth-order client in a round, as it travels: a number of fp32.
+
+    The rate is that of the round's middle: within a round it stays the same, because what travels
+    is a sum of scalars.
+    """
+    steps = steps_per_round(config, sequences)
+    step = -config.lr * rate(config, round, steps, steps // 2) / config.queries
+    return float(torch.tensor(step, dtype=torch.float32))
+
+
 def rate(config: RunConfig, round: int, steps: int, step: int = 0) -> float:
     """The factor of lr at a step of a round of `steps`: warm-up, then constant or decay to 0."""
     done = (round - 1) * steps + step

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from corolla import signs, tree
 from corolla.directions import SignPool
-from corolla.types import Move, Params, Payload, Walk
+from corolla.types import Move, Params, Payload, Size, Walk
 
 LAST = "last"
 """The group that tells a client the number of the last row."""
@@ -95,17 +95,15 @@ def upload(walk: Walk, **named: Tensor) -> Params:
     return {"scalars": walk.scalars, "step": step, **named}
 
 
-def upload_like(count: int, dtype: torch.dtype, **limits: int) -> Params:
-    """What `upload` gives for a count of scalars; `limits`: the largest value of whole numbers."""
-    like: dict[str, Tensor] = {
-        "scalars": torch.zeros(count, dtype=dtype),
-        "step": torch.tensor(0.0),
+def upload_like(size: Size, dtype: torch.dtype, pool_size: int | None = None) -> Params:
+    """What `upload` gives: with a seed, or with directions of a pool of `pool_size`."""
+    like = {
+        "scalars": torch.zeros(size.scalars, dtype=dtype),
+        "step": torch.tensor(size.step, dtype=torch.float32),
     }
-    if "seed" in limits:
-        like["seed"] = torch.tensor(limits["seed"])
-    if "directions" in limits:
-        like["directions"] = torch.full((count,), limits["directions"], dtype=torch.int32)
-    return like
+    if pool_size is None:
+        return {**like, "seed": torch.tensor(size.seed)}
+    return {**like, "directions": torch.full((size.scalars,), pool_size - 1, dtype=torch.int32)}
 
 
 def _hash(*parts: str) -> str:

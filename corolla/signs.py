@@ -479,10 +479,17 @@ def _agrees(library: ctypes.CDLL) -> bool:
     first = _Step((3, 1), 77, np.arange(128, dtype=np.float32))
     steps = [first, _Step((5, 2), 0, np.ones(64, dtype=np.float32))]
     wanted = torch.linspace(-1, 1, 200)
-    got = wanted.clone()
-    _numpy_add(wanted, wanted, start, steps)
-    _c_add(got, got, start, steps, library)
-    return torch.equal(wanted, got)
+    rounded = wanted.clone()
+    _numpy_add(rounded, rounded, start, steps)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        got = wanted.clone().to(dtype)
+        if dtype != torch.float32:
+            rounded = got.float()
+            _numpy_add(rounded, rounded, start, steps)
+        _c_add(got, got, start, steps, library)
+        if not torch.equal(rounded.to(dtype), got):
+            return False
+    return True
 
 
 # --- torch: any device ----------------------------------------------------------------------------

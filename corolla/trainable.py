@@ -24,6 +24,10 @@ class Trainable(Protocol):
     targets: list[str]
 
     @property
+    def drifts(self) -> bool:
+        """Whether weights that are moved in place lose small moves by rounding."""
+
+    @property
     def frozen(self) -> tuple[Params, ...]:
         """The frozen blocks in use."""
 

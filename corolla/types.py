@@ -58,7 +58,8 @@ class LoraSpec:
 class Size:
     """What decides the bytes of one client: values of its A factors, B factors and head.
 
-    `scalars` is how many directions a zeroth-order client measures in a round.
+    `scalars` is how many directions a zeroth-order client measures in a round, `seed` its seed and
+    `step` the -lr / queries that it multiplies them by.
     """
 
     A: int
@@ -66,6 +67,8 @@ class Size:
     head: int = 0
     scalars: int = 0
     trainer: TrainerName = "first_order"
+    seed: int = 0
+    step: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -292,7 +295,8 @@ class Strategy(Protocol):
         """What an update must look like (groups, names, shapes, types), from a fresh adapter.
 
         `fresh` has the client's rank, `size` says how it trains. The server refuses replies that
-        differ; whole numbers may lie between 0 and those given here.
+        differ. Whole numbers in a vector may lie between 0 and those given here, single numbers
+        must be those given here.
         """
 
     def aggregator(self) -> Aggregator:

@@ -72,7 +72,8 @@ class Log:
     Versions are 32 hexadecimal characters. `origin` is that of the start, before any round: base
     model and start adapter; `since` is the one that `rows` continue; `version` the one after the
     last row, which is row `number` of the run, from 1. At most MAX_ROWS rows, of MAX_LOG_SCALARS
-    scalars in all when written out dense.
+    scalars in all when written out dense. `start` is the content id of a snapshot that is sent
+    instead of rows.
     """
 
     origin: str
@@ -80,6 +81,7 @@ class Log:
     version: str
     rows: Sequence[Params] = ()
     number: int = 0
+    start: str = ""
 
 
 @dataclass(frozen=True)
@@ -381,7 +383,12 @@ def _dump_log(log: Log) -> pb.Log:
         if not row["scalars"].isfinite().all():
             raise ValueError(f"log row {number} has a value that is not finite")
     return pb.Log(
-        origin=log.origin, since=log.since, version=log.version, rows=rows, number=log.number
+        origin=log.origin,
+        since=log.since,
+        version=log.version,
+        rows=rows,
+        number=log.number,
+        start=log.start,
     )
 
 
@@ -401,7 +408,7 @@ def _load_log(log: pb.Log) -> Log:
     if log.number < len(rows):
         raise WireError(f"log ends at row {log.number} and has {len(rows)} rows")
     ids = (_hex(log.origin, 32), _hex(log.since, 32), _hex(log.version, 32))
-    return Log(*ids, rows, log.number)
+    return Log(*ids, rows, log.number, _hex(log.start, 32) if log.start else "")
 
 
 def _dump(params: Params, group: str = "") -> pb.Scalars:

@@ -49,18 +49,20 @@ class Scalars(_message.Message):
     def __init__(self, group: _Optional[str] = ..., size: _Optional[int] = ..., fp32: _Optional[bytes] = ..., fp16: _Optional[bytes] = ..., fixed32: _Optional[bytes] = ..., varint: _Optional[bytes] = ..., bitmap: _Optional[bytes] = ..., seed: _Optional[int] = ..., step: _Optional[float] = ...) -> None: ...
 
 class Log(_message.Message):
-    __slots__ = ("origin", "since", "version", "rows", "number")
+    __slots__ = ("origin", "since", "version", "rows", "number", "start")
     ORIGIN_FIELD_NUMBER: _ClassVar[int]
     SINCE_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
     origin: str
     since: str
     version: str
     rows: _containers.RepeatedCompositeFieldContainer[Scalars]
     number: int
-    def __init__(self, origin: _Optional[str] = ..., since: _Optional[str] = ..., version: _Optional[str] = ..., rows: _Optional[_Iterable[_Union[Scalars, _Mapping]]] = ..., number: _Optional[int] = ...) -> None: ...
+    start: str
+    def __init__(self, origin: _Optional[str] = ..., since: _Optional[str] = ..., version: _Optional[str] = ..., rows: _Optional[_Iterable[_Union[Scalars, _Mapping]]] = ..., number: _Optional[int] = ..., start: _Optional[str] = ...) -> None: ...
 
 class Task(_message.Message):
     __slots__ = ("schema", "run_id", "round", "base_version", "kind", "config", "payload_bytes", "payload_sha256", "cached", "scalars", "log")

@@ -74,6 +74,10 @@ def _same_form(payload: Payload, like: Payload) -> None:
                     f"update tensor {name!r} is {found[name].dtype} {tuple(found[name].shape)}, "
                     f"expected {tensor.dtype} {tuple(tensor.shape)}"
                 )
+            if tensor.dim() == 0 and not _equal(found[name], tensor):
+                raise WireError(
+                    f"update has {name} {float(found[name]):g} in {group!r}, not {float(tensor):g}"
+                )
             if not tensor.is_floating_point() and not _within(found[name], tensor):
                 raise WireError(
                     f"update tensor {name!r} of {group!r} is not between 0 and {int(tensor.max())}"
@@ -83,6 +87,12 @@ def _same_form(payload: Payload, like: Payload) -> None:
         values = [tensor for tensor in found.values() if tensor.is_floating_point()]
         if any(bool((tensor.abs() > _ABSURD).any()) for tensor in values):
             raise WireError(f"update has values in {group!r} beyond {_ABSURD:.0e}")
+
+
+def _equal(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Exactly; a real number up to what another machine's rounding may change."""
+    tolerance = 1e-5 * abs(float(wanted)) if wanted.is_floating_point() else 0.0
+    return abs(float(found) - float(wanted)) <= tolerance  # never for NaN
 
 
 def _within(found: torch.Tensor, limits: torch.Tensor) -> bool:

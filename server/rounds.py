@@ -4,10 +4,10 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Protocol
 
-from corolla import codec, factors, schedule, seedlog, tree, wire
+from corolla import codec, factors, schedule, seedlog, seeds, tree, wire
 from corolla.config import RunConfig
 from corolla.errors import RoundError, WireError
 from corolla.server import cohort
@@ -27,6 +27,9 @@ from corolla.wire import Kind, Log, Packet, Reply, Task, pack_task
 Held = Mapping[str, frozenset[str]]
 """Client → content ids of the cached groups it is known to hold."""
 
+
+_LONGEST_LOG = wire.MAX_HEADER // 2
+"""Bytes of rows that surely fit a message."""
 
 _SCALARS = ("scalars", "zero_scalars", "skipped_scalars")
 
@@ -67,13 +70,19 @@ class Federation:
         """The name of one client's class; "" without classes."""
         return self.config.class_of(self._index[client])
 
-    def size(self, client: str) -> Size:
-        """What decides the bytes of one client."""
+    def size(self, client: str, round: int = 1) -> Size:
+        """What decides the form of one client's update."""
         own = self.config.of_class(self.class_of(client))
         steps = schedule.steps_per_round(own, self.clients[client])
         adapter = factors.size(self.fresh(self.lora(client)))
         trainer = self.config.trainer_of(self.class_of(client))
-        return replace(adapter, scalars=steps * own.queries, trainer=trainer)
+        return replace(
+            adapter,
+            scalars=steps * own.queries,
+            trainer=trainer,
+            seed=seeds.derive(self.config.seed, "client", client, round),
+            step=schedule.step_size(own, round, self.clients[client]),
+        )
 
     def most_examples(self, client: str) -> int:
         """The most examples a client can have used: a claim is the weight of its update."""
@@ -225,7 +234,7 @@ def _checked(
     like = None
     if task.kind == Kind.TRAIN:
         fresh = federation.fresh(federation.lora(client))
-        like = federation.strategy.update_like(fresh, federation.size(client))
+        like = federation.strategy.update_like(fresh, federation.size(client, task.round))
     reply, update = read_reply(packet, client, task, like)
     if reply.num_examples > federation.most_examples(client) and not reply.error:
         raise WireError(f"reply claims {reply.num_examples} examples, more than it can have")
@@ -249,6 +258,8 @@ def make_tasks(
     Of a log it gets the rows after the version it holds, or a snapshot where that is less.
     """
     broadcast = federation.strategy.broadcast(state)
+    if broadcast.snapshot is not None:
+        broadcast = replace(broadcast, snapshot=cache(broadcast.snapshot))
     cached = {group: codec.content_id(params) for group, params in broadcast.cached.items()}
     rows = broadcast.log
     versions = seedlog.versions(federation.origin, rows) if rows is not None else []
@@ -283,8 +294,12 @@ def make_tasks(
             scalars=scalars,
             log=log,
         )
+        try:
+            header = len(pack_task(tasks[client]).header)
+        except ValueError as error:
+            raise RoundError(f"round {round}: a task does not fit a message: {error}") from error
         traffic.down += content
-        traffic.framing_down += len(data) + len(pack_task(tasks[client]).header) - content
+        traffic.framing_down += len(data) + header - content
     return tasks
 
 
@@ -297,8 +312,11 @@ def _log(
     number, last = len(broadcast.log), versions[-1]
     rows = broadcast.log[versions.index(since) :]
     size = sum(wire.scalar_bytes(row) for row in rows)
-    if broadcast.snapshot is not None and size > wire.content_bytes({"start": state["start"]}):
-        return Log(versions[0], last, last, (), number), {"start": broadcast.snapshot()}
+    if broadcast.snapshot is not None and size > min(
+        wire.content_bytes({"start": state["start"]}), _LONGEST_LOG
+    ):
+        start = broadcast.snapshot()
+        return Log(versions[0], last, last, (), number, codec.content_id(start)), {"start": start}
     return Log(versions[0], since, last, rows, number), {}
 
 

@@ -201,6 +201,7 @@ class Run:
         clients = evaluate_clients(federation, state, held, self.config.rounds + 1, self.network)
         after = self.evaluator.samples(adapter)
         unproven = folder.with_name(folder.name + ".unproven")
+        peak = peak_rss()  # of training: to reload a whole model may take more
         self.evaluator.save(adapter, unproven)
         difference = self.evaluator.verify(adapter, unproven)
         shutil.rmtree(folder, ignore_errors=True)
@@ -215,7 +216,7 @@ class Run:
             bytes_up=sum(line["bytes_up"] for line in lines),
             bytes_down=sum(line["bytes_down"] for line in lines),
             per_client=_per_client(lines[-1]),
-            peak_rss=peak_rss(),
+            peak_rss=peak,
             adapter_hash=self.evaluator.model.digest(folder),
             reload_difference=difference,
             before=base["samples"],

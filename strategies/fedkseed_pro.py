@@ -75,10 +75,7 @@ class FedKSeedPro:
         return Update({"scalars": scalars}, walk.num_examples, walk.metrics)
 
     def update_like(self, fresh: Params, size: Size) -> Payload:
-        largest = self.size - 1
-        return {
-            "scalars": seedlog.upload_like(size.scalars, torch.float32, directions=largest),
-        }
+        return {"scalars": seedlog.upload_like(size, torch.float32, self.size)}
 
     def aggregator(self) -> "_SumsAndHistory":
         return _SumsAndHistory(self.size)

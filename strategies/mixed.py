@@ -43,12 +43,13 @@ class Mixed:
     `weights`
 
     - "examples": λ_c = n_c / Σ n, so that w moves by the mean over all clients;
-    - "inverse_variance": λ_c ∝ 1 / v_c, where v_c = s_c² / M_c estimates the variance of ū_c from
-      the spread s_c² = Σ_m p_m |u_m - ū_c|² of its M_c clients. Zeroth-order updates are noisy in
-      proportion to the number of weights, so first-order ones count for more. A round in which a
-      class has fewer than two clients falls back to "examples".
+    - "inverse_variance": λ_c ∝ |ū_c|² / v_c, where v_c = s_c² Σp² / (1 - Σp²) estimates the
+      variance of ū_c from the spread s_c² = Σ_m p_m |u_m - ū_c|² of its clients. Relative to |ū_c|², or the
+      class with the smaller learning rate would always seem the surer one. A round in which a class
+      has fewer than two clients falls back to "examples". (--keep-updates notes weights by
+      examples in any case.)
 
-    Config: `classes`, each with a `trainer`.
+    Config: `classes`, each with a `trainer`; both trainers must occur.
     """
 
     name: ClassVar[str] = "mixed"
@@ -87,7 +88,7 @@ class Mixed:
     def update_like(self, fresh: Params, size: Size) -> Payload:
         if size.trainer == "first_order":
             return {"adapter": fresh}
-        return {"scalars": seedlog.upload_like(size.scalars, torch.float32, seed=2**32 - 1)}
+        return {"scalars": seedlog.upload_like(size, torch.float32)}
 
     def aggregator(self) -> "_TwoMeans":
         return _TwoMeans(self.size)
@@ -98,10 +99,9 @@ class Mixed:
         sums = aggregate["scalars"]["scalars"]
         n_1, n_0 = (float(n) for n in aggregate["counts"]["examples"])
         share_1, share_0 = n_1 / (n_1 + n_0), n_0 / (n_1 + n_0)
-        variances = _variances(aggregate, len(flat), self.size)
-        if self.weights == "inverse_variance" and variances:
-            total = 1 / variances[0] + 1 / variances[1]
-            share_1, share_0 = 1 / variances[0] / total, 1 / variances[1] / total
+        precisions = _precisions(aggregate, len(flat))
+        if self.weights == "inverse_variance" and precisions:
+            share_1, share_0 = (precision / sum(precisions) for precision in precisions)
         directions.apply(flat, 0, [Move(self._pool(state), sums, share_0)])
         if first is not None:
             flat += share_1 * first
@@ -125,22 +125,26 @@ class Mixed:
         return SignPool(self.size, (seed, round))
 
 
-def _variances(aggregate: Payload, values: int, size: int) -> tuple[float, float] | None:
-    """Estimated variances of the two class means; None when a class has too few clients."""
+def _precisions(aggregate: Payload, values: int) -> tuple[float, float] | None:
+    """|ū_c|² / v_c of both classes; None when a class has too few clients to tell."""
     counts = aggregate["counts"]
     if any(int(clients) < 2 for clients in counts["clients"]):
         return None
     first = sum(float(t.double().square().sum()) for t in aggregate["adapter"].values())
     # |Σ_k a_k z_k|² = values · |a|² inside full blocks, where directions are orthogonal.
     zeroth = values * float(aggregate["scalars"]["scalars"].square().sum())
-    squares = counts["squares"] * torch.tensor([1.0, float(values)], dtype=torch.float64)
-    spread = (squares - torch.tensor([first, zeroth], dtype=torch.float64)) / counts["clients"]
-    found = (float(spread[0]), float(spread[1]))
-    return found if all(v > 0 and math.isfinite(v) for v in found) else None
+    squares = (float(counts["squares"][0]), float(counts["squares"][1]) * values)
+    found = []
+    for mean, square, shares in zip((first, zeroth), squares, counts["shares"], strict=True):
+        variance = (square - mean) * float(shares) / (1 - float(shares))
+        if not (variance > 0 and math.isfinite(variance) and mean > 0):
+            return None
+        found.append(mean / variance)
+    return found[0], found[1]
 
 
 class _TwoMeans:
-    """Σ n u, Σ n, Σ n |u|² and how many clients there are, for each of the two classes.
+    """Σ n u, Σ n, Σ n², Σ n |u|² and how many clients there are, for each of the two classes.
 
     Zeroth-order updates stay sums of scalars: a client costs no pass over the weights here.
     """
@@ -150,21 +154,24 @@ class _TwoMeans:
     def __init__(self, size: int) -> None:
         self._dense: dict[str, Tensor] = {}
         self._sums = torch.zeros(size, dtype=torch.float64)
-        self._counts = torch.zeros(3, 2, dtype=torch.float64)  # examples, clients, squares
+        # Examples, clients, squares of the updates, squares of the examples.
+        self._counts = torch.zeros(4, 2, dtype=torch.float64)
 
     def add(self, payload: Payload, weight: float) -> None:
         if "adapter" in payload:
             square = tree.norm(payload["adapter"]) ** 2
             for name, tensor in payload["adapter"].items():
                 self._dense[name] = self._dense.get(name, 0) + tensor.double() * weight
-            self._counts[:, 0] += torch.tensor([weight, 1, weight * square])
+            self._counts[:, 0] += torch.tensor([weight, 1, weight * square, weight**2])
             return
         scalars = payload["scalars"]
         own = torch.zeros_like(self._sums)
         values = scalars["scalars"].double() * float(scalars["step"])
         own.index_add_(0, seedlog.directions(scalars, len(own)), values)
         self._sums += weight * own
-        self._counts[:, 1] += torch.tensor([weight, 1, weight * float(own.square().sum())])
+        self._counts[:, 1] += torch.tensor(
+            [weight, 1, weight * float(own.square().sum()), weight**2]
+        )
 
     def merge(self, other: Self) -> None:
         for name, tensor in other._dense.items():
@@ -173,12 +180,17 @@ class _TwoMeans:
         self._counts += other._counts
 
     def finalise(self) -> Payload:
-        examples, clients, squares = self._counts
+        examples, clients, squares, own = self._counts
         if not float(examples.sum()) > 0:
             raise ValueError("nothing to average: the weights sum to 0")
         per = examples.clamp(min=1e-300)
         return {
             "adapter": {name: tensor / per[0] for name, tensor in self._dense.items()},
             "scalars": {"scalars": self._sums / per[1]},
-            "counts": {"examples": examples, "clients": clients, "squares": squares / per},
+            "counts": {
+                "examples": examples,
+                "clients": clients,
+                "squares": squares / per,
+                "shares": own / per**2,
+            },
         }

@@ -82,7 +82,7 @@ class SeedPool:
         return Update({"scalars": scalars}, walk.num_examples, walk.metrics)
 
     def update_like(self, fresh: Params, size: Size) -> Payload:
-        return {"scalars": seedlog.upload_like(size.scalars, self._dtype, seed=2**32 - 1)}
+        return {"scalars": seedlog.upload_like(size, self._dtype)}
 
     def aggregator(self) -> SeedSums:
         return SeedSums(self.size)

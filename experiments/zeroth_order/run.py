@@ -30,11 +30,11 @@ SEEDS = (0, 1, 2)
 CONSTANT = "--set schedule=constant"
 EMBEDDED = f"--clients 32 --cohort 4 --rounds 5 --set eval-clients=0 {CONSTANT}"
 GEMMA = (
-    "--model gemma-3-270m --clients 8 --cohort 4 --rounds 3 --batch-size 8 "
-    f"--set eval-clients=0 --set eval-examples=64 --set max-length=64 {CONSTANT}"
+    "--model gemma-3-270m --clients 8 --cohort 2 --rounds 2 --batch-size 4 "
+    f"--set eval-clients=0 --set eval-examples=24 --set max-length=32 {CONSTANT}"
 )
 CLINC = GEMMA.replace("--clients 8", "--clients 10")
-ZO_STEPS = "--local-steps 100"
+ZO_STEPS = "--local-steps 60"
 METHODS: dict[str, dict[str, str]] = {
     "embedded": {
         "fedavg (FedIT)": f"--strategy fedavg --local-steps 10 {EMBEDDED}",
@@ -42,7 +42,6 @@ METHODS: dict[str, dict[str, str]] = {
         "seed_pool, all parameters": f"--strategy seed_pool {ZO_STEPS} {EMBEDDED} "
         "--set parameters=full",
         "fedkseed, LoRA": f"--strategy fedkseed {ZO_STEPS} {EMBEDDED}",
-        "fedkseed_pro, LoRA": f"--strategy fedkseed_pro {ZO_STEPS} {EMBEDDED}",
     },
     "sms": {
         "fedavg (FedIT)": f"--strategy fedavg --local-steps 4 {GEMMA}",
