@@ -5,7 +5,7 @@ import shlex
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from logging import INFO
+from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +153,8 @@ class _Log:
 
     def started(self, facts: Mapping[str, Any], first_round: int) -> None:
         log(INFO, "%d clients, held-out loss %.4f", facts["num_clients"], facts["base"]["loss"])
+        for warning in facts.get("warnings", ()):
+            log(WARNING, "%s", warning)
 
     def round_started(self, round: int, cohort: int) -> None:
         log(INFO, "round %d: %d clients asked", round, cohort)

@@ -49,6 +49,11 @@ class Evaluator:
         telling = [e for e in short if e.prompt or labels or len(e.text) > 40]
         self._samples = spread(telling or short, _SAMPLES)
 
+    @property
+    def probe(self) -> dict[str, torch.Tensor]:
+        """A batch of up to four held-out sequences."""
+        return collate(self._data[:4], self.model.base.pad_id, self.model.device)
+
     def score(self, adapter: Adapter) -> Metrics:
         """Loss and accuracy on the held-out examples."""
         self.model.show(adapter, self.config.lora)
@@ -72,8 +77,7 @@ class Evaluator:
         this evaluator: its base model is handed to peft. Raises
         ArtefactError when a difference is more than rounding.
         """
-        probe = collate(self._data[:4], self.model.base.pad_id, self.model.device)
-        inputs = {name: probe[name] for name in ("input_ids", "attention_mask")}
+        inputs = {name: self.probe[name] for name in ("input_ids", "attention_mask")}
         with torch.no_grad():
             self.model.show(adapter, self.config.lora)
             mask = inputs["attention_mask"].bool()

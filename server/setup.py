@@ -4,15 +4,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from corolla import data, models, trainable
 from corolla.config import RunConfig
 from corolla.data import FederatedData
+from corolla.directions import SignPool
 from corolla.full import FullModel
+from corolla.scoring import loss_sum
 from corolla.server.evaluate import Evaluator
 from corolla.trainable import Trainable
 
 _UNMOVED = 0.1
 _KEPT = 1 << 24
+_SAFE_EPS = 1e-4
+"""In fp32 no model's loss is rounded as much as it changes over this distance."""
+_DIRECTIONS = 4
 
 
 @dataclass(frozen=True)
@@ -37,23 +45,57 @@ def set_up(config: RunConfig, run_id: str | None) -> Setup:
         "clients_left_out": dataset.left_out,
     }
     model = trainable.build(config, base)
-    facts["warnings"] = _warnings(config, model)
     evaluator = Evaluator(config, model, dataset.heldout, dataset.labels)
+    facts["warnings"] = [*_of_model(model), *_of_eps(config, evaluator)]
     return Setup(dataset, model, evaluator, facts)
 
 
-def _warnings(config: RunConfig, model: Trainable) -> list[str]:
-    """What a user should know before hours of training, in one line each."""
-    if not isinstance(model, FullModel):
-        return []
+def _of_eps(config: RunConfig, evaluator: Evaluator) -> list[str]:
+    """Warnings about perturbations so small that what is measured is rounding."""
     found = []
-    unmoved = model.unmoved(config.eps)
-    if unmoved > _UNMOVED:
-        found.append(
-            f"eps={config.eps:g} leaves {unmoved:.0%} of the {config.dtype} weights as they are, "
-            f"by rounding: raise eps, or use dtype=float32"
-        )
-    if model.kept_bytes > _KEPT:
+    names = [n for n in config.classes or ("",) if config.trainer_of(n) == "zeroth_order"]
+    for eps in sorted({config.of_class(name).eps for name in names}):
+        if isinstance(evaluator.model, FullModel):
+            unmoved = evaluator.model.unmoved(eps)
+            if unmoved > _UNMOVED:
+                found.append(
+                    f"eps={eps:g} leaves {unmoved:.0%} of the {config.dtype} weights as they are, "
+                    f"by rounding: raise eps, or use dtype=float32"
+                )
+        if config.dtype == "float32" and eps >= _SAFE_EPS:
+            continue
+        near, far = _slopes(config, evaluator, eps), _slopes(config, evaluator, 4 * eps)
+        apart = float((near - far).square().mean().sqrt())
+        typical = float(far.square().mean().sqrt())
+        if not apart <= typical / 2:
+            found.append(
+                f"slopes measured at eps={eps:g} and at 4 eps differ by {apart:.2g}, and are of "
+                f"size {typical:.2g}: they are rounding in {config.dtype}; raise eps, or use "
+                f"dtype=float32"
+            )
+    return found
+
+
+@torch.no_grad()
+def _slopes(config: RunConfig, evaluator: Evaluator, eps: float) -> Tensor:
+    """(L(w + eps z) - L(w - eps z)) / (2 eps) of summed losses, for a few directions."""
+    model, batch = evaluator.model, evaluator.probe
+    space = model.enter(model.init(config.lora, 0), config.lora, ())
+    pool = SignPool(_DIRECTIONS, (0, 0))
+    slopes = []
+    for k in range(_DIRECTIONS):
+        space.look(pool, {k: eps})
+        above = float(loss_sum(model.model, batch))
+        space.look(pool, {k: -eps})
+        slopes.append((above - float(loss_sum(model.model, batch))) / (2 * eps))
+    space.look(pool, {})
+    return torch.tensor(slopes, dtype=torch.float64)
+
+
+def _of_model(model: Trainable) -> list[str]:
+    """Warnings about memory."""
+    found = []
+    if isinstance(model, FullModel) and model.kept_bytes > _KEPT:
         found.append(
             f"{model.kept_bytes / 1e6:.0f} MB of weights are in no .safetensors file of the model "
             f"and are kept in memory twice"

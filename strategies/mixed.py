@@ -44,10 +44,10 @@ class Mixed:
 
     - "examples": λ_c = n_c / Σ n, so that w moves by the mean over all clients;
     - "inverse_variance": λ_c ∝ |ū_c|² / v_c, where v_c = s_c² Σp² / (1 - Σp²) estimates the
-      variance of ū_c from the spread s_c² = Σ_m p_m |u_m - ū_c|² of its clients. Relative to |ū_c|², or the
-      class with the smaller learning rate would always seem the surer one. A round in which a class
-      has fewer than two clients falls back to "examples". (--keep-updates notes weights by
-      examples in any case.)
+      variance of ū_c from the spread s_c² = Σ_m p_m |u_m - ū_c|² of its clients. Relative to
+      |ū_c|², or the class with the smaller learning rate would always seem the surer one. A round
+      in which a class has fewer than two clients falls back to "examples". (--keep-updates notes
+      weights by examples in any case.)
 
     Config: `classes`, each with a `trainer`; both trainers must occur.
     """
