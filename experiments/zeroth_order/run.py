@@ -44,15 +44,15 @@ METHODS: dict[str, dict[str, str]] = {
         "fedkseed, LoRA": f"--strategy fedkseed {ZO_STEPS} {EMBEDDED}",
     },
     "sms": {
-        "fedavg (FedIT)": f"--strategy fedavg --local-steps 4 {GEMMA}",
-        "seed_pool, LoRA": f"--strategy seed_pool --local-steps 20 {GEMMA}",
-        "seed_pool, all parameters": f"--strategy seed_pool --local-steps 20 {GEMMA} "
+        "fedavg (FedIT)": f"--strategy fedavg --local-steps 3 {GEMMA}",
+        "seed_pool, LoRA": f"--strategy seed_pool --local-steps 10 {GEMMA}",
+        "seed_pool, all parameters": f"--strategy seed_pool --local-steps 10 {GEMMA} "
         "--set parameters=full",
     },
     "clinc150": {
-        "fedavg (FedIT)": f"--strategy fedavg --local-steps 4 {CLINC}",
-        "seed_pool, LoRA": f"--strategy seed_pool --local-steps 20 {CLINC}",
-        "seed_pool, all parameters": f"--strategy seed_pool --local-steps 20 {CLINC} "
+        "fedavg (FedIT)": f"--strategy fedavg --local-steps 3 {CLINC}",
+        "seed_pool, LoRA": f"--strategy seed_pool --local-steps 10 {CLINC}",
+        "seed_pool, all parameters": f"--strategy seed_pool --local-steps 10 {CLINC} "
         "--set parameters=full",
     },
 }
@@ -63,6 +63,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=list(METHODS))
     parser.add_argument("--file", type=Path, help="the data, which is not part of the repository")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--table", action="store_true", help="run nothing")
     options = parser.parse_args()
@@ -71,16 +72,22 @@ def main() -> int:
         if options.name != "embedded" and not (options.file and options.file.is_file()):
             print(f"{options.name} needs --file: JSON lines (see README.md for their source)")
             return 2
-        _run(options.name, options.file, options.threads, results)
+        _run(options.name, options.file, options.seeds, options.threads, results)
     print(_table(options.name, results))
     _plot(options.name, results)
     return 0
 
 
-def _run(name: str, file: Path | None, threads: int, results: list[dict[str, Any]]) -> None:
+def _run(
+    name: str,
+    file: Path | None,
+    seeds: Sequence[int],
+    threads: int,
+    results: list[dict[str, Any]],
+) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         data = [] if file is None else ["--data", str(_prepared(name, file, Path(scratch)))]
-        for seed in SEEDS:
+        for seed in seeds:
             for method, arguments in METHODS[name].items():
                 if any((r["method"], r["seed"]) == (method, seed) for r in results):
                     continue
