@@ -12,6 +12,7 @@ from corolla.assets import asset
 from corolla.server.checkpoint import write_atomic
 
 _SHOWN_CLIENTS = 40
+_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "KB"), (1, "bytes"))
 
 
 def write_report(path: Path, info: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> None:
@@ -97,10 +98,12 @@ def _label(name: str) -> str:
 def _bytes(lines: Sequence[Mapping[str, Any]]) -> str:
     def draw(axes: Any) -> None:
         rounds = [line["round"] for line in lines]
+        most = max((max(line["bytes_up"], line["bytes_down"]) for line in lines), default=0)
+        scale, unit = next((s, u) for s, u in _UNITS if most >= s or s == 1)
         for shift, key, label in ((-0.2, "bytes_up", "up"), (0.2, "bytes_down", "down")):
-            values = [line[key] / 1e6 for line in lines]
+            values = [line[key] / scale for line in lines]
             axes.bar([r + shift for r in rounds], values, width=0.4, label=label)
-        axes.set(xlabel="round", ylabel="MB, all clients")
+        axes.set(xlabel="round", ylabel=f"{unit}, all clients")
         axes.margins(y=0.25)  # room for the legend
         _whole_rounds(axes)
         axes.legend(frameon=False)

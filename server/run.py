@@ -29,7 +29,7 @@ from corolla.server.rounds import (
     evaluate_clients,
     run_round,
 )
-from corolla.types import Metrics, Payload
+from corolla.types import Aggregates, Metrics, Payload, Strategy
 
 
 class Observer(Protocol):
@@ -236,6 +236,7 @@ class Run:
             "adapter_sha256": summary.adapter_hash,
             "state_sha256": tree.digest_all(state),
             "reload_max_logit_difference": difference,
+            "bytes_per_client": summary.per_client,
             "clients": summary.clients,
             "samples": {
                 "before": [asdict(s) for s in summary.before],
@@ -254,7 +255,7 @@ class Run:
             "run_id": federation.run_id,
             "keep_updates": self.keep_updates,
             "config": self.config.model_dump(mode="json"),
-            "aggregates": federation.strategy.aggregates,
+            "aggregates": self._aggregates(federation.strategy),
             "num_clients": len(federation.clients),
             "cohort": federation.cohort_size,
             "target_modules": self.evaluator.model.targets,
@@ -263,6 +264,11 @@ class Run:
             "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
             "platform": platform.platform(),
         }
+
+    def _aggregates(self, strategy: Strategy) -> Aggregates:
+        """What a run averages: without factors, the trained tensors are the weights themselves."""
+        full = self.config.parameters == "full"
+        return "weights" if full and strategy.aggregates == "factors" else strategy.aggregates
 
     def _same_inputs(self) -> None:
         """Raises ConfigError when the model or the data changed since the run began."""

@@ -101,7 +101,7 @@ def rows(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "log").glob("row-*"))
 
 
-def held(memory: Memory, number: int) -> tuple[Params | None, list[Params]] | None:
+def held(memory: Memory, number: int) -> tuple[Params | None, list[Params], int] | None:
     return memory.log(VERSIONS[number], ORIGIN)
 
 
@@ -114,7 +114,7 @@ def same(found: list[Params], wanted: list[Params]) -> bool:
 
 
 def test_before_any_row_there_is_the_first_state(tmp_path: Path) -> None:
-    assert Memory(tmp_path).log(ORIGIN, ORIGIN) == (None, [])
+    assert Memory(tmp_path).log(ORIGIN, ORIGIN) == (None, [], 0)
     assert Memory(tmp_path).extend(ORIGIN, []) == ORIGIN
 
 
@@ -125,7 +125,7 @@ def test_rows_lead_to_a_version_and_come_back_in_order(tmp_path: Path) -> None:
     for number in (5, 2, 1):
         found = held(memory, number)
         assert found is not None
-        assert found[0] is None
+        assert (found[0], found[2]) == (None, 0)
         assert same(found[1], ROWS[:number])
 
 
@@ -209,7 +209,7 @@ def test_a_damaged_row_is_asked_for_again(tmp_path: Path, damage: str) -> None:
 
 def test_a_snapshot_stands_for_the_rows_before_it(tmp_path: Path) -> None:
     memory = Memory(tmp_path)
-    memory.keep_start(VERSIONS[3], A)
+    memory.keep_start(VERSIONS[3], A, 3)
     memory.extend(VERSIONS[3], ROWS[3:])
     for again in (memory, Memory(tmp_path)):
         found = held(again, 5)
@@ -217,17 +217,18 @@ def test_a_snapshot_stands_for_the_rows_before_it(tmp_path: Path) -> None:
         assert found[0] is not None
         assert torch.equal(found[0]["x.lora_A"], A["x.lora_A"])
         assert same(found[1], ROWS[3:])
+        assert found[2] == 3  # rows that it stands for
     at = held(memory, 3)
     assert at is not None
-    assert at[1] == []
+    assert at[1:] == ([], 3)
     assert held(memory, 2) is None
 
 
 def test_a_newer_snapshot_replaces_the_older(tmp_path: Path) -> None:
     """A device keeps one, whatever it misses."""
     memory = Memory(tmp_path)
-    memory.keep_start(VERSIONS[1], A)
-    memory.keep_start(VERSIONS[3], OTHER)
+    memory.keep_start(VERSIONS[1], A, 1)
+    memory.keep_start(VERSIONS[3], OTHER, 3)
     assert len(list((tmp_path / "log").glob("start-*"))) == 1
     assert held(memory, 1) is None
     found = held(memory, 3)
@@ -238,7 +239,7 @@ def test_a_newer_snapshot_replaces_the_older(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
 def test_a_damaged_snapshot_is_asked_for_again(tmp_path: Path, damage: str) -> None:
-    Memory(tmp_path).keep_start(VERSIONS[3], A)
+    Memory(tmp_path).keep_start(VERSIONS[3], A, 3)
     path = tmp_path / "log" / f"start-{VERSIONS[3]}.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -246,7 +247,7 @@ def test_a_damaged_snapshot_is_asked_for_again(tmp_path: Path, damage: str) -> N
     path.write_bytes(kept[damage])
     again = Memory(tmp_path)
     assert held(again, 3) is None
-    again.keep_start(VERSIONS[3], A)
+    again.keep_start(VERSIONS[3], A, 3)
     found = held(Memory(tmp_path), 3)
     assert found is not None
     assert found[0] is not None

@@ -392,8 +392,9 @@ def test_a_snapshot_stands_for_all_rows_before_it(make: Callable[..., Worker]) -
     versions = seedlog.versions(origin(follower), list(seedlog.rows(later).values()))
     make_snapshot = follower.strategy.broadcast(state).snapshot
     assert make_snapshot is not None
-    whole = codec.encode({"start": make_snapshot()})
-    log = Log(versions[0], versions[3], versions[3], (), 3)
+    start = make_snapshot()
+    whole = codec.encode({"start": start})
+    log = Log(versions[0], versions[3], versions[3], (), 3, codec.content_id(start))
     sent = newcomer("ada", task(newcomer, state=state, round=4, log=log, payload=whole))
     assert unpack_reply(sent, 0).error == ""
     assert sent == follower("ada", task(follower, state=state, round=4))
@@ -404,15 +405,40 @@ def test_a_snapshot_stands_for_all_rows_before_it(make: Callable[..., Worker]) -
     assert sent == follower("ada", task(follower, state=later, round=5))
 
 
-def test_a_wrong_snapshot_group_is_no_start(make: Callable[..., Worker]) -> None:
+@pytest.mark.parametrize("payload", [{}, {"start": {"x": torch.zeros(3)}}], ids=["none", "other"])
+def test_a_snapshot_that_is_not_what_was_announced_is_refused(
+    make: Callable[..., Worker], payload: Payload
+) -> None:
     worker = make(**ZEROTH)
     state = logged(worker, 1)
     version = seedlog.versions(origin(worker), list(seedlog.rows(state).values()))[-1]
-    log = Log(origin(worker), version, version, (), 1)
-    bad = codec.encode({"start": {"x": torch.zeros(3)}})
-    reply = ask(worker, "ada", task(worker, state=state, log=log, payload=bad))
-    assert reply.error
+    log = Log(origin(worker), version, version, (), 1, "0" * 32)
+    before = fingerprint(worker)
+    reply = ask(worker, "ada", task(worker, state=state, log=log, payload=codec.encode(payload)))
+    assert "snapshot does not match its content id" in reply.error
     assert reply.scalars == {}
+    assert fingerprint(worker) == before
+    assert ask(worker, "ada", task(worker, state=state)).error == ""
+
+
+def test_a_group_of_that_name_is_no_snapshot_unless_announced(make: Callable[..., Worker]) -> None:
+    worker = make(**ZEROTH)
+    version = seedlog.versions(origin(worker), list(seedlog.rows(logged(worker, 1)).values()))[-1]
+    log = Log(origin(worker), version, version, (), 1)
+    start = codec.encode({"start": first(worker)["start"]})
+    reply = ask(worker, "ada", task(worker, log=log, payload=start))
+    assert list(reply.missing) == ["log"]
+
+
+def test_a_log_that_counts_other_rows_is_refused(make: Callable[..., Worker]) -> None:
+    """The number of a row decides its signs."""
+    worker = make(**ZEROTH)
+    state = logged(worker, 2)
+    rows = list(seedlog.rows(state).values())
+    versions = seedlog.versions(origin(worker), rows)
+    log = Log(versions[0], versions[0], versions[-1], rows, 5)
+    reply = ask(worker, "ada", task(worker, state=state, log=log))
+    assert "log ends at row 5, here at 2" in reply.error
 
 
 # Classes of clients

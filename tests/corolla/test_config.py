@@ -216,6 +216,8 @@ def test_ranks_go_to_clients_in_turn() -> None:
 
 # All parameters, classes of clients and the learning rates of their trainers
 
+BOTH = {trainer: {"trainer": trainer} for trainer in ("first_order", "zeroth_order")}
+
 
 @pytest.mark.parametrize(
     ("settings", "names"),
@@ -258,10 +260,26 @@ def test_ranks_go_to_clients_in_turn() -> None:
             ["strategy=mixed", "classes.a.trainer=zeroth_order", "local_epochs=1"],
             ["local-epochs", "use local-steps"],
         ),
+        (["strategy=mixed"], ["mixed needs classes", "found first_order", "classes.NAME.trainer"]),
+        (
+            ["strategy=mixed", "classes.a.trainer=zeroth_order"],
+            ["trainers first_order and zeroth_order", "found zeroth_order"],
+        ),
+        (
+            ["strategy=seed_pool", "local_steps=32769", "queries=2"],
+            ["local-steps 32769", "queries 2", "65536 scalars"],
+        ),
+        (
+            ["strategy=seed_pool", "classes.a.queries=1400"],
+            ["local-steps 50", "queries 1400", "65536 scalars"],
+        ),
         (["strategy=seed_pool", "seed_pool.size=3"], ["size must be a power of two", "found 3"]),
         (["strategy=seed_pool", "seed_pool.scalars=fp8"], ["fp16 or fp32", "'fp8'"]),
         (["strategy=fedkseed", "strategy.directions=any"], ["gaussian or sign", "'any'"]),
-        (["strategy=mixed", "mixed.weights=none"], ["examples or inverse_variance", "'none'"]),
+        (
+            ["strategy=mixed", "mixed.weights=none", f"classes={json.dumps(BOTH)}"],
+            ["examples or inverse_variance", "'none'"],
+        ),
     ],
 )
 def test_bad_settings_of_zeroth_order_are_refused_in_one_line(
@@ -279,17 +297,17 @@ def test_all_parameters_are_trained_by_strategies_that_can(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("toml", "settings"),
     [
-        ("strategy = 'mixed'\n[classes.phone]\nlr = 0.5\nlocal-steps = 3", []),
-        ("strategy = 'mixed'\n[classes]\nphone = { lr = 0.5, local_steps = 3 }", []),
-        ("strategy = 'mixed'\nclasses.phone.lr = 0.5\nclasses.phone.local_steps = 3", []),
-        ("strategy = 'mixed'", ["classes.phone.lr=0.5", "classes.phone.local-steps=3"]),
-        ("strategy = 'mixed'\n[classes.phone]\nlr = 0.5", ["classes.phone.local_steps=3"]),
+        ("strategy = 'seed_pool'\n[classes.phone]\nlr = 0.5\nlocal-steps = 3", []),
+        ("strategy = 'seed_pool'\n[classes]\nphone = { lr = 0.5, local_steps = 3 }", []),
+        ("strategy = 'seed_pool'\nclasses.phone.lr = 0.5\nclasses.phone.local_steps = 3", []),
+        ("strategy = 'seed_pool'", ["classes.phone.lr=0.5", "classes.phone.local-steps=3"]),
+        ("strategy = 'seed_pool'\n[classes.phone]\nlr = 0.5", ["classes.phone.local_steps=3"]),
         (
-            "strategy = 'mixed'\n[classes.phone]\nlr = 0.1\nlocal_steps = 3",
+            "strategy = 'seed_pool'\n[classes.phone]\nlr = 0.1\nlocal_steps = 3",
             ["classes.phone.lr=0.5"],
         ),
-        (None, ['classes={"phone": {"lr": 0.5, "local_steps": 3}}', "strategy=mixed"]),
-        (None, ['classes.phone={"lr": 0.5, "local-steps": 3}', "strategy=mixed"]),
+        (None, ['classes={"phone": {"lr": 0.5, "local_steps": 3}}', "strategy=seed_pool"]),
+        (None, ['classes.phone={"lr": 0.5, "local-steps": 3}', "strategy=seed_pool"]),
     ],
 )
 def test_classes_are_given_in_a_file_or_with_set(
@@ -343,7 +361,7 @@ def test_a_class_trains_as_it_says_or_as_the_strategy_does() -> None:
         ({}, 3e-3),
         ({"model": "some/model"}, 3e-4),
         ({"strategy": "ferret"}, 3e-3),
-        ({"strategy": "mixed"}, 3e-3),
+        ({"strategy": "mixed", "classes": BOTH}, 3e-3),
         ({"strategy": "seed_pool"}, LR_ZEROTH_ORDER["lora", True]),
         ({"strategy": "seed-pool"}, LR_ZEROTH_ORDER["lora", True]),
         ({"strategy": "fedmezo", "model": "some/model"}, LR_ZEROTH_ORDER["lora", False]),

@@ -83,6 +83,8 @@ def test_a_forgotten_head_passes_where_there_is_none() -> None:
         ("RaisesOnDevice", "RuntimeError: a mistake of its author"),
         ("WrongKeys", "0 of 3 clients gave a valid update"),
         ("NotFinite", "the aggregate is not finite"),
+        ("SeedOfItsChoice", "update has seed "),
+        ("RateOfItsChoice", "update has step -0.02 in 'scalars', not -0.01"),
     ],
 )
 def test_a_strategy_that_raises_fails_with_a_finding(name: str, note: str) -> None:

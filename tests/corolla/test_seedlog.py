@@ -12,7 +12,7 @@ from torch import Tensor
 
 from corolla import seedlog, signs, wire
 from corolla.aggregation import SeedSums
-from corolla.types import Params, Payload, Walk, row_name
+from corolla.types import Params, Payload, Size, Walk, row_name
 
 BASE = "ab" * 32
 FIRST: Payload = {"start": {"w": torch.arange(3.0)}, "key": {"seed": torch.tensor(7)}}
@@ -177,17 +177,19 @@ def test_directions_are_given_or_follow_from_the_seed() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_an_upload_looks_as_announced(dtype: torch.dtype) -> None:
-    walk = Walk(torch.ones(5, dtype=dtype), 1.0, {}, 3, {})
+    walk = Walk(torch.ones(5, dtype=dtype), -0.25, {}, 3, {})
+    size = Size(0, 0, scalars=5, trainer="zeroth_order", seed=9, step=-0.25)
     for own, like in (
-        (seedlog.upload(walk, seed=torch.tensor(3)), seedlog.upload_like(5, dtype, seed=9)),
+        (seedlog.upload(walk, seed=torch.tensor(9)), seedlog.upload_like(size, dtype)),
         (
             seedlog.upload(walk, directions=torch.arange(5, dtype=torch.int32)),
-            seedlog.upload_like(5, dtype, directions=7),
+            seedlog.upload_like(size, dtype, pool_size=8),
         ),
     ):
         assert {n: (t.shape, t.dtype) for n, t in own.items()} == {
             n: (t.shape, t.dtype) for n, t in like.items()
         }
+        assert float(like["step"]) == float(own["step"]) == -0.25
         largest = {n: int(t.max()) for n, t in like.items() if not t.is_floating_point()}
         assert largest in ({"seed": 9}, {"directions": 7})
 

@@ -14,7 +14,7 @@ import torch
 from corolla import codec, data, models, seedlog, seeds, tree, wire
 from corolla.client.memory import Memory
 from corolla.client.worker import Worker
-from corolla.config import RunConfig
+from corolla.config import LR_ZEROTH_ORDER, RunConfig
 from corolla.errors import RoundError
 from corolla.lora import LoraModel
 from corolla.proto import update_pb2 as pb
@@ -698,8 +698,12 @@ def test_clients_take_classes_in_turn_by_their_shares(setup: Callable[..., Setti
 def test_size_and_examples_are_those_of_a_clients_class(setup: Callable[..., Setting]) -> None:
     federation = setup(**PHONES).federation
     a, b = A_BYTES // 4, B_BYTES // 4
-    assert federation.size("ada") == Size(a, b, 0, 1, "first_order")
-    assert federation.size("ben") == Size(a, b, 0, 6, "zeroth_order")
+    ada, ben = federation.size("ada", 2), federation.size("ben", 2)
+    step = torch.tensor(-LR_ZEROTH_ORDER["lora", False] / 2).item()  # of the class, over queries
+    assert ben == Size(a, b, 0, 6, "zeroth_order", ben.seed, step)
+    assert ada == Size(a, b, 0, 1, "first_order", ada.seed, torch.tensor(-0.01).item())
+    own = [federation.size(c, round).seed for c in ("ada", "ben") for round in (1, 2)]
+    assert len(set(own)) == 4
     assert [federation.most_examples(c) for c in ("ada", "ben", "cyd", "dot")] == [2, 3, 3, 2]
     # without classes: two steps of three, of 4, 7, 10 and 5 examples
     plain = setup().federation
@@ -813,6 +817,8 @@ HOSTILE_SCALARS: dict[str, Tamper] = {
     "too many": resized(lambda t: torch.cat([t, t])),
     "none": resized(lambda t: t[:0]),
     "other type": scalars(scalars=lambda t: t.half() if t.dtype == torch.float32 else t.float()),
+    "twice the step": scalars(step=lambda t: 2 * t),
+    "against the step": scalars(step=lambda t: -t),
     "huge step": scalars(step=lambda t: torch.full_like(t, 1e30)),
     "no step": grouped(lambda g: g.__delitem__("step")),
     "other group": grouped(lambda g: None, "other"),
@@ -823,6 +829,7 @@ HOSTILE_SCALARS: dict[str, Tamper] = {
 }
 SEEDED = {
     **HOSTILE_SCALARS,
+    "directions of its choice": scalars(seed=lambda t: t ^ 1),
     "no seed": grouped(lambda g: g.__delitem__("seed")),
     "directions too": grouped(lambda g: g.update(directions=torch.zeros(2, dtype=torch.int32))),
 }

@@ -366,12 +366,29 @@ class KeepsTheLastRow(SeedPool):
         return Adapter(whole.trained, moves=whole.moves[-1:])
 
 
-class DirectionsFromGlobalState(SeedPool):
-    """Says honestly which seed it took, but takes another each time."""
+class DirectionsFromGlobalState(FedKSeed):
+    """Says honestly which directions it took, but takes others each time."""
 
     def local(self, client: Client, received: Payload) -> Update:
         seed = int(torch.randint(1 << 30, ()))
         return super().local(replace(cast(LocalClient, client), seed=seed), received)
+
+
+class SeedOfItsChoice(SeedPool):
+    """Takes another seed than the client was given: the server refuses every update."""
+
+    def local(self, client: Client, received: Payload) -> Update:
+        own = replace(cast(LocalClient, client), seed=client.seed ^ 1)
+        return super().local(own, received)
+
+
+class RateOfItsChoice(SeedPool):
+    """Learns twice as fast as it was told."""
+
+    def local(self, client: Client, received: Payload) -> Update:
+        own = cast(LocalClient, client)
+        faster = own.config.model_copy(update={"lr": 2 * own.config.lr})
+        return super().local(replace(own, config=faster), received)
 
 
 class HeaderForgotten(SeedPool):

@@ -35,12 +35,17 @@ pytestmark = pytest.mark.parametrize("name", STRATEGIES, scope="module")
 
 def varied(name: str) -> dict[str, Any]:
     """Clients as different as the strategy allows: in rank and alpha, in how they train."""
-    varied: dict[str, Any] = {}
-    if STRATEGIES[name].mixed_ranks:
-        varied |= {"ranks": [4, 8, 16], "alphas": [8.0, 4.0, 64.0]}
-    if len(STRATEGIES[name].trainers) > 1:
-        varied["classes"] = {t: {"trainer": t, "lr": 1e-2} for t in STRATEGIES[name].trainers}
-    return varied
+    if not STRATEGIES[name].mixed_ranks:
+        return classes(name)
+    return {"ranks": [4, 8, 16], "alphas": [8.0, 4.0, 64.0], **classes(name)}
+
+
+def classes(name: str) -> dict[str, Any]:
+    """One for each way to train, where there is more than one."""
+    trainers = STRATEGIES[name].trainers
+    if len(trainers) == 1:
+        return {}
+    return {"classes": {trainer: {"trainer": trainer, "lr": 1e-2} for trainer in trainers}}
 
 
 def rounding(name: str) -> float:
@@ -105,13 +110,13 @@ def test_names_its_paper_and_keeps_no_state(name: str) -> None:
 
 
 def test_mixed_ranks_are_accepted_exactly_when_declared(name: str) -> None:
-    settings = tiny.config(name, ranks=[2, 4])
+    settings = tiny.config(name, ranks=[2, 4], **classes(name))
     if STRATEGIES[name].mixed_ranks:
         settings.build_strategy()
         return
     with pytest.raises(ConfigError, match="needs one rank and alpha for all clients"):
         settings.build_strategy()
-    assert tiny.config(name, ranks=[2, 2]).build_strategy() is not None
+    assert tiny.config(name, ranks=[2, 2], **classes(name)).build_strategy() is not None
 
 
 def test_all_parameters_are_trained_exactly_when_declared(name: str) -> None:
@@ -125,14 +130,24 @@ def test_all_parameters_are_trained_exactly_when_declared(name: str) -> None:
 
 @pytest.mark.parametrize("trainer", ["first_order", "zeroth_order"])
 def test_clients_train_as_declared_and_in_no_other_way(name: str, trainer: str) -> None:
-    settings = tiny.config(name, classes={"phone": {"trainer": trainer}})
+    known = classes(name).get("classes", {})
+    settings = tiny.config(name, classes={"phone": {"trainer": trainer}, **known})
+    assert settings.trainer_of("") == STRATEGIES[name].trainers[0]
     if trainer in STRATEGIES[name].trainers:
         settings.build_strategy()
         assert settings.trainer_of("phone") == trainer
         return
     with pytest.raises(ConfigError, match=f"class phone has trainer {trainer}, but"):
         settings.build_strategy()
-    assert tiny.config(name).trainer_of("") == STRATEGIES[name].trainers[0]
+
+
+def test_more_than_one_way_to_train_needs_all_of_them(name: str) -> None:
+    if len(STRATEGIES[name].trainers) == 1:
+        tiny.config(name).build_strategy()
+        return
+    for trainer in STRATEGIES[name].trainers:
+        with pytest.raises(ConfigError, match=f"found {trainer}: set classes.NAME.trainer"):
+            tiny.config(name, classes={"all": {"trainer": trainer}}).build_strategy()
 
 
 # Proofs on effective weights
@@ -320,11 +335,13 @@ def test_updates_are_what_the_server_expects(name: str, run: Run) -> None:
     for client in run.network.sent:
         fresh = run.model.init(run.federation.lora(client), 9)
         update = run.network.update(client)
-        like = strategy.update_like(fresh, run.federation.size(client))
+        like = strategy.update_like(fresh, run.federation.size(client, len(run.done)))
         assert tiny.names(update) == tiny.names(like)
         assert any(tensor.any() for params in update.values() for tensor in params.values())
         for group, params in update.items():
             for n, tensor in params.items():
+                if tensor.dim() == 0:
+                    assert tensor == like[group][n]  # the seed and the step it was given
                 assert tensor.is_floating_point() or bool((tensor <= like[group][n]).all())
 
 
