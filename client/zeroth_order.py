@@ -91,7 +91,7 @@ class ZerothOrder:
                 scalars[query] = g
                 update[k] = update.get(k, 0.0) + step_size * float(g)
             if not all(math.isfinite(scale) and abs(scale) < 1e30 for scale in update.values()):
-                raise DivergedError(f"a step of {max(update.values()):.1e}: lower lr")
+                raise DivergedError(f"a step of {max(update.values(), key=abs):.1e}: lower lr")
             space.move(pool, update)
             if self.model.drifts and isinstance(pool, SignPool) and (step + 1) % _RESYNC == 0:
                 own = _so_far(pool, directions, scalars, step_size)

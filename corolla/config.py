@@ -135,8 +135,10 @@ class RunConfig(BaseModel):
         """
         if not isinstance(values, dict):
             return values
-        name = str(values.get("strategy", "fedavg")).replace("-", "_")
-        known = strategies.STRATEGIES.get(name)
+        try:
+            known = strategies.find(str(values.get("strategy", "fedavg")))
+        except ConfigError:  # said when the strategy is built
+            known = None
         embedded = values.get("model", "embedded") == "embedded"
         if known and known.trainers[0] == "zeroth_order":
             space = values.get("parameters", "lora")
@@ -308,12 +310,12 @@ def _gather(
     values: dict[str, Any] = {}
     tables: dict[str, dict[str, Any]] = {}
     for key, value in (_read(file) if file else {}).items():
-        _assign(values, tables, key.replace("-", "_"), value, str(file))
+        _assign(values, tables, _key(key), value, str(file))
     for setting in settings:
         key, found, text = setting.partition("=")
         if not found:
             raise ConfigError(f"--set {setting!r}: expected key=value")
-        _assign(values, tables, key.strip().replace("-", "_"), _literal(text), "--set")
+        _assign(values, tables, _key(key.strip()), _literal(text), "--set")
     values |= {key: value for key, value in overrides.items() if value is not None}
     if "strategy" in values and ":" not in str(values["strategy"]):
         values["strategy"] = str(values["strategy"]).replace("-", "_")
@@ -341,12 +343,7 @@ def _assign(
 ) -> None:
     table, dot, field = key.partition(".")
     if table == "classes" and dot:  # classes.phone.lr=1e-3
-        name, _, entry = field.partition(".")
-        given = {entry: value} if entry else value
-        if not isinstance(given, dict):
-            raise ConfigError(f"{key} in {source}: expected classes.NAME.KEY=value")
-        own = values.setdefault("classes", {}).setdefault(name, {})
-        own |= {part.replace("-", "_"): entry for part, entry in given.items()}
+        _assign_class(values, field, value, source)
     elif isinstance(value, dict) and not dot and key != "options":
         for name, entry in value.items():
             _assign(values, tables, f"{key}.{name}", entry, source)
@@ -358,6 +355,25 @@ def _assign(
         raise _unknown(key, list(RunConfig.model_fields), source)
     else:
         values[key] = value
+
+
+def _key(text: str) -> str:
+    """A key may be written with -; the name of a class stays as it is."""
+    return text if text.startswith("classes.") else text.replace("-", "_")
+
+
+def _assign_class(values: dict[str, Any], field: str, value: Any, source: str) -> None:
+    """`NAME.key` of the table of classes, or NAME with a table of keys."""
+    name, _, entry = field.partition(".")
+    given = {entry: value} if entry else value
+    classes = values.setdefault("classes", {})
+    if not name or not isinstance(given, dict) or not isinstance(classes, dict):
+        raise ConfigError(f"classes in {source}: expected classes.NAME.KEY=value")
+    for part, setting in given.items():
+        known = part.replace("-", "_")
+        if known not in ClientClass.model_fields:
+            raise _unknown(known, list(ClientClass.model_fields), source)
+        classes.setdefault(name, {})[known] = setting
 
 
 def _unknown(key: str, known: list[str], source: str) -> ConfigError:

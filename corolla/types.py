@@ -75,7 +75,8 @@ class Size:
 class Cost:
     """Bytes one client sends and receives in a round; `once`: received in its first one.
 
-    With `at_most`, `down` is a limit: a log with few directions is sent sparse.
+    With `at_most` they are limits: scalars of which many are 0 are sent sparse. Who missed rounds
+    of a log receives `down` for each.
     """
 
     up: int

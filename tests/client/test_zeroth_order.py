@@ -25,7 +25,7 @@ from corolla.full import FullModel
 from corolla.lora import LoraModel
 from corolla.space import Beside, InPlace, Space
 from corolla.trainable import Trainable
-from corolla.types import LoraSpec, Move, Params, Pool, Walk
+from corolla.types import Adapter, LoraSpec, Move, Params, Pool, Walk
 
 Settings = Callable[..., RunConfig]
 SPEC = LoraSpec(2, 4.0)
@@ -71,6 +71,7 @@ class Quadratic:
     """L(w) = ½ wᵀ A w + b · w in fp64, with the interface of a resident model."""
 
     count = 40
+    drifts = False
 
     def __init__(self, space: type[Beside] | type[InPlace] = Beside) -> None:
         generator = torch.Generator().manual_seed(3)
@@ -303,6 +304,18 @@ def test_the_loss_is_computed_in_single_precision(
     assert found.metrics["train_loss"] == pytest.approx(float(wanted), rel=2e-3)
 
 
+def test_eps_is_a_number_of_few_bits(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is shown in place is taken away again: with few bits, both are rounded alike."""
+    for eps, used in ((0.01, 0.010009765625), (1e-3, 0.00099945068359375), (0.25, 0.25)):
+        pool = Recording(SIGN)
+        walk = Quadratic().walk(monkeypatch, settings(eps=eps, local_steps=1), [3], pool)
+        looked = [terms for _, [*terms], looks in pool.calls if looks and terms]
+        assert looked == [[(3, used)], [(3, -used)]]
+        made = Quadratic()
+        slope = float(made.gradient(made.start) @ z(SIGN, 3, made.count))
+        assert float(walk.scalars[0]) == pytest.approx(slope, rel=1e-4)  # divided by the same
+
+
 # With a kernel
 
 
@@ -368,7 +381,7 @@ def test_distances_are_uniform_and_differ_from_client_to_client(
     settings: Settings, model: LoraModel
 ) -> None:
     config = settings(estimator="kerzoo", eps=1.0)
-    drawn = [np.array(trainer(model, config, seed=s)._reach(20_000))[:, 0] for s in (1, 2)]
+    drawn = [np.array(trainer(model, config, seed=s)._reach(20_000)[1])[:, 0] for s in (1, 2)]
     for found in drawn:
         assert -1 <= found.min() < -0.99 < 0.99 < found.max() < 1
         for power in (1, 2, 3, 4):
@@ -450,7 +463,7 @@ def test_the_update_is_along_the_perturbation_at_every_step(
     own = pools.get(kind) or low_rank(model, start)
     pool = Recording(own)
     count = len(flat(start))
-    config = settings(lr=1e-3, local_steps=7, queries=queries, eps=0.01)
+    config = settings(lr=1e-3, local_steps=7, queries=queries, eps=2.0**-7)
     chosen = [(5 * t) % 64 for t in range(7 * queries)]
     walk = trainer(model, config).walk(start, (), pool, chosen)
     calls = [(dict(terms), looks) for _, terms, looks in pool.calls]
@@ -462,7 +475,7 @@ def test_the_update_is_along_the_perturbation_at_every_step(
         assert not looks
         assert all(looks for _, looks in looked)
         own_k = chosen[step * queries : (step + 1) * queries]
-        assert [terms for terms, _ in looked] == [{k: s * 0.01} for k in own_k for s in (1, -1)]
+        assert [terms for terms, _ in looked] == [{k: s * 2.0**-7} for k in own_k for s in (1, -1)]
         own_g = walk.scalars[step * queries : (step + 1) * queries].tolist()
         assert moved == {k: walk.step * g for k, g in zip(own_k, own_g, strict=True)}
         if queries == 1:  # the vectors themselves
@@ -493,7 +506,7 @@ def test_all_parameters_follow_three_passes_a_step(
     settings: Settings, plain: transformers.PreTrainedModel
 ) -> None:
     config = settings(
-        strategy="seed_pool", parameters="full", lr=1e-3, local_steps=10, eps=0.01, batch_size=4
+        strategy="seed_pool", parameters="full", lr=1e-3, local_steps=10, eps=2.0**-7, batch_size=4
     )
     full = trainable.build(config, models.load(config))
     walk = trainer(full, config).walk({}, (), SIGN, range(10))
@@ -510,9 +523,10 @@ def test_all_parameters_follow_three_passes_a_step(
         with torch.no_grad():
             return float(functional_call(plain, weights, kwargs=padded(DATA)).loss)
 
+    eps = 2.0**-7
     for k in range(10):
         direction = z(SIGN, k, len(w))
-        g = (loss(w + 0.01 * direction) - loss(w - 0.01 * direction)) / 0.02
+        g = (loss(w + eps * direction) - loss(w - eps * direction)) / (2 * eps)
         assert float(walk.scalars[k]) == pytest.approx(g, abs=2e-4)
         w = w - 1e-3 * g * direction
     found = flat(dict(full.model.named_parameters()))
@@ -548,9 +562,9 @@ def test_lora_weights_are_exact_after_steps_that_are_undone(
     ("kind", "warmup", "rates"),
     [
         ("constant", 0.0, [1, 1, 1]),
-        ("linear", 0.0, [1, 2 / 3, 1 / 3]),
-        ("cosine", 0.0, [1, 0.75, 0.25]),
-        ("constant", 1.0, [1 / 4, 1, 1]),
+        ("linear", 0.0, [5 / 6, 1 / 2, 1 / 6]),
+        ("cosine", 0.0, [(1 + math.cos(math.pi * t / 6)) / 2 for t in (1, 3, 5)]),
+        ("constant", 1.0, [3 / 4, 1, 1]),
     ],
 )
 def test_the_rate_is_one_in_a_round_and_falls_across_rounds(
@@ -560,6 +574,7 @@ def test_the_rate_is_one_in_a_round_and_falls_across_rounds(
     warmup: float,
     rates: list[float],
 ) -> None:
+    """It is that of the round's middle: of the third of four steps."""
     config = settings(
         schedule=kind, warmup_rounds=warmup, rounds=3, lr=0.012, local_steps=4, queries=2
     )
@@ -567,6 +582,7 @@ def test_the_rate_is_one_in_a_round_and_falls_across_rounds(
         made, pool = Quadratic(), Recording(SIGN)
         walk = made.walk(monkeypatch, config, [1, 2] * 4, pool, round=round)
         assert walk.step == float(torch.tensor(walk.step))  # single precision: as it travels
+        assert walk.step == schedule.step_size(config, round, len(DATA))  # what the server expects
         assert walk.step == pytest.approx(-0.012 * factor / 2, rel=1e-6)
         moved = [dict(terms) for _, terms, looks in pool.calls if not looks]
         g = walk.scalars.view(4, 2)
@@ -589,6 +605,89 @@ def test_the_loss_falls(settings: Settings, space: str) -> None:
     assert after < before - 0.3
     assert after < walk.metrics["train_loss"] < before
     assert walk.metrics["local_steps"] == 200.0
+
+
+# Half precision
+
+
+def enters(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """From now on: how many moves each entry to a whole model had."""
+    own, found = FullModel.enter, []
+
+    def spy(model: FullModel, start: Params, spec: LoraSpec, moves: Sequence[Move]) -> Space:
+        found.append(len(moves))
+        return own(model, start, spec, moves)
+
+    monkeypatch.setattr(FullModel, "enter", spy)
+    return found
+
+
+def all_of(model: FullModel) -> Params:
+    return {n: p.detach().clone() for n, p in model.model.named_parameters()}
+
+
+@pytest.mark.parametrize(("steps", "queries"), [(20, 1), (25, 1), (25, 2)])
+def test_half_precision_steps_are_set_anew_from_their_scalars(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, steps: int, queries: int
+) -> None:
+    """After every tenth step the weights are those that all scalars so far give in one move."""
+    config = settings(
+        strategy="seed_pool",
+        parameters="full",
+        dtype="bfloat16",
+        lr=1e-4,
+        local_steps=steps,
+        eps=2.0**-7,
+        queries=queries,
+    )
+    full = trainable.build(config, models.load(config))
+    assert isinstance(full, FullModel)
+    assert full.drifts
+    before = [Move(SignPool(64, (5, 0)), torch.full((64,), 1e-3))]
+    directions = [(7 * t) % 50 for t in range(steps * queries)]
+    entered = enters(monkeypatch)
+    walk = trainer(full, config).walk({}, before, SIGN, directions)
+    found = all_of(full)
+    assert entered == [1, 2, 2]
+    sums = torch.zeros(64, dtype=torch.float64)
+    for g, k in zip(walk.scalars.tolist(), directions, strict=True):
+        sums[k] += g
+    full.show(Adapter({}, moves=(*before, Move(SIGN, sums, walk.step))), SPEC)
+    wanted = all_of(full)
+    monkeypatch.setattr(zeroth_order, "_RESYNC", 1 << 30)
+    trainer(full, config).walk({}, before, SIGN, directions)
+    drifted = all_of(full)
+    assert entered == [1, 2, 2, 1]
+    assert not same(drifted, wanted)
+    if steps == 20:
+        assert same(found, wanted)
+        return
+    passes = 5 * 2 * queries + 1  # since the last time, each rounds once
+    off = (flat(found) - flat(wanted)).abs()
+    largest = torch.maximum(flat(found).abs(), flat(wanted).abs()) + queries * 2.0**-6
+    assert bool((off <= (passes + 1) * 2.0**-8 * largest).all())
+    assert float((flat(drifted) - flat(wanted)).norm()) > 1.5 * float(off.norm()) > 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "pool"), [("float32", SIGN), ("bfloat16", GaussianPool(5)), ("float16", SIGN)]
+)
+def test_only_signs_in_half_precision_are_set_anew(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, dtype: str, pool: Pool
+) -> None:
+    """fp32 hardly drifts, and a move of Gaussian directions costs a pass for each."""
+    config = settings(
+        strategy="seed_pool", parameters="full", dtype=dtype, lr=1e-6, local_steps=12, eps=2.0**-7
+    )
+    full = trainable.build(config, models.load(config))
+    assert full.drifts == (dtype != "float32")
+    entered = enters(monkeypatch)
+    trainer(full, config).walk({}, (), pool, range(12))
+    assert entered == ([0, 1] if dtype == "float16" else [0])
+
+
+def test_factors_are_in_single_precision_whatever_the_base(settings: Settings) -> None:
+    assert not LoraModel(models.load(settings(dtype="bfloat16"))).drifts
 
 
 # What is not finite
@@ -672,6 +771,27 @@ def test_a_scalar_beyond_half_precision_is_skipped(
     assert float(half.scalars[1]) == 0.0
     assert half.metrics["skipped_scalars"] == 1.0
     assert bool(half.scalars.isfinite().all())
+
+
+@pytest.mark.parametrize("lr", [1e20, 1e38, 1e10])
+def test_an_absurd_step_diverges(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, lr: float
+) -> None:
+    """Before it is taken: what is left are weights that a perturbation away are the start's."""
+    made = Quadratic()
+    config = settings(lr=lr, local_steps=1, eps=2.0**-7, queries=2)
+
+    def run() -> Walk:
+        return made.walk(
+            monkeypatch, config, [1, 2], change=lambda call, _: 1e9 if call == 0 else 0.0
+        )
+
+    if lr > 1e10:
+        with pytest.raises(DivergedError, match=r"a step of -\d\.\de\+\d+: lower lr"):
+            run()
+        assert float((made.w - made.start).abs().max()) <= 2.0**-7
+    else:
+        assert bool(run().scalars.isfinite().all())
 
 
 def test_weights_that_are_not_finite_diverge(

@@ -84,7 +84,7 @@ def test_a_forgotten_head_passes_where_there_is_none() -> None:
         ("WrongKeys", "0 of 3 clients gave a valid update"),
         ("NotFinite", "the aggregate is not finite"),
         ("SeedOfItsChoice", "update has seed "),
-        ("RateOfItsChoice", "update has step -0.02 in 'scalars', not -0.01"),
+        ("RateOfItsChoice", "update has step "),
     ],
 )
 def test_a_strategy_that_raises_fails_with_a_finding(name: str, note: str) -> None:

@@ -97,6 +97,30 @@ def test_gaussian_values_are_slices_across_blocks(start: int, count: int) -> Non
     assert torch.equal(GAUSSIAN.values(9, start, start + count)[:5], whole)
 
 
+def test_no_gaussian_value_is_drawn_that_is_not_needed_or_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of the last block only a prefix, and in long tensors each block once."""
+    own, drawn = GaussianPool._block, []
+
+    def spy(pool: GaussianPool, k: int, block: int, count: int) -> Any:
+        drawn.append((block, count))
+        return own(pool, k, block, count)
+
+    monkeypatch.setattr(GaussianPool, "_block", spy)
+    GAUSSIAN.values(3, 10, 14)
+    GAUSSIAN.values(3, BLOCK - 1, BLOCK + 5)
+    GAUSSIAN.values(3, BLOCK, 2 * BLOCK)
+    assert drawn == [(0, 14), (0, BLOCK), (1, 5), (1, BLOCK)]
+    for change in (
+        lambda out: GAUSSIAN.add(out, BLOCK - 7, [(3, 1.0)]),
+        lambda out: directions.apply(out, BLOCK - 7, [Move(GAUSSIAN, torch.eye(8)[3])]),
+    ):
+        drawn.clear()
+        change(torch.zeros(2 * BLOCK))
+        assert drawn == [(0, BLOCK), (1, BLOCK), (2, BLOCK - 7)]
+
+
 def test_other_seeds_rounds_and_numbers_are_other_directions() -> None:
     count = 4096
     signed = [SignPool(64, (seed, round)) for seed in (1, 2**32) for round in (0, 1)]
@@ -324,6 +348,32 @@ def test_no_move_is_a_copy(pool: Pool) -> None:
     assert torch.equal(found, start)
     directions.apply(found, 0, [Move(pool, torch.zeros(32))], start)
     assert torch.equal(found, start)
+
+
+@pytest.mark.parametrize("pools", [[SIGN, SIGN], [GAUSSIAN], [SIGN, GAUSSIAN, SIGN]])
+def test_prepared_moves_are_applied_to_many_tensors(
+    pools: list[Pool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits as `apply`; the sums of signs are transformed once."""
+    moves = [Move(pool, scalars(32, n), 1e-3) for n, pool in enumerate(pools)]
+    own, calls = signs.fwht, []
+
+    def spy(values: Any) -> Any:
+        calls.append(len(values))
+        return own(values)
+
+    starts = [random_tensor(700, n) for n in range(3)]
+    wanted = [start.clone() for start in starts]
+    for at, tensor in enumerate(wanted):
+        directions.apply(tensor, 50 * at, moves)
+    monkeypatch.setattr(signs, "fwht", spy)
+    change = directions.prepared(moves)
+    assert calls == [32] * pools.count(SIGN)
+    for at, start in enumerate(starts):
+        found = torch.full_like(start, torch.nan)
+        change(found, 50 * at, start)
+        assert torch.equal(found, wanted[at])
+    assert calls == [32] * pools.count(SIGN)
 
 
 def test_scalars_may_be_of_half_precision() -> None:

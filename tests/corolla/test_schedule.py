@@ -92,3 +92,27 @@ def test_no_rate_is_zero(settings: Settings) -> None:
             config = settings(rounds=3, schedule=kind, warmup_rounds=warmup)
             found = [schedule.rate(config, r, 5, step) for r in (1, 2, 3) for step in range(5)]
             assert all(0 < factor <= 1 for factor in found)
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("warmup", [0.0, 1.5])
+@pytest.mark.parametrize(("steps", "middle"), [(1, 0), (4, 2), (7, 3)])
+def test_the_step_of_a_round_is_that_of_its_middle(
+    settings: Settings, kind: str, warmup: float, steps: int, middle: int
+) -> None:
+    config = settings(
+        rounds=3, schedule=kind, warmup_rounds=warmup, lr=3e-4, queries=3, local_steps=steps
+    )
+    for round in (1, 2, 3):
+        found = schedule.step_size(config, round, 10)
+        exact = -3e-4 * schedule.rate(config, round, steps, middle) / 3
+        assert found == pytest.approx(exact, rel=2.0**-24)
+        assert found == float(torch.tensor(found, dtype=torch.float32))  # as it travels
+
+
+def test_the_step_depends_on_how_many_steps_there_are(settings: Settings) -> None:
+    """With a schedule, epochs of more batches have another middle."""
+    config = settings(rounds=1, schedule="linear", lr=1.0, local_epochs=1, batch_size=1)
+    assert [schedule.step_size(config, 1, n) for n in (1, 2, 4, 5)] == pytest.approx(
+        [-1, -1 / 2, -1 / 2, -3 / 5]
+    )

@@ -149,7 +149,7 @@ def test_training_lowers_the_loss(tiny: list[str], tmp_path: Path) -> None:
         [*KSEED, *SIGNED, *FULL],
         ["--strategy", "ferret", "--set", "ferret.size=64"],
     ],
-    ids=["seed_pool-full", "fedkseed-full", "ferret"],
+    ids=["seed_pool-full", "seed_pool", "fedkseed-full", "ferret"],
 )
 def test_an_interrupted_run_ends_in_the_same_model(
     options: list[str], tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

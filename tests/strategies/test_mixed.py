@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from corolla import seeds, signs, tree
+from corolla.errors import ConfigError
 from corolla.server.rounds import run_round
 from corolla.strategies.fedavg import FedAvg
 from corolla.strategies.mixed import Mixed
@@ -118,39 +119,78 @@ def apply(strategy: Mixed, state: Payload, members: Sequence[tiny.Scripted]) -> 
 
 
 def class_mean(members: Sequence[tiny.Scripted], size: int) -> tuple[Tensor, float]:
-    """(mean update of a class by examples, estimated variance of that mean), dense."""
+    """(mean update of a class by examples, its square over its estimated variance), dense."""
     total = sum(member.num_examples for member in members)
-    own = [update(member, size, 7, 1) for member in members]
-    shares = [member.num_examples / total for member in members]
-    mean = torch.stack([p * u for p, u in zip(shares, own, strict=True)]).sum(0)
-    spread = sum(p * float((u - mean).square().sum()) for p, u in zip(shares, own, strict=True))
-    return mean, spread / len(members)
+    own = torch.stack([update(member, size, 7, 1) for member in members])
+    shares = torch.tensor([m.num_examples / total for m in members], dtype=torch.float64)
+    mean = shares @ own
+    spread = float(shares @ (own - mean).square().sum(1))
+    effective = 1 / float(shares.square().sum())  # as many clients of equal shares
+    return mean, float(mean.square().sum()) / (spread / (effective - 1))
 
 
 @pytest.mark.parametrize("size", [16, 64])
 @pytest.mark.parametrize("noise", [0.01, 1.0])
-def test_inverse_variance_is_its_formula(size: int, noise: float) -> None:
+@pytest.mark.parametrize("examples", [(5, 2), (3, 3)])
+def test_inverse_variance_is_its_formula(
+    size: int, noise: float, examples: tuple[int, int]
+) -> None:
     strategy = make("inverse_variance", size)
     state = strategy.init(START, 7)
     ones = [first(1, 1), first(4, 2), first(2, 3)]
-    zeros = [zeroth(5, 4, noise), zeroth(2, 5, noise)]
+    zeros = [zeroth(examples[0], 4, noise), zeroth(examples[1], 5, noise)]
     after, said = apply(strategy, state, [*ones, *zeros])
-    (mean_1, v_1), (mean_0, v_0) = class_mean(ones, size), class_mean(zeros, size)
-    share_1 = (1 / v_1) / (1 / v_1 + 1 / v_0)
+    (mean_1, precise_1), (mean_0, precise_0) = class_mean(ones, size), class_mean(zeros, size)
+    share_1 = precise_1 / (precise_1 + precise_0)
+    assert 0.1 < share_1 < 0.9
     assert said["first_order_share"] == pytest.approx(share_1, rel=1e-5)
     assert said["zeroth_order_share"] == pytest.approx(1 - share_1, rel=1e-5, abs=1e-9)
     wanted = flat(START) + share_1 * mean_1 + (1 - share_1) * mean_0
     assert relative(flat(after["adapter"]), wanted) < 1e-6
 
 
+def test_the_spread_over_the_mean_estimates_its_variance() -> None:
+    """s² Σp² / (1 - Σp²) of clients with unequal shares: on average the variance of Σ p u."""
+    shares = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
+    u = torch.randn(200_000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mean = u @ shares
+    spread = ((u - mean[:, None]).square() @ shares).mean()
+    square = float(shares.square().sum())
+    assert float(spread) * square / (1 - square) == pytest.approx(float(mean.var()), rel=0.01)
+
+
+def agreeing(n: int, seed: int, noise: float, scale: float) -> list[tiny.Scripted]:
+    """Two zeroth-order clients that measured the same slopes, but for noise."""
+    slopes = torch.linspace(1, 2, 6)
+    made = []
+    for own in (2 * seed, 2 * seed + 1):
+        drawn = slopes + noise * torch.randn(6, generator=torch.Generator().manual_seed(own))
+        found = tiny.Scripted(
+            {}, n, seed=4, kind="zeroth_order", scalars=drawn.tolist(), step=-scale
+        )
+        made.append(found)
+    return made
+
+
 def test_the_noisier_class_counts_for_less() -> None:
     strategy = make("inverse_variance")
     state = strategy.init(START, 7)
     shares = []
-    for noise in (0.01, 0.1, 1.0):
-        members = [first(3, 1), first(3, 2), zeroth(3, 4, noise), zeroth(3, 5, noise)]
+    for noise in (0.01, 0.5, 5.0, 500.0):
+        members = [first(3, 1), first(3, 2), *agreeing(3, 4, noise, 0.1)]
         shares.append(apply(strategy, state, members)[1]["zeroth_order_share"])
-    assert shares[0] > 0.5 > shares[1] > shares[2]
+    assert shares[0] > 0.99 > shares[1] > shares[2] > shares[3]
+
+
+def test_a_smaller_learning_rate_is_not_more_certain() -> None:
+    """A class whose updates are all a thousand times smaller keeps its share."""
+    strategy = make("inverse_variance")
+    state = strategy.init(START, 7)
+    shares = []
+    for scale in (1e-4, 0.1, 10.0):
+        members = [first(3, 1), first(3, 2), *agreeing(3, 4, 1.0, scale)]
+        shares.append(apply(strategy, state, members)[1]["zeroth_order_share"])
+    assert shares == pytest.approx([shares[0]] * 3, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +201,7 @@ def test_the_noisier_class_counts_for_less() -> None:
         [first(1, 1), first(2, 4)],
         [zeroth(1, 1), zeroth(2, 4)],
         [first(1, 1), first(2, 1), zeroth(3, 2), zeroth(2, 3)],  # two equal updates: no spread
+        [first(1, 1), first(2, 4), zeroth(3, 2, 0.0), zeroth(2, 3, 0.0)],  # nothing was measured
     ],
 )
 def test_without_a_spread_to_estimate_examples_decide(members: list[tiny.Scripted]) -> None:
@@ -277,6 +318,28 @@ def test_the_order_of_clients_changes_no_bit(tmp_path: Path) -> None:
         run.step()
         found.append(tree.digest_all(run.state))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("trainers", [[], ["first_order"], ["zeroth_order", "zeroth_order"]])
+def test_both_trainers_must_occur(trainers: list[str]) -> None:
+    classes = {f"class{n}": {"trainer": trainer} for n, trainer in enumerate(trainers)}
+    with pytest.raises(ConfigError, match="needs classes of clients with trainers") as said:
+        tiny.config("mixed", classes=classes).build_strategy()
+    assert "\n" not in str(said.value)
+    usual = {"pc": {}, "phone": {"trainer": "zeroth_order"}}  # without one: the first
+    tiny.config("mixed", classes=usual).build_strategy()
+
+
+def test_a_device_that_measured_other_directions_is_dropped(tmp_path: Path) -> None:
+    """Its seed is known to the server: with another one, its scalars would be noise to all."""
+    run = devices.start("llama", tmp_path, strategy="mixed", classes=CLASSES)
+    worker = run.network.worker("b")
+    worker.config = worker.config.model_copy(update={"seed": worker.config.seed + 1})
+    config = run.federation.config.model_copy(update={"cohort": 4})
+    result = run_round(replace(run.federation, config=config), run.state, {}, 1, run.network)
+    assert list(result.dropped) == ["b"]
+    assert "update has seed" in result.dropped["b"]
+    assert sorted(result.num_examples) == ["a", "c", "d"]
 
 
 def test_a_client_that_sends_what_the_other_class_sends_is_dropped(tmp_path: Path) -> None:

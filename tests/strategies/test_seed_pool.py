@@ -120,8 +120,21 @@ def test_the_cost_is_the_formula() -> None:
 
 def test_more_scalars_than_a_message_takes_are_refused_before_training() -> None:
     tiny.config("seed_pool", local_steps=256, queries=256).build_strategy()
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match="local-steps 257 times queries 256 is more than"):
         tiny.config("seed_pool", local_steps=257, queries=256).build_strategy()
+    classes = {"pc": {}, "phone": {"trainer": "zeroth_order", "queries": 7000}}
+    with pytest.raises(ConfigError, match="queries 7000 is more than"):
+        tiny.config("mixed", local_steps=10, classes=classes).build_strategy()
+    # Of first-order clients they are no scalars.
+    tiny.config("fedavg", local_steps=70_000).build_strategy()
+
+
+def test_epochs_are_refused_for_clients_that_send_scalars() -> None:
+    with pytest.raises(ConfigError, match="use local-steps"):
+        tiny.config("seed_pool", local_epochs=1).build_strategy()
+    classes = {"pc": {}, "phone": {"trainer": "zeroth_order"}}
+    with pytest.raises(ConfigError, match="use local-steps"):
+        tiny.config("mixed", local_epochs=1, classes=classes).build_strategy()
 
 
 # Real rounds, every client a device of its own
@@ -378,4 +391,51 @@ def test_a_client_that_diverges_costs_nobody_else_the_round(tmp_path: Path) -> N
     own = replace(run.federation, clients=members, config=config)
     result = run_round(own, run.state, {}, 1, run.network)
     assert list(result.dropped) == ["b"]
+    assert "lower lr" in result.dropped["b"]
     assert list(result.num_examples) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"lr": 2e-3}, "update has step"),
+        ({"seed": 1}, "update has seed"),
+        ({"lr": 1.000001e-3}, ""),
+    ],
+)
+def test_the_server_knows_the_step_and_the_seed_of_a_device(
+    changes: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    """Up to what another machine's rounding may change."""
+    run = devices.start("llama", tmp_path, strategy="seed_pool", lr=1e-3, schedule="cosine")
+    other = run.network.worker("b")
+    other.config = other.config.model_copy(update=changes)
+    config = run.federation.config.model_copy(update={"cohort": 4})
+    result = run_round(replace(run.federation, config=config), run.state, {}, 1, run.network)
+    assert list(result.dropped) == (["b"] if says else [])
+    assert says in result.dropped.get("b", "")
+
+
+def test_a_snapshot_that_is_not_the_one_announced_is_refused(tmp_path: Path) -> None:
+    run = large(tmp_path)
+    fill(run)
+    fill(run)
+    task = make_tasks(run.federation, run.state, {}, 3, Kind.TRAIN, ["a"], Traffic())["a"]
+    assert task.log is not None
+    assert task.log.start == codec.content_id(wire.content(task)["start"])
+    bad = replace(task, log=replace(task.log, start="cd" * 16))
+    answer = run.network.worker("a")("a", wire.pack_task(bad))
+    assert "does not match its content id" in wire.unpack_reply(answer, 1 << 20).error
+    good = run.network.worker("a")("a", wire.pack_task(task))
+    assert wire.unpack_reply(good, 1 << 20).error == ""
+
+
+def test_a_log_that_ends_at_another_number_is_refused(tmp_path: Path) -> None:
+    run = devices.start("llama", tmp_path, strategy="seed_pool", options={"size": 64}, lr=1e-3)
+    for _ in range(3):
+        run.step("b")
+    task = make_tasks(run.federation, run.state, {}, 4, Kind.TRAIN, ["a"], Traffic())["a"]
+    assert task.log is not None
+    bad = replace(task, log=replace(task.log, number=4))
+    answer = run.network.worker("a")("a", wire.pack_task(bad))
+    assert "log ends at row 4, here at 3" in wire.unpack_reply(answer, 1 << 20).error
