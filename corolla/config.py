@@ -38,7 +38,7 @@ class ClientClass(BaseModel):
     local_steps: Positive | None = None
     batch_size: Positive | None = None
     queries: Positive | None = None
-    eps: Annotated[float, Field(gt=0)] | None = None
+    eps: Annotated[float, Field(ge=1e-20)] | None = None
 
 
 class RunConfig(BaseModel):
@@ -103,7 +103,7 @@ class RunConfig(BaseModel):
     estimator: Literal["two_sided", "kerzoo"] = Field(
         "two_sided", description="how a zeroth-order step estimates a slope"
     )
-    eps: Annotated[float, Field(gt=0)] = Field(
+    eps: Annotated[float, Field(ge=1e-20)] = Field(
         1e-3, description="how far along a direction a zeroth-order step looks, both ways"
     )
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -368,7 +368,7 @@ def _assign_class(values: dict[str, Any], field: str, value: Any, source: str) -
     given = {entry: value} if entry else value
     classes = values.setdefault("classes", {})
     if not name or not isinstance(given, dict) or not isinstance(classes, dict):
-        raise ConfigError(f"classes in {source}: expected classes.NAME.KEY=value")
+        raise ConfigError(f"classes.{field} in {source}: expected classes.NAME.KEY=value")
     for part, setting in given.items():
         known = part.replace("-", "_")
         if known not in ClientClass.model_fields:

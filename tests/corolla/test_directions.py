@@ -1,6 +1,6 @@
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -112,10 +112,12 @@ def test_no_gaussian_value_is_drawn_that_is_not_needed_or_twice(
     GAUSSIAN.values(3, BLOCK - 1, BLOCK + 5)
     GAUSSIAN.values(3, BLOCK, 2 * BLOCK)
     assert drawn == [(0, 14), (0, BLOCK), (1, 5), (1, BLOCK)]
-    for change in (
+    move = Move(GAUSSIAN, torch.eye(8)[3])
+    changes: list[Callable[[Tensor], None]] = [
         lambda out: GAUSSIAN.add(out, BLOCK - 7, [(3, 1.0)]),
-        lambda out: directions.apply(out, BLOCK - 7, [Move(GAUSSIAN, torch.eye(8)[3])]),
-    ):
+        lambda out: directions.apply(out, BLOCK - 7, [move]),
+    ]
+    for change in changes:
         drawn.clear()
         change(torch.zeros(2 * BLOCK))
         assert drawn == [(0, BLOCK), (1, BLOCK), (2, BLOCK - 7)]

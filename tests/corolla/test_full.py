@@ -211,7 +211,8 @@ def test_damaged_files_beside_the_model_are_not_used(
     model.show(Adapter({}, moves=moves(1)), SPEC)
     model.show(Adapter({}), SPEC)
     assert same(weights(model), before)
-    assert model.kept_bytes == 4 * model.size if damage != "cut" else 0 < model.kept_bytes
+    assert 0 < model.kept_bytes <= 4 * model.size
+    assert damage == "cut" or model.kept_bytes == 4 * model.size
 
 
 def test_a_damaged_file_does_not_hide_the_others(

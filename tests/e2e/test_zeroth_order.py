@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,13 @@ from typer.testing import CliRunner
 
 from corolla import seedlog, signs
 from corolla.cli import app
+from corolla.config import RunConfig
 from corolla.server import checkpoint
 from corolla.server.run import Run
+from corolla.server.setup import set_up
 from corolla.types import Payload
 
+Settings = Callable[..., RunConfig]
 RUNNER = CliRunner()
 OPTIONS = "--rounds 3 --cohort 3 --local-steps 4 --batch-size 4 --rank 2"
 QUICK = "--set threads=1 --set eval-examples=6 --set eval-client-examples=2 --set max-length=48"
@@ -226,10 +231,67 @@ def test_both_engines_give_the_same_model(tiny: list[str], tmp_path: Path) -> No
     assert (flower["bytes_up"], flower["bytes_down"]) == (ours["bytes_up"], ours["bytes_down"])
 
 
+# Perturbations that are too small
+
+
+def warnings(settings: Settings, **changes: Any) -> list[str]:
+    config = settings(**{"strategy": "seed_pool", "eps": 1e-3, **changes})
+    found: list[str] = set_up(config, None).facts["warnings"]
+    assert not any("\n" in warning for warning in found)
+    return found
+
+
+@pytest.mark.parametrize("model", ["tiny", "embedded"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_perturbations_below_rounding_are_warned_of(
+    settings: Settings, model: str, dtype: str
+) -> None:
+    changes = {"dtype": dtype, **({"model": model} if model == "embedded" else {})}
+    unmoved, slopes = warnings(settings, **changes, parameters="full", eps=1e-5)
+    part = re.search(r"eps=1e-05 leaves (\d+)% of the (\w+) weights as they are", unmoved)
+    assert part and 50 < int(part[1]) <= 100
+    assert part[2] == dtype
+    numbers = re.search(
+        r"at eps=1e-05 and at 1\.25 eps differ by (\S+), and are of size (\S+):", slopes
+    )
+    assert numbers and float(numbers[1]) > float(numbers[2]) / 2 > 0
+    assert warnings(settings, **changes, parameters="full") == []
+    (alone,) = warnings(settings, **changes, eps=1e-5)  # factors are in single precision
+    assert alone.startswith("slopes measured at eps=1e-05")
+
+
+@pytest.mark.parametrize("space", ["lora", "full"])
+def test_single_precision_is_warned_of_only_where_it_is_lost(
+    settings: Settings, space: str
+) -> None:
+    for eps in (1e-3, 1e-4, 9e-5):
+        assert warnings(settings, parameters=space, eps=eps) == []
+    for eps in (1e-8, 1e-12):
+        assert any(f"eps={eps:g}" in said for said in warnings(settings, parameters=space, eps=eps))
+
+
+def test_only_classes_that_perturb_are_looked_at(settings: Settings) -> None:
+    classes = {"pc": {"eps": 1e-9}, "phone": {"trainer": "zeroth_order", "eps": 1e-8}}
+    (said,) = warnings(settings, strategy="mixed", classes=classes)
+    assert "eps=1e-08" in said
+    assert warnings(settings, strategy="fedavg", eps=1e-9) == []
+
+
+def test_a_user_sees_the_warning(tiny: list[str], tmp_path: Path) -> None:
+    options = [*tiny, *SMALL, *FULL, "--set", "dtype=bfloat16", "--rounds", "1"]
+    command = ["simulate", *options, "--set", "eps=1e-5", "--out", str(tmp_path / "run")]
+    result = RUNNER.invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "of the bfloat16 weights as they are" in result.output
+    assert "slopes measured at eps=1e-05" in result.output
+    assert len(json.loads((tmp_path / "run" / "run.json").read_text())["warnings"]) == 2
+
+
 # Mistakes
 
 
 POOL = ["--strategy", "seed_pool"]
+PHONES = ["--set", "classes.pc.share=1", "--set", "classes.phone.trainer=zeroth_order"]
 MISTAKES = [
     ([*POOL, "--set", "seed_pool.size=500"], "power of two"),
     ([*POOL, "--set", "seed_pool.size=0"], "power of two"),
@@ -245,7 +307,12 @@ MISTAKES = [
     ([*POOL, "--set", "eps=-1e-3"], "eps"),
     ([*POOL, "--set", "queries=0"], "queries"),
     ([*POOL, "--set", "estimator=one_sided"], "estimator"),
-    ([*POOL, "--set", "local-epochs=1"], "local-steps"),
+    ([*POOL, "--set", "local-epochs=1"], "use local-steps"),
+    ([*POOL, "--set", "queries=20000"], "more than the 65536 scalars"),
+    (["--strategy", "mixed"], "needs classes of clients with trainers"),
+    (["--strategy", "mixed", "--set", "classes.pc.share=2"], "found first_order"),
+    (["--strategy", "mixed", *PHONES, "--set", "local-epochs=1"], "use local-steps"),
+    (["--strategy", "mixed", *PHONES, "--set", "classes.phone.queries=20000"], "65536 scalars"),
     (["--set", "parameters=some"], "parameters"),
     (FULL, "fedavg trains adapters, not all parameters"),
     (["--strategy", "ferret", *FULL], "ferret trains adapters, not all parameters"),

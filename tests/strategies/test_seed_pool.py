@@ -399,7 +399,7 @@ def test_a_client_that_diverges_costs_nobody_else_the_round(tmp_path: Path) -> N
     ("changes", "says"),
     [
         ({"lr": 2e-3}, "update has step"),
-        ({"seed": 1}, "update has seed"),
+        ({"seed": 1}, "starts from version"),
         ({"lr": 1.000001e-3}, ""),
     ],
 )
