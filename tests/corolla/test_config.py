@@ -235,7 +235,7 @@ BOTH = {trainer: {"trainer": trainer} for trainer in ("first_order", "zeroth_ord
         ),
         (["parameters=full", "strategy=seed_pool", "ranks=[4,4]"], ["ranks", "parameters=full"]),
         (["queries=0"], ["queries", "1"]),
-        (["eps=0"], ["eps", "greater than or equal to 1e-20"]),
+        (["eps=0"], ["eps", "greater than or equal to 0"]),
         (["eps=NaN"], ["eps"]),
         (["classes=3"], ["classes", "3"]),
         (["classes.phone=3"], ["classes.phone", "--set", "classes.NAME.KEY=value"]),
