@@ -24,8 +24,8 @@ from corolla.types import LoraSpec, Move, Params, Pool, Walk
 _RESYNC = 10
 """Steps in place after which half-precision weights are set anew from all scalars so far.
 
-In bf16 the rounding of 200 steps is twice as large as what they learnt; once every ten steps
-this costs a pass that reads the base weights from disk.
+In bf16 the rounding of a round's steps can be larger than what they learnt; this costs a pass that
+reads the base weights from disk.
 """
 
 
@@ -118,8 +118,8 @@ class ZerothOrder:
 
     def _reach(self, count: int) -> tuple[float, list[tuple[float, float]]]:
         """Eps as it is used, and (distance from the point, factor of the difference) by query."""
-        # Few bits, so that adding and taking away what is shown in place rounds alike: after 200
-        # steps fp32 weights have drifted by 1e-8 instead of 2e-6.
+        # Few bits, so that adding and taking away what is shown in place rounds alike: fp32 weights
+        # then hardly drift within a round.
         eps = float(torch.tensor(self.config.eps, dtype=torch.bfloat16))
         if self.config.estimator == "two_sided":
             return eps, [(eps, 1.0)] * count
