@@ -148,9 +148,9 @@ def _load(path: Path) -> list[dict[str, Any]]:
 
 def _table(name: str, results: Sequence[dict[str, Any]]) -> str:
     rows = [
-        "| method | lr | held-out loss, base | after, mean (min to max) | accuracy "
+        "| method | seeds | lr | held-out loss, base | after, mean (min to max) | accuracy "
         "| up, per client and round | down | seconds of training | peak memory |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for method in METHODS[name]:
         own = [r for r in results if r["method"] == method]
@@ -159,7 +159,8 @@ def _table(name: str, results: Sequence[dict[str, Any]]) -> str:
         ends = [r["loss"][-1] for r in own]
         mean = {key: statistics.mean(r[key] for r in own) for key in ("up", "down", "peak_rss")}
         rows.append(
-            f"| {method} | {own[0]['lr']:g} | {statistics.mean(r['loss'][0] for r in own):.4f} "
+            f"| {method} | {len(own)} | {own[0]['lr']:g} "
+            f"| {statistics.mean(r['loss'][0] for r in own):.4f} "
             f"| {statistics.mean(ends):.4f} ({min(ends):.4f} to {max(ends):.4f}) "
             f"| {statistics.mean(r['accuracy'][1] for r in own):.1%} "
             f"| {_bytes(mean['up'])} | {_bytes(mean['down'])} "
