@@ -124,7 +124,7 @@ class RunConfig(BaseModel):
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the base")
     quantization: Literal["none", "8bit", "4bit"] = "none"
     gradient_checkpointing: bool = False
-    threads: Annotated[int, Field(ge=0)] = Field(0, description="of the CPU; 0: as many as cores")
+    threads: Annotated[int, Field(ge=0)] = Field(0, description="of the CPU; 0: all cores")
 
     @model_validator(mode="before")
     @classmethod

@@ -153,8 +153,13 @@ def pick_device(name: str) -> torch.device:
 
 
 def set_threads(config: RunConfig) -> None:
-    """One number of CPU threads for every engine: it decides the last bits of matrix products."""
-    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    """One number of CPU threads for every engine: it decides the last bits of matrix products.
+
+    threads=0: OMP_NUM_THREADS where that is set, else as many as there are cores.
+    """
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    usual = int(limit) if limit.isdigit() and int(limit) else os.cpu_count() or 1
+    torch.set_num_threads(config.threads or usual)
 
 
 def cache_dir() -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # also for commands: two workers times two threads would spin
 
 import pytest
 import torch
