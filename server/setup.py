@@ -21,8 +21,8 @@ _KEPT = 1 << 24
 _SAFE_EPS = 1e-4
 """In fp32 no model's loss is rounded as much as it changes over this distance."""
 _DIRECTIONS = 4
-_FURTHER = 1.25
-"""So near that curvature does not show, and yet rounded anew."""
+_FURTHER = 2
+"""So near that curvature hardly shows; where rounding swallows both, the slopes differ by this."""
 
 
 @dataclass(frozen=True)
