@@ -10,7 +10,7 @@ from torch import nn
 
 from corolla import schedule, seeds
 from corolla.config import RunConfig
-from corolla.encoding import Encoded, collate
+from corolla.encoding import Encoded, collate, examples_of
 from corolla.errors import DataError, DivergedError
 from corolla.lora import LoraModel
 from corolla.scoring import loss_sum
@@ -56,13 +56,11 @@ class FirstOrder:
         per_round = schedule.steps_per_round(self.config, len(self.data))
         tokens = steps = 0
         losses: list[float] = []
-        seen: set[int | None] = set()
+        seen: set[int] = set()
         with _training(self.model.model, seeds.derive(self.seed, "dropout")):
             for step, indices in enumerate(batches):
                 batch = [self.data[i] for i in indices]
-                seen.update(
-                    i if self.data[i].example is None else self.data[i].example for i in indices
-                )
+                seen |= examples_of(self.data, indices)
                 loss, targets = self._backward(batch)
                 if not math.isfinite(loss):
                     raise DivergedError(f"loss is {loss} at local step {step + 1}: lower lr")

@@ -15,7 +15,7 @@ import torch
 from corolla import schedule, signs
 from corolla.config import RunConfig
 from corolla.directions import SignPool
-from corolla.encoding import Encoded, collate
+from corolla.encoding import Encoded, collate, examples_of
 from corolla.errors import DataError, DivergedError
 from corolla.scoring import loss_sum
 from corolla.trainable import Trainable
@@ -68,13 +68,11 @@ class ZerothOrder:
         eps, reach = self._reach(steps * per_step)
         scalars = torch.zeros(steps * per_step, dtype=dtype)
         losses: list[float] = []
-        seen: set[int | None] = set()
+        seen: set[int] = set()
         skipped = tokens = 0
         for step, indices in enumerate(schedule.batches(config, len(self.data), self.seed)):
             batch = [self.data[i] for i in indices]
-            seen.update(
-                i if self.data[i].example is None else self.data[i].example for i in indices
-            )
+            seen |= examples_of(self.data, indices)
             update: dict[int, float] = {}
             for query in range(step * per_step, (step + 1) * per_step):
                 k = int(directions[query])

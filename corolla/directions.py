@@ -137,8 +137,8 @@ class LowRankPool:
 
 def check_power_of_two(size: int) -> None:
     """Raises ValueError unless `size` is a number of directions that a sign pool can have."""
-    if type(size) is not int or size < 1 or size & (size - 1) or size > 1 << 16:
-        raise ValueError(f"size must be a power of two up to 65536, found {size!r}")
+    if type(size) is not int or size < 1 or size & (size - 1) or size > signs.MAX_POOL:
+        raise ValueError(f"size must be a power of two up to {signs.MAX_POOL}, found {size!r}")
 
 
 def check_kind(kind: str) -> None:

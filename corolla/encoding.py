@@ -93,6 +93,11 @@ class Encoder:
         return ids if eos is None or (ids and ids[-1] == eos) else [*ids, eos]
 
 
+def examples_of(data: Sequence[Encoded], indices: Sequence[int]) -> set[int]:
+    """The distinct examples that these sequences come from: the weight of an update counts them."""
+    return {i if (own := data[i].example) is None else own for i in indices}
+
+
 def collate(batch: Sequence[Encoded], pad_id: int, device: torch.device) -> dict[str, Tensor]:
     """Right-padded `input_ids` and `attention_mask` (batch, time), and `labels`.
 

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from corolla import signs, tree
-from corolla.directions import SignPool
-from corolla.types import Move, Params, Payload, Size, Walk
+from corolla import seeds, signs, tree
+from corolla.directions import SignPool, settle
+from corolla.types import Broadcast, Move, Params, Payload, Size, Walk
 
 LAST = "last"
 """The group that tells a client the number of the last row."""
@@ -45,6 +45,19 @@ def rows(payload: Payload) -> Mapping[int, Params]:
     """The rows in a state or a broadcast, by number, in order."""
     found = {int(g.removeprefix("log-")): payload[g] for g in payload if g.startswith("log-")}
     return dict(sorted(found.items()))
+
+
+def first_state(start: Params, seed: int) -> Payload:
+    """A start without rows, and the seed that the signs of all rows follow from."""
+    return {"start": start, "key": {"seed": torch.tensor(seeds.derive(seed, "directions"))}}
+
+
+def broadcast(state: Payload, size: int) -> Broadcast:
+    """All rows; for an adapter also the weights, where these are fewer bytes."""
+    found = list(rows(state).values())
+    if not state["start"]:
+        return Broadcast({}, log=found)
+    return Broadcast({}, log=found, snapshot=lambda: settle(state["start"], moves(state, size)))
 
 
 def next_number(payload: Payload) -> int:

@@ -405,11 +405,16 @@ def _numpy_fold(x: Tensor, start: int, key: Key, sums: NDArray[np.float64]) -> N
 # --- C --------------------------------------------------------------------------------------------
 
 
+def _library() -> ctypes.CDLL:
+    if _kernel is None:
+        raise RuntimeError("there is no compiled kernel")
+    return _kernel
+
+
 def _c_philox(counter: tuple[int, int, int, int], key: Key, blocks: int) -> NDArray[np.uint64]:
-    assert _kernel is not None
     drawn = np.empty(4 * blocks, dtype=np.uint64)
     at, by = np.array(counter, dtype=np.uint64), np.array(key, dtype=np.uint64)
-    _kernel.corolla_words(at.ctypes.data, by.ctypes.data, blocks, drawn.ctypes.data)
+    _library().corolla_words(at.ctypes.data, by.ctypes.data, blocks, drawn.ctypes.data)
     return drawn
 
 
@@ -420,8 +425,7 @@ def _c_add(
     steps: list[_Step],
     kernel: ctypes.CDLL | None = None,
 ) -> None:
-    kernel = kernel or _kernel
-    assert kernel is not None
+    kernel = kernel or _library()
     table: list[int] = []
     for (low, high), k, values in steps:
         alone = values.size == 1
@@ -439,9 +443,8 @@ def _c_add(
 
 
 def _c_fold(x: Tensor, start: int, key: Key, sums: NDArray[np.float64]) -> None:
-    assert _kernel is not None
     by = np.array(key, dtype=np.uint64)
-    _kernel.corolla_fold(
+    _library().corolla_fold(
         x.data_ptr(),
         _DTYPES.index(x.dtype),
         start,

@@ -65,7 +65,7 @@ class Evaluator:
         return [self._answer(example) for example in self._samples]
 
     def save(self, adapter: Adapter, folder: Path) -> None:
-        """Write a global model as a PEFT adapter."""
+        """Write a global model, an adapter or a whole one, with its tokenizer."""
         self.model.save(folder, adapter, self.config.lora)
         self.model.base.tokenizer.save_pretrained(str(folder))
 
@@ -98,7 +98,7 @@ class Evaluator:
             tolerance = scale * 0.1
         if not difference <= tolerance:
             raise ArtefactError(
-                f"{folder} reloaded by peft differs from the server's model by {difference:.2e} in "
+                f"{folder} reloaded differs from the server's model by {difference:.2e} in "
                 f"the logits (allowed {tolerance:.0e}): do not use it"
             )
         return difference

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import torch
 
-from corolla import directions, seedlog, seeds, signs, tree
+from corolla import directions, seedlog, signs, tree
 from corolla.aggregation import WeightedMean
 from corolla.types import (
     Adapter,
@@ -55,15 +55,10 @@ class Ferret:
             raise ValueError(f"server_lr must be more than 0, found {self.server_lr}")
 
     def init(self, start: Params, seed: int) -> Payload:
-        return {"start": start, "key": {"seed": torch.tensor(seeds.derive(seed, "directions"))}}
+        return seedlog.first_state(start, seed)
 
     def broadcast(self, state: Payload) -> Broadcast:
-        whole = self.adapter(state)
-        return Broadcast(
-            {},
-            log=list(seedlog.rows(state).values()),
-            snapshot=lambda: directions.settle(whole.trained, whole.moves),
-        )
+        return seedlog.broadcast(state, self.size)
 
     def local(self, client: Client, received: Payload) -> Update:
         at = self.adapter(received)

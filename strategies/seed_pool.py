@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from corolla import directions, seedlog, seeds, signs
+from corolla import directions, seedlog, signs
 from corolla.aggregation import SeedSums
 from corolla.types import (
     Adapter,
@@ -61,16 +61,10 @@ class SeedPool:
         return 2.0**-11 if self.scalars == "fp16" else 0.0
 
     def init(self, start: Params, seed: int) -> Payload:
-        return {"start": start, "key": {"seed": torch.tensor(seeds.derive(seed, "directions"))}}
+        return seedlog.first_state(start, seed)
 
     def broadcast(self, state: Payload) -> Broadcast:
-        rows = list(seedlog.rows(state).values())
-        if not state["start"]:
-            return Broadcast({}, log=rows)
-        whole = self.adapter(state)
-        return Broadcast(
-            {}, log=rows, snapshot=lambda: directions.settle(whole.trained, whole.moves)
-        )
+        return seedlog.broadcast(state, self.size)
 
     def local(self, client: Client, received: Payload) -> Update:
         at = self.adapter(received)

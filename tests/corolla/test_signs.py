@@ -439,6 +439,7 @@ def test_other_devices_take_the_torch_path() -> None:
         out = torch.zeros(5, 7, dtype=dtype, device="meta")
         signs.add(out, (1, 2), 3, [(70, 0.5)])
         signs.replay(out, 3, [((1, 2), np.ones(4, dtype=np.float32))], torch.zeros_like(out))
+        assert (out.device.type, out.shape, out.dtype) == ("meta", (5, 7), dtype)
 
 
 # --- the pool -------------------------------------------------------------------------------------

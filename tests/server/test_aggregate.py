@@ -184,7 +184,9 @@ def test_the_seed_is_the_one_that_the_client_was_given(seed: int) -> None:
 @pytest.mark.parametrize("factor", [1.0, 1 + 2e-7, 1 - 5e-6])
 def test_a_step_may_differ_by_the_rounding_of_another_machine(factor: float) -> None:
     step = torch.tensor(-0.1 * factor)
-    read_reply(answer({"scalars": {**SCALARS, "step": step}}), "ada", TASK, LIKE_SCALARS)
+    sent: Payload = {"scalars": {**SCALARS, "step": step}}
+    _, payload = read_reply(answer(sent), "ada", TASK, LIKE_SCALARS)
+    assert float(payload["scalars"]["step"]) == float(step)  # as it was sent
 
 
 @pytest.mark.parametrize("factor", [0.0, -1.0, 1.001, 0.999, 10.0, 1e6])
