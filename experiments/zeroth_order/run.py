@@ -191,7 +191,7 @@ def _plot(name: str, results: Sequence[dict[str, Any]]) -> None:
         total = [sum(sent[: i + 1]) for i in rounds]
         right.plot(total[1:], mean[1:], marker="o", markersize=3, color=line.get_color())
     left.set_xlabel("round")
-    left.set_xticks(range(0, left.get_xticks().astype(int).max() + 1))
+    left.xaxis.get_major_locator().set_params(integer=True)
     left.set_ylabel("held-out loss (nats per target)")
     right.set_xlabel("bytes, all clients, up and down")
     right.set_xscale("log")
