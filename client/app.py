@@ -19,6 +19,7 @@ from corolla.wire import Packet, Reply, pack_reply, unpack_task
 
 _LARGEST = 1 << 40
 MEMORY = "COROLLA_MEMORY"
+KEPT = "COROLLA_KEPT"
 RECORD = "COROLLA_KEEP_UPDATES"
 
 app = ClientApp()  # without annotation: `flwr build` looks for the bare assignment
@@ -59,6 +60,11 @@ def _worker(settings: str, run_id: str) -> Worker:
     memory = os.environ.get(MEMORY) or str(
         Path(tempfile.gettempdir(), f"corolla-memory-{getpass.getuser()}")  # checked by content
     )
+    kept = os.environ.get(KEPT)
     return Worker(
-        config, model, dataset, Memory(Path(memory) / run_id), Path(record) if record else None
+        config,
+        model,
+        dataset,
+        Memory(Path(memory) / run_id, Path(kept) if kept else None),
+        Path(record) if record else None,
     )

@@ -1,14 +1,14 @@
 """First-order local training: backpropagation through the adapter, the base model frozen."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from corolla import schedule, seeds
+from corolla import factors, schedule, seeds
 from corolla.config import RunConfig
 from corolla.encoding import Encoded, collate, examples_of
 from corolla.errors import DataError, DivergedError
@@ -44,17 +44,23 @@ class FirstOrder:
         frozen: Sequence[Params] = (),
         train: Callable[[str], bool] = lambda name: True,
         correct: Correct | None = None,
+        strength: float = 1.0,
     ) -> Fit:
         if not self.data:
             raise DataError("client has no example with a target left")
-        self.model.write(start, self.lora, frozen)
-        trained = {name: p for name, p in self.model.parameters() if train(name)}
+        cores = _Cores(start)
+        spec = replace(self.lora, alpha=self.lora.alpha * strength)
+        self.model.write(cores.written(), spec, frozen)
+        parameters = dict(self.model.parameters())
+        trained = {name: p for name, p in parameters.items() if train(name)}
         for parameter in trained.values():
             parameter.requires_grad_(True)
-        optimizer = self._optimizer(list(trained.values()))
+        stepped = cores.instead_of(trained)
+        optimizer = self._optimizer(list(stepped.values()))
         batches = schedule.batches(self.config, len(self.data), self.seed)
         per_round = schedule.steps_per_round(self.config, len(self.data))
         tokens = steps = 0
+        distance = 0.0
         losses: list[float] = []
         seen: set[int] = set()
         with _training(self.model.model, seeds.derive(self.seed, "dropout")):
@@ -64,27 +70,29 @@ class FirstOrder:
                 loss, targets = self._backward(batch)
                 if not math.isfinite(loss):
                     raise DivergedError(f"loss is {loss} at local step {step + 1}: lower lr")
-                self._correct(trained, correct)
+                cores.pull(parameters)
+                self._correct(stepped, correct)
                 if self.config.clip_norm is not None:
-                    nn.utils.clip_grad_norm_(trained.values(), self.config.clip_norm)
+                    nn.utils.clip_grad_norm_(stepped.values(), self.config.clip_norm)
+                lr = self.config.lr * schedule.rate(self.config, self.round, per_round, step)
                 for group in optimizer.param_groups:
-                    group["lr"] = self.config.lr * schedule.rate(
-                        self.config, self.round, per_round, step
-                    )
+                    group["lr"] = lr
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+                cores.push(parameters)
+                distance += lr
                 losses.append(loss)
                 tokens, steps = tokens + targets, steps + 1
                 if self.on_step:
                     self.on_step(sum(len(sequence.input_ids) for sequence in batch))
         for parameter in trained.values():
             parameter.requires_grad_(False)
-        params = self.model.read()
+        params = {**self.model.read(), **cores.read()}
         if not all(bool(torch.isfinite(t).all()) for t in params.values()):
             raise DivergedError("weights are not finite after local training: lower lr")
         mean = math.fsum(losses) / len(losses)
         metrics = {"train_loss": mean, "target_tokens": float(tokens), "local_steps": float(steps)}
-        return Fit(params, len(seen), metrics)
+        return Fit(params, len(seen), metrics, distance)
 
     def _backward(self, batch: Sequence[Encoded]) -> tuple[float, int]:
         """Accumulate the gradient of Σ loss / Σ targets over the batch, for any micro-batch."""
@@ -111,6 +119,53 @@ class FirstOrder:
         if self.config.optimizer == "sgd":
             return torch.optim.SGD(parameters, lr=lr, weight_decay=decay)
         return torch.optim.AdamW(parameters, lr=lr, weight_decay=decay)
+
+
+class _Cores:
+    """Matrices R (r, r) that are trained in the place of A: the model computes with R · A.
+
+    ∂L/∂R = ∂L/∂(R A) · Aᵀ, and A never moves. Costs two products of (r, r) by (r, in) a step.
+    """
+
+    def __init__(self, start: Params) -> None:
+        self._start = start
+        names = [name for name in start if factors.is_r(name)]
+        self._r = {name: nn.Parameter(start[name].clone()) for name in names}
+        self._a = {name: _a_of(name) for name in names}
+
+    def written(self) -> Params:
+        """`start` as the model knows it: A multiplied out, no R."""
+        plain = {n: t for n, t in self._start.items() if n not in self._r}
+        return plain | {
+            self._a[n]: r.detach() @ self._start[self._a[n]] for n, r in self._r.items()
+        }
+
+    def instead_of(self, trained: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """What the optimiser steps on."""
+        return {n: p for n, p in trained.items() if n not in self._a.values()} | self._r
+
+    def pull(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """The gradients of R from those of R · A."""
+        for name, r in self._r.items():
+            effective = parameters[self._a[name]]
+            if effective.grad is not None:
+                r.grad = effective.grad.cpu() @ self._start[self._a[name]].T
+                effective.grad = None
+
+    def push(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """R · A into the model."""
+        with torch.no_grad():
+            for name, r in self._r.items():
+                parameters[self._a[name]].copy_(r @ self._start[self._a[name]])
+
+    def read(self) -> Params:
+        """R as trained, and A as it was given."""
+        cores = {name: r.detach().clone() for name, r in self._r.items()}
+        return cores | {a: self._start[a].clone() for a in self._a.values()}
+
+
+def _a_of(name: str) -> str:
+    return name.removesuffix(factors.R) + factors.A
 
 
 @contextmanager

@@ -1,12 +1,16 @@
 """What a device keeps between rounds, on its own disk: groups of tensors by content, and a log."""
 
+import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from corolla import codec, seedlog
 from corolla.errors import WireError
+from corolla.records import client_folder
 from corolla.types import Params, Payload
 
 
@@ -17,8 +21,10 @@ class Memory:
     disk do not grow with their number. The groups in use stay in memory.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, kept: Path | None = None) -> None:
+        """`kept` (default: inside `folder`) holds what outlives a run that is interrupted."""
         self.folder = folder
+        self._kept = kept or folder / "kept"
         self._loaded: dict[str, Params] = {}
         self._rows: dict[str, tuple[str, Params]] = {}
 
@@ -79,6 +85,46 @@ class Memory:
             rows.append(row)
         return None, rows[::-1], 0
 
+    def stage(self, client: str, round: int, kept: Payload) -> None:
+        """Store what a client keeps of a round: it counts once the server has accepted the round.
+
+        What an earlier round staged without being accepted is replaced.
+        """
+        path = self._kept_path(client, "staged")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(".part")
+        groups = {f"{g}/{n}": tensor for g, own in kept.items() for n, tensor in own.items()}
+        codec.write(str(scratch), groups, {"round": str(round), "groups": json.dumps(list(kept))})
+        scratch.replace(path)
+
+    def kept(self, client: str, accepted: int) -> Payload:
+        """What a client keeps, `accepted` being the last round whose update was accepted.
+
+        Empty before the first. Raises WireError when what was accepted is lost or damaged.
+        """
+        staged, last = (self._kept_path(client, name) for name in ("staged", "last"))
+        if staged.is_file() and codec.read(str(staged))[1].get("round") == str(accepted):
+            staged.replace(last)
+        if not accepted:
+            last.unlink(missing_ok=True)
+            return {}
+        if not last.is_file():
+            raise WireError(f"what this device kept of round {accepted} is lost")
+        tensors, facts = codec.read(str(last))
+        if facts.get("round") != str(accepted):
+            raise WireError(
+                f"this device kept round {facts.get('round')}, the server accepted {accepted}"
+            )
+        groups: dict[str, dict[str, Tensor]] = {name: {} for name in json.loads(facts["groups"])}
+        for key, tensor in tensors.items():
+            group, _, name = key.partition("/")
+            groups[group][name] = tensor
+        return groups
+
+    def kept_folder(self, client: str) -> Path:
+        """Where a client keeps what is its own."""
+        return client_folder(self._kept, client)
+
     def prune(self, wanted: Mapping[str, str]) -> None:
         """Delete stored groups that no broadcast names any more."""
         for path in self.folder.glob("*.safetensors"):
@@ -109,6 +155,9 @@ class Memory:
 
     def _path(self, content: str) -> Path:
         return self.folder / f"{content}.safetensors"
+
+    def _kept_path(self, client: str, name: str) -> Path:
+        return self.kept_folder(client) / f"{name}.safetensors"
 
     def _row_path(self, version: str) -> Path:
         return self.folder / "log" / f"row-{version}.safetensors"

@@ -2,13 +2,14 @@
 
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from corolla import codec, seedlog, seeds, wire
+from corolla import codec, seedlog, seeds, strategies, wire
 from corolla.client.first_order import FirstOrder
 from corolla.client.memory import Memory
 from corolla.client.zeroth_order import ZerothOrder
@@ -38,6 +39,8 @@ class LocalClient:
     seed: int
     round: int
     kind: TrainerName
+    population: int = 1
+    kept: Payload = field(default_factory=dict)
     on_step: Callable[[int], None] | None = None
 
     @property
@@ -77,6 +80,7 @@ class Worker:
         self.record = record
         self.on_step = on_step
         self.strategy = config.build_strategy()
+        self.traits = strategies.traits(self.strategy)
         self._encoder = Encoder(model.base.tokenizer, data.labels, config.max_length)
         self._encoded: OrderedDict[str, tuple[list[Encoded], int]] = OrderedDict()
 
@@ -111,9 +115,12 @@ class Worker:
             return replace(blank, missing=missing, error=f"{', '.join(missing)}: not held here")
         self.memory.prune(task.cached)
         received = {**followed, **sent, **self.memory.recall(task.cached)}
+        settings = json.loads(task.config)
+        kept = self.memory.kept(client, settings["accepted"]) if self.traits.keeps else {}
         if task.kind == Kind.EVALUATE:
-            return self._evaluate(client, received, blank)
-        return self._train(client, task, received, blank)
+            lora = LoraSpec(**settings["lora"])
+            return self._evaluate(client, lora, {**received, **kept}, blank)
+        return self._train(client, task, settings, received, kept, blank)
 
     def _follow(self, log: Log, sent: Payload) -> Payload | None:
         """The first state and all rows up to the task's version; None when some are missing.
@@ -149,9 +156,16 @@ class Worker:
         start = {} if snapshot is None else {"start": snapshot}
         return {**first, **start, **named, **last}
 
-    def _train(self, client: str, task: Task, received: Payload, blank: Reply) -> Reply:
+    def _train(
+        self,
+        client: str,
+        task: Task,
+        settings: Mapping[str, Any],
+        received: Payload,
+        kept: Payload,
+        blank: Reply,
+    ) -> Reply:
         data, skipped = self._tokens(client)
-        settings = json.loads(task.config)
         lora, name = LoraSpec(**settings["lora"]), settings["class"]
         self.model.check_rank(lora)
         seed = seeds.derive(self.config.seed, "client", client, task.round)
@@ -163,12 +177,16 @@ class Worker:
             seed,
             task.round,
             self.config.trainer_of(name),
+            settings["population"],
+            kept,
             self.on_step,
         )
         update = self.strategy.local(member, received)
         if self.record:
             folder = client_folder(round_folder(self.record, task.round), client)
             write_update(folder, self.model, lora, update, client)
+        if self.traits.keeps:
+            self.memory.stage(client, task.round, update.keep)
         dense, scalars = wire.enclose(update.payload)
         return replace(
             blank,
@@ -178,10 +196,13 @@ class Worker:
             scalars=scalars,
         )
 
-    def _evaluate(self, client: str, received: Payload, blank: Reply) -> Reply:
+    def _evaluate(self, client: str, lora: LoraSpec, known: Payload, blank: Reply) -> Reply:
         examples = self.data.clients[client].eval[: self.config.eval_client_examples]
         data, _ = encode_all(self._encoder, examples)
-        self.model.show(self.strategy.adapter(received), self.config.lora)
+        adapter = self.strategy.adapter(known)
+        self.model.show(adapter, lora)
+        if self.traits.personal:
+            self.model.save(self.memory.kept_folder(client) / "adapter", adapter, lora)
         metrics = score(self.model.model, data, self.model.base.pad_id, self.model.device)
         return replace(blank, num_examples=len(data), metrics=metrics)
 

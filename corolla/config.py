@@ -187,6 +187,12 @@ class RunConfig(BaseModel):
                 f"strategy {self.strategy} trains adapters, not all parameters: "
                 f"use {' or '.join(able)}"
             )
+        able = strategies.traits(strategy).optimizers
+        if self.optimizer not in able:
+            raise ConfigError(
+                f"strategy {self.strategy} is derived for {' or '.join(able)}, found optimizer "
+                f"{self.optimizer}: set optimizer={able[0]} and its lr"
+            )
         used = {self.trainer_of(name) for name in self.classes or ("",)}
         if self.local_epochs is not None and "zeroth_order" in used:
             raise ConfigError(
@@ -242,10 +248,9 @@ class RunConfig(BaseModel):
 
     @property
     def lora(self) -> LoraSpec:
-        """Rank and scaling of the global adapter."""
-        if len({self.client_lora(index) for index in range(len(self.ranks))}) == 1:
-            return self.client_lora(0)
-        return LoraSpec(self.rank, self.alpha, self.rslora)
+        """Rank and scaling of the global adapter: those of the client with the largest rank."""
+        specs = [self.client_lora(index) for index in range(max(1, len(self.ranks)))]
+        return max(specs, key=lambda spec: spec.rank)
 
     def client_lora(self, index: int) -> LoraSpec:
         """Rank and scaling of the index-th client, in the order of client ids."""

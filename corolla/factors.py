@@ -12,7 +12,7 @@ from torch import Tensor
 
 from corolla.types import Params, Size
 
-A, B = ".lora_A", ".lora_B"
+A, B, R = ".lora_A", ".lora_B", ".lora_R"
 
 
 def is_a(name: str) -> bool:
@@ -25,9 +25,14 @@ def is_b(name: str) -> bool:
     return name.endswith(B)
 
 
+def is_r(name: str) -> bool:
+    """Whether a tensor is a core R (r, r) between B and A."""
+    return name.endswith(R)
+
+
 def is_head(name: str) -> bool:
     """Whether a tensor is trained as it is: no LoRA factor."""
-    return not (is_a(name) or is_b(name))
+    return not name.endswith((A, B, R))
 
 
 def select(params: Params, *roles: Callable[[str], bool]) -> Params:

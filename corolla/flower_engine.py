@@ -88,6 +88,7 @@ def simulate_on_flower(
     }
     with tempfile.TemporaryDirectory(prefix="corolla-memory-") as memory:
         os.environ[client.MEMORY] = memory
+        os.environ[client.KEPT] = str((folder / "clients").resolve())
         os.environ[client.RECORD] = str((folder / "updates").resolve()) if keep_updates else ""
         try:
             with _quiet_flower(), _terminate_as_interrupt():
@@ -99,7 +100,7 @@ def simulate_on_flower(
                 )
         finally:
             stop.set()  # the server's thread would otherwise keep an interrupted process alive
-            del os.environ[client.MEMORY], os.environ[client.RECORD]
+            del os.environ[client.MEMORY], os.environ[client.KEPT], os.environ[client.RECORD]
     if failed:
         raise failed[0]
     if not done:

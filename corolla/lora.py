@@ -1,4 +1,4 @@
-"""The one place that knows peft: adapters on a base model; read, write, save them.
+"""LoRA adapters on a base model, by peft; read, write and save adapters.
 
 Module names are those of the base model; tensors are `<module>.lora_A`, `<module>.lora_B` and
 `<module>.<parameter>` for a trained head.
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -25,12 +25,13 @@ from transformers.pytorch_utils import Conv1D
 
 from corolla import codec, directions, factors, seeds, tree
 from corolla.errors import ArtefactError, ModelError, WireError
-from corolla.models import Base
+from corolla.models import Base, heads_of
 from corolla.space import Beside, Space
 from corolla.types import Adapter, LoraSpec, Move, Params
 
 _NAME = "default"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
+"""What peft puts before the names of the base model."""
 
 
 class LoraModel:
@@ -56,17 +57,10 @@ class LoraModel:
         Raises ModelError when they match no linear layer.
         """
         self.base = base
-        heads = _heads(base)
+        heads = heads_of(base)
         self._head_dtype = base.model.dtype
         self.targets = list(targets) if targets else _linear_suffixes(base.model, heads)
-        self.shapes = _shapes(base.model, self.targets, heads)
-        idle = [t for t in self.targets if not any(_matches(name, t) for name in self.shapes)]
-        if idle:
-            known = ", ".join(_linear_suffixes(base.model, heads)[:12])
-            raise ModelError(
-                f"target modules {', '.join(idle)} match nothing in {base.name}: "
-                f"its linear layers are {known}"
-            )
+        self.shapes = targeted(base, self.targets)
         conv1d = any(isinstance(base.model.get_submodule(n), Conv1D) for n in self.shapes)
         self._config = LoraConfig(
             task_type=TaskType.SEQ_CLS if base.task == "classify" else TaskType.CAUSAL_LM,
@@ -79,7 +73,7 @@ class LoraModel:
             fan_in_fan_out=conv1d,
         )
         # peft draws its own start from torch's global state; `write` replaces it before any use.
-        with torch.random.fork_rng(devices=[]), _peft_speaks_to_transformers():
+        with torch.random.fork_rng(devices=[]), peft_speaks_to_transformers():
             self.model = get_peft_model(base.model, self._config, adapter_name=_NAME)
         self.model.eval()  # peft adds its dropout layers in training mode
         self.device = next(self.model.parameters()).device
@@ -98,7 +92,7 @@ class LoraModel:
         self._start_head = {n: p.detach().clone() for n, p in self._head_parameters()}
         self._frozen: dict[str, tuple[Tensor, Tensor]] = {}
         self._flat = torch.empty(0)
-        self._settled: tuple[str, Params] = ("", {})
+        self._settle = directions.Settled()
         self._hooks += [m.register_forward_hook(self._add(n)) for n, m in self._layers.items()]
         self.model.requires_grad_(False)
 
@@ -163,7 +157,7 @@ class LoraModel:
         """Write a global model; factors it does not have are a zero update."""
         zero = self.init(spec, 0) if adapter.trained.keys() != self._names() else {}
         start = {**zero, **adapter.trained}
-        self.write(self._settle(start, adapter.moves), spec, adapter.frozen)
+        self.write(self._settle(start, adapter.moves), spec, _blocks(adapter, spec))
 
     def enter(self, start: Params, spec: LoraSpec, moves: Sequence[Move]) -> Space:
         """Write `start` after `moves`; the space of the trainable tensors, standing there."""
@@ -217,8 +211,8 @@ class LoraModel:
         heads = factors.select(trained, factors.is_head)
         own = factors.select(trained, factors.is_a, factors.is_b)
         rank, alpha, rslora = spec.rank, spec.alpha, spec.rslora
-        if adapter.frozen:
-            parts = [*adapter.frozen, *([factors.bake(own, spec.scaling)] if own else [])]
+        if blocks := _blocks(adapter, spec):
+            parts = [*blocks, *([factors.bake(own, spec.scaling)] if own else [])]
             stacked = factors.stack(parts)
             if factors.rank(stacked) > factors.full_rank(stacked):
                 stacked, _ = factors.compact(stacked)
@@ -227,7 +221,7 @@ class LoraModel:
         elif not own:
             own = factors.select(self.init(spec, 0), factors.is_a, factors.is_b)
         tensors = {
-            _PREFIX + name + (".weight" if not factors.is_head(name) else ""): tensor
+            PREFIX + name + (".weight" if not factors.is_head(name) else ""): tensor
             for name, tensor in {**own, **heads}.items()
         }
         config = LoraConfig(
@@ -240,13 +234,7 @@ class LoraModel:
                 "base_model_name_or_path": self.base.path,
             }
         )
-        scratch = folder.with_name(folder.name + ".part")
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        config.save_pretrained(str(scratch))
-        codec.write(str(scratch / "adapter_model.safetensors"), tensors, {"format": "pt"})
-        shutil.rmtree(folder, ignore_errors=True)
-        scratch.replace(folder)
+        write_adapter(folder, config, tensors)
 
     def detach(self) -> PreTrainedModel:
         """The plain base model, without adapter and hooks; this object is of no use afterwards."""
@@ -278,15 +266,6 @@ class LoraModel:
         """sha256 of the tensors of a saved adapter."""
         return adapter_hash(folder)
 
-    def _settle(self, start: Params, moves: Sequence[Move]) -> Params:
-        """`start` after `moves`; the last one is kept, for all clients of a round have it."""
-        if not moves:
-            return start
-        key = tree.digest(start) + directions.fingerprint(moves)
-        if key != self._settled[0]:
-            self._settled = (key, directions.settle(start, moves))
-        return self._settled[1]
-
     def _names(self) -> set[str]:
         return {name for name, _ in self.parameters()}
 
@@ -315,12 +294,28 @@ class LoraModel:
         return hook
 
 
+def _blocks(adapter: Adapter, spec: LoraSpec) -> tuple[Params, ...]:
+    """All blocks of a global model, at scaling 1."""
+    return (*adapter.frozen, *(factors.bake(r, spec.scaling) for r in adapter.residuals))
+
+
+def write_adapter(folder: Path, config: PeftConfig, tensors: Params) -> None:
+    """An adapter folder, whole or not at all; `tensors` by the names that peft gives them."""
+    scratch = folder.with_name(folder.name + ".part")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    config.save_pretrained(str(scratch))
+    codec.write(str(scratch / "adapter_model.safetensors"), tensors, {"format": "pt"})
+    shutil.rmtree(folder, ignore_errors=True)
+    scratch.replace(folder)
+
+
 def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     """A saved adapter on a base model, with plain peft. Raises ArtefactError when it is none."""
     if not (folder / "adapter_config.json").is_file():
         raise ArtefactError(f"{folder} is no adapter: it has no adapter_config.json")
     try:
-        with torch.random.fork_rng(devices=[]), _peft_speaks_to_transformers():
+        with torch.random.fork_rng(devices=[]), peft_speaks_to_transformers():
             return PeftModel.from_pretrained(base, str(folder)).eval()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -337,7 +332,7 @@ def read_adapter(folder: Path) -> tuple[Params, Params]:
         tensors, _ = codec.read(str(folder / "adapter_model.safetensors"))
     except (OSError, ValueError, WireError) as error:
         raise ArtefactError(f"{folder} is no adapter: {error}") from error
-    named = {n.removeprefix(_PREFIX): t for n, t in tensors.items()}
+    named = {n.removeprefix(PREFIX): t for n, t in tensors.items()}
     plain = {n.removesuffix(".weight"): t for n, t in named.items()}
     spec = LoraSpec(config["r"], config["lora_alpha"], config["use_rslora"])
     update = factors.select(plain, factors.is_a, factors.is_b)
@@ -368,7 +363,7 @@ def base_of(folder: Path) -> str:
 
 
 @contextmanager
-def _peft_speaks_to_transformers() -> Iterator[None]:
+def peft_speaks_to_transformers() -> Iterator[None]:
     """Silence peft 0.21, which asks transformers 5 for an attribute by its old name."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
@@ -379,15 +374,21 @@ def _inputs_in_fp32(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tens
     return tuple(x.float() if x.is_floating_point() else x for x in inputs)
 
 
-def _heads(base: Base) -> list[str]:
-    """Modules outside the backbone that a classifier trains as they are."""
-    if base.task != "classify":
-        return []
-    return [
-        name
-        for name, module in base.model.named_children()
-        if module is not base.model.base_model and any(True for _ in module.parameters())
-    ]
+def targeted(base: Base, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """(out, in) of the linear layers that are meant by `targets`, by name.
+
+    Raises ModelError for a target that matches none.
+    """
+    heads = heads_of(base)
+    shapes = _shapes(base.model, targets, heads)
+    idle = [t for t in targets if not any(_matches(name, t) for name in shapes)]
+    if idle:
+        known = ", ".join(_linear_suffixes(base.model, heads)[:12])
+        raise ModelError(
+            f"target modules {', '.join(idle)} match nothing in {base.name}: "
+            f"its linear layers are {known}"
+        )
+    return shapes
 
 
 def _linear(model: PreTrainedModel, heads: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:

@@ -100,7 +100,8 @@ def _in_process(
     loaded = set_up(config, run_id)
     record = folder / "updates" if keep_updates else None
     with tempfile.TemporaryDirectory(prefix="corolla-memory-") as scratch:
-        worker = Worker(config, loaded.model, loaded.data, Memory(Path(scratch)), record, on_step)
+        memory = Memory(Path(scratch), folder / "clients")
+        worker = Worker(config, loaded.model, loaded.data, memory, record, on_step)
         run = Run(
             config,
             InProcess(worker),

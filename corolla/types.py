@@ -59,7 +59,7 @@ class Size:
     """What decides the bytes of one client: values of its A factors, B factors and head.
 
     `scalars` is how many directions a zeroth-order client measures in a round, `seed` its seed and
-    `step` the -lr / queries that it multiplies them by.
+    `step` the -lr / queries that it multiplies them by. `round` counts from 1.
     """
 
     A: int
@@ -69,6 +69,7 @@ class Size:
     trainer: TrainerName = "first_order"
     seed: int = 0
     step: float = 0.0
+    round: int = 1
 
 
 @dataclass(frozen=True)
@@ -116,13 +117,15 @@ class Adapter:
     """A global model as the server knows it, relative to the base model.
 
     `trained` holds factors at the run's LoraSpec, and the head; `frozen` holds stacked low-rank
-    blocks whose scaling is 1 (weights and alpha / rank are baked into A). `moves` are made from
-    `trained`; where that is empty (all parameters are trained), from the base weights themselves.
+    blocks whose scaling is 1 (weights and alpha / rank are baked into A), `residuals` such blocks
+    at the scaling of the run's LoraSpec. `moves` are made from `trained`; where that is empty (all
+    parameters are trained), from the base weights themselves.
     """
 
     trained: Params
     frozen: tuple[Params, ...] = ()
     moves: tuple[Move, ...] = ()
+    residuals: tuple[Params, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -132,13 +135,15 @@ class Broadcast:
     The client sees one payload with the groups of all. With `log`, it also sees the groups of
     `Strategy.init`, which it makes itself from the run's seed, and one group a row, named by
     `row_name`: a client receives only the rows it lacks, or, where that is fewer bytes,
-    `snapshot()` instead of the group "start" and all rows so far.
+    `snapshot()` instead of the group "start" and all rows so far. `fitted` gives further groups,
+    made for the rank and scaling of one client.
     """
 
     payload: Payload
     cached: Payload = field(default_factory=dict)
     log: Sequence[Params] | None = None
     snapshot: Callable[[], Params] | None = None
+    fitted: Callable[[LoraSpec], Payload] | None = None
 
 
 def row_name(number: int) -> str:
@@ -151,20 +156,27 @@ class Update:
     """What a client sends back: differences or factors, never its weights.
 
     `num_examples` counts the distinct examples that were trained on: the weight of the update.
+    `keep` never leaves the device: it becomes `Client.kept` if the server accepts the update.
     """
 
     payload: Payload
     num_examples: int
     metrics: Metrics = field(default_factory=dict)
+    keep: Payload = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The outcome of local training: all trainable tensors afterwards, and what it took."""
+    """The outcome of local training: all trainable tensors afterwards, and what it took.
+
+    `distance` is the sum of the learning rates of its steps: with SGD, `start - params` is the
+    mean gradient times it.
+    """
 
     params: Params
     num_examples: int
     metrics: Metrics
+    distance: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -195,8 +207,12 @@ class LocalTrainer(Protocol):
         frozen: Sequence[Params] = (),
         train: Callable[[str], bool] = ...,
         correct: Correct | None = None,
+        strength: float = 1.0,
     ) -> Fit:
         """Train the tensors of `start` that `train` selects; `frozen` blocks join the base model.
+
+        The adapter's product counts `strength` times. With tensors `<module>.lora_R` (r, r) in
+        `start`, a module's update is scaling · B · R · A and R is trained instead of A.
 
         Raises DivergedError when the loss is not finite, ValueError when `start` does not cover
         every trainable tensor (a value left by the client before would leak).
@@ -235,6 +251,14 @@ class Client(Protocol):
     @property
     def lora(self) -> LoraSpec:
         """Rank and scaling of this client's adapter."""
+
+    @property
+    def population(self) -> int:
+        """How many clients the federation has."""
+
+    @property
+    def kept(self) -> Payload:
+        """What this device kept of its last accepted update (Update.keep); empty before one."""
 
     @property
     def kind(self) -> TrainerName:
@@ -311,3 +335,55 @@ class Strategy(Protocol):
 
     def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
         """Bytes sent and received by each client of a cohort, from the paper's formula."""
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a strategy may say of itself as class attributes of these names; the defaults hold else.
+
+    They decide what it can be combined with (see RunConfig.build_strategy).
+    """
+
+    updates: Literal["differences", "factors", "scalars"] = "differences"
+    """What travels up: differences of trained tensors, baked factors (group "factors"), scalars."""
+    individual: bool = False
+    """Single updates are needed or shown to others: no secure sum, no noise on a sum alone."""
+    bounded: bool = True
+    """Who changes a clipped update moves the next state by a bounded amount: the sum can carry
+    the noise of differential privacy."""
+    personal: bool = False
+    """Clients keep a part of their model: it is evaluated on the clients."""
+    keeps: bool = False
+    """Clients keep something between rounds (Update.keep)."""
+    stale: bool = False
+    """An update made from an older state may still be applied (asynchronous aggregation)."""
+    dense: bool = False
+    """All trained tensors are treated alike: any set of parameters can be trained."""
+    optimizers: tuple[str, ...] = ("adamw", "sgd")
+    """Local optimisers that its mathematics allow."""
+    when: str = ""
+    """When to use it, in a sentence."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """One round as it happened, for a strategy that says what it should lead to.
+
+    `start` holds the tensors of the global adapter before, `trained` what each client's model held
+    after local training, `weights` their shares p_m, `lora` their ranks and scalings.
+    """
+
+    start: Params
+    trained: Mapping[str, Params]
+    weights: Mapping[str, float]
+    lora: Mapping[str, LoraSpec]
+
+
+class Claim(Protocol):
+    """What a strategy with aggregates="other" adds, so that `corolla check` has a proof to make."""
+
+    def expected(self, rounds: Sequence[Observed]) -> Params:
+        """The global adapter's tensors after these rounds, written plainly in fp64.
+
+        Not with the code of `apply`: this is the other opinion.
+        """

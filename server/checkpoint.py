@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from corolla import codec
@@ -12,6 +12,7 @@ from corolla.errors import ArtefactError, WireError
 from corolla.types import Payload
 
 _KEPT = 2
+_MEMORY = "memory:"
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Checkpoint:
     round: int
     state: Payload
     held: Mapping[str, frozenset[str]]
+    memory: Payload = field(default_factory=dict)
+    """What the server remembers beside the strategy's state."""
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
@@ -31,7 +34,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"round-{checkpoint.round:06d}"
-    data = codec.encode(checkpoint.state)
+    remembered = {_MEMORY + group: params for group, params in checkpoint.memory.items()}
+    data = codec.encode({**checkpoint.state, **remembered})
     note = {
         "run_id": checkpoint.run_id,
         "round": checkpoint.round,
@@ -66,7 +70,10 @@ def load(folder: Path) -> Checkpoint | None:
             shared: dict[frozenset[str], frozenset[str]] = {}
             held = {c: frozenset(ids) for c, ids in note["held"].items()}
             held = {c: shared.setdefault(ids, ids) for c, ids in held.items()}
-            return Checkpoint(note["run_id"], int(note["round"]), codec.decode(data), held)
+            groups = codec.decode(data)
+            state = {g: params for g, params in groups.items() if not g.startswith(_MEMORY)}
+            memory = {g.removeprefix(_MEMORY): groups[g] for g in groups if g not in state}
+            return Checkpoint(note["run_id"], int(note["round"]), state, held, memory)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, WireError):
             continue
     if notes:

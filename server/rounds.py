@@ -3,11 +3,12 @@
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Protocol
 
-from corolla import codec, factors, schedule, seedlog, seeds, tree, wire
+from corolla import codec, factors, schedule, seedlog, seeds, strategies, tree, wire
 from corolla.config import RunConfig
 from corolla.errors import RoundError, WireError
 from corolla.server import cohort
@@ -30,6 +31,8 @@ Held = Mapping[str, frozenset[str]]
 
 _LONGEST_LOG = wire.MAX_HEADER // 2
 """Bytes of rows that surely fit a message."""
+
+_ACCEPTED = "accepted-"
 
 _SCALARS = ("scalars", "zero_scalars", "skipped_scalars")
 
@@ -81,6 +84,7 @@ class Federation:
             scalars=steps * own.queries,
             trainer=trainer,
             seed=seeds.derive(self.config.seed, "client", client, round),
+            round=round,
             step=schedule.step_size(own, round, self.clients[client]),
         )
 
@@ -112,6 +116,7 @@ class RoundResult:
     framing_down: int
     cost: Cost
     """What the strategy's formula says for these clients; `once` is not in it."""
+    memory: Payload = field(default_factory=dict)
 
 
 @dataclass
@@ -129,32 +134,38 @@ def run_round(
     round: int,
     network: Network,
     on_reply: Callable[[str], None] = lambda client: None,
+    memory: Payload | None = None,
 ) -> RoundResult:
     """Broadcast, let the cohort train, aggregate valid replies in the order of ids, apply.
 
-    Commits or leaves everything as it was: raises RoundError when fewer than the quorum are
-    valid, or when the aggregate is not finite.
+    `memory` is what the server remembers beside the strategy's state. Commits or leaves everything
+    as it was: raises RoundError when fewer than the quorum are valid, or when the aggregate is not
+    finite.
     """
     config, strategy = federation.config, federation.strategy
     members = cohort.sample(list(federation.clients), federation.cohort_size, config.seed, round)
     traffic = _Traffic()
     tasks = make_tasks(federation, state, held, round, Kind.TRAIN, members, traffic)
     first = next(iter(tasks.values()))
+    keeps = strategies.traits(strategy).keeps
     content = {*first.cached.values(), *([first.log.version] if first.log else [])}
     known = dict(held)
     aggregator = strategy.aggregator()
     examples: dict[str, int] = {}
     metrics: dict[str, Metrics] = {}
     dropped: dict[str, str] = {}
-    for client, reply, update, why in _answers(federation, state, tasks, network, traffic):
+    for client, reply, update, why in _answers(federation, state, tasks, held, network, traffic):
         on_reply(client)
         if reply is None:
             dropped[client] = why
-            known.pop(client, None)
+            if left := _only_accepted(known, client):
+                known[client] = left
+            else:
+                known.pop(client, None)
             continue
         aggregator.add(update, reply.num_examples)
         examples[client], metrics[client] = reply.num_examples, reply.metrics
-        known[client] = frozenset(content)
+        known[client] = frozenset(content | ({_accepted(round)} if keeps else set()))
     needed = math.ceil(config.quorum * len(members))
     if len(examples) < needed:
         reason = next(iter(dropped.items()), ("", "none was asked"))
@@ -176,7 +187,8 @@ def run_round(
         bytes_down=traffic.down,
         framing_up=traffic.framing_up,
         framing_down=traffic.framing_down,
-        cost=_formula(strategy.cost([federation.size(client) for client in examples])),
+        cost=_formula(strategy.cost([federation.size(client, round) for client in examples])),
+        memory=dict(memory or {}),
     )
 
 
@@ -189,7 +201,7 @@ def evaluate_clients(
     if not members:
         return {}
     tasks = make_tasks(federation, state, held, round, Kind.EVALUATE, members, _Traffic())
-    answers = _answers(federation, state, tasks, network, _Traffic())
+    answers = _answers(federation, state, tasks, held, network, _Traffic())
     return {
         client: {**reply.metrics, "examples": reply.num_examples}
         for client, reply, _, _ in answers
@@ -201,6 +213,7 @@ def _answers(
     federation: Federation,
     state: Payload,
     tasks: Mapping[str, Task],
+    held: Held,
     network: Network,
     traffic: _Traffic,
 ) -> Iterator[tuple[str, Reply | None, Payload, str]]:
@@ -214,7 +227,10 @@ def _answers(
         try:
             reply, update = _checked(federation, client, task, answer, traffic)
             if reply.missing:
-                full = make_tasks(federation, state, {}, task.round, task.kind, [client], traffic)
+                forgot = {client: _only_accepted(held, client)}
+                full = make_tasks(
+                    federation, state, forgot, task.round, task.kind, [client], traffic
+                )
                 task = full[client]
                 again = in_order(network.ask({client: pack_task(task)}), [client])
                 reply, update = _checked(federation, client, task, next(again)[1], traffic)
@@ -264,23 +280,28 @@ def make_tasks(
     rows = broadcast.log
     versions = seedlog.versions(federation.origin, rows) if rows is not None else []
     version = tree.digest_all(state)
-    sent: dict[tuple[frozenset[str], str], tuple[bytes, Payload, Log | None, int]] = {}
+    sent: dict[object, tuple[bytes, Payload, Log | None, int]] = {}
     tasks: dict[str, Task] = {}
     for client in members:
         known = held.get(client, frozenset())
         lacks = frozenset(g for g, i in cached.items() if i not in known)
         since = next((v for v in reversed(versions) if v in known), federation.origin)
-        if (lacks, since) not in sent:
+        lora = federation.lora(client)
+        form = (lacks, since, lora if broadcast.fitted else None)
+        if form not in sent:
             payload = {**broadcast.payload, **{g: broadcast.cached[g] for g in lacks}}
+            payload |= broadcast.fitted(lora) if broadcast.fitted else {}
             log, extra = _log(broadcast, versions, since, state)
             payload = {**payload, **extra}
             content = wire.content_bytes(payload)
             content += sum(wire.scalar_bytes(row) for row in (log.rows if log else ()))
-            sent[lacks, since] = (*wire.enclose(payload), log, content)
-        data, scalars, log, content = sent[lacks, since]
+            sent[form] = (*wire.enclose(payload), log, content)
+        data, scalars, log, content = sent[form]
         settings = {
-            "lora": vars(federation.lora(client)),
+            "lora": vars(lora),
             "class": federation.class_of(client),
+            "population": len(federation.clients),
+            "accepted": _last_accepted(known),
             "run": federation.config.model_dump(mode="json"),
         }
         tasks[client] = Task(
@@ -318,6 +339,22 @@ def _log(
         start = broadcast.snapshot()
         return Log(versions[0], last, last, (), number, codec.content_id(start)), {"start": start}
     return Log(versions[0], since, last, rows, number), {}
+
+
+def _accepted(round: int) -> str:
+    """How Held notes the last round whose update of a client was accepted."""
+    return f"{_ACCEPTED}{round}"
+
+
+def _last_accepted(known: AbstractSet[str]) -> int:
+    return max(
+        (int(i.removeprefix(_ACCEPTED)) for i in known if i.startswith(_ACCEPTED)), default=0
+    )
+
+
+def _only_accepted(held: Held, client: str) -> frozenset[str]:
+    """What the server must remember even of a client whose memory it does not count on."""
+    return frozenset(i for i in held.get(client, ()) if i.startswith(_ACCEPTED))
 
 
 def _formula(costs: Sequence[Cost]) -> Cost:

@@ -29,6 +29,7 @@ from corolla.server.rounds import (
     evaluate_clients,
     run_round,
 )
+from corolla.strategies import traits
 from corolla.types import Aggregates, Metrics, Payload, Strategy
 
 
@@ -119,13 +120,13 @@ class Run:
         self.observer.started({**info, "base": base["metrics"]}, at.round + 1)
         if self.keep_updates:
             self._keep_global(federation, at.state, at.round)
-        state, held = at.state, at.held
         for round in range(at.round + 1, self.config.rounds + 1):
-            state, held, line = self._round(federation, state, held, round)
+            at, line = self._round(federation, at, round)
             lines.append(line)
-            self._commit(federation, Checkpoint(federation.run_id, round, state, held), lines)
+            self._commit(at, lines)
             self.observer.round_ended(line)
-        return self._finish(federation, state, held, lines, info, base, time.monotonic() - began)
+        seconds = time.monotonic() - began
+        return self._finish(federation, at.state, at.held, lines, info, base, seconds)
 
     def _federation(self) -> Federation:
         strategy = self.config.build_strategy()
@@ -146,11 +147,13 @@ class Run:
         return Federation(str(run_id), self.config, strategy, clients, fresh)
 
     def _round(
-        self, federation: Federation, state: Payload, held: Held, round: int
-    ) -> tuple[Payload, Held, dict[str, Any]]:
+        self, federation: Federation, at: Checkpoint, round: int
+    ) -> tuple[Checkpoint, dict[str, Any]]:
         began = time.monotonic()
         self.observer.round_started(round, federation.cohort_size)
-        result = run_round(federation, state, held, round, self.network, self.observer.replied)
+        result = run_round(
+            federation, at.state, at.held, round, self.network, self.observer.replied, at.memory
+        )
         seconds = time.monotonic() - began
         if self.keep_updates:
             self._keep_global(federation, result.state, round)
@@ -159,12 +162,14 @@ class Run:
         scores: Metrics = {}
         if round % self.config.eval_every == 0 or round == self.config.rounds:
             scores = self.evaluator.score(federation.strategy.adapter(result.state))
+            if traits(federation.strategy).personal:
+                own = evaluate_clients(federation, result.state, result.held, round, self.network)
+                scores = {**scores, "personal_loss": _mean_loss(own)}
         line = _line(federation, round, result, scores, seconds)
-        return result.state, result.held, line
+        after = Checkpoint(federation.run_id, round, result.state, result.held, result.memory)
+        return after, line
 
-    def _commit(
-        self, federation: Federation, at: Checkpoint, lines: Sequence[Mapping[str, Any]]
-    ) -> None:
+    def _commit(self, at: Checkpoint, lines: Sequence[Mapping[str, Any]]) -> None:
         """The checkpoint decides: metrics of a round without one are dropped on resume."""
         text = "".join(json.dumps(line) + "\n" for line in lines)
         try:
@@ -342,6 +347,11 @@ def _per_client(line: Mapping[str, Any]) -> tuple[tuple[float, float], tuple[flo
     return up, (line["bytes_down"] / asked, line["formula_down"] / line["clients"])
 
 
+def _mean_loss(clients: Mapping[str, Metrics]) -> float:
+    """The mean over clients of the loss on their own held-out examples."""
+    return sum(m["loss"] for m in clients.values()) / max(1, len(clients))
+
+
 def _line(
     federation: Federation, round: int, result: RoundResult, scores: Metrics, seconds: float
 ) -> dict[str, Any]:
@@ -352,6 +362,7 @@ def _line(
         "train_loss": metrics.get("train_loss"),
         "eval_loss": scores.get("loss"),
         "eval_accuracy": scores.get("accuracy"),
+        **({"personal_loss": own} if (own := scores.get("personal_loss")) is not None else {}),
         "bytes_up": result.bytes_up,
         "bytes_down": result.bytes_down,
         "framing_up": result.framing_up,

@@ -15,7 +15,7 @@ from corolla.strategies.ffa_lora import FfaLora
 from corolla.strategies.flora import Flora
 from corolla.strategies.mixed import Mixed
 from corolla.strategies.seed_pool import SeedPool
-from corolla.types import Strategy
+from corolla.types import Strategy, Traits
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "fedavg": FedAvg,
@@ -58,6 +58,12 @@ def find(name: str) -> type[Strategy]:
             f"strategy {name!r} lacks {', '.join(missing)} (see corolla.types.Strategy)"
         )
     return found
+
+
+def traits(strategy: Strategy | type[Strategy]) -> Traits:
+    """What a strategy says of itself, with the defaults for what it does not say."""
+    fields = dataclasses.fields(Traits)
+    return Traits(**{f.name: getattr(strategy, f.name, f.default) for f in fields})
 
 
 def create(name: str, options: Mapping[str, object] | None = None) -> Strategy:
