@@ -6,7 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from corolla import factors, seedlog
+from corolla import factors, seedlog, tree
 from corolla.types import Aggregator, Params, Payload
 
 
@@ -75,6 +75,70 @@ class Stack:
             group: factors.stack([factors.bake(p[group], w / total) for p, w in self._parts])
             for group in self._parts[0][0]
         }
+
+
+class Sum:
+    """Σ x_m of every tensor, in fp64: weights do not count."""
+
+    linear = True
+
+    def __init__(self) -> None:
+        self._sums = WeightedMean()
+        self._clients = 0
+
+    def add(self, payload: Payload, weight: float) -> None:
+        self._sums.add(payload, 1.0)
+        self._clients += 1
+
+    def merge(self, other: Self) -> None:
+        self._sums.merge(other._sums)
+        self._clients += other._clients
+
+    def finalise(self) -> Payload:
+        means = self._sums.finalise()
+        return {group: tree.scale(params, self._clients) for group, params in means.items()}
+
+
+class MeanAndResidual:
+    """The weighted means of the group "adapter", and what their product lacks, as factors.
+
+    With p_m = w_m / Σ w and the means Ā, B̄ of M clients of one rank r,
+
+        Σ p_m B_m A_m - B̄ Ā = Σ_{m<M} (B_m - B_M) · p_m (A_m - Ā),
+
+    a product of rank (M - 1) r, here without any decomposition. Differences from a common start
+    give the same residual. Keeps every client's factors.
+    """
+
+    linear = False
+
+    def __init__(self) -> None:
+        self._mean = WeightedMean()
+        self._parts: list[tuple[Params, float]] = []
+
+    def add(self, payload: Payload, weight: float) -> None:
+        self._mean.add(payload, weight)
+        own = factors.select(payload["adapter"], factors.is_a, factors.is_b)
+        self._parts.append((own, weight))
+
+    def merge(self, other: Self) -> None:
+        self._mean.merge(other._mean)
+        self._parts.extend(other._parts)
+
+    def finalise(self) -> Payload:
+        aggregate = self._mean.finalise()
+        total = sum(weight for _, weight in self._parts)
+        last, _ = self._parts[-1]
+        means = aggregate["adapter"]
+        blocks = [_residual(part, last, means, w / total) for part, w in self._parts[:-1]]
+        blocks = blocks or [{n: t[:0] if factors.is_a(n) else t[:, :0] for n, t in last.items()}]
+        return {**aggregate, "residual": factors.stack(blocks)}
+
+
+def _residual(part: Params, last: Params, means: Params, share: float) -> Params:
+    """(B_m - B_M) and p_m (A_m - Ā)."""
+    block = {n: t.double() - (means if factors.is_a(n) else last)[n] for n, t in part.items()}
+    return {n: t.to(part[n].dtype) for n, t in factors.bake(block, share).items()}
 
 
 class SeedSums:

@@ -5,7 +5,7 @@ matrix is formed only by `product`, for tests and checks.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -46,11 +46,11 @@ def modules(params: Params) -> list[str]:
 
 
 def size(params: Params) -> Size:
-    """How many values the A factors, the B factors and the head have."""
+    """How many values the A factors, the B factors and the head have; rank and modules."""
     a, b, head = (
         sum(params[n].numel() for n in params if role(n)) for role in (is_a, is_b, is_head)
     )
-    return Size(a, b, head)
+    return Size(a, b, head, rank=rank(params), modules=len(modules(params)))
 
 
 def bake(params: Params, scaling: float) -> Params:
@@ -88,27 +88,42 @@ def full_rank(params: Params) -> int:
     )
 
 
-def compact(params: Params, max_rank: int | None = None) -> tuple[Params, float]:
+def svd(params: Params) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    """(module, U (out, k), S (k,), Vᵀ (k, in)) of every product, in fp64; k ≤ rank, out, in.
+
+    QR of both factors, then the SVD of a small (R, R) matrix: O((out + in) R² + R³), and no
+    (out, in) matrix.
+    """
+    for name in modules(params):
+        qb, rb = torch.linalg.qr(params[name + B].double())
+        qa, ra = torch.linalg.qr(params[name + A].double().T)
+        u, s, vt = torch.linalg.svd(rb @ ra.T, full_matrices=False)
+        yield name, qb @ u, s, vt @ qa.T
+
+
+def compact(
+    params: Params, max_rank: int | None = None, energy: float = 1.0
+) -> tuple[Params, float]:
     """The best factors of rank at most `max_rank` (per module at most min(out, in)) and the error.
 
-    QR of both factors, then the SVD of a small (R, R) matrix; the truncation is the best one in
-    Frobenius norm (Eckart and Young). Runs in fp64 and rounds once. The error is
-    ‖exact − compact‖_F / ‖exact‖_F over all modules, from the discarded singular values; it is 0
-    without truncation.
+    With `energy` below 1, of the smallest rank that keeps this part of Σ S² of each module. The
+    truncation is the best one in Frobenius norm (Eckart and Young). Runs in fp64 and rounds once.
+    The error is ‖exact − compact‖_F / ‖exact‖_F over all modules, from the discarded singular
+    values; it is 0 without truncation.
     """
     out: dict[str, Tensor] = {}
     lost = total = 0.0
-    for name in modules(params):
-        b, a = params[name + B], params[name + A]
-        qb, rb = torch.linalg.qr(b.double())
-        qa, ra = torch.linalg.qr(a.double().T)
-        u, s, vt = torch.linalg.svd(rb @ ra.T, full_matrices=False)
+    for name, u, s, vt in svd(params):
+        square = s.square()
         keep = min(len(s), max_rank or len(s))
-        lost += float(s[keep:].square().sum())
-        total += float(s.square().sum())
+        if energy < 1:
+            enough = int((square.cumsum(0) < energy * square.sum()).sum()) + 1
+            keep = min(keep, enough)
+        lost += float(square[keep:].sum())
+        total += float(square.sum())
         root = s[:keep].sqrt()  # balanced: both factors carry sqrt(S)
-        out[name + B] = (qb @ (u[:, :keep] * root)).to(b.dtype)
-        out[name + A] = ((root[:, None] * vt[:keep]) @ qa.T).to(a.dtype)
+        out[name + B] = (u[:, :keep] * root).to(params[name + B].dtype)
+        out[name + A] = (root[:, None] * vt[:keep]).to(params[name + A].dtype)
     return out, (lost / total) ** 0.5 if total else 0.0
 
 
@@ -121,6 +136,17 @@ def pad(params: Params, to_rank: int) -> Params:
         out[name + A] = torch.cat([a, a.new_zeros(extra, a.shape[1])], dim=0)
         out[name + B] = torch.cat([b, b.new_zeros(b.shape[0], extra)], dim=1)
     return out
+
+
+def mean(
+    parts: Mapping[str, Params],
+    weights: Mapping[str, float],
+    role: Callable[[str], bool] = lambda name: True,
+) -> dict[str, Tensor]:
+    """Σ_m weights[m] · parts[m], name by name in fp64, of the tensors that `role` selects."""
+    names = [name for name in next(iter(parts.values())) if role(name)]
+    zero = torch.zeros((), dtype=torch.float64)
+    return {n: sum((w * parts[c][n].double() for c, w in weights.items()), zero) for n in names}
 
 
 def distance(a: Params, b: Params) -> float:

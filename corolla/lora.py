@@ -208,18 +208,20 @@ class LoraModel:
         a stack beyond the full rank is compacted first, which loses nothing.
         """
         trained = self._settle(adapter.trained, adapter.moves)
-        heads = factors.select(trained, factors.is_head)
+        blocks = _blocks(adapter, spec)
+        zero = self.init(spec, 0)  # for what the global model does not have
+        heads = factors.select({**zero, **trained}, factors.is_head)
         own = factors.select(trained, factors.is_a, factors.is_b)
+        if own or not blocks:
+            own = {**factors.select(zero, factors.is_a, factors.is_b), **own}
         rank, alpha, rslora = spec.rank, spec.alpha, spec.rslora
-        if blocks := _blocks(adapter, spec):
+        if blocks:
             parts = [*blocks, *([factors.bake(own, spec.scaling)] if own else [])]
             stacked = factors.stack(parts)
             if factors.rank(stacked) > factors.full_rank(stacked):
                 stacked, _ = factors.compact(stacked)
             rank = factors.rank(stacked)
             own, alpha, rslora = factors.pad(stacked, rank), float(rank), False
-        elif not own:
-            own = factors.select(self.init(spec, 0), factors.is_a, factors.is_b)
         tensors = {
             PREFIX + name + (".weight" if not factors.is_head(name) else ""): tensor
             for name, tensor in {**own, **heads}.items()
@@ -316,10 +318,28 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
         raise ArtefactError(f"{folder} is no adapter: it has no adapter_config.json")
     try:
         with torch.random.fork_rng(devices=[]), peft_speaks_to_transformers():
-            return PeftModel.from_pretrained(base, str(folder)).eval()
+            return quiet(PeftModel.from_pretrained(base, str(folder)).eval())
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ArtefactError(f"cannot load adapter {folder} on this base model: {reason}") from error
+
+
+def quiet(model: PeftModel) -> PeftModel:
+    """The model; with a prompt, `generate` does not warn any more.
+
+    transformers 5 gives position ids, peft 0.21 says that it ignores them; they are then the right
+    ones, counted over the prompt and the text.
+    """
+    if model.active_peft_config.is_prompt_learning:
+        generate = model.generate
+
+        def quietly(*args: Any, **kwargs: Any) -> Any:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Position ids are not supported")
+                return generate(*args, **kwargs)
+
+        model.generate = quietly
+    return model
 
 
 def read_adapter(folder: Path) -> tuple[Params, Params]:
@@ -340,8 +360,27 @@ def read_adapter(folder: Path) -> tuple[Params, Params]:
     return factors.bake(update, spec.scaling), heads
 
 
+def head_of(folder: Path) -> Params:
+    """Tensors of a classifier's head in a saved adapter, by their names in the base model.
+
+    Raises ArtefactError when it cannot be read.
+    """
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        tensors, _ = codec.read(str(folder / "adapter_model.safetensors"))
+        trained = tuple(f"{PREFIX}{name}." for name in config["modules_to_save"] or ())
+    except (OSError, ValueError, KeyError, WireError) as error:
+        raise ArtefactError(f"{folder} is no adapter: {error}") from error
+    return {n.removeprefix(PREFIX): t for n, t in tensors.items() if n.startswith(trained)}
+
+
 def merge(model: PeftModel) -> PreTrainedModel:
-    """The base model with the adapter merged in. Exact only where the base has the precision."""
+    """The base model with the adapter merged in. Exact only where the base has the precision.
+
+    Raises ArtefactError for a prompt, which is no change of weights.
+    """
+    if model.active_peft_config.is_prompt_learning:
+        raise ArtefactError("a prompt cannot be merged: load it with peft beside the base model")
     return model.merge_and_unload(safe_merge=True)
 
 

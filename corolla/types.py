@@ -59,7 +59,8 @@ class Size:
     """What decides the bytes of one client: values of its A factors, B factors and head.
 
     `scalars` is how many directions a zeroth-order client measures in a round, `seed` its seed and
-    `step` the -lr / queries that it multiplies them by. `round` counts from 1.
+    `step` the -lr / queries that it multiplies them by. `round` counts from 1. `rank` is that
+    of the adapter, on so many `modules`.
     """
 
     A: int
@@ -70,6 +71,8 @@ class Size:
     seed: int = 0
     step: float = 0.0
     round: int = 1
+    rank: int = 0
+    modules: int = 0
 
 
 @dataclass(frozen=True)
@@ -344,8 +347,9 @@ class Traits:
     They decide what it can be combined with (see RunConfig.build_strategy).
     """
 
-    updates: Literal["differences", "factors", "scalars"] = "differences"
-    """What travels up: differences of trained tensors, baked factors (group "factors"), scalars."""
+    updates: Literal["differences", "factors", "values", "scalars"] = "differences"
+    """What travels up: differences of trained tensors; factors with their scaling in A, whose
+    products count (group "factors"); trained tensors as they are; scalars."""
     individual: bool = False
     """Single updates are needed or shown to others: no secure sum, no noise on a sum alone."""
     bounded: bool = True
@@ -369,10 +373,12 @@ class Traits:
 class Observed:
     """One round as it happened, for a strategy that says what it should lead to.
 
-    `start` holds the tensors of the global adapter before, `trained` what each client's model held
-    after local training, `weights` their shares p_m, `lora` their ranks and scalings.
+    `spec` is the rank and scaling of the global adapter, `start` its tensors before the round;
+    `trained` what each client's model held after local training, `weights` their shares p_m, `lora`
+    their ranks and scalings.
     """
 
+    spec: LoraSpec
     start: Params
     trained: Mapping[str, Params]
     weights: Mapping[str, float]
@@ -383,7 +389,9 @@ class Claim(Protocol):
     """What a strategy with aggregates="other" adds, so that `corolla check` has a proof to make."""
 
     def expected(self, rounds: Sequence[Observed]) -> Params:
-        """The global adapter's tensors after these rounds, written plainly in fp64.
+        """The global adapter's tensors after these rounds, in fp64, at the last round's `spec`.
 
-        Not with the code of `apply`: this is the other opinion.
+        Written plainly and not with the code of `apply`: this is the other opinion. Factors are
+        compared by their products; those of a personal strategy, which says nothing of the
+        tensors that clients keep, as they are.
         """

@@ -2,18 +2,36 @@
 
 import dataclasses
 import difflib
+import hashlib
 import importlib
+import importlib.util
+import sys
 from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
 
 from corolla.errors import ConfigError
+from corolla.strategies.fed_sb import FedSb
 from corolla.strategies.fedavg import FedAvg
+from corolla.strategies.fedavgm import FedAvgM
+from corolla.strategies.feddpa import FedDpa
+from corolla.strategies.fedex_lora import FedExLora
 from corolla.strategies.fedkseed import FedKSeed
 from corolla.strategies.fedkseed_pro import FedKSeedPro
 from corolla.strategies.fedmezo import FedMeZO
+from corolla.strategies.fedopt import FedAdagrad, FedAdam, FedYogi
+from corolla.strategies.fedprox import FedProx
+from corolla.strategies.fedsa_lora import FedSaLora
+from corolla.strategies.fedsvd import FedSvd
 from corolla.strategies.ferret import Ferret
 from corolla.strategies.ffa_lora import FfaLora
+from corolla.strategies.flexlora import FlexLora
 from corolla.strategies.flora import Flora
+from corolla.strategies.hetlora import HetLora
+from corolla.strategies.lora_fair import LoraFair
 from corolla.strategies.mixed import Mixed
+from corolla.strategies.rolora import RoLora
+from corolla.strategies.scaffold import Scaffold
 from corolla.strategies.seed_pool import SeedPool
 from corolla.types import Strategy, Traits
 
@@ -21,6 +39,21 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "fedavg": FedAvg,
     "ffa_lora": FfaLora,
     "flora": Flora,
+    "fedex_lora": FedExLora,
+    "flexlora": FlexLora,
+    "lora_fair": LoraFair,
+    "rolora": RoLora,
+    "fedsvd": FedSvd,
+    "fed_sb": FedSb,
+    "hetlora": HetLora,
+    "fedprox": FedProx,
+    "scaffold": Scaffold,
+    "fedavgm": FedAvgM,
+    "fedadam": FedAdam,
+    "fedyogi": FedYogi,
+    "fedadagrad": FedAdagrad,
+    "fedsa_lora": FedSaLora,
+    "feddpa": FedDpa,
     "seed_pool": SeedPool,
     "fedkseed": FedKSeed,
     "fedkseed_pro": FedKSeedPro,
@@ -31,7 +64,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
 
 
 def find(name: str) -> type[Strategy]:
-    """The class of a strategy: a name of STRATEGIES, or `module:Class` for one of your own.
+    """The class of a strategy: a name of STRATEGIES; `module:Class` or `FILE.py:Class` for yours.
 
     Raises ConfigError for an unknown name (suggesting the nearest), a module that cannot be
     imported, or a class that lacks a part of the Strategy protocol.
@@ -42,12 +75,16 @@ def find(name: str) -> type[Strategy]:
             near = difflib.get_close_matches(name.replace("-", "_"), STRATEGIES, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(STRATEGIES)}"
             raise ConfigError(
-                f"unknown strategy {name!r}: {hint}, or name your own as module:Class"
+                f"unknown strategy {name!r}: {hint}, or name your own as module:Class or "
+                f"FILE.py:Class"
             )
         return known
-    module, _, attribute = name.partition(":")
+    module, _, attribute = name.rpartition(":")
     try:
-        found: object = getattr(importlib.import_module(module), attribute)
+        home = _load(Path(module)) if module.endswith(".py") else importlib.import_module(module)
+        found: object = getattr(home, attribute)
+    except ConfigError:
+        raise
     except Exception as error:
         raise ConfigError(f"cannot import strategy {name!r}: {error!r}") from error
     if not isinstance(found, type):
@@ -58,6 +95,39 @@ def find(name: str) -> type[Strategy]:
             f"strategy {name!r} lacks {', '.join(missing)} (see corolla.types.Strategy)"
         )
     return found
+
+
+def absolute(name: str) -> str:
+    """`FILE.py:Class` with the file's full path, any other name as it is."""
+    path, _, attribute = name.rpartition(":")
+    return f"{Path(path).resolve()}:{attribute}" if path.endswith(".py") else name
+
+
+def _load(path: Path) -> ModuleType:
+    """A file as a module: the same one as long as its path and content are.
+
+    Raises ConfigError when it cannot be read, and whatever its code raises.
+    """
+    path = path.resolve()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read strategy file {path}: {error.strerror}") from error
+    digest = hashlib.sha256(str(path).encode() + b"\0" + content).hexdigest()
+    name = f"corolla_strategy_{digest}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look up the module of their class
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def traits(strategy: Strategy | type[Strategy]) -> Traits:

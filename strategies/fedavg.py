@@ -40,6 +40,7 @@ class FedAvg:
     mixed_ranks: ClassVar[bool] = False
     trainers: ClassVar[tuple[TrainerName, ...]] = ("first_order",)
     full: ClassVar[bool] = False
+    dense: ClassVar[bool] = True
 
     def init(self, start: Params, seed: int) -> Payload:
         return {"adapter": start}

@@ -42,6 +42,7 @@ class FedMeZO:
     mixed_ranks: ClassVar[bool] = False
     trainers: ClassVar[tuple[TrainerName, ...]] = ("zeroth_order",)
     full: ClassVar[bool] = False
+    dense: ClassVar[bool] = True
 
     directions: Literal["gaussian", "sign", "low_rank"] = "gaussian"
     lozo_rank: int = 2

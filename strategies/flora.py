@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from corolla import factors, tree
+from corolla import blocks, factors, tree
 from corolla.aggregation import ByGroup, Stack, WeightedMean
 from corolla.types import (
     Adapter,
@@ -35,7 +35,9 @@ class Flora:
     to, all are replaced by one block of at most `max_rank` (None: the full rank of each module,
     which loses nothing).
 
-    Blocks are sent once: a client that was absent receives all that it has missed.
+    Blocks are sent once: a client that was absent receives all that it has missed. With `energy`
+    below 1 the stack of a round is first truncated to the smallest rank that keeps this part of
+    its squared singular values, as in FLoRIST (2025): fewer bytes down, and no longer exact.
 
     Every client receives every other client's factors, and re-initialisation costs progress when
     local training is short (arXiv 2410.09432, table 4).
@@ -47,25 +49,30 @@ class Flora:
     trainers: ClassVar[tuple[TrainerName, ...]] = ("first_order",)
     full: ClassVar[bool] = False
 
+    updates: ClassVar[str] = "factors"
+    individual: ClassVar[bool] = True
+    bounded: ClassVar[bool] = False
+    stale: ClassVar[bool] = True
+
     max_rank: int | None = None
     compact_at: float = 2.0
+    energy: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.max_rank is not None and (type(self.max_rank) is not int or self.max_rank < 1):
-            raise ValueError(f"max_rank must be a whole number from 1, found {self.max_rank}")
-        if not self.compact_at >= 1:
-            raise ValueError(f"compact_at must be at least 1, found {self.compact_at}")
+        blocks.check(self.max_rank, self.compact_at)
+        if not 0 < self.energy <= 1:
+            raise ValueError(f"energy must be above 0 and at most 1, found {self.energy}")
 
     def init(self, start: Params, seed: int) -> Payload:
         return {"head": factors.select(start, factors.is_head)}
 
     def broadcast(self, state: Payload) -> Broadcast:
-        return Broadcast({"head": state["head"]}, cached=_blocks(state))
+        return Broadcast({"head": state["head"]}, cached=blocks.of(state))
 
     def local(self, client: Client, received: Payload) -> Update:
         head = received["head"]
         start = {**client.trainer.init(client.seed), **head}
-        fit = client.trainer.fit(start, frozen=list(_blocks(received).values()))
+        fit = client.trainer.fit(start, frozen=list(blocks.of(received).values()))
         trained = factors.select(fit.params, factors.is_a, factors.is_b)
         payload = {
             "factors": factors.bake(trained, client.lora.scaling),
@@ -83,23 +90,17 @@ class Flora:
         return ByGroup({"factors": Stack(), "head": WeightedMean()})
 
     def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
-        blocks = {**_blocks(state), f"block-{len(state):06d}": aggregate["factors"]}
-        stacked = factors.stack(list(blocks.values()))
-        full, error = factors.full_rank(stacked), 0.0
-        if factors.rank(stacked) > self.compact_at * min(self.max_rank or full, full):
-            compacted, error = factors.compact(stacked, self.max_rank)
-            blocks = {"block-000000": compacted}
+        block, lost = aggregate["factors"], {}
+        if self.energy < 1:
+            block, error = factors.compact(block, energy=self.energy)
+            lost = {"truncation_error": error}
+        kept, metrics = blocks.append(state, block, self.max_rank, self.compact_at)
         head = tree.add(state["head"], aggregate["head"])
-        rank = sum(factors.rank(block) for block in blocks.values())
-        return {"head": head, **blocks}, {"frozen_rank": rank, "compaction_error": error}
+        return {"head": head, **kept}, {**metrics, **lost}
 
     def adapter(self, state: Payload) -> Adapter:
-        return Adapter(state["head"], tuple(_blocks(state).values()))
+        return Adapter(state["head"], tuple(blocks.of(state).values()))
 
     def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
         stack = sum(s.A + s.B for s in cohort)
         return [Cost(up=4 * (s.A + s.B + s.head), down=4 * (stack + s.head)) for s in cohort]
-
-
-def _blocks(payload: Payload) -> Payload:
-    return {group: payload[group] for group in sorted(payload) if group.startswith("block-")}

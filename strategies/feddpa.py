@@ -1,0 +1,98 @@
+"""FedDPA: a global adapter that is averaged, and a local one that never leaves the device.
+
+Yang et al., "Dual-Personalizing Adapter for Federated Foundation Models", NeurIPS 2024,
+arXiv 2403.19211.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from corolla import factors, tree
+from corolla.aggregation import WeightedMean
+from corolla.types import (
+    Adapter,
+    Aggregates,
+    Broadcast,
+    Client,
+    Cost,
+    Metrics,
+    Params,
+    Payload,
+    Size,
+    TrainerName,
+    Update,
+)
+
+
+@dataclass(frozen=True)
+class FedDpa:
+    """A client's model is W + (1 - a) s B_g A_g + a s B_l A_l; only (B_g, A_g) and the head travel.
+
+    In each round the local adapter is trained beside the global one it received, then the global
+    one as in FedAvg (FedDPA-T trains them the other way round; so, what a client ends with is what
+    it sends). `share` is a, the same for all inputs: the paper's weighting by the likeness of an
+    input to the client's data is not here. With share = 0 it is FedAvg.
+    """
+
+    name: ClassVar[str] = "feddpa"
+    aggregates: ClassVar[Aggregates] = "factors"
+    mixed_ranks: ClassVar[bool] = False
+    trainers: ClassVar[tuple[TrainerName, ...]] = ("first_order",)
+    full: ClassVar[bool] = False
+    personal: ClassVar[bool] = True
+    keeps: ClassVar[bool] = True
+    when: ClassVar[str] = "a model for each client beside a global one, at twice the local steps"
+
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share < 1:
+            raise ValueError(f"share must be from 0 to below 1, found {self.share}")
+
+    def init(self, start: Params, seed: int) -> Payload:
+        return {"adapter": start}
+
+    def broadcast(self, state: Payload) -> Broadcast:
+        return Broadcast(state)
+
+    def local(self, client: Client, received: Payload) -> Update:
+        start = received["adapter"]
+        keep: Payload = {}
+        metrics: Metrics = {}
+        if self.share:
+            shared = factors.select(start, factors.is_a, factors.is_b)
+            own = client.kept.get("personal") or client.trainer.init(client.seed)
+            beside = factors.bake(shared, (1 - self.share) * client.lora.scaling)
+            local = client.trainer.fit(
+                {**start, **factors.select(own, factors.is_a, factors.is_b)},
+                frozen=[beside],
+                train=lambda name: not factors.is_head(name),
+                strength=self.share,
+            )
+            keep = {"personal": {name: local.params[name] for name in shared}}
+            metrics = {"personal_train_loss": local.metrics["train_loss"]}
+        fit = client.trainer.fit(start)
+        moved = tree.sub(fit.params, start)
+        return Update({"adapter": moved}, fit.num_examples, {**fit.metrics, **metrics}, keep)
+
+    def update_like(self, fresh: Params, size: Size) -> Payload:
+        return {"adapter": fresh}
+
+    def aggregator(self) -> WeightedMean:
+        return WeightedMean()
+
+    def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
+        return {"adapter": tree.add(state["adapter"], aggregate["adapter"])}, {}
+
+    def adapter(self, state: Payload) -> Adapter:
+        whole = state["adapter"]
+        if "personal" not in state:
+            return Adapter(whole)
+        shared = factors.select(whole, factors.is_a, factors.is_b)
+        own = factors.bake(state["personal"], self.share)
+        head = factors.select(whole, factors.is_head)
+        return Adapter({**own, **head}, residuals=(factors.bake(shared, 1 - self.share),))
+
+    def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
+        return [Cost(up=4 * n, down=4 * n) for n in (s.A + s.B + s.head for s in cohort)]

@@ -1,0 +1,99 @@
+"""FedEx-LoRA: exact aggregation that keeps the trained adapters.
+
+Singhal et al., "FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Large
+Language Models", ACL 2025, arXiv 2410.09432.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from corolla import blocks, factors, tree
+from corolla.aggregation import MeanAndResidual
+from corolla.types import (
+    Adapter,
+    Aggregates,
+    Broadcast,
+    Client,
+    Cost,
+    Metrics,
+    Params,
+    Payload,
+    Size,
+    TrainerName,
+    Update,
+)
+
+
+@dataclass(frozen=True)
+class FedExLora:
+    """Averages A and B as FedAvg does, and freezes what their product lacks beside the base model.
+
+    W ← W + s (Σ p_m B_m A_m - B̄ Ā), A ← Ā, B ← B̄. The residual is a product of rank (M - 1) r,
+    found without a decomposition (see MeanAndResidual), so that a round costs the same bytes as
+    FLoRA, but clients go on from trained adapters. With `residual_rank` only its best
+    approximation of that rank travels (Eckart and Young): fewer bytes down, and no longer exact.
+
+    Blocks are sent once and compacted as FLoRA's are: see corolla.blocks. Every client receives
+    what single clients' factors can be recovered from.
+    """
+
+    name: ClassVar[str] = "fedex_lora"
+    aggregates: ClassVar[Aggregates] = "weights"
+    mixed_ranks: ClassVar[bool] = False
+    trainers: ClassVar[tuple[TrainerName, ...]] = ("first_order",)
+    full: ClassVar[bool] = False
+    individual: ClassVar[bool] = True
+    bounded: ClassVar[bool] = False
+    when: ClassVar[str] = "the exact aggregate, whatever the number of local steps: the default"
+
+    residual_rank: int | None = None
+    max_rank: int | None = None
+    compact_at: float = 2.0
+
+    def __post_init__(self) -> None:
+        blocks.check(self.max_rank, self.compact_at)
+        own = self.residual_rank
+        if own is not None and (type(own) is not int or own < 1):
+            raise ValueError(f"residual_rank must be a whole number from 1, found {own}")
+
+    def init(self, start: Params, seed: int) -> Payload:
+        return {"adapter": start}
+
+    def broadcast(self, state: Payload) -> Broadcast:
+        return Broadcast({"adapter": state["adapter"]}, cached=blocks.of(state))
+
+    def local(self, client: Client, received: Payload) -> Update:
+        start = received["adapter"]
+        scaling = client.lora.scaling
+        frozen = [factors.bake(block, scaling) for block in blocks.of(received).values()]
+        fit = client.trainer.fit(start, frozen=frozen)
+        return Update({"adapter": tree.sub(fit.params, start)}, fit.num_examples, fit.metrics)
+
+    def update_like(self, fresh: Params, size: Size) -> Payload:
+        return {"adapter": fresh}
+
+    def aggregator(self) -> MeanAndResidual:
+        return MeanAndResidual()
+
+    def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
+        residual, lost = aggregate["residual"], {}
+        if self.residual_rank is not None:
+            residual, error = factors.compact(residual, self.residual_rank)
+            lost = {"truncation_error": error}
+        kept, metrics = blocks.append(state, residual, self.max_rank, self.compact_at)
+        adapter = tree.add(state["adapter"], aggregate["adapter"])
+        return {"adapter": adapter, **kept}, {**metrics, **lost}
+
+    def adapter(self, state: Payload) -> Adapter:
+        return Adapter(state["adapter"], residuals=tuple(blocks.of(state).values()))
+
+    def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
+        costs = []
+        for s in cohort:
+            rank = (len(cohort) - 1) * s.rank  # of the residual
+            rank = min(rank, self.residual_rank or rank)
+            residual = rank * (s.A + s.B) // s.rank
+            whole = s.A + s.B + s.head
+            costs.append(Cost(up=4 * whole, down=4 * (whole + residual)))
+        return costs

@@ -1,0 +1,78 @@
+"""FedProx: local training that stays near the global model.
+
+Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020, arXiv 1812.06127.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from corolla import tree
+from corolla.aggregation import WeightedMean
+from corolla.types import (
+    Adapter,
+    Aggregates,
+    Broadcast,
+    Client,
+    Cost,
+    Metrics,
+    Params,
+    Payload,
+    Size,
+    TrainerName,
+    Update,
+)
+
+
+@dataclass(frozen=True)
+class FedProx:
+    """FedAvg with the local loss + (mu / 2) |w - w_t|², over the factors A and B and the head.
+
+    On LoRA this ties the factors, not their product: it is not the same for (B R, R⁻¹ A). With
+    mu = 0 it is FedAvg.
+    """
+
+    name: ClassVar[str] = "fedprox"
+    aggregates: ClassVar[Aggregates] = "factors"
+    mixed_ranks: ClassVar[bool] = False
+    trainers: ClassVar[tuple[TrainerName, ...]] = ("first_order",)
+    full: ClassVar[bool] = False
+    stale: ClassVar[bool] = True
+    dense: ClassVar[bool] = True
+    when: ClassVar[str] = "FedAvg whose clients drift apart: long local training, unlike data"
+
+    mu: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not self.mu >= 0:
+            raise ValueError(f"mu must be at least 0, found {self.mu}")
+
+    def init(self, start: Params, seed: int) -> Payload:
+        return {"adapter": start}
+
+    def broadcast(self, state: Payload) -> Broadcast:
+        return Broadcast(state)
+
+    def local(self, client: Client, received: Payload) -> Update:
+        start = received["adapter"]
+
+        def pull(gradients: Params, weights: Params) -> Params:
+            return {n: g + self.mu * (weights[n] - start[n].to(g)) for n, g in gradients.items()}
+
+        fit = client.trainer.fit(start, correct=pull if self.mu else None)
+        return Update({"adapter": tree.sub(fit.params, start)}, fit.num_examples, fit.metrics)
+
+    def update_like(self, fresh: Params, size: Size) -> Payload:
+        return {"adapter": fresh}
+
+    def aggregator(self) -> WeightedMean:
+        return WeightedMean()
+
+    def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
+        return {"adapter": tree.add(state["adapter"], aggregate["adapter"])}, {}
+
+    def adapter(self, state: Payload) -> Adapter:
+        return Adapter(state["adapter"])
+
+    def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
+        return [Cost(up=4 * n, down=4 * n) for n in (s.A + s.B + s.head for s in cohort)]

@@ -1,0 +1,102 @@
+"""LoRA-FAIR: averaged factors, B corrected towards the exact update.
+
+Bian et al., "LoRA-FAIR: Federated LoRA Fine-Tuning with Aggregation and Initialization Refinement",
+ICCV 2025, arXiv 2411.14961.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from corolla import factors, tree
+from corolla.aggregation import MeanAndResidual
+from corolla.types import (
+    Adapter,
+    Aggregates,
+    Broadcast,
+    Client,
+    Cost,
+    Metrics,
+    Observed,
+    Params,
+    Payload,
+    Size,
+    TrainerName,
+    Update,
+)
+
+
+@dataclass(frozen=True)
+class LoraFair:
+    """A ← Ā, B ← B̄ + ΔB, where ΔB brings B A as near to Σ p_m B_m A_m as Ā allows.
+
+    The paper finds ΔB by gradient steps on a similarity plus a penalty on |ΔB|; here is the closed
+    form of the squared one: min |R - ΔB Ā|² + λ |ΔB|², R = Σ p_m B_m A_m - B̄ Ā, which is
+    ΔB = R Āᵀ (Ā Āᵀ + λ I)⁻¹. `penalty` is λ relative to the mean of the diagonal of Ā Āᵀ; without
+    it B is the best one for Ā, with much of it this is FedAvg.
+    """
+
+    name: ClassVar[str] = "lora_fair"
+    aggregates: ClassVar[Aggregates] = "other"
+    mixed_ranks: ClassVar[bool] = False
+    trainers: ClassVar[tuple[TrainerName, ...]] = ("first_order",)
+    full: ClassVar[bool] = False
+    individual: ClassVar[bool] = True
+    bounded: ClassVar[bool] = False
+    when: ClassVar[str] = "nearer to exact than FedAvg at the same bytes, one rank for all"
+
+    penalty: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not self.penalty >= 0:
+            raise ValueError(f"penalty must be at least 0, found {self.penalty}")
+
+    def init(self, start: Params, seed: int) -> Payload:
+        return {"adapter": start}
+
+    def broadcast(self, state: Payload) -> Broadcast:
+        return Broadcast(state)
+
+    def local(self, client: Client, received: Payload) -> Update:
+        start = received["adapter"]
+        fit = client.trainer.fit(start)
+        return Update({"adapter": tree.sub(fit.params, start)}, fit.num_examples, fit.metrics)
+
+    def update_like(self, fresh: Params, size: Size) -> Payload:
+        return {"adapter": fresh}
+
+    def aggregator(self) -> MeanAndResidual:
+        return MeanAndResidual()
+
+    def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
+        adapter = dict(tree.add(state["adapter"], aggregate["adapter"]))
+        residual = aggregate["residual"]
+        for module in factors.modules(residual):
+            a = adapter[module + factors.A].double()
+            gram = a @ a.T
+            gram += self.penalty * gram.diagonal().mean() * torch.eye(len(gram))
+            left, right = (residual[module + role].double() for role in (factors.B, factors.A))
+            step = left @ torch.linalg.solve(gram, a @ right.T).T
+            adapter[module + factors.B] = (adapter[module + factors.B] + step).to(torch.float32)
+        return {"adapter": adapter}, {}
+
+    def adapter(self, state: Payload) -> Adapter:
+        return Adapter(state["adapter"])
+
+    def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
+        return [Cost(up=4 * n, down=4 * n) for n in (s.A + s.B + s.head for s in cohort)]
+
+    def expected(self, rounds: Sequence[Observed]) -> Params:
+        """Least squares on dense matrices: [Āᵀ; √λ I] ΔBᵀ = [Rᵀ; 0]."""
+        last = rounds[-1]
+        found = factors.mean(last.trained, last.weights)
+        for m in factors.modules(found):
+            a, b = found[m + factors.A], found[m + factors.B]
+            exact = sum(p * factors.product(last.trained[c], m) for c, p in last.weights.items())
+            ridge = (self.penalty * (a @ a.T).diagonal().mean()).sqrt() * torch.eye(len(a))
+            left = torch.cat([a.T, ridge.double()])
+            right = torch.cat([(exact - b @ a).T, torch.zeros(len(a), len(b), dtype=a.dtype)])
+            found[m + factors.B] = b + torch.linalg.lstsq(left, right, driver="gelsd").solution.T
+        return found
