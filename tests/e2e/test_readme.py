@@ -14,7 +14,9 @@ BIN = Path(sys.executable).parent
 ENV = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
 
 BASH = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+FILES = {found[1]: block for block in BLOCKS if (found := re.match(r"# (\w+\.py)\n", block))}
+PYTHON = [block for block in BLOCKS if block not in FILES.values()]
 
 
 def run(command: list[str], folder: Path) -> str:
@@ -30,6 +32,8 @@ def run(command: list[str], folder: Path) -> str:
 def test_shell_examples(block: int, tmp_path: Path) -> None:
     commands = [line for line in BASH[block].splitlines() if line.strip()]
     assert commands
+    for name, content in FILES.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
     for command in commands:
         assert command.startswith("corolla ")
         run(["bash", "-c", command], tmp_path)
@@ -43,6 +47,8 @@ def test_python_examples(block: int, tmp_path: Path) -> None:
 def test_the_readme_has_examples_and_its_links_lead_somewhere() -> None:
     assert len(BASH) >= 3
     assert len(PYTHON) >= 1
+    assert FILES
+    assert all(len(content.splitlines()) <= 40 for content in FILES.values())
     targets = re.findall(r"\]\((?!https?://)([^)#]+)", README)
     assert targets
     assert [target for target in targets if not (ROOT / target).exists()] == []
