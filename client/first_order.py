@@ -1,4 +1,4 @@
-"""First-order local training: backpropagation through the adapter, the base model frozen."""
+"""First-order local training: backpropagation to the trained tensors, all others frozen."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,8 +12,8 @@ from corolla import factors, schedule, seeds
 from corolla.config import RunConfig
 from corolla.encoding import Encoded, collate, examples_of
 from corolla.errors import DataError, DivergedError
-from corolla.lora import LoraModel
 from corolla.scoring import loss_sum
+from corolla.trainable import Differentiable
 from corolla.types import Correct, Fit, LoraSpec, Params
 
 
@@ -26,7 +26,7 @@ class FirstOrder:
     and 16 bytes per trained value (value, gradient, two moments).
     """
 
-    model: LoraModel
+    model: Differentiable
     lora: LoraSpec
     data: Sequence[Encoded]
     config: RunConfig

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from corolla import codec, seedlog, seeds, strategies, wire
+from corolla import codec, compression, seedlog, seeds, strategies, wire
 from corolla.client.first_order import FirstOrder
 from corolla.client.memory import Memory
 from corolla.client.zeroth_order import ZerothOrder
 from corolla.config import RunConfig
 from corolla.data import Example, FederatedData
+from corolla.dense import DenseModel
 from corolla.encoding import Encoded, Encoder
 from corolla.errors import ConfigError, CorollaError, WireError
 from corolla.lora import LoraModel
@@ -26,6 +27,9 @@ from corolla.wire import Kind, Log, Packet, Reply, Task, pack_reply, unpack_task
 
 _RESIDENT_CLIENTS = 64
 """How many simulated clients keep their tokens in memory."""
+
+_OWED = "owed-"
+"""Prefix of the groups that hold what a codec has left out of the updates so far."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,8 @@ class LocalClient:
 
     @property
     def trainer(self) -> FirstOrder:
-        if not isinstance(self.model, LoraModel):
-            raise ConfigError("first-order training of all parameters is not there: use LoRA")
+        if not isinstance(self.model, LoraModel | DenseModel):
+            raise ConfigError(f"strategy {self.config.strategy} has no gradients of all parameters")
         return FirstOrder(
             self.model, self.lora, self.data, self.config, self.seed, self.round, self.on_step
         )
@@ -105,7 +109,10 @@ class Worker:
             raise WireError("this device has no such client")
         if task.kind == Kind.HELLO:
             return replace(blank, num_examples=len(self.data.clients[client].train))
+        settings = json.loads(task.config)
         sent = wire.content(task)
+        if "form" in settings:
+            sent = self.config.downlink.unpack(sent, compression.blank(settings["form"]))
         for group in task.cached.keys() & sent.keys():
             self.memory.keep(group, sent[group], task.cached[group])
         missing = self.memory.missing(task.cached)
@@ -115,12 +122,11 @@ class Worker:
             return replace(blank, missing=missing, error=f"{', '.join(missing)}: not held here")
         self.memory.prune(task.cached)
         received = {**followed, **sent, **self.memory.recall(task.cached)}
-        settings = json.loads(task.config)
-        kept = self.memory.kept(client, settings["accepted"]) if self.traits.keeps else {}
+        kept, owed = self._kept(client, settings["accepted"])
         if task.kind == Kind.EVALUATE:
             lora = LoraSpec(**settings["lora"])
             return self._evaluate(client, lora, {**received, **kept}, blank)
-        return self._train(client, task, settings, received, kept, blank)
+        return self._train(client, task, settings, received, kept, owed, blank)
 
     def _follow(self, log: Log, sent: Payload) -> Payload | None:
         """The first state and all rows up to the task's version; None when some are missing.
@@ -156,6 +162,19 @@ class Worker:
         start = {} if snapshot is None else {"start": snapshot}
         return {**first, **start, **named, **last}
 
+    def _kept(self, client: str, accepted: int) -> tuple[Payload, Payload]:
+        """What the strategy keeps here, and what the codec has left out of updates so far."""
+        if not (self.traits.keeps or self.config.uplink.needs_differences):
+            return {}, {}
+        try:
+            kept = self.memory.kept(client, accepted)
+        except WireError:
+            if self.traits.keeps:
+                raise
+            kept = {}  # what was left out is lost; updates go on without it
+        owed = {g.removeprefix(_OWED): p for g, p in kept.items() if g.startswith(_OWED)}
+        return {g: params for g, params in kept.items() if not g.startswith(_OWED)}, owed
+
     def _train(
         self,
         client: str,
@@ -163,6 +182,7 @@ class Worker:
         settings: Mapping[str, Any],
         received: Payload,
         kept: Payload,
+        owed: Payload,
         blank: Reply,
     ) -> Reply:
         data, skipped = self._tokens(client)
@@ -185,9 +205,15 @@ class Worker:
         if self.record:
             folder = client_folder(round_folder(self.record, task.round), client)
             write_update(folder, self.model, lora, update, client)
-        if self.traits.keeps:
-            self.memory.stage(client, task.round, update.keep)
-        dense, scalars = wire.enclose(update.payload)
+        uplink, keep = self.config.uplink, update.keep
+        if uplink.needs_differences:
+            payload, owed = compression.feedback(uplink, update.payload, owed, seed)
+            keep = {**keep, **{_OWED + group: params for group, params in owed.items()}}
+        else:
+            payload = uplink.pack(update.payload, seed)
+        if self.traits.keeps or uplink.needs_differences:
+            self.memory.stage(client, task.round, keep)
+        dense, scalars = wire.enclose(payload)
         return replace(
             blank,
             num_examples=update.num_examples,

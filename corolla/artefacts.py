@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from corolla import data, lora, models
+from corolla import answers, data, harness, lora, models
 from corolla.config import RunConfig, amended, validate
 from corolla.encoding import Encoded, Encoder, collate
 from corolla.errors import ArtefactError, ConfigError
-from corolla.scoring import score
+from corolla.scoring import SHARES, score
 from corolla.types import Metrics
 
 
@@ -23,22 +23,62 @@ def evaluate_adapter(
 ) -> dict[str, Metrics]:
     """Held-out scores of the base model and of the fine-tuned one: {"base": …, "adapter": …}.
 
-    `adapter` is a PEFT adapter, or a whole model, the result of a run with parameters=full. Model,
+    `adapter` is a PEFT adapter, or a whole model, where a run trains weights of its base. Model,
     data and the examples are those of its run (run.json beside it) unless given.
     """
     config = _config(adapter, model, dataset, settings)
     federated = data.load(config)
+    chosen = data.spread(federated.heldout, config.eval_examples)
+    answers.check(chosen, config)
     base = models.load(config, federated.labels)
     encoder = Encoder(base.tokenizer, federated.labels, config.max_length)
-    chosen = data.spread(federated.heldout, config.eval_examples)
     examples = [s for example in chosen for s in encoder(example)]
     device = models.pick_device(config.device)
-    before = score(base.model, examples, base.pad_id, device)
+
+    def measure(model: Any) -> Metrics:
+        scores = score(model, examples, base.pad_id, device)
+        return {**scores, **answers.ask(model, base, chosen, config)}
+
+    return _side_by_side(adapter, config, base, federated.labels, measure)
+
+
+def evaluate_tasks(
+    adapter: Path,
+    model: str | None,
+    tasks: Sequence[str],
+    limit: int | None = None,
+    settings: Sequence[str] = (),
+) -> dict[str, Metrics]:
+    """Scores of lm-evaluation-harness tasks, of the base model and of the fine-tuned one.
+
+    `tasks` are names or .yaml files; `limit` is how many documents of each. Raises ConfigError for
+    a classifier, which answers no prompts.
+    """
+    config = _config(adapter, model, None, settings)
+    config = config.model_copy(update={"max_length": 8})  # any: a task has its own lengths
+    if _run_info(adapter).get("labels") if _is_model(adapter) else _labels(adapter):
+        raise ConfigError(f"{adapter} is a classifier: --tasks need a language model")
+    loaded = harness.load(tasks)
+    base = models.load(config)
+
+    def measure(model: Any) -> Metrics:
+        return harness.run(model, base, loaded, limit)
+
+    return _side_by_side(adapter, config, base, (), measure)
+
+
+def _side_by_side(
+    adapter: Path,
+    config: RunConfig,
+    base: models.Base,
+    labels: Sequence[str],
+    measure: Callable[[Any], Metrics],
+) -> dict[str, Metrics]:
+    before = measure(base.model)
     if _is_model(adapter):
-        whole = models.load(config.model_copy(update={"model": str(adapter)}), federated.labels)
-        return {"base": before, "model": score(whole.model, examples, base.pad_id, device)}
-    tuned = lora.load_adapter(base.model, adapter)
-    return {"base": before, "adapter": score(tuned, examples, base.pad_id, device)}
+        whole = models.load(config.model_copy(update={"model": str(adapter)}), labels)
+        return {"base": before, "model": measure(whole.model)}
+    return {"base": before, "adapter": measure(lora.load_adapter(base.model, adapter))}
 
 
 def export_merged(adapter: Path, model: str | None, folder: Path) -> float:
@@ -84,10 +124,10 @@ def export_merged(adapter: Path, model: str | None, folder: Path) -> float:
 
 def print_scores(console: Console, scores: Mapping[str, Metrics]) -> None:
     """A table of base and adapter."""
-    table = Table("", "loss", "accuracy", "targets")
-    for name, metrics in scores.items():
-        row = (f"{metrics['loss']:.4f}", f"{metrics['accuracy']:.1%}", f"{metrics['targets']:.0f}")
-        table.add_row(name, *row)
+    table = Table("", *scores)
+    for name in next(iter(scores.values())):
+        shown = "{:.1%}" if name in SHARES else "{:.0f}" if name == "targets" else "{:.4f}"
+        table.add_row(SHARES.get(name, name), *(shown.format(m[name]) for m in scores.values()))
     console.print(table)
 
 
@@ -130,7 +170,7 @@ def _labels(adapter: Path) -> Sequence[str]:
         return ()
     if labels := _run_info(adapter).get("labels"):
         return [str(label) for label in labels]
-    head = lora.read_adapter(adapter)[1]
+    head = lora.head_of(adapter)
     return [f"LABEL_{i}" for i in range(max(len(tensor) for tensor in head.values()))]
 
 

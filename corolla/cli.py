@@ -74,7 +74,7 @@ def main(
 def simulate(
     config: Annotated[Path | None, typer.Option(help="TOML file with the same names.")] = None,
     strategy: Annotated[
-        str | None, typer.Option(help="fedavg, flora, seed_pool, …, or module:Class.")
+        str | None, typer.Option(help="fedavg, flora, …; yours: FILE.py:Class, module:Class.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Hub name, folder, .gguf, 'embedded'.")] = None,
     data: Annotated[str | None, typer.Option(help="FILE.jsonl, hub name, 'embedded'.")] = None,
@@ -92,6 +92,9 @@ def simulate(
         bool, typer.Option("--keep-updates", help="Keep every client's adapter as a PEFT folder.")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on in --out.")] = False,
+    track: Annotated[
+        list[str] | None, typer.Option(help="tensorboard, wandb, mlflow, trackio; repeatable.")
+    ] = None,
     out_dir: Annotated[Path | None, typer.Option("--out", help="A new or empty folder.")] = None,
     settings: Set = None,
 ) -> None:
@@ -123,13 +126,18 @@ def simulate(
         folder = out_dir or Path("runs") / f"{run_config.strategy.split(':')[-1]}-{_now()}"
         with out.status("loading"):  # torch, transformers and peft take seconds to import
             from corolla.progress import Bars, print_summary
+            from corolla.server.run import Many
             from corolla.simulation import simulate as run
+            from corolla.trackers import tracking
 
-        with Bars(out, run_config.rounds) as bars:
+        with (
+            Bars(out, run_config.rounds) as bars,
+            tracking(track or (), folder, bars.warned) as trackers,
+        ):
             summary = run(
                 run_config,
                 folder,
-                bars,
+                Many([bars, *trackers]),
                 keep_updates=keep_updates,
                 resume=resume,
                 on_step=bars.stepped,
@@ -138,9 +146,71 @@ def simulate(
 
 
 @app.command()
+def compare(
+    strategies: Annotated[
+        list[str], typer.Argument(help="Two or more: names, FILE.py:Class, module:Class.")
+    ],
+    out_dir: Annotated[Path, typer.Option("--out", help="A new or empty folder.")],
+    config: Annotated[Path | None, typer.Option(help="TOML file with the same names.")] = None,
+    model: Annotated[str | None, typer.Option(help="Hub name, folder, .gguf, 'embedded'.")] = None,
+    data: Annotated[str | None, typer.Option(help="FILE.jsonl, hub name, 'embedded'.")] = None,
+    clients: Annotated[int | None, typer.Option(help="How many clients.")] = None,
+    cohort: Annotated[int | None, typer.Option(help="Clients per round.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds.")] = None,
+    local_steps: Annotated[int | None, typer.Option(help="Optimiser steps per round.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences per step.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Middle of the three that are tried.")] = None,
+    rank: Annotated[int | None, typer.Option(help="LoRA rank.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="LoRA alpha.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The first seed; the search's.")] = None,
+    engine: Annotated[str | None, typer.Option(help="inprocess or flower (Ray).")] = None,
+    seeds: Annotated[int, typer.Option(help="Runs of each strategy; 1 allows no claim.")] = 3,
+    lrs: Annotated[
+        str, typer.Option(metavar="A,B,C", help="Tried by all; default: the usual one × 1/3, 1, 3.")
+    ] = "",
+    jobs: Annotated[int, typer.Option(help="Runs at a time; 0: as cores and memory allow.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on in --out.")] = False,
+    settings: Set = None,
+) -> None:
+    """Compare strategies on equal terms: same data, clients and search; seeds, intervals, plots.
+
+    With the embedded model and data: cohorts of 4 and shorter evaluation, unless given.
+    """
+    options: dict[str, Any] = {
+        "model": model,
+        "data": data,
+        "clients": clients,
+        "cohort": cohort,
+        "rounds": rounds,
+        "local_steps": local_steps,
+        "batch_size": batch_size,
+        "lr": lr,
+        "rank": rank,
+        "alpha": alpha,
+        "seed": seed,
+        "engine": engine,
+    }
+    with _user_errors():
+        with out.status("loading"):
+            from corolla import compare as comparing
+            from corolla.comparison_report import CellBars, print_comparison
+
+        tried = comparing.learning_rates(lrs)
+        wanted = comparing.plan(
+            strategies, config, options, settings or (), seeds=seeds, lrs=tried, jobs=jobs
+        )
+        bars = CellBars(out)
+        with bars.progress:
+            results = comparing.compare(wanted, out_dir, jobs=jobs, resume=resume, watch=bars)
+        print_comparison(out, results, out_dir)
+        if results["failed"]:
+            raise typer.Exit(1)
+
+
+@app.command()
 def check(
     strategies: Annotated[
-        list[str] | None, typer.Argument(help="Names, or module:Class; default: all.")
+        list[str] | None, typer.Argument(help="Names, FILE.py:Class, module:Class; default: all.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
@@ -163,14 +233,27 @@ def evaluate(
     adapter: Annotated[Path, typer.Argument(help="A run's adapter/ or model/ folder.")],
     model: Annotated[str | None, typer.Option(help="Default: the one it was trained on.")] = None,
     data: Annotated[str | None, typer.Option(help="Default: the data of its run.")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Instead: lm-evaluation-harness tasks, NAME,FILE.yaml,…"),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Documents of each task; for trials.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
     settings: Set = None,
 ) -> None:
     """Score an adapter beside its base model on held-out examples, with plain PEFT."""
     with _user_errors():
-        from corolla.artefacts import evaluate_adapter, print_scores
+        from corolla.artefacts import evaluate_adapter, evaluate_tasks, print_scores
 
-        scores = evaluate_adapter(adapter, model, data, settings or ())
+        if tasks is not None:
+            if data:
+                raise ConfigError("--tasks bring their own data: leave out --data")
+            names = [name for name in tasks.split(",") if name]
+            scores = evaluate_tasks(adapter, model, names, limit, settings or ())
+        else:
+            scores = evaluate_adapter(adapter, model, data, settings or ())
         if as_json:
             print(json.dumps(scores, indent=2))
         else:

@@ -12,7 +12,7 @@ from corolla.errors import WireError
 from corolla.types import Params, Payload
 
 _SEPARATOR = "/"
-_ALLOWED = {torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.uint8}
+DTYPES = {torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.uint8}
 
 
 def encode(payload: Payload) -> bytes:
@@ -42,7 +42,7 @@ def decode(data: bytes) -> Payload:
         flat = load(data)
         for key, tensor in flat.items():
             group, _, name = key.partition(_SEPARATOR)
-            if tensor.dtype not in _ALLOWED:
+            if tensor.dtype not in DTYPES:
                 raise WireError(f"payload tensor {key!r} has type {tensor.dtype}")
             groups[group][name] = tensor
     except (

@@ -3,15 +3,18 @@
 import difflib
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from corolla import strategies
+from corolla import compression, factors, robust, strategies
+from corolla.compression import Pipeline
 from corolla.errors import ConfigError
-from corolla.types import LoraSpec, Strategy, TrainerName
+from corolla.robust import Rule, Space
+from corolla.types import LoraSpec, Params, Size, Strategy, TrainerName
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -23,6 +26,11 @@ LR_ZEROTH_ORDER = {
     ("full", False): 1e-6,
 }
 """(what is trained, whether on the embedded model) → the default lr of zeroth-order strategies."""
+
+
+def _lr_zeroth_order(parameters: object, embedded: bool) -> float:
+    """Of LR_ZEROTH_ORDER: what is neither all parameters nor LoRA is as small as LoRA."""
+    return LR_ZEROTH_ORDER["full" if parameters == "full" else "lora", embedded]
 
 
 class ClientClass(BaseModel):
@@ -39,6 +47,21 @@ class ClientClass(BaseModel):
     batch_size: Positive | None = None
     queries: Positive | None = None
     eps: Annotated[float, Field(ge=1e-20)] | None = None
+    rank: Positive | None = Field(None, description="of its adapters; needs mixed ranks")
+    alpha: Annotated[float, Field(gt=0)] | None = None
+
+    speed: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="simulated: how many times as fast as the others it trains"
+    )
+    upload: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="simulated: bytes per second; None: no time"
+    )
+    download: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="simulated: bytes per second; None: no time"
+    )
+    drop: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="simulated: probability that a client does not answer in a round"
+    )
 
 
 class RunConfig(BaseModel):
@@ -46,7 +69,9 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    strategy: str = Field("fedavg", description="name, or module:Class for one of your own")
+    strategy: str = Field(
+        "fedavg", description="name; module:Class or FILE.py:Class for one of your own"
+    )
     options: dict[str, Any] = Field({}, description="hyper-parameters of the strategy")
     model: str = Field("embedded", description="'embedded', hub name, folder or .gguf file")
     data: str = Field("embedded", description="'embedded', .jsonl file or hub name")
@@ -62,6 +87,25 @@ class RunConfig(BaseModel):
 
     deadline: Annotated[float, Field(gt=0)] = Field(
         3600.0, description="seconds for a round on the flower engine; late replies are dropped"
+    )
+
+    selection: Literal["uniform", "weighted"] = Field(
+        "uniform", description="of a cohort; weighted: by numbers of training examples"
+    )
+    availability: str | None = Field(
+        None, description='.jsonl of {"client_id", "from", "to"}: rounds, both ends included'
+    )
+    step_seconds: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="simulated: of a local step at speed 1; None: 1 where time is simulated"
+    )
+    deadline_simulated: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="simulated seconds for a round; late replies are dropped"
+    )
+    buffer: Positive | None = Field(
+        None, description="asynchronous: updates a round takes of the cohort always at work"
+    )
+    staleness_power: Annotated[float, Field(ge=0)] = Field(
+        0.5, description="with buffer: weights are examples / (1 + rounds behind)^this"
     )
 
     task: Literal["auto", "causal", "classify"] = "auto"
@@ -88,9 +132,10 @@ class RunConfig(BaseModel):
     )
     alphas: list[Annotated[float, Field(gt=0)]] = Field([], description="per client, beside ranks")
 
-    parameters: Literal["lora", "full"] = Field(
-        "lora", description="what is trained: an adapter, or all parameters (zeroth order only)"
+    parameters: Literal["lora", "ia3", "prompt", "bias", "head", "full"] = Field(
+        "lora", description="what is trained: an adapter, or tensors as they are (see dense.py)"
     )
+    virtual_tokens: Positive = Field(20, description="of parameters=prompt")
     classes: dict[str, ClientClass] = Field(
         {}, description="classes of clients by name; clients take them in turn, by their shares"
     )
@@ -115,10 +160,31 @@ class RunConfig(BaseModel):
     warmup_rounds: Annotated[float, Field(ge=0)] = 0.0
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
 
+    codec: list[str] = Field(
+        [], description="of updates, in this order: rank:R, top_k:DENSITY, a number type, zstd"
+    )
+    codec_down: list[str] = Field(
+        [], description="of broadcasts: fp16, bf16 or int8, zstd; groups that are cached stay whole"
+    )
+
+    robust: Literal["none", Rule] = Field(
+        "none", description="how updates are defended against hostile clients (see robust.py)"
+    )
+    byzantine: Positive | None = Field(
+        None, description="how many of a cohort may be hostile; None: a fifth, at least 1"
+    )
+    robust_space: Literal["auto", Space] = Field(
+        "auto", description="where updates are compared; auto: products where these are added up"
+    )
+
     eval_every: Positive = 1
     eval_examples: Positive = Field(256, description="held-out examples per evaluation, at most")
     eval_client_examples: Positive = Field(32, description="of each client that is evaluated")
     eval_clients: Annotated[int, Field(ge=0)] = Field(32, description="clients evaluated, at most")
+    answer: Literal["none", "exact", "gsm8k"] = Field(
+        "none", description="what of generated answers is compared, before and after the run"
+    )
+    max_new_tokens: Positive = Field(256, description="of a generated answer")
 
     device: str = Field("auto", description="cpu, cuda, mps; auto: the best there is")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the base")
@@ -141,16 +207,23 @@ class RunConfig(BaseModel):
             known = None
         embedded = values.get("model", "embedded") == "embedded"
         if known and known.trainers[0] == "zeroth_order":
-            space = values.get("parameters", "lora")
-            usual = {"lr": LR_ZEROTH_ORDER.get((space, embedded), 3e-4), "local_steps": 50}
-            return {**usual, **values}
+            lr = _lr_zeroth_order(values.get("parameters"), embedded)
+            return {"lr": lr, "local_steps": 50, **values}
         return {"lr": 3e-3, **values} if embedded else values
 
-    @field_validator("model", "data")
+    @field_validator("strategy")
     @classmethod
-    def _absolute(cls, name: str) -> str:
+    def _absolute_file(cls, name: str) -> str:
+        """As paths of model and data: FILE.py:Class must mean the same from another folder."""
+        return strategies.absolute(name)
+
+    @field_validator("model", "data", "availability")
+    @classmethod
+    def _absolute(cls, name: str | None) -> str | None:
         """A path must mean the same from another folder: run.json is read later."""
-        return str(Path(name).resolve()) if name != "embedded" and Path(name).exists() else name
+        if name is None or name == "embedded" or not Path(name).exists():
+            return name
+        return str(Path(name).resolve())
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
@@ -163,10 +236,25 @@ class RunConfig(BaseModel):
                 f"micro_batch_size {self.micro_batch_size} is larger than "
                 f"batch_size {self.batch_size}"
             )
-        if self.parameters == "full" and self.quantization != "none":
-            raise ValueError(f"parameters=full cannot train a base in {self.quantization}")
-        if self.parameters == "full" and self.ranks:
-            raise ValueError("ranks are those of adapters: parameters=full has none")
+        by_class = [n for n, own in self.classes.items() if own.rank or own.alpha]
+        if self.ranks and by_class:
+            raise ValueError(
+                f"ranks go by client and by class (classes.{by_class[0]}): give one of them"
+            )
+        if self.buffer and self.cohort and self.buffer > self.cohort:
+            raise ValueError(f"buffer {self.buffer} is larger than cohort {self.cohort}")
+        if self.buffer and self.deadline_simulated:
+            raise ValueError("with buffer no reply is late: leave deadline-simulated out")
+        if self.quantization != "none" and self.parameters not in ("lora", "prompt"):
+            raise ValueError(
+                f"parameters={self.parameters} cannot train a base in {self.quantization}"
+            )
+        if (self.ranks or by_class) and self.parameters != "lora":
+            raise ValueError(f"ranks are those of adapters: parameters={self.parameters} has none")
+        if self.target_modules and self.parameters not in ("lora", "ia3"):
+            raise ValueError(
+                f"target-modules are those of adapters: parameters={self.parameters} has none"
+            )
         if self.quantization != "none" and self.engine == "inprocess" and self.device == "mps":
             raise ValueError("4- and 8-bit base models need a CPU or CUDA device")
         return self
@@ -174,26 +262,37 @@ class RunConfig(BaseModel):
     def build_strategy(self) -> Strategy:
         """The strategy with its options. Raises ConfigError; also for ranks it cannot mix."""
         strategy = strategies.create(self.strategy, self.options)
-        specs = {self.client_lora(index) for index in range(len(self.ranks))}
-        if len(specs) > 1 and not strategy.mixed_ranks:
+        if len(set(self.loras)) > 1 and not strategy.mixed_ranks:
             able = [n for n, c in strategies.STRATEGIES.items() if c.mixed_ranks]
             raise ConfigError(
-                f"strategy {self.strategy} needs one rank and alpha for all clients, "
-                f"found ranks {self.ranks}, alphas {self.alphas}: use {' or '.join(able)}"
+                f"strategy {self.strategy} needs one rank and alpha for all clients, found "
+                f"ranks {[spec.rank for spec in self.loras]}, "
+                f"alphas {[spec.alpha for spec in self.loras]}: use {' or '.join(able)}"
             )
-        if self.parameters == "full" and not strategy.full:
-            able = [n for n, c in strategies.STRATEGIES.items() if c.full]
+        if self.buffer and not strategies.traits(strategy).stale:
+            known = strategies.STRATEGIES.items()
+            able = [name for name, cls in known if strategies.traits(cls).stale]
             raise ConfigError(
-                f"strategy {self.strategy} trains adapters, not all parameters: "
-                f"use {' or '.join(able)}"
+                f"buffer applies updates made from older states, and those of strategy "
+                f"{self.strategy} count only for the state they were made from (its base, phase "
+                f"or directions change): use {' or '.join(able)}"
             )
-        able = strategies.traits(strategy).optimizers
-        if self.optimizer not in able:
+        if self.parameters != "lora" and not _without_factors(strategy):
+            known = strategies.STRATEGIES.items()
             raise ConfigError(
-                f"strategy {self.strategy} is derived for {' or '.join(able)}, found optimizer "
-                f"{self.optimizer}: set optimizer={able[0]} and its lr"
+                f"strategy {self.strategy} trains LoRA factors, found "
+                f"parameters={self.parameters}: use "
+                f"{' or '.join(name for name, cls in known if _without_factors(cls))}"
             )
+        usable = strategies.traits(strategy).optimizers
+        if self.optimizer not in usable:
+            raise ConfigError(
+                f"strategy {self.strategy} is derived for {' or '.join(usable)}, found optimizer "
+                f"{self.optimizer}: set optimizer={usable[0]} and its lr"
+            )
+        _refuse_codecs(self, strategy)
         used = {self.trainer_of(name) for name in self.classes or ("",)}
+        _refuse_robust(self, strategy, used)
         if self.local_epochs is not None and "zeroth_order" in used:
             raise ConfigError(
                 "local-epochs is for first-order clients: how many scalars a zeroth-order one "
@@ -220,6 +319,21 @@ class RunConfig(BaseModel):
                 )
         return strategy
 
+    @property
+    def uplink(self) -> Pipeline:
+        """How updates are compressed. Raises ConfigError."""
+        return compression.pipeline(self.codec)
+
+    @property
+    def downlink(self) -> Pipeline:
+        """How broadcasts are compressed. Raises ConfigError."""
+        return compression.pipeline(self.codec_down)
+
+    def compared_in(self, strategy: Strategy) -> Space:
+        """The space of the rule that `robust` names."""
+        own = robust.space_of(strategies.traits(strategy))
+        return own if self.robust_space == "auto" else self.robust_space
+
     def class_of(self, index: int) -> str:
         """The class of the index-th client, in the order of client ids; "" without classes."""
         turns = [name for name, own in self.classes.items() for _ in range(own.share)]
@@ -231,10 +345,12 @@ class RunConfig(BaseModel):
             return self
         if name not in self.classes:
             raise ConfigError(f"unknown class {name!r}: known are {', '.join(self.classes)}")
-        given = self.classes[name].model_dump(exclude={"share", "trainer"}, exclude_none=True)
+        given = self.classes[name].model_dump(
+            include=set(RunConfig.model_fields), exclude_none=True
+        )
         usual = strategies.find(self.strategy).trainers[0]
         if self.trainer_of(name) == "zeroth_order" != usual and "lr" not in given:
-            given["lr"] = LR_ZEROTH_ORDER[self.parameters, self.model == "embedded"]
+            given["lr"] = _lr_zeroth_order(self.parameters, self.model == "embedded")
         changed = self.model_copy(update=given)
         micro = changed.micro_batch_size
         return changed.model_copy(
@@ -247,18 +363,92 @@ class RunConfig(BaseModel):
         return wanted or strategies.find(self.strategy).trainers[0]
 
     @property
+    def simulates_time(self) -> bool:
+        """Whether metrics tell how long rounds would take on the devices that classes describe."""
+        given = (own.speed or own.upload or own.download for own in self.classes.values())
+        return bool(self.step_seconds or self.deadline_simulated or self.buffer or any(given))
+
+    @property
     def lora(self) -> LoraSpec:
         """Rank and scaling of the global adapter: those of the client with the largest rank."""
-        specs = [self.client_lora(index) for index in range(max(1, len(self.ranks)))]
-        return max(specs, key=lambda spec: spec.rank)
+        return max(self.loras, key=lambda spec: spec.rank)
+
+    @property
+    def loras(self) -> list[LoraSpec]:
+        """Ranks and scalings that clients have: those of `ranks`, in turn, or of each class."""
+        if self.ranks:
+            alphas = self.alphas or [self.alpha] * len(self.ranks)
+            pairs = list(zip(self.ranks, alphas, strict=True))
+        else:
+            classes = self.classes.values() or [ClientClass()]
+            pairs = [(own.rank or self.rank, own.alpha or self.alpha) for own in classes]
+        return [LoraSpec(rank, alpha, self.rslora) for rank, alpha in pairs]
 
     def client_lora(self, index: int) -> LoraSpec:
         """Rank and scaling of the index-th client, in the order of client ids."""
-        if not self.ranks:
-            return LoraSpec(self.rank, self.alpha, self.rslora)
-        rank = self.ranks[index % len(self.ranks)]
-        alpha = self.alphas[index % len(self.alphas)] if self.alphas else self.alpha
-        return LoraSpec(rank, alpha, self.rslora)
+        if self.ranks or not self.classes:
+            return self.loras[index % len(self.loras)]
+        return self.loras[list(self.classes).index(self.class_of(index))]
+
+
+def _refuse_codecs(config: RunConfig, strategy: Strategy) -> None:
+    """Raises ConfigError for codecs that are none, or would change what updates mean."""
+    up, down, updates = config.uplink, config.downlink, strategies.traits(strategy).updates
+    given = f"strategy {config.strategy} sends {updates}"
+    if updates == "scalars" and (config.codec or config.codec_down):
+        raise ConfigError(f"{given}: there is nothing to compress, leave codec and codec-down out")
+    if up.needs_differences and updates != "differences":
+        raise ConfigError(f"{given}: codec top_k is for differences, where 0 means no change")
+    if up.needs_factors and updates != "factors":
+        able = [
+            n for n, c in strategies.STRATEGIES.items() if strategies.traits(c).updates == "factors"
+        ]
+        raise ConfigError(
+            f"{given}: codec rank keeps the products of factors, use {' or '.join(able)}"
+        )
+    if down.needs_factors or down.needs_differences or down.number == "int4":
+        raise ConfigError(
+            f"codec-down {', '.join(config.codec_down)}: a broadcast holds weights, not their "
+            f"changes; use fp16, bf16 or int8, and zstd"
+        )
+
+
+def _refuse_robust(config: RunConfig, strategy: Strategy, used: Collection[TrainerName]) -> None:
+    """Raises ConfigError for a rule that does not fit the strategy or the size of its cohorts."""
+    rule = config.robust
+    if config.byzantine and rule not in robust.COUNTING:
+        raise ConfigError(
+            f"byzantine is for robust={' or '.join(robust.COUNTING)}, found robust={rule}"
+        )
+    if rule == "none":
+        return
+    likes = [
+        strategy.update_like(_one_module(config, spec), Size(1, 1, scalars=1, trainer=trainer))
+        for spec in set(config.loras)
+        for trainer in used
+    ]
+    traits = strategies.traits(strategy)
+    reason = robust.refusal(rule, config.compared_in(strategy), traits, likes)
+    if reason:
+        raise ConfigError(f"robust={rule} does not fit strategy {config.strategy}: {reason}")
+    size = config.buffer or config.cohort or min(8, config.clients or 8)
+    hostile = robust.hostile(size, config.byzantine)
+    if size < (needed := robust.least(rule, hostile)):
+        raise ConfigError(
+            f"robust={rule} needs {needed} clients a round where {hostile} may be hostile, "
+            f"found {size}: raise cohort"
+        )
+
+
+def _one_module(config: RunConfig, spec: LoraSpec) -> Params:
+    """The smallest adapter of a rank: the form of updates follows from it."""
+    a, b = torch.zeros(spec.rank, 1), torch.zeros(1, spec.rank)
+    return {"m" + factors.A: a, "m" + factors.B: b} if config.parameters == "lora" else {}
+
+
+def _without_factors(strategy: Strategy | type[Strategy]) -> bool:
+    """Whether it can train other tensors than LoRA factors."""
+    return strategy.full or strategies.traits(strategy).dense
 
 
 def load(

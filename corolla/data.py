@@ -1,7 +1,8 @@
 """Data sets by name or path, their clients, and their splits. Text only; tokens come later.
 
-A row has `text`, or `prompt` and `response`, or `text` and `label`; optionally `client_id` (the
-natural partition) and `split` (train, validation, test).
+A row has `text`, or `prompt` and `response` (also called `question` and `answer`), or `prompt`,
+`choices` and `answer` (the index of the right one), or `text` and `label`; optionally `client_id`
+(the natural partition) and `split` (train, validation, test).
 """
 
 import hashlib
@@ -25,13 +26,17 @@ _SPLITS |= {"eval": "validation", "dev": "validation", "test": "test"}
 
 @dataclass(frozen=True)
 class Example:
-    """One row. Exactly one of: text; prompt and text (the response); text and label."""
+    """One row. Exactly one of: text; prompt and text (the response); text and label.
+
+    With `choices`, the response is the right one of them.
+    """
 
     text: str
     prompt: str | None = None
     label: str | None = None
     client: str | None = None
     split: str | None = None
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,7 @@ def _read_hub(name: str) -> list[Example]:
 def _example(row: Any, where: str) -> Example:
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object, found {type(row).__name__}")
+    row, choices = _answered(row, where)
     if ("response" in row) != ("prompt" in row) or ("prompt" in row and "text" in row):
         raise DataError(f"{where}: needs both prompt and response, or text alone")
     text, prompt = row.get("text", row.get("response")), row.get("prompt")
@@ -156,7 +162,32 @@ def _example(row: Any, where: str) -> Example:
         None if label is None else str(label),
         None if client is None else str(client),
         _SPLITS.get(split),
+        choices,
     )
+
+
+def _answered(row: dict[str, Any], where: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """(a row with prompt and response where it has a question and an answer, its choices)."""
+    if "text" in row or "response" in row or "answer" not in row:
+        return row, ()
+    if "prompt" not in row and "question" in row:
+        row = {**row, "prompt": row["question"]}
+    if "prompt" not in row:
+        return row, ()
+    answer, choices = row["answer"], row.get("choices")
+    if choices is None:
+        return {**row, "response": answer}, ()
+    if not isinstance(choices, list) or len(choices) < 2:
+        raise DataError(f"{where}: choices must be a list of at least two strings")
+    for choice in choices:
+        if not isinstance(choice, str) or not choice or not _encodable(choice):
+            raise DataError(f"{where}: choices must be strings that are not empty")
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        raise DataError(
+            f"{where}: answer must be the index of a choice, 0 to {len(choices) - 1}, "
+            f"found {answer!r}"
+        )
+    return {**row, "response": choices[answer]}, tuple(choices)
 
 
 def _encodable(text: str) -> bool:
@@ -173,6 +204,9 @@ def _one_kind(rows: Sequence[Example], name: str) -> None:
         raise DataError(f"{name}: {labelled} of {len(rows)} rows have a label; all or none must")
     if labelled and any(row.prompt is not None for row in rows):
         raise DataError(f"{name}: rows have prompt, response and label; use text and label")
+    chosen = sum(bool(row.choices) for row in rows)
+    if chosen not in (0, len(rows)):
+        raise DataError(f"{name}: {chosen} of {len(rows)} rows have choices; all or none must")
 
 
 def _partition(

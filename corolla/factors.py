@@ -88,17 +88,27 @@ def full_rank(params: Params) -> int:
     )
 
 
-def svd(params: Params) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+def svd(params: Params, rank: int | None = None) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
     """(module, U (out, k), S (k,), Vᵀ (k, in)) of every product, in fp64; k ≤ rank, out, in.
 
-    QR of both factors, then the SVD of a small (R, R) matrix: O((out + in) R² + R³), and no
+    With `rank`, U and V have at most so many columns, those of the largest singular values; S is
+    whole. QR of both factors, then the SVD of a small (R, R) matrix: O((out + in) R² + R³), and no
     (out, in) matrix.
     """
     for name in modules(params):
-        qb, rb = torch.linalg.qr(params[name + B].double())
-        qa, ra = torch.linalg.qr(params[name + A].double().T)
-        u, s, vt = torch.linalg.svd(rb @ ra.T, full_matrices=False)
-        yield name, qb @ u, s, vt @ qa.T
+        left, tau_left = torch.geqrf(params[name + B].double())
+        right, tau_right = torch.geqrf(params[name + A].double().T)
+        core = left[: len(tau_left)].triu() @ right[: len(tau_right)].triu().T
+        u, s, vt = torch.linalg.svd(core, full_matrices=False)
+        u, v = _times(left, tau_left, u[:, :rank]), _times(right, tau_right, vt[:rank].T)
+        yield name, u, s, v.T
+
+
+def _times(reflectors: Tensor, tau: Tensor, small: Tensor) -> Tensor:
+    """Q · small of a QR: to form Q (n, R) would cost as much as to find it."""
+    padded = small.new_zeros(len(reflectors), small.shape[1])
+    padded[: len(small)] = small
+    return torch.ormqr(reflectors[:, : len(tau)], tau, padded)
 
 
 def compact(
@@ -113,7 +123,7 @@ def compact(
     """
     out: dict[str, Tensor] = {}
     lost = total = 0.0
-    for name, u, s, vt in svd(params):
+    for name, u, s, vt in svd(params, max_rank):
         square = s.square()
         keep = min(len(s), max_rank or len(s))
         if energy < 1:

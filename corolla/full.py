@@ -105,44 +105,16 @@ class FullModel:
     def save(self, folder: Path, adapter: Adapter, spec: LoraSpec) -> None:
         """Write the whole model in its own type, as transformers loads it."""
         self.show(adapter, spec)
-        scratch = folder.with_name(folder.name + ".part")
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        with Quiet():
-            self.model.save_pretrained(scratch)
-        shutil.rmtree(folder, ignore_errors=True)
-        scratch.replace(folder)
+        write_model(folder, self.model)
 
     def distance_to(self, folder: Path, spec: LoraSpec) -> float:
-        """‖saved - shown‖ / ‖shown‖ in fp64, over the parameters that are saved by their names.
-
-        Infinite when there is none. transformers stores some in another form (experts).
-        """
-        files = _files(folder)
-        lost = total = 0.0
-        for _, name, tensor in self._tensors:
-            if name not in files:
-                continue
-            for start in range(0, tensor.numel(), _BLOCK):
-                stop = min(start + _BLOCK, tensor.numel())
-                shown = tensor.view(-1)[start:stop].cpu().double()
-                saved = files[name].read(start, stop).double()
-                lost += float((saved - shown).square().sum())
-                total += float(shown.square().sum())
-        return math.sqrt(lost / total) if total else math.inf
+        """How far a saved model is from the one that is shown: see `distance`."""
+        return distance(folder, {name: tensor for _, name, tensor in self._tensors})
 
     def reload(self, folder: Path) -> PreTrainedModel:
-        """The saved model as transformers loads it, on the device of this one.
-
-        Ends this object: its weights are given back first, there is never room for two.
-        """
-        kind: Any = type(self.model)
-        dtype = self.model.dtype
+        """The saved model as transformers loads it, on the device of this one: see `reload`."""
         self._tensors, self._shown = [], None
-        self.model.to("meta")
-        with Quiet():
-            loaded: PreTrainedModel = kind.from_pretrained(folder, dtype=dtype)
-        return loaded.to(self.device).eval()
+        return reload(folder, self.model, self.model.dtype)
 
     def digest(self, folder: Path) -> str:
         """sha256 over the weight files of a saved model, in the order of their names."""
@@ -156,6 +128,55 @@ class FullModel:
                 stop = min(start + _BLOCK, flat.numel())
                 source = self._origin.read(name, start, stop).to(self.device, tensor.dtype)
                 apply(flat[start:stop], at + start, source)
+
+
+def write_model(
+    folder: Path, model: PreTrainedModel, tensors: Mapping[str, Tensor] | None = None
+) -> None:
+    """A model folder, whole or not at all; `tensors` in place of the model's own state.
+
+    Its type, in config.json, is that of the first tensor.
+    """
+    scratch = folder.with_name(folder.name + ".part")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    with Quiet():
+        model.save_pretrained(scratch, state_dict=dict(tensors) if tensors else None)
+    if tensors:
+        model.config.dtype = next(iter(tensors.values())).dtype
+        model.config.save_pretrained(scratch)
+    shutil.rmtree(folder, ignore_errors=True)
+    scratch.replace(folder)
+
+
+def distance(folder: Path, shown: Mapping[str, Tensor]) -> float:
+    """‖saved - shown‖ / ‖shown‖ in fp64, over the tensors that are saved by their names.
+
+    Infinite when there is none. transformers stores some in another form (experts).
+    """
+    files = _files(folder)
+    lost = total = 0.0
+    for name in shown.keys() & files.keys():
+        flat = shown[name].reshape(-1)
+        for start in range(0, flat.numel(), _BLOCK):
+            stop = min(start + _BLOCK, flat.numel())
+            own = flat[start:stop].cpu().double()
+            saved = files[name].read(start, stop).double()
+            lost += float((saved - own).square().sum())
+            total += float(own.square().sum())
+    return math.sqrt(lost / total) if total else math.inf
+
+
+def reload(folder: Path, model: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """A saved model as transformers loads it, on the device of `model`, in its place.
+
+    Ends `model`: its weights are given back first, there is never room for two.
+    """
+    device = model.device
+    model.to("meta")
+    with Quiet():
+        loaded: PreTrainedModel = type(model).from_pretrained(folder, dtype=dtype)
+    return loaded.to(device).eval()
 
 
 def digest(folder: Path) -> str:

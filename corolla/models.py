@@ -99,6 +99,12 @@ def load(config: RunConfig, labels: Sequence[str] = ()) -> Base:
             f"max_length {config.max_length} is more than the {positions} positions of "
             f"{config.model}: use --set max-length={positions}"
         )
+    virtual = config.virtual_tokens if config.parameters == "prompt" else 0
+    if positions and config.max_length + virtual > positions:
+        raise ModelError(
+            f"max_length {config.max_length} after {virtual} virtual_tokens is more than the "
+            f"{positions} positions of {config.model}: lower one of them"
+        )
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
@@ -136,6 +142,17 @@ def fingerprint(model: PreTrainedModel) -> str:
         sha.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         sha.update(raw.numpy().data)
     return sha.hexdigest()
+
+
+def heads_of(base: Base) -> list[str]:
+    """Modules outside the backbone that a classifier trains as they are."""
+    if base.task != "classify":
+        return []
+    return [
+        name
+        for name, module in base.model.named_children()
+        if module is not base.model.base_model and any(True for _ in module.parameters())
+    ]
 
 
 def pick_device(name: str) -> torch.device:

@@ -17,6 +17,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from corolla.scoring import SHARES
 from corolla.server.report import human_bytes
 from corolla.server.run import Summary
 
@@ -70,13 +71,17 @@ class Bars:
                 f"min_examples={config['min_examples']} training examples"
             )
         for warning in facts.get("warnings", ()):
-            self.console.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
+            self.warned(warning)
         if first_round > 1:
             self.console.print(f"resumed after round {first_round - 1}")
         self._rounds = self._progress.add_task(
             "rounds", total=self.rounds, completed=first_round - 1, note=""
         )
         self._clients = self._progress.add_task("clients", total=facts["cohort"], note="")
+
+    def warned(self, text: str) -> None:
+        """Something that does not end the run."""
+        self.console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
 
     def round_started(self, round: int, cohort: int) -> None:
         self._tokens, self._since = 0, time.monotonic()
@@ -104,8 +109,10 @@ class Bars:
             f"round {line['round']}/{self.rounds}",
             f"training loss {trained:.4f}" if trained is not None else "",
             f"held-out loss {held:.4f}" if held is not None else "",
+            f"clients' own {own:.4f}" if (own := line.get("personal_loss")) is not None else "",
             f"up {human_bytes(line['bytes_up'])}, down {human_bytes(line['bytes_down'])}",
             f"{line['seconds']:.1f} s",
+            f"simulated {line['sim_seconds']:,.1f} s" if "sim_seconds" in line else "",
             _zeros(line),
             f"[yellow]{line['dropped']} dropped[/]" if line["dropped"] else "",
         ]
@@ -130,12 +137,23 @@ def print_summary(console: Console, summary: Summary) -> None:
     table.add_column("fine-tuned", justify="right")
     base, final = summary.base, summary.final
     table.add_row("held-out loss", f"{base['loss']:.4f}", f"[bold]{final['loss']:.4f}[/]")
-    table.add_row("held-out accuracy", f"{base['accuracy']:.1%}", f"{final['accuracy']:.1%}")
+    for name, called in SHARES.items():
+        if name in base and name in final:
+            table.add_row(f"held-out {called}", f"{base[name]:.1%}", f"{final[name]:.1%}")
+    if fair := summary.fairness:
+        for key, called in (
+            ("mean", "clients, on their own"),
+            ("worst_decile", "the worst tenth of clients"),
+            ("best_decile", "the best tenth of clients"),
+        ):
+            table.add_row(f"loss of {called}", *(f"{fair[w][key]:.4f}" for w in ("base", "final")))
     table.add_section()
     table.add_row("bytes up / down", human_bytes(summary.bytes_up), human_bytes(summary.bytes_down))
     up, down = (f"{human_bytes(n)} ({human_bytes(f)})" for n, f in summary.per_client)
     table.add_row("  per client and round (formula)", up, down)
     table.add_row("time, peak memory", f"{summary.seconds:.1f} s", human_bytes(summary.peak_rss))
+    if summary.sim_seconds is not None:
+        table.add_row("simulated time", f"{summary.sim_seconds:,.1f} s", "")
     console.print(table)
     for before, after in zip(summary.before, summary.after, strict=True):
         answers = Table(show_header=False, box=None, padding=(0, 1))
@@ -154,6 +172,14 @@ def print_summary(console: Console, summary: Summary) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if summary.personal:
+        console.print(
+            f"personal adapters {escape(str(summary.folder / 'clients'))}/<client>/adapter  "
+            f"({summary.artefact.name}/ is only what the clients share: judge this run by the loss "
+            f"of clients)",
+            highlight=False,
+            soft_wrap=True,
+        )
     console.print(f"report  {escape(str(summary.folder / 'report.html'))}", soft_wrap=True)
 
 

@@ -50,8 +50,10 @@ def simulate(
     again when nothing of the run was committed.
     """
     observer = observer or Silent()
-    if keep_updates and config.parameters == "full":
-        raise ConfigError("--keep-updates keeps adapters: parameters=full has none")
+    if keep_updates and config.parameters in ("bias", "head", "full"):
+        raise ConfigError(f"--keep-updates keeps adapters: parameters={config.parameters} has none")
+    if keep_updates and config.buffer:
+        raise ConfigError("--keep-updates shows rounds of updates: with buffer there are none")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     prepare_folder(folder, resume)
     existed = {path.name for path in folder.iterdir()}

@@ -1,12 +1,14 @@
-"""A model that clients train and servers evaluate: an adapter on it, or all its parameters."""
+"""A model that clients train and servers evaluate: an adapter on it, or some of its tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from corolla.config import RunConfig
+from corolla.dense import DenseModel
 from corolla.full import FullModel
 from corolla.lora import LoraModel
 from corolla.models import Base
@@ -59,8 +61,20 @@ class Trainable(Protocol):
         """sha256 of the tensors of a saved model."""
 
 
-def build(config: RunConfig, base: Base) -> LoraModel | FullModel:
+class Differentiable(Trainable, Protocol):
+    """A resident model whose trained tensors can have gradients."""
+
+    def write(self, params: Params, spec: LoraSpec, frozen: Sequence[Params] = ()) -> None:
+        """Set every trained tensor, every buffer and the frozen blocks, from nothing else."""
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All trained tensors by name, in the order of names."""
+
+
+def build(config: RunConfig, base: Base) -> LoraModel | FullModel | DenseModel:
     """The resident model of a run. Raises ModelError when the base cannot carry what is asked."""
-    if config.parameters == "full":
-        return FullModel(base)
-    return LoraModel(base, config.target_modules, config.dropout)
+    if config.parameters == "lora":
+        return LoraModel(base, config.target_modules, config.dropout)
+    if config.parameters == "full" and config.build_strategy().full:
+        return FullModel(base)  # moved in place: no second copy, no gradients
+    return DenseModel(base, config.parameters, config.target_modules, config.virtual_tokens)

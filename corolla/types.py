@@ -305,7 +305,7 @@ class Strategy(Protocol):
     trainers: ClassVar[tuple[TrainerName, ...]]
     """How its clients may train; the first is the default."""
     full: ClassVar[bool]
-    """It can train all parameters of the base model instead of an adapter."""
+    """It can move all parameters of the base model in place instead of training an adapter."""
 
     def init(self, start: Params, seed: int) -> Payload:
         """The server's first state, from a fresh adapter of the run's rank and the run's seed.

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 
 from corolla import tree, wire
+from corolla.compression import PLAIN, Pipeline
 from corolla.errors import WireError
 from corolla.types import Payload
 from corolla.wire import Packet, Reply, Task, unpack_reply
@@ -36,14 +37,19 @@ def in_order(
 
 
 def read_reply(
-    packet: Packet, client: str, task: Task, like: Payload | None
+    packet: Packet,
+    client: str,
+    task: Task,
+    like: Payload | None,
+    codec: Pipeline = PLAIN,
 ) -> tuple[Reply, Payload]:
     """A reply and its update, checked against the task it answers and what an update looks like.
 
-    `like` is None where no payload is expected. Raises WireError for an error reply, a stale or
-    foreign one, a payload that differs in names, shapes or types, and values that are not finite.
+    `codec` is how it travelled; `like` is None where no payload is expected. Raises WireError for
+    an error reply, a stale or foreign one, a payload that differs in names, shapes or types, and
+    values that are not finite.
     """
-    expected = wire.content_bytes(like) if like is not None else 0
+    expected = codec.content_bytes(like)[0] if like is not None else 0
     reply = unpack_reply(packet, max_payload=expected + expected // 4 + _FRAMING)
     if (reply.run_id, reply.kind, reply.client) != (task.run_id, task.kind, client):
         raise WireError("reply belongs to another run, task or client")
@@ -55,7 +61,7 @@ def read_reply(
         return reply, {}
     if reply.num_examples < 1:
         raise WireError("reply has no examples")
-    payload = wire.content(reply)
+    payload = codec.unpack(wire.content(reply), like)
     _same_form(payload, like)
     return reply, payload
 

@@ -1,11 +1,13 @@
 """What the server measures: held-out loss, answers, and whether the saved adapter is right."""
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from corolla import answers
 from corolla.config import RunConfig
 from corolla.data import Example, spread
 from corolla.encoding import Encoded, Encoder, collate
@@ -16,6 +18,29 @@ from corolla.types import Adapter, Metrics
 
 _ANSWER_TOKENS = 64
 _SAMPLES = 2
+
+
+def fairness(clients: Mapping[str, Mapping[str, Metrics]]) -> dict[str, Metrics]:
+    """How evenly clients are served, before and after: {"base": …, "final": …}, or empty.
+
+    Over the losses of clients that were measured both times, each counting once: their `mean` and
+    `std`, and the means of the worst and the best tenth (at least one client), as in q-FFL (Li et
+    al., ICLR 2020, arXiv 1905.10497).
+    """
+    both = [c for c in clients.values() if "loss" in c["base"] and "loss" in c["final"]]
+    return {when: _spread([c[when]["loss"] for c in both]) for when in ("base", "final") if both}
+
+
+def _spread(losses: Sequence[float]) -> Metrics:
+    ordered = sorted(losses)
+    tenth = max(1, len(ordered) // 10)
+    return {
+        "clients": float(len(ordered)),
+        "mean": statistics.fmean(ordered),
+        "std": statistics.pstdev(ordered),
+        "best_decile": statistics.fmean(ordered[:tenth]),
+        "worst_decile": statistics.fmean(ordered[-tenth:]),
+    }
 
 
 @dataclass(frozen=True)
@@ -35,7 +60,8 @@ class Evaluator:
     ) -> None:
         self.config, self.model, self.labels = config, model, labels
         self._encoder = Encoder(model.base.tokenizer, labels, config.max_length)
-        chosen = spread(heldout, config.eval_examples)
+        self._chosen = chosen = spread(heldout, config.eval_examples)
+        answers.check(chosen, config)
         encoded = [self._encoder(example) for example in chosen]
         self._data = [sequence for sequences in encoded for sequence in sequences]
         self.skipped = sum(not sequences for sequences in encoded)
@@ -58,6 +84,12 @@ class Evaluator:
         """Loss and accuracy on the held-out examples."""
         self.model.show(adapter, self.config.lora)
         return score(self.model.model, self._data, self.model.base.pad_id, self.model.device)
+
+    def examine(self, adapter: Adapter) -> Metrics:
+        """All scores: also of answers and choices, which take longer than a loss."""
+        scores = self.score(adapter)
+        asked = answers.ask(self.model.model, self.model.base, self._chosen, self.config)
+        return {**scores, **asked}
 
     def samples(self, adapter: Adapter) -> list[Sample]:
         """Greedy answers, or predicted labels, for a few held-out examples."""
@@ -85,13 +117,14 @@ class Evaluator:
             apart = self.model.distance_to(folder, self.config.lora)
             reloaded = self.model.reload(folder)
             theirs = reloaded(**inputs).logits.float()
-        rows = slice(None) if ours.dim() == 2 else mask
+        if ours.dim() == 3:  # virtual tokens come first
+            ours, theirs = (logits[:, -mask.shape[1] :][mask] for logits in (ours, theirs))
         if not apart <= 1e-6:
             raise ArtefactError(
                 f"{folder} as saved is another update than the server's: {apart:.2e} apart"
             )
-        difference = float((ours[rows] - theirs[rows]).abs().max())
-        scale = max(1.0, float(ours[rows].abs().max()))
+        difference = float((ours - theirs).abs().max())
+        scale = max(1.0, float(ours.abs().max()))
         # fp32: sums in another order; a half-precision base also rounds each layer's output.
         tolerance = scale * (1e-5 if self.config.dtype == "float32" else 0.1)
         if self.config.quantization != "none":

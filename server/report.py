@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 
 from corolla.assets import asset
+from corolla.scoring import SHARES
 from corolla.server.checkpoint import write_atomic
 
 _SHOWN_CLIENTS = 40
@@ -32,6 +33,7 @@ def write_report(path: Path, info: Mapping[str, Any], lines: Sequence[Mapping[st
         ],
         samples=list(zip(info["samples"]["before"], info["samples"]["after"], strict=True)),
         measured=_measured(info),
+        shares=SHARES,
     )
     write_atomic(path, page.encode())
 

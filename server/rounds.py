@@ -8,12 +8,18 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Protocol
 
-from corolla import codec, factors, schedule, seedlog, seeds, strategies, tree, wire
+import torch
+
+from corolla import codec, compression, factors, schedule, seedlog, seeds, strategies, tree, wire
+from corolla.compression import Pipeline
 from corolla.config import RunConfig
 from corolla.errors import RoundError, WireError
-from corolla.server import cohort
+from corolla.robust import Robust
+from corolla.server import buffer, clock, cohort
 from corolla.server.aggregate import in_order, read_reply
+from corolla.server.buffer import Flight
 from corolla.types import (
+    Aggregator,
     Broadcast,
     Cost,
     LoraSpec,
@@ -23,7 +29,7 @@ from corolla.types import (
     Size,
     Strategy,
 )
-from corolla.wire import Kind, Log, Packet, Reply, Task, pack_task
+from corolla.wire import Kind, Log, Packet, Reply, Task, pack_task, unpack_reply
 
 Held = Mapping[str, frozenset[str]]
 """Client → content ids of the cached groups it is known to hold."""
@@ -33,6 +39,9 @@ _LONGEST_LOG = wire.MAX_HEADER // 2
 """Bytes of rows that surely fit a message."""
 
 _ACCEPTED = "accepted-"
+
+_NORMS = "norms"
+"""The group of a server's memory with the median norm of the updates of each round."""
 
 _SCALARS = ("scalars", "zero_scalars", "skipped_scalars")
 
@@ -59,6 +68,8 @@ class Federation:
     """A fresh adapter of a rank: its names and shapes decide which replies are valid."""
     origin: str = ""
     """The version of the first state, where the strategy keeps a log (seedlog.origin)."""
+    trace: cohort.Trace | None = None
+    """When clients can be reached; None: always."""
 
     @property
     def cohort_size(self) -> int:
@@ -95,6 +106,34 @@ class Federation:
             return self.clients[client]
         return min(self.clients[client], own.local_steps * own.batch_size)
 
+    def present(self, round: int) -> list[str]:
+        """The clients that can be reached in a round."""
+        return self.trace.present(self.clients, round) if self.trace else list(self.clients)
+
+    def sample(self, clients: Sequence[str], size: int, round: int, draw: int = 0) -> list[str]:
+        """A cohort of `clients`, as the config selects (see cohort.sample)."""
+        weights = self.clients if self.config.selection == "weighted" else None
+        return cohort.sample(clients, size, self.config.seed, round, weights, draw)
+
+    def seconds(self, client: str, down: int, up: int) -> float:
+        """Simulated seconds of one client's task (see clock.seconds)."""
+        name = self.class_of(client)
+        steps = schedule.steps_per_round(self.config.of_class(name), self.clients[client])
+        return clock.seconds(self.config, name, steps, down, up)
+
+    @cached_property
+    def evaluated(self) -> list[str]:
+        """The clients on whose own examples a model is measured, the same throughout a run.
+
+        Of a personal strategy those that will train: the others have nothing of their own.
+        """
+        able = set(self.clients)
+        if strategies.traits(self.strategy).personal:
+            rounds = range(1, self.config.rounds + 1)
+            able = {c for r in rounds for c in self.sample(self.present(r), self.cohort_size, r)}
+        size = min(self.config.eval_clients, len(able))
+        return cohort.sample(sorted(able), size, self.config.seed, -1)
+
     @cached_property
     def _index(self) -> Mapping[str, int]:
         return {client: i for i, client in enumerate(sorted(self.clients))}
@@ -116,7 +155,26 @@ class RoundResult:
     framing_down: int
     cost: Cost
     """What the strategy's formula says for these clients; `once` is not in it."""
+    sampling_probability: float
+    """Of each reachable client, their mean if selection is weighted; the part of the federation
+    that is at work at a time, if updates are buffered."""
+    sim_seconds: float | None = None
     memory: Payload = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of one task: a valid reply and its update, or why there is none.
+
+    `round` is that of the task, `content` the content ids that its client now holds.
+    """
+
+    client: str
+    round: int
+    content: frozenset[str]
+    reply: Reply | None
+    update: Payload
+    why: str
 
 
 @dataclass
@@ -125,6 +183,20 @@ class _Traffic:
     down: int = 0
     framing_up: int = 0
     framing_down: int = 0
+    sent: dict[str, int] = field(default_factory=dict)
+    """Payload bytes of each client's task; not what is sent again to who forgot."""
+    took: dict[str, float] = field(default_factory=dict)
+    """Simulated seconds until each reply."""
+
+
+@dataclass(frozen=True)
+class _Gathering:
+    """The answers a round is made of, at best `wanted` valid ones, and the server's memory."""
+
+    answers: Iterable[Answer]
+    wanted: int
+    probability: float
+    memory: Payload
 
 
 def run_round(
@@ -143,43 +215,55 @@ def run_round(
     finite.
     """
     config, strategy = federation.config, federation.strategy
-    members = cohort.sample(list(federation.clients), federation.cohort_size, config.seed, round)
     traffic = _Traffic()
-    tasks = make_tasks(federation, state, held, round, Kind.TRAIN, members, traffic)
-    first = next(iter(tasks.values()))
-    keeps = strategies.traits(strategy).keeps
-    content = {*first.cached.values(), *([first.log.version] if first.log else [])}
+    gather = _buffered if config.buffer else _synchronous
+    gathered = gather(federation, state, held, round, network, on_reply, traffic, memory or {})
+    keeps = strategies.traits(strategy).keeps or config.uplink.needs_differences
     known = dict(held)
-    aggregator = strategy.aggregator()
+    defence = _defence(federation, memory or {})
+    aggregator: Aggregator = defence or strategy.aggregator()
     examples: dict[str, int] = {}
     metrics: dict[str, Metrics] = {}
     dropped: dict[str, str] = {}
-    for client, reply, update, why in _answers(federation, state, tasks, held, network, traffic):
-        on_reply(client)
+    staleness: list[int] = []
+    for answer in gathered.answers:
+        client, reply = answer.client, answer.reply
         if reply is None:
-            dropped[client] = why
-            if left := _only_accepted(known, client):
+            dropped[client] = answer.why
+            if left := accepted_only(known, client):
                 known[client] = left
             else:
                 known.pop(client, None)
             continue
-        aggregator.add(update, reply.num_examples)
+        staleness.append(round - answer.round)
+        weight = buffer.weight(reply.num_examples, staleness[-1], config.staleness_power)
+        aggregator.add(answer.update, weight)
         examples[client], metrics[client] = reply.num_examples, reply.metrics
-        known[client] = frozenset(content | ({_accepted(round)} if keeps else set()))
-    needed = math.ceil(config.quorum * len(members))
+        accepted = {_accepted(answer.round)} if keeps else set()
+        known[client] = answer.content | accepted
+    needed = math.ceil(config.quorum * gathered.wanted)
     if len(examples) < needed:
         reason = next(iter(dropped.items()), ("", "none was asked"))
         raise RoundError(
-            f"round {round}: {len(examples)} of {len(members)} clients gave a valid update, "
+            f"round {round}: {len(examples)} of {gathered.wanted} clients gave a valid update, "
             f"{needed} are needed; {reason[0]}: {reason[1]}"
         )
-    after, applied = strategy.apply(state, aggregator.finalise())
+    try:
+        aggregate = aggregator.finalise()
+    except ValueError as error:
+        raise RoundError(f"round {round}: {error}") from error
+    after, applied = strategy.apply(state, aggregate)
     if not all(tree.finite(params) for params in after.values()):
         raise RoundError(f"round {round}: the aggregate is not finite")
     return RoundResult(
         state=after,
         held=known,
-        metrics={**_mean(metrics, examples), **applied},
+        metrics={
+            **_mean(metrics, examples),
+            **applied,
+            **_staleness(config, staleness),
+            **(defence.metrics if defence else {}),
+        },
         num_examples=examples,
         client_loss={c: m["train_loss"] for c, m in metrics.items() if "train_loss" in m},
         dropped=dropped,
@@ -187,58 +271,198 @@ def run_round(
         bytes_down=traffic.down,
         framing_up=traffic.framing_up,
         framing_down=traffic.framing_down,
-        cost=_formula(strategy.cost([federation.size(client, round) for client in examples])),
-        memory=dict(memory or {}),
+        cost=_formula(_costs(federation, state, round, list(examples))),
+        sampling_probability=gathered.probability,
+        sim_seconds=_sim_seconds(config, traffic, examples, dropped),
+        memory={**gathered.memory, **(_norms(defence) if defence else {})},
     )
+
+
+def _defence(federation: Federation, memory: Payload) -> Robust | None:
+    """What stands before the strategy's aggregator, with the norms of earlier rounds."""
+    config = federation.config
+    if config.robust == "none":
+        return None
+    history = memory[_NORMS]["medians"].tolist() if _NORMS in memory else ()
+    space = config.compared_in(federation.strategy)
+    make = federation.strategy.aggregator
+    return Robust(config.robust, make, space, config.byzantine, history)
+
+
+def _norms(defence: Robust) -> Payload:
+    return {_NORMS: {"medians": torch.tensor(defence.history)}}
 
 
 def evaluate_clients(
     federation: Federation, state: Payload, held: Held, round: int, network: Network
 ) -> dict[str, Metrics]:
     """The global model's scores on up to `eval_clients` clients' own held-out examples."""
-    size = min(federation.config.eval_clients, len(federation.clients))
-    members = cohort.sample(list(federation.clients), size, federation.config.seed, -1)
+    members = federation.evaluated
     if not members:
         return {}
-    tasks = make_tasks(federation, state, held, round, Kind.EVALUATE, members, _Traffic())
-    answers = _answers(federation, state, tasks, held, network, _Traffic())
+    traffic = _Traffic()
+    tasks = make_tasks(federation, state, held, round, Kind.EVALUATE, members, traffic)
+    packets = _packets(federation, state, tasks, held, network, lambda client: None, traffic)
+    answers = (_answer(federation, tasks[c], c, packet, traffic) for c, packet in packets)
     return {
-        client: {**reply.metrics, "examples": reply.num_examples}
-        for client, reply, _, _ in answers
-        if reply is not None and "loss" in reply.metrics
+        answer.client: {**answer.reply.metrics, "examples": answer.reply.num_examples}
+        for answer in answers
+        if answer.reply is not None and "loss" in answer.reply.metrics
     }
 
 
-def _answers(
+def _synchronous(
+    federation: Federation,
+    state: Payload,
+    held: Held,
+    round: int,
+    network: Network,
+    on_reply: Callable[[str], None],
+    traffic: _Traffic,
+    memory: Payload,
+) -> _Gathering:
+    """All answers of a new cohort, each as soon as it can be folded in."""
+    present = federation.present(round)
+    members = federation.sample(present, federation.cohort_size, round)
+    if not members:
+        raise _nobody(federation, round)
+    tasks = make_tasks(federation, state, held, round, Kind.TRAIN, members, traffic)
+    packets = _packets(federation, state, tasks, held, network, on_reply, traffic)
+    answers = (_answer(federation, tasks[c], c, packet, traffic) for c, packet in packets)
+    return _Gathering(answers, len(members), len(members) / len(present), memory)
+
+
+def _buffered(
+    federation: Federation,
+    state: Payload,
+    held: Held,
+    round: int,
+    network: Network,
+    on_reply: Callable[[str], None],
+    traffic: _Traffic,
+    memory: Payload,
+) -> _Gathering:
+    """The first valid updates that arrive in simulated time, as many as the buffer holds.
+
+    Places of the cohort that are free are filled with clients that start from `state`: at first
+    those of the last round's updates, then those of clients that give none.
+    """
+    wanted = federation.config.buffer or 0
+    began, flights = buffer.recall(memory)
+    now, landed, valid, draw = began, list[Answer](), 0, 0
+    while valid < wanted:
+        busy = {flight.client for flight in flights} | {answer.client for answer in landed}
+        free = federation.cohort_size - len(flights) - valid
+        others = [client for client in federation.present(round) if client not in busy]
+        if members := federation.sample(others, free, round, draw):
+            tasks = make_tasks(federation, state, held, round, Kind.TRAIN, members, traffic)
+            packets = _packets(federation, state, tasks, held, network, on_reply, traffic)
+            flights += [_flight(federation, tasks[c], c, p, now, traffic) for c, p in packets]
+            draw += 1
+        if not flights:
+            break
+        flight = min(flights, key=lambda flight: (flight.arrival, flight.client))
+        flights.remove(flight)
+        task = Task(federation.run_id, flight.round, flight.base_version, Kind.TRAIN, "")
+        answer = _answer(federation, task, flight.client, flight.packet, traffic)
+        landed.append(replace(answer, content=flight.content))
+        now = flight.arrival
+        traffic.took[flight.client] = now - began
+        valid += answer.reply is not None
+    if not landed:
+        raise _nobody(federation, round)
+    return _Gathering(
+        sorted(landed, key=lambda answer: answer.client),
+        wanted,
+        federation.cohort_size / len(federation.clients),
+        {**memory, **buffer.remember(now, flights)},
+    )
+
+
+def _flight(
+    federation: Federation,
+    task: Task,
+    client: str,
+    packet: Packet | None,
+    now: float,
+    traffic: _Traffic,
+) -> Flight:
+    """A reply that is known already and arrives when its time has come; it is read then."""
+    trial = _Traffic(sent=traffic.sent)
+    answer = _answer(federation, task, client, packet, trial)
+    took = trial.took.get(client, federation.seconds(client, traffic.sent[client], 0))
+    return Flight(client, task.round, task.base_version, answer.content, now + took, packet)
+
+
+def _nobody(federation: Federation, round: int) -> RoundError:
+    return RoundError(
+        f"round {round}: none of {len(federation.clients)} clients can be reached: see "
+        f"{federation.config.availability}"
+    )
+
+
+def _packets(
     federation: Federation,
     state: Payload,
     tasks: Mapping[str, Task],
     held: Held,
     network: Network,
+    on_reply: Callable[[str], None],
     traffic: _Traffic,
-) -> Iterator[tuple[str, Reply | None, Payload, str]]:
-    """(client, valid reply or None, its update, why not) in the order of clients.
+) -> Iterator[tuple[str, Packet | None]]:
+    """What each client answers, in the order of `tasks`; None for no answer.
 
     A client that has lost cached groups is asked once more, with everything: a device may forget.
     """
     packets = {client: pack_task(task) for client, task in tasks.items()}
-    for client, packet in in_order(network.ask(packets), list(tasks)):
+    for client, packet in in_order(_ask(federation, tasks, packets, network), list(tasks)):
         task, answer = tasks[client], packet
-        try:
-            reply, update = _checked(federation, client, task, answer, traffic)
-            if reply.missing:
-                forgot = {client: _only_accepted(held, client)}
-                full = make_tasks(
-                    federation, state, forgot, task.round, task.kind, [client], traffic
-                )
-                task = full[client]
-                again = in_order(network.ask({client: pack_task(task)}), [client])
-                reply, update = _checked(federation, client, task, next(again)[1], traffic)
-            if reply.error or reply.missing:
-                raise WireError(reply.error or "cached groups are missing")
-            yield client, reply, update, ""
-        except WireError as error:
-            yield client, None, {}, str(error)
+        if packet is not None and _forgot(packet):
+            traffic.framing_up += len(packet.header)
+            forgot = {client: accepted_only(held, client)}
+            full = make_tasks(federation, state, forgot, task.round, task.kind, [client], traffic)
+            again = in_order(network.ask({client: pack_task(full[client])}), [client])
+            answer = next(again)[1]
+        on_reply(client)
+        yield client, answer
+
+
+def _ask(
+    federation: Federation,
+    tasks: Mapping[str, Task],
+    packets: Mapping[str, Packet],
+    network: Network,
+) -> Iterator[tuple[str, Packet | None]]:
+    """As Network.ask; clients that are simulated to be silent are not asked to train."""
+    asked = dict(packets)
+    for client, task in tasks.items():
+        name = federation.class_of(client)
+        if task.kind == Kind.TRAIN and clock.silent(federation.config, name, client, task.round):
+            del asked[client]
+            yield client, None
+    yield from network.ask(asked)
+
+
+def _forgot(packet: Packet) -> bool:
+    """Whether a reply says that cached groups are missing; it has no payload then."""
+    try:
+        return bool(unpack_reply(packet, 0).missing)
+    except WireError:
+        return False
+
+
+def _answer(
+    federation: Federation, task: Task, client: str, packet: Packet | None, traffic: _Traffic
+) -> Answer:
+    """An answer that is read and checked; counts its bytes."""
+    content = frozenset([*task.cached.values(), *([task.log.version] if task.log else [])])
+    try:
+        reply, update = _checked(federation, client, task, packet, traffic)
+        if reply.error or reply.missing:
+            raise WireError(reply.error or "cached groups are missing")
+        return Answer(client, task.round, content, reply, update, "")
+    except WireError as error:
+        return Answer(client, task.round, content, None, {}, str(error))
 
 
 def _checked(
@@ -251,10 +475,16 @@ def _checked(
     if task.kind == Kind.TRAIN:
         fresh = federation.fresh(federation.lora(client))
         like = federation.strategy.update_like(fresh, federation.size(client, task.round))
-    reply, update = read_reply(packet, client, task, like)
+    reply, update = read_reply(packet, client, task, like, federation.config.uplink)
     if reply.num_examples > federation.most_examples(client) and not reply.error:
         raise WireError(f"reply claims {reply.num_examples} examples, more than it can have")
-    content = wire.content_bytes(update)
+    content = wire.content_bytes(wire.content(reply)) if update else 0
+    if task.kind == Kind.TRAIN and federation.config.simulates_time:
+        took = federation.seconds(client, traffic.sent.get(client, 0), content)
+        deadline = federation.config.deadline_simulated
+        if deadline and took > deadline:
+            raise WireError(f"late: {took:.4g} simulated seconds, the deadline is {deadline:g}")
+        traffic.took[client] = took
     traffic.up += content
     traffic.framing_up += len(packet.header) + len(packet.payload) - content
     return reply, update
@@ -280,7 +510,7 @@ def make_tasks(
     rows = broadcast.log
     versions = seedlog.versions(federation.origin, rows) if rows is not None else []
     version = tree.digest_all(state)
-    sent: dict[object, tuple[bytes, Payload, Log | None, int]] = {}
+    sent: dict[object, tuple[bytes, Payload, Log | None, int, Mapping[str, object]]] = {}
     tasks: dict[str, Task] = {}
     for client in members:
         known = held.get(client, frozenset())
@@ -289,19 +519,19 @@ def make_tasks(
         lora = federation.lora(client)
         form = (lacks, since, lora if broadcast.fitted else None)
         if form not in sent:
-            payload = {**broadcast.payload, **{g: broadcast.cached[g] for g in lacks}}
-            payload |= broadcast.fitted(lora) if broadcast.fitted else {}
             log, extra = _log(broadcast, versions, since, state)
-            payload = {**payload, **extra}
+            packed, described = _packed(federation, broadcast, lora, round)
+            payload = {**packed, **{g: broadcast.cached[g] for g in lacks}, **extra}
             content = wire.content_bytes(payload)
             content += sum(wire.scalar_bytes(row) for row in (log.rows if log else ()))
-            sent[form] = (*wire.enclose(payload), log, content)
-        data, scalars, log, content = sent[form]
+            sent[form] = (*wire.enclose(payload), log, content, described)
+        data, scalars, log, content, described = sent[form]
         settings = {
             "lora": vars(lora),
             "class": federation.class_of(client),
             "population": len(federation.clients),
             "accepted": _last_accepted(known),
+            **described,
             "run": federation.config.model_dump(mode="json"),
         }
         tasks[client] = Task(
@@ -319,9 +549,27 @@ def make_tasks(
             header = len(pack_task(tasks[client]).header)
         except ValueError as error:
             raise RoundError(f"round {round}: a task does not fit a message: {error}") from error
+        traffic.sent.setdefault(client, content)
         traffic.down += content
         traffic.framing_down += len(data) + header - content
     return tasks
+
+
+def _packed(
+    federation: Federation, broadcast: Broadcast, lora: LoraSpec, round: int
+) -> tuple[Payload, Mapping[str, object]]:
+    """What travels of a broadcast in each round, and what its receiver must know of its form."""
+    config, payload = federation.config, _of_each_round(broadcast, lora)
+    if not config.codec_down:
+        return payload, {}
+    dense, scalars = wire.split(payload)
+    packed = config.downlink.pack(dense, seeds.derive(config.seed, "broadcast", round))
+    return {**packed, **scalars}, {"form": compression.form(dense)}
+
+
+def _of_each_round(broadcast: Broadcast, lora: LoraSpec) -> Payload:
+    """What a client gets each time; the rest of a broadcast it gets once."""
+    return {**broadcast.payload, **(broadcast.fitted(lora) if broadcast.fitted else {})}
 
 
 def _log(
@@ -352,9 +600,40 @@ def _last_accepted(known: AbstractSet[str]) -> int:
     )
 
 
-def _only_accepted(held: Held, client: str) -> frozenset[str]:
+def accepted_only(held: Held, client: str) -> frozenset[str]:
     """What the server must remember even of a client whose memory it does not count on."""
     return frozenset(i for i in held.get(client, ()) if i.startswith(_ACCEPTED))
+
+
+def _costs(
+    federation: Federation, state: Payload, round: int, clients: Sequence[str]
+) -> list[Cost]:
+    """The strategy's formula for each client, with the codec's for what that compresses."""
+    config, strategy = federation.config, federation.strategy
+    sizes = [federation.size(client, round) for client in clients]
+    costs = list(strategy.cost(sizes))
+    for i, client in enumerate(clients):
+        lora = federation.lora(client)
+        if config.codec:
+            like = strategy.update_like(federation.fresh(lora), sizes[i])
+            saved, at_most = _saved(config.uplink, like)
+            at_most = at_most or costs[i].at_most
+            costs[i] = replace(costs[i], up=costs[i].up - saved, at_most=at_most)
+        if config.codec_down:
+            payload = _of_each_round(strategy.broadcast(state), lora)
+            saved, at_most = _saved(config.downlink, payload)
+            at_most = at_most or costs[i].at_most
+            costs[i] = replace(costs[i], down=costs[i].down - saved, at_most=at_most)
+    return costs
+
+
+def _saved(pipeline: Pipeline, payload: Payload) -> tuple[int, bool]:
+    """Bytes that a codec saves on a payload, at least or exactly."""
+    dense, _ = wire.split(payload)
+    if not dense:
+        return 0, False
+    size, at_most = pipeline.content_bytes(dense)
+    return codec.content_bytes(dense) - size, at_most
 
 
 def _formula(costs: Sequence[Cost]) -> Cost:
@@ -374,3 +653,20 @@ def _mean(metrics: Mapping[str, Metrics], examples: Mapping[str, int]) -> Metric
         weighted = math.fsum(value * examples[c] for c, value in values.items())
         result[name] = math.fsum(values.values()) if name in summed else weighted / weight
     return result
+
+
+def _staleness(config: RunConfig, found: Sequence[int]) -> Metrics:
+    """How many steps of the server updates were behind, where they can be."""
+    if not config.buffer:
+        return {}
+    return {"staleness": sum(found) / len(found), "staleness_max": float(max(found))}
+
+
+def _sim_seconds(
+    config: RunConfig, traffic: _Traffic, examples: Mapping[str, int], dropped: Mapping[str, str]
+) -> float | None:
+    """Simulated seconds of a round; None where time is not simulated."""
+    if not config.simulates_time:
+        return None
+    taken = [traffic.took[client] for client in examples]
+    return clock.round_seconds(config, taken, missing=bool(dropped))

@@ -1,6 +1,7 @@
 """A whole run: rounds, checkpoints, evaluation, and the artefacts a user keeps."""
 
 import json
+import math
 import platform
 import secrets
 import shutil
@@ -19,7 +20,8 @@ from corolla.config import RunConfig, validate
 from corolla.errors import ArtefactError, ConfigError
 from corolla.server import checkpoint
 from corolla.server.checkpoint import Checkpoint, write_atomic
-from corolla.server.evaluate import Evaluator, Sample
+from corolla.server.cohort import read_trace
+from corolla.server.evaluate import Evaluator, Sample, fairness
 from corolla.server.report import write_report
 from corolla.server.rounds import (
     Federation,
@@ -62,6 +64,29 @@ class Silent:
 
 
 @dataclass(frozen=True)
+class Many:
+    """Several observers, told one after the other."""
+
+    observers: Sequence[Observer]
+
+    def started(self, facts: Mapping[str, Any], first_round: int) -> None:
+        for observer in self.observers:
+            observer.started(facts, first_round)
+
+    def round_started(self, round: int, cohort: int) -> None:
+        for observer in self.observers:
+            observer.round_started(round, cohort)
+
+    def replied(self, client: str) -> None:
+        for observer in self.observers:
+            observer.replied(client)
+
+    def round_ended(self, line: Mapping[str, Any]) -> None:
+        for observer in self.observers:
+            observer.round_ended(line)
+
+
+@dataclass(frozen=True)
 class Summary:
     """What a finished run has to say."""
 
@@ -81,6 +106,15 @@ class Summary:
     before: Sequence[Sample]
     after: Sequence[Sample]
     clients: Mapping[str, Mapping[str, Metrics]] = field(default_factory=dict)
+    personal: bool = False
+    """What counts are the clients' own models: the global one is a part of each."""
+    sim_seconds: float | None = None
+    """Of all rounds on simulated devices; None where time is not simulated."""
+
+    @property
+    def fairness(self) -> Mapping[str, Metrics]:
+        """How evenly clients are served, before and after (server.evaluate.fairness)."""
+        return fairness(self.clients)
 
 
 @dataclass
@@ -138,19 +172,27 @@ class Run:
                 f"cohort {self.config.cohort} is larger than the {len(clients)} clients with "
                 f"enough examples: lower --cohort"
             )
+        availability = self.config.availability
+        trace = read_trace(Path(availability)) if availability else None
         model = self.evaluator.model
-        for index in range(max(1, len(self.config.ranks))):
-            model.check_rank(self.config.client_lora(index))
-        model.check_rank(self.config.lora)
+        for spec in self.config.loras:
+            model.check_rank(spec)
         run_id = self.facts.get("run_id") or secrets.token_hex(16)
         fresh = cache(lambda spec: model.init(spec, 0))
-        return Federation(str(run_id), self.config, strategy, clients, fresh)
+        federation = Federation(str(run_id), self.config, strategy, clients, fresh, trace=trace)
+        if (self.config.buffer or 0) > federation.cohort_size:
+            raise ConfigError(
+                f"buffer {self.config.buffer} is larger than the cohort of "
+                f"{federation.cohort_size} clients: it would never be full"
+            )
+        return federation
 
     def _round(
         self, federation: Federation, at: Checkpoint, round: int
     ) -> tuple[Checkpoint, dict[str, Any]]:
         began = time.monotonic()
-        self.observer.round_started(round, federation.cohort_size)
+        waits = self.config.buffer if round > 1 else None
+        self.observer.round_started(round, waits or federation.cohort_size)
         result = run_round(
             federation, at.state, at.held, round, self.network, self.observer.replied, at.memory
         )
@@ -186,7 +228,7 @@ class Run:
     ) -> dict[str, Any]:
         """Scores and answers of the untouched model: every strategy starts from a zero update."""
         adapter = federation.strategy.adapter(state)
-        metrics = self.evaluator.score(adapter)
+        metrics = self.evaluator.examine(adapter)
         clients = evaluate_clients(federation, state, {}, 0, self.network)
         return {"metrics": metrics, "samples": self.evaluator.samples(adapter), "clients": clients}
 
@@ -202,7 +244,7 @@ class Run:
     ) -> Summary:
         adapter = federation.strategy.adapter(state)
         folder = self.folder / self.evaluator.model.artefact
-        final = self.evaluator.score(adapter)
+        final = self.evaluator.examine(adapter)
         clients = evaluate_clients(federation, state, held, self.config.rounds + 1, self.network)
         after = self.evaluator.samples(adapter)
         unproven = folder.with_name(folder.name + ".unproven")
@@ -229,12 +271,15 @@ class Run:
             clients={
                 c: {"base": base["clients"].get(c, {}), "final": m} for c, m in clients.items()
             },
+            personal=info["personal"],
+            sim_seconds=_sim_seconds(lines),
         )
         outcome = {
             "status": "done",
             "base": summary.base,
             "final": summary.final,
             "seconds": round(seconds, 3),
+            **({"sim_seconds": total} if (total := summary.sim_seconds) is not None else {}),
             "bytes_up": summary.bytes_up,
             "bytes_down": summary.bytes_down,
             "peak_rss": summary.peak_rss,
@@ -243,6 +288,7 @@ class Run:
             "reload_max_logit_difference": difference,
             "bytes_per_client": summary.per_client,
             "clients": summary.clients,
+            "fairness": summary.fairness,
             "samples": {
                 "before": [asdict(s) for s in summary.before],
                 "after": [asdict(s) for s in summary.after],
@@ -261,6 +307,7 @@ class Run:
             "keep_updates": self.keep_updates,
             "config": self.config.model_dump(mode="json"),
             "aggregates": self._aggregates(federation.strategy),
+            "personal": traits(federation.strategy).personal,
             "num_clients": len(federation.clients),
             "cohort": federation.cohort_size,
             "target_modules": self.evaluator.model.targets,
@@ -272,14 +319,16 @@ class Run:
 
     def _aggregates(self, strategy: Strategy) -> Aggregates:
         """What a run averages: without factors, the trained tensors are the weights themselves."""
-        full = self.config.parameters == "full"
-        return "weights" if full and strategy.aggregates == "factors" else strategy.aggregates
+        if self.config.robust != "none":
+            return "other"
+        dense = self.config.parameters != "lora"
+        return "weights" if dense and strategy.aggregates == "factors" else strategy.aggregates
 
     def _same_inputs(self) -> None:
         """Raises ConfigError when the model or the data changed since the run began."""
         before = json.loads((self.folder / "run.json").read_text())
-        for what in ("model", "data"):
-            if before.get(f"{what}_sha256") != self.facts[f"{what}_sha256"]:
+        for what in ("model", "data", "availability"):
+            if before.get(f"{what}_sha256") != self.facts.get(f"{what}_sha256"):
                 raise ConfigError(
                     f"the {what} ({getattr(self.config, what)}) is not what {self.folder} was "
                     f"begun with: restore it, or start a new run"
@@ -347,6 +396,12 @@ def _per_client(line: Mapping[str, Any]) -> tuple[tuple[float, float], tuple[flo
     return up, (line["bytes_down"] / asked, line["formula_down"] / line["clients"])
 
 
+def _sim_seconds(lines: Sequence[Mapping[str, Any]]) -> float | None:
+    """The simulated seconds of all rounds together."""
+    known = [line["sim_seconds"] for line in lines if "sim_seconds" in line]
+    return math.fsum(known) if known else None
+
+
 def _mean_loss(clients: Mapping[str, Metrics]) -> float:
     """The mean over clients of the loss on their own held-out examples."""
     return sum(m["loss"] for m in clients.values()) / max(1, len(clients))
@@ -362,6 +417,7 @@ def _line(
         "train_loss": metrics.get("train_loss"),
         "eval_loss": scores.get("loss"),
         "eval_accuracy": scores.get("accuracy"),
+        **({"eval_f1": scores["f1"]} if "f1" in scores else {}),
         **({"personal_loss": own} if (own := scores.get("personal_loss")) is not None else {}),
         "bytes_up": result.bytes_up,
         "bytes_down": result.bytes_down,
@@ -370,10 +426,11 @@ def _line(
         "formula_up": result.cost.up,
         "formula_down": result.cost.down,
         "seconds": seconds,
+        **({"sim_seconds": result.sim_seconds} if result.sim_seconds is not None else {}),
         "clients": len(result.num_examples),
         "dropped": len(result.dropped),
         "peak_rss": peak_rss(),
-        "sampling_probability": federation.cohort_size / len(federation.clients),
+        "sampling_probability": result.sampling_probability,
         "client_loss": dict(result.client_loss),
     }
     if result.dropped:

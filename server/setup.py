@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from corolla.data import FederatedData
 from corolla.directions import SignPool
 from corolla.full import FullModel
 from corolla.scoring import loss_sum
+from corolla.server.cohort import read_trace
 from corolla.server.evaluate import Evaluator
 from corolla.trainable import Trainable
 
@@ -37,6 +39,7 @@ class Setup:
 
 def set_up(config: RunConfig, run_id: str | None) -> Setup:
     """Load data and model. Raises CorollaError for whatever is wrong with them."""
+    trace = read_trace(Path(config.availability)) if config.availability else None
     dataset = data.load(config)
     models.set_threads(config)
     base = models.load(config, dataset.labels)
@@ -45,6 +48,7 @@ def set_up(config: RunConfig, run_id: str | None) -> Setup:
         "model_sha256": base.fingerprint,
         "data_sha256": dataset.fingerprint,
         "clients_left_out": dataset.left_out,
+        **({"availability_sha256": trace.sha256} if trace else {}),
     }
     model = trainable.build(config, base)
     evaluator = Evaluator(config, model, dataset.heldout, dataset.labels)

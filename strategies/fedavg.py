@@ -41,6 +41,7 @@ class FedAvg:
     trainers: ClassVar[tuple[TrainerName, ...]] = ("first_order",)
     full: ClassVar[bool] = False
     dense: ClassVar[bool] = True
+    stale: ClassVar[bool] = True
 
     def init(self, start: Params, seed: int) -> Payload:
         return {"adapter": start}

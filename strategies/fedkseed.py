@@ -47,6 +47,7 @@ class FedKSeed:
     mixed_ranks: ClassVar[bool] = False
     trainers: ClassVar[tuple[TrainerName, ...]] = ("zeroth_order",)
     full: ClassVar[bool] = True
+    updates: ClassVar[str] = "scalars"
 
     size: int = 4096
     directions: Literal["gaussian", "sign"] = "gaussian"

@@ -45,6 +45,7 @@ class FedKSeedPro:
     mixed_ranks: ClassVar[bool] = False
     trainers: ClassVar[tuple[TrainerName, ...]] = ("zeroth_order",)
     full: ClassVar[bool] = True
+    updates: ClassVar[str] = "scalars"
 
     size: int = 1024
     directions: Literal["gaussian", "sign"] = "gaussian"

@@ -45,6 +45,7 @@ class Ferret:
     mixed_ranks: ClassVar[bool] = False
     trainers: ClassVar[tuple[TrainerName, ...]] = ("first_order",)
     full: ClassVar[bool] = False
+    updates: ClassVar[str] = "scalars"
 
     size: int = 4096
     server_lr: float = 1.0

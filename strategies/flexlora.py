@@ -37,8 +37,8 @@ class FlexLora:
     The decomposition is that of the stacked factors (QR, then the SVD of a small matrix): no
     (out, in) matrix is formed. A client starts from B = U_r S_r / s, A = V_rᵀ, or with `balanced`
     from B = U_r √S_r / √s, A = √S_r V_rᵀ / √s: the first makes A orthonormal, and asks for
-    another learning rate. The global adapter has the largest rank of the clients: exact as long as the
-    mean has no larger one, else the best approximation.
+    another learning rate. The global adapter has the largest rank of the clients: exact as long as
+    the mean has no larger one, else the best approximation.
     """
 
     name: ClassVar[str] = "flexlora"
@@ -89,7 +89,7 @@ class FlexLora:
     def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
         after = dict(state["global"])
         lost = total = 0.0
-        for module, u, s, vt in factors.svd(aggregate["factors"]):
+        for module, u, s, vt in factors.svd(aggregate["factors"], factors.rank(after)):
             a, b = after[module + factors.A].clone(), torch.zeros_like(after[module + factors.B])
             keep = min(len(a), len(s))  # directions beyond what the clients have stay as they were
             b[:, :keep], a[:keep] = u[:, :keep] * s[:keep], vt[:keep]

@@ -47,6 +47,7 @@ class SeedPool:
     mixed_ranks: ClassVar[bool] = False
     trainers: ClassVar[tuple[TrainerName, ...]] = ("zeroth_order",)
     full: ClassVar[bool] = True
+    updates: ClassVar[str] = "scalars"
 
     size: int = 512
     scalars: Literal["fp16", "fp32"] = "fp16"

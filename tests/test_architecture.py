@@ -12,6 +12,8 @@ ROOTS = {
     "corolla.__main__",
     "corolla.cli",
     "corolla.simulation",
+    "corolla.compare",
+    "corolla.comparison_report",
     "corolla.flower_engine",
     "corolla.conformance",
     "corolla.progress",
@@ -37,12 +39,18 @@ EXCEPTIONS = {
 LIBRARIES = {
     "flwr": {"server.app", "client.app", "corolla.wire", "corolla.flower_engine"},
     "ray": set(),
-    "peft": {"corolla.lora"},
+    # adapters of factors, and of anything else; a contender
+    "peft": {"corolla.lora", "corolla.dense", "experiments.bench.server_step"},
     "opacus": {"client.dpsgd", "corolla.privacy"},
     "flwr_datasets": {"corolla.data"},
     "datasets": {"corolla.data"},
     "google": {"corolla.wire", "proto.update_pb2"},
     "typer": {"corolla.cli"},
+    "lm_eval": {"corolla.harness"},
+    "tensorboard": {"corolla.trackers.tensorboard"},
+    "wandb": {"corolla.trackers.wandb"},
+    "mlflow": {"corolla.trackers.mlflow"},
+    "trackio": {"corolla.trackers.trackio"},
     "huggingface_hub": {"corolla.full"},
     "pickle": set(),
 }
@@ -116,6 +124,18 @@ def test_the_namespace_packages_are_not_top_level_when_installed() -> None:
     table = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert all(package.split(".")[0] == "corolla" for package in table["packages"])
     assert not (ROOT / "proto" / "__init__.py").exists()
+
+
+def test_every_package_is_in_the_wheel() -> None:
+    import tomllib
+
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    inner = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for path in (ROOT / "corolla").rglob("__init__.py")
+        if not any(part.is_symlink() for part in path.parents)
+    }
+    assert {"corolla", "corolla.trackers"} <= inner <= set(table["packages"])
 
 
 def test_exceptions_are_still_needed() -> None:

@@ -211,7 +211,17 @@ def test_ranks_go_to_clients_in_turn() -> None:
         LoraSpec(4, 8.0),
         LoraSpec(8, 4.0),
     ]
-    assert found.lora == LoraSpec(2, 3.0)
+    assert found.lora == LoraSpec(8, 4.0)  # the global one: that of the largest rank
+    assert RunConfig(rank=2, alpha=3.0).lora == LoraSpec(2, 3.0)
+
+
+def test_ranks_of_classes_go_to_their_clients() -> None:
+    classes = {"hub": {"rank": 16, "alpha": 4.0}, "phone": {"rank": 2, "share": 2}, "other": {}}
+    found = RunConfig(strategy="flora", classes=classes, rank=8, alpha=8.0, rslora=True)
+    ranks = [(16, 4.0), (2, 8.0), (2, 8.0), (8, 8.0)]
+    wanted = [LoraSpec(rank, alpha, rslora=True) for rank, alpha in ranks]
+    assert [found.client_lora(i) for i in range(5)] == [*wanted, wanted[0]]
+    assert found.lora == wanted[0]
 
 
 # All parameters, classes of clients and the learning rates of their trainers
@@ -222,13 +232,18 @@ BOTH = {trainer: {"trainer": trainer} for trainer in ("first_order", "zeroth_ord
 @pytest.mark.parametrize(
     ("settings", "names"),
     [
-        (["parameters=all"], ["parameters", "'lora' or 'full'", "'all'"]),
+        (["parameters=all"], ["parameters", "'head' or 'full'", "'all'"]),
         (
-            ["parameters=full"],
-            ["strategy fedavg trains adapters", "use seed_pool or fedkseed or fedkseed_pro"],
+            ["parameters=full", "strategy=flora"],
+            ["strategy flora trains LoRA factors", "parameters=full", "use fedavg or", "seed_pool"],
         ),
-        (["parameters=full", "strategy=fedmezo"], ["fedmezo trains adapters", "seed_pool"]),
-        (["parameters=full", "strategy=mixed"], ["mixed trains adapters"]),
+        (["parameters=bias", "strategy=ffa_lora"], ["ffa_lora trains LoRA", "parameters=bias"]),
+        (["parameters=ia3", "strategy=mixed"], ["mixed trains LoRA factors", "fedavg", "fedmezo"]),
+        (["parameters=prompt", "virtual-tokens=0"], ["virtual-tokens", "1", "found 0"]),
+        (["parameters=bias", "quantization=8bit"], ["parameters=bias", "8bit"]),
+        (["parameters=ia3", "quantization=4bit"], ["parameters=ia3", "4bit"]),
+        (["parameters=head", "ranks=[4,4]"], ["ranks", "parameters=head"]),
+        (["parameters=bias", 'target-modules=["q"]'], ["target-modules", "parameters=bias"]),
         (
             ["parameters=full", "strategy=seed_pool", "quantization=4bit"],
             ["parameters=full", "4bit"],
@@ -245,7 +260,7 @@ BOTH = {trainer: {"trainer": trainer} for trainer in ("first_order", "zeroth_ord
         (["classes.phone.eps=0"], ["classes.phone.eps"]),
         (["classes.phone.batch-size=0"], ["classes.phone.batch-size"]),
         (["classes.phone.local_step=1"], ["'local_step'", "did you mean 'local_steps'", "--set"]),
-        (["classes.phone.rank=4"], ["'rank'", "--set"]),
+        (["classes.phone.cohort=4"], ["'cohort'", "--set"]),
         (["classes=3", "classes.phone.lr=1e-3"], ["classes.phone.lr", "classes.NAME.KEY=value"]),
         (["classes..lr=1"], ["classes..lr", "classes.NAME.KEY=value"]),
         (["classes.phone.trainer=fast"], ["classes.phone.trainer", "'zeroth_order'", "'fast'"]),
@@ -291,9 +306,15 @@ def test_bad_settings_of_zeroth_order_are_refused_in_one_line(
     assert [name for name in names if name not in message] == []
 
 
-def test_all_parameters_are_trained_by_strategies_that_can(tmp_path: Path) -> None:
-    for name in ("seed_pool", "fedkseed", "fedkseed_pro"):
-        assert load(tmp_path, None, ["parameters=full"], strategy=name).parameters == "full"
+def test_other_tensors_are_trained_by_strategies_that_can(tmp_path: Path) -> None:
+    for name in ("seed_pool", "fedkseed", "fedkseed_pro", "fedavg", "fedmezo"):
+        for role in ("ia3", "prompt", "bias", "head", "full"):
+            assert load(tmp_path, None, [f"parameters={role}"], strategy=name).parameters == role
+
+
+def test_a_prompt_goes_with_a_quantised_base(tmp_path: Path) -> None:
+    settings = ["parameters=prompt", "quantization=4bit", "virtual-tokens=5"]
+    assert load(tmp_path, None, settings).virtual_tokens == 5
 
 
 @pytest.mark.parametrize(

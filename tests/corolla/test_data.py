@@ -72,6 +72,18 @@ def everything(found: FederatedData) -> list[str]:
         ({"text": "a", "split": "val"}, Example("a", split="validation")),
         ({"text": "a", "split": "test"}, Example("a", split="test")),
         ({"text": "a", "source": {"any": "thing"}}, Example("a")),
+        ({"question": "q", "answer": "a"}, Example("a", prompt="q")),
+        ({"prompt": "q", "answer": "a"}, Example("a", prompt="q")),
+        (
+            {"prompt": "q", "choices": ["a", "b"], "answer": 1},
+            Example("b", prompt="q", choices=("a", "b")),
+        ),
+        (
+            {"question": "q", "choices": ["a", "b"], "answer": 0, "subject": "x"},
+            Example("a", prompt="q", choices=("a", "b")),
+        ),
+        ({"prompt": "q", "response": "a", "answer": 3, "choices": 4}, Example("a", prompt="q")),
+        ({"text": "a", "question": "q", "answer": 3}, Example("a")),
     ],
 )
 def test_every_form_of_row_is_read(rows: Rows, row: object, wanted: Example) -> None:
@@ -91,6 +103,16 @@ def test_every_form_of_row_is_read(rows: Rows, row: object, wanted: Example) -> 
         ('{"text": 5}', "as strings"),
         ('{"text": null}', "as strings"),
         ('{"prompt": "q"}', "both prompt and response"),
+        ('{"question": "q"}', "found question"),
+        ('{"question": "q", "answer": 3}', "as strings"),
+        ('{"prompt": "q", "choices": ["a"], "answer": 0}', "at least two"),
+        ('{"prompt": "q", "choices": "ab", "answer": 0}', "at least two"),
+        ('{"prompt": "q", "choices": ["a", ""], "answer": 0}', "not empty"),
+        ('{"prompt": "q", "choices": ["a", 1], "answer": 0}', "must be strings"),
+        ('{"prompt": "q", "choices": ["a", "b"], "answer": 2}', "0 to 1, found 2"),
+        ('{"prompt": "q", "choices": ["a", "b"], "answer": -1}', "0 to 1, found -1"),
+        ('{"prompt": "q", "choices": ["a", "b"], "answer": true}', "0 to 1, found True"),
+        ('{"prompt": "q", "choices": ["a", "b"], "answer": "b"}', "0 to 1, found 'b'"),
         ('{"response": "a"}', "both prompt and response"),
         ('{"prompt": 1, "response": "a"}', "as strings"),
         ('{"prompt": null, "response": "a"}', "as strings"),
@@ -378,3 +400,9 @@ def test_the_embedded_data_set_loads() -> None:
     assert all(e.prompt for e in found.heldout)
     leaked = [e.prompt for e in found.heldout if (e.prompt, e.text) in trained]
     assert leaked == []
+
+
+def test_rows_with_and_without_choices_do_not_mix(rows: Rows) -> None:
+    both = [{"prompt": "q", "response": "a"}, {"prompt": "q", "choices": ["a", "b"], "answer": 0}]
+    with pytest.raises(DataError, match="1 of 2 rows have choices"):
+        load(rows(both))

@@ -75,7 +75,7 @@ def test_roles_are_told_by_name() -> None:
     assert set(factors.select(params, factors.is_a)) == {"h.0.attn.lora_A", "a.lora_block.lora_A"}
     assert set(factors.select(params, factors.is_head)) == {"classifier.weight", "classifier.bias"}
     assert factors.select(params, factors.is_a, factors.is_b, factors.is_head) == params
-    assert factors.size(params) == Size(A=2 * 12 + 3 * 12, B=20 * 2 + 20 * 3, head=12)
+    assert factors.size(params) == Size(2 * 12 + 3 * 12, 20 * 2 + 20 * 3, 12, rank=3, modules=2)
     assert (factors.rank(params), factors.rank({}), factors.full_rank({})) == (3, 0, 0)
 
 
@@ -183,6 +183,24 @@ def test_compact_is_the_truncated_dense_svd(rank: int, out: int, into: int, keep
     assert error == pytest.approx(tail, abs=1e-7)
     found = float((dense(compacted) - dense(params)).norm() / s.norm())
     assert found == pytest.approx(tail, abs=1e-6)
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 30), st.integers(1, 16), st.integers(1, 16), st.integers(1, 20))
+def test_svd_is_the_dense_one_with_no_more_vectors_than_asked_for(
+    rank: int, out: int, into: int, keep: int
+) -> None:
+    params = pair(rank, out, out, into)
+    ((name, u, s, vt),) = factors.svd(params, keep)
+    k = min(rank, out, into)
+    wanted = torch.linalg.svdvals(dense(params))[:k]
+    assert (name, u.shape, vt.shape) == ("m", (out, min(keep, k)), (min(keep, k), into))
+    assert torch.allclose(s, wanted, rtol=0, atol=1e-13 * (1 + float(wanted.sum())))
+    eye = torch.eye(min(keep, k), dtype=torch.float64)
+    assert torch.allclose(u.T @ u, eye, atol=1e-13)
+    assert torch.allclose(vt @ vt.T, eye, atol=1e-13)
+    scaled = u * s[: u.shape[1]]
+    assert torch.allclose(dense(params) @ vt.T, scaled, atol=1e-12 * (1 + float(wanted.sum())))
 
 
 def test_compact_loses_nothing_at_full_rank() -> None:

@@ -8,7 +8,7 @@ import transformers
 from torch import Tensor, nn
 
 from corolla.encoding import IGNORE, Encoded, collate
-from corolla.scoring import loss_sum, score
+from corolla.scoring import log_likelihoods, loss_sum, macro_f1, score
 
 CPU = torch.device("cpu")
 DATA = [
@@ -102,6 +102,37 @@ def test_classes_are_scored_one_a_row() -> None:
     found = score(Classifier(), [Encoded([5], 0), Encoded([6], 2)], 0, CPU)
     assert found["loss"] == pytest.approx(-(math.log(0.7) + math.log(0.1)) / 2, rel=1e-6)
     assert (found["accuracy"], found["targets"]) == (0.5, 2.0)
+    # of class 0: one hit, one false alarm; of class 2: one miss; nobody said 1
+    assert found["f1"] == pytest.approx((2 / 3 + 0) / 2)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_macro_f1_is_that_of_scikit_learn(seed: int) -> None:
+    metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed")
+    noise = torch.Generator().manual_seed(seed)
+    wanted = torch.randint(0, 4, (30,), generator=noise).tolist()
+    guessed = torch.randint(1, 6, (30,), generator=noise).tolist()
+    found = macro_f1(list(zip(wanted, guessed, strict=True)))
+    assert found == pytest.approx(metrics.f1_score(wanted, guessed, average="macro"))
+
+
+def test_macro_f1_by_hand() -> None:
+    """Three of the first class right and one missed; the second is guessed once, rightly not."""
+    assert macro_f1([(0, 0), (0, 0), (0, 0), (0, 1)]) == pytest.approx((6 / 7 + 0) / 2)
+    assert macro_f1([(3, 3), (5, 5)]) == 1.0
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_log_likelihoods_keep_the_order_of_the_data(
+    model: transformers.PreTrainedModel, size: int
+) -> None:
+    wanted = []
+    for sequence in DATA:
+        ids, labels = torch.tensor([sequence.input_ids]), torch.tensor([sequence.labels])
+        with torch.no_grad():
+            wanted.append(-float(model(input_ids=ids, labels=labels).loss) * sequence.targets)
+    assert log_likelihoods(model, DATA, 1, CPU, size) == pytest.approx(wanted, rel=1e-5)
+    assert log_likelihoods(model, [], 1, CPU, size) == []
 
 
 def test_nothing_to_score_is_not_a_number(model: transformers.PreTrainedModel) -> None:

@@ -1,18 +1,20 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from peft import PeftModel
 
 from corolla import codec, models
+from corolla.answers import choice_accuracy
 from corolla.config import RunConfig
 from corolla.data import Example
 from corolla.errors import ArtefactError, DataError
 from corolla.lora import LoraModel
 from corolla.server import evaluate
-from corolla.server.evaluate import Evaluator
+from corolla.server.evaluate import Evaluator, fairness
 from corolla.trainable import Trainable
 from corolla.types import Adapter, LoraSpec, Params
 
@@ -195,3 +197,53 @@ def test_a_head_is_trained_in_fp32_on_a_half_precision_base(
     tuned = Adapter(adapter(judge.model, settings().lora))
     judge.save(tuned, tmp_path / "adapter")
     judge.verify(tuned, tmp_path / "adapter")
+
+
+def test_an_examination_adds_answers_and_choices(settings: Settings) -> None:
+    """Scores of a round stay cheap; the base model's answers are what it gives without adapter."""
+    config = settings(answer="exact", max_new_tokens=3)
+    held = [Example(f"no {i}", prompt=f"q {i}", choices=(f"no {i}", "yes")) for i in range(4)]
+    judge = evaluator(config, held)
+    zero = Adapter(judge.model.init(config.lora, 0))
+    said = [s.answer for s in judge.samples(zero)]
+    assert said != ["no 1", "no 3"]
+    assert judge.examine(zero) == {
+        **judge.score(zero),
+        "exact_match": 0.0,
+        **choice_accuracy(judge.model.model, judge.model.base, held, config.max_length),
+    }
+    repeat = [Example(s.answer, prompt=s.prompt) for s in evaluator(config).samples(zero)]
+    again = evaluator(config.model_copy(update={"max_new_tokens": 6}), repeat)
+    assert again.examine(zero)["exact_match"] == 1.0
+
+
+def test_answers_that_cannot_be_compared_are_refused_before_a_round(settings: Settings) -> None:
+    with pytest.raises(DataError, match="needs a number in every response"):
+        evaluator(settings(answer="gsm8k"), [Example("yes", prompt="?")])
+
+
+def test_fairness_by_hand() -> None:
+    """Twenty clients: a tenth is two. Who was measured once does not count."""
+    clients: dict[str, dict[str, dict[str, float]]] = {
+        f"c{i}": {"base": {"loss": 5.0}, "final": {"loss": float(i)}} for i in range(20)
+    }
+    clients["late"] = {"base": {}, "final": {"loss": 1000.0}}
+    found = fairness(clients)
+    assert found["base"] == {
+        **{"clients": 20.0, "mean": 5.0, "std": 0.0, "best_decile": 5.0, "worst_decile": 5.0}
+    }
+    assert found["final"]["std"] == pytest.approx(float(np.std(range(20))))
+    assert (found["final"]["mean"], found["final"]["clients"]) == (9.5, 20.0)
+    assert (found["final"]["best_decile"], found["final"]["worst_decile"]) == (0.5, 18.5)
+
+
+@pytest.mark.parametrize("number", [1, 9, 10, 19])
+def test_a_tenth_is_at_least_one_client(number: int) -> None:
+    clients = {f"c{i}": {w: {"loss": float(i)} for w in ("base", "final")} for i in range(number)}
+    found = fairness(clients)["final"]
+    assert (found["best_decile"], found["worst_decile"]) == (0.0, number - 1.0)
+
+
+def test_without_clients_there_is_no_fairness() -> None:
+    assert fairness({}) == {}
+    assert fairness({"a": {"base": {}, "final": {"loss": 1.0}}}) == {}

@@ -206,3 +206,18 @@ def test_reports_of_equal_runs_are_equal(tmp_path: Path) -> None:
 )
 def test_bytes_for_people(count: int, text: str) -> None:
     assert human_bytes(count) == text
+
+
+def test_a_report_shows_what_else_was_measured(tmp_path: Path) -> None:
+    info = copy.deepcopy(INFO)
+    info["base"] |= {"f1": 0.125, "exact_match": 0.0}
+    info["final"] |= {"f1": 0.25, "exact_match": 0.4375, "choice_accuracy": 0.875}
+    measured = {"clients": 2.0, "mean": 3.125, "std": 0.125}
+    info["fairness"] = {
+        "base": {**measured, "best_decile": 3.0, "worst_decile": 3.25},
+        "final": {**measured, "best_decile": 2.125, "worst_decile": 3.5},
+    }
+    text = assert_alone(report(tmp_path, info)).text
+    for shown in ("12.5 → 25.0 %", "0.0 → 43.8 %", "macro F1", "exact match", "3.2500 → 3.5000"):
+        assert shown in text, shown
+    assert "right choice" not in text  # measured once only

@@ -700,10 +700,11 @@ def test_size_and_examples_are_those_of_a_clients_class(setup: Callable[..., Set
     a, b = A_BYTES // 4, B_BYTES // 4
     ada, ben = federation.size("ada", 2), federation.size("ben", 2)
     step = torch.tensor(-LR_ZEROTH_ORDER["lora", False] / 2).item()  # of the class, over queries
-    assert ben == Size(a, b, 0, 6, "zeroth_order", ben.seed, step, 2)
-    assert ada == Size(a, b, 0, 1, "first_order", ada.seed, torch.tensor(-0.01).item(), 2)
-    own = [federation.size(c, round).seed for c in ("ada", "ben") for round in (1, 2)]
-    assert len(set(own)) == 4
+    assert ben == Size(a, b, 0, 6, "zeroth_order", ben.seed, step, 2, rank=2, modules=7)
+    own = Size(a, b, 0, 1, "first_order", ada.seed, torch.tensor(-0.01).item(), 2, 2, modules=7)
+    assert ada == own
+    seeded = [federation.size(c, round).seed for c in ("ada", "ben") for round in (1, 2)]
+    assert len(set(seeded)) == 4
     assert [federation.most_examples(c) for c in ("ada", "ben", "cyd", "dot")] == [2, 3, 3, 2]
     # without classes: two steps of three, of 4, 7, 10 and 5 examples
     plain = setup().federation

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from corolla import codec, seedlog, tree, wire
+from corolla import codec, factors, seedlog, strategies, tree, wire
+from corolla.client.memory import Memory
+from corolla.client.worker import Worker
 from corolla.conformance import Result, conform
 from corolla.errors import ConfigError
-from corolla.server.rounds import evaluate_clients
+from corolla.server.rounds import accepted_only, evaluate_clients
 from corolla.strategies import STRATEGIES, create
-from corolla.types import LoraSpec, Params, Payload, Strategy
+from corolla.types import LoraSpec, Observed, Params, Payload, Strategy, Traits
 from corolla.wire import Packet
 from tests.strategies import tiny
 from tests.strategies.tiny import Run
@@ -23,7 +26,8 @@ from tests.strategies.tiny import Run
 DECLARED = {"weights": "mean of effective weights", "factors": "mean of factors"}
 SPEC = LoraSpec(4, 8.0)
 LIMITS = {
-    **dict.fromkeys([*DECLARED.values(), "one client", "grouping", "order"], 1e-6),
+    **dict.fromkeys([*DECLARED.values(), "as expected", "one client"], 1e-6),
+    **dict.fromkeys(["grouping", "order"], 1e-6),
     **dict.fromkeys(["no leak between clients", "bytes up = formula", "bytes down = formula"], 0.0),
     "weights = examples": 0.0,
     "saved and reloaded": 1e-5,
@@ -46,6 +50,10 @@ def classes(name: str) -> dict[str, Any]:
     if len(trainers) == 1:
         return {}
     return {"classes": {trainer: {"trainer": trainer, "lr": 1e-2} for trainer in trainers}}
+
+
+def traits(name: str) -> Traits:
+    return strategies.traits(STRATEGIES[name])
 
 
 def rounding(name: str) -> float:
@@ -81,8 +89,11 @@ def aggregate(strategy: Strategy, parts: Sequence[tuple[Payload, float]]) -> Pay
 
 
 def weights(run: Run, state: Payload) -> Params:
-    """The effective weights of a state, by peft."""
-    run.model.show(run.federation.strategy.adapter(state), run.federation.config.lora)
+    """The effective weights of a state, by peft; where clients keep a factor, the other one."""
+    strategy = run.federation.strategy
+    if strategies.traits(strategy).personal and strategy.aggregates == "other":
+        return {n: tensor.double() for n, tensor in strategy.adapter(state).trained.items()}
+    run.model.show(strategy.adapter(state), run.federation.config.lora)
     return tiny.effective(run.model)
 
 
@@ -119,12 +130,13 @@ def test_mixed_ranks_are_accepted_exactly_when_declared(name: str) -> None:
     assert tiny.config(name, ranks=[2, 2], **classes(name)).build_strategy() is not None
 
 
-def test_all_parameters_are_trained_exactly_when_declared(name: str) -> None:
-    settings = tiny.config(name, parameters="full")
-    if STRATEGIES[name].full:
+@pytest.mark.parametrize("role", ["bias", "full"])
+def test_other_tensors_are_trained_exactly_when_declared(name: str, role: str) -> None:
+    settings = tiny.config(name, parameters=role)
+    if STRATEGIES[name].full or getattr(STRATEGIES[name], "dense", False):
         settings.build_strategy()
         return
-    with pytest.raises(ConfigError, match="trains adapters, not all parameters"):
+    with pytest.raises(ConfigError, match="trains LoRA factors"):
         settings.build_strategy()
 
 
@@ -158,6 +170,8 @@ def test_conforms(name: str, result: Result, model: str) -> None:
     """Every expected proof is there, with the expected limit, and holds."""
     claim = DECLARED.get(STRATEGIES[name].aggregates)
     of_claim = {claim, "one client"} if claim else {"aggregate is finite"}
+    if not claim and hasattr(STRATEGIES[name], "expected"):
+        of_claim = {"as expected"}
     expected = of_claim | {"grouping", "order", "no leak between clients", "saved and reloaded"}
     expected |= {"bytes up = formula", "bytes down = formula", "weights = examples"}
     found = {f.check: f for f in result.findings if f.model == model}
@@ -219,6 +233,36 @@ def test_saved_factors_are_the_weighted_means_of_what_clients_trained(
         assert tiny.relative(found, wanted) <= 1e-6 + rounding(name)
 
 
+@pytest.mark.parametrize("model", tiny.KINDS)
+def test_saved_model_is_what_the_strategy_says_to_expect(
+    name: str, model: str, tmp_path: Path
+) -> None:
+    """Three rounds: its second opinion, in fp64, against the saved weights by peft alone."""
+    expected = getattr(create(name), "expected", None)
+    if expected is None:
+        pytest.skip("declares a mean instead")
+    run = tiny.start(tiny.config(name, **varied(name)), model, tmp_path / "memory")
+    spec, base = run.federation.config.lora, run.model.init(SPEC, 0)
+    observed: list[Observed] = []
+    for _ in range(3):
+        before = run.state
+        run.step()
+        observed.append(tiny.observed(run, before))
+        said = expected(observed)
+        if traits(name).personal:
+            found, wanted = run.federation.strategy.adapter(run.state).trained, dict(said)
+            assert wanted.keys() <= found.keys()
+            assert tiny.relative(found, wanted) <= 1e-6
+            continue
+        wanted = {n: t - base[n] for n, t in factors.select(said, factors.is_head).items()}
+        for module in factors.modules(said):
+            product = spec.scaling * tiny.dense(said, module)
+            wanted[module] = product.T if model == "gpt2" else product  # Conv1D is (in, out)
+        found = tiny.saved(run, tmp_path / "adapter")
+        assert found.keys() == wanted.keys()
+        assert tiny.relative(found, wanted) <= 1e-6
+
+
 def test_equal_updates_count_as_one(name: str, run: Run) -> None:
     ((payload, _), *_) = updates(run)
     wanted = applied(run, [(payload, 5.0)])
@@ -253,7 +297,8 @@ def test_a_linear_aggregator_needs_only_sums(name: str, run: Run) -> None:
     step. Clients that send different groups (other trainers) are summed up apart.
     """
     strategy = run.federation.strategy
-    if not strategy.aggregator().linear:
+    assert strategy.aggregator().linear != traits(name).individual
+    if traits(name).individual:
         pytest.skip("needs individual updates, and says so")
     parts = updates(run)
     kinds = {tuple(payload): [p for p in parts if tuple(p[0]) == tuple(payload)]
@@ -296,34 +341,63 @@ def test_a_fresh_state_is_the_base_model(name: str, run: Run) -> None:
 
 def test_training_moves_the_model(name: str, run: Run) -> None:
     """Or every equality here would hold for nothing."""
-    moved = weights(run, run.state)
-    assert all(float(tensor.abs().max()) > 0 for tensor in moved.values())
+    before, after = weights(run, run.first), weights(run, run.state)
+    assert all(float((after[n] - before[n]).abs().max()) > 0 for n in after)
 
 
-def test_clients_evaluate_the_servers_model(name: str, run: Run) -> None:
-    """Whoever knows nothing, and whoever has followed: over the wire, to the same bits."""
-    broadcast = run.federation.strategy.broadcast(run.state)
+def test_clients_evaluate_the_servers_model(name: str, run: Run, tmp_path: Path) -> None:
+    """Whoever knows nothing, and whoever has followed: over the wire, to the same bits.
+
+    Of another rank, what is made for it; who keeps a part of its model, with that part.
+    """
+    strategy, spec = run.federation.strategy, run.federation.config.lora
+    broadcast = strategy.broadcast(run.state)
     assert not broadcast.payload.keys() & broadcast.cached.keys()
-    wanted = weights(run, run.state)
+    run.model.show(strategy.adapter(run.state), spec)
+    wanted = tiny.effective(run.model)
     for held in ({}, run.held):
-        run.model.show(run.federation.strategy.adapter(run.first), run.federation.config.lora)
-        scores = evaluate_clients(run.federation, run.state, held, 3, _Plain(run))
-        assert scores.keys() == set(tiny.CLIENTS)
-        assert tiny.same(tiny.effective(run.model), wanted)
+        network = _Evaluated(run, tmp_path / f"holds {len(held)}")
+        scores = evaluate_clients(run.federation, run.state, held, 3, network)
+        assert scores.keys() == network.found.keys() == set(tiny.CLIENTS)
+        for client, found in network.found.items():
+            lora, own = run.federation.lora(client), kept(run, client) if held else {}
+            received = tiny.seen(broadcast, run.first, lora)
+            run.model.show(strategy.adapter({**received, **own}), lora)
+            assert tiny.same(found, tiny.effective(run.model))
+            if own:
+                run.model.show(strategy.adapter(received), lora)
+                assert tiny.relative(tiny.effective(run.model), found) > 1e-3
+            elif broadcast.fitted is None:
+                assert tiny.same(found, wanted)
+            elif lora == spec:
+                assert tiny.relative(found, wanted) < 1e-6
 
 
-class _Plain:
-    """The same clients, without writing down what travels."""
+def kept(run: Run, client: str) -> Payload:
+    """What a device has kept for its own model since its update was accepted last."""
+    rounds = [n for n, done in enumerate(run.done, 1) if client in done.num_examples]
+    if not (rounds and traits(run.federation.strategy.name).personal):
+        return {}
+    return run.network.worker.memory.kept(client, rounds[-1])
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+
+class _Evaluated:
+    """The same clients with a copy of their memory: what each one's model was when it was asked."""
+
+    def __init__(self, run: Run, folder: Path) -> None:
+        shutil.copytree(run.network.worker.memory.folder, folder)
+        config = run.federation.config
+        self.worker = Worker(config, run.model, tiny.data("bert"), Memory(folder))
+        self.model, self.found = run.model, dict[str, Params]()
 
     def clients(self) -> Mapping[str, int]:
         return tiny.CLIENTS
 
     def ask(self, packets: Mapping[str, Packet]) -> Iterator[tuple[str, Packet | None]]:
         for client, packet in packets.items():
-            yield client, self.run.network.worker(client, packet)
+            answer = self.worker(client, packet)
+            self.found[client] = tiny.effective(self.model)
+            yield client, answer
 
 
 # What travels
@@ -343,6 +417,28 @@ def test_updates_are_what_the_server_expects(name: str, run: Run) -> None:
                 if tensor.dim() == 0:
                     assert tensor == like[group][n]  # the seed and the step it was given
                 assert tensor.is_floating_point() or bool((tensor <= like[group][n]).all())
+
+
+def test_what_a_device_keeps_for_itself_never_leaves_it(name: str, run: Run) -> None:
+    """Not one kept tensor among the bytes of an update."""
+    own = {client: kept(run, client) for client in run.network.sent}
+    assert all(bool(groups) == traits(name).personal for groups in own.values())
+    for client, groups in own.items():
+        sent = run.network.sent[client]
+        for tensor in (t for params in groups.values() for t in params.values() if t.any()):
+            assert tensor.numpy().tobytes() not in sent.payload + sent.header
+
+
+def test_an_update_without_change_leaves_the_model(name: str, run: Run) -> None:
+    """Where updates are differences: a client that did nothing pulls at nothing."""
+    if traits(name).updates != "differences":
+        pytest.skip("sends factors, values or scalars")
+    still = {group: run.first[group] for group in ("momentum", "variance") if group in run.first}
+    like = run.federation.strategy.update_like(run.model.init(SPEC, 0), run.federation.size("a"))
+    zero = {group: tree.scale(params, 0.0) for group, params in like.items()}
+    aggregated = aggregate(run.federation.strategy, [(zero, 3.0), (zero, 5.0)])
+    after, _ = run.federation.strategy.apply({**run.state, **still}, aggregated)
+    assert tiny.relative(weights(run, after), weights(run, run.state)) < 1e-6
 
 
 def size_of(payload: Payload) -> int:
@@ -365,7 +461,7 @@ def test_bytes_are_those_of_the_tensors(name: str, run: Run) -> None:
 
 def test_upload_is_the_formula_for_each_client(name: str, run: Run) -> None:
     clients = list(run.network.sent)
-    costs = run.federation.strategy.cost([run.federation.size(c) for c in clients])
+    costs = run.federation.strategy.cost([run.federation.size(c, 2) for c in clients])
     assert len(costs) == len(clients)
     for client, cost in zip(clients, costs, strict=True):
         assert wire.content_bytes(run.network.update(client)) == cost.up
@@ -382,7 +478,7 @@ def test_download_is_the_formula_for_who_missed_nothing(name: str, run: Run) -> 
     """In the second round, of those that were there in the first; a limit where it says so."""
     clients = [c for c in run.network.received if c in run.done[0].num_examples]
     assert clients
-    costs = run.federation.strategy.cost([run.federation.size(c) for c in run.network.received])
+    costs = run.federation.strategy.cost([run.federation.size(c, 2) for c in run.network.received])
     by_client = dict(zip(run.network.received, costs, strict=True))
     for client in clients:
         found, cost = wire.content_bytes(run.network.received[client]), by_client[client]
@@ -395,11 +491,13 @@ def test_a_state_survives_the_codec_and_the_next_round_is_the_same(
 ) -> None:
     run = tiny.start(tiny.config(name, **varied(name)), "bert", tmp_path)
     run.step()
-    restored = codec.decode(codec.encode(run.state))
+    restored, held = codec.decode(codec.encode(run.state)), run.held
     assert tree.digest_all(restored) == tree.digest_all(run.state)
     straight = run.step().state
     again = tiny.start(tiny.config(name, **varied(name)), "bert", tmp_path)
-    again.state, again.done = restored, [run.done[0]]  # without `held`: all is sent once more
+    again.state, again.done = restored, [run.done[0]]
+    # All is sent once more; the server still knows whose update it accepted, and when.
+    again.held = {client: accepted_only(held, client) for client in held}
     assert tree.digest_all(again.step().state) == tree.digest_all(straight)
 
 
@@ -410,6 +508,8 @@ def test_a_state_is_a_payload_of_single_precision(name: str, run: Run) -> None:
             wanted = torch.float32
             if n in ("seed", "key"):
                 wanted = torch.int64
+            elif group == "phase":
+                wanted = torch.uint8
             elif n == "scalars" and group.startswith("log-") and rounding(name):
                 wanted = torch.float16
             assert tensor.dtype == wanted, (group, n)
@@ -434,18 +534,19 @@ def test_nothing_given_is_changed(name: str, run: Run) -> None:
 
 def test_a_client_does_not_change_what_it_received(name: str, run: Run) -> None:
     """A cached group, and a row of a log, is shared by all simulated clients."""
-    received = tiny.seen(run.federation.strategy.broadcast(run.state), run.first)
-    before = tree.digest_all(received)
+    received = tiny.seen(run.federation.strategy.broadcast(run.state), run.first, SPEC)
+    before = tree.digest_all(received), tree.digest_all(run.state)
     fresh, ends = tiny.adapter(run.model, SPEC, 1), tiny.adapter(run.model, SPEC, 2)
     for kind in STRATEGIES[name].trainers:
         client = tiny.Scripted(ends, 3, SPEC, fresh=fresh, kind=kind)
         update = run.federation.strategy.local(client, received)
-        for params in update.payload.values():
+        assert bool(update.keep) == traits(name).keeps
+        for params in [*update.payload.values(), *update.keep.values()]:
             for tensor in params.values():
                 tensor.add_(1)  # a view of what was received would show
-        assert len(client.asked) == 1
+        assert client.asked
         assert update.num_examples == 3
-        assert tree.digest_all(received) == before
+        assert (tree.digest_all(received), tree.digest_all(run.state)) == before
 
 
 def test_the_same_seed_gives_the_same_bits(name: str, run: Run, tmp_path: Path) -> None:

@@ -1,5 +1,12 @@
-import pytest
+import dataclasses
+import json
+from pathlib import Path
 
+import pytest
+from typer.testing import CliRunner
+
+from corolla.cli import app
+from corolla.config import validate
 from corolla.errors import ConfigError
 from corolla.strategies import STRATEGIES, create, find
 from corolla.strategies.fedavg import FedAvg
@@ -28,7 +35,11 @@ def test_a_hyphen_is_as_good_as_an_underscore() -> None:
         ("fedavgg", "unknown strategy 'fedavgg': did you mean 'fedavg'?"),
         ("ffalora", "did you mean 'ffa_lora'?"),
         ("FLoRA", "unknown strategy 'FLoRA'"),
-        ("zzz", f"choose from {', '.join(STRATEGIES)}, or name your own as module:Class"),
+        (
+            "zzz",
+            f"choose from {', '.join(STRATEGIES)}, or name your own as module:Class or "
+            "FILE.py:Class",
+        ),
         ("", "unknown strategy ''"),
     ],
 )
@@ -97,3 +108,89 @@ def test_bad_options_are_a_users_error(name: str, options: dict[str, object], me
 def test_options_reach_the_strategy() -> None:
     assert create("flora", {"max_rank": 8, "compact_at": 3.0}) == Flora(8, 3.0)
     assert create("fedavg", {}) == create("fedavg") == FedAvg()
+
+
+MINE = """from dataclasses import dataclass
+from typing import ClassVar
+
+from corolla.strategies.fedavg import FedAvg
+
+
+@dataclass(frozen=True)
+class Mine(FedAvg):
+    name: ClassVar[str] = "mine"
+    half: float = 0.5
+
+
+NUMBER = 3
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    path = tmp_path / "my strategy.py"
+    path.write_text(MINE)
+    return path
+
+
+def test_a_class_in_a_file_is_one_class_until_the_file_changes(mine: Path) -> None:
+    found = find(f"{mine}:Mine")
+    assert found.name == "mine"
+    assert issubclass(found, FedAvg)
+    assert dataclasses.asdict(create(f"{mine}:Mine", {"half": 0.25})) == {"half": 0.25}  # type: ignore[call-overload]
+    assert find(f"{mine}:Mine") is found
+    mine.write_text(MINE.replace('"mine"', '"another"'))
+    assert find(f"{mine}:Mine").name == "another"
+
+
+def test_a_file_means_the_same_from_another_folder(
+    mine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(mine.parent)
+    config = validate({"strategy": f"{mine.name}:Mine"})
+    assert config.strategy == f"{mine.resolve()}:Mine"
+    assert config.lr == 3e-3
+    monkeypatch.chdir("/")
+    assert validate(json.loads(config.model_dump_json())).build_strategy().name == "mine"
+    assert validate({"strategy": "flora"}).strategy == "flora"
+    assert validate({"strategy": OWN + "Own"}).strategy == OWN + "Own"
+
+
+@pytest.mark.parametrize(
+    ("content", "attribute", "message"),
+    [
+        (None, "Mine", "cannot read strategy file .*file.py: No such file"),
+        (MINE, "Missing", "cannot import strategy .*file.py:Missing.*Missing"),
+        (MINE, "", "cannot import strategy"),
+        (MINE, "NUMBER", "is not a class"),
+        ("class Mine:\n    pass\n", "Mine", "lacks adapter, aggregates"),
+        ("class Mine(\n", "Mine", "cannot import strategy .*SyntaxError"),
+        ("import no_such_module\n", "Mine", "cannot import strategy .*no_such_module"),
+        ("open('/no/such/file')\n", "Mine", "cannot import strategy .*FileNotFoundError"),
+        ("1 / 0\n", "Mine", "cannot import strategy .*ZeroDivisionError"),
+    ],
+)
+def test_every_mistake_with_a_file_is_one_line(
+    content: str | None, attribute: str, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "file.py"
+    if content is not None:
+        path.write_text(content)
+    for _ in range(2):  # a file that failed once is not half there the second time
+        with pytest.raises(ConfigError, match=message) as raised:
+            find(f"{path}:{attribute}")
+        assert "\n" not in str(raised.value)
+
+
+def test_check_and_simulate_take_a_file(mine: Path, tmp_path: Path) -> None:
+    run = CliRunner().invoke
+    checked = run(app, ["check", f"{mine}:Mine", "--json"])
+    assert checked.exit_code == 0, checked.output
+    small = ["--clients", "2", "--rounds", "1", "--local-steps", "1", "--set", "threads=1"]
+    small += ["--set", "eval-examples=4", "--set", "eval-clients=0"]
+    result = run(
+        app, ["simulate", "--strategy", f"{mine}:Mine", *small, "--out", str(tmp_path / "run")]
+    )
+    assert result.exit_code == 0, result.output
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert facts["config"]["strategy"] == f"{mine.resolve()}:Mine"

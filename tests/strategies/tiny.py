@@ -1,6 +1,7 @@
 """Federations on tiny random models, with effective weights read by peft: what tests share."""
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -9,14 +10,14 @@ from typing import Any, cast
 
 import torch
 import transformers
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
 
-from corolla import models, seedlog, seeds, wire
+from corolla import factors, models, seedlog, seeds, strategies, wire
 from corolla.client.memory import Memory
 from corolla.client.worker import Worker
 from corolla.config import RunConfig
@@ -32,11 +33,13 @@ from corolla.types import (
     LocalTrainer,
     LoraSpec,
     Move,
+    Observed,
     Params,
     Payload,
     Pool,
     Strategy,
     TrainerName,
+    Update,
     Walk,
     row_name,
 )
@@ -129,8 +132,8 @@ def adapter(model: LoraModel, spec: LoraSpec, seed: int) -> Params:
 
 def block(model: LoraModel, rank: int, seed: int) -> Params:
     """A frozen block of that rank on every module."""
-    factors = adapter(model, LoraSpec(rank, 1.0), seed)
-    return {name: tensor for name, tensor in factors.items() if ".lora_" in name}
+    whole = adapter(model, LoraSpec(rank, 1.0), seed)
+    return {name: tensor for name, tensor in whole.items() if ".lora_" in name}
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -156,6 +159,7 @@ def data(kind: str) -> FederatedData:
 
 def config(strategy: str, **changes: Any) -> RunConfig:
     """Three of four clients a round, two steps each."""
+    traits = strategies.traits(strategies.find(strategy))
     values = {
         "strategy": strategy,
         "rank": 4,
@@ -163,7 +167,8 @@ def config(strategy: str, **changes: Any) -> RunConfig:
         "cohort": 3,
         "local_steps": 2,
         "batch_size": 3,
-        "lr": 1e-2,
+        "lr": 1e-2 if "adamw" in traits.optimizers else 0.3,
+        "optimizer": traits.optimizers[0],
         "schedule": "constant",
     }
     return RunConfig(**{**values, **changes})
@@ -280,6 +285,9 @@ class Scripted:
     kind: TrainerName = "first_order"
     scalars: Sequence[float] = (1.0, -2.0, 0.5)
     step: float = -0.25
+    population: int = 1
+    kept: Payload = field(default_factory=dict)
+    distance: float = 1.0
 
     @property
     def trainer(self) -> LocalTrainer:
@@ -316,16 +324,19 @@ class Scripted:
         frozen: Sequence[Params] = (),
         train: Callable[[str], bool] = lambda name: True,
         correct: Correct | None = None,
+        strength: float = 1.0,
     ) -> Fit:
         """`outcome` for what is trained; `asked` holds how it was called."""
-        self.asked.append({"start": start, "frozen": frozen, "train": train, "correct": correct})
+        asked = {"start": start, "frozen": frozen, "train": train, "correct": correct}
+        self.asked.append({**asked, "strength": strength})
         params = {n: self.outcome.get(n, t) if train(n) else t for n, t in start.items()}
-        return Fit(params, self.num_examples, {})
+        return Fit(params, self.num_examples, {"train_loss": 0.0}, self.distance)
 
 
-def seen(broadcast: Broadcast, first: Payload) -> Payload:
+def seen(broadcast: Broadcast, first: Payload, lora: LoraSpec | None = None) -> Payload:
     """What a client that holds all sees of a broadcast: with a log, also the first state."""
     payload = {**broadcast.payload, **broadcast.cached}
+    payload |= broadcast.fitted(lora) if broadcast.fitted and lora else {}
     if broadcast.log is None:
         return payload
     rows = {row_name(n): row for n, row in enumerate(broadcast.log, 1)}
@@ -337,19 +348,74 @@ def play(
     strategy: Strategy, state: Payload, clients: Sequence[Scripted], first: Payload | None = None
 ) -> Payload:
     """One round with scripted clients; `first` is the state before all rounds."""
-    received = seen(strategy.broadcast(state), state if first is None else first)
+    broadcast = strategy.broadcast(state)
     aggregator = strategy.aggregator()
     for client in clients:
+        received = seen(broadcast, state if first is None else first, client.lora)
         update = strategy.local(client, received)
         aggregator.add(update.payload, update.num_examples)
     return strategy.apply(state, aggregator.finalise())[0]
+
+
+def pair(rank: int, seed: int, out: int = 10, into: int = 8) -> Params:
+    """Random factors of one module, as after training."""
+    generator = seeds.generator(seed, "pair", rank)
+    return {
+        "m.lora_A": torch.randn(rank, into, generator=generator),
+        "m.lora_B": torch.randn(out, rank, generator=generator),
+    }
+
+
+def dense(params: Params, module: str = "m") -> Tensor:
+    """B A of one module in fp64."""
+    return params[module + ".lora_B"].double() @ params[module + ".lora_A"].double()
+
+
+def peft_mean(
+    clients: Sequence[tuple[Params, LoraSpec, float]], kind: str, **options: Any
+) -> Tensor:
+    """Clients' (factors, spec, weight) of one module as peft combines them: "cat" or "svd"."""
+    out, into = len(clients[0][0]["m.lora_B"]), clients[0][0]["m.lora_A"].shape[1]
+    model: Any = nn.Sequential(OrderedDict(m=nn.Linear(into, out, bias=False)))
+    for index, (params, spec, _) in enumerate(clients):
+        own = LoraConfig(r=spec.rank, lora_alpha=int(spec.alpha), target_modules=["m"])
+        name = f"c{index}"
+        if index:
+            model.add_adapter(name, own)
+        else:
+            model = get_peft_model(model, own, adapter_name=name)
+        layer = model.base_model.model.m
+        layer.lora_A[name].weight.data = params["m.lora_A"].clone()
+        layer.lora_B[name].weight.data = params["m.lora_B"].clone()
+    names, weights = [f"c{i}" for i in range(len(clients))], [weight for *_, weight in clients]
+    model.add_weighted_adapter(names, weights, "mean", combination_type=kind, **options)
+    return cast(Tensor, layer.get_delta_weight("mean").detach().double())
+
+
+def scripted(strategy: Strategy, state: Payload, clients: Sequence[Scripted]) -> list[Update]:
+    """What scripted clients send in one round."""
+    broadcast = strategy.broadcast(state)
+    return [strategy.local(own, seen(broadcast, state, own.lora)) for own in clients]
+
+
+def observed(run: "Run", before: Payload) -> Observed:
+    """The last round of a run as it happened, `before` being the state that it began with."""
+    spec, network = run.federation.config.lora, run.network
+    adapter = run.federation.strategy.adapter(before)
+    start = {**run.model.init(spec, 0), **adapter.trained}
+    if adapter.frozen:
+        start |= factors.bake(adapter.frozen[0], 1 / spec.scaling)
+    total = sum(network.examples.values())
+    shares = {client: n / total for client, n in network.examples.items()}
+    loras = {client: run.federation.lora(client) for client in shares}
+    return Observed(spec, start, dict(network.trained), shares, loras)
 
 
 def effective(model: LoraModel) -> Params:
     """What a model adds to the base weights, by peft, plus its frozen blocks; dense, in fp64."""
     dense = dict(peft_weights(model.model))
     for stack in model.frozen:
-        for name in [n.removesuffix(".lora_A") for n in stack if n.endswith(".lora_A")]:
+        for name in factors.modules(stack):
             added = stack[name + ".lora_B"].double() @ stack[name + ".lora_A"].double()
             layer = model.model.base_model.model.get_submodule(name)
             dense[name] = dense[name] + (added.T if layer.fan_in_fan_out else added)

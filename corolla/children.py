@@ -1,0 +1,85 @@
+"""Runs in child processes: start, CPU time, memory, a clean end."""
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+_GRACE = 30.0
+"""Seconds in which a child that is told to stop may end its work."""
+
+
+class Child:
+    """A command whose output goes to `log`. On Windows its CPU time is not known."""
+
+    def __init__(self, command: Sequence[str], log: Path) -> None:
+        self.log, self.beside, self.resumed = log, False, False
+        self.cpu_seconds: float | None = None
+        self.code: int | None = None
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C reaches the parent alone, which then says stop
+            )
+
+    def ended(self) -> bool:
+        """Whether it has ended; then `code` is its exit code and `cpu_seconds` what it used."""
+        if self.code is not None:
+            return True
+        if not hasattr(os, "wait4"):
+            self.code = self._process.poll()
+            return self.code is not None
+        pid, status, usage = os.wait4(self._process.pid, os.WNOHANG)
+        if pid == 0:
+            return False
+        self.code = self._process.returncode = os.waitstatus_to_exitcode(status)
+        self.cpu_seconds = usage.ru_utime + usage.ru_stime
+        return True
+
+    def last_error(self) -> str:
+        """The line of its log that says what is wrong, else the last one."""
+        if self.code is not None and self.code < 0:
+            return f"ended by signal {-self.code}" + ("; out of memory?" if self.code == -9 else "")
+        lines = [s.strip() for s in self.log.read_text(errors="replace").splitlines() if s.strip()]
+        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        return (errors or lines or [f"no output, exit code {self.code}"])[-1]
+
+
+def stop(children: Sequence[Child]) -> None:
+    """Interrupt each by its process id; who has not ended in half a minute is killed."""
+    for child in children:
+        if not child.ended():
+            child._process.send_signal(getattr(signal, "SIGINT", signal.SIGTERM))
+    deadline = time.monotonic() + _GRACE
+    while not all(child.ended() for child in children) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for child in children:
+        if not child.ended():
+            child._process.kill()
+            child.code = child._process.wait()
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGTERM is as good as Ctrl-C: children are not left behind."""
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
