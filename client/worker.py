@@ -50,7 +50,7 @@ class LocalClient:
     @property
     def trainer(self) -> FirstOrder:
         if not isinstance(self.model, LoraModel | DenseModel):
-            raise ConfigError(f"strategy {self.config.strategy} has no gradients of all parameters")
+            raise ConfigError(f"{self.config.strategy}: no first-order training of all parameters")
         return FirstOrder(
             self.model, self.lora, self.data, self.config, self.seed, self.round, self.on_step
         )

@@ -1,7 +1,8 @@
 """What a model answers, beyond its loss: generated answers compared, given choices ranked."""
 
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from decimal import Decimal
 from typing import Any
@@ -92,18 +93,17 @@ def generate(
 ) -> list[str]:
     """Greedy continuations of at most `most` tokens, without the prompts.
 
-    Batches are of like length, padded on the left; none outgrows the positions that the model has,
-    of which `virtual` tokens of a trained prompt take some.
+    Batches are of like length, padded on the left; none outgrows the positions that the model has.
+    With `virtual` tokens of a trained prompt they are of equal length: peft puts the prompt before
+    the padding, and its model would answer something else.
     """
     settings = model.generation_config
     stops = settings.eos_token_id
     stops = set(stops) if isinstance(stops, list) else {stops}
     stops = sorted((stops | {base.tokenizer.eos_token_id}) - {None})
     positions = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     found = [""] * len(prompts)
-    for start in range(0, len(order), _BATCH):
-        rows = order[start : start + _BATCH]
+    for rows in _batches([len(prompt) for prompt in prompts], alike=virtual > 0):
         longest = max(1, *(len(prompts[i]) for i in rows))
         ids = torch.full((len(rows), longest), base.pad_id)
         mask = torch.zeros_like(ids)
@@ -133,6 +133,14 @@ def generate(
         for i, text in zip(rows, texts, strict=True):
             found[i] = str(text).strip()
     return found
+
+
+def _batches(lengths: Sequence[int], alike: bool) -> Iterator[list[int]]:
+    """Indices by length, in batches; `alike`: all of a batch have the same."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    for _, group in itertools.groupby(order, key=lambda i: lengths[i] if alike else 0):
+        rows = list(group)
+        yield from (rows[start : start + _BATCH] for start in range(0, len(rows), _BATCH))
 
 
 def choice_accuracy(

@@ -228,6 +228,25 @@ def check(
             raise typer.Exit(1)
 
 
+@app.command("strategies")
+def list_strategies(
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="docs/strategies.md.")] = False,
+) -> None:
+    """List all strategies: what they average, their bytes, when to use which."""
+    with _user_errors():
+        if as_json and as_markdown:
+            raise ConfigError("--json and --markdown are two forms of one list: choose one")
+        from corolla import catalogue
+
+        if as_json:
+            print(json.dumps([entry.to_json() for entry in catalogue.entries()], indent=2))
+        elif as_markdown:
+            print(catalogue.markdown(), end="")
+        else:
+            catalogue.print_catalogue(out)
+
+
 @app.command()
 def evaluate(
     adapter: Annotated[Path, typer.Argument(help="A run's adapter/ or model/ folder.")],

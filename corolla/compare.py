@@ -343,7 +343,8 @@ class _Runner:
     def losses(self, method: Method) -> dict[float, float | None]:
         """Learning rate → mean loss on the clients' own examples; None for one without a result."""
         found = {job.lr: self._cells.get(job.name) for job in self.plan.search(method)}
-        return {lr: cell.own_loss if cell else None for lr, cell in found.items()}
+        losses = {lr: cell.own_loss if cell else None for lr, cell in found.items()}
+        return {lr: x if x is not None and math.isfinite(x) else None for lr, x in losses.items()}
 
     def finals(self, method: Method) -> list[Cell]:
         """The finished cells, one a seed, at the chosen learning rate."""

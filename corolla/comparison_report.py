@@ -395,5 +395,6 @@ def _render(draw: Draw, methods: Sequence[Entry]) -> tuple[str, bytes]:
         figure.legend(handles, labels, loc="outside upper center", ncols=columns)
         svg, png = io.StringIO(), io.BytesIO()
         figure.savefig(svg, format="svg", metadata={"Date": None})
+        figure.set_layout_engine("none")  # it stays as laid out: that takes half of the time
         figure.savefig(png, format="png", dpi=_DPI, metadata={"Software": None})
     return svg.getvalue(), png.getvalue()

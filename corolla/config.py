@@ -132,6 +132,14 @@ class RunConfig(BaseModel):
     )
     alphas: list[Annotated[float, Field(gt=0)]] = Field([], description="per client, beside ranks")
 
+    start: Literal["random", "gradient"] = Field(
+        "random", description="of the adapter; gradient: a first step on public rows, by an SVD"
+    )
+    public: str | None = Field(
+        None, description="for start=gradient: .jsonl file with rows that belong to no client"
+    )
+    public_examples: Positive = Field(64, description="of these rows, at most")
+
     parameters: Literal["lora", "ia3", "prompt", "bias", "head", "full"] = Field(
         "lora", description="what is trained: an adapter, or tensors as they are (see dense.py)"
     )
@@ -217,7 +225,7 @@ class RunConfig(BaseModel):
         """As paths of model and data: FILE.py:Class must mean the same from another folder."""
         return strategies.absolute(name)
 
-    @field_validator("model", "data", "availability")
+    @field_validator("model", "data", "availability", "public")
     @classmethod
     def _absolute(cls, name: str | None) -> str | None:
         """A path must mean the same from another folder: run.json is read later."""
@@ -257,6 +265,7 @@ class RunConfig(BaseModel):
             )
         if self.quantization != "none" and self.engine == "inprocess" and self.device == "mps":
             raise ValueError("4- and 8-bit base models need a CPU or CUDA device")
+        _refuse_public(self)
         return self
 
     def build_strategy(self) -> Strategy:
@@ -291,6 +300,7 @@ class RunConfig(BaseModel):
                 f"{self.optimizer}: set optimizer={usable[0]} and its lr"
             )
         _refuse_codecs(self, strategy)
+        _refuse_start(self, strategy)
         used = {self.trainer_of(name) for name in self.classes or ("",)}
         _refuse_robust(self, strategy, used)
         if self.local_epochs is not None and "zeroth_order" in used:
@@ -444,6 +454,51 @@ def _one_module(config: RunConfig, spec: LoraSpec) -> Params:
     """The smallest adapter of a rank: the form of updates follows from it."""
     a, b = torch.zeros(spec.rank, 1), torch.zeros(1, spec.rank)
     return {"m" + factors.A: a, "m" + factors.B: b} if config.parameters == "lora" else {}
+
+
+def _refuse_public(config: RunConfig) -> None:
+    """Raises ValueError for public rows without a use, or a start that cannot be made of them."""
+    if config.start == "random":
+        if config.public:
+            raise ValueError(f"public={config.public} is for start=gradient: leave it out")
+        return
+    if not config.public:
+        raise ValueError("start=gradient needs public=FILE.jsonl: rows that belong to no client")
+    if config.public == config.data:
+        raise ValueError("public rows belong to no client: found the file of the clients' data")
+    if config.parameters != "lora" or config.quantization != "none":
+        raise ValueError(
+            f"start=gradient makes an adapter from gradients of the base: found parameters="
+            f"{config.parameters}, quantization={config.quantization}"
+        )
+
+
+def _refuse_start(config: RunConfig, strategy: Strategy) -> None:
+    """Raises ConfigError for a start that the strategy would not follow."""
+    if config.start == "gradient" and not _takes_start(strategy):
+        known = strategies.STRATEGIES.items()
+        raise ConfigError(
+            f"start=gradient is an adapter that the server hands out, and clients of strategy "
+            f"{config.strategy} begin from another: use "
+            f"{' or '.join(name for name, cls in known if _takes_start(cls()))}"
+        )
+
+
+def _takes_start(strategy: Strategy) -> bool:
+    """Whether first-order clients get the adapter that the strategy began from, at its scaling."""
+    if "first_order" not in strategy.trainers:
+        return False
+    one, scaling = torch.ones(1, 1), 2.0
+    state = strategy.init({"m" + factors.A: one, "m" + factors.B: one}, 0)
+    found = strategy.adapter(state)
+    parts = [factors.bake(p, scaling) for p in (found.trained, *found.residuals)] + [*found.frozen]
+    total = sum(
+        float(factors.product(p, m))
+        for p in parts
+        for m in factors.modules(p)
+        if m + factors.B in p
+    )
+    return strategy.broadcast(state).log is None and abs(total - scaling) < 1e-5
 
 
 def _without_factors(strategy: Strategy | type[Strategy]) -> bool:

@@ -142,11 +142,13 @@ def print_summary(console: Console, summary: Summary) -> None:
             table.add_row(f"held-out {called}", f"{base[name]:.1%}", f"{final[name]:.1%}")
     if fair := summary.fairness:
         for key, called in (
-            ("mean", "clients, on their own"),
-            ("worst_decile", "the worst tenth of clients"),
-            ("best_decile", "the best tenth of clients"),
+            ("mean", "mean"),
+            ("worst_decile", "worst tenth"),
+            ("best_decile", "best tenth"),
         ):
-            table.add_row(f"loss of {called}", *(f"{fair[w][key]:.4f}" for w in ("base", "final")))
+            table.add_row(
+                f"clients' own loss, {called}", *(f"{fair[w][key]:.4f}" for w in ("base", "final"))
+            )
     table.add_section()
     table.add_row("bytes up / down", human_bytes(summary.bytes_up), human_bytes(summary.bytes_down))
     up, down = (f"{human_bytes(n)} ({human_bytes(f)})" for n, f in summary.per_client)

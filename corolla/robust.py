@@ -153,7 +153,7 @@ def refusal(rule: Rule, space: Space, traits: Traits, likes: Sequence[Payload]) 
             f"whose factors belong together: use norm_clip, krum or multi_krum"
         )
     if space == "products" != space_of(traits):
-        return "it averages factors, which may be hostile where their product is not: use tensors"
+        return "it averages values, and factors may be hostile where their product is not"
     if rule == "norm_clip" and traits.updates == "values":
         return "norm_clip shortens changes, and its clients send values: use another rule"
     if rule != "norm_clip" and own:

@@ -15,7 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from corolla import models, wire
 from corolla.config import RunConfig, load
-from corolla.errors import RoundError, StoppedError, WireError
+from corolla.errors import ConfigError, RoundError, StoppedError, WireError
 from corolla.server.run import Observer, Run, Summary, prepare_folder
 from corolla.server.setup import set_up
 from corolla.wire import Kind, Packet, Reply, Task, pack_reply, pack_task, unpack_task
@@ -136,6 +136,8 @@ def main(grid: Grid, context: Context) -> None:
     folder = Path(str(settings.pop("out", "") or models.cache_dir() / "runs" / str(context.run_id)))
     more = shlex.split(str(settings.pop("set", "")))
     config = load(None, {key.replace("-", "_"): v for key, v in settings.items() if v != ""}, more)
+    if config.buffer:
+        raise ConfigError("buffer takes updates in simulated time: use corolla simulate")
     prepare_folder(folder, resume=False)
     summary = serve(grid, config, folder, _Log(), f"{context.run_id:032x}"[:32])
     log(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import corolla
-from corolla import records, seedlog, seeds, tree
+from corolla import gradient_start, records, seedlog, seeds, tree
 from corolla.config import RunConfig, validate
 from corolla.errors import ArtefactError, ConfigError
 from corolla.server import checkpoint
@@ -140,16 +140,17 @@ class Run:
             self._same_inputs()
         federation = self._federation()
         found = checkpoint.load(self.folder / "checkpoint") if self.resume else None
-        start = self.evaluator.model.init(self.config.lora, seeds.derive(self.config.seed, "init"))
-        initial = federation.strategy.init(start, self.config.seed)
-        federation = replace(
-            federation, origin=seedlog.origin(self.evaluator.model.base.fingerprint, initial)
-        )
-        first = Checkpoint(federation.run_id, 0, initial, {})
-        at = found or first
+        model, seed = self.evaluator.model, self.config.seed
+        start = model.init(self.config.lora, seeds.derive(seed, "init"))
+        untouched = initial = federation.strategy.init(start, seed)
+        federation = replace(federation, origin=seedlog.origin(model.base.fingerprint, untouched))
+        if self.config.start == "gradient" and not found:
+            start = gradient_start.adapter(model, start, self.config, self.evaluator.labels)
+            initial = federation.strategy.init(start, seed)
+        at = found or Checkpoint(federation.run_id, 0, initial, {})
         lines = _committed(self.folder / "metrics.jsonl", at.round)
         info = self._info(federation)
-        base = self._base(federation, first.state, info)
+        base = self._base(federation, untouched, info)
         self._write_info({**info, "base": base["metrics"], "status": "running"})
         self.observer.started({**info, "base": base["metrics"]}, at.round + 1)
         if self.keep_updates:
@@ -226,7 +227,7 @@ class Run:
     def _base(
         self, federation: Federation, state: Payload, info: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Scores and answers of the untouched model: every strategy starts from a zero update."""
+        """Scores and answers of the untouched model: `state` is one of a zero update."""
         adapter = federation.strategy.adapter(state)
         metrics = self.evaluator.examine(adapter)
         clients = evaluate_clients(federation, state, {}, 0, self.network)

@@ -42,6 +42,7 @@ class FedAvg:
     full: ClassVar[bool] = False
     dense: ClassVar[bool] = True
     stale: ClassVar[bool] = True
+    when: ClassVar[str] = "the baseline; exact only where clients agree on A or on B"
 
     def init(self, start: Params, seed: int) -> Payload:
         return {"adapter": start}

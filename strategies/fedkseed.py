@@ -48,6 +48,7 @@ class FedKSeed:
     trainers: ClassVar[tuple[TrainerName, ...]] = ("zeroth_order",)
     full: ClassVar[bool] = True
     updates: ClassVar[str] = "scalars"
+    when: ClassVar[str] = "forward passes only, as published; clients may forget everything"
 
     size: int = 4096
     directions: Literal["gaussian", "sign"] = "gaussian"

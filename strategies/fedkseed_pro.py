@@ -46,6 +46,7 @@ class FedKSeedPro:
     trainers: ClassVar[tuple[TrainerName, ...]] = ("zeroth_order",)
     full: ClassVar[bool] = True
     updates: ClassVar[str] = "scalars"
+    when: ClassVar[str] = "FedKSeed with fewer directions, those that matter preferred"
 
     size: int = 1024
     directions: Literal["gaussian", "sign"] = "gaussian"

@@ -43,6 +43,7 @@ class FedMeZO:
     trainers: ClassVar[tuple[TrainerName, ...]] = ("zeroth_order",)
     full: ClassVar[bool] = False
     dense: ClassVar[bool] = True
+    when: ClassVar[str] = "forward passes only, where bytes do not matter"
 
     directions: Literal["gaussian", "sign", "low_rank"] = "gaussian"
     lozo_rank: int = 2

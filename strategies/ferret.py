@@ -46,6 +46,7 @@ class Ferret:
     trainers: ClassVar[tuple[TrainerName, ...]] = ("first_order",)
     full: ClassVar[bool] = False
     updates: ClassVar[str] = "scalars"
+    when: ClassVar[str] = "backpropagation over a link of kilobytes, in small steps: noisy"
 
     size: int = 4096
     server_lr: float = 1.0

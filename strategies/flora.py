@@ -53,6 +53,7 @@ class Flora:
     individual: ClassVar[bool] = True
     bounded: ClassVar[bool] = False
     stale: ClassVar[bool] = True
+    when: ClassVar[str] = "exact with clients of different ranks, over few and long rounds"
 
     max_rank: int | None = None
     compact_at: float = 2.0

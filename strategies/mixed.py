@@ -57,6 +57,7 @@ class Mixed:
     mixed_ranks: ClassVar[bool] = False
     trainers: ClassVar[tuple[TrainerName, ...]] = _BOTH
     full: ClassVar[bool] = False
+    when: ClassVar[str] = "clients that backpropagate beside clients that cannot"
 
     size: int = 4096
     weights: Literal["examples", "inverse_variance"] = "examples"

@@ -16,6 +16,7 @@ ROOTS = {
     "corolla.comparison_report",
     "corolla.flower_engine",
     "corolla.conformance",
+    "corolla.catalogue",
     "corolla.progress",
 }
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 import transformers
 
-from corolla import answers, models
+from corolla import answers, models, trainable
 from corolla.answers import choice_accuracy, exact_match, final_number, generate, same
 from corolla.config import RunConfig
 from corolla.data import Example
 from corolla.errors import DataError
+from corolla.types import Adapter
 
 Settings = Callable[..., RunConfig]
 SMALL = "tiny prompts of | quite different | l | engths, so that padding shows".split("|")
@@ -21,12 +22,12 @@ def base(settings: Settings) -> models.Base:
     return models.load(settings())
 
 
-def one_by_one(base: models.Base, ids: list[int], most: int) -> list[int]:
+def one_by_one(base: models.Base, ids: list[int], most: int, model: Any = None) -> list[int]:
     """Greedy decoding from its definition: no cache, no batch, no padding."""
     grown = list(ids)
     for _ in range(most):
         with torch.no_grad():
-            logits = base.model(input_ids=torch.tensor([grown])).logits
+            logits = (model or base.model)(input_ids=torch.tensor([grown])).logits
         grown.append(int(logits[0, -1].argmax()))
         if grown[-1] == base.tokenizer.eos_token_id:
             break
@@ -93,6 +94,20 @@ def test_generation_in_batches_is_greedy_decoding(base: models.Base) -> None:
     texts = [base.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in wanted]
     assert found == texts
     assert len(set(texts)) == len(texts)
+
+
+def test_a_model_with_a_trained_prompt_is_not_padded(settings: Settings) -> None:
+    config = settings(parameters="prompt", virtual_tokens=5)
+    resident = trainable.build(config, models.load(config))
+    noise = torch.Generator().manual_seed(0)
+    start = resident.init(config.lora, 0)
+    tuned = {name: torch.randn(t.shape, generator=noise) for name, t in start.items()}
+    resident.show(Adapter(tuned), config.lora)
+    base = resident.base
+    prompts = [base.tokenizer(text)["input_ids"] for text in [*SMALL, *SMALL]]
+    wanted = [one_by_one(base, ids, 8, resident.model) for ids in prompts]
+    texts = [base.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in wanted]
+    assert generate(resident.model, base, prompts, 8, 5) == texts
 
 
 def test_what_a_model_prefers_to_sample_is_greedy_here(base: models.Base) -> None:

@@ -10,7 +10,14 @@ from rich.console import Console
 
 from corolla.comparison import Cell, Point
 from corolla.comparison import results as compute
-from corolla.comparison_report import interval, print_comparison, sentences, write_comparison
+from corolla.comparison_report import (
+    _COLOURS,
+    _style,
+    interval,
+    print_comparison,
+    sentences,
+    write_comparison,
+)
 from corolla.config import RunConfig
 
 
@@ -80,6 +87,12 @@ def page(results: dict[str, Any], folder: Path) -> Words:
     return Words((folder / "report.html").read_text())
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Charts take seconds: who does not look at them leaves them out."""
+    monkeypatch.setattr("corolla.comparison_report._render", lambda draw, methods: ("<svg/>", b""))
+
+
 def test_the_report_of_a_full_comparison(tmp_path: Path) -> None:
     results = made(
         a=cells("a", 3.00, 3.01, 3.02),
@@ -109,7 +122,7 @@ def test_the_report_of_a_full_comparison(tmp_path: Path) -> None:
     assert (last["method"], last["seed"], last["round"], last["loss"]) == ("a", "2", "2", "3.02")
 
 
-def test_the_report_of_one_seed_claims_nothing(tmp_path: Path) -> None:
+def test_the_report_of_one_seed_claims_nothing(undrawn: None, tmp_path: Path) -> None:
     results = made(a=cells("a", 3.0), b=cells("b", 1.0))
     found = page(results, tmp_path)
     assert "One seed: no interval" in found.text
@@ -128,7 +141,7 @@ def test_one_method_alone_and_personal_ones_alone_have_a_report(tmp_path: Path) 
     assert not (other / "plots" / "loss-rounds.svg").exists()
 
 
-def test_unequal_terms_are_shouted(tmp_path: Path) -> None:
+def test_unequal_terms_are_shouted(undrawn: None, tmp_path: Path) -> None:
     others = cells("b", 2.0, 2.1, evidence={**cells("b", 1.0)[0].evidence, "cohorts": ["x"]})
     found = page(made(a=cells("a", 3.0, 3.1), b=others), tmp_path)
     assert "Unequal terms: seed 0: cohorts of b and a differ" in found.text
@@ -144,8 +157,12 @@ def test_names_with_signs_of_mathematics_and_html_are_shown_as_they_are(tmp_path
 
 def test_more_methods_than_colours_differ_in_their_lines(tmp_path: Path) -> None:
     many = {f"m{i}": cells(f"m{i}", 3.0 + i / 10) for i in range(9)}
-    found = page(made(**many), tmp_path)
-    assert "m8" in found.text
+    page(made(**many), tmp_path)
+    svg = (tmp_path / "plots" / "loss-rounds.svg").read_text()
+    first, eighth = (f"stroke: {_COLOURS[0].lower()}", "stroke-dasharray")
+    assert first in svg and eighth in svg
+    styles = [str(sorted(_style(i).items())) for i in range(9)]
+    assert len(set(styles)) == 9
 
 
 @pytest.mark.parametrize(

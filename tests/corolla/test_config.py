@@ -527,3 +527,60 @@ def test_every_key_is_written_as_json() -> None:
     """run.json and the wire hold the config: nothing in it is a number JSON does not have."""
     text = json.dumps(RunConfig().model_dump(mode="json"), allow_nan=False)
     assert not any(isinstance(v, float) and math.isinf(v) for v in json.loads(text).values())
+
+
+# Policies: classes of devices, selection, asynchronous aggregation
+
+
+def test_ranks_and_scalings_by_class() -> None:
+    classes = {"a": {"share": 2, "rank": 4}, "b": {"alpha": 3.0}, "c": {"rank": 16, "alpha": 8.0}}
+    found = RunConfig.model_validate({"strategy": "flora", "classes": classes})
+    a, b, c = LoraSpec(4, 16.0), LoraSpec(8, 3.0), LoraSpec(16, 8.0)
+    assert [found.client_lora(i) for i in range(5)] == [a, a, b, c, a]
+    assert (found.loras, found.lora) == ([a, b, c], c)
+
+
+def test_what_is_simulated_of_a_class_is_not_a_setting_of_its_clients() -> None:
+    classes = {"a": {"lr": 0.5, "speed": 2.0, "upload": 3.0, "download": 4.0, "drop": 0.1}}
+    found = RunConfig.model_validate({"classes": classes})
+    assert found.of_class("a") == found.model_copy(update={"lr": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        (["classes.a.rank=4", "classes.b.rank=8"], ["fedavg", "ranks [4, 8]", "flora"]),
+        (["classes.a.alpha=4", "classes.b.lr=1"], ["fedavg", "alphas [4.0, 16.0]"]),
+        (["strategy=flora", "ranks=[4,8]", "classes.a.rank=4"], ["ranks", "classes.a"]),
+        (["strategy=flora", "ranks=[4,8]", "classes.a.alpha=4"], ["ranks", "classes.a"]),
+        (["parameters=bias", "classes.a.rank=4"], ["ranks are those of adapters", "bias"]),
+        (["classes.a.speed=0"], ["classes.a.speed", "greater than 0", "found 0"]),
+        (["classes.a.upload=-1"], ["classes.a.upload", "found -1"]),
+        (["classes.a.download=0"], ["classes.a.download"]),
+        (["classes.a.drop=1.5"], ["classes.a.drop", "less than or equal to 1"]),
+        (["selection=best"], ["selection", "'uniform' or 'weighted'", "'best'"]),
+        (["step-seconds=0"], ["step-seconds"]),
+        (["deadline-simulated=0"], ["deadline-simulated"]),
+        (["buffer=0"], ["buffer"]),
+        (["staleness-power=-1"], ["staleness-power"]),
+        (["buffer=5", "cohort=4"], ["buffer 5", "cohort 4"]),
+        (["buffer=2", "deadline-simulated=3"], ["with buffer", "deadline-simulated"]),
+        (["buffer=2", "strategy=rolora"], ["buffer", "rolora", "phase", "fedavg"]),
+        (["buffer=2", "strategy=fedex_lora"], ["buffer", "fedex_lora", "base", "flora"]),
+        (["buffer=2", "strategy=seed_pool"], ["buffer", "seed_pool", "directions"]),
+    ],
+)
+def test_bad_policies_are_refused_in_one_line(
+    tmp_path: Path, settings: list[str], names: list[str]
+) -> None:
+    message = refused(tmp_path, None, settings)
+    assert all(name in message for name in names), message
+
+
+def test_availability_is_the_same_file_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "trace.jsonl").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert RunConfig(availability="trace.jsonl").availability == str(tmp_path / "trace.jsonl")
+    assert RunConfig().availability is None

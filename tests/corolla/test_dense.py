@@ -25,7 +25,7 @@ from corolla.config import RunConfig
 from corolla.dense import DenseModel, Role
 from corolla.directions import SignPool
 from corolla.encoding import Encoded, Encoder
-from corolla.errors import ArtefactError, ModelError
+from corolla.errors import ArtefactError, DivergedError, ModelError
 from corolla.full import FullModel
 from corolla.models import Base
 from corolla.server.rounds import Federation, RoundResult, run_round
@@ -396,6 +396,17 @@ def test_nothing_else_moves_and_nothing_survives(kind: str, role: Role) -> None:
     assert same(again, one)
     assert same(untrained(model), before)
     assert not any(p.requires_grad or p.grad is not None for _, p in model.parameters())
+
+
+def test_a_client_that_diverges_leaves_the_model_usable() -> None:
+    model = dense("gpt2", "bias")
+    start, config = moved(model), tiny.config("fedavg")
+    batch = batch_of("gpt2")
+    wanted = FirstOrder(model, SPEC, batch, config, 1, 1).fit(start).params
+    poisoned = {name: torch.full_like(tensor, torch.nan) for name, tensor in start.items()}
+    with pytest.raises(DivergedError):
+        FirstOrder(model, SPEC, batch, config, 1, 1).fit(poisoned)
+    assert same(FirstOrder(model, SPEC, batch, config, 1, 1).fit(start).params, wanted)
 
 
 def test_what_does_not_fit_is_refused_and_nothing_is_written() -> None:

@@ -133,5 +133,5 @@ def test_a_trace_that_says_nothing_is_refused(tmp_path: Path, content: str | Non
     file = tmp_path / "trace.jsonl"
     if content is not None:
         file.write_text(content)
-    with pytest.raises(DataError, match="trace.jsonl"):
+    with pytest.raises(DataError, match=r"trace\.jsonl"):
         read_trace(file)
