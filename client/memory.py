@@ -100,13 +100,13 @@ class Memory:
     def kept(self, client: str, accepted: int) -> Payload:
         """What a client keeps, `accepted` being the last round whose update was accepted.
 
-        Empty before the first. Raises WireError when what was accepted is lost or damaged.
+        Empty for 0: before the first, or where the server asks as if there were none (nothing is
+        deleted). Raises WireError when what was accepted is lost or damaged.
         """
         staged, last = (self._kept_path(client, name) for name in ("staged", "last"))
-        if staged.is_file() and codec.read(str(staged))[1].get("round") == str(accepted):
+        if staged.is_file() and _read(staged)[1].get("round") == str(accepted):
             staged.replace(last)
         if not accepted:
-            last.unlink(missing_ok=True)
             return {}
         if not last.is_file():
             raise WireError(f"what this device kept of round {accepted} is lost")

@@ -8,8 +8,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 _GRACE = 30.0
 """Seconds in which a child that is told to stop may end its work."""
@@ -69,17 +67,21 @@ def stop(children: Sequence[Child]) -> None:
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
-    """SIGTERM is as good as Ctrl-C: children are not left behind."""
+def stoppable() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set, instead of raising wherever the program happens to be.
 
-    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-        raise KeyboardInterrupt
-
+    An exception between the start of a child and the note of it would leave it behind.
+    """
+    asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield asked
         return
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {
+        number: signal.signal(number, lambda *_: asked.set())
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
-        yield
+        yield asked
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

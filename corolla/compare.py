@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import psutil
@@ -176,8 +177,8 @@ def compare(
     most = 1 if alone else jobs or _cores()
     _prepare(wanted, folder, resume)
     runner = _Runner(wanted, folder, most, fixed=jobs > 0, watch=watch)
-    with stoppable():
-        runner.run()
+    with stoppable() as asked:
+        runner.run(asked)
     finals = {m.label: runner.finals(m) for m in wanted.methods}
     if not any(finals.values()):
         raise CorollaError(
@@ -304,8 +305,8 @@ class _Runner:
         self._cells: dict[str, Cell] = {}
         self._children: list[tuple[Job, Child]] = []
 
-    def run(self) -> None:
-        """All cells. Raises StoppedError on Ctrl-C, when all children have ended."""
+    def run(self, asked: Event) -> None:
+        """All cells. Raises StoppedError when `asked` to stop, once all children have ended."""
         waiting = deque(job for method in self.plan.methods for job in self.plan.search(method))
         searching = {m.label: {job.name for job in self.plan.search(m)} for m in self.plan.methods}
 
@@ -318,7 +319,7 @@ class _Runner:
 
         try:
             while waiting or self._children:
-                while waiting and len(self._children) < self.jobs:
+                while waiting and len(self._children) < self.jobs and not asked.is_set():
                     job = waiting.popleft()
                     if self._finished(job):
                         settled(job)
@@ -330,15 +331,13 @@ class _Runner:
                     self._end(job, child)
                     settled(job)
                 self._say("")
-        except KeyboardInterrupt:
+                if asked.is_set():
+                    raise StoppedError(
+                        f"stopped; {len(self._cells)} of {self.plan.cells()} cells are finished: "
+                        f"go on with --resume --out {self.folder.parent}"
+                    )
+        finally:
             stop([child for _, child in self._children])
-            raise StoppedError(
-                f"stopped; {len(self._cells)} of {self.plan.cells()} cells are finished: go on "
-                f"with --resume --out {self.folder.parent}"
-            ) from None
-        except BaseException:
-            stop([child for _, child in self._children])
-            raise
 
     def losses(self, method: Method) -> dict[float, float | None]:
         """Learning rate → mean loss on the clients' own examples; None for one without a result."""

@@ -1,7 +1,7 @@
 """A start for an adapter from gradients on public data.
 
-Ponkshe et al., "Initialization using Update Approximation is a Silver Bullet for Extremely Efficient
-Low-Rank Fine-Tuning" (LoRA-SB), 2024, arXiv 2411.19557.
+Ponkshe et al., "Initialization using Update Approximation is a Silver Bullet for Extremely
+Efficient Low-Rank Fine-Tuning" (LoRA-SB), 2024, arXiv 2411.19557.
 """
 
 from collections.abc import Iterator, Sequence

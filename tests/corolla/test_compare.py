@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -153,7 +154,7 @@ def small(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(comparing, "stop", lambda children: None)
     monkeypatch.setattr(comparing, "_BEAT", 0.0)
     monkeypatch.setattr(comparing, "write_comparison", lambda folder, results: None)
-    monkeypatch.setattr(comparing.lora, "adapter_hash", lambda folder: "same")
+    monkeypatch.setattr("corolla.lora.adapter_hash", lambda folder: "same")
     monkeypatch.setattr(comparing, "_cores", lambda: 2)
     for name, value in (("started", []), ("most", 0), ("alive", 0), ("fails", {}), ("peak", 1000)):
         monkeypatch.setattr(Fake, name, value)
@@ -225,7 +226,7 @@ def test_fewer_cells_side_by_side_when_memory_would_not_hold_them(
 def test_ctrl_c_says_what_is_finished_and_resume_goes_on(small: Plan, tmp_path: Path) -> None:
     def interrupt(name: str) -> None:
         if len(Fake.started) == 4:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
     Fake.on_start = staticmethod(interrupt)
     with pytest.raises(StoppedError, match=r"\d of 10 cells are finished: go on with --resume"):

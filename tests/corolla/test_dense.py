@@ -617,6 +617,7 @@ def check_half(model: DenseModel, plain: Base, folder: Path) -> None:
     if model.artefact == "model":
         stored = load_file(place / "model.safetensors")
         assert {t.dtype for t in stored.values()} == {torch.bfloat16}
+        assert stored.keys() == dict(plain.model.named_parameters()).keys()  # tied ones once
         assert all(torch.equal(stored[n], t.bfloat16()) for n, t in trained.items())
         assert json.loads((place / "config.json").read_text())["dtype"] == "bfloat16"
         assert torch.equal(tiny.logits(type(plain.model).from_pretrained(place)), wanted)

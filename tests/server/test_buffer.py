@@ -103,7 +103,7 @@ TIMES: Mapping[str, Mapping[str, float]] = {
 def test_a_round_takes_its_slowest_client_and_later_ones_are_dropped(
     deadline: float | None, seconds: float, late: str
 ) -> None:
-    changes = {"classes": TIMES, "step_seconds": 3.0, "quorum": 0.1}
+    changes: dict[str, Any] = {"classes": TIMES, "step_seconds": 3.0, "quorum": 0.1}
     run = server(**changes, deadline_simulated=deadline)
     found = run.step()
     assert found.sim_seconds == pytest.approx(seconds)
@@ -165,7 +165,7 @@ def test_weighted_selection_counts_examples() -> None:
 # Asynchronous rounds
 
 # With four steps of a second: a answers after 1 s, b 3 s, c 5 s, d 12 s.
-BY_HAND = {"classes": speeds(a=4.0, b=4 / 3, c=4 / 5, d=4 / 12), "buffer": 2}
+BY_HAND: dict[str, Any] = {"classes": speeds(a=4.0, b=4 / 3, c=4 / 5, d=4 / 12), "buffer": 2}
 # Round by round: seconds, and (client, the round its state is from) of the two updates.
 EXPECTED = [
     (3.0, [("a", 1), ("b", 1)]),

@@ -215,9 +215,49 @@ def test_blocks_keep_their_order_and_never_share_a_name() -> None:
     assert float((total(strategy, states[-1]) - exact).norm() / exact.norm()) < 2e-6
 
 
+# Energy
+
+
+def block_of(strategy: Flora) -> tuple[Params, dict[str, float], Tensor]:
+    """The block of one round with three clients, the metrics, and the dense mean."""
+    parts = [(pair(rank, rank), n, LoraSpec(rank, 6.0)) for rank, n in ((1, 1), (2, 3), (4, 4))]
+    aggregator = strategy.aggregator()
+    for outcome, n, spec in parts:
+        update = strategy.local(client(outcome, n, spec), {"head": {}})
+        aggregator.add(update.payload, n)
+    state, metrics = strategy.apply(strategy.init({}, 0), aggregator.finalise())
+    terms = [n / 8 * spec.scaling * dense(outcome) for outcome, n, spec in parts]
+    (block,) = strategy.adapter(state).frozen
+    return block, dict(metrics), torch.stack(terms).sum(0)
+
+
+def test_all_energy_is_the_stack_bit_for_bit() -> None:
+    block, metrics, exact = block_of(Flora(energy=1.0))
+    plain, _, _ = block_of(Flora())
+    assert tree.digest(block) == tree.digest(plain)
+    assert factors.rank(block) == 1 + 2 + 4
+    assert "truncation_error" not in metrics
+    assert float((dense(block) - exact).norm() / exact.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("energy", [0.3, 0.9, 0.99, 0.9999])
+def test_less_energy_is_the_smallest_rank_that_keeps_it(energy: float) -> None:
+    block, metrics, exact = block_of(Flora(energy=energy))
+    s = torch.linalg.svdvals(exact)
+    kept = (s.square().cumsum(0) / s.square().sum()).tolist()
+    rank = next(i for i, share in enumerate(kept, 1) if share >= energy)
+    assert factors.rank(block) == metrics["frozen_rank"] == rank
+    off = float((dense(block) - exact).norm() / exact.norm())
+    assert off <= (1 - energy) ** 0.5
+    assert off == pytest.approx((1 - kept[rank - 1]) ** 0.5, abs=1e-6)
+    assert metrics["truncation_error"] == pytest.approx(off, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"energy": 0.0}, "energy must be above 0 and at most 1, found 0.0"),
+        ({"energy": 1.1}, "energy must be above 0 and at most 1, found 1.1"),
         ({"max_rank": 0}, "max_rank must be a whole number from 1, found 0"),
         ({"compact_at": 0.5}, "compact_at must be at least 1, found 0.5"),
     ],
