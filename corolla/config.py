@@ -19,6 +19,12 @@ from corolla.types import LoraSpec, Params, Size, Strategy, TrainerName
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
+LR_FIRST_ORDER = {"ia3": 3e-3, "prompt": 3e-3, "full": 3e-5}
+"""What is trained → the default lr of first-order strategies where it is not 3e-4, that of LoRA.
+
+The embedded model takes ten times as much, and all its parameters as much as an adapter.
+"""
+
 LR_ZEROTH_ORDER = {
     ("lora", True): 3e-3,
     ("lora", False): 1e-4,
@@ -150,7 +156,8 @@ class RunConfig(BaseModel):
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = Field(
-        3e-4, description="3e-3 for the embedded model; zeroth order: see LR_ZEROTH_ORDER"
+        3e-4,
+        description="3e-3 for the embedded model; see LR_FIRST_ORDER and LR_ZEROTH_ORDER",
     )
     queries: Positive = Field(1, description="directions a zeroth-order step measures")
     estimator: Literal["two_sided", "kerzoo"] = Field(
@@ -217,7 +224,11 @@ class RunConfig(BaseModel):
         if known and known.trainers[0] == "zeroth_order":
             lr = _lr_zeroth_order(values.get("parameters"), embedded)
             return {"lr": lr, "local_steps": 50, **values}
-        return {"lr": 3e-3, **values} if embedded else values
+        role = str(values.get("parameters", "lora"))
+        if embedded:
+            role = "lora" if role == "full" else role  # a million parameters are no more than that
+        rate = LR_FIRST_ORDER.get(role, 3e-4)
+        return {"lr": float(f"{10 * rate:g}") if embedded else rate, **values}
 
     @field_validator("strategy")
     @classmethod
