@@ -129,7 +129,7 @@ class _Cores:
 
     def __init__(self, start: Params) -> None:
         self._start = start
-        names = [name for name in start if factors.is_r(name)]
+        names = sorted(name for name in start if factors.is_r(name))  # a message has no order
         self._r = {name: nn.Parameter(start[name].clone()) for name in names}
         self._a = {name: _a_of(name) for name in names}
 

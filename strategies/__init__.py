@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from corolla.errors import ConfigError
 from corolla.strategies.fed_sb import FedSb
@@ -133,7 +134,8 @@ def _load(path: Path) -> ModuleType:
 def traits(strategy: Strategy | type[Strategy]) -> Traits:
     """What a strategy says of itself, with the defaults for what it does not say."""
     fields = dataclasses.fields(Traits)
-    return Traits(**{f.name: getattr(strategy, f.name, f.default) for f in fields})
+    said: dict[str, Any] = {f.name: getattr(strategy, f.name, f.default) for f in fields}
+    return Traits(**said)
 
 
 def create(name: str, options: Mapping[str, object] | None = None) -> Strategy:

@@ -97,4 +97,5 @@ class FedSb:
 def _orthonormal(shape: torch.Size, seed: int, module: str) -> Tensor:
     """(out, r) with orthonormal columns, the same on every machine but for its last bits."""
     normal = torch.randn(shape, generator=seeds.generator(seed, "B", module), dtype=torch.float64)
-    return torch.linalg.qr(normal).Q
+    q: Tensor = torch.linalg.qr(normal).Q
+    return q

@@ -18,6 +18,7 @@ from corolla.types import (
     Aggregates,
     Broadcast,
     Client,
+    Correct,
     Cost,
     LoraSpec,
     Metrics,
@@ -143,7 +144,7 @@ class HetLora:
             found[m + factors.A], found[m + factors.B] = a, b
         return found
 
-    def _pull(self, tail: int):
+    def _pull(self, tail: int) -> Correct:
         def correct(gradients: Params, weights: Params) -> Params:
             """Adds the gradient of penalty · |A[tail:]| · |B[:, tail:]|."""
             changed = dict(gradients)

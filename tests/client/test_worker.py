@@ -61,7 +61,7 @@ def task(
     if broadcast.log is not None:
         versions = seedlog.versions(origin(worker), broadcast.log)
         log = Log(versions[0], versions[0], versions[-1], broadcast.log, len(broadcast.log))
-    settings = {"lora": vars(lora or worker.config.lora), "class": class_name}
+    settings: dict[str, Any] = {"lora": vars(lora or worker.config.lora), "class": class_name}
     settings |= {"population": 4, "accepted": 0}
     values: dict[str, Any] = {
         "run_id": RUN,

@@ -9,7 +9,8 @@ from corolla.errors import ConfigError
 
 OWN = "tests.strategies.sabotaged:"
 WEIGHTS, FACTORS = "mean of effective weights", "mean of factors"
-ONE, LEAK = "one client", "no leak between clients"
+ONE, LEAK, EXPECTED = "one client", "no leak between clients", "as expected"
+UP, DOWN = "bytes up = formula", "bytes down = formula"
 ALWAYS = [LEAK, "grouping", "order", ONE, "bytes up = formula", "bytes down = formula"]
 ALWAYS += ["saved and reloaded"]
 
@@ -41,6 +42,21 @@ def failed(result: Result) -> set[str]:
         ("KeepsTheLast", "llama", {FACTORS, "grouping", "order"}),
         ("ClaimsFactorsAreExact", "llama", {WEIGHTS}),
         ("MergesIntoHalf", "llama", {WEIGHTS, ONE}),
+        ("ResidualForgotten", "llama", {WEIGHTS, DOWN}),
+        ("ResidualScaledTwice", "gpt2", {WEIGHTS}),
+        ("ResidualNotTrainedBeside", "llama", {WEIGHTS}),
+        ("SquareRootOnOneSide", "llama", {EXPECTED}),
+        ("PenaltyNotRelative", "llama", {EXPECTED}),
+        ("FrozenHalfNotRestored", "llama", {WEIGHTS}),
+        ("SingularValuesForgotten", "gpt2", {WEIGHTS, ONE}),
+        ("CoresBySize", "llama", {WEIGHTS}),
+        ("NormsForgotten", "llama", {EXPECTED}),
+        ("MomentumForgotten", "llama", {EXPECTED}),
+        ("BetasConfused", "llama", {EXPECTED}),
+        ("SignForgotten", "bert", {EXPECTED}),
+        ("AveragesB", "llama", {UP, DOWN}),
+        ("SendsLocal", "llama", {FACTORS, ONE}),
+        ("SendsBoth", "llama", {UP}),
         ("UnweightedScalars", "llama", {FACTORS}),
         ("AddsUpClients", "gpt2", {FACTORS}),
         ("SignsOfTheRoundBefore", "llama", {FACTORS, ONE}),
@@ -82,6 +98,7 @@ def test_a_forgotten_head_passes_where_there_is_none() -> None:
         ("RaisesAssertion", "AssertionError: a mistake of its author"),
         ("RaisesOnDevice", "RuntimeError: a mistake of its author"),
         ("WrongKeys", "0 of 3 clients gave a valid update"),
+        ("PhaseStuck", "round 2: 0 of 3 clients gave a valid update"),
         ("NotFinite", "the aggregate is not finite"),
         ("SeedOfItsChoice", "update has seed "),
         ("RateOfItsChoice", "update has step "),

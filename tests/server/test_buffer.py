@@ -1,13 +1,14 @@
 """Rounds on simulated devices, by hand: who is there, how long it takes, what is stale."""
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
 
-from corolla import codec
+from corolla import codec, compression
 from corolla.config import RunConfig
 from corolla.errors import RoundError
 from corolla.server import buffer
@@ -31,6 +32,9 @@ class Devices:
 
     asked: list[list[str]] = field(default_factory=list)
     wrong: frozenset[str] = frozenset()
+    codec: Sequence[str] = ()
+    accepted: dict[tuple[str, int], int] = field(default_factory=dict)
+    """What a client was told in a round: which of its updates was the last to be accepted."""
 
     def clients(self) -> Mapping[str, int]:
         return EXAMPLES
@@ -41,12 +45,14 @@ class Devices:
             yield client, self._answer(client, unpack_task(packets[client]))
 
     def _answer(self, client: str, task: Task) -> Packet:
+        self.accepted[client, task.round] = json.loads(task.config)["accepted"]
         start = codec.decode(task.payload)["adapter"]
         sent = {name: (GOALS[client] - w) / 2 for name, w in start.items()}
         echo = (task.run_id, task.round, task.base_version, task.kind, client)
         if client in self.wrong:
             return pack_reply(Reply(*echo, error="battery empty"))
-        return pack_reply(Reply(*echo, EXAMPLES[client], {}, codec.encode({"adapter": sent})))
+        data = compression.pipeline(self.codec).encode({"adapter": sent}, 0)
+        return pack_reply(Reply(*echo, EXAMPLES[client], {}, data))
 
 
 @dataclass
@@ -77,7 +83,8 @@ def server(trace: Trace | None = None, wrong: str = "", **settings: Any) -> Serv
     strategy = config.build_strategy()
     federation = Federation("ab" * 16, config, strategy, EXAMPLES, lambda spec: FRESH, trace=trace)
     state = strategy.init(FRESH, 0)
-    return Server(federation, Devices(wrong=frozenset(wrong)), Checkpoint("", 0, state, {}))
+    network = Devices(wrong=frozenset(wrong), codec=config.codec)
+    return Server(federation, network, Checkpoint("", 0, state, {}))
 
 
 def speeds(**found: float) -> Mapping[str, Mapping[str, float]]:
@@ -195,6 +202,19 @@ def test_updates_are_taken_as_they_arrive_and_count_less_the_older_they_are(powe
         assert run.weight == pytest.approx(weights[-1], rel=1e-6)
         assert found.bytes_up == 2 * BYTES
         assert found.bytes_down == (4 if round == 1 else 2) * BYTES
+
+
+def test_devices_are_told_which_update_was_accepted_by_the_round_they_made_it_in() -> None:
+    """They keep what a codec has left out under that round."""
+    run = server(**BY_HAND, codec=["top_k:1.0"])
+    for _ in EXPECTED:
+        assert run.step().dropped == {}
+    made = sorted(run.network.accepted)  # of each client, round after round
+    before = {"a": [1, 2, 3, 4, 5, 6, 7], "b": [1, 2, 4, 5, 7], "c": [1, 3, 6], "d": [1]}
+    assert made == [(c, r) for c, rounds in before.items() for r in rounds]
+    for client, rounds in before.items():
+        told = [run.network.accepted[client, r] for r in rounds]
+        assert told == [0, *rounds[:-1]]
 
 
 def test_what_is_in_flight_survives_a_checkpoint(tmp_path: Any) -> None:

@@ -5,16 +5,28 @@ from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Self, cast
 
 import torch
+from torch import Tensor
 
 from corolla import factors, tree
 from corolla.aggregation import ByGroup, SeedSums, Stack, WeightedMean
 from corolla.client.worker import LocalClient
 from corolla.directions import SignPool
+from corolla.strategies.fed_sb import FedSb
 from corolla.strategies.fedavg import FedAvg
+from corolla.strategies.fedavgm import FedAvgM
+from corolla.strategies.feddpa import FedDpa
+from corolla.strategies.fedex_lora import FedExLora
 from corolla.strategies.fedkseed import FedKSeed
+from corolla.strategies.fedopt import FedAdam, FedYogi
+from corolla.strategies.fedsa_lora import FedSaLora
+from corolla.strategies.fedsvd import FedSvd
 from corolla.strategies.ffa_lora import FfaLora
+from corolla.strategies.flexlora import FlexLora
 from corolla.strategies.flora import Flora
+from corolla.strategies.hetlora import HetLora
+from corolla.strategies.lora_fair import LoraFair
 from corolla.strategies.mixed import Mixed
+from corolla.strategies.rolora import RoLora
 from corolla.strategies.seed_pool import SeedPool
 from corolla.types import (
     Adapter,
@@ -223,6 +235,166 @@ class RaisesOnDevice(FedAvg):
 class NotFinite(FedAvg):
     def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
         return {"adapter": tree.scale(state["adapter"], float("nan"))}, {}
+
+
+# What is refined beyond a mean of factors, or kept on the devices.
+
+
+class ResidualForgotten(FedExLora):
+    """FedAvg by another name."""
+
+    def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
+        own = aggregate["residual"]
+        none = {n: t[:0] if factors.is_a(n) else t[:, :0] for n, t in own.items()}
+        return super().apply(state, {**aggregate, "residual": none})
+
+
+class ResidualScaledTwice(FedExLora):
+    """Multiplies by alpha / r what is multiplied by it anyway."""
+
+    def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
+        return super().apply(
+            state, {**aggregate, "residual": factors.bake(aggregate["residual"], 2.0)}
+        )
+
+
+class ResidualNotTrainedBeside(FedExLora):
+    """The server adds residuals to the base, the clients do not."""
+
+    def local(self, client: Client, received: Payload) -> Update:
+        return super().local(client, {"adapter": received["adapter"]})
+
+
+class SquareRootOnOneSide(FlexLora):
+    """B = U √S, A = Vᵀ: the singular values come out as their roots."""
+
+    def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
+        after, metrics = super().apply(state, aggregate)
+        rooted = {
+            n: t / t.norm(dim=0).clamp(min=1e-12).sqrt() if factors.is_b(n) else t
+            for n, t in after["global"].items()
+        }
+        return {**after, "global": rooted}, metrics
+
+
+class PenaltyNotRelative(LoraFair):
+    """λ as it is, not relative to the size of Ā Āᵀ."""
+
+    def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
+        a = tree.add(state["adapter"], aggregate["adapter"])[_first_a(state["adapter"])]
+        penalty = self.penalty / float((a @ a.T).diagonal().mean())
+        return LoraFair(penalty).apply(state, aggregate)
+
+
+def _first_a(params: Params) -> str:
+    return next(name for name in params if factors.is_a(name))
+
+
+class PhaseStuck(RoLora):
+    """Never turns to A; the server, which counts rounds, refuses what comes."""
+
+    def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
+        after, metrics = super().apply(state, aggregate)
+        return {**after, "phase": state["phase"]}, metrics
+
+
+class FrozenHalfNotRestored(RoLora):
+    """Trains A beside the B that the client before has left in the process."""
+
+    def local(self, client: Client, received: Payload) -> Update:
+        key = frozenset(received["B"])
+        if received["phase"]["trains_a"]:
+            return super().local(client, {**received, "B": _LEFT_BEHIND[key]})
+        update = super().local(client, received)
+        moved = update.payload["adapter"]
+        _LEFT_BEHIND[key] = {n: t + moved[n] for n, t in received["B"].items()}
+        return update
+
+
+class SingularValuesForgotten(FedSvd):
+    """B = U."""
+
+    def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
+        after, metrics = super().apply(state, aggregate)
+        unit = {
+            n: t / t.norm(dim=0).clamp(min=1e-12) if factors.is_b(n) else t
+            for n, t in after["adapter"].items()
+        }
+        return {**after, "adapter": unit}, metrics
+
+
+class CoresBySize(FedSb):
+    """Weighs every client alike."""
+
+    def aggregator(self) -> WeightedMean:
+        return PlainMean()
+
+
+class PaddedMean(WeightedMean):
+    def add(self, payload: Payload, weight: float) -> None:
+        super().add({"factors": factors.pad(payload["factors"], 16)}, weight)
+
+
+class NormsForgotten(HetLora):
+    """Weighs padded factors by examples."""
+
+    def aggregator(self) -> ByGroup:
+        return ByGroup({"factors": PaddedMean(), "head": WeightedMean()})
+
+
+class MomentumForgotten(FedAvgM):
+    def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
+        after, metrics = super().apply(state, aggregate)
+        return {**after, "momentum": state["momentum"]}, metrics
+
+
+class BetasConfused(FedAdam):
+    """β₁ in the place of β₂."""
+
+    def _variance(self, v: Tensor, delta: Tensor) -> Tensor:
+        return self.beta1 * v + (1 - self.beta1) * delta.square()
+
+
+class SignForgotten(FedYogi):
+    """A variance that only falls."""
+
+    def _variance(self, v: Tensor, delta: Tensor) -> Tensor:
+        return (v - (1 - self.beta2) * delta.square()).clamp(min=self.tau**2 / 2)
+
+
+class AveragesB(FedSaLora):
+    """Sends B as well, and everybody goes on from its mean."""
+
+    def init(self, start: Params, seed: int) -> Payload:
+        return {"adapter": factors.select(start, factors.is_a, factors.is_b)}
+
+    def update_like(self, fresh: Params, size: Size) -> Payload:
+        return {"adapter": factors.select(fresh, factors.is_a, factors.is_b)}
+
+
+class SendsLocal(FedDpa):
+    """The wrong one of the two adapters leaves the device."""
+
+    def local(self, client: Client, received: Payload) -> Update:
+        update = super().local(client, received)
+        start, own = received["adapter"], update.keep["personal"]
+        moved = {n: own[n] - start[n] if n in own else t for n, t in _adapter(update).items()}
+        return replace(update, payload={"adapter": moved})
+
+
+class SendsBoth(FedDpa):
+    """The local adapter beside the global one."""
+
+    def local(self, client: Client, received: Payload) -> Update:
+        update = super().local(client, received)
+        return replace(update, payload={**update.payload, "local": update.keep["personal"]})
+
+    def update_like(self, fresh: Params, size: Size) -> Payload:
+        return {"adapter": fresh, "local": factors.select(fresh, factors.is_a, factors.is_b)}
+
+
+def _adapter(update: Update) -> Params:
+    return update.payload["adapter"]
 
 
 # Zeroth order: what travels are scalars, and both sides must make the same step of them.
