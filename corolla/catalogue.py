@@ -51,8 +51,9 @@ _BYTES = f"""
 
 Of training alone: cohorts of {COHORT}, fp32, {QUERIES} queries of zeroth-order clients, no codec,
 no head. "Once": what a client receives in its first round, and again when it has missed a change.
-"Or": in odd and even rounds, or with and without backpropagation. What is sent once of each round (blocks of `flora`
-and `fedex_lora`, rows of `seed_pool` and `ferret`) comes in addition for rounds that were missed.
+"Or": in odd and even rounds, or with and without backpropagation. What is sent once of each round
+(blocks of `flora` and `fedex_lora`, rows of `seed_pool` and `ferret`) comes in addition for rounds
+that were missed.
 
 """
 

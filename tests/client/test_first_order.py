@@ -342,6 +342,126 @@ def test_frozen_blocks_join_the_base_model(
     )
 
 
+@pytest.mark.parametrize("strength", [0.25, 2.0])
+def test_strength_multiplies_the_product_in_loss_and_gradient(
+    model: LoraModel,
+    start: Params,
+    plain: transformers.PreTrainedModel,
+    settings: Settings,
+    strength: float,
+) -> None:
+    """W + strength · s B A; what is trained is A and B as they are."""
+    config = settings(optimizer="sgd", lr=0.5, local_steps=1, batch_size=4, clip_norm=None)
+    leaves = {n: t.clone().requires_grad_() for n, t in start.items()}
+    scaled = {n: strength * t if n.endswith("lora_A") else t for n, t in leaves.items()}
+    loss = plain_loss(plain, scaled, DATA)
+    loss.backward()  # type: ignore[no-untyped-call]
+    fit = trainer(model, DATA, config).fit(start, strength=strength)
+    assert fit.metrics["train_loss"] == pytest.approx(float(loss.detach()), rel=1e-6)
+    wanted = {n: (t - 0.5 * t.grad).detach() for n, t in leaves.items() if t.grad is not None}
+    assert_close(fit.params, wanted)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "wanted"), [("constant", 1.5), ("linear", 0.5 * (1 + 5 / 6 + 4 / 6))]
+)
+def test_distance_is_the_sum_of_the_rates_that_steps_were_made_with(
+    model: LoraModel, start: Params, settings: Settings, schedule: str, wanted: float
+) -> None:
+    """With SGD, (start - params) / distance is the mean gradient."""
+    options = {"optimizer": "sgd", "lr": 0.5, "clip_norm": None, "schedule": schedule}
+    config = settings(**options, local_steps=3, rounds=2)
+    fit = trainer(model, DATA, config).fit(start, correct=constant(0.25))
+    assert fit.distance == pytest.approx(wanted, rel=1e-9)
+    mean = {n: (t - fit.params[n]) / fit.distance for n, t in start.items()}
+    assert_close(mean, {n: torch.full_like(t, 0.25) for n, t in start.items()}, 1e-5)
+
+
+# Cores R between B and A
+
+
+@pytest.fixture
+def cores(start: Params) -> Params:
+    noise = torch.Generator().manual_seed(2)
+    names = [n.replace("lora_A", "lora_R") for n in start if n.endswith("lora_A")]
+    return {n: torch.randn(2, 2, generator=noise) for n in names}
+
+
+def core_steps(
+    plain: transformers.PreTrainedModel, leaves: dict[str, Tensor], fixed: Params, steps: int
+) -> None:
+    """Full-batch SGD on the leaves, by autograd through W + s B R A of a plain model."""
+    optimizer = torch.optim.SGD(leaves.values(), lr=0.2)
+    for _ in range(steps):
+        whole = {**fixed, **leaves}
+        product = {
+            n: whole[n.replace("lora_A", "lora_R")] @ t if n.endswith("lora_A") else t
+            for n, t in whole.items()
+            if not n.endswith("lora_R")
+        }
+        optimizer.zero_grad()
+        plain_loss(plain, product, DATA).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+
+@pytest.mark.parametrize("with_b", [False, True])
+def test_cores_follow_their_gradient_by_autograd_and_a_never_moves(
+    model: LoraModel,
+    start: Params,
+    cores: Params,
+    plain: transformers.PreTrainedModel,
+    settings: Settings,
+    with_b: bool,
+) -> None:
+    config = settings(optimizer="sgd", lr=0.2, local_steps=3, batch_size=4, clip_norm=None)
+    fit = trainer(model, DATA, config).fit(
+        {**start, **cores}, train=lambda n: with_b or not n.endswith("lora_B")
+    )
+    moving = {n: t for n, t in start.items() if with_b and n.endswith("lora_B")} | dict(cores)
+    leaves = {n: t.clone().requires_grad_() for n, t in moving.items()}
+    core_steps(plain, leaves, start, 3)
+    assert fit.params.keys() == start.keys() | cores.keys()
+    assert_close(
+        {n: fit.params[n] for n in leaves}, {n: t.detach() for n, t in leaves.items()}, 1e-5
+    )
+    assert_equal({n: fit.params[n] for n in start if n not in leaves},
+                 {n: t for n, t in start.items() if n not in leaves})  # fmt: skip
+    assert all(differs({n: fit.params[n]}, {n: t}) for n, t in cores.items())
+
+
+def test_the_model_computes_with_the_core(
+    model: LoraModel, start: Params, cores: Params, settings: Settings
+) -> None:
+    """While it trains, and afterwards: what stands in the place of A is R A."""
+    fit = trainer(model, DATA, settings(local_steps=2)).fit(
+        {**start, **cores}, train=lambda n: not n.endswith("lora_B")
+    )
+    held = model.read()
+    for name, core in cores.items():
+        a = name.replace("lora_R", "lora_A")
+        assert_close({a: held[a]}, {a: fit.params[name] @ start[a]})
+        assert differs({name: fit.params[name]}, {name: core})
+
+
+def test_hook_and_clipping_see_cores_and_not_the_product(
+    model: LoraModel, start: Params, cores: Params, settings: Settings
+) -> None:
+    config = settings(optimizer="sgd", lr=0.5, local_steps=1, clip_norm=0.25)
+    seen: list[Params] = []
+
+    def ones(gradients: Params, weights: Params) -> Params:
+        seen.append(tree_copy(weights))
+        return {n: torch.ones_like(g) for n, g in gradients.items()}
+
+    fit = trainer(model, DATA, config).fit(
+        {**start, **cores}, train=lambda n: not n.endswith("lora_B"), correct=ones
+    )
+    assert_equal(seen[0], cores)
+    values = sum(t.numel() for t in cores.values())
+    moved = 0.5 * 0.25 / math.sqrt(values)
+    assert_close({n: fit.params[n] for n in cores}, {n: t - moved for n, t in cores.items()})
+
+
 def test_a_start_that_misses_a_tensor_is_refused(
     model: LoraModel, start: Params, settings: Settings
 ) -> None:

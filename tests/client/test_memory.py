@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from corolla import codec, seedlog
 from corolla.client.memory import Memory
 from corolla.errors import WireError
-from corolla.types import Params
+from corolla.types import Params, Payload
 
 A: Params = {"x.lora_A": torch.arange(6.0).reshape(2, 3)}
 OTHER: Params = {"x.lora_A": torch.ones(2, 3)}
@@ -252,3 +253,137 @@ def test_a_damaged_snapshot_is_asked_for_again(tmp_path: Path, damage: str) -> N
     assert found is not None
     assert found[0] is not None
     assert torch.equal(found[0]["x.lora_A"], A["x.lora_A"])
+
+
+# What a client keeps of its own
+
+KEPT: Payload = {
+    "control": {"x.lora_A": torch.arange(6.0).reshape(2, 3), "é/..": torch.tensor(3)},
+    "empty": {},
+}
+
+
+def of(round: int) -> Payload:
+    return {"control": {"x": torch.tensor([float(round)])}}
+
+
+def kept_round(memory: Memory, accepted: int, client: str = "ada") -> int:
+    return int(memory.kept(client, accepted)["control"]["x"])
+
+
+def files_of(memory: Memory, client: str = "ada") -> list[str]:
+    return files(memory.kept_folder(client))
+
+
+def test_nothing_is_kept_before_the_first_accepted_round(tmp_path: Path) -> None:
+    memory = Memory(tmp_path)
+    assert memory.kept("ada", 0) == {}
+    memory.stage("ada", 1, of(1))
+    assert Memory(tmp_path).kept("ada", 0) == {}
+
+
+def test_what_was_staged_counts_once_it_is_accepted(tmp_path: Path) -> None:
+    """Groups, names, types and values, over restarts."""
+    Memory(tmp_path).stage("ada", 4, KEPT)
+    for _ in range(2):
+        found = Memory(tmp_path).kept("ada", 4)
+        assert {g: set(p) for g, p in found.items()} == {g: set(p) for g, p in KEPT.items()}
+        for group, params in KEPT.items():
+            for name, tensor in params.items():
+                assert torch.equal(found[group][name], tensor)
+                assert found[group][name].dtype == tensor.dtype
+
+
+def test_what_was_rejected_is_replaced_and_what_was_accepted_stays(tmp_path: Path) -> None:
+    memory = Memory(tmp_path)
+    memory.stage("ada", 1, of(1))
+    assert kept_round(memory, 1) == 1
+    memory.stage("ada", 2, of(2))  # the server refuses it, or never sees it
+    assert kept_round(memory, 1) == 1
+    memory.stage("ada", 3, of(3))
+    assert kept_round(memory, 3) == 3
+    with pytest.raises(WireError, match="this device kept round 3, the server accepted 1"):
+        memory.kept("ada", 1)
+
+
+def test_a_round_that_is_repeated_after_a_crash_finds_what_it_found(tmp_path: Path) -> None:
+    """The server falls back to round 2; the device has staged round 3 of the interrupted run."""
+    memory = Memory(tmp_path)
+    memory.stage("ada", 2, of(2))
+    assert kept_round(memory, 2) == 2
+    memory.stage("ada", 3, of(30))
+    again = Memory(tmp_path)
+    assert kept_round(again, 2) == 2
+    again.stage("ada", 3, of(3))
+    assert kept_round(Memory(tmp_path), 3) == 3
+
+
+def test_a_question_as_if_nothing_were_kept_deletes_nothing(tmp_path: Path) -> None:
+    """The base model is evaluated again when a run is resumed."""
+    memory = Memory(tmp_path)
+    memory.stage("ada", 1, of(1))
+    assert kept_round(memory, 1) == 1
+    memory.stage("ada", 2, of(2))
+    assert memory.kept("ada", 0) == {}
+    assert kept_round(memory, 1) == 1
+
+
+@pytest.mark.parametrize("name", ["staged", "last"])
+def test_what_is_lost_is_said(tmp_path: Path, name: str) -> None:
+    memory = Memory(tmp_path)
+    memory.stage("ada", 1, of(1))
+    if name == "last":
+        assert kept_round(memory, 1) == 1
+    (memory.kept_folder("ada") / f"{name}.safetensors").unlink()
+    with pytest.raises(WireError, match="what this device kept of round 1 is lost"):
+        memory.kept("ada", 1)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-3], lambda data: b"", lambda data: b"x" * 99]
+)
+def test_damage_of_what_counts_is_an_error_and_of_what_does_not_is_none(
+    tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    memory = Memory(tmp_path)
+    memory.stage("ada", 1, of(1))
+    assert kept_round(memory, 1) == 1
+    memory.stage("ada", 2, of(2))
+    staged, last = (memory.kept_folder("ada") / f"{n}.safetensors" for n in ("staged", "last"))
+    staged.write_bytes(damage(staged.read_bytes()))
+    assert kept_round(memory, 1) == 1
+    last.write_bytes(damage(last.read_bytes()))
+    with pytest.raises(WireError):
+        memory.kept("ada", 1)
+
+
+def test_a_crash_while_staging_leaves_what_there_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = Memory(tmp_path)
+    memory.stage("ada", 1, of(1))
+
+    def crash(self: Path, target: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", crash)
+        with pytest.raises(OSError, match="No space"):
+            memory.stage("ada", 2, of(2))
+    assert kept_round(Memory(tmp_path), 1) == 1
+    memory.stage("ada", 2, of(2))
+    assert kept_round(memory, 2) == 2
+    assert files_of(memory) == ["last.safetensors"]
+
+
+def test_clients_are_kept_apart_and_beside_the_cache(tmp_path: Path) -> None:
+    """Names as they come; in a simulation all share a folder of cached groups."""
+    memory = Memory(tmp_path / "cache", tmp_path / "clients")
+    names = ["ada", "ada/..", "../ada", "日本", "", "a" * 300]
+    for round, client in enumerate(names, 1):
+        memory.stage(client, round, of(round))
+    memory.keep("A", A, ID)
+    memory.prune({})
+    assert [kept_round(memory, r, client) for r, client in enumerate(names, 1)] == [*range(1, 7)]
+    assert len(files(tmp_path / "clients")) == len(names)
+    assert files(tmp_path) == ["cache", "clients"]

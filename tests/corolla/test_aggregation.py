@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corolla import seeds, signs
-from corolla.aggregation import ByGroup, SeedSums, Stack, WeightedMean
+from corolla.aggregation import ByGroup, MeanAndResidual, SeedSums, Stack, Sum, WeightedMean
 from corolla.types import Aggregator, Payload
 
 Make = Callable[[], Aggregator]
@@ -274,6 +274,81 @@ def test_nothing_to_aggregate_is_an_error(make: Make) -> None:
         make().finalise()
     with pytest.raises(ValueError, match="weights sum to 0"):
         folded(make, [(update(0), 0.0)]).finalise()
+
+
+# Sums, and means with what their product lacks
+
+
+def test_a_sum_by_hand_counts_no_weights() -> None:
+    left, right = Sum(), Sum()
+    left.add({"g": {"x": torch.tensor([1.0, 10.0])}}, 5)
+    right.add({"g": {"x": torch.tensor([2.0, -4.0])}}, 0)
+    right.add({"g": {"x": torch.tensor([4.0, 1.0])}}, 1)
+    left.merge(right)
+    assert left.finalise()["g"]["x"].tolist() == [7.0, 7.0]
+    assert right.finalise()["g"]["x"].tolist() == [6.0, -3.0]  # as it was
+    assert left.linear
+    with pytest.raises(ValueError, match="weights sum to 0"):
+        Sum().finalise()
+
+
+def test_a_sum_runs_in_double_precision() -> None:
+    total = Sum()
+    total.add({"g": {"x": torch.tensor([2.0**24])}}, 1)
+    for _ in range(1000):
+        total.add({"g": {"x": torch.tensor([1.0])}}, 1)
+    assert total.finalise()["g"]["x"].item() == pytest.approx(2**24 + 1000, rel=1e-7)
+
+
+def residual_of(updates: Sequence[tuple[Payload, float]]) -> MeanAndResidual:
+    aggregator = MeanAndResidual()
+    for payload, weight in updates:
+        head, own = payload["head"], payload["factors"]
+        aggregator.add({"adapter": {**own, **head}}, weight)
+    return aggregator
+
+
+def test_mean_and_residual_is_the_mean_of_products_for_any_tree() -> None:
+    updates = [(update(i), float(1 + i)) for i in range(4)]
+    flat = residual_of(updates).finalise()
+    ideal = torch.stack([w / 10 * dense({"factors": p["factors"]}, Stack) for p, w in updates])
+    for order in itertools.permutations(updates):
+        left, right = residual_of(order[:1]), residual_of(order[1:3])
+        right.merge(residual_of(order[3:]))
+        left.merge(right)
+        merged = left.finalise()
+        parts = [dense({"factors": merged[g]}, Stack) for g in ("adapter", "residual")]
+        assert float((sum(parts) - ideal.sum(0)).norm() / ideal.sum(0).norm()) < 1e-6
+        bias = merged["adapter"]["bias"]
+        assert torch.allclose(bias, flat["adapter"]["bias"], atol=1e-6)
+    assert flat["residual"].keys() == {"m.lora_A", "m.lora_B"}  # a head has none
+    assert flat["residual"]["m.lora_A"].dtype == torch.float32
+    assert not MeanAndResidual().linear
+
+
+def test_a_common_start_leaves_the_residual_alone() -> None:
+    """Clients send differences: (B - B₀)(A - A₀) has the same covariance as B A."""
+    updates = [(update(i), float(1 + i)) for i in range(3)]
+    start = update(9)["factors"]
+    shifted = [
+        ({**p, "factors": {n: t - start[n] for n, t in p["factors"].items()}}, w)
+        for p, w in updates
+    ]
+    found, wanted = (
+        dense({"factors": residual_of(own).finalise()["residual"]}, Stack)
+        for own in (shifted, updates)
+    )
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-6
+
+
+def test_one_client_leaves_a_residual_without_rank() -> None:
+    residual = residual_of([(update(0), 3.0)]).finalise()["residual"]
+    assert {n: tuple(t.shape) for n, t in residual.items()} == {
+        "m.lora_A": (0, 5),
+        "m.lora_B": (7, 0),
+    }
+    with pytest.raises(ValueError, match="weights sum to 0"):
+        MeanAndResidual().finalise()
 
 
 def _same(one: Payload, other: Payload) -> bool:

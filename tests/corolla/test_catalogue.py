@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -156,7 +157,7 @@ def test_tables_of_the_page_are_whole() -> None:
     lines = catalogue.markdown().splitlines()
     rows = [line for line in lines if line.startswith("| `")]
     assert [re.findall(r"`(\w+)`", row)[0] for row in rows] == 3 * list(STRATEGIES)
-    for above, line in zip(lines, lines[1:], strict=False):
+    for above, line in pairwise(lines):
         if above.startswith("|") and line.startswith("|"):
             assert above.count("|") == line.count("|"), line
     for name in STRATEGIES:

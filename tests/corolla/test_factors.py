@@ -1,5 +1,6 @@
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from corolla import factors, seeds
+from corolla import factors, seeds, tree
 from corolla.types import LoraSpec, Params, Size
 
 OUT, INTO = 20, 12
@@ -244,3 +245,46 @@ def test_pad_keeps_products_and_makes_ranks_equal() -> None:
     assert {tuple(t.shape) for t in padded.values()} == {(6, 12), (20, 6), (6, 7), (9, 6)}
     for module in ("m", "n"):
         assert torch.equal(dense(padded, module), dense(params, module))
+
+
+@pytest.mark.parametrize("energy", [0.2, 0.75, 0.99])
+def test_compact_by_energy_keeps_the_smallest_rank_that_is_enough(energy: float) -> None:
+    """Of each module by itself; the errors join."""
+    params = {**pair(9, 0), **pair(3, 1, 6, 33, "n")}
+    compacted, error = factors.compact(params, energy=energy)
+    lost = total = 0.0
+    for module in ("m", "n"):
+        square = torch.linalg.svdvals(dense(params, module)).square()
+        shares = square.cumsum(0) / square.sum()
+        rank = int((shares < energy).sum()) + 1
+        assert compacted[f"{module}.lora_A"].shape[0] == rank
+        lost, total = lost + float(square[rank:].sum()), total + float(square.sum())
+    assert error == pytest.approx((lost / total) ** 0.5, abs=1e-7)
+    assert error <= (1 - energy) ** 0.5
+
+
+def test_compact_by_energy_goes_no_further_than_the_largest_rank() -> None:
+    compacted, _ = factors.compact(pair(9, 0), 2, energy=0.999)
+    assert factors.rank(compacted) == 2
+    assert tree.digest(factors.compact(pair(9, 0), energy=1.0)[0]) == tree.digest(
+        factors.compact(pair(9, 0))[0]
+    )
+
+
+def test_mean_is_numpys_weighted_average() -> None:
+    parts = {name: pair(3, seed) for seed, name in enumerate("abc")}
+    weights = {"a": 0.2, "b": 0.5, "c": 0.3}
+    found = factors.mean(parts, weights)
+    for name, tensor in found.items():
+        stacked = np.stack([parts[c][name].double().numpy() for c in weights])
+        wanted = np.average(stacked, axis=0, weights=list(weights.values()))
+        np.testing.assert_allclose(tensor.numpy(), wanted, rtol=1e-14)
+        assert tensor.dtype == torch.float64
+    assert factors.mean(parts, weights, factors.is_a).keys() == {"m.lora_A"}
+
+
+def test_distance_is_that_of_the_dense_products() -> None:
+    one, other = pair(3, 0), pair(5, 1)
+    wanted = gap(dense(one), dense(other))
+    assert factors.distance(one, other) == pytest.approx(wanted, rel=1e-12)
+    assert factors.distance(one, one) < 1e-15

@@ -135,22 +135,23 @@ def test_the_start_is_the_truncated_step(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_a_start_of_full_rank_is_adamws_first_step(kind: str, tmp_path: Path) -> None:
-    """Nearly: a gradient that is 0 but for rounding may have either sign, and AdamW has an eps."""
+    """But where a gradient is nearly 0: rounding may give it either sign."""
     settings = config(kind, tmp_path, rank=32, alpha=32.0)
     _, start = made(kind, settings)
     base = tiny.base(kind)
     names = list(tiny.lora_model(kind).shapes)
     weights = [base.model.get_submodule(name).weight for name in names]
     before = [weight.detach().clone() for weight in weights]
-    optimizer = torch.optim.AdamW([w.requires_grad_(True) for w in weights], lr=LR, weight_decay=0)
+    trained = [weight.requires_grad_(True) for weight in weights]
+    optimizer = torch.optim.AdamW(trained, lr=LR, eps=1e-30, weight_decay=0)
     mean_loss(kind, base.model, sequences(kind, base, settings)).backward()  # type: ignore[no-untyped-call]
     gradients = [weight.grad for weight in weights]
     optimizer.step()
     for name, weight, old, gradient in zip(names, weights, before, gradients, strict=True):
         moved = start[name + ".lora_B"] @ start[name + ".lora_A"]
         moved = moved.T if kind == "gpt2" else moved
-        clear = gradient.abs() > 1e-5
-        assert float(clear.float().mean()) > 0.3, name
+        clear = gradient.abs() > 0.01 * gradient.abs().mean()
+        assert float(clear.float().mean()) > 0.7, name
         assert torch.allclose(moved[clear], (weight.detach() - old)[clear], atol=3e-3 * LR), name
 
 
@@ -217,7 +218,7 @@ def test_rows_with_another_label_are_refused(tmp_path: Path) -> None:
 
 def test_a_file_that_is_missing_is_refused(tmp_path: Path) -> None:
     settings = config("llama", tmp_path, public=str(tmp_path / "none.jsonl"))
-    with pytest.raises(DataError, match="none.jsonl"):
+    with pytest.raises(DataError, match=r"none\.jsonl"):
         made("llama", settings)
 
 

@@ -435,6 +435,30 @@ def test_peft_loads_frozen_blocks_without_an_adapter(model: LoraModel, tmp_path:
     assert far(tiny.logits(reloaded(model, tmp_path / "adapter")), tiny.logits(model.model)) < 1e-5
 
 
+@pytest.mark.parametrize("spec", [SPEC, STABLE])
+@pytest.mark.parametrize("trained", [True, False])
+def test_peft_loads_residuals_at_the_scaling_of_the_adapter(
+    model: LoraModel, spec: LoraSpec, trained: bool, tmp_path: Path
+) -> None:
+    """W + F + s (B A + R₁ + R₂); with more rank in all than the modules have."""
+    own = tiny.adapter(model, spec, 1) if trained else {}
+    residuals = (tiny.block(model, 3, 2), tiny.block(model, 17, 3))
+    frozen = tiny.block(model, 16, 4)
+    whole = Adapter(own, (frozen,), residuals=residuals)
+    deltas = dense(own, spec.scaling)
+    for params, scaling in ((frozen, 1.0), *((r, spec.scaling) for r in residuals)):
+        for name, product in dense(params, scaling).items():
+            deltas[name] = deltas.get(name, 0) + product
+    start = model.init(spec, 0)
+    deltas |= {n: own[n] - start[n] for n in own if n.startswith("classifier")}
+    model.show(whole, spec)
+    wanted = tiny.logits(merged(model, deltas))
+    assert far(tiny.logits(model.model), wanted) < 1e-4
+    model.save(tmp_path / "adapter", whole, spec)
+    assert far(tiny.logits(reloaded(model, tmp_path / "adapter")), wanted) < 1e-4
+    assert model.distance_to(tmp_path / "adapter", spec) < 1e-6
+
+
 def test_an_empty_adapter_is_saved_as_the_base_model(model: LoraModel, tmp_path: Path) -> None:
     start = {n: t for n, t in model.init(SPEC, 0).items() if n.startswith("classifier")}
     model.save(tmp_path / "adapter", Adapter(start), SPEC)

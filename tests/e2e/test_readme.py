@@ -15,7 +15,9 @@ ENV = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "HF_HUB_O
 
 BASH = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-FILES = {found[1]: block for block in BLOCKS if (found := re.match(r"# (\w+\.py)\n", block))}
+TOML = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+NAME = re.compile(r"# (\w+\.(?:py|toml))\n")
+FILES = {found[1]: block for block in [*BLOCKS, *TOML] if (found := NAME.match(block))}
 PYTHON = [block for block in BLOCKS if block not in FILES.values()]
 
 

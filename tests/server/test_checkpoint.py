@@ -62,6 +62,25 @@ def test_the_newest_of_two_generations_counts(tmp_path: Path) -> None:
     ]
 
 
+def test_memory_comes_back_beside_the_state(tmp_path: Path) -> None:
+    """Also where both have a group of one name."""
+    memory = {
+        "adapter": {"x": torch.tensor([7.0])},
+        "weights": {"α": torch.tensor([1, 2], dtype=torch.int64)},
+        "none": {},
+    }
+    save(tmp_path, replace(at(1), memory=memory))
+    found = load(tmp_path)
+    assert found is not None
+    assert same(found, at(1))
+    assert same(replace(found, state=found.memory), replace(at(1), state=memory))
+    assert found.memory.keys() == memory.keys()
+    save(tmp_path, at(2))
+    later = load(tmp_path)
+    assert later is not None
+    assert (later.round, later.memory) == (2, {})
+
+
 @pytest.mark.parametrize("suffix", [".json", ".safetensors"])
 def test_a_truncated_file_falls_back(tmp_path: Path, suffix: str) -> None:
     save(tmp_path, at(1))

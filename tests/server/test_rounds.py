@@ -673,6 +673,94 @@ def test_a_device_with_another_base_model_takes_no_part(
     assert "another base model" in found.dropped["ben"]
 
 
+# Broadcasts made for a rank, and what devices keep
+
+
+@dataclass
+class Spy(Local):
+    """Notes the task and the settings of each client in the round."""
+
+    tasks: dict[str, Task] = field(default_factory=dict)
+
+    def ask(self, packets: Mapping[str, Packet]) -> Iterator[tuple[str, Packet | None]]:
+        self.tasks |= {client: unpack_task(packet) for client, packet in packets.items()}
+        return super().ask(packets)
+
+    def said(self, key: str) -> dict[str, Any]:
+        return {client: json.loads(task.config)[key] for client, task in self.tasks.items()}
+
+
+@pytest.mark.parametrize("strategy", ["flexlora", "hetlora"])
+def test_each_client_receives_what_is_made_for_its_rank(
+    setup: Callable[..., Setting], strategy: str
+) -> None:
+    """Bytes in proportion to the rank, up and down; the global adapter has the largest."""
+    ranks = {"ada": 1, "ben": 4, "cyd": 2, "dot": 1}
+    start = setup(strategy=strategy, ranks=[1, 4, 2], alphas=[3.0, 2.0, 8.0])
+    clients = start.federation.clients
+    spy = Spy(dict.fromkeys(clients, start.worker))
+    result = run_round(start.federation, start.state, {}, 1, spy)
+    assert result.dropped == {}
+    one = (A_BYTES + B_BYTES) // 2
+    for client, task in spy.tasks.items():
+        adapter = codec.decode(task.payload)["adapter"]
+        assert {min(tensor.shape) for tensor in adapter.values()} == {ranks[client]}
+        assert codec.content_bytes({"adapter": adapter}) == one * ranks[client]
+    assert result.bytes_down == result.bytes_up == one * sum(ranks.values())
+    assert (result.cost.down, result.cost.up) == (result.bytes_down, result.bytes_up)
+    assert start.federation.config.lora.rank == 4
+    assert spy.said("lora")["cyd"] == {"rank": 2, "alpha": 8.0, "rslora": False}
+
+
+SCAFFOLD = {"strategy": "scaffold", "optimizer": "sgd", "lr": 0.3}
+
+
+def test_a_device_is_told_which_of_its_updates_was_accepted_last(
+    setup: Callable[..., Setting],
+) -> None:
+    """Ben is hostile in round 2: what it staged then must not count in round 3."""
+    start = setup(**SCAFFOLD)
+    workers = dict.fromkeys(start.federation.clients, start.worker)
+    state, held, accepted, kept = start.state, {}, [], []
+    for round in (1, 2, 3, 4):
+        spy = Spy(workers, {"ben": changed(num_examples=10**9)} if round == 2 else {})
+        result = run_round(start.federation, state, held, round, spy)
+        assert result.dropped.keys() == ({"ben"} if round == 2 else set())
+        state, held = result.state, result.held
+        accepted.append(spy.said("accepted"))
+        memory = start.worker.memory
+        own = {c: memory.kept(c, 1 if c == "ben" and round == 2 else round) for c in workers}
+        kept.append({c: tree.digest(groups["control"]) for c, groups in own.items()})
+        assert set(spy.said("population").values()) == {4}
+    assert [told["ben"] for told in accepted] == [0, 1, 1, 3]
+    assert [told["ada"] for told in accepted] == [0, 1, 2, 3]
+    assert kept[1]["ben"] == kept[0]["ben"]
+    assert len({own["ben"] for own in kept}) == 3
+    assert len({own["ada"] for own in kept}) == 4
+
+
+def test_a_device_that_lost_what_it_kept_is_dropped_and_says_so(
+    setup: Callable[..., Setting],
+) -> None:
+    """Its control variate would no longer be in the server's."""
+    start = setup(**SCAFFOLD)
+    result = start.run(1)
+    memory = start.worker.memory
+    for path in memory.kept_folder("cyd").iterdir():
+        path.unlink()
+    after = run_round(start.federation, result.state, result.held, 2, start.network())
+    assert after.dropped == {"cyd": "what this device kept of round 1 is lost"}
+    assert after.held["cyd"] == {"accepted-1"}
+
+
+def test_the_servers_memory_goes_through_a_round(setup: Callable[..., Setting]) -> None:
+    start = setup()
+    memory = {"weights": {"ada": torch.tensor([1.0])}}
+    result = run_round(start.federation, start.state, {}, 1, start.network(), memory=memory)
+    assert equal(result.memory, memory)
+    assert start.run(1).memory == {}
+
+
 # Classes of clients
 
 PHONES: dict[str, Any] = {
