@@ -80,7 +80,8 @@ class Entry:
     def to_json(self) -> dict[str, Any]:
         """The same as plain values, traits beside the rest."""
         known = asdict(self)
-        return known.pop("traits") | known
+        own: dict[str, Any] = known.pop("traits")
+        return own | known
 
 
 def entries() -> list[Entry]:
@@ -147,8 +148,10 @@ def print_catalogue(console: Console) -> None:
     console.print(table)
 
 
-_CAN = ("averages", "clients", "trains", "ranks", "secure sum", "DP", "optimizers")
-_CAN += ("keeps", "late", "personal")
+_CAN = (
+    *("averages", "clients", "trains", "ranks", "secure sum", "DP"),
+    *("optimizers", "keeps", "late", "personal"),
+)
 
 
 def _can(e: Entry) -> list[str]:

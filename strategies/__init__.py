@@ -83,11 +83,16 @@ def find(name: str) -> type[Strategy]:
     module, _, attribute = name.rpartition(":")
     try:
         home = _load(Path(module)) if module.endswith(".py") else importlib.import_module(module)
-        found: object = getattr(home, attribute)
     except ConfigError:
         raise
     except Exception as error:
         raise ConfigError(f"cannot import strategy {name!r}: {error!r}") from error
+    found: object = getattr(home, attribute, None)
+    if found is None:
+        own = [n for n, value in vars(home).items() if isinstance(value, type)]
+        near = difflib.get_close_matches(attribute, own, n=1)
+        hint = f": did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"cannot import strategy {name!r}: no {attribute!r} in {module}{hint}")
     if not isinstance(found, type):
         raise ConfigError(f"strategy {name!r} is not a class")
     missing = sorted(part for part in _PARTS if not hasattr(found, part))

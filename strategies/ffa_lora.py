@@ -38,6 +38,7 @@ class FfaLora:
     mixed_ranks: ClassVar[bool] = False
     trainers: ClassVar[tuple[TrainerName, ...]] = ("first_order",)
     full: ClassVar[bool] = False
+    stale: ClassVar[bool] = True
     when: ClassVar[str] = "exact at about half the bytes, if a random A is enough; suits DP"
 
     def init(self, start: Params, seed: int) -> Payload:

@@ -9,6 +9,7 @@ process; what counts are the ratios. Nothing fails for being slow. README.md say
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -93,9 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def updates(options: Options) -> list[tuple[Params, int]]:
     """(factors at scaling 1, examples) of each client: what all share, and half as much noise."""
 
-    def draw(rows: int, columns: int, *labels: object) -> Tensor:
+    def draw(rows: int, columns: int, *labels: str | int) -> Tensor:
         normal = torch.randn(rows, columns, generator=seeds.generator(0, *labels))
-        return normal / options.size**0.5
+        return normal / math.sqrt(options.size)
 
     n, r = options.size, options.rank
     a, b = draw(r, n, "A"), draw(n, r, "B")
@@ -212,10 +213,10 @@ def time(options: Options) -> Section:
 # --- memory ---------------------------------------------------------------------------------------
 
 
-class Largest(TorchDispatchMode):
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the most values of any tensor that is made, or seen as larger than it is stored."""
 
-    values = 0
+    values: int = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -228,9 +229,10 @@ class Largest(TorchDispatchMode):
 
 def largest(run: Callable[[], object]) -> int:
     """The most values of any tensor that is made in a call."""
-    with Largest() as seen:
+    seen = Largest()  # type: ignore[no-untyped-call]
+    with seen:
         run()
-    return seen.values
+    return int(seen.values)
 
 
 def memory_of(name: str, options: Options) -> dict[str, float]:

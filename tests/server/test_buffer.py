@@ -196,6 +196,7 @@ def test_updates_are_taken_as_they_arrive_and_count_less_the_older_they_are(powe
         weights.append(weights[-1] + change / sum(shares.values()))
         assert found.sim_seconds == pytest.approx(seconds, abs=1e-9)
         assert found.num_examples == {c: EXAMPLES[c] for c, _ in taken}
+        assert list(found.num_examples) == sorted(found.num_examples)  # not as they arrived
         stale = [round - base for _, base in taken]
         assert found.metrics["staleness"] == sum(stale) / 2
         assert found.metrics["staleness_max"] == max(stale)

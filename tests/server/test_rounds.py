@@ -18,7 +18,7 @@ from corolla.config import LR_ZEROTH_ORDER, RunConfig
 from corolla.errors import RoundError
 from corolla.lora import LoraModel
 from corolla.proto import update_pb2 as pb
-from corolla.server.rounds import Federation, RoundResult, evaluate_clients, run_round
+from corolla.server.rounds import Federation, Held, RoundResult, evaluate_clients, run_round
 from corolla.types import Metrics, Params, Payload, Size, row_name
 from corolla.wire import (
     SCHEMA,
@@ -721,7 +721,8 @@ def test_a_device_is_told_which_of_its_updates_was_accepted_last(
     """Ben is hostile in round 2: what it staged then must not count in round 3."""
     start = setup(**SCAFFOLD)
     workers = dict.fromkeys(start.federation.clients, start.worker)
-    state, held, accepted, kept = start.state, {}, [], []
+    state, accepted, kept = start.state, [], []
+    held: Held = {}
     for round in (1, 2, 3, 4):
         spy = Spy(workers, {"ben": changed(num_examples=10**9)} if round == 2 else {})
         result = run_round(start.federation, state, held, round, spy)

@@ -41,7 +41,8 @@ def start_of(strategy: FlexLora, state: Payload, lora: LoraSpec) -> Params:
 
 def best(dense: Tensor, rank: int) -> Tensor:
     u, s, vt = torch.linalg.svd(dense)
-    return (u[:, :rank] * s[:rank]) @ vt[:rank]
+    truncated: Tensor = (u[:, :rank] * s[:rank]) @ vt[:rank]
+    return truncated
 
 
 def gap(found: Tensor, wanted: Tensor) -> float:

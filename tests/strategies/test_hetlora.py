@@ -159,10 +159,11 @@ def test_the_penalty_is_the_gradient_of_the_norms_by_autograd() -> None:
     penalty = 0.25
     state = {"global": tiny.pair(4, 3), "head": {"bias": torch.tensor([1.0])}}
     client = tiny.Scripted({}, 1, SPEC)
-    tiny.scripted(HetLora(penalty=penalty, keep=0.5), state, [client])
+    (update,) = tiny.scripted(HetLora(penalty=penalty, keep=0.5), state, [client])
+    assert int(update.keep["rank"]["rank"]) == 4  # a tail that has not moved has not fallen
     weights = {n: t.double().requires_grad_() for n, t in tiny.pair(4, 9).items()}
     loss = penalty * weights["m.lora_A"][2:].norm() * weights["m.lora_B"][:, 2:].norm()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     gradients = {**tiny.pair(4, 5), "bias": torch.tensor([3.0])}
     plain = {n: t.detach().float() for n, t in weights.items()}
     found = client.asked[0]["correct"](gradients, plain)

@@ -79,6 +79,17 @@ def test_without_penalty_b_is_the_least_squares_one_for_the_mean_of_a() -> None:
     assert float(left.abs().max()) < 1e-4  # what is missing has no part in the rows of Ā
 
 
+@pytest.mark.parametrize("penalty", [0.01, 0.5])
+def test_with_a_penalty_b_is_numpys_ridge_regression(penalty: float) -> None:
+    """λ = penalty · tr(Ā Āᵀ) / 3, as rows √λ I below the least squares problem."""
+    found, mean = fair(penalty), plain()
+    a, b = (mean[f"m.lora_{role}"].double().numpy() for role in "AB")
+    rows = np.sqrt(penalty * np.trace(a @ a.T) / 3) * np.eye(3)
+    missing = exact().numpy() - b @ a
+    step = np.linalg.lstsq(np.vstack([a.T, rows]), np.vstack([missing.T, np.zeros((3, 14))]))[0].T
+    np.testing.assert_allclose(found["m.lora_B"].numpy(), b + step, rtol=1e-5, atol=1e-6)
+
+
 def test_a_is_fedavgs_whatever_the_penalty() -> None:
     for penalty in (0.0, 0.01, 100.0):
         assert torch.equal(fair(penalty)["m.lora_A"], plain()["m.lora_A"])
