@@ -30,7 +30,9 @@ from corolla.config import RunConfig
 from corolla.data import Example, FederatedData, Split
 from corolla.lora import LoraModel
 from corolla.models import Base
-from corolla.server.rounds import Federation, Held, RoundResult, accepted_only, run_round
+from corolla.server.federation import Federation, Held
+from corolla.server.rounds import RoundResult, run_round
+from corolla.server.tasks import accepted_only
 from corolla.types import Observed, Params, Payload, Strategy
 from corolla.wire import Packet, unpack_reply
 

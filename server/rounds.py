@@ -1,142 +1,32 @@
 """One round is one function: the same in process, in Flower's simulation and on devices."""
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
-from typing import Protocol
 
 import torch
 
-from corolla import codec, compression, factors, schedule, seedlog, seeds, strategies, tree, wire
-from corolla.compression import Pipeline
+from corolla import strategies, tree, wire
 from corolla.config import RunConfig
 from corolla.errors import RoundError, WireError
 from corolla.robust import Robust
-from corolla.server import buffer, clock, cohort
+from corolla.server import buffer, clock
 from corolla.server.aggregate import in_order, read_reply
 from corolla.server.buffer import Flight
+from corolla.server.federation import Federation, Held, Network
+from corolla.server.tasks import Traffic, accepted_note, accepted_only, costs, formula, make_tasks
 from corolla.types import (
     Aggregator,
-    Broadcast,
     Cost,
-    LoraSpec,
     Metrics,
-    Params,
     Payload,
-    Size,
-    Strategy,
 )
-from corolla.wire import Kind, Log, Packet, Reply, Task, pack_task, unpack_reply
-
-Held = Mapping[str, frozenset[str]]
-"""Client → content ids of the cached groups it is known to hold."""
-
-
-_LONGEST_LOG = wire.MAX_HEADER // 2
-"""Bytes of rows that surely fit a message."""
-
-_ACCEPTED = "accepted-"
+from corolla.wire import Kind, Packet, Reply, Task, pack_task, unpack_reply
 
 _NORMS = "norms"
 """The group of a server's memory with the median norm of the updates of each round."""
 
 _SCALARS = ("scalars", "zero_scalars", "skipped_scalars")
-
-
-class Network(Protocol):
-    """Who can be asked: clients in this process, or behind a Flower Grid."""
-
-    def clients(self) -> Mapping[str, int]:
-        """Reachable clients and their numbers of training examples."""
-
-    def ask(self, packets: Mapping[str, Packet]) -> Iterable[tuple[str, Packet | None]]:
-        """Send each client its packet; yield (client, reply) in any order, None for no answer."""
-
-
-@dataclass(frozen=True)
-class Federation:
-    """What stays the same from round to round."""
-
-    run_id: str
-    config: RunConfig
-    strategy: Strategy
-    clients: Mapping[str, int]
-    fresh: Callable[[LoraSpec], Params]
-    """A fresh adapter of a rank: its names and shapes decide which replies are valid."""
-    origin: str = ""
-    """The version of the first state, where the strategy keeps a log (seedlog.origin)."""
-    trace: cohort.Trace | None = None
-    """When clients can be reached; None: always."""
-
-    @property
-    def cohort_size(self) -> int:
-        """Clients per round."""
-        return min(self.config.cohort or 8, len(self.clients))
-
-    def lora(self, client: str) -> LoraSpec:
-        """Rank and scaling of one client's adapter."""
-        return self.config.client_lora(self._index[client])
-
-    def class_of(self, client: str) -> str:
-        """The name of one client's class; "" without classes."""
-        return self.config.class_of(self._index[client])
-
-    def size(self, client: str, round: int = 1) -> Size:
-        """What decides the form of one client's update."""
-        own = self.config.of_class(self.class_of(client))
-        steps = schedule.steps_per_round(own, self.clients[client])
-        adapter = factors.size(self.fresh(self.lora(client)))
-        trainer = self.config.trainer_of(self.class_of(client))
-        return replace(
-            adapter,
-            scalars=steps * own.queries,
-            trainer=trainer,
-            seed=seeds.derive(self.config.seed, "client", client, round),
-            round=round,
-            step=schedule.step_size(own, round, self.clients[client]),
-        )
-
-    def most_examples(self, client: str) -> int:
-        """The most examples a client can have used: a claim is the weight of its update."""
-        own = self.config.of_class(self.class_of(client))
-        if own.local_epochs is not None:
-            return self.clients[client]
-        return min(self.clients[client], own.local_steps * own.batch_size)
-
-    def present(self, round: int) -> list[str]:
-        """The clients that can be reached in a round."""
-        return self.trace.present(self.clients, round) if self.trace else list(self.clients)
-
-    def sample(self, clients: Sequence[str], size: int, round: int, draw: int = 0) -> list[str]:
-        """A cohort of `clients`, as the config selects (see cohort.sample)."""
-        weights = self.clients if self.config.selection == "weighted" else None
-        return cohort.sample(clients, size, self.config.seed, round, weights, draw)
-
-    def seconds(self, client: str, down: int, up: int) -> float:
-        """Simulated seconds of one client's task (see clock.seconds)."""
-        name = self.class_of(client)
-        steps = schedule.steps_per_round(self.config.of_class(name), self.clients[client])
-        return clock.seconds(self.config, name, steps, down, up)
-
-    @cached_property
-    def evaluated(self) -> list[str]:
-        """The clients on whose own examples a model is measured, the same throughout a run.
-
-        Of a personal strategy those that will train: the others have nothing of their own.
-        """
-        able = set(self.clients)
-        if strategies.traits(self.strategy).personal:
-            rounds = range(1, self.config.rounds + 1)
-            able = {c for r in rounds for c in self.sample(self.present(r), self.cohort_size, r)}
-        size = min(self.config.eval_clients, len(able))
-        return cohort.sample(sorted(able), size, self.config.seed, -1)
-
-    @cached_property
-    def _index(self) -> Mapping[str, int]:
-        return {client: i for i, client in enumerate(sorted(self.clients))}
 
 
 @dataclass(frozen=True)
@@ -177,18 +67,6 @@ class Answer:
     why: str
 
 
-@dataclass
-class _Traffic:
-    up: int = 0
-    down: int = 0
-    framing_up: int = 0
-    framing_down: int = 0
-    sent: dict[str, int] = field(default_factory=dict)
-    """Payload bytes of each client's task; not what is sent again to who forgot."""
-    took: dict[str, float] = field(default_factory=dict)
-    """Simulated seconds until each reply."""
-
-
 @dataclass(frozen=True)
 class _Gathering:
     """The answers a round is made of, at best `wanted` valid ones, and the server's memory."""
@@ -215,7 +93,7 @@ def run_round(
     finite.
     """
     config, strategy = federation.config, federation.strategy
-    traffic = _Traffic()
+    traffic = Traffic()
     gather = _buffered if config.buffer else _synchronous
     gathered = gather(federation, state, held, round, network, on_reply, traffic, memory or {})
     keeps = strategies.traits(strategy).keeps or config.uplink.needs_differences
@@ -239,7 +117,7 @@ def run_round(
         weight = buffer.weight(reply.num_examples, staleness[-1], config.staleness_power)
         aggregator.add(answer.update, weight)
         examples[client], metrics[client] = reply.num_examples, reply.metrics
-        accepted = {_accepted(answer.round)} if keeps else set()
+        accepted = {accepted_note(answer.round)} if keeps else set()
         known[client] = answer.content | accepted
     needed = math.ceil(config.quorum * gathered.wanted)
     if len(examples) < needed:
@@ -271,7 +149,7 @@ def run_round(
         bytes_down=traffic.down,
         framing_up=traffic.framing_up,
         framing_down=traffic.framing_down,
-        cost=_formula(_costs(federation, state, round, list(examples))),
+        cost=formula(costs(federation, state, round, list(examples))),
         sampling_probability=gathered.probability,
         sim_seconds=_sim_seconds(config, traffic, examples, dropped),
         memory={**gathered.memory, **(_norms(defence) if defence else {})},
@@ -300,7 +178,7 @@ def evaluate_clients(
     members = federation.evaluated
     if not members:
         return {}
-    traffic = _Traffic()
+    traffic = Traffic()
     tasks = make_tasks(federation, state, held, round, Kind.EVALUATE, members, traffic)
     packets = _packets(federation, state, tasks, held, network, lambda client: None, traffic)
     answers = (_answer(federation, tasks[c], c, packet, traffic) for c, packet in packets)
@@ -318,7 +196,7 @@ def _synchronous(
     round: int,
     network: Network,
     on_reply: Callable[[str], None],
-    traffic: _Traffic,
+    traffic: Traffic,
     memory: Payload,
 ) -> _Gathering:
     """All answers of a new cohort, each as soon as it can be folded in."""
@@ -339,7 +217,7 @@ def _buffered(
     round: int,
     network: Network,
     on_reply: Callable[[str], None],
-    traffic: _Traffic,
+    traffic: Traffic,
     memory: Payload,
 ) -> _Gathering:
     """The first valid updates that arrive in simulated time, as many as the buffer holds.
@@ -385,10 +263,10 @@ def _flight(
     client: str,
     packet: Packet | None,
     now: float,
-    traffic: _Traffic,
+    traffic: Traffic,
 ) -> Flight:
     """A reply that is known already and arrives when its time has come; it is read then."""
-    trial = _Traffic(sent=traffic.sent)
+    trial = Traffic(sent=traffic.sent)
     answer = _answer(federation, task, client, packet, trial)
     took = trial.took.get(client, federation.seconds(client, traffic.sent[client], 0))
     return Flight(client, task.round, task.base_version, answer.content, now + took, packet)
@@ -408,7 +286,7 @@ def _packets(
     held: Held,
     network: Network,
     on_reply: Callable[[str], None],
-    traffic: _Traffic,
+    traffic: Traffic,
 ) -> Iterator[tuple[str, Packet | None]]:
     """What each client answers, in the order of `tasks`; None for no answer.
 
@@ -452,7 +330,7 @@ def _forgot(packet: Packet) -> bool:
 
 
 def _answer(
-    federation: Federation, task: Task, client: str, packet: Packet | None, traffic: _Traffic
+    federation: Federation, task: Task, client: str, packet: Packet | None, traffic: Traffic
 ) -> Answer:
     """An answer that is read and checked; counts its bytes."""
     content = frozenset([*task.cached.values(), *([task.log.version] if task.log else [])])
@@ -466,7 +344,7 @@ def _answer(
 
 
 def _checked(
-    federation: Federation, client: str, task: Task, packet: Packet | None, traffic: _Traffic
+    federation: Federation, client: str, task: Task, packet: Packet | None, traffic: Traffic
 ) -> tuple[Reply, Payload]:
     """A reply that passed all checks; counts its bytes. Raises WireError."""
     if packet is None:
@@ -490,158 +368,6 @@ def _checked(
     return reply, update
 
 
-def make_tasks(
-    federation: Federation,
-    state: Payload,
-    held: Held,
-    round: int,
-    kind: Kind,
-    members: list[str],
-    traffic: _Traffic,
-) -> dict[str, Task]:
-    """The task of each member: the broadcast, with only what it does not hold of cached groups.
-
-    Of a log it gets the rows after the version it holds, or a snapshot where that is less.
-    """
-    broadcast = federation.strategy.broadcast(state)
-    if broadcast.snapshot is not None:
-        broadcast = replace(broadcast, snapshot=cache(broadcast.snapshot))
-    cached = {group: codec.content_id(params) for group, params in broadcast.cached.items()}
-    rows = broadcast.log
-    versions = seedlog.versions(federation.origin, rows) if rows is not None else []
-    version = tree.digest_all(state)
-    sent: dict[object, tuple[bytes, Payload, Log | None, int, Mapping[str, object]]] = {}
-    tasks: dict[str, Task] = {}
-    for client in members:
-        known = held.get(client, frozenset())
-        lacks = frozenset(g for g, i in cached.items() if i not in known)
-        since = next((v for v in reversed(versions) if v in known), federation.origin)
-        lora = federation.lora(client)
-        form = (lacks, since, lora if broadcast.fitted else None)
-        if form not in sent:
-            log, extra = _log(broadcast, versions, since, state)
-            packed, described = _packed(federation, broadcast, lora, round)
-            payload = {**packed, **{g: broadcast.cached[g] for g in lacks}, **extra}
-            content = wire.content_bytes(payload)
-            content += sum(wire.scalar_bytes(row) for row in (log.rows if log else ()))
-            sent[form] = (*wire.enclose(payload), log, content, described)
-        data, scalars, log, content, described = sent[form]
-        settings = {
-            "lora": vars(lora),
-            "class": federation.class_of(client),
-            "population": len(federation.clients),
-            "accepted": _last_accepted(known),
-            **described,
-            "run": federation.config.model_dump(mode="json"),
-        }
-        tasks[client] = Task(
-            run_id=federation.run_id,
-            round=round,
-            base_version=version,
-            kind=kind,
-            config=json.dumps(settings),
-            cached=cached,
-            payload=data,
-            scalars=scalars,
-            log=log,
-        )
-        try:
-            header = len(pack_task(tasks[client]).header)
-        except ValueError as error:
-            raise RoundError(f"round {round}: a task does not fit a message: {error}") from error
-        traffic.sent.setdefault(client, content)
-        traffic.down += content
-        traffic.framing_down += len(data) + header - content
-    return tasks
-
-
-def _packed(
-    federation: Federation, broadcast: Broadcast, lora: LoraSpec, round: int
-) -> tuple[Payload, Mapping[str, object]]:
-    """What travels of a broadcast in each round, and what its receiver must know of its form."""
-    config, payload = federation.config, _of_each_round(broadcast, lora)
-    if not config.codec_down:
-        return payload, {}
-    dense, scalars = wire.split(payload)
-    packed = config.downlink.pack(dense, seeds.derive(config.seed, "broadcast", round))
-    return {**packed, **scalars}, {"form": compression.form(dense)}
-
-
-def _of_each_round(broadcast: Broadcast, lora: LoraSpec) -> Payload:
-    """What a client gets each time; the rest of a broadcast it gets once."""
-    return {**broadcast.payload, **(broadcast.fitted(lora) if broadcast.fitted else {})}
-
-
-def _log(
-    broadcast: Broadcast, versions: Sequence[str], since: str, state: Payload
-) -> tuple[Log | None, Payload]:
-    """What a client at a version needs to reach the last: (rows, or a snapshot as a payload)."""
-    if broadcast.log is None:
-        return None, {}
-    number, last = len(broadcast.log), versions[-1]
-    rows = broadcast.log[versions.index(since) :]
-    size = sum(wire.scalar_bytes(row) for row in rows)
-    if broadcast.snapshot is not None and size > min(
-        wire.content_bytes({"start": state["start"]}), _LONGEST_LOG
-    ):
-        start = broadcast.snapshot()
-        return Log(versions[0], last, last, (), number, codec.content_id(start)), {"start": start}
-    return Log(versions[0], since, last, rows, number), {}
-
-
-def _accepted(round: int) -> str:
-    """How Held notes the last round whose update of a client was accepted."""
-    return f"{_ACCEPTED}{round}"
-
-
-def _last_accepted(known: AbstractSet[str]) -> int:
-    return max(
-        (int(i.removeprefix(_ACCEPTED)) for i in known if i.startswith(_ACCEPTED)), default=0
-    )
-
-
-def accepted_only(held: Held, client: str) -> frozenset[str]:
-    """What the server must remember even of a client whose memory it does not count on."""
-    return frozenset(i for i in held.get(client, ()) if i.startswith(_ACCEPTED))
-
-
-def _costs(
-    federation: Federation, state: Payload, round: int, clients: Sequence[str]
-) -> list[Cost]:
-    """The strategy's formula for each client, with the codec's for what that compresses."""
-    config, strategy = federation.config, federation.strategy
-    sizes = [federation.size(client, round) for client in clients]
-    costs = list(strategy.cost(sizes))
-    for i, client in enumerate(clients):
-        lora = federation.lora(client)
-        if config.codec:
-            like = strategy.update_like(federation.fresh(lora), sizes[i])
-            saved, at_most = _saved(config.uplink, like)
-            at_most = at_most or costs[i].at_most
-            costs[i] = replace(costs[i], up=costs[i].up - saved, at_most=at_most)
-        if config.codec_down:
-            payload = _of_each_round(strategy.broadcast(state), lora)
-            saved, at_most = _saved(config.downlink, payload)
-            at_most = at_most or costs[i].at_most
-            costs[i] = replace(costs[i], down=costs[i].down - saved, at_most=at_most)
-    return costs
-
-
-def _saved(pipeline: Pipeline, payload: Payload) -> tuple[int, bool]:
-    """Bytes that a codec saves on a payload, at least or exactly."""
-    dense, _ = wire.split(payload)
-    if not dense:
-        return 0, False
-    size, at_most = pipeline.content_bytes(dense)
-    return codec.content_bytes(dense) - size, at_most
-
-
-def _formula(costs: Sequence[Cost]) -> Cost:
-    """The sum over a cohort."""
-    up, down = sum(cost.up for cost in costs), sum(cost.down for cost in costs)
-    return Cost(up, down, at_most=any(cost.at_most for cost in costs))
-
-
 def _mean(metrics: Mapping[str, Metrics], examples: Mapping[str, int]) -> Metrics:
     """Example-weighted means of what clients report; tokens, steps and skips are summed."""
     summed = ("target_tokens", "local_steps", "skipped", *_SCALARS)
@@ -663,7 +389,7 @@ def _staleness(config: RunConfig, found: Sequence[int]) -> Metrics:
 
 
 def _sim_seconds(
-    config: RunConfig, traffic: _Traffic, examples: Mapping[str, int], dropped: Mapping[str, str]
+    config: RunConfig, traffic: Traffic, examples: Mapping[str, int], dropped: Mapping[str, str]
 ) -> float | None:
     """Simulated seconds of a round; None where time is not simulated."""
     if not config.simulates_time:

@@ -22,15 +22,9 @@ from corolla.server import checkpoint
 from corolla.server.checkpoint import Checkpoint, write_atomic
 from corolla.server.cohort import read_trace
 from corolla.server.evaluate import Evaluator, Sample, fairness
+from corolla.server.federation import Federation, Held, Network
 from corolla.server.report import write_report
-from corolla.server.rounds import (
-    Federation,
-    Held,
-    Network,
-    RoundResult,
-    evaluate_clients,
-    run_round,
-)
+from corolla.server.rounds import RoundResult, evaluate_clients, run_round
 from corolla.strategies import traits
 from corolla.types import Aggregates, Metrics, Payload, Strategy
 

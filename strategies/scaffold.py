@@ -32,7 +32,9 @@ class Scaffold:
     c = (1 / N) Σ c_m over all N clients: each sends its change of c_m, divided by N, beside its
     update. c_m stays on the device. Derived for SGD: with AdamW (x - y_m) / Σ lr is no mean
     gradient, so that combination is refused. Twice FedAvg's bytes, and clients with a memory.
-    Clipping of gradients (clip_norm) bounds the corrected gradient and what c_m learns.
+    Clipping of gradients (clip_norm) bounds the corrected gradient and what c_m learns. Moves are
+    weighted by examples and c is not, as in the paper: with clients of unequal size the corrected
+    steps are those of the uniform objective.
     """
 
     name: ClassVar[str] = "scaffold"

@@ -28,7 +28,8 @@ from corolla.encoding import Encoded, Encoder
 from corolla.errors import ArtefactError, DivergedError, ModelError
 from corolla.full import FullModel
 from corolla.models import Base
-from corolla.server.rounds import Federation, RoundResult, run_round
+from corolla.server.federation import Federation
+from corolla.server.rounds import RoundResult, run_round
 from corolla.types import Adapter, LoraSpec, Move, Params, Payload
 from corolla.wire import Packet, unpack_reply
 from tests.strategies import tiny

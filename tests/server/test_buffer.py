@@ -15,7 +15,8 @@ from corolla.server import buffer
 from corolla.server.buffer import Flight
 from corolla.server.checkpoint import Checkpoint, load, save
 from corolla.server.cohort import Trace
-from corolla.server.rounds import Federation, RoundResult, run_round
+from corolla.server.federation import Federation
+from corolla.server.rounds import RoundResult, run_round
 from corolla.types import Params, Payload
 from corolla.wire import Packet, Reply, Task, pack_reply, unpack_task
 

@@ -18,7 +18,8 @@ from corolla.config import LR_ZEROTH_ORDER, RunConfig
 from corolla.errors import RoundError
 from corolla.lora import LoraModel
 from corolla.proto import update_pb2 as pb
-from corolla.server.rounds import Federation, Held, RoundResult, evaluate_clients, run_round
+from corolla.server.federation import Federation, Held
+from corolla.server.rounds import RoundResult, evaluate_clients, run_round
 from corolla.types import Metrics, Params, Payload, Size, row_name
 from corolla.wire import (
     SCHEMA,

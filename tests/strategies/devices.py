@@ -14,7 +14,8 @@ from corolla.client.worker import Worker
 from corolla.config import RunConfig
 from corolla.full import FullModel
 from corolla.lora import LoraModel
-from corolla.server.rounds import Federation, Held, RoundResult, evaluate_clients, run_round
+from corolla.server.federation import Federation, Held
+from corolla.server.rounds import RoundResult, evaluate_clients, run_round
 from corolla.types import Payload
 from corolla.wire import Packet, Reply, Task, unpack_reply, unpack_task
 from tests.strategies import tiny

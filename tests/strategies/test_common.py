@@ -16,7 +16,8 @@ from corolla.client.memory import Memory
 from corolla.client.worker import Worker
 from corolla.conformance import Result, conform
 from corolla.errors import ConfigError
-from corolla.server.rounds import accepted_only, evaluate_clients
+from corolla.server.rounds import evaluate_clients
+from corolla.server.tasks import accepted_only
 from corolla.strategies import STRATEGIES, create
 from corolla.types import LoraSpec, Observed, Params, Payload, Strategy, Traits
 from corolla.wire import Packet

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from corolla import codec, directions, seedlog, seeds, signs, tree, wire
 from corolla.errors import ConfigError, RoundError
-from corolla.server.rounds import _Traffic as Traffic
-from corolla.server.rounds import make_tasks, run_round
+from corolla.server.rounds import run_round
+from corolla.server.tasks import Traffic, make_tasks
 from corolla.strategies.seed_pool import SeedPool
 from corolla.types import Broadcast, Cost, Params, Payload, Size, row_name
 from corolla.wire import Kind

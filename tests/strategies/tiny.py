@@ -24,7 +24,8 @@ from corolla.config import RunConfig
 from corolla.data import Example, FederatedData, Split
 from corolla.lora import LoraModel
 from corolla.models import Base
-from corolla.server.rounds import Federation, Held, RoundResult, run_round
+from corolla.server.federation import Federation, Held
+from corolla.server.rounds import RoundResult, run_round
 from corolla.types import (
     Broadcast,
     Correct,
