@@ -3,18 +3,17 @@
 import difflib
 import json
 import tomllib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from corolla import compression, factors, robust, strategies
+from corolla import combinations, compression, robust, strategies
 from corolla.compression import Pipeline
 from corolla.errors import ConfigError
 from corolla.robust import Rule, Space
-from corolla.types import LoraSpec, Params, Size, Strategy, TrainerName
+from corolla.types import LoraSpec, Strategy, TrainerName
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -276,68 +275,13 @@ class RunConfig(BaseModel):
             )
         if self.quantization != "none" and self.engine == "inprocess" and self.device == "mps":
             raise ValueError("4- and 8-bit base models need a CPU or CUDA device")
-        _refuse_public(self)
+        combinations.refuse_public(self)
         return self
 
     def build_strategy(self) -> Strategy:
-        """The strategy with its options. Raises ConfigError; also for ranks it cannot mix."""
+        """The strategy with its options. Raises ConfigError; also for what it does not go with."""
         strategy = strategies.create(self.strategy, self.options)
-        if len(set(self.loras)) > 1 and not strategy.mixed_ranks:
-            able = [n for n, c in strategies.STRATEGIES.items() if c.mixed_ranks]
-            raise ConfigError(
-                f"strategy {self.strategy} needs one rank and alpha for all clients, found "
-                f"ranks {[spec.rank for spec in self.loras]}, "
-                f"alphas {[spec.alpha for spec in self.loras]}: use {' or '.join(able)}"
-            )
-        if self.buffer and not strategies.traits(strategy).stale:
-            known = strategies.STRATEGIES.items()
-            able = [name for name, cls in known if strategies.traits(cls).stale]
-            raise ConfigError(
-                f"buffer applies updates made from older states, and those of strategy "
-                f"{self.strategy} count only for the state they were made from (its base, phase "
-                f"or directions change): use {' or '.join(able)}"
-            )
-        if self.parameters != "lora" and not _without_factors(strategy):
-            known = strategies.STRATEGIES.items()
-            raise ConfigError(
-                f"strategy {self.strategy} trains LoRA factors, found "
-                f"parameters={self.parameters}: use "
-                f"{' or '.join(name for name, cls in known if _without_factors(cls))}"
-            )
-        usable = strategies.traits(strategy).optimizers
-        if self.optimizer not in usable:
-            raise ConfigError(
-                f"strategy {self.strategy} is derived for {' or '.join(usable)}, found optimizer "
-                f"{self.optimizer}: set optimizer={usable[0]} and its lr"
-            )
-        _refuse_codecs(self, strategy)
-        _refuse_start(self, strategy)
-        used = {self.trainer_of(name) for name in self.classes or ("",)}
-        _refuse_robust(self, strategy, used)
-        if self.local_epochs is not None and "zeroth_order" in used:
-            raise ConfigError(
-                "local-epochs is for first-order clients: how many scalars a zeroth-order one "
-                "sends must be known beforehand, use local-steps"
-            )
-        if len(strategy.trainers) > 1 and used != set(strategy.trainers):
-            raise ConfigError(
-                f"strategy {self.strategy} needs classes of clients with trainers "
-                f"{' and '.join(strategy.trainers)}, found {' and '.join(sorted(used))}: set "
-                f"classes.NAME.trainer for at least two"
-            )
-        for name in self.classes or ("",):
-            own = self.of_class(name)
-            if self.trainer_of(name) == "zeroth_order" and own.local_steps * own.queries > 1 << 16:
-                raise ConfigError(
-                    f"local-steps {own.local_steps} times queries {own.queries} is more than the "
-                    f"65536 scalars that an update holds: lower one, and take more rounds"
-                )
-        for name, wanted in self.classes.items():
-            if wanted.trainer and wanted.trainer not in strategy.trainers:
-                raise ConfigError(
-                    f"class {name} has trainer {wanted.trainer}, but clients of strategy "
-                    f"{self.strategy} train with {' or '.join(strategy.trainers)}"
-                )
+        combinations.refuse(self, strategy)
         return strategy
 
     @property
@@ -410,111 +354,6 @@ class RunConfig(BaseModel):
         if self.ranks or not self.classes:
             return self.loras[index % len(self.loras)]
         return self.loras[list(self.classes).index(self.class_of(index))]
-
-
-def _refuse_codecs(config: RunConfig, strategy: Strategy) -> None:
-    """Raises ConfigError for codecs that are none, or would change what updates mean."""
-    up, down, updates = config.uplink, config.downlink, strategies.traits(strategy).updates
-    given = f"strategy {config.strategy} sends {updates}"
-    if updates == "scalars" and (config.codec or config.codec_down):
-        raise ConfigError(f"{given}: there is nothing to compress, leave codec and codec-down out")
-    if up.needs_differences and updates != "differences":
-        raise ConfigError(f"{given}: codec top_k is for differences, where 0 means no change")
-    if up.needs_factors and updates != "factors":
-        able = [
-            n for n, c in strategies.STRATEGIES.items() if strategies.traits(c).updates == "factors"
-        ]
-        raise ConfigError(
-            f"{given}: codec rank keeps the products of factors, use {' or '.join(able)}"
-        )
-    if down.needs_factors or down.needs_differences or down.number == "int4":
-        raise ConfigError(
-            f"codec-down {', '.join(config.codec_down)}: a broadcast holds weights, not their "
-            f"changes; use fp16, bf16 or int8, and zstd"
-        )
-
-
-def _refuse_robust(config: RunConfig, strategy: Strategy, used: Collection[TrainerName]) -> None:
-    """Raises ConfigError for a rule that does not fit the strategy or the size of its cohorts."""
-    rule = config.robust
-    if config.byzantine and rule not in robust.COUNTING:
-        raise ConfigError(
-            f"byzantine is for robust={' or '.join(robust.COUNTING)}, found robust={rule}"
-        )
-    if rule == "none":
-        return
-    likes = [
-        strategy.update_like(_one_module(config, spec), Size(1, 1, scalars=1, trainer=trainer))
-        for spec in set(config.loras)
-        for trainer in used
-    ]
-    traits = strategies.traits(strategy)
-    reason = robust.refusal(rule, config.compared_in(strategy), traits, likes)
-    if reason:
-        raise ConfigError(f"robust={rule} does not fit strategy {config.strategy}: {reason}")
-    size = config.buffer or config.cohort or min(8, config.clients or 8)
-    hostile = robust.hostile(size, config.byzantine)
-    if size < (needed := robust.least(rule, hostile)):
-        raise ConfigError(
-            f"robust={rule} needs {needed} clients a round where {hostile} may be hostile, "
-            f"found {size}: raise cohort"
-        )
-
-
-def _one_module(config: RunConfig, spec: LoraSpec) -> Params:
-    """The smallest adapter of a rank: the form of updates follows from it."""
-    a, b = torch.zeros(spec.rank, 1), torch.zeros(1, spec.rank)
-    return {"m" + factors.A: a, "m" + factors.B: b} if config.parameters == "lora" else {}
-
-
-def _refuse_public(config: RunConfig) -> None:
-    """Raises ValueError for public rows without a use, or a start that cannot be made of them."""
-    if config.start == "random":
-        if config.public:
-            raise ValueError(f"public={config.public} is for start=gradient: leave it out")
-        return
-    if not config.public:
-        raise ValueError("start=gradient needs public=FILE.jsonl: rows that belong to no client")
-    if config.public == config.data:
-        raise ValueError("public rows belong to no client: found the file of the clients' data")
-    if config.parameters != "lora" or config.quantization != "none":
-        raise ValueError(
-            f"start=gradient makes an adapter from gradients of the base: found parameters="
-            f"{config.parameters}, quantization={config.quantization}"
-        )
-
-
-def _refuse_start(config: RunConfig, strategy: Strategy) -> None:
-    """Raises ConfigError for a start that the strategy would not follow."""
-    if config.start == "gradient" and not _takes_start(strategy):
-        known = strategies.STRATEGIES.items()
-        raise ConfigError(
-            f"start=gradient is an adapter that the server hands out, and clients of strategy "
-            f"{config.strategy} begin from another: use "
-            f"{' or '.join(name for name, cls in known if _takes_start(cls()))}"
-        )
-
-
-def _takes_start(strategy: Strategy) -> bool:
-    """Whether first-order clients get the adapter that the strategy began from, at its scaling."""
-    if "first_order" not in strategy.trainers:
-        return False
-    one, scaling = torch.ones(1, 1), 2.0
-    state = strategy.init({"m" + factors.A: one, "m" + factors.B: one}, 0)
-    found = strategy.adapter(state)
-    parts = [factors.bake(p, scaling) for p in (found.trained, *found.residuals)] + [*found.frozen]
-    total = sum(
-        float(factors.product(p, m))
-        for p in parts
-        for m in factors.modules(p)
-        if m + factors.B in p
-    )
-    return strategy.broadcast(state).log is None and abs(total - scaling) < 1e-5
-
-
-def _without_factors(strategy: Strategy | type[Strategy]) -> bool:
-    """Whether it can train other tensors than LoRA factors."""
-    return strategy.full or strategies.traits(strategy).dense
 
 
 def load(

@@ -300,8 +300,8 @@ def test_a_run_that_is_resumed_goes_on_from_its_checkpoint(
 
 
 def test_all_strategies_say_whether_they_follow() -> None:
-    from corolla.config import _takes_start
+    from corolla.combinations import takes_start
 
-    follow = {name for name, cls in STRATEGIES.items() if _takes_start(cls())}
+    follow = {name for name, cls in STRATEGIES.items() if takes_start(cls())}
     assert follow >= set(FOLLOW)
     assert not follow & {*REFUSE, "fedkseed", "fedkseed_pro"}
