@@ -97,15 +97,17 @@ class Memory:
         codec.write(str(scratch), groups, {"round": str(round), "groups": json.dumps(list(kept))})
         scratch.replace(path)
 
-    def kept(self, client: str, accepted: int) -> Payload:
+    def kept(self, client: str, accepted: int, commit: bool = True) -> Payload:
         """What a client keeps, `accepted` being the last round whose update was accepted.
 
         Empty for 0: before the first, or where the server asks as if there were none (nothing is
-        deleted). Raises WireError when what was accepted is lost or damaged.
+        deleted). With `commit` what that round staged replaces what was kept before: not before
+        the server has written the round down, or an interrupted run could not go on from it.
+        Raises WireError when what was accepted is lost or damaged.
         """
         staged, last = (self._kept_path(client, name) for name in ("staged", "last"))
         if staged.is_file() and _read(staged)[1].get("round") == str(accepted):
-            staged.replace(last)
+            last = staged.replace(last) if commit else staged
         if not accepted:
             return {}
         if not last.is_file():

@@ -122,7 +122,7 @@ class Worker:
             return replace(blank, missing=missing, error=f"{', '.join(missing)}: not held here")
         self.memory.prune(task.cached)
         received = {**followed, **sent, **self.memory.recall(task.cached)}
-        kept, owed = self._kept(client, settings["accepted"])
+        kept, owed = self._kept(client, settings["accepted"], commit=task.kind == Kind.TRAIN)
         if task.kind == Kind.EVALUATE:
             lora = LoraSpec(**settings["lora"])
             return self._evaluate(client, lora, {**received, **kept}, blank)
@@ -162,12 +162,12 @@ class Worker:
         start = {} if snapshot is None else {"start": snapshot}
         return {**first, **start, **named, **last}
 
-    def _kept(self, client: str, accepted: int) -> tuple[Payload, Payload]:
+    def _kept(self, client: str, accepted: int, commit: bool) -> tuple[Payload, Payload]:
         """What the strategy keeps here, and what the codec has left out of updates so far."""
         if not (self.traits.keeps or self.config.uplink.needs_differences):
             return {}, {}
         try:
-            kept = self.memory.kept(client, accepted)
+            kept = self.memory.kept(client, accepted, commit)
         except WireError:
             if self.traits.keeps:
                 raise

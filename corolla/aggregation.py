@@ -6,7 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from corolla import factors, seedlog, tree
+from corolla import factors, seedlog
 from corolla.types import Aggregator, Params, Payload
 
 
@@ -83,20 +83,30 @@ class Sum:
     linear = True
 
     def __init__(self) -> None:
-        self._sums = WeightedMean()
-        self._clients = 0
+        self._sums: dict[str, dict[str, Tensor]] = {}
+        self._dtypes: dict[tuple[str, str], torch.dtype] = {}
 
     def add(self, payload: Payload, weight: float) -> None:
-        self._sums.add(payload, 1.0)
-        self._clients += 1
+        for group, params in payload.items():
+            sums = self._sums.setdefault(group, {})
+            for name, tensor in params.items():
+                self._dtypes[group, name] = tensor.dtype
+                sums[name] = sums.get(name, 0) + tensor.double()
 
     def merge(self, other: Self) -> None:
-        self._sums.merge(other._sums)
-        self._clients += other._clients
+        for group, params in other._sums.items():
+            sums = self._sums.setdefault(group, {})
+            for name, tensor in params.items():
+                sums[name] = sums.get(name, 0) + tensor
+        self._dtypes.update(other._dtypes)
 
     def finalise(self) -> Payload:
-        means = self._sums.finalise()
-        return {group: tree.scale(params, self._clients) for group, params in means.items()}
+        if not self._sums:
+            raise ValueError("nothing to sum: no client")
+        return {
+            group: {n: t.to(self._dtypes[group, n]) for n, t in params.items()}
+            for group, params in self._sums.items()
+        }
 
 
 class MeanAndResidual:

@@ -156,7 +156,7 @@ _CAN = (
 
 def _can(e: Entry) -> list[str]:
     """A cell for each column of _CAN."""
-    trained = ["adapters"] + ["all parameters"] * e.full + ["any tensors"] * e.traits.dense
+    trained = ["adapters"] + ["any tensors"] * (e.full or e.traits.dense)
     return [
         AGGREGATES[e.aggregates],
         " and ".join(trainer.replace("_", " ") for trainer in e.trainers),

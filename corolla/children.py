@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _GRACE = 30.0
+
+_HANG_UP = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()
+"""A terminal that goes away; Windows has no such signal."""
 """Seconds in which a child that is told to stop may end its work."""
 
 
@@ -78,7 +81,7 @@ def stoppable() -> Iterator[threading.Event]:
         return
     before = {
         number: signal.signal(number, lambda *_: asked.set())
-        for number in (signal.SIGINT, signal.SIGTERM)
+        for number in (signal.SIGINT, signal.SIGTERM, *_HANG_UP)
     }
     try:
         yield asked

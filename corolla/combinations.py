@@ -43,6 +43,11 @@ def refuse(config: "RunConfig", strategy: Strategy) -> None:
             f"strategy {config.strategy} is derived for {' or '.join(usable)}, found optimizer "
             f"{config.optimizer}: set optimizer={usable[0]} and its lr"
         )
+    if strategies.traits(strategy).personal and not config.eval_clients:
+        raise ConfigError(
+            f"strategy {config.strategy} has personal models, which clients evaluate and save: "
+            f"found eval-clients=0, raise it"
+        )
     _refuse_codecs(config, strategy)
     _refuse_start(config, strategy)
     used = {config.trainer_of(name) for name in config.classes or ("",)}
@@ -81,6 +86,16 @@ def _refuse_codecs(config: "RunConfig", strategy: Strategy) -> None:
         raise ConfigError(f"{given}: there is nothing to compress, leave codec and codec-down out")
     if up.needs_differences and updates != "differences":
         raise ConfigError(f"{given}: codec top_k is for differences, where 0 means no change")
+    if up.needs_differences and strategies.traits(strategy).rebases:
+        raise ConfigError(
+            f"strategy {config.strategy} has new coordinates in each round: what codec top_k "
+            f"leaves out cannot be added to a later update; use int8 or int4"
+        )
+    if up.lossy and strategies.traits(strategy).mirrors:
+        raise ConfigError(
+            f"strategy {config.strategy} sums up what its clients keep, which must arrive as it "
+            f"is: codec may only be zstd"
+        )
     if up.needs_factors and updates != "factors":
         able = [
             n for n, c in strategies.STRATEGIES.items() if strategies.traits(c).updates == "factors"
@@ -104,6 +119,11 @@ def _refuse_robust(config: "RunConfig", strategy: Strategy, used: Collection[Tra
         )
     if rule == "none":
         return
+    if strategies.traits(strategy).mirrors:
+        raise ConfigError(
+            f"robust={rule} does not fit strategy {config.strategy}: the server sums up what its "
+            f"clients keep, and a rule would leave parts out"
+        )
     likes = [
         strategy.update_like(_one_module(config, spec), Size(1, 1, scalars=1, trainer=trainer))
         for spec in set(config.loras)

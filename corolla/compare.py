@@ -14,7 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from threading import Event
@@ -87,13 +87,19 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         methods = [
-            {"label": m.label, "lrs": list(m.lrs), "config": m.config.model_dump(mode="json")}
+            {
+                "label": m.label,
+                "lrs": list(m.lrs),
+                "config": m.config.model_dump(mode="json"),
+                "file": strategies.digest(m.config.strategy),
+            }
             for m in self.methods
         ]
         return {"methods": methods, "seeds": list(self.seeds)}
 
     def _job(self, method: Method, lr: float, seed: int) -> Job:
-        keep = seed == self.seeds[-1] and method.config.parameters == "lora"
+        kept = method.config.parameters == "lora" and not method.config.buffer
+        keep = seed == self.seeds[-1] and kept
         return Job(method, lr, seed, keep)
 
 
@@ -130,6 +136,10 @@ def plan(
             changes["threads"] = 1
         tried = tuple(lrs) or tuple(float(f"{config.lr * f:.3g}") for f in FACTORS)
         methods.append(Method(_label(name), config.model_copy(update=changes), tried))
+    if any(strategies.traits(strategies.find(m.config.strategy)).personal for m in methods):
+        # Personal models are those of clients that train: all methods are measured on these.
+        participants = {"eval_participants": True}
+        methods = [replace(m, config=m.config.model_copy(update=participants)) for m in methods]
     labels = [method.label for method in methods]
     if not labels:
         raise ConfigError(f"name strategies to compare: {', '.join(strategies.STRATEGIES)}")
@@ -203,11 +213,12 @@ def compare(
 
 def _described(method: Method) -> dict[str, Any]:
     cls = strategies.find(method.config.strategy)
+    approximate = method.config.robust != "none" or method.config.uplink.lossy
     return {
         "label": method.label,
         "strategy": method.config.strategy,
         "personal": strategies.traits(cls).personal,
-        "aggregates": cls.aggregates,
+        "aggregates": "other" if approximate else cls.aggregates,
         "trainers": list(cls.trainers),
     }
 
@@ -300,6 +311,9 @@ class _Runner:
             fixed,
             watch,
         )
+        self._most = jobs
+        if not fixed and wanted.methods[0].config.model != "embedded":
+            self.jobs = 1  # until a cell has shown how much memory it takes
         self.failed: dict[str, str] = {}
         self.diverged: dict[str, str] = {}
         self._cells: dict[str, Cell] = {}
@@ -422,7 +436,7 @@ class _Runner:
         """Fewer side by side where memory would not hold them; what --jobs says is obeyed."""
         if not self.fixed:
             free = psutil.virtual_memory().available + len(self._children) * peak
-            self.jobs = max(1, min(self.jobs, int(free // max(1, peak))))
+            self.jobs = max(1, min(self._most, int(free // max(1, peak))))
 
     def _say(self, note: str) -> None:
         over = len(self._cells) + len(self.failed) + len(self.diverged)

@@ -148,6 +148,11 @@ def unequal(cells: Iterable[Cell]) -> list[str]:
     """Where cells of one seed differ in what must be equal; empty when the terms were equal."""
     found = []
     by_seed = sorted(cells, key=lambda cell: cell.seed)
+    found += [
+        f"the {what} is not the same in all cells: it changed on the way"
+        for what in ("model", "data")
+        if len({str(cell.evidence.get(what)) for cell in by_seed}) > 1
+    ]
     for seed, group in itertools.groupby(by_seed, key=lambda cell: cell.seed):
         first, *others = group
         alike: dict[str, Cell] = {}

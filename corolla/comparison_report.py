@@ -154,7 +154,9 @@ def print_comparison(console: Console, results: Mapping[str, Any], folder: Path)
     if any(e.get("beside") for e in results["methods"]):
         console.print("† runs shared the machine: rather compare CPU seconds", style="dim")
     if any((e.get("at_bytes") or {}).get("within_first_round") for e in results["methods"]):
-        console.print("* the budget does not pay for the method's first round", style="dim")
+        console.print(
+            "* the budget does not pay for the method's first measured round", style="dim"
+        )
     for sentence in sentences(results):
         console.print(escape(sentence), highlight=False, soft_wrap=True)
     edges = [e["label"] for e in results["methods"] if e["edge"]]

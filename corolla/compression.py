@@ -284,12 +284,15 @@ def feedback(
         group: {name: tensor.cpu() for name, tensor in params.items()}
         for group, params in payload.items()
     }
+    left: dict[str, dict[str, Tensor]] = {}
     for group, params in residual.items():
         for name, tensor in params.items():
-            owed[group][name] = owed[group][name] + tensor
+            if name in owed.get(group, {}):
+                owed[group][name] = owed[group][name] + tensor
+            else:  # not part of this round's update: still owed
+                left.setdefault(group, {})[name] = tensor
     packed = pipeline.pack(owed, seed)
     sent = pipeline.unpack(packed, payload)
-    left: dict[str, dict[str, Tensor]] = {}
     for group, name in _compressible(payload):
         left.setdefault(group, {})[name] = owed[group][name] - sent[group][name]
     return packed, left

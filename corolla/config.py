@@ -95,7 +95,9 @@ class RunConfig(BaseModel):
     )
 
     selection: Literal["uniform", "weighted"] = Field(
-        "uniform", description="of a cohort; weighted: by numbers of training examples"
+        "uniform",
+        description="of a cohort; weighted: by numbers of training examples, which then count "
+        "twice, in the draw and in the mean",
     )
     availability: str | None = Field(
         None, description='.jsonl of {"client_id", "from", "to"}: rounds, both ends included'
@@ -194,6 +196,10 @@ class RunConfig(BaseModel):
     eval_every: Positive = 1
     eval_examples: Positive = Field(256, description="held-out examples per evaluation, at most")
     eval_client_examples: Positive = Field(32, description="of each client that is evaluated")
+    eval_participants: bool = Field(
+        False,
+        description="only clients that train are evaluated; always so for personal strategies",
+    )
     eval_clients: Annotated[int, Field(ge=0)] = Field(32, description="clients evaluated, at most")
     answer: Literal["none", "exact", "gsm8k"] = Field(
         "none", description="what of generated answers is compared, before and after the run"

@@ -154,6 +154,8 @@ def refusal(rule: Rule, space: Space, traits: Traits, likes: Sequence[Payload]) 
         )
     if space == "products" != space_of(traits):
         return "it averages values, and factors may be hostile where their product is not"
+    if space == "tensors" != space_of(traits):
+        return "it adds up products, whose factors have another random basis at each client"
     if rule == "norm_clip" and traits.updates == "values":
         return "norm_clip shortens changes, and its clients send values: use another rule"
     if rule != "norm_clip" and own:

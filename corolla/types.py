@@ -344,7 +344,7 @@ class Strategy(Protocol):
 class Traits:
     """What a strategy may say of itself as class attributes of these names; the defaults hold else.
 
-    They decide what it can be combined with (see RunConfig.build_strategy).
+    They decide what it can be combined with (see corolla.combinations).
     """
 
     updates: Literal["differences", "factors", "values", "scalars"] = "differences"
@@ -359,6 +359,11 @@ class Traits:
     """Clients keep a part of their model: it is evaluated on the clients."""
     keeps: bool = False
     """Clients keep something between rounds (Update.keep)."""
+    mirrors: bool = False
+    """The server adds up what clients keep: nothing of an update may be changed or left out."""
+    rebases: bool = False
+    """The coordinates of updates change from round to round: what one leaves out is no part of the
+    next (top-k with error feedback)."""
     stale: bool = False
     """An update made from an older state may still be applied (asynchronous aggregation)."""
     dense: bool = False

@@ -136,8 +136,11 @@ def main(grid: Grid, context: Context) -> None:
     folder = Path(str(settings.pop("out", "") or models.cache_dir() / "runs" / str(context.run_id)))
     more = shlex.split(str(settings.pop("set", "")))
     config = load(None, {key.replace("-", "_"): v for key, v in settings.items() if v != ""}, more)
-    if config.buffer:
-        raise ConfigError("buffer takes updates in simulated time: use corolla simulate")
+    if config.simulates_time or any(own.drop for own in config.classes.values()):
+        raise ConfigError(
+            "buffer, deadline-simulated, step-seconds, and speed, upload, download and drop of "
+            "classes simulate devices: use corolla simulate"
+        )
     prepare_folder(folder, resume=False)
     summary = serve(grid, config, folder, _Log(), f"{context.run_id:032x}"[:32])
     log(

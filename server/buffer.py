@@ -2,7 +2,9 @@
 
 Nguyen et al., "Federated Learning with Buffered Asynchronous Aggregation" (FedBuff), AISTATS 2022,
 arXiv 2106.06639: `cohort` clients (their concurrency M_c) are always at work, the server takes a
-step for every `buffer` updates (their K), and an update made from an older state counts less.
+step for every `buffer` updates (their K), and an update made from an older state counts less than
+newer ones of the same step: weights are divided by their sum, where the paper divides by K, so that
+updates that are all equally late count in full.
 Here a client that has answered is replaced when the server has stepped, not at once: with
 buffer = cohort and equal speeds this is synchronous training.
 """

@@ -94,10 +94,11 @@ class Federation:
     def evaluated(self) -> list[str]:
         """The clients on whose own examples a model is measured, the same throughout a run.
 
-        Of a personal strategy those that will train: the others have nothing of their own.
+        Of a personal strategy, or with eval_participants, those that will train: of a personal
+        one the others have nothing of their own.
         """
         able = set(self.clients)
-        if strategies.traits(self.strategy).personal:
+        if self.config.eval_participants or strategies.traits(self.strategy).personal:
             rounds = range(1, self.config.rounds + 1)
             able = {c for r in rounds for c in self.sample(self.present(r), self.cohort_size, r)}
         size = min(self.config.eval_clients, len(able))

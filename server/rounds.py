@@ -1,12 +1,13 @@
 """One round is one function: the same in process, in Flower's simulation and on devices."""
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from corolla import strategies, tree, wire
+from corolla import robust, strategies, tree, wire
 from corolla.config import RunConfig
 from corolla.errors import RoundError, WireError
 from corolla.robust import Robust
@@ -98,7 +99,7 @@ def run_round(
     gathered = gather(federation, state, held, round, network, on_reply, traffic, memory or {})
     keeps = strategies.traits(strategy).keeps or config.uplink.needs_differences
     known = dict(held)
-    defence = _defence(federation, memory or {})
+    defence = _defence(federation, round, memory or {})
     aggregator: Aggregator = defence or strategy.aggregator()
     examples: dict[str, int] = {}
     metrics: dict[str, Metrics] = {}
@@ -120,8 +121,13 @@ def run_round(
         accepted = {accepted_note(answer.round)} if keeps else set()
         known[client] = answer.content | accepted
     needed = math.ceil(config.quorum * gathered.wanted)
+    if config.robust != "none":
+        hostile = robust.hostile(len(examples), config.byzantine)
+        needed = max(needed, robust.least(config.robust, hostile))
     if len(examples) < needed:
-        reason = next(iter(dropped.items()), ("", "none was asked"))
+        # Who diverged says more than who was silent.
+        told = sorted(dropped.items(), key=lambda item: "lower lr" not in item[1])
+        reason = next(iter(told), ("", "none was asked"))
         raise RoundError(
             f"round {round}: {len(examples)} of {gathered.wanted} clients gave a valid update, "
             f"{needed} are needed; {reason[0]}: {reason[1]}"
@@ -132,7 +138,7 @@ def run_round(
         raise RoundError(f"round {round}: {error}") from error
     after, applied = strategy.apply(state, aggregate)
     if not all(tree.finite(params) for params in after.values()):
-        raise RoundError(f"round {round}: the aggregate is not finite")
+        raise RoundError(f"round {round}: the aggregate is not finite: lower lr")
     return RoundResult(
         state=after,
         held=known,
@@ -152,23 +158,37 @@ def run_round(
         cost=formula(costs(federation, state, round, list(examples))),
         sampling_probability=gathered.probability,
         sim_seconds=_sim_seconds(config, traffic, examples, dropped),
-        memory={**gathered.memory, **(_norms(defence) if defence else {})},
+        memory={
+            **gathered.memory,
+            **(_norms(federation, round, defence, memory or {}) if defence else {}),
+        },
     )
 
 
-def _defence(federation: Federation, memory: Payload) -> Robust | None:
-    """What stands before the strategy's aggregator, with the norms of earlier rounds."""
+def _defence(federation: Federation, round: int, memory: Payload) -> Robust | None:
+    """What stands before the strategy's aggregator, with the norms of earlier rounds like this."""
     config = federation.config
     if config.robust == "none":
         return None
-    history = memory[_NORMS]["medians"].tolist() if _NORMS in memory else ()
+    kept = memory.get(_NORMS, {}).get(_phase(federation, round))
+    history = () if kept is None else kept.tolist()
     space = config.compared_in(federation.strategy)
     make = federation.strategy.aggregator
     return Robust(config.robust, make, space, config.byzantine, history)
 
 
-def _norms(defence: Robust) -> Payload:
-    return {_NORMS: {"medians": torch.tensor(defence.history)}}
+def _norms(federation: Federation, round: int, defence: Robust, memory: Payload) -> Payload:
+    own = {_phase(federation, round): torch.tensor(defence.history)}
+    return {_NORMS: {**memory.get(_NORMS, {}), **own}}
+
+
+def _phase(federation: Federation, round: int) -> str:
+    """A name for the tensors that this round's updates have: other ones are of another size."""
+    client = next(iter(federation.clients))
+    fresh = federation.fresh(federation.lora(client))
+    like = federation.strategy.update_like(fresh, federation.size(client, round))
+    names = [f"{group}/{name}" for group in sorted(like) for name in sorted(like[group])]
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
 
 
 def evaluate_clients(

@@ -201,7 +201,7 @@ class Run:
             scores = self.evaluator.score(federation.strategy.adapter(result.state))
             if traits(federation.strategy).personal:
                 own = evaluate_clients(federation, result.state, result.held, round, self.network)
-                scores = {**scores, "personal_loss": _mean_loss(own)}
+                scores = {**scores, "personal_loss": _mean_loss(own)} if own else scores
         line = _line(federation, round, result, scores, seconds)
         after = Checkpoint(federation.run_id, round, result.state, result.held, result.memory)
         return after, line
@@ -399,7 +399,7 @@ def _sim_seconds(lines: Sequence[Mapping[str, Any]]) -> float | None:
 
 def _mean_loss(clients: Mapping[str, Metrics]) -> float:
     """The mean over clients of the loss on their own held-out examples."""
-    return sum(m["loss"] for m in clients.values()) / max(1, len(clients))
+    return sum(m["loss"] for m in clients.values()) / len(clients)
 
 
 def _line(

@@ -109,6 +109,12 @@ def absolute(name: str) -> str:
     return f"{Path(path).resolve()}:{attribute}" if path.endswith(".py") else name
 
 
+def digest(name: str) -> str | None:
+    """sha256 of the file of `FILE.py:Class`; None for other names."""
+    path, _, _ = name.rpartition(":")
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path.endswith(".py") else None
+
+
 def _load(path: Path) -> ModuleType:
     """A file as a module: the same one as long as its path and content are.
 
@@ -157,6 +163,9 @@ def create(name: str, options: Mapping[str, object] | None = None) -> Strategy:
                 f"strategy {name} has no option {key!r}: "
                 + (f"did you mean {near[0]!r}?" if near else has)
             )
+        usual = next(f.default for f in dataclasses.fields(cls) if f.name == key)  # type: ignore[arg-type]
+        if isinstance(usual, bool) and not isinstance((options or {})[key], bool):
+            raise ConfigError(f"strategy {name}: {key} is true or false, found {options[key]!r}")  # type: ignore[index]
     try:
         return cls(**(options or {}))
     except (TypeError, ValueError) as error:

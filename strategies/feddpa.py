@@ -60,6 +60,7 @@ class FedDpa:
         start = received["adapter"]
         keep: Payload = {}
         metrics: Metrics = {}
+        work: Metrics = {}
         if self.share:
             shared = factors.select(start, factors.is_a, factors.is_b)
             own = client.kept.get("personal") or client.trainer.init(client.seed)
@@ -71,10 +72,13 @@ class FedDpa:
                 strength=self.share,
             )
             keep = {"personal": {name: local.params[name] for name in shared}}
+            work = {name: local.metrics.get(name, 0.0) for name in ("target_tokens", "local_steps")}
             metrics = {"personal_train_loss": local.metrics["train_loss"]}
         fit = client.trainer.fit(start)
         moved = tree.sub(fit.params, start)
-        return Update({"adapter": moved}, fit.num_examples, {**fit.metrics, **metrics}, keep)
+        spent = {n: fit.metrics.get(n, 0.0) + more for n, more in work.items()}
+        metrics = {**fit.metrics, **spent, **metrics}
+        return Update({"adapter": moved}, fit.num_examples, metrics, keep)
 
     def update_like(self, fresh: Params, size: Size) -> Payload:
         return {"adapter": fresh}

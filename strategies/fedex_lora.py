@@ -45,7 +45,7 @@ class FedExLora:
     full: ClassVar[bool] = False
     individual: ClassVar[bool] = True
     bounded: ClassVar[bool] = False
-    when: ClassVar[str] = "the exact aggregate, whatever the number of local steps: the default"
+    when: ClassVar[str] = "the exact aggregate, whatever the number of local steps: start here"
 
     residual_rank: int | None = None
     max_rank: int | None = None

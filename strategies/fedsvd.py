@@ -40,6 +40,7 @@ class FedSvd:
     mixed_ranks: ClassVar[bool] = False
     trainers: ClassVar[tuple[TrainerName, ...]] = ("first_order",)
     full: ClassVar[bool] = False
+    rebases: ClassVar[bool] = True
     when: ClassVar[str] = "differential privacy: noise on B alone, and an A that adapts"
 
     def init(self, start: Params, seed: int) -> Payload:

@@ -104,4 +104,5 @@ class Flora:
 
     def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
         stack = sum(s.A + s.B for s in cohort)
-        return [Cost(up=4 * (s.A + s.B + s.head), down=4 * (stack + s.head)) for s in cohort]
+        cut = self.energy < 1
+        return [Cost(4 * (s.A + s.B + s.head), 4 * (stack + s.head), at_most=cut) for s in cohort]

@@ -85,7 +85,8 @@ class HetLora:
             rank = int(client.kept["rank"]["rank"])
         start = {**_cut(received["adapter"], rank), **received["head"]}
         tail = int(self.keep * rank)
-        fit = client.trainer.fit(start, correct=self._pull(tail) if self.penalty else None)
+        pull = self._pull(tail) if self.penalty and tail else None
+        fit = client.trainer.fit(start, correct=pull)
         trained = factors.select(fit.params, factors.is_a, factors.is_b)
         if self.penalty and tail and _tail(trained, tail) < _tail(start, tail):
             rank = tail
@@ -133,7 +134,12 @@ class HetLora:
             }
             a, b = (last.start[m + role].double().clone() for role in (factors.A, factors.B))
             for j in range(max(last.lora[c].rank for c in last.trained)):
-                having = [c for c in last.trained if j < last.lora[c].rank]
+                having = [
+                    c
+                    for c, own in last.trained.items()
+                    if j < last.lora[c].rank
+                    and bool(own[m + factors.A][j].any() or own[m + factors.B][:, j].any())
+                ]
                 total = sum(norms[c] for c in (having if self.normalise else last.trained))
                 for values, role, axis in ((a, factors.A, 0), (b, factors.B, 1)):
                     values.select(axis, j).zero_()
@@ -187,16 +193,21 @@ class _NormWeighted:
         padded = [factors.pad(part, rank) for part in self._parts]
         out: dict[str, Tensor] = {}
         for module in factors.modules(padded[0]):
-            norms = torch.tensor([_gram_norm(part, module) for part in self._parts])
+            norms = torch.tensor([_gram_norm(part, module) for part in self._parts]).double()
             norms = norms if float(norms.sum()) > 0 else torch.ones_like(norms)
-            ranks = torch.tensor([part[module + factors.A].shape[0] for part in self._parts])
-            has = ranks[:, None] > torch.arange(rank)[None]
+            has = torch.stack([_rows(part, module) for part in padded])
             total = (norms[:, None] * has).sum(0) if self._normalise else norms.sum().expand(rank)
+            total = total.clamp(min=1e-300)  # a row that nobody has is zeros
             for role, shape in ((factors.A, (-1, 1)), (factors.B, (1, -1))):
                 values = zip(norms, (part[module + role].double() for part in padded), strict=True)
                 mean = torch.stack([n * value for n, value in values]).sum(0)
                 out[module + role] = (mean / total.reshape(shape)).float()
         return {"factors": out}
+
+
+def _rows(params: Params, module: str) -> Tensor:
+    """Which rows of A, or columns of B, a client has: neither padded nor pruned, (r,)."""
+    return params[module + factors.A].any(1) | params[module + factors.B].any(0)
 
 
 def _gram_norm(params: Params, module: str) -> float:

@@ -78,7 +78,8 @@ class LoraFair:
             gram = a @ a.T
             gram += self.penalty * gram.diagonal().mean() * torch.eye(len(gram))
             left, right = (residual[module + role].double() for role in (factors.B, factors.A))
-            step = left @ torch.linalg.solve(gram, a @ right.T).T
+            # A pseudo-inverse: without a penalty Ā may lack rank.
+            step = left @ (right @ a.T) @ torch.linalg.pinv(gram, hermitian=True)
             adapter[module + factors.B] = (adapter[module + factors.B] + step).to(torch.float32)
         return {"adapter": adapter}, {}
 

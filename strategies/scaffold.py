@@ -43,6 +43,7 @@ class Scaffold:
     trainers: ClassVar[tuple[TrainerName, ...]] = ("first_order",)
     full: ClassVar[bool] = False
     keeps: ClassVar[bool] = True
+    mirrors: ClassVar[bool] = True
     dense: ClassVar[bool] = True
     optimizers: ClassVar[tuple[str, ...]] = ("sgd",)
     when: ClassVar[str] = "SGD on unlike data, with clients that come back: a baseline"
