@@ -151,7 +151,7 @@ def unequal(cells: Iterable[Cell]) -> list[str]:
     found += [
         f"the {what} is not the same in all cells: it changed on the way"
         for what in ("model", "data")
-        if len({str(cell.evidence.get(what)) for cell in by_seed}) > 1
+        if len({str(cell.evidence.get(what)) for cell in {c.seed: c for c in by_seed}.values()}) > 1
     ]
     for seed, group in itertools.groupby(by_seed, key=lambda cell: cell.seed):
         first, *others = group

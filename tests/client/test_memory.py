@@ -387,3 +387,14 @@ def test_clients_are_kept_apart_and_beside_the_cache(tmp_path: Path) -> None:
     assert [kept_round(memory, r, client) for r, client in enumerate(names, 1)] == [*range(1, 7)]
     assert len(files(tmp_path / "clients")) == len(names)
     assert files(tmp_path) == ["cache", "clients"]
+
+
+def test_a_look_at_what_a_round_staged_leaves_the_round_before_in_place(tmp_path: Path) -> None:
+    """The server evaluates a round before it writes it down, and may be killed in between."""
+    memory = Memory(tmp_path)
+    memory.stage("ada", 1, {"own": {"x": torch.tensor([1.0])}})
+    assert memory.kept("ada", 1)["own"]["x"].tolist() == [1.0]
+    memory.stage("ada", 2, {"own": {"x": torch.tensor([2.0])}})
+    assert memory.kept("ada", 2, commit=False)["own"]["x"].tolist() == [2.0]
+    assert memory.kept("ada", 1)["own"]["x"].tolist() == [1.0]
+    assert memory.kept("ada", 2)["own"]["x"].tolist() == [2.0]

@@ -216,8 +216,12 @@ def test_fewer_cells_side_by_side_when_memory_would_not_hold_them(
     at: list[int] = []
     Fake.on_start = staticmethod(lambda name: at.append(Fake.alive))
     compare(small, tmp_path / "out")
-    assert at[:2] == [1, 2]
-    assert set(at[3:]) == {1}
+    assert set(at) == {1}  # one to begin with: what a cell takes is not known
+    at.clear()
+    Fake.peak = 1
+    compare(small, tmp_path / "roomy")
+    assert at[0] == 1
+    assert set(at[3:]) >= {2}
     at.clear()
     compare(small, tmp_path / "obeyed", jobs=2)
     assert set(at[3:]) >= {2}

@@ -697,3 +697,14 @@ def test_only_wire_errors_escape(steps: list[str], data: st.DataObject) -> None:
         assert {g: {n: t.shape for n, t in p.items()} for g, p in found.items()} == {
             g: {n: t.shape for n, t in p.items()} for g, p in like.items()
         }
+
+
+def test_what_is_owed_of_tensors_that_do_not_travel_stays_owed() -> None:
+    """As with RoLoRA, whose updates hold B in one round and A in the next."""
+    steps = pipeline(["top_k:0.5"])
+    b = {"g": {"b": torch.tensor([1.0, 4.0])}}
+    _, left = feedback(steps, b, {}, 0)
+    assert left["g"]["b"].tolist() == [1.0, 0.0]
+    _, left = feedback(steps, {"g": {"a": torch.tensor([2.0, 3.0])}}, left, 0)
+    assert left["g"]["b"].tolist() == [1.0, 0.0]
+    assert left["g"]["a"].tolist() == [2.0, 0.0]

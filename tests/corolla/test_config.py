@@ -584,3 +584,19 @@ def test_availability_is_the_same_file_from_another_folder(
     monkeypatch.chdir(tmp_path)
     assert RunConfig(availability="trace.jsonl").availability == str(tmp_path / "trace.jsonl")
     assert RunConfig().availability is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"strategy": "scaffold", "optimizer": "sgd", "robust": "norm_clip"}, "would leave parts"),
+        ({"strategy": "scaffold", "optimizer": "sgd", "codec": ["int8"]}, "must arrive as it is"),
+        ({"strategy": "fedsvd", "codec": ["top_k:0.1"]}, "new coordinates in each round"),
+        ({"strategy": "fedsa_lora", "eval_clients": 0}, "personal models"),
+        ({"strategy": "hetlora", "options": {"normalise": "False"}}, "is true or false"),
+        ({"strategy": "flora", "robust": "krum", "robust_space": "tensors"}, "random basis"),
+    ],
+)
+def test_what_would_run_and_mean_nothing_is_refused(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        RunConfig.model_validate(changes).build_strategy()
