@@ -63,9 +63,11 @@ def run(model: Any, base: Base, tasks: Any, limit: int | None = None) -> Metrics
     from lm_eval import evaluate
     from lm_eval.models.huggingface import HFLM
 
+    # peft puts a trained prompt before the padding on the left: equal lengths only.
+    size = 1 if getattr(model, "prompt_encoder", None) else _BATCH
     with torch.random.fork_rng(devices=[]):
         results = evaluate(
-            HFLM(pretrained=model, tokenizer=base.tokenizer, batch_size=_BATCH),
+            HFLM(pretrained=model, tokenizer=base.tokenizer, batch_size=size),
             tasks,
             limit=limit,
             bootstrap_iters=_BOOTSTRAP,

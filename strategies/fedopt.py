@@ -146,6 +146,11 @@ class FedAdagrad(FedAdam):
 
     beta1: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.beta2 != FedAdam.beta2:
+            raise ValueError("beta2 is not part of FedAdagrad: v adds up all squares")
+        super().__post_init__()
+
     def _variance(self, v: Tensor, delta: Tensor) -> Tensor:
         return v + delta.square()
 

@@ -4,7 +4,8 @@
     python experiments/orderings/run.py clinc150 --file clinc150.jsonl --model FOLDER
 
 Writes results-NAME.json beside this file and prints a table; the whole comparison, with its report,
-stays in FOLDER/NAME and goes on from there when it was stopped.
+stays in FOLDER/NAME and goes on from there when it was stopped. Data of clinc150: CLINC150 (Larson et
+al., EMNLP 2019) as .jsonl with text, label, client_id (the domain) and split.
 
 short, long: the embedded model, 3 of 6 clients a round, 24 local steps in all, as 12 rounds of 2 or
 2 rounds of 12. many: 30 of 32 clients a round, 6 rounds of 3 steps. clinc150: intents on an encoder
@@ -86,7 +87,7 @@ def main() -> int:
 
 
 def write(name: str, found: dict[str, Any]) -> None:
-    """Keep the numbers that the README quotes, and print them."""
+    """Keep the numbers beside this file, and print them."""
     kept = ("label", "lr", "edge", "loss", "accuracy", "own_loss", "bytes", "aggregation_errors")
     summary = {
         "setting": name,
@@ -104,6 +105,9 @@ def write(name: str, found: dict[str, Any]) -> None:
     print("| strategy | lr | held-out loss | 95 % interval | accuracy | aggregate off by |")
     print("|---|---|---|---|---|---|")
     for entry in summary["methods"]:
+        if not entry["loss"]:
+            print(f"| `{entry['label']}` | no finished run | | | | |")
+            continue
         loss, errors = entry["loss"], entry["aggregation_errors"] or []
         span = f"{loss['low']:.3f} to {loss['high']:.3f}" if loss["low"] is not None else ""
         off = f"{max(errors):.1e}" if errors else ""
