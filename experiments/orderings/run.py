@@ -4,8 +4,8 @@
     python experiments/orderings/run.py clinc150 --file clinc150.jsonl --model FOLDER
 
 Writes results-NAME.json beside this file and prints a table; the whole comparison, with its report,
-stays in FOLDER/NAME and goes on from there when it was stopped. Data of clinc150: CLINC150 (Larson et
-al., EMNLP 2019) as .jsonl with text, label, client_id (the domain) and split.
+stays in FOLDER/NAME and goes on from there when it was stopped. Data of clinc150: CLINC150 (Larson
+et al., EMNLP 2019) as .jsonl with text, label, client_id (the domain) and split.
 
 short, long: the embedded model, 3 of 6 clients a round, 24 local steps in all, as 12 rounds of 2 or
 2 rounds of 12. many: 30 of 32 clients a round, 6 rounds of 3 steps. clinc150: intents on an encoder
