@@ -91,10 +91,10 @@ def _refuse_codecs(config: "RunConfig", strategy: Strategy) -> None:
             f"strategy {config.strategy} has new coordinates in each round: what codec top_k "
             f"leaves out cannot be added to a later update; use int8 or int4"
         )
-    if up.lossy and strategies.traits(strategy).mirrors:
+    if up.lossy and not up.needs_differences and strategies.traits(strategy).mirrors:
         raise ConfigError(
-            f"strategy {config.strategy} sums up what its clients keep, which must arrive as it "
-            f"is: codec may only be zstd"
+            f"strategy {config.strategy} sums up what its clients keep, so nothing may be lost on "
+            f"the way: add top_k to codec, which sends the rest later, or use zstd alone"
         )
     if up.needs_factors and updates != "factors":
         able = [

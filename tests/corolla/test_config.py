@@ -590,7 +590,7 @@ def test_availability_is_the_same_file_from_another_folder(
     ("changes", "told"),
     [
         ({"strategy": "scaffold", "optimizer": "sgd", "robust": "norm_clip"}, "would leave parts"),
-        ({"strategy": "scaffold", "optimizer": "sgd", "codec": ["int8"]}, "must arrive as it is"),
+        ({"strategy": "scaffold", "optimizer": "sgd", "codec": ["int8"]}, "nothing may be lost"),
         ({"strategy": "fedsvd", "codec": ["top_k:0.1"]}, "new coordinates in each round"),
         ({"strategy": "fedsa_lora", "eval_clients": 0}, "personal models"),
         ({"strategy": "hetlora", "options": {"normalise": "False"}}, "is true or false"),
