@@ -120,18 +120,7 @@ def run_round(
         examples[client], metrics[client] = reply.num_examples, reply.metrics
         accepted = {accepted_note(answer.round)} if keeps else set()
         known[client] = answer.content | accepted
-    needed = math.ceil(config.quorum * gathered.wanted)
-    if config.robust != "none":
-        hostile = robust.hostile(len(examples), config.byzantine)
-        needed = max(needed, robust.least(config.robust, hostile))
-    if len(examples) < needed:
-        # Who diverged says more than who was silent.
-        told = sorted(dropped.items(), key=lambda item: "lower lr" not in item[1])
-        reason = next(iter(told), ("", "none was asked"))
-        raise RoundError(
-            f"round {round}: {len(examples)} of {gathered.wanted} clients gave a valid update, "
-            f"{needed} are needed; {reason[0]}: {reason[1]}"
-        )
+    _require_quorum(config, round, gathered.wanted, len(examples), dropped)
     try:
         aggregate = aggregator.finalise()
     except ValueError as error:
@@ -162,6 +151,25 @@ def run_round(
             **gathered.memory,
             **(_norms(federation, round, defence, memory or {}) if defence else {}),
         },
+    )
+
+
+def _require_quorum(
+    config: RunConfig, round: int, wanted: int, valid: int, dropped: Mapping[str, str]
+) -> None:
+    """Raises RoundError when fewer updates are valid than the quorum, or a robust rule, needs."""
+    needed = math.ceil(config.quorum * wanted)
+    if config.robust != "none":
+        hostile = robust.hostile(valid, config.byzantine)
+        needed = max(needed, robust.least(config.robust, hostile))
+    if valid >= needed:
+        return
+    # Who diverged says more than who was silent.
+    told = sorted(dropped.items(), key=lambda item: "lower lr" not in item[1])
+    client, why = next(iter(told), ("", "none was asked"))
+    raise RoundError(
+        f"round {round}: {valid} of {wanted} clients gave a valid update, {needed} are needed; "
+        f"{client}: {why}"
     )
 
 

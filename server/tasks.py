@@ -153,6 +153,7 @@ def costs(federation: Federation, state: Payload, round: int, clients: Sequence[
     config, strategy = federation.config, federation.strategy
     sizes = [federation.size(client, round) for client in clients]
     costs = list(strategy.cost(sizes))
+    broadcast = strategy.broadcast(state) if config.codec_down else Broadcast({})
     for i, client in enumerate(clients):
         lora = federation.lora(client)
         if config.codec:
@@ -161,7 +162,7 @@ def costs(federation: Federation, state: Payload, round: int, clients: Sequence[
             at_most = at_most or costs[i].at_most
             costs[i] = replace(costs[i], up=costs[i].up - saved, at_most=at_most)
         if config.codec_down:
-            payload = _of_each_round(strategy.broadcast(state), lora)
+            payload = _of_each_round(broadcast, lora)
             saved, at_most = _saved(config.downlink, payload)
             at_most = at_most or costs[i].at_most
             costs[i] = replace(costs[i], down=costs[i].down - saved, at_most=at_most)

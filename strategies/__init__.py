@@ -151,23 +151,24 @@ def traits(strategy: Strategy | type[Strategy]) -> Traits:
 
 def create(name: str, options: Mapping[str, object] | None = None) -> Strategy:
     """A strategy with its hyper-parameters. Raises ConfigError for an unknown or bad option."""
-    cls = find(name)
-    known: list[str] = (
-        [field.name for field in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+    cls, given = find(name), options or {}
+    usual: dict[str, object] = (
+        {f.name: f.default for f in dataclasses.fields(cls)}
+        if dataclasses.is_dataclass(cls)
+        else {}
     )
-    for key in options or {}:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            has = f"its options are {', '.join(known)}" if known else "it has no options"
+    for key, value in given.items():
+        if key not in usual:
+            near = difflib.get_close_matches(key, usual, n=1)
+            has = f"its options are {', '.join(usual)}" if usual else "it has no options"
             raise ConfigError(
                 f"strategy {name} has no option {key!r}: "
                 + (f"did you mean {near[0]!r}?" if near else has)
             )
-        usual = next(f.default for f in dataclasses.fields(cls) if f.name == key)  # type: ignore[arg-type]
-        if isinstance(usual, bool) and not isinstance((options or {})[key], bool):
-            raise ConfigError(f"strategy {name}: {key} is true or false, found {options[key]!r}")  # type: ignore[index]
+        if isinstance(usual[key], bool) and not isinstance(value, bool):
+            raise ConfigError(f"strategy {name}: {key} is true or false, found {value!r}")
     try:
-        return cls(**(options or {}))
+        return cls(**given)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"strategy {name}: {error}") from error
 

@@ -7,19 +7,17 @@ One module of size x size, updates of all clients in memory: `aggregator().add` 
 process; what counts are the ratios. Nothing fails for being slow. README.md says how to read it.
 """
 
-import argparse
 import json
 import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from rich.console import Console
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -30,12 +28,11 @@ from corolla.strategies.flexlora import FlexLora
 from corolla.types import Params, Payload, Strategy
 from experiments.bench.zeroth_order import (
     Section,
+    command,
     in_turn,
-    machine,
     peak,
     resident,
     restart_peak,
-    show,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,35 +54,7 @@ class Options:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure the sections asked for, print tables, write the JSON file."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("sections", nargs="*", help=f"{', '.join(SECTIONS)}; none: all")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
-    parser.add_argument("--child", choices=(*FACTORED, *DENSE), help=argparse.SUPPRESS)
-    for option in fields(Options):
-        known = f"{option.metadata['help']} (default {option.default})"
-        parser.add_argument(f"--{option.name}", type=int, default=option.default, help=known)
-    given = parser.parse_args(arguments)
-    options = Options(**{option.name: getattr(given, option.name) for option in fields(Options)})
-    unknown = [name for name in given.sections if name not in SECTIONS]
-    if unknown:
-        parser.error(f"unknown section {unknown[0]}: known are {', '.join(SECTIONS)}")
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    if given.child:
-        print(json.dumps(memory_of(given.child, options)))
-        return 0
-    found: dict[str, Any] = {"machine": machine(), "options": asdict(options), "sections": {}}
-    console = Console(width=200 if not sys.stdout.isatty() else None)
-    console.print(", ".join(f"{name} {value}" for name, value in found["machine"].items()) + "\n")
-    for name in given.sections or SECTIONS:
-        section = SECTIONS[name](options)
-        found["sections"][name] = asdict(section)
-        show(section, console)
-    if given.json:
-        given.json.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    return 0
+    return command(__doc__, Options, SECTIONS, (*FACTORED, *DENSE), memory_of, arguments)
 
 
 # --- what is compared -----------------------------------------------------------------------------

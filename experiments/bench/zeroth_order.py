@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
@@ -124,22 +124,38 @@ class Section:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure the sections asked for, print tables, write the JSON file."""
+    return command(__doc__, Options, SECTIONS, MEMORY, memory_of, arguments)
+
+
+def command(
+    about: str | None,
+    kind: type[Any],
+    sections: Mapping[str, Callable[[Any], "Section"]],
+    children: Iterable[str],
+    memory_of: Callable[[str, Any], Any],
+    arguments: Sequence[str] | None,
+) -> int:
+    """The command line of a bench.
+
+    `kind` is a dataclass whose fields, with a help text as metadata, are the options; `children`
+    are what `memory_of` measures in a process of its own.
+    """
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("sections", nargs="*", help=f"{', '.join(SECTIONS)}; none: all")
+    parser.add_argument("sections", nargs="*", help=f"{', '.join(sections)}; none: all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
-    parser.add_argument("--child", choices=MEMORY, help=argparse.SUPPRESS)
-    for option in fields(Options):
+    parser.add_argument("--child", choices=tuple(children), help=argparse.SUPPRESS)
+    for option in fields(kind):
         known = f"{option.metadata['help']} (default {option.default})"
         parser.add_argument(
             f"--{option.name}", type=type(option.default), default=option.default, help=known
         )
     given = parser.parse_args(arguments)
-    options = Options(**{option.name: getattr(given, option.name) for option in fields(Options)})
-    unknown = [name for name in given.sections if name not in SECTIONS]
+    options = kind(**{option.name: getattr(given, option.name) for option in fields(kind)})
+    unknown = [name for name in given.sections if name not in sections]
     if unknown:
-        parser.error(f"unknown section {unknown[0]}: known are {', '.join(SECTIONS)}")
+        parser.error(f"unknown section {unknown[0]}: known are {', '.join(sections)}")
     if options.threads:
         torch.set_num_threads(options.threads)
     if given.child:
@@ -148,8 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found: dict[str, Any] = {"machine": machine(), "options": asdict(options), "sections": {}}
     console = Console(width=200 if not sys.stdout.isatty() else None)
     console.print(", ".join(f"{name} {value}" for name, value in found["machine"].items()) + "\n")
-    for name in given.sections or SECTIONS:
-        section = SECTIONS[name](options)
+    for name in given.sections or sections:
+        section = sections[name](options)
         found["sections"][name] = asdict(section)
         show(section, console)
     if given.json:
