@@ -32,8 +32,8 @@ types: $(STAMPS)/dev
 	$(RUN)/python tests/typecheck.py
 
 proto: $(STAMPS)/dev
-	$(RUN)/python -m grpc_tools.protoc -Icorolla/proto=proto --python_out=$(VENV) --pyi_out=$(VENV) corolla/proto/update.proto
-	cp $(VENV)/corolla/proto/update_pb2.py $(VENV)/corolla/proto/update_pb2.pyi proto/
+	$(RUN)/python -m grpc_tools.protoc -Icorolla/proto=proto --python_out=$(VENV) --pyi_out=$(VENV) --grpc_python_out=$(VENV) corolla/proto/update.proto corolla/proto/device.proto
+	cp $(VENV)/corolla/proto/update_pb2.py* $(VENV)/corolla/proto/device_pb2*.py* proto/
 
 wheel: $(STAMPS)/dev
 	rm -rf build

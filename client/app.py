@@ -10,12 +10,13 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from corolla import data, models, trainable, wire
-from corolla.client.memory import Memory
+from corolla import data, models, trainable
 from corolla.client.worker import Worker
 from corolla.config import validate
 from corolla.errors import CorollaError, WireError
-from corolla.wire import Packet, Reply, pack_reply, unpack_task
+from corolla.memory import Memory
+from corolla.packet import Packet, from_flower, to_flower
+from corolla.wire import Reply, pack_reply, unpack_task
 
 _LARGEST = 1 << 40
 MEMORY = "COROLLA_MEMORY"
@@ -28,9 +29,9 @@ app = ClientApp()  # without annotation: `flwr build` looks for the bare assignm
 @app.train()
 def answer(message: Message, context: Context) -> Message:
     """Every kind of task: what is asked stands in the packet's header."""
-    packet = wire.from_flower(message.content, _LARGEST)
+    packet = from_flower(message.content, _LARGEST)
     reply = _answer(packet, int(context.node_config.get("partition-id", 0)))
-    return Message(wire.to_flower(reply), reply_to=message)
+    return Message(to_flower(reply), reply_to=message)
 
 
 def _answer(packet: Packet, partition: int) -> Packet:

@@ -11,19 +11,20 @@ import torch
 
 from corolla import codec, compression, seedlog, seeds, strategies, wire
 from corolla.client.first_order import FirstOrder
-from corolla.client.memory import Memory
 from corolla.client.zeroth_order import ZerothOrder
 from corolla.config import RunConfig
 from corolla.data import Example, FederatedData
 from corolla.dense import DenseModel
 from corolla.encoding import Encoded, Encoder
-from corolla.errors import ConfigError, CorollaError, WireError
+from corolla.errors import ConfigError, CorollaError, ModelError, WireError
 from corolla.lora import LoraModel
+from corolla.memory import Memory
+from corolla.packet import Packet
 from corolla.records import client_folder, round_folder, write_update
 from corolla.scoring import score
 from corolla.trainable import Trainable
 from corolla.types import LoraSpec, Payload, TrainerName, row_name
-from corolla.wire import Kind, Log, Packet, Reply, Task, pack_reply, unpack_task
+from corolla.wire import Capabilities, Kind, Log, Reply, Task, pack_reply, unpack_task
 
 _RESIDENT_CLIENTS = 64
 """How many simulated clients keep their tokens in memory."""
@@ -65,7 +66,8 @@ class LocalClient:
 class Worker:
     """Answers tasks for the clients whose data it holds.
 
-    `record` (simulation only) is a folder for each client's adapter after local training.
+    `record` (simulation only) is a folder for each client's adapter after local training;
+    `capabilities` is what a device says of itself when it is greeted.
     """
 
     def __init__(
@@ -76,8 +78,10 @@ class Worker:
         memory: Memory,
         record: Path | None = None,
         on_step: Callable[[int], None] | None = None,
+        capabilities: Capabilities | None = None,
     ) -> None:
         self.config = config
+        self.capabilities = capabilities
         self.model = model
         self.data = data
         self.memory = memory
@@ -107,8 +111,19 @@ class Worker:
     def _answer(self, client: str, task: Task, blank: Reply) -> Reply:
         if client not in self.data.clients:
             raise WireError("this device has no such client")
+        own = self.model.base.fingerprint
+        if task.model_sha256 not in ("", own):
+            raise ModelError(
+                f"this device has base model {own[:12]}, the run is of {task.model_sha256[:12]}: "
+                f"give it the same one, in the same number type"
+            )
         if task.kind == Kind.HELLO:
-            return replace(blank, num_examples=len(self.data.clients[client].train))
+            return replace(
+                blank,
+                num_examples=len(self.data.clients[client].train),
+                model_sha256=own,
+                capabilities=self.capabilities,
+            )
         settings = json.loads(task.config)
         sent = wire.content(task)
         if "form" in settings:
@@ -144,7 +159,7 @@ class Worker:
         if log.start:
             if codec.content_id(sent.get("start", {})) != log.start:
                 raise WireError("the snapshot does not match its content id")
-            self.memory.keep_start(log.since, sent["start"], log.number)
+            self.memory.keep_start(log.since, sent["start"], log.number - len(log.rows))
         if self.memory.extend(log.since, log.rows) != log.version:
             raise WireError(
                 f"{len(log.rows)} rows from version {log.since[:8]} do not lead to "

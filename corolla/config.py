@@ -18,6 +18,9 @@ from corolla.types import LoraSpec, Strategy, TrainerName
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
+SERVER = "server"
+"""The table of a config file that is of the machine `corolla server` runs on, not of the run."""
+
 LR_FIRST_ORDER = {"ia3": 3e-3, "prompt": 3e-3, "full": 3e-5}
 """What is trained → the default lr of first-order strategies where it is not 3e-4, that of LoRA.
 
@@ -91,7 +94,26 @@ class RunConfig(BaseModel):
     )
 
     deadline: Annotated[float, Field(gt=0)] = Field(
-        3600.0, description="seconds for a round on the flower engine; late replies are dropped"
+        3600.0, description="seconds for a round on Flower; late replies are dropped"
+    )
+    attempts: Positive = Field(
+        3, description="at a round that is abandoned, each with another cohort, before the run ends"
+    )
+    wait: Annotated[float, Field(ge=0)] = Field(
+        3600.0, description="seconds to pause while too few clients are online, then the run stops"
+    )
+    max_norm: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="of one update (joint L2 norm); what is larger is refused"
+    )
+
+    max_seconds: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="end after so long, resumptions included"
+    )
+    target_loss: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="end when the held-out loss is at most this"
+    )
+    patience: Positive | None = Field(
+        None, description="end after so many evaluations without a lower held-out loss"
     )
 
     selection: Literal["uniform", "weighted"] = Field(
@@ -385,6 +407,16 @@ def resumed(
         stored = validate(json.loads(path.read_text())["config"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read: {error!r}") from error
+    return unchanged(stored, overrides, settings, file)
+
+
+def unchanged(
+    stored: RunConfig,
+    overrides: Mapping[str, object],
+    settings: Sequence[str] = (),
+    file: Path | None = None,
+) -> RunConfig:
+    """A stored config. Raises ConfigError when what is given contradicts it."""
     asked = amended(stored, overrides, settings, file)
     for key in RunConfig.model_fields:
         if getattr(asked, key) != getattr(stored, key):
@@ -406,6 +438,14 @@ def amended(
     return validate({**stored.model_dump(), **given})
 
 
+def server_table(file: Path) -> dict[str, Any]:
+    """The [server] table of a config file: what `corolla server` reads beside the run's keys."""
+    table = _read(file).get(SERVER, {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"{SERVER} in {file} is no table: write [{SERVER}]")
+    return {_key(key): value for key, value in table.items()}
+
+
 def _gather(
     file: Path | None,
     overrides: Mapping[str, object],
@@ -416,7 +456,8 @@ def _gather(
     values: dict[str, Any] = {}
     tables: dict[str, dict[str, Any]] = {}
     for key, value in (_read(file) if file else {}).items():
-        _assign(values, tables, _key(key), value, str(file))
+        if key != SERVER:
+            _assign(values, tables, _key(key), value, str(file))
     for setting in settings:
         key, found, text = setting.partition("=")
         if not found:

@@ -24,17 +24,18 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 
 from corolla import factors, lora, seedlog, seeds, strategies, tree, wire
-from corolla.client.memory import Memory
 from corolla.client.worker import Worker
 from corolla.config import RunConfig
 from corolla.data import Example, FederatedData, Split
 from corolla.lora import LoraModel
+from corolla.memory import Memory
 from corolla.models import Base
-from corolla.server.federation import Federation, Held
+from corolla.packet import Packet
+from corolla.server.federation import Federation, Held, Network
 from corolla.server.rounds import RoundResult, run_round
 from corolla.server.tasks import accepted_only
 from corolla.types import Observed, Params, Payload, Strategy
-from corolla.wire import Packet, unpack_reply
+from corolla.wire import unpack_reply
 
 EXACT = 1e-6
 """Largest relative error of effective weights, in fp32."""
@@ -410,7 +411,7 @@ class _Probe:
         return Finding("saved and reloaded", self.kind, float((ours - theirs).abs().max()), LOGITS)
 
 
-class _Recorder:
+class _Recorder(Network):
     """A network of clients in this process that remembers what each model was after training."""
 
     def __init__(self, worker: Worker, model: LoraModel, reverse: bool = False) -> None:

@@ -85,6 +85,16 @@ class Memory:
             rows.append(row)
         return None, rows[::-1], 0
 
+    def path_to(self, version: str, origin: str) -> list[str]:
+        """The versions that `log` goes through, the first without rows before it, to `version`."""
+        found = [version]
+        while found[0] != origin and self._read_start(found[0]) is None:
+            entry = self._read_row(found[0])
+            if entry is None:
+                raise WireError("the log has a gap")
+            found.insert(0, entry[0])
+        return found
+
     def stage(self, client: str, round: int, kept: Payload) -> None:
         """Store what a client keeps of a round: it counts once the server has accepted the round.
 

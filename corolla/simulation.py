@@ -3,21 +3,25 @@
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 
-from corolla.client.memory import Memory
+from corolla.children import terminate_as_interrupt
 from corolla.client.worker import Worker
 from corolla.config import RunConfig
 from corolla.errors import ConfigError, StoppedError, WireError
-from corolla.server import checkpoint
-from corolla.server.run import Observer, Run, Silent, Summary, prepare_folder, stored_run
+from corolla.memory import Memory
+from corolla.packet import Packet
+from corolla.server.federation import Network
+from corolla.server.observer import Observer, Silent
+from corolla.server.run import Run, Summary, how_to_go_on, prepare_folder, stored_run
 from corolla.server.setup import set_up
-from corolla.wire import Kind, Packet, Task, pack_task, unpack_reply
+from corolla.wire import Kind, Task, pack_task, unpack_reply
 
 
 @dataclass(frozen=True)
-class InProcess:
+class InProcess(Network):
     """All clients in this process, one after another, on one resident base model."""
 
     worker: Worker
@@ -26,6 +30,9 @@ class InProcess:
         hello = pack_task(Task("0" * 32, 0, "", Kind.HELLO, ""))
         answers = {c: unpack_reply(self.worker(c, hello), 0) for c in self.worker.data.clients}
         return {client: reply.num_examples for client, reply in answers.items()}
+
+    def online(self) -> AbstractSet[str]:
+        return self.worker.data.clients.keys()
 
     def ask(self, packets: Mapping[str, Packet]) -> Iterator[tuple[str, Packet | None]]:
         for client, packet in packets.items():
@@ -66,14 +73,10 @@ def simulate(
             from corolla.flower_engine import simulate_on_flower
 
             return simulate_on_flower(config, folder, observer, keep_updates, resume, run_id)
-        return _in_process(config, folder, observer, keep_updates, resume, run_id, on_step)
-    except KeyboardInterrupt:
-        kept = checkpoint.load(folder / "checkpoint")
-        raise StoppedError(
-            f"stopped; round {kept.round} is kept: go on with --resume --out {folder}"
-            if kept
-            else "stopped before a round was complete: nothing is kept"
-        ) from None
+        with terminate_as_interrupt():
+            return _in_process(config, folder, observer, keep_updates, resume, run_id, on_step)
+    except KeyboardInterrupt:  # before the run has begun, or in another thread than this one
+        raise StoppedError(f"stopped{how_to_go_on(folder)}") from None
     finally:
         if not existed and not (folder / "checkpoint").exists():
             _undo(folder, made)

@@ -23,15 +23,15 @@ import torch
 from google.protobuf.message import DecodeError
 
 from corolla import codec
-from corolla.errors import WireError
+from corolla.errors import SchemaError, WireError
+from corolla.packet import Packet
 from corolla.proto import update_pb2 as pb
 from corolla.types import Metrics, Params, Payload
 
 if TYPE_CHECKING:
-    from flwr.app import RecordDict
     from numpy.typing import NDArray
 
-SCHEMA = 2
+SCHEMA = 3
 MAX_HEADER = 8 << 20
 MAX_REPLY_HEADER = 1 << 20
 MAX_CACHED = 4096
@@ -44,6 +44,8 @@ MAX_METRIC = 1e30
 MAX_NAME = 128
 MAX_ERROR = 2000
 MAX_EXAMPLES = 1 << 40
+MAX_SEATS = 1 << 20
+MAX_BUNDLE = 1 << 16
 
 _KEYS = ("scalars", "directions", "seed", "step")
 _LOG_LIMIT = f"at most {MAX_ROWS} of {MAX_LOG_SCALARS}"
@@ -55,14 +57,6 @@ class Kind(IntEnum):
     HELLO = 1
     TRAIN = 2
     EVALUATE = 3
-
-
-@dataclass(frozen=True)
-class Packet:
-    """One message as bytes."""
-
-    header: bytes
-    payload: bytes
 
 
 @dataclass(frozen=True)
@@ -88,7 +82,9 @@ class Log:
 class Task:
     """Server → client. `cached` maps every group the client must hold to its content id.
 
-    `scalars` holds scalar groups: they travel in the header.
+    `scalars` holds scalar groups: they travel in the header. `model_sha256` is of the base model
+    that the client must have ("": not checked); `seats`, of a gateway, how many updates it is asked
+    for (0: the client's own).
     """
 
     run_id: str
@@ -100,6 +96,24 @@ class Task:
     payload: bytes = b""
     scalars: Payload = field(default_factory=dict)
     log: Log | None = None
+    model_sha256: str = ""
+    seats: int = 0
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a device says of itself; 0 and "" stand for unknown (see proto/update.proto)."""
+
+    memory_bytes: int = 0
+    cores: int = 0
+    accelerator: str = ""
+    accelerator_bytes: int = 0
+    runtime: str = ""
+    battery_percent: int = 100
+    charging: bool = True
+    metered: bool = False
+    idle: bool = True
+    storage_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,6 +122,10 @@ class Reply:
 
     `scalars` holds scalar groups, at most 1 MiB with the rest of the header. Those of a client
     need not be finite: who folds them in checks.
+
+    Of a gateway: `clients` is how many updates these are (0: the client's own), `bundle` whether
+    the payload is a bundle of them (see pack_bundle) or their sum; `seats`, in a hello, how many
+    devices it can ask at a time.
     """
 
     run_id: str
@@ -121,6 +139,11 @@ class Reply:
     error: str = ""
     missing: Sequence[str] = ()
     scalars: Payload = field(default_factory=dict)
+    clients: int = 0
+    bundle: bool = False
+    seats: int = 0
+    model_sha256: str = ""
+    capabilities: Capabilities | None = None
 
 
 def is_scalars(params: Params) -> bool:
@@ -151,9 +174,12 @@ def enclose(payload: Payload) -> tuple[bytes, Payload]:
     return codec.encode(dense) if dense else b"", scalars
 
 
-def content(message: Task | Reply) -> Payload:
-    """The payload of a message. Raises WireError when its bytes cannot be read."""
-    dense = codec.decode(message.payload) if message.payload else {}
+def content(message: Task | Reply, max_header: int | None = None) -> Payload:
+    """The payload of a message. Raises WireError when its bytes cannot be read.
+
+    Of a bundle there is none: see unpack_bundle. `max_header` is that of codec.decode.
+    """
+    dense = codec.decode(message.payload, max_header) if message.payload else {}
     twice = dense.keys() & message.scalars.keys()
     if twice:
         raise WireError(f"group {min(twice)!r} is there as tensors and as scalars")
@@ -184,6 +210,8 @@ def pack_task(task: Task) -> Packet:
         cached=[pb.CachedGroup(group=g, id=i) for g, i in task.cached.items()],
         scalars=_dump_groups(task.scalars),
         log=None if task.log is None else _dump_log(task.log),
+        model_sha256=task.model_sha256,
+        seats=task.seats,
     )
     return _pack(header, task.payload, MAX_HEADER)
 
@@ -204,6 +232,8 @@ def unpack_task(packet: Packet) -> Task:
         payload=packet.payload,
         scalars=_load_groups(head.scalars),
         log=_load_log(head.log) if head.HasField("log") else None,
+        model_sha256=_hex(head.model_sha256, 64) if head.model_sha256 else "",
+        seats=_at_most(head.seats, MAX_SEATS, "seats"),
     )
 
 
@@ -226,8 +256,42 @@ def pack_reply(reply: Reply) -> Packet:
         error=reply.error[:MAX_ERROR],
         missing=reply.missing,
         scalars=_dump_groups(reply.scalars),
+        clients=reply.clients,
+        bundle=reply.bundle,
+        seats=reply.seats,
+        model_sha256=reply.model_sha256,
+        capabilities=pb.Capabilities(**vars(reply.capabilities)) if reply.capabilities else None,
     )
     return _pack(header, reply.payload, MAX_REPLY_HEADER)
+
+
+def pack_bundle(packets: Sequence[Packet]) -> bytes:
+    """Replies of devices behind a gateway, as the payload of its own reply."""
+    entries = [pb.Bundle.Entry(header=p.header, payload=p.payload) for p in packets]
+    return pb.Bundle(entries=entries).SerializeToString()
+
+
+def unpack_bundle(data: bytes, most: int) -> list[Packet]:
+    """The packets of a bundle, at most `most`: nothing of them is checked. Raises WireError."""
+    bundle = pb.Bundle()
+    try:
+        bundle.ParseFromString(data)
+    except DecodeError as error:
+        raise WireError("bundle cannot be parsed") from error
+    most = min(most, MAX_BUNDLE)
+    if len(bundle.entries) > most:
+        raise WireError(f"bundle has {len(bundle.entries)} entries, at most {most}")
+    return [Packet(entry.header, entry.payload) for entry in bundle.entries]
+
+
+def peek_client(packet: Packet) -> str:
+    """Who a reply says it is from, before anything else of it is checked; "" where it says none."""
+    head = pb.Reply()
+    try:
+        head.ParseFromString(packet.header[:MAX_REPLY_HEADER])
+    except DecodeError:
+        return ""
+    return head.client if len(head.client) <= MAX_NAME else ""
 
 
 def unpack_reply(packet: Packet, max_payload: int) -> Reply:
@@ -254,57 +318,36 @@ def unpack_reply(packet: Packet, max_payload: int) -> Reply:
         # NaN fails the comparison too.
         metrics={name: value for name, value in head.metrics.items() if abs(value) <= MAX_METRIC},
         payload=packet.payload,
-        error=_one_line(head.error),
+        error=one_line(head.error),
         missing=list(head.missing[:MAX_CACHED]),
         scalars=_load_groups(head.scalars),
+        clients=_at_most(head.clients, MAX_SEATS, "clients"),
+        bundle=head.bundle,
+        seats=_at_most(head.seats, MAX_SEATS, "seats"),
+        model_sha256=_hex(head.model_sha256, 64) if head.model_sha256 else "",
+        capabilities=(
+            load_capabilities(head.capabilities) if head.HasField("capabilities") else None
+        ),
     )
 
 
-def to_flower(packet: Packet) -> "RecordDict":
-    """A packet as Flower records: one array for all, because each array costs two objects."""
-    # Imported here because Flower takes a second to import and in-process runs do not need it.
-    from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
-
-    records = RecordDict({"header": ConfigRecord({"packet": packet.header})})
-    if packet.payload:
-        array = Array(np.frombuffer(packet.payload, dtype=np.uint8))
-        records["payload"] = ArrayRecord({"packet": array})
-    return records
-
-
-def from_flower(records: "RecordDict", max_payload: int) -> Packet:
-    """The packet of Flower records. Raises WireError when they hold anything else."""
-    try:
-        header = records.config_records["header"]["packet"]
-        payload = b""
-        if "payload" in records.array_records:
-            array = records.array_records["payload"]["packet"]
-            if len(array.data) > max_payload + 1024:  # the npy header
-                raise WireError(f"payload has {len(array.data)} bytes, at most {max_payload}")
-            payload = _npy_bytes(array.data)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise WireError(f"not a packet: {error!r}") from error
-    if not isinstance(header, bytes):
-        raise WireError(f"header is {type(header).__name__}, not bytes")
-    return Packet(header, payload)
+def load_capabilities(told: pb.Capabilities) -> Capabilities:
+    """What a device says of itself, fit for a log."""
+    return Capabilities(
+        memory_bytes=told.memory_bytes,
+        cores=told.cores,
+        accelerator=one_line(told.accelerator[:MAX_NAME]),
+        accelerator_bytes=told.accelerator_bytes,
+        runtime=one_line(told.runtime[:MAX_NAME]),
+        battery_percent=min(told.battery_percent, 100),
+        charging=told.charging,
+        metered=told.metered,
+        idle=told.idle,
+        storage_bytes=told.storage_bytes,
+    )
 
 
-def _npy_bytes(data: bytes) -> bytes:
-    """The bytes in a .npy file of uint8. Only that exact header is taken: nothing is parsed.
-
-    Parsers of array files raise a dozen unrelated errors on hostile input and allocate what a
-    header claims.
-    """
-    content = data[128:]
-    shape = f"({len(content)},)"
-    text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}"
-    expected = b"\x93NUMPY\x01\x00\x76\x00" + text.ljust(117).encode() + b"\n"
-    if data[:128] != expected:
-        raise WireError("payload is not an array of bytes")
-    return content
-
-
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     """What a peer says, fit for a terminal and a log: printable, one line, bounded."""
     return " ".join("".join(c if c.isprintable() else " " for c in text[:MAX_ERROR]).split())
 
@@ -324,7 +367,7 @@ def _parse(head: pb.Task | pb.Reply, packet: Packet, limit: int) -> None:
     except DecodeError as error:
         raise WireError("header cannot be parsed") from error
     if head.schema != SCHEMA:
-        raise WireError(f"message has schema {head.schema}, this version reads {SCHEMA}")
+        raise SchemaError(f"message has schema {head.schema}, this version reads {SCHEMA}")
     if head.payload_bytes != len(packet.payload):
         raise WireError(f"payload has {len(packet.payload)} bytes, header {head.payload_bytes}")
     if head.payload_sha256 != _sha256(packet.payload):
@@ -343,6 +386,12 @@ def _hex(text: str, length: int) -> str:
     if len(text) != length or not all(c in "0123456789abcdef" for c in text):
         raise WireError(f"id of {len(text)} characters is not {length} hexadecimal ones")
     return text
+
+
+def _at_most(value: int, most: int, what: str) -> int:
+    if value > most:
+        raise WireError(f"message has {value} {what}, at most {most}")
+    return value
 
 
 def _sha256(data: bytes) -> str:

@@ -64,8 +64,45 @@ class Log(_message.Message):
     start: str
     def __init__(self, origin: _Optional[str] = ..., since: _Optional[str] = ..., version: _Optional[str] = ..., rows: _Optional[_Iterable[_Union[Scalars, _Mapping]]] = ..., number: _Optional[int] = ..., start: _Optional[str] = ...) -> None: ...
 
+class Capabilities(_message.Message):
+    __slots__ = ("memory_bytes", "cores", "accelerator", "accelerator_bytes", "runtime", "battery_percent", "charging", "metered", "idle", "storage_bytes")
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CORES_FIELD_NUMBER: _ClassVar[int]
+    ACCELERATOR_FIELD_NUMBER: _ClassVar[int]
+    ACCELERATOR_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RUNTIME_FIELD_NUMBER: _ClassVar[int]
+    BATTERY_PERCENT_FIELD_NUMBER: _ClassVar[int]
+    CHARGING_FIELD_NUMBER: _ClassVar[int]
+    METERED_FIELD_NUMBER: _ClassVar[int]
+    IDLE_FIELD_NUMBER: _ClassVar[int]
+    STORAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    memory_bytes: int
+    cores: int
+    accelerator: str
+    accelerator_bytes: int
+    runtime: str
+    battery_percent: int
+    charging: bool
+    metered: bool
+    idle: bool
+    storage_bytes: int
+    def __init__(self, memory_bytes: _Optional[int] = ..., cores: _Optional[int] = ..., accelerator: _Optional[str] = ..., accelerator_bytes: _Optional[int] = ..., runtime: _Optional[str] = ..., battery_percent: _Optional[int] = ..., charging: _Optional[bool] = ..., metered: _Optional[bool] = ..., idle: _Optional[bool] = ..., storage_bytes: _Optional[int] = ...) -> None: ...
+
+class Bundle(_message.Message):
+    __slots__ = ("entries",)
+    class Entry(_message.Message):
+        __slots__ = ("header", "payload")
+        HEADER_FIELD_NUMBER: _ClassVar[int]
+        PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+        header: bytes
+        payload: bytes
+        def __init__(self, header: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    ENTRIES_FIELD_NUMBER: _ClassVar[int]
+    entries: _containers.RepeatedCompositeFieldContainer[Bundle.Entry]
+    def __init__(self, entries: _Optional[_Iterable[_Union[Bundle.Entry, _Mapping]]] = ...) -> None: ...
+
 class Task(_message.Message):
-    __slots__ = ("schema", "run_id", "round", "base_version", "kind", "config", "payload_bytes", "payload_sha256", "cached", "scalars", "log")
+    __slots__ = ("schema", "run_id", "round", "base_version", "kind", "config", "payload_bytes", "payload_sha256", "cached", "scalars", "log", "model_sha256", "seats")
     SCHEMA_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
@@ -77,6 +114,8 @@ class Task(_message.Message):
     CACHED_FIELD_NUMBER: _ClassVar[int]
     SCALARS_FIELD_NUMBER: _ClassVar[int]
     LOG_FIELD_NUMBER: _ClassVar[int]
+    MODEL_SHA256_FIELD_NUMBER: _ClassVar[int]
+    SEATS_FIELD_NUMBER: _ClassVar[int]
     schema: int
     run_id: str
     round: int
@@ -88,10 +127,12 @@ class Task(_message.Message):
     cached: _containers.RepeatedCompositeFieldContainer[CachedGroup]
     scalars: _containers.RepeatedCompositeFieldContainer[Scalars]
     log: Log
-    def __init__(self, schema: _Optional[int] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., base_version: _Optional[str] = ..., kind: _Optional[_Union[Kind, str]] = ..., config: _Optional[str] = ..., payload_bytes: _Optional[int] = ..., payload_sha256: _Optional[str] = ..., cached: _Optional[_Iterable[_Union[CachedGroup, _Mapping]]] = ..., scalars: _Optional[_Iterable[_Union[Scalars, _Mapping]]] = ..., log: _Optional[_Union[Log, _Mapping]] = ...) -> None: ...
+    model_sha256: str
+    seats: int
+    def __init__(self, schema: _Optional[int] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., base_version: _Optional[str] = ..., kind: _Optional[_Union[Kind, str]] = ..., config: _Optional[str] = ..., payload_bytes: _Optional[int] = ..., payload_sha256: _Optional[str] = ..., cached: _Optional[_Iterable[_Union[CachedGroup, _Mapping]]] = ..., scalars: _Optional[_Iterable[_Union[Scalars, _Mapping]]] = ..., log: _Optional[_Union[Log, _Mapping]] = ..., model_sha256: _Optional[str] = ..., seats: _Optional[int] = ...) -> None: ...
 
 class Reply(_message.Message):
-    __slots__ = ("schema", "run_id", "round", "base_version", "kind", "client", "num_examples", "metrics", "payload_bytes", "payload_sha256", "error", "missing", "scalars")
+    __slots__ = ("schema", "run_id", "round", "base_version", "kind", "client", "num_examples", "metrics", "payload_bytes", "payload_sha256", "error", "missing", "scalars", "clients", "bundle", "seats", "model_sha256", "capabilities")
     class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -112,6 +153,11 @@ class Reply(_message.Message):
     ERROR_FIELD_NUMBER: _ClassVar[int]
     MISSING_FIELD_NUMBER: _ClassVar[int]
     SCALARS_FIELD_NUMBER: _ClassVar[int]
+    CLIENTS_FIELD_NUMBER: _ClassVar[int]
+    BUNDLE_FIELD_NUMBER: _ClassVar[int]
+    SEATS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_SHA256_FIELD_NUMBER: _ClassVar[int]
+    CAPABILITIES_FIELD_NUMBER: _ClassVar[int]
     schema: int
     run_id: str
     round: int
@@ -125,4 +171,9 @@ class Reply(_message.Message):
     error: str
     missing: _containers.RepeatedScalarFieldContainer[str]
     scalars: _containers.RepeatedCompositeFieldContainer[Scalars]
-    def __init__(self, schema: _Optional[int] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., base_version: _Optional[str] = ..., kind: _Optional[_Union[Kind, str]] = ..., client: _Optional[str] = ..., num_examples: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., payload_bytes: _Optional[int] = ..., payload_sha256: _Optional[str] = ..., error: _Optional[str] = ..., missing: _Optional[_Iterable[str]] = ..., scalars: _Optional[_Iterable[_Union[Scalars, _Mapping]]] = ...) -> None: ...
+    clients: int
+    bundle: bool
+    seats: int
+    model_sha256: str
+    capabilities: Capabilities
+    def __init__(self, schema: _Optional[int] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., base_version: _Optional[str] = ..., kind: _Optional[_Union[Kind, str]] = ..., client: _Optional[str] = ..., num_examples: _Optional[int] = ..., metrics: _Optional[_Mapping[str, float]] = ..., payload_bytes: _Optional[int] = ..., payload_sha256: _Optional[str] = ..., error: _Optional[str] = ..., missing: _Optional[_Iterable[str]] = ..., scalars: _Optional[_Iterable[_Union[Scalars, _Mapping]]] = ..., clients: _Optional[int] = ..., bundle: _Optional[bool] = ..., seats: _Optional[int] = ..., model_sha256: _Optional[str] = ..., capabilities: _Optional[_Union[Capabilities, _Mapping]] = ...) -> None: ...

@@ -13,9 +13,10 @@ from torch import Tensor
 from corolla import codec, config, factors, tree, wire
 from corolla.compression import PLAIN, pipeline
 from corolla.errors import ConfigError
+from corolla.packet import Packet
+from corolla.server.federation import Network
 from corolla.server.rounds import RoundResult, run_round
 from corolla.types import Params, Payload
-from corolla.wire import Packet
 from tests.strategies import devices, tiny
 
 SHARES = {client: n / sum(tiny.CLIENTS.values()) for client, n in tiny.CLIENTS.items()}
@@ -23,7 +24,7 @@ SHARES = {client: n / sum(tiny.CLIENTS.values()) for client, n in tiny.CLIENTS.i
 
 
 @dataclass
-class Lossy:
+class Lossy(Network):
     """A network that loses the answers of some clients."""
 
     network: devices.Devices

@@ -8,13 +8,14 @@ import torch
 import transformers
 
 from corolla import codec, data, directions, models, seedlog, seeds, trainable, wire
-from corolla.client.memory import Memory
 from corolla.client.worker import LocalClient, Worker
 from corolla.config import RunConfig
 from corolla.data import Example, FederatedData, Split
 from corolla.errors import ConfigError
+from corolla.memory import Memory
+from corolla.packet import Packet
 from corolla.types import LoraSpec, Params, Payload, TrainerName, row_name
-from corolla.wire import Kind, Log, Packet, Reply, Task, pack_task, unpack_reply
+from corolla.wire import Kind, Log, Reply, Task, pack_task, unpack_reply
 
 Settings = Callable[..., RunConfig]
 RUN = "ab" * 16

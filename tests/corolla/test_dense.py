@@ -19,7 +19,6 @@ from typer.testing import CliRunner
 from corolla import artefacts, lora, models, scoring, seeds, trainable, wire
 from corolla.cli import app
 from corolla.client.first_order import FirstOrder
-from corolla.client.memory import Memory
 from corolla.client.worker import Worker
 from corolla.config import RunConfig
 from corolla.dense import DenseModel, Role
@@ -27,11 +26,13 @@ from corolla.directions import SignPool
 from corolla.encoding import Encoded, Encoder
 from corolla.errors import ArtefactError, DivergedError, ModelError
 from corolla.full import FullModel
+from corolla.memory import Memory
 from corolla.models import Base
-from corolla.server.federation import Federation
+from corolla.packet import Packet
+from corolla.server.federation import Federation, Network
 from corolla.server.rounds import RoundResult, run_round
 from corolla.types import Adapter, LoraSpec, Move, Params, Payload
-from corolla.wire import Packet, unpack_reply
+from corolla.wire import unpack_reply
 from tests.strategies import tiny
 
 Settings = Callable[..., RunConfig]
@@ -431,7 +432,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written() -> None:
 # Rounds
 
 
-class Network:
+class Devices(Network):
     """Clients in this process, in order or in reverse; remembers what they trained."""
 
     def __init__(self, worker: Worker, reverse: bool) -> None:
@@ -456,11 +457,11 @@ class Network:
 
 def round_of(
     config: RunConfig, kind: str, folder: Path, reverse: bool = False
-) -> tuple[Network, RoundResult, Payload]:
+) -> tuple[Devices, RoundResult, Payload]:
     """One round of all four clients: (network, result, state before)."""
     own = tiny.base(kind)
     model = trainable.build(config, own)
-    network = Network(Worker(config, model, tiny.data(kind), Memory(folder)), reverse)
+    network = Devices(Worker(config, model, tiny.data(kind), Memory(folder)), reverse)
     strategy = config.build_strategy()
     state = strategy.init(model.init(SPEC, 0), 0)
     fresh = cache(lambda spec: model.init(spec, 0))

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from corolla import codec, seedlog
-from corolla.client.memory import Memory
 from corolla.errors import WireError
+from corolla.memory import Memory
 from corolla.types import Params, Payload
 
 A: Params = {"x.lora_A": torch.arange(6.0).reshape(2, 3)}

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from corolla import wire
 from corolla.errors import WireError
+from corolla.packet import Packet
 from corolla.proto import update_pb2 as pb
 from corolla.types import Params, Payload
-from corolla.wire import Kind, Log, Packet, Reply, Task
+from corolla.wire import Kind, Log, Reply, Task
 
 RUN = "0123456789abcdef" * 2
 ORIGIN, SINCE, VERSION = "a" * 32, "b" * 32, "c" * 32
@@ -235,7 +236,7 @@ def test_bytes_of_a_message_are_golden() -> None:
     reply = Reply("r", 1, "v", Kind.TRAIN, "c", missing=[], scalars={"z": params})
     digest = b"e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
     expected = (
-        "0802 120172 1801 220176 2802 320163"  # schema, run, round, version, kind, client
+        "0803 120172 1801 220176 2802 320163"  # schema, run, round, version, kind, client
         f"5240 {digest.hex()}"
         "6a25 0a017a 10e807"  # a group of 37 bytes, its name, its size
         "1a0c 0000803f 00000080 000000c0"  # 1, −0, −2

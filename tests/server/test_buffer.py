@@ -11,14 +11,15 @@ import torch
 from corolla import codec, compression
 from corolla.config import RunConfig
 from corolla.errors import RoundError
+from corolla.packet import Packet
 from corolla.server import buffer
 from corolla.server.buffer import Flight
 from corolla.server.checkpoint import Checkpoint, load, save
 from corolla.server.cohort import Trace
-from corolla.server.federation import Federation
+from corolla.server.federation import Federation, Network
 from corolla.server.rounds import RoundResult, run_round
 from corolla.types import Params, Payload
-from corolla.wire import Packet, Reply, Task, pack_reply, unpack_task
+from corolla.wire import Reply, Task, pack_reply, unpack_task
 
 FRESH: Params = {"x.lora_A": torch.zeros(1, 3), "x.lora_B": torch.zeros(2, 1)}
 BYTES = 4 * 5
@@ -28,7 +29,7 @@ GOALS = {"a": 1.0, "b": -2.0, "c": 5.0, "d": 11.0}
 
 
 @dataclass
-class Devices:
+class Devices(Network):
     """Each client goes half the way from the state it received to a goal of its own."""
 
     asked: list[list[str]] = field(default_factory=list)

@@ -9,15 +9,18 @@ from typing import Any
 import pytest
 
 from corolla import codec
-from corolla.client.memory import Memory
 from corolla.client.worker import Worker
 from corolla.config import RunConfig
 from corolla.errors import RoundError, StoppedError
+from corolla.memory import Memory
+from corolla.packet import Packet
 from corolla.server import checkpoint
-from corolla.server.run import Run, Silent, Summary
+from corolla.server.federation import Network
+from corolla.server.observer import Silent
+from corolla.server.run import Run, Summary
 from corolla.server.setup import set_up
 from corolla.simulation import InProcess
-from corolla.wire import Packet, pack_reply, unpack_reply
+from corolla.wire import pack_reply, unpack_reply
 
 Settings = Callable[..., RunConfig]
 Lie = Callable[[Packet], Packet | None]
@@ -44,7 +47,7 @@ def times(factor: float) -> Lie:
 
 
 @dataclass
-class Hostile:
+class Hostile(Network):
     """Clients in this process, one of which lies; all are gone after `until` rounds."""
 
     honest: InProcess

@@ -11,10 +11,11 @@ import torch
 from corolla import codec, simulation
 from corolla.config import RunConfig
 from corolla.errors import ArtefactError, ConfigError, CorollaError, DataError
+from corolla.packet import Packet
 from corolla.server import checkpoint, evaluate, report, run
 from corolla.server.run import Summary, prepare_folder, stored_run
 from corolla.types import Metrics
-from corolla.wire import Packet, pack_reply, unpack_reply
+from corolla.wire import pack_reply, unpack_reply
 
 Settings = Callable[..., RunConfig]
 
@@ -37,6 +38,9 @@ class Watch:
 
     def started(self, facts: Mapping[str, Any], first_round: int) -> None:
         self._saw("started", first_round)
+
+    def warned(self, text: str) -> None:
+        self._saw("warned", text)
 
     def round_started(self, round: int, cohort: int) -> None:
         self._saw("round", round)
@@ -82,7 +86,7 @@ def test_a_run_leaves_its_artefacts(settings: Settings, tmp_path: Path, with_rep
     summary = simulate(settings(), tmp_path / "out", observer=watch)
     folder = tmp_path / "out"
     assert sorted(path.name for path in folder.iterdir()) == [
-        *("adapter", "checkpoint", "metrics.jsonl", "report.html", "run.json")
+        *("adapter", "checkpoint", "journal.jsonl", "metrics.jsonl", "report.html", "run.json")
     ]
     found = lines(folder)
     assert [line["round"] for line in found] == [1, 2, 3]

@@ -9,15 +9,16 @@ from typing import Any
 from torch import Tensor
 
 from corolla import models, seedlog, seeds
-from corolla.client.memory import Memory
 from corolla.client.worker import Worker
 from corolla.config import RunConfig
 from corolla.full import FullModel
 from corolla.lora import LoraModel
-from corolla.server.federation import Federation, Held
+from corolla.memory import Memory
+from corolla.packet import Packet
+from corolla.server.federation import Federation, Held, Network
 from corolla.server.rounds import RoundResult, evaluate_clients, run_round
 from corolla.types import Payload
-from corolla.wire import Packet, Reply, Task, unpack_reply, unpack_task
+from corolla.wire import Reply, Task, unpack_reply, unpack_task
 from tests.strategies import tiny
 
 
@@ -28,7 +29,7 @@ def build(config: RunConfig, kind: str) -> LoraModel | FullModel:
 
 
 @dataclass
-class Devices:
+class Devices(Network):
     """A network in which every client is a device; the rest is of the last time it was asked.
 
     Devices take turns with one resident model, as in a simulation; `weights` are those it held.

@@ -12,15 +12,16 @@ import pytest
 import torch
 
 from corolla import codec, factors, seedlog, strategies, tree, wire
-from corolla.client.memory import Memory
 from corolla.client.worker import Worker
 from corolla.conformance import Result, conform
 from corolla.errors import ConfigError
+from corolla.memory import Memory
+from corolla.packet import Packet
+from corolla.server.federation import Network
 from corolla.server.rounds import evaluate_clients
 from corolla.server.tasks import accepted_only
 from corolla.strategies import STRATEGIES, create
 from corolla.types import LoraSpec, Observed, Params, Payload, Strategy, Traits
-from corolla.wire import Packet
 from tests.strategies import tiny
 from tests.strategies.tiny import Run
 
@@ -382,7 +383,7 @@ def kept(run: Run, client: str) -> Payload:
     return run.network.worker.memory.kept(client, rounds[-1])
 
 
-class _Evaluated:
+class _Evaluated(Network):
     """The same clients with a copy of their memory: what each one's model was when it was asked."""
 
     def __init__(self, run: Run, folder: Path) -> None:

@@ -7,10 +7,12 @@ import torch
 
 from corolla import tree, wire
 from corolla.errors import RoundError
+from corolla.packet import Packet
+from corolla.server.federation import Network
 from corolla.server.rounds import run_round
 from corolla.strategies.rolora import RoLora
 from corolla.types import Cost, LoraSpec, Params, Payload, Size
-from corolla.wire import Packet, pack_reply, unpack_reply, unpack_task
+from corolla.wire import pack_reply, unpack_reply, unpack_task
 from tests.strategies import tiny
 
 SPEC = LoraSpec(2, 4.0)
@@ -95,7 +97,7 @@ def test_a_factor_is_sent_to_who_lacks_it_and_both_to_who_was_absent(tmp_path: P
 
 
 @dataclass
-class Late:
+class Late(Network):
     """The clients of a run; in the next round `client` answers as it did in the last one."""
 
     run: tiny.Run

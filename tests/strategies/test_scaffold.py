@@ -178,6 +178,9 @@ class Killed:
     def started(self, facts: Mapping[str, Any], first_round: int) -> None:
         pass
 
+    def warned(self, text: str) -> None:
+        pass
+
     def round_started(self, round: int, cohort: int) -> None:
         self.round = round
 

@@ -279,7 +279,7 @@ def test_rows_that_do_not_lead_to_the_version_are_refused(damage: str, tmp_path:
     run = devices.start("llama", tmp_path, strategy="seed_pool", options={"size": 64}, lr=1e-3)
     for _ in range(3):
         run.step("b")
-    task = make_tasks(run.federation, run.state, {}, 4, Kind.TRAIN, ["a"], Traffic())["a"]
+    task = make_tasks(run.federation, run.state, {}, 4, Kind.TRAIN, {"a": 1}, Traffic())["a"]
     assert task.log is not None
     rows = list(task.log.rows)
     rows = {
@@ -420,7 +420,7 @@ def test_a_snapshot_that_is_not_the_one_announced_is_refused(tmp_path: Path) -> 
     run = large(tmp_path)
     fill(run)
     fill(run)
-    task = make_tasks(run.federation, run.state, {}, 3, Kind.TRAIN, ["a"], Traffic())["a"]
+    task = make_tasks(run.federation, run.state, {}, 3, Kind.TRAIN, {"a": 1}, Traffic())["a"]
     assert task.log is not None
     assert task.log.start == codec.content_id(wire.content(task)["start"])
     bad = replace(task, log=replace(task.log, start="cd" * 16))
@@ -434,7 +434,7 @@ def test_a_log_that_ends_at_another_number_is_refused(tmp_path: Path) -> None:
     run = devices.start("llama", tmp_path, strategy="seed_pool", options={"size": 64}, lr=1e-3)
     for _ in range(3):
         run.step("b")
-    task = make_tasks(run.federation, run.state, {}, 4, Kind.TRAIN, ["a"], Traffic())["a"]
+    task = make_tasks(run.federation, run.state, {}, 4, Kind.TRAIN, {"a": 1}, Traffic())["a"]
     assert task.log is not None
     bad = replace(task, log=replace(task.log, number=4))
     answer = run.network.worker("a")("a", wire.pack_task(bad))

@@ -18,13 +18,14 @@ from tokenizers.models import WordLevel
 from torch import Tensor, nn
 
 from corolla import factors, models, seedlog, seeds, strategies, wire
-from corolla.client.memory import Memory
 from corolla.client.worker import Worker
 from corolla.config import RunConfig
 from corolla.data import Example, FederatedData, Split
 from corolla.lora import LoraModel
+from corolla.memory import Memory
 from corolla.models import Base
-from corolla.server.federation import Federation, Held
+from corolla.packet import Packet
+from corolla.server.federation import Federation, Held, Network
 from corolla.server.rounds import RoundResult, run_round
 from corolla.types import (
     Broadcast,
@@ -44,7 +45,7 @@ from corolla.types import (
     Walk,
     row_name,
 )
-from corolla.wire import Packet, unpack_reply, unpack_task
+from corolla.wire import unpack_reply, unpack_task
 
 KINDS = ("llama", "gpt2", "bert")
 VOCABULARY = 64
@@ -176,7 +177,7 @@ def config(strategy: str, **changes: Any) -> RunConfig:
 
 
 @dataclass
-class Tracer:
+class Tracer(Network):
     """A network of clients in this process that writes down all that travels."""
 
     worker: Worker
