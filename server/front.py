@@ -1,0 +1,222 @@
+"""The only door to the outside: TLS, and nothing but what a SuperNode asks of the Fleet API.
+
+Flower serves Fleet, Control and Runtime on one port, Control without any authentication: whoever
+reaches it can register a key and run code on every client. So the SuperLink is bound to loopback
+and this reverse proxy passes the calls in FLEET alone; all others are 404 and never travel on.
+deploy/nginx.conf is the same door for many nodes: it limits connections by address as well.
+"""
+
+import base64
+import hashlib
+import logging
+import socket
+import ssl
+import threading
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import httpx
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from corolla import logs
+from corolla.errors import ConfigError
+
+FLEET = frozenset(
+    "register-node activate-node deactivate-node unregister-node send-node-heartbeat pull-messages "
+    "push-messages get-run get-fab push-object pull-object confirm-message-received".split()
+)
+MAX_BODY = 16 << 20
+"""Bytes of one call: Flower cuts arrays into 5 MiB; a header of ours has 8 MiB at most."""
+_CONNECTIONS = 1024
+_TIMEOUT = httpx.Timeout(60.0, connect=5.0)
+_SKEW = 300.0
+"""Seconds that Flower lets a node's clock be behind; 5 ahead."""
+_REQUEST = ("content-type", "content-length", "accept", "traceparent")
+_QUIET = 60.0
+
+_log = logs.logger("front")
+_uvicorn = logging.getLogger("uvicorn")  # its words would go to the terminal
+_uvicorn.addHandler(logging.NullHandler())
+_uvicorn.propagate = False
+
+
+class _TooLargeError(Exception):
+    """A body that was not declared and is larger than MAX_BODY."""
+
+
+class Front:
+    """Serves in a thread of its own until `stop`."""
+
+    def __init__(self, address: str, certs: Path, port: int, ca: Path) -> None:
+        """TLS on `address` with server.pem of `certs`; calls go on to loopback `port`, signed by
+        `ca`. Raises ConfigError when the address cannot be had.
+        """
+        self._socket = _bind(address)
+        host, bound = self._socket.getsockname()[:2]
+        self.address = f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
+        config = uvicorn.Config(
+            _application(f"https://127.0.0.1:{port}", ca),
+            http="h11",
+            ws="none",
+            ssl_certfile=str(certs / "server.pem"),
+            ssl_keyfile=str(certs / "server.key"),
+            limit_concurrency=_CONNECTIONS,
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=2,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+        )
+        self._server = uvicorn.Server(config)
+        try:
+            config.load()
+        except (OSError, ssl.SSLError) as error:
+            self._socket.close()
+            raise ConfigError(f"cannot serve with {certs / 'server.pem'}: {error}") from error
+        self._thread = threading.Thread(
+            target=self._server.run, kwargs={"sockets": [self._socket]}, name="front", daemon=True
+        )
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        if self._thread.ident:
+            self._thread.join(10)
+        self._socket.close()
+
+
+def _bind(address: str) -> socket.socket:
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(f"--address {address!r}: expected HOST:PORT")
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, int(port)), family=family, backlog=512)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"--address {address} cannot be had: {reason}; name another") from error
+
+
+def _application(upstream: str, ca: Path) -> Starlette:
+    context = ssl.create_default_context(cafile=str(ca))
+    limits = httpx.Limits(max_connections=_CONNECTIONS)
+    # Not a client: that would follow redirects, and keep cookies of one node for the next.
+    transport = httpx.AsyncHTTPTransport(verify=context, limits=limits, trust_env=False)
+    refused = _Refused()
+
+    async def fleet(request: Request) -> Response:
+        call = request.path_params["call"]
+        if call not in FLEET:
+            return PlainTextResponse("not found", 404)
+        if int(request.headers.get("content-length") or 0) > MAX_BODY:
+            return PlainTextResponse("too large", 413)
+        passed = {
+            name: value
+            for name, value in request.headers.items()
+            if name.startswith("flwr-") or name in _REQUEST
+        }
+        passed["host"] = upstream.removeprefix("https://")
+        onward = httpx.Request(
+            "POST",
+            f"{upstream}/v1/fleet/{call}",
+            headers=passed,
+            content=_limited(request),
+            extensions={"timeout": _TIMEOUT.as_dict()},
+        )
+        try:
+            answer = await transport.handle_async_request(onward)
+        except _TooLargeError:
+            return PlainTextResponse("too large", 413)
+        except ClientDisconnect:
+            return PlainTextResponse("", 400)
+        except httpx.TransportError:  # the SuperLink is away: SuperNodes try again after a 502
+            return PlainTextResponse("the SuperLink is away", 502)
+        if answer.status_code >= 400:
+            refused.note(request, call, answer.status_code)
+        kept = {k: v for k, v in answer.headers.items() if k in ("content-type", "content-length")}
+        return StreamingResponse(_body(answer), answer.status_code, kept)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        async with transport:
+            yield
+
+    return Starlette(routes=[Route("/v1/fleet/{call}", fleet, methods=["POST"])], lifespan=lifespan)
+
+
+async def _limited(request: Request) -> AsyncIterator[bytes]:
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > MAX_BODY:
+            raise _TooLargeError
+        yield chunk
+
+
+async def _body(answer: httpx.Response) -> AsyncIterator[bytes]:
+    try:
+        async for chunk in answer.aiter_raw():
+            yield chunk
+    finally:
+        await answer.aclose()
+
+
+class _Refused:
+    """Says why the SuperLink refuses a node: once a minute for each node and reason."""
+
+    def __init__(self) -> None:
+        self._told: dict[tuple[str, int], float] = {}
+
+    def note(self, request: Request, call: str, status: int) -> None:
+        key = fingerprint(_shown_key(request))
+        now = time.monotonic()
+        if now - self._told.get((key, status), -_QUIET) < _QUIET:
+            return
+        if len(self._told) > 4096:
+            self._told.clear()
+        self._told[key, status] = now
+        _log.warning("refused", key=key, call=call, status=status, why=_why(request, status))
+
+
+def fingerprint(public_key: bytes) -> str:
+    """A short name for a node's key, given in PEM."""
+    return hashlib.sha256(public_key.strip()).hexdigest()[:16]
+
+
+def _shown_key(request: Request) -> bytes:
+    """The key in a call's header, or the header where that holds none."""
+    text = request.headers.get("flwr-public-key", "")
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError:
+        return text.encode()
+
+
+def _why(request: Request, status: int) -> str:
+    if status == 412:
+        return "the node is still counted as online: it may join again when that has lapsed"
+    if status != 401:
+        return f"Flower answered {status}"
+    try:
+        signed = datetime.fromisoformat(request.headers["flwr-timestamp"])
+        age = (datetime.now(UTC) - signed).total_seconds()
+    except (KeyError, ValueError, TypeError):
+        return "the call is not signed as a SuperNode signs it"
+    if not -5 < age < _SKEW + 5:
+        behind = "behind" if age > 0 else "ahead"
+        return f"the node's clock is {abs(age):.0f} s {behind} of this one: set it"
+    return "its key is not registered, or the signature is not of that key"
