@@ -5,7 +5,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -69,6 +69,17 @@ def stop(children: Sequence[Child]) -> None:
             child.code = child._process.wait()
 
 
+def when_orphaned(leave: Callable[[], None]) -> None:
+    """Call `leave` once the process that holds this one's standard input open has ended."""
+
+    def watch() -> None:
+        while os.read(0, 4096):  # not sys.stdin: its lock would be held when Python ends
+            pass
+        leave()
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 @contextmanager
 def stoppable() -> Iterator[threading.Event]:
     """An event that Ctrl-C and SIGTERM set, instead of raising wherever the program happens to be.
@@ -88,3 +99,32 @@ def stoppable() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def terminate_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends a run as Ctrl-C does: with a last word, and no child left behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C, and what comes as Ctrl-C, waits for the end of what must not be left half done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked = threading.Event()
+    old = signal.signal(signal.SIGINT, lambda *_: asked.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, old)
+    if asked.is_set():
+        raise KeyboardInterrupt

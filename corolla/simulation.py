@@ -13,9 +13,10 @@ from corolla.config import RunConfig
 from corolla.errors import ConfigError, StoppedError, WireError
 from corolla.memory import Memory
 from corolla.packet import Packet
+from corolla.server.attempts import how_to_go_on
 from corolla.server.federation import Network
 from corolla.server.observer import Observer, Silent
-from corolla.server.run import Run, Summary, how_to_go_on, prepare_folder, stored_run
+from corolla.server.run import Run, Summary, prepare_folder, stored_run
 from corolla.server.setup import set_up
 from corolla.wire import Kind, Task, pack_task, unpack_reply
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from corolla import codec
 from corolla.errors import ArtefactError, WireError
+from corolla.server.journal import sync_folder
 from corolla.types import Payload
 
 _KEPT = 2
@@ -25,12 +26,15 @@ class Checkpoint:
     held: Mapping[str, frozenset[str]]
     memory: Payload = field(default_factory=dict)
     """What the server remembers beside the strategy's state."""
+    sha256: str = ""
+    """Of the file of tensors that it was read from or written to."""
 
 
-def save(folder: Path, checkpoint: Checkpoint) -> None:
+def save(folder: Path, checkpoint: Checkpoint) -> str:
     """Write a generation: tensors first, then the note that makes them valid; drop old ones.
 
-    A crash at any moment leaves the previous generation as it was.
+    Returns the sha256 of the tensors. A crash at any moment leaves the previous generation as it
+    was.
     """
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"round-{checkpoint.round:06d}"
@@ -46,15 +50,19 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     text = json.dumps(note)
     signed = {"note": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
     write_atomic(folder / f"{stem}.json", json.dumps(signed).encode())
+    sync_folder(folder)
     for old in sorted(folder.glob("round-*.json"))[:-_KEPT]:
         old.unlink()
         old.with_suffix(".safetensors").unlink(missing_ok=True)
+    return str(note["sha256"])
 
 
-def load(folder: Path) -> Checkpoint | None:
+def load(folder: Path, committed: Mapping[int, str] | None = None) -> Checkpoint | None:
     """The newest generation whose tensors match their note; None when there is none at all.
 
-    Raises ArtefactError when generations exist and every one is damaged.
+    With `committed` (round → sha256, of the journal) it must be one of these: what a process wrote
+    that died before it could say so does not count. Raises ArtefactError when generations should
+    exist and there is not one to go on from.
     """
     notes = sorted(folder.glob("round-*.json"), reverse=True)
     for path in notes:
@@ -64,7 +72,10 @@ def load(folder: Path) -> Checkpoint | None:
                 continue
             note = json.loads(signed["note"])
             data = path.with_suffix(".safetensors").read_bytes()
-            if hashlib.sha256(data).hexdigest() != note["sha256"]:
+            round, sha256 = int(note["round"]), str(note["sha256"])
+            if hashlib.sha256(data).hexdigest() != sha256:
+                continue
+            if committed is not None and committed.get(round) != sha256:
                 continue
             # Content ids repeat from client to client: one object for equal sets.
             shared: dict[frozenset[str], frozenset[str]] = {}
@@ -73,10 +84,15 @@ def load(folder: Path) -> Checkpoint | None:
             groups = codec.decode(data)
             state = {g: params for g, params in groups.items() if not g.startswith(_MEMORY)}
             memory = {g.removeprefix(_MEMORY): groups[g] for g in groups if g not in state}
-            return Checkpoint(note["run_id"], int(note["round"]), state, held, memory)
+            return Checkpoint(note["run_id"], round, state, held, memory, sha256)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, WireError):
             continue
-    if notes:
+    if committed:
+        raise ArtefactError(
+            f"round {max(committed)} was committed, but none of {len(notes)} checkpoints in "
+            f"{folder} is whole and of a committed round: restore one, or start a new run"
+        )
+    if notes and committed is None:
         raise ArtefactError(f"{folder} has {len(notes)} checkpoints and all are damaged")
     return None
 

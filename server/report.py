@@ -2,6 +2,7 @@
 
 import io
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ def write_report(path: Path, info: Mapping[str, Any], lines: Sequence[Mapping[st
         ],
         samples=list(zip(info["samples"]["before"], info["samples"]["after"], strict=True)),
         measured=_measured(info),
+        troubles=_troubles(lines),
         shares=SHARES,
     )
     write_atomic(path, page.encode())
@@ -45,6 +47,20 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def _troubles(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Sentences about replies that were refused and rounds that were tried again, if any were."""
+    verdicts: Counter[str] = Counter()
+    for line in lines:
+        verdicts.update(line.get("verdicts", {}))
+    told = []
+    if verdicts.keys() - {"accepted"}:
+        counts = ", ".join(f"{count} {code}" for code, count in sorted(verdicts.items()))
+        told.append(f"Replies: {counts}.")
+    if tried := [f"{line['round']} ({line['attempt']})" for line in lines if line.get("attempt")]:
+        told.append(f"Rounds tried again (attempts that were abandoned): {', '.join(tried)}.")
+    return told
 
 
 def _measured(info: Mapping[str, Any]) -> list[tuple[str, float, float]]:

@@ -7,77 +7,35 @@ import secrets
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import corolla
-from corolla import gradient_start, records, seedlog, seeds, tree
+from corolla import gradient_start, logs, records, seedlog, seeds, tree
+from corolla.children import uninterrupted
 from corolla.config import RunConfig, validate
-from corolla.errors import ArtefactError, ConfigError
+from corolla.errors import ArtefactError, ConfigError, StoppedError
 from corolla.server import checkpoint
+from corolla.server.attempts import Attempts, Done, how_to_go_on
 from corolla.server.checkpoint import Checkpoint, write_atomic
 from corolla.server.cohort import read_trace
+from corolla.server.ending import ended
 from corolla.server.evaluate import Evaluator, Sample, fairness
 from corolla.server.federation import Federation, Held, Network
+from corolla.server.journal import Journal, Past, fail_point
+from corolla.server.observer import Observer
 from corolla.server.report import write_report
-from corolla.server.rounds import RoundResult, evaluate_clients, run_round
+from corolla.server.rounds import evaluate_clients
 from corolla.strategies import traits
 from corolla.types import Aggregates, Metrics, Payload, Strategy
 
-
-class Observer(Protocol):
-    """Who watches a run: a terminal, a tracker. Must not change anything."""
-
-    def started(self, facts: Mapping[str, Any], first_round: int) -> None:
-        """The run begins at `first_round`; `facts` is what run.json holds."""
-
-    def round_started(self, round: int, cohort: int) -> None:
-        """A cohort of this size has been asked."""
-
-    def replied(self, client: str) -> None:
-        """A client of the cohort has answered, or is given up."""
-
-    def round_ended(self, line: Mapping[str, Any]) -> None:
-        """The line that metrics.jsonl has got."""
-
-
-class Silent:
-    """An observer that nobody hears."""
-
-    def started(self, facts: Mapping[str, Any], first_round: int) -> None: ...
-
-    def round_started(self, round: int, cohort: int) -> None: ...
-
-    def replied(self, client: str) -> None: ...
-
-    def round_ended(self, line: Mapping[str, Any]) -> None: ...
-
-
-@dataclass(frozen=True)
-class Many:
-    """Several observers, told one after the other."""
-
-    observers: Sequence[Observer]
-
-    def started(self, facts: Mapping[str, Any], first_round: int) -> None:
-        for observer in self.observers:
-            observer.started(facts, first_round)
-
-    def round_started(self, round: int, cohort: int) -> None:
-        for observer in self.observers:
-            observer.round_started(round, cohort)
-
-    def replied(self, client: str) -> None:
-        for observer in self.observers:
-            observer.replied(client)
-
-    def round_ended(self, line: Mapping[str, Any]) -> None:
-        for observer in self.observers:
-            observer.round_ended(line)
+_log = logs.logger("run")
 
 
 @dataclass(frozen=True)
@@ -123,17 +81,35 @@ class Run:
     observer: Observer
     keep_updates: bool = False
     resume: bool = False
+    own_devices: bool = False
+    """Clients are devices of other people, which come and go; see Federation.own_devices."""
 
     def execute(self) -> Summary:
         """Run all rounds (from the last committed one with `resume`), save, verify, report.
 
-        Raises RoundError, ArtefactError and what the network raises; the last checkpoint stays.
+        Raises StoppedError after Ctrl-C, and when too few are online for too long; RoundError,
+        ArtefactError and what the network raises. The last checkpoint stays.
         """
-        began = time.monotonic()
         if self.resume:
             self._same_inputs()
-        federation = self._federation()
-        found = checkpoint.load(self.folder / "checkpoint") if self.resume else None
+        with Journal(self.folder) as journal:
+            if journal.note:
+                self.observer.warned(journal.note)
+            try:
+                return self._execute(journal)
+            except (KeyboardInterrupt, StoppedError) as stop:
+                why = f"{str(stop) or 'stopped'}{how_to_go_on(self.folder)}"
+                _say_last(journal, "stopped", why)
+                raise StoppedError(why) from None
+            except Exception as error:
+                _say_last(journal, "failed", f"{type(error).__name__}: {error}")
+                raise
+
+    def _execute(self, journal: Journal) -> Summary:
+        began = time.monotonic()
+        federation = self._federation(journal.past)
+        committed = journal.past.committed
+        found = checkpoint.load(self.folder / "checkpoint", committed) if self.resume else None
         model, seed = self.evaluator.model, self.config.seed
         start = model.init(self.config.lora, seeds.derive(seed, "init"))
         untouched = initial = federation.strategy.init(start, seed)
@@ -142,6 +118,15 @@ class Run:
             start = gradient_start.adapter(model, start, self.config, self.evaluator.labels)
             initial = federation.strategy.init(start, seed)
         at = found or Checkpoint(federation.run_id, 0, initial, {})
+        journal.append(
+            "resumed" if self.resume else "started",
+            run=federation.run_id,
+            rounds=self.config.rounds,
+            round=at.round,
+            state=at.sha256,
+            roster=dict(federation.clients),
+            seats=dict(federation.seats),
+        )
         lines = _committed(self.folder / "metrics.jsonl", at.round)
         info = self._info(federation)
         base = self._base(federation, untouched, info)
@@ -149,24 +134,27 @@ class Run:
         self.observer.started({**info, "base": base["metrics"]}, at.round + 1)
         if self.keep_updates:
             self._keep_global(federation, at.state, at.round)
-        for round in range(at.round + 1, self.config.rounds + 1):
-            at, line = self._round(federation, at, round)
+        base_loss = base["metrics"]["loss"]
+        while not (why := ended(self.config, base_loss, lines, journal.seconds)):
+            federation, at, line = self._round(federation, at, journal)
             lines.append(line)
-            self._commit(at, lines)
+            with uninterrupted():
+                self._commit(at, lines, journal)
             self.observer.round_ended(line)
+            _log.info("committed", round=at.round, seconds=line["seconds"], loss=line["eval_loss"])
         seconds = time.monotonic() - began
-        return self._finish(federation, at.state, at.held, lines, info, base, seconds)
+        info["ended"] = why
+        summary = self._finish(federation, at.state, at.held, lines, info, base, seconds)
+        journal.append("done", why=why)
+        _log.info("done", why=why)
+        return summary
 
-    def _federation(self) -> Federation:
+    def _federation(self, past: Past) -> Federation:
         strategy = self.config.build_strategy()
-        clients = dict(sorted(self.network.clients().items()))
+        # Who is known keeps its place; who is not there now may come back.
+        clients = {**past.roster, **dict(sorted(self.network.clients().items()))}
         if not clients:
             raise ConfigError("no client answered: nothing to train")
-        if self.config.cohort and self.config.cohort > len(clients):
-            raise ConfigError(
-                f"cohort {self.config.cohort} is larger than the {len(clients)} clients with "
-                f"enough examples: lower --cohort"
-            )
         availability = self.config.availability
         trace = read_trace(Path(availability)) if availability else None
         model = self.evaluator.model
@@ -174,7 +162,25 @@ class Run:
             model.check_rank(spec)
         run_id = self.facts.get("run_id") or secrets.token_hex(16)
         fresh = cache(lambda spec: model.init(spec, 0))
-        federation = Federation(str(run_id), self.config, strategy, clients, fresh, trace=trace)
+        federation = Federation(
+            str(run_id),
+            self.config,
+            strategy,
+            clients,
+            fresh,
+            trace=trace,
+            seats={**past.seats, **self.network.seats()},
+            roster=tuple(clients),
+            own_devices=self.own_devices,
+            model_sha256=str(self.facts.get("model_sha256", "")) if self.own_devices else "",
+            labels=self.evaluator.labels,
+        )
+        cohort, there = self.config.cohort or 0, federation.population
+        if cohort > there and not self.own_devices:  # of those, others may join
+            raise ConfigError(
+                f"cohort {cohort} is larger than the {there} clients with enough examples: lower "
+                f"--cohort"
+            )
         if (self.config.buffer or 0) > federation.cohort_size:
             raise ConfigError(
                 f"buffer {self.config.buffer} is larger than the cohort of "
@@ -183,15 +189,21 @@ class Run:
         return federation
 
     def _round(
-        self, federation: Federation, at: Checkpoint, round: int
-    ) -> tuple[Checkpoint, dict[str, Any]]:
-        began = time.monotonic()
-        waits = self.config.buffer if round > 1 else None
-        self.observer.round_started(round, waits or federation.cohort_size)
-        result = run_round(
-            federation, at.state, at.held, round, self.network, self.observer.replied, at.memory
+        self, federation: Federation, at: Checkpoint, journal: Journal
+    ) -> tuple[Federation, Checkpoint, dict[str, Any]]:
+        """The round after `at`, and its line; the federation may have got new members."""
+        attempts = Attempts(self.network, self.observer, journal, self.own_devices)
+        done = attempts.round(federation, at)
+        fail_point("aggregated", at.round + 1)
+        result = done.result
+        after = Checkpoint(
+            federation.run_id, at.round + 1, result.state, result.held, result.memory
         )
-        seconds = time.monotonic() - began
+        return done.federation, after, self._measure(after.round, done)
+
+    def _measure(self, round: int, done: Done) -> dict[str, Any]:
+        """The line of metrics.jsonl of a round, with an evaluation if one is due."""
+        federation, result = done.federation, done.result
         if self.keep_updates:
             self._keep_global(federation, result.state, round)
             folder = records.round_folder(self.folder / "updates", round)
@@ -202,21 +214,22 @@ class Run:
             if traits(federation.strategy).personal:
                 own = evaluate_clients(federation, result.state, result.held, round, self.network)
                 scores = {**scores, "personal_loss": _mean_loss(own)} if own else scores
-        line = _line(federation, round, result, scores, seconds)
-        after = Checkpoint(federation.run_id, round, result.state, result.held, result.memory)
-        return after, line
+        return _line(round, done, scores)
 
-    def _commit(self, at: Checkpoint, lines: Sequence[Mapping[str, Any]]) -> None:
-        """The checkpoint decides: metrics of a round without one are dropped on resume."""
+    def _commit(self, at: Checkpoint, lines: Sequence[Mapping[str, Any]], journal: Journal) -> None:
+        """Metrics and checkpoint, then the line in the journal that makes them count."""
         text = "".join(json.dumps(line) + "\n" for line in lines)
         try:
             write_atomic(self.folder / "metrics.jsonl", text.encode())
-            checkpoint.save(self.folder / "checkpoint", at)
+            sha256 = checkpoint.save(self.folder / "checkpoint", at)
         except OSError as error:
             raise ArtefactError(
                 f"round {at.round} could not be kept in {self.folder}: {error.strerror}; the "
                 f"round before is, go on with --resume"
             ) from error
+        fail_point("checkpointed", at.round)
+        journal.append("committed", round=at.round, state=sha256)
+        fail_point("committed", at.round)
 
     def _base(
         self, federation: Federation, state: Payload, info: Mapping[str, Any]
@@ -402,9 +415,15 @@ def _mean_loss(clients: Mapping[str, Metrics]) -> float:
     return sum(m["loss"] for m in clients.values()) / len(clients)
 
 
-def _line(
-    federation: Federation, round: int, result: RoundResult, scores: Metrics, seconds: float
-) -> dict[str, Any]:
+def _say_last(journal: Journal, event: Literal["stopped", "failed"], why: str) -> None:
+    """The last word, if the disk will still take it."""
+    with suppress(ArtefactError):
+        journal.append(event, why=why)
+    _log.warning(event, why=why)
+
+
+def _line(round: int, done: Done, scores: Metrics) -> dict[str, Any]:
+    result = done.result
     metrics = dict(result.metrics)
     line: dict[str, Any] = {
         **metrics,  # first: no name that a client sends may replace one of ours
@@ -420,11 +439,13 @@ def _line(
         "framing_down": result.framing_down,
         "formula_up": result.cost.up,
         "formula_down": result.cost.down,
-        "seconds": seconds,
+        "seconds": done.seconds,
         **({"sim_seconds": result.sim_seconds} if result.sim_seconds is not None else {}),
-        "clients": len(result.num_examples),
-        "dropped": len(result.dropped),
+        "clients": result.updates,
+        "dropped": max(len(result.dropped), result.asked - result.updates),
         "peak_rss": peak_rss(),
+        "verdicts": Counter(str(verdict.code) for verdict in result.verdicts.values()),
+        **({"attempt": done.attempt} if done.attempt else {}),
         "sampling_probability": result.sampling_probability,
         "client_loss": dict(result.client_loss),
     }

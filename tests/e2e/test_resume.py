@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from corolla.cli import app
+from corolla.server.journal import read
 
 OPTIONS = "--clients 4 --cohort 2 --rounds 4 --local-steps 2 --batch-size 4 --strategy flora"
 QUICK = "--set threads=1 --set eval-examples=8 --set eval-client-examples=2"
@@ -30,10 +31,10 @@ def start(folder: Path, *options: str) -> subprocess.Popen[str]:
     )
 
 
-def wait_for(path: Path, seconds: float = 120) -> None:
+def wait_for_a_commit(folder: Path, seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path.name} did not appear"
+    while not any(entry["event"] == "committed" for entry in read(folder)):
+        assert time.monotonic() < deadline, "no round was committed"
         time.sleep(0.01)
 
 
@@ -47,17 +48,22 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(json.loads((folder / "run.json").read_text())["adapter_sha256"])
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_resume_ends_in_the_same_adapter(
     how: signal.Signals, undisturbed: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     process = start(folder, "--keep-updates")
-    wait_for(folder / "checkpoint" / "round-000001.json")
-    os.kill(process.pid, how)
+    try:
+        wait_for_a_commit(folder)
+    finally:
+        os.kill(process.pid, how)
     _, errors = process.communicate(timeout=60)
-    if how == signal.SIGINT:
+    if how == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
         assert process.returncode == 1
+        assert read(folder)[-1]["event"] == "stopped"
         assert "go on with --resume" in errors
         assert "Traceback" not in errors
     assert not (folder / "adapter").exists()

@@ -62,6 +62,39 @@ def test_the_newest_of_two_generations_counts(tmp_path: Path) -> None:
     ]
 
 
+def test_a_generation_that_the_journal_does_not_know_does_not_count(tmp_path: Path) -> None:
+    """Its process died before it could say that the round was committed."""
+    first = save(tmp_path, at(1))
+    second = save(tmp_path, at(2))
+    assert same(load(tmp_path, {1: first, 2: second}), at(2))
+    assert same(load(tmp_path, {1: first}), at(1))
+    assert same(load(tmp_path, {1: first, 2: first}), at(1))
+    assert load(tmp_path, {}) is None
+    for unknown in ({1: second}, {3: second}, {0: first}):
+        with pytest.raises(ArtefactError, match=r"round \d was committed, but none of 2"):
+            load(tmp_path, unknown)
+
+
+def test_a_committed_round_without_any_checkpoint_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ArtefactError, match="round 2 was committed, but none of 0 checkpoints"):
+        load(tmp_path, {1: "a", 2: "b"})
+
+
+def test_a_damaged_generation_falls_back_to_a_committed_one(tmp_path: Path) -> None:
+    committed = {round: save(tmp_path, at(round)) for round in (1, 2)}
+    flip(tmp_path / "round-000002.safetensors", 300)
+    assert same(load(tmp_path, committed), at(1))
+
+
+def test_the_checksum_is_that_of_the_file_of_tensors(tmp_path: Path) -> None:
+    sha256 = save(tmp_path, at(1))
+    content = (tmp_path / "round-000001.safetensors").read_bytes()
+    assert sha256 == hashlib.sha256(content).hexdigest()
+    found = load(tmp_path)
+    assert found is not None
+    assert found.sha256 == sha256
+
+
 def test_memory_comes_back_beside_the_state(tmp_path: Path) -> None:
     """Also where both have a group of one name."""
     memory = {

@@ -5,13 +5,13 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from corolla.errors import ArtefactError, ConfigError
-from corolla.server import journal
 from corolla.server.journal import NAME, Journal, alive, past, read
 
 
@@ -125,7 +125,7 @@ def test_seconds_go_on_where_the_last_process_ended(
 ) -> None:
     """Time without a process does not count, nor does the clock on the wall."""
     clock = [100.0]
-    monkeypatch.setattr(journal.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     with Journal(tmp_path) as found:
         clock[0] += 5
         found.append("started", round=0, state="")
@@ -251,6 +251,7 @@ def test_a_journal_tells_whether_its_process_lives(tmp_path: Path) -> None:
 def test_a_killed_process_is_not_alive(tmp_path: Path) -> None:
     code = """
 import sys
+import time
 from pathlib import Path
 from corolla.server.journal import Journal, fail_point
 with Journal(Path(sys.argv[1])) as found:

@@ -1,0 +1,180 @@
+"""A round until it commits: who is online, who has joined, another cohort when one fails."""
+
+import time
+from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from corolla import logs
+from corolla.errors import RoundError, StoppedError
+from corolla.server.asking import Plan
+from corolla.server.checkpoint import Checkpoint
+from corolla.server.federation import Federation, Network
+from corolla.server.gate import Verdict
+from corolla.server.journal import Entry, Journal, fail_point, past, read
+from corolla.server.observer import Observer
+from corolla.server.rounds import RoundResult, run_round
+
+_POLL = 1.0
+"""Seconds between looks at who is online."""
+
+_BACK = 60.0
+"""Seconds that members of a journalled cohort get to come back after their server did."""
+
+_log = logs.logger("run")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A round that can be committed, and the federation with those that have joined."""
+
+    federation: Federation
+    attempt: int
+    result: RoundResult
+    seconds: float
+    """Of the attempt that succeeded."""
+
+
+@dataclass(frozen=True)
+class Attempts:
+    """How rounds of one run are tried. Everything is in the journal before it is done."""
+
+    network: Network
+    observer: Observer
+    journal: Journal
+    own_devices: bool
+
+    def round(self, federation: Federation, at: Checkpoint) -> Done:
+        """The round after `at`: when it is abandoned, again with another cohort, so many times.
+
+        A round that was under way when the process before this one ended goes on with the cohort
+        and the attempt of then, and so ends in the same bits. Raises RoundError when the last
+        attempt is abandoned, StoppedError when too few are online for too long.
+        """
+        round, past, config = at.round + 1, self.journal.past, federation.config
+        first = attempt = past.attempt(round)
+        while True:
+            # Buffered updates are simulated: the same clients are drawn again from the seed.
+            again = attempt == first and not config.buffer
+            plan = past.plan(round) if again else None
+            federation, online = self._gather(federation, round, plan)
+            began = time.monotonic()
+            try:
+                with logs.bind(round=round):
+                    result = self._ask(federation, at, attempt, plan, online)
+            except RoundError as error:
+                self._note_verdicts(round, attempt, error.verdicts)
+                self.journal.append("abandoned", round=round, attempt=attempt, why=str(error))
+                attempt += 1
+                if attempt < first + config.attempts:
+                    self._warn(f"{error}; it is tried again")
+                    continue
+                tries = f"; given up after {config.attempts} attempts" if config.attempts > 1 else ""
+                kept = how_to_go_on(self.journal.path.parent)
+                raise RoundError(f"{error}{tries}{kept}") from error
+            self._note_verdicts(round, attempt, result.verdicts)
+            return Done(federation, attempt, result, time.monotonic() - began)
+
+    def _ask(
+        self, federation: Federation, at: Checkpoint, attempt: int, plan: Entry | None, online: int
+    ) -> RoundResult:
+        """Ask the cohort of `plan`, else a new one that is in the journal before it is asked."""
+        round = at.round + 1
+
+        def planned(new: Plan) -> None:
+            if plan is None:
+                self.journal.append("planned", **asdict(new), online=online)
+            fail_point("planned", round)
+
+        def replied(client: str) -> None:
+            self.observer.replied(client)
+            fail_point("waiting", round)
+
+        waits = federation.config.buffer if round > 1 else None
+        self.observer.round_started(round, waits or federation.cohort_size)
+        return run_round(
+            federation,
+            at.state,
+            at.held,
+            round,
+            self.network,
+            replied,
+            at.memory,
+            attempt=attempt,
+            cohort=plan["cohort"] if plan else None,
+            on_plan=planned,
+        )
+
+    def _gather(
+        self, federation: Federation, round: int, plan: Entry | None
+    ) -> tuple[Federation, int]:
+        """Wait until enough members are online: the federation with new ones, how many are there.
+
+        Those of a cohort that has been asked before get time to come back.
+        """
+        began, paused, config = time.monotonic(), False, federation.config
+        while True:
+            online = self.network.online()
+            federation = self._joined(federation, online)
+            needed = federation.quorum(self._wanted(federation, round))
+            here = _room(federation, federation.present(round, online))
+            waited = time.monotonic() - began
+            back = plan is None or plan["cohort"].keys() <= online or waited > _BACK
+            if here >= needed and back:
+                return federation, here
+            if here < needed and waited >= config.wait:
+                raise StoppedError(
+                    f"round {round}: {here} clients are online, {needed} are needed, for "
+                    f"{waited:.0f} seconds"
+                )
+            if here < needed and not paused:
+                self.journal.append("paused", round=round, online=here, needed=needed)
+                self._warn(f"round {round}: paused, {here} clients online, {needed} are needed")
+                paused = True
+            time.sleep(_POLL)
+
+    def _wanted(self, federation: Federation, round: int) -> int:
+        """The size of a cohort, were all online that can be; of devices, others may join."""
+        if self.own_devices and not federation.trace:
+            return federation.config.cohort or federation.cohort_size
+        return min(federation.cohort_size, _room(federation, federation.present(round)))
+
+    def _joined(self, federation: Federation, online: AbstractSet[str]) -> Federation:
+        """With members that are new, after those that are known, and with the seats of now."""
+        new: dict[str, int] = {}
+        if not online <= federation.clients.keys():
+            reported = self.network.clients()
+            new = {c: reported[c] for c in sorted(reported.keys() - federation.clients.keys())}
+        seats = {**federation.seats, **self.network.seats()}
+        if not new and seats == federation.seats:
+            return federation
+        self.journal.append("joined", roster=new, seats=seats)
+        for member in new:
+            _log.info("joined", client=member)
+        clients = {**federation.clients, **new}
+        return replace(federation, clients=clients, roster=tuple(clients), seats=seats)
+
+    def _note_verdicts(self, round: int, attempt: int, verdicts: Mapping[str, Verdict]) -> None:
+        codes = {client: str(verdict.code) for client, verdict in verdicts.items()}
+        why = {client: verdict.why for client, verdict in verdicts.items() if not verdict.accepted}
+        self.journal.append("verdicts", round=round, attempt=attempt, verdicts=codes, why=why)
+        for client, reason in why.items():
+            _log.warning("refused", round=round, client=client, code=codes[client], why=reason)
+
+    def _warn(self, text: str) -> None:
+        self.observer.warned(text)
+        _log.warning(text)
+
+
+def how_to_go_on(folder: Path) -> str:
+    """The end of a line that says why a run has stopped."""
+    kept = past(read(folder)).round
+    if not kept:
+        return "; no round was complete: nothing is kept"
+    return f"; round {kept} is kept: go on with --resume --out {folder}"
+
+
+def _room(federation: Federation, members: Iterable[str]) -> int:
+    """How many clients these members are."""
+    return sum(map(federation.room, members))
