@@ -1,13 +1,49 @@
-"""Aggregators: monoids that fold the updates of a round. Sums run in fp64 and are rounded once."""
+"""Aggregators: monoids that fold the updates of a round. Sums run in fp64 and are rounded once.
+
+The linear ones can travel (see corolla.types.Summable): what a gateway has summed, a server absorbs
+as if it had folded in the updates itself, up to the order of additions in fp64.
+"""
 
 from collections.abc import Mapping
-from typing import Self
+from typing import Self, TypeGuard
 
 import torch
 from torch import Tensor
 
 from corolla import factors, seedlog
-from corolla.types import Aggregator, Params, Payload
+from corolla.types import Aggregator, Params, Payload, Summable
+
+_SUM = "sum."
+"""Before the name of a tensor that is a sum: one called "scalars" would travel as scalars do."""
+
+
+def summable(aggregator: Aggregator) -> Summable | None:
+    """The aggregator where its content can travel as sums, else None."""
+    return aggregator if _is_summable(aggregator) else None
+
+
+def _is_summable(aggregator: Aggregator) -> TypeGuard[Summable]:
+    if isinstance(aggregator, ByGroup):
+        return all(_is_summable(own) for own in aggregator.groups.values())
+    return aggregator.linear and isinstance(aggregator, Summable)
+
+
+def summed(sums: Payload) -> Payload:
+    """Sums as they travel: each tensor by a name that says it is one."""
+    return {group: {_SUM + name: t for name, t in own.items()} for group, own in sums.items()}
+
+
+def summed_like(like: Payload) -> Payload:
+    """The form of `summed` of tensors of this form."""
+    return summed({group: {n: t.double() for n, t in own.items()} for group, own in like.items()})
+
+
+def terms(sums: Payload) -> Payload:
+    """What `summed` was made of."""
+    return {
+        group: {name.removeprefix(_SUM): tensor for name, tensor in own.items()}
+        for group, own in sums.items()
+    }
 
 
 class WeightedMean:
@@ -29,12 +65,18 @@ class WeightedMean:
         self._weight += weight
 
     def merge(self, other: Self) -> None:
-        for group, params in other._sums.items():
-            self._sums.setdefault(group, {})
-            for name, tensor in params.items():
-                self._accumulate(group, name, tensor)
+        self._fold(other._sums, other._weight)
         self._dtypes.update(other._dtypes)
-        self._weight += other._weight
+
+    def sums(self) -> Payload:
+        return summed(self._sums)
+
+    def sums_like(self, like: Payload) -> Payload:
+        return summed_like(like)
+
+    def absorb(self, sums: Payload, weight: float, like: Payload) -> None:
+        self._fold(terms(sums), weight)
+        self._dtypes.update({(g, n): t.dtype for g, own in like.items() for n, t in own.items()})
 
     def finalise(self) -> Payload:
         if not self._weight > 0:
@@ -43,6 +85,13 @@ class WeightedMean:
             group: {n: (t / self._weight).to(self._dtypes[group, n]) for n, t in params.items()}
             for group, params in self._sums.items()
         }
+
+    def _fold(self, sums: Payload, weight: float) -> None:
+        for group, params in sums.items():
+            self._sums.setdefault(group, {})
+            for name, tensor in params.items():
+                self._accumulate(group, name, tensor)
+        self._weight += weight
 
     def _accumulate(self, group: str, name: str, value: Tensor) -> None:
         sums = self._sums[group]
@@ -94,11 +143,18 @@ class Sum:
                 sums[name] = sums.get(name, 0) + tensor.double()
 
     def merge(self, other: Self) -> None:
-        for group, params in other._sums.items():
-            sums = self._sums.setdefault(group, {})
-            for name, tensor in params.items():
-                sums[name] = sums.get(name, 0) + tensor
+        self._fold(other._sums)
         self._dtypes.update(other._dtypes)
+
+    def sums(self) -> Payload:
+        return summed(self._sums)
+
+    def sums_like(self, like: Payload) -> Payload:
+        return summed_like(like)
+
+    def absorb(self, sums: Payload, weight: float, like: Payload) -> None:
+        self._fold(terms(sums))
+        self._dtypes.update({(g, n): t.dtype for g, own in like.items() for n, t in own.items()})
 
     def finalise(self) -> Payload:
         if not self._sums:
@@ -107,6 +163,12 @@ class Sum:
             group: {n: t.to(self._dtypes[group, n]) for n, t in params.items()}
             for group, params in self._sums.items()
         }
+
+    def _fold(self, sums: Payload) -> None:
+        for group, params in sums.items():
+            own = self._sums.setdefault(group, {})
+            for name, tensor in params.items():
+                own[name] = own.get(name, 0) + tensor
 
 
 class MeanAndResidual:
@@ -174,6 +236,16 @@ class SeedSums:
         self._sums += other._sums
         self._weight += other._weight
 
+    def sums(self) -> Payload:
+        return summed({"scalars": {"directions": self._sums}})
+
+    def sums_like(self, like: Payload) -> Payload:
+        return summed_like({"scalars": {"directions": self._sums}})
+
+    def absorb(self, sums: Payload, weight: float, like: Payload) -> None:
+        self._sums += terms(sums)["scalars"]["directions"]
+        self._weight += weight
+
     def finalise(self) -> Payload:
         if not self._weight > 0:
             raise ValueError("nothing to sum: the weights sum to 0")
@@ -184,19 +256,43 @@ class ByGroup:
     """A different aggregator for each group of a payload."""
 
     def __init__(self, groups: Mapping[str, Aggregator]) -> None:
-        self._groups = dict(groups)
-        self.linear = all(aggregator.linear for aggregator in self._groups.values())
+        self.groups = dict(groups)
+        self.linear = all(aggregator.linear for aggregator in self.groups.values())
 
     def add(self, payload: Payload, weight: float) -> None:
-        for group, aggregator in self._groups.items():
+        for group, aggregator in self.groups.items():
             aggregator.add({group: payload[group]}, weight)
 
     def merge(self, other: Self) -> None:
-        for group, aggregator in self._groups.items():
-            aggregator.merge(other._groups[group])
+        for group, aggregator in self.groups.items():
+            aggregator.merge(other.groups[group])
+
+    def sums(self) -> Payload:
+        merged: dict[str, Params] = {}
+        for aggregator in self._summable().values():
+            merged |= aggregator.sums()
+        return merged
+
+    def sums_like(self, like: Payload) -> Payload:
+        merged: dict[str, Params] = {}
+        for group, aggregator in self._summable().items():
+            merged |= aggregator.sums_like({group: like[group]})
+        return merged
+
+    def absorb(self, sums: Payload, weight: float, like: Payload) -> None:
+        for group, aggregator in self._summable().items():
+            own = aggregator.sums_like({group: like[group]})
+            aggregator.absorb({g: sums[g] for g in own}, weight, {group: like[group]})
 
     def finalise(self) -> Payload:
         merged: dict[str, Params] = {}
-        for aggregator in self._groups.values():
+        for aggregator in self.groups.values():
             merged |= aggregator.finalise()
         return merged
+
+    def _summable(self) -> Mapping[str, Summable]:
+        """All of them. Raises ValueError unless each can travel as sums."""
+        able = {group: own for group, own in self.groups.items() if _is_summable(own)}
+        if able.keys() != self.groups.keys():
+            raise ValueError(f"not sums: {sorted(self.groups.keys() - able.keys())}")
+        return able

@@ -176,6 +176,38 @@ def _refuse_start(config: "RunConfig", strategy: Strategy) -> None:
         )
 
 
+def refuse_gateways(config: "RunConfig", strategy: Strategy) -> None:
+    """Raises ConfigError for settings that gateways do not go with."""
+    traits = strategies.traits(strategy)
+    for wrong, why in (
+        (
+            traits.keeps or traits.mirrors or traits.personal,
+            f"clients of strategy {config.strategy} keep a state of their own from round to round",
+        ),
+        (
+            config.uplink.needs_differences,
+            "clients keep what codec top_k leaves out for a later round",
+        ),
+        (
+            bool(config.buffer),
+            "buffer applies updates one by one, at times that are simulated",
+        ),
+        (
+            config.selection == "weighted",
+            "selection=weighted needs to know the examples of each client",
+        ),
+        (
+            config.local_epochs is not None,
+            "local-epochs bounds the weight of an update by the examples of its client",
+        ),
+    ):
+        if wrong:
+            raise ConfigError(
+                f"{why}, and devices behind a gateway come and go: use another setting, or clients "
+                f"of their own (corolla client)"
+            )
+
+
 def takes_start(strategy: Strategy) -> bool:
     """Whether first-order clients get the adapter that the strategy began from, at its scaling."""
     if "first_order" not in strategy.trainers:

@@ -294,6 +294,23 @@ class Aggregator(Protocol):
 
 
 @runtime_checkable
+class Summable(Aggregator, Protocol):
+    """A linear aggregator whose content can travel: a gateway's for a server."""
+
+    def sums(self) -> Payload:
+        """What was folded in, in fp64; no tensor is named "scalars"."""
+
+    def sums_like(self, like: Payload) -> Payload:
+        """Groups, names, shapes and types of `sums` after updates of the form `like`."""
+
+    def absorb(self, sums: Payload, weight: float, like: Payload) -> None:
+        """Fold in the `sums` of updates of the form `like`, which weigh `weight` together.
+
+        Raises ValueError, and changes nothing, for sums that no updates of that weight have.
+        """
+
+
+@runtime_checkable
 class Strategy(Protocol):
     """One algorithm, both halves of its paper; hyper-parameters are fields, state is explicit."""
 

@@ -172,14 +172,12 @@ class UploadStatus(_message.Message):
     def __init__(self, received: _Optional[int] = ..., problem: _Optional[str] = ...) -> None: ...
 
 class ReportRequest(_message.Message):
-    __slots__ = ("lease", "reply", "num_examples")
+    __slots__ = ("lease", "reply")
     LEASE_FIELD_NUMBER: _ClassVar[int]
     REPLY_FIELD_NUMBER: _ClassVar[int]
-    NUM_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     lease: str
     reply: bytes
-    num_examples: int
-    def __init__(self, lease: _Optional[str] = ..., reply: _Optional[bytes] = ..., num_examples: _Optional[int] = ...) -> None: ...
+    def __init__(self, lease: _Optional[str] = ..., reply: _Optional[bytes] = ...) -> None: ...
 
 class Acknowledgement(_message.Message):
     __slots__ = ("accepted", "why", "retry")

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from corolla.packet import Packet
 from corolla.types import Payload
-from corolla.wire import Packet
 
 FLIGHTS = "flights"
 """The group of a server's memory that holds them."""

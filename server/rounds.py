@@ -2,27 +2,23 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
-from corolla import robust, strategies, tree, wire
+from corolla import robust, strategies, tree
+from corolla.aggregation import summable
 from corolla.config import RunConfig
-from corolla.errors import RoundError, WireError
+from corolla.errors import RoundError
 from corolla.robust import Robust
 from corolla.server import buffer, clock
-from corolla.server.aggregate import in_order, read_reply
-from corolla.server.buffer import Flight
+from corolla.server.asking import Answer, Asking, Plan, answer_of, buffered, synchronous
 from corolla.server.federation import Federation, Held, Network
-from corolla.server.tasks import Traffic, accepted_note, accepted_only, costs, formula, make_tasks
-from corolla.types import (
-    Aggregator,
-    Cost,
-    Metrics,
-    Payload,
-)
-from corolla.wire import Kind, Packet, Reply, Task, pack_task, unpack_reply
+from corolla.server.gate import Code, Judged, Verdict
+from corolla.server.tasks import Traffic, accepted_note, accepted_only, costs, formula
+from corolla.types import Aggregator, Cost, Metrics, Payload
+from corolla.wire import Kind
 
 _NORMS = "norms"
 """The group of a server's memory with the median norm of the updates of each round."""
@@ -38,6 +34,7 @@ class RoundResult:
     held: Held
     metrics: Metrics
     num_examples: Mapping[str, int]
+    """Who gave a valid update → its weight; a gateway for all that it has merged."""
     client_loss: Metrics
     dropped: Mapping[str, str]
     bytes_up: int
@@ -49,33 +46,14 @@ class RoundResult:
     sampling_probability: float
     """Of each reachable client, their mean if selection is weighted; the part of the federation
     that is at work at a time, if updates are buffered."""
+    verdicts: Mapping[str, Verdict]
+    """What became of every reply, also of those that a gateway passes on in a bundle."""
+    asked: int
+    """How many updates were asked for."""
+    updates: int
+    """How many were folded in, those that gateways have merged included."""
     sim_seconds: float | None = None
     memory: Payload = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What came of one task: a valid reply and its update, or why there is none.
-
-    `round` is that of the task, `content` the content ids that its client now holds.
-    """
-
-    client: str
-    round: int
-    content: frozenset[str]
-    reply: Reply | None
-    update: Payload
-    why: str
-
-
-@dataclass(frozen=True)
-class _Gathering:
-    """The answers a round is made of, at best `wanted` valid ones, and the server's memory."""
-
-    answers: Iterable[Answer]
-    wanted: int
-    probability: float
-    memory: Payload
 
 
 def run_round(
@@ -86,67 +64,75 @@ def run_round(
     network: Network,
     on_reply: Callable[[str], None] = lambda client: None,
     memory: Payload | None = None,
+    *,
+    attempt: int = 0,
+    cohort: Mapping[str, int] | None = None,
+    on_plan: Callable[[Plan], None] = lambda plan: None,
 ) -> RoundResult:
     """Broadcast, let the cohort train, aggregate valid replies in the order of ids, apply.
 
-    `memory` is what the server remembers beside the strategy's state. Commits or leaves everything
-    as it was: raises RoundError when fewer than the quorum are valid, or when the aggregate is not
-    finite.
+    `memory` is what the server remembers beside the strategy's state. Another `attempt` draws
+    another cohort; `cohort` is one that was drawn before (member → updates to ask for) and is asked
+    again. `on_plan` hears who will be asked before anything is sent.
+
+    Commits or leaves everything as it was: raises RoundError, with the verdicts, when fewer than
+    the quorum are valid, or when the aggregate is not finite.
     """
     config, strategy = federation.config, federation.strategy
     traffic = Traffic()
-    gather = _buffered if config.buffer else _synchronous
-    gathered = gather(federation, state, held, round, network, on_reply, traffic, memory or {})
+    asking = Asking(federation, state, held, round, network, on_reply, on_plan, attempt, traffic)
+    gathered = (
+        buffered(asking, memory or {})
+        if config.buffer
+        else synchronous(asking, memory or {}, cohort)
+    )
     keeps = strategies.traits(strategy).keeps or config.uplink.needs_differences
     known = dict(held)
     defence = _defence(federation, round, memory or {})
-    aggregator: Aggregator = defence or strategy.aggregator()
-    examples: dict[str, int] = {}
-    metrics: dict[str, Metrics] = {}
-    dropped: dict[str, str] = {}
-    staleness: list[int] = []
+    fold = _Fold(federation, defence or strategy.aggregator())
     for answer in gathered.answers:
-        client, reply = answer.client, answer.reply
-        if reply is None:
-            dropped[client] = answer.why
-            if left := accepted_only(known, client):
-                known[client] = left
-            else:
-                known.pop(client, None)
-            continue
-        staleness.append(round - answer.round)
-        weight = buffer.weight(reply.num_examples, staleness[-1], config.staleness_power)
-        aggregator.add(answer.update, weight)
-        examples[client], metrics[client] = reply.num_examples, reply.metrics
-        accepted = {accepted_note(answer.round)} if keeps else set()
-        known[client] = answer.content | accepted
-    _require_quorum(config, round, gathered.wanted, len(examples), dropped)
+        client = answer.client
+        if fold(answer, round):
+            accepted = {accepted_note(answer.task.round)} if keeps else set()
+            known[client] = answer.content | accepted
+        elif left := accepted_only(known, client):
+            known[client] = left
+        else:
+            known.pop(client, None)
     try:
-        aggregate = aggregator.finalise()
-    except ValueError as error:
-        raise RoundError(f"round {round}: {error}") from error
-    after, applied = strategy.apply(state, aggregate)
-    if not all(tree.finite(params) for params in after.values()):
-        raise RoundError(f"round {round}: the aggregate is not finite: lower lr")
+        _require_quorum(federation, round, gathered.wanted, fold)
+        try:
+            aggregate = fold.aggregator.finalise()
+        except ValueError as error:
+            raise RoundError(f"round {round}: {error}") from error
+        after, applied = strategy.apply(state, aggregate)
+        if not all(tree.finite(params) for params in after.values()):
+            raise RoundError(f"round {round}: the aggregate is not finite: lower lr")
+    except RoundError as error:
+        error.verdicts = dict(fold.verdicts)
+        raise
     return RoundResult(
         state=after,
         held=known,
         metrics={
-            **_mean(metrics, examples),
+            **mean_metrics(fold.metrics, fold.examples),
             **applied,
-            **_staleness(config, staleness),
+            **_staleness(config, fold.staleness),
             **(defence.metrics if defence else {}),
         },
-        num_examples=examples,
-        client_loss={c: m["train_loss"] for c, m in metrics.items() if "train_loss" in m},
-        dropped=dropped,
+        num_examples=fold.examples,
+        client_loss={c: m["train_loss"] for c, m in fold.metrics.items() if "train_loss" in m},
+        dropped=fold.dropped,
         bytes_up=traffic.up,
         bytes_down=traffic.down,
         framing_up=traffic.framing_up,
         framing_down=traffic.framing_down,
-        cost=formula(costs(federation, state, round, list(examples))),
+        cost=formula(costs(federation, state, round, fold.updates)),
         sampling_probability=gathered.probability,
-        sim_seconds=_sim_seconds(config, traffic, examples, dropped),
+        verdicts=fold.verdicts,
+        asked=gathered.wanted,
+        updates=sum(fold.updates.values()),
+        sim_seconds=_sim_seconds(config, traffic, fold.examples, fold.dropped),
         memory={
             **gathered.memory,
             **(_norms(federation, round, defence, memory or {}) if defence else {}),
@@ -154,18 +140,77 @@ def run_round(
     )
 
 
-def _require_quorum(
-    config: RunConfig, round: int, wanted: int, valid: int, dropped: Mapping[str, str]
-) -> None:
+@dataclass
+class _Fold:
+    """The updates of a round, folded in one after another, and what is said of each."""
+
+    federation: Federation
+    aggregator: Aggregator
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+    examples: dict[str, int] = field(default_factory=dict)
+    metrics: dict[str, Metrics] = field(default_factory=dict)
+    staleness: list[int] = field(default_factory=list)
+    updates: dict[str, int] = field(default_factory=dict)
+    """Member → how many updates came from it."""
+
+    def __call__(self, answer: Answer, round: int) -> bool:
+        """Fold in the answer of a member; whether it was accepted."""
+        client, judged = answer.client, answer.judged
+        self._judge(client, judged.verdict)
+        for name, own in judged.members.items():
+            self._judge(name, own.verdict)
+        if judged.reply is None:
+            return False
+        if judged.reply.clients and not judged.reply.bundle:
+            return self._absorb(answer)
+        for name, own in (judged.members or {client: judged}).items():
+            if own.reply is None:
+                continue
+            self.staleness.append(round - answer.task.round)
+            power = self.federation.config.staleness_power
+            weight = buffer.weight(own.reply.num_examples, self.staleness[-1], power)
+            self.aggregator.add(own.update, weight)
+            self._count(client, name, own, 1)
+        return True
+
+    def _absorb(self, answer: Answer) -> bool:
+        """Fold in a partial aggregate."""
+        reply, partial = answer.judged.reply, summable(self.aggregator)
+        like = answer.expected.like
+        if reply is None or partial is None or like is None:
+            return False
+        try:
+            partial.absorb(answer.judged.update, float(reply.num_examples), like)
+        except ValueError as error:
+            self._judge(answer.client, Verdict(Code.FORM, str(error)))
+            return False
+        self._count(answer.client, answer.client, answer.judged, reply.clients)
+        return True
+
+    def _judge(self, name: str, verdict: Verdict) -> None:
+        self.verdicts[name] = verdict
+        if not verdict.accepted:
+            self.dropped[name] = verdict.why
+
+    def _count(self, member: str, name: str, judged: Judged, updates: int) -> None:
+        if judged.reply is not None:
+            self.examples[name] = judged.reply.num_examples
+            self.metrics[name] = judged.reply.metrics
+            self.updates[member] = self.updates.get(member, 0) + updates
+
+
+def _require_quorum(federation: Federation, round: int, wanted: int, fold: _Fold) -> None:
     """Raises RoundError when fewer updates are valid than the quorum, or a robust rule, needs."""
-    needed = math.ceil(config.quorum * wanted)
+    config, valid = federation.config, sum(fold.updates.values())
+    needed = federation.quorum(wanted)
     if config.robust != "none":
         hostile = robust.hostile(valid, config.byzantine)
         needed = max(needed, robust.least(config.robust, hostile))
     if valid >= needed:
         return
     # Who diverged says more than who was silent.
-    told = sorted(dropped.items(), key=lambda item: "lower lr" not in item[1])
+    told = sorted(fold.dropped.items(), key=lambda item: "lower lr" not in item[1])
     client, why = next(iter(told), ("", "none was asked"))
     raise RoundError(
         f"round {round}: {valid} of {wanted} clients gave a valid update, {needed} are needed; "
@@ -203,200 +248,23 @@ def evaluate_clients(
     federation: Federation, state: Payload, held: Held, round: int, network: Network
 ) -> dict[str, Metrics]:
     """The global model's scores on up to `eval_clients` clients' own held-out examples."""
-    members = federation.evaluated
+    online = network.online()
+    members = {client: 1 for client in federation.evaluated if client in online}
     if not members:
         return {}
-    traffic = Traffic()
-    tasks = make_tasks(federation, state, held, round, Kind.EVALUATE, members, traffic)
-    packets = _packets(federation, state, tasks, held, network, lambda client: None, traffic)
-    answers = (_answer(federation, tasks[c], c, packet, traffic) for c, packet in packets)
+    asking = Asking(
+        *(federation, state, held, round, network),
+        *(lambda client: None, lambda plan: None, 0, Traffic()),
+    )
+    answers = (answer_of(asking, *answer) for answer in asking(members, Kind.EVALUATE))
     return {
-        answer.client: {**answer.reply.metrics, "examples": answer.reply.num_examples}
+        answer.client: {**reply.metrics, "examples": reply.num_examples}
         for answer in answers
-        if answer.reply is not None and "loss" in answer.reply.metrics
+        if (reply := answer.judged.reply) is not None and "loss" in reply.metrics
     }
 
 
-def _synchronous(
-    federation: Federation,
-    state: Payload,
-    held: Held,
-    round: int,
-    network: Network,
-    on_reply: Callable[[str], None],
-    traffic: Traffic,
-    memory: Payload,
-) -> _Gathering:
-    """All answers of a new cohort, each as soon as it can be folded in."""
-    present = federation.present(round)
-    members = federation.sample(present, federation.cohort_size, round)
-    if not members:
-        raise _nobody(federation, round)
-    tasks = make_tasks(federation, state, held, round, Kind.TRAIN, members, traffic)
-    packets = _packets(federation, state, tasks, held, network, on_reply, traffic)
-    answers = (_answer(federation, tasks[c], c, packet, traffic) for c, packet in packets)
-    return _Gathering(answers, len(members), len(members) / len(present), memory)
-
-
-def _buffered(
-    federation: Federation,
-    state: Payload,
-    held: Held,
-    round: int,
-    network: Network,
-    on_reply: Callable[[str], None],
-    traffic: Traffic,
-    memory: Payload,
-) -> _Gathering:
-    """The first valid updates that arrive in simulated time, as many as the buffer holds.
-
-    Places of the cohort that are free are filled with clients that start from `state`: at first
-    those of the last round's updates, then those of clients that give none.
-    """
-    wanted = federation.config.buffer or 0
-    began, flights = buffer.recall(memory)
-    now, landed, valid, draw = began, list[Answer](), 0, 0
-    while valid < wanted:
-        busy = {flight.client for flight in flights} | {answer.client for answer in landed}
-        free = federation.cohort_size - len(flights) - valid
-        others = [client for client in federation.present(round) if client not in busy]
-        if members := federation.sample(others, free, round, draw):
-            tasks = make_tasks(federation, state, held, round, Kind.TRAIN, members, traffic)
-            packets = _packets(federation, state, tasks, held, network, on_reply, traffic)
-            flights += [_flight(federation, tasks[c], c, p, now, traffic) for c, p in packets]
-            draw += 1
-        if not flights:
-            break
-        flight = min(flights, key=lambda flight: (flight.arrival, flight.client))
-        flights.remove(flight)
-        task = Task(federation.run_id, flight.round, flight.base_version, Kind.TRAIN, "")
-        answer = _answer(federation, task, flight.client, flight.packet, traffic)
-        landed.append(replace(answer, content=flight.content))
-        now = flight.arrival
-        traffic.took[flight.client] = now - began
-        valid += answer.reply is not None
-    if not landed:
-        raise _nobody(federation, round)
-    return _Gathering(
-        sorted(landed, key=lambda answer: answer.client),
-        wanted,
-        federation.cohort_size / len(federation.clients),
-        {**memory, **buffer.remember(now, flights)},
-    )
-
-
-def _flight(
-    federation: Federation,
-    task: Task,
-    client: str,
-    packet: Packet | None,
-    now: float,
-    traffic: Traffic,
-) -> Flight:
-    """A reply that is known already and arrives when its time has come; it is read then."""
-    trial = Traffic(sent=traffic.sent)
-    answer = _answer(federation, task, client, packet, trial)
-    took = trial.took.get(client, federation.seconds(client, traffic.sent[client], 0))
-    return Flight(client, task.round, task.base_version, answer.content, now + took, packet)
-
-
-def _nobody(federation: Federation, round: int) -> RoundError:
-    return RoundError(
-        f"round {round}: none of {len(federation.clients)} clients can be reached: see "
-        f"{federation.config.availability}"
-    )
-
-
-def _packets(
-    federation: Federation,
-    state: Payload,
-    tasks: Mapping[str, Task],
-    held: Held,
-    network: Network,
-    on_reply: Callable[[str], None],
-    traffic: Traffic,
-) -> Iterator[tuple[str, Packet | None]]:
-    """What each client answers, in the order of `tasks`; None for no answer.
-
-    A client that has lost cached groups is asked once more, with everything: a device may forget.
-    """
-    packets = {client: pack_task(task) for client, task in tasks.items()}
-    for client, packet in in_order(_ask(federation, tasks, packets, network), list(tasks)):
-        task, answer = tasks[client], packet
-        if packet is not None and _forgot(packet):
-            traffic.framing_up += len(packet.header)
-            forgot = {client: accepted_only(held, client)}
-            full = make_tasks(federation, state, forgot, task.round, task.kind, [client], traffic)
-            again = in_order(network.ask({client: pack_task(full[client])}), [client])
-            answer = next(again)[1]
-        on_reply(client)
-        yield client, answer
-
-
-def _ask(
-    federation: Federation,
-    tasks: Mapping[str, Task],
-    packets: Mapping[str, Packet],
-    network: Network,
-) -> Iterator[tuple[str, Packet | None]]:
-    """As Network.ask; clients that are simulated to be silent are not asked to train."""
-    asked = dict(packets)
-    for client, task in tasks.items():
-        name = federation.class_of(client)
-        if task.kind == Kind.TRAIN and clock.silent(federation.config, name, client, task.round):
-            del asked[client]
-            yield client, None
-    yield from network.ask(asked)
-
-
-def _forgot(packet: Packet) -> bool:
-    """Whether a reply says that cached groups are missing; it has no payload then."""
-    try:
-        return bool(unpack_reply(packet, 0).missing)
-    except WireError:
-        return False
-
-
-def _answer(
-    federation: Federation, task: Task, client: str, packet: Packet | None, traffic: Traffic
-) -> Answer:
-    """An answer that is read and checked; counts its bytes."""
-    content = frozenset([*task.cached.values(), *([task.log.version] if task.log else [])])
-    try:
-        reply, update = _checked(federation, client, task, packet, traffic)
-        if reply.error or reply.missing:
-            raise WireError(reply.error or "cached groups are missing")
-        return Answer(client, task.round, content, reply, update, "")
-    except WireError as error:
-        return Answer(client, task.round, content, None, {}, str(error))
-
-
-def _checked(
-    federation: Federation, client: str, task: Task, packet: Packet | None, traffic: Traffic
-) -> tuple[Reply, Payload]:
-    """A reply that passed all checks; counts its bytes. Raises WireError."""
-    if packet is None:
-        raise WireError("no answer")
-    like = None
-    if task.kind == Kind.TRAIN:
-        fresh = federation.fresh(federation.lora(client))
-        like = federation.strategy.update_like(fresh, federation.size(client, task.round))
-    reply, update = read_reply(packet, client, task, like, federation.config.uplink)
-    if reply.num_examples > federation.most_examples(client) and not reply.error:
-        raise WireError(f"reply claims {reply.num_examples} examples, more than it can have")
-    content = wire.content_bytes(wire.content(reply)) if update else 0
-    if task.kind == Kind.TRAIN and federation.config.simulates_time:
-        took = federation.seconds(client, traffic.sent.get(client, 0), content)
-        deadline = federation.config.deadline_simulated
-        if deadline and took > deadline:
-            raise WireError(f"late: {took:.4g} simulated seconds, the deadline is {deadline:g}")
-        traffic.took[client] = took
-    traffic.up += content
-    traffic.framing_up += len(packet.header) + len(packet.payload) - content
-    return reply, update
-
-
-def _mean(metrics: Mapping[str, Metrics], examples: Mapping[str, int]) -> Metrics:
+def mean_metrics(metrics: Mapping[str, Metrics], examples: Mapping[str, int]) -> Metrics:
     """Example-weighted means of what clients report; tokens, steps and skips are summed."""
     summed = ("target_tokens", "local_steps", "skipped", *_SCALARS)
     names = sorted({name for reported in metrics.values() for name in reported})

@@ -5,9 +5,11 @@ from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 
 from corolla import codec, compression, seedlog, seeds, tree, wire
 from corolla.compression import Pipeline
+from corolla.config import RunConfig
 from corolla.errors import RoundError
 from corolla.server.federation import Federation, Held
 from corolla.types import Broadcast, Cost, LoraSpec, Payload
@@ -17,6 +19,12 @@ _LONGEST_LOG = wire.MAX_HEADER // 2
 """Bytes of rows that surely fit a message."""
 
 _ACCEPTED = "accepted-"
+
+_OWN = (
+    *("model", "data", "engine", "device", "threads"),
+    *("availability", "public", "public_examples", "start"),
+)
+"""Settings of a server that are nothing to devices that have their own."""
 
 
 @dataclass
@@ -28,7 +36,7 @@ class Traffic:
     framing_up: int = 0
     framing_down: int = 0
     sent: dict[str, int] = field(default_factory=dict)
-    """Payload bytes of each client's task; not what is sent again to who forgot."""
+    """Payload bytes of each member's task; not what is sent again to who forgot."""
     took: dict[str, float] = field(default_factory=dict)
     """Simulated seconds until each reply."""
 
@@ -39,12 +47,13 @@ def make_tasks(
     held: Held,
     round: int,
     kind: Kind,
-    members: list[str],
+    members: Mapping[str, int],
     traffic: Traffic,
 ) -> dict[str, Task]:
     """The task of each member: the broadcast, with only what it does not hold of cached groups.
 
-    Of a log it gets the rows after the version it holds, or a snapshot where that is less.
+    `members` says how many updates each is asked for. Of a log it gets the rows after the version
+    it holds, or a snapshot where that is less.
     """
     broadcast = federation.strategy.broadcast(state)
     if broadcast.snapshot is not None:
@@ -55,7 +64,8 @@ def make_tasks(
     version = tree.digest_all(state)
     sent: dict[object, tuple[bytes, Payload, Log | None, int, Mapping[str, object]]] = {}
     tasks: dict[str, Task] = {}
-    for client in members:
+    run = run_settings(federation.config, federation.own_devices)
+    for client, seats in members.items():
         known = held.get(client, frozenset())
         lacks = frozenset(g for g, i in cached.items() if i not in known)
         since = next((v for v in reversed(versions) if v in known), federation.origin)
@@ -72,10 +82,13 @@ def make_tasks(
         settings = {
             "lora": vars(lora),
             "class": federation.class_of(client),
-            "population": len(federation.clients),
+            "population": federation.population,
             "accepted": _last_accepted(known),
             **described,
-            "run": federation.config.model_dump(mode="json"),
+            **({"labels": list(federation.labels)} if federation.own_devices else {}),
+            **_for_gateway(federation, client),
+            **(_fresh(federation, lora) if client in federation.seats else {}),
+            "run": run,
         }
         tasks[client] = Task(
             run_id=federation.run_id,
@@ -87,6 +100,8 @@ def make_tasks(
             payload=data,
             scalars=scalars,
             log=log,
+            model_sha256=federation.model_sha256,
+            seats=seats if client in federation.seats else 0,
         )
         try:
             header = len(pack_task(tasks[client]).header)
@@ -96,6 +111,31 @@ def make_tasks(
         traffic.down += content
         traffic.framing_down += len(data) + header - content
     return tasks
+
+
+def _fresh(federation: Federation, lora: LoraSpec) -> Mapping[str, object]:
+    """What a gateway must know to tell a valid update of a phone: it has no model of its own."""
+    return {"fresh": compression.form({"adapter": federation.fresh(lora)})}
+
+
+def run_settings(config: RunConfig, own_devices: bool) -> Mapping[str, object]:
+    """The settings of the run as a client gets them; devices of their own get no folder of ours.
+
+    What follows from a setting that stays here is written out: the learning rate of each class.
+    """
+    run = config.model_dump(mode="json")
+    if not own_devices:
+        return run
+    classes = {c: {**own, "lr": config.of_class(c).lr} for c, own in run["classes"].items()}
+    ours = {key: value for key, value in run.items() if key not in _OWN}
+    return {**ours, "strategy": Path(config.strategy).name, "classes": classes}
+
+
+def _for_gateway(federation: Federation, member: str) -> Mapping[str, object]:
+    """A gateway has no model: it is told what an adapter of its phones looks like."""
+    if member not in federation.seats:
+        return {}
+    return {"fresh": compression.form({"adapter": federation.fresh(federation.lora(member))})}
 
 
 def _packed(
@@ -148,16 +188,22 @@ def accepted_only(held: Held, client: str) -> frozenset[str]:
     return frozenset(i for i in held.get(client, ()) if i.startswith(_ACCEPTED))
 
 
-def costs(federation: Federation, state: Payload, round: int, clients: Sequence[str]) -> list[Cost]:
-    """The strategy's formula for each client, with the codec's for what that compresses."""
+def costs(
+    federation: Federation, state: Payload, round: int, updates: Mapping[str, int]
+) -> list[Cost]:
+    """The strategy's formula for each member, with the codec's for what that compresses.
+
+    `updates` says how many came from each: a gateway gets one broadcast for all, and sends a
+    partial aggregate, or as many updates as it has.
+    """
     config, strategy = federation.config, federation.strategy
-    sizes = [federation.size(client, round) for client in clients]
+    sizes = [federation.size(client, round) for client in updates]
     costs = list(strategy.cost(sizes))
     broadcast = strategy.broadcast(state) if config.codec_down else Broadcast({})
-    for i, client in enumerate(clients):
+    for i, (client, count) in enumerate(updates.items()):
         lora = federation.lora(client)
+        like = strategy.update_like(federation.fresh(lora), sizes[i])
         if config.codec:
-            like = strategy.update_like(federation.fresh(lora), sizes[i])
             saved, at_most = _saved(config.uplink, like)
             at_most = at_most or costs[i].at_most
             costs[i] = replace(costs[i], up=costs[i].up - saved, at_most=at_most)
@@ -166,6 +212,11 @@ def costs(federation: Federation, state: Payload, round: int, clients: Sequence[
             saved, at_most = _saved(config.downlink, payload)
             at_most = at_most or costs[i].at_most
             costs[i] = replace(costs[i], down=costs[i].down - saved, at_most=at_most)
+        if client in federation.seats:
+            up = count * costs[i].up
+            if federation.partial:
+                up = wire.content_bytes(federation.partial.sums_like(like))
+            costs[i] = replace(costs[i], up=up)
     return costs
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from corolla import directions, seedlog, seeds, signs
-from corolla.aggregation import SeedSums
+from corolla.aggregation import SeedSums, summed, summed_like, terms
 from corolla.directions import GaussianPool, SignPool
 from corolla.types import (
     Adapter,
@@ -126,6 +126,7 @@ def _plus(state: Payload, aggregate: Payload, group: str) -> Tensor:
 
 
 _CLIP = 1000.0
+_HISTORY = "history"
 
 
 class _SumsAndHistory:
@@ -150,6 +151,29 @@ class _SumsAndHistory:
         self._moved.merge(other._moved)
         self._magnitudes += other._magnitudes
         self._counts += other._counts
+
+    def sums(self) -> Payload:
+        return {**self._moved.sums(), **summed({_HISTORY: self._history})}
+
+    def sums_like(self, like: Payload) -> Payload:
+        return {**self._moved.sums_like(like), **summed_like({_HISTORY: self._history})}
+
+    def absorb(self, sums: Payload, weight: float, like: Payload) -> None:
+        magnitudes, counts = (terms(sums)[_HISTORY][name] for name in self._history)
+        measured = weight * len(like["scalars"]["scalars"])
+        if not (
+            bool(((magnitudes >= 0) & (magnitudes <= _CLIP * counts) & (counts >= 0)).all())
+            and float(counts.sum()) <= measured
+            and bool((counts == counts.round()).all())
+        ):
+            raise ValueError("partial aggregate has a history that no updates have")
+        self._moved.absorb(sums, weight, like)
+        self._magnitudes += magnitudes
+        self._counts += counts
+
+    @property
+    def _history(self) -> Params:
+        return {"magnitudes": self._magnitudes, "counts": self._counts}
 
     def finalise(self) -> Payload:
         return {

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from corolla import directions, seedlog, seeds, signs, tree
+from corolla.aggregation import summed, summed_like, terms
 from corolla.directions import SignPool
 from corolla.types import (
     Adapter,
@@ -30,6 +31,7 @@ from corolla.types import (
     Update,
 )
 
+_ROUNDING = 1e-6
 _BOTH: tuple[TrainerName, ...] = ("first_order", "zeroth_order")
 
 
@@ -180,6 +182,31 @@ class _TwoMeans:
         self._sums += other._sums
         self._counts += other._counts
 
+    def sums(self) -> Payload:
+        """Of the classes that were seen."""
+        first, zeroth = (bool(clients) for clients in self._counts[1])
+        return summed(
+            {
+                **({"adapter": self._dense} if first else {}),
+                **({"scalars": {"directions": self._sums}} if zeroth else {}),
+                "counts": {"counts": self._counts},
+            }
+        )
+
+    def sums_like(self, like: Payload) -> Payload:
+        own = like if "adapter" in like else {"scalars": {"directions": self._sums}}
+        return summed_like({**own, "counts": {"counts": self._counts}})
+
+    def absorb(self, sums: Payload, weight: float, like: Payload) -> None:
+        own = terms(sums)
+        counts = own["counts"]["counts"]
+        _check(counts, [own.get(group, {}) for group in ("adapter", "scalars")], weight)
+        for name, tensor in own.get("adapter", {}).items():
+            self._dense[name] = self._dense.get(name, 0) + tensor
+        if "scalars" in own:
+            self._sums += own["scalars"]["directions"]
+        self._counts += counts
+
     def finalise(self) -> Payload:
         examples, clients, squares, own = self._counts
         if not float(examples.sum()) > 0:
@@ -195,3 +222,19 @@ class _TwoMeans:
                 "shares": own / per**2,
             },
         }
+
+
+def _check(counts: Tensor, sums: Sequence[Params], weight: float) -> None:
+    """Raises ValueError for counts (4, 2) that no updates with these sums and this weight have."""
+    examples, clients, squares, own = counts
+    norms = torch.tensor([tree.norm(part) ** 2 for part in sums], dtype=torch.float64)
+    most = examples.square()
+    if not (
+        bool((counts >= 0).all())
+        and float(examples.sum()) == weight
+        and bool((clients == clients.round()).all() and (clients <= examples).all())
+        # By Cauchy and Schwarz, up to rounding: Σ n² ≥ (Σ n)² / M, and Σ n · Σ n|u|² ≥ |Σ n u|².
+        and bool(((own <= most) & (own * clients >= most * (1 - _ROUNDING))).all())
+        and bool((squares * examples >= norms * (1 - _ROUNDING)).all())
+    ):
+        raise ValueError("partial aggregate has counts that no updates have")

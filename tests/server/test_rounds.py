@@ -343,6 +343,27 @@ def test_nobody_answers(setup: Callable[..., Setting]) -> None:
         setting.run(tamper=dict.fromkeys(setting.federation.clients, HOSTILE["silence"]))
 
 
+def test_all_who_forget_are_asked_once_more_together(setup: Callable[..., Setting]) -> None:
+    """Each ask may take a deadline: one for each who says so would hold a round up for ever."""
+    setting = setup(strategy="ffa_lora")
+    wanted = setting.run()
+    asked: list[list[str]] = []
+
+    class Forgetful(Local):
+        def ask(self, packets: Mapping[str, Packet]) -> Iterator[tuple[str, Packet | None]]:
+            asked.append(sorted(packets))
+            for client, packet in super().ask(packets):
+                forgets = packet and (len(asked) == 1 and client in ("ada", "cyd"))
+                yield client, HOSTILE["missing groups"](packet) if packet and forgets else packet
+
+    network = Forgetful(dict.fromkeys(setting.federation.clients, setting.worker))
+    found = run_round(setting.federation, setting.state, {}, 1, network)
+    assert asked == [["ada", "ben", "cyd", "dot"], ["ada", "cyd"]]
+    assert found.dropped == {}
+    assert equal(found.state, wanted.state)
+    assert found.bytes_down > wanted.bytes_down
+
+
 def test_every_reply_is_observed(setup: Callable[..., Setting]) -> None:
     setting = setup()
     seen: list[str] = []
