@@ -102,7 +102,8 @@ class Worker:
             reply = replace(blank, error=str(error))
         except torch.OutOfMemoryError:
             reply = replace(blank, error="out of memory: lower micro_batch_size or max_length")
-        except (KeyError, ValueError, TypeError) as error:  # a task that does not fit this model
+        # A task that does not fit this model, or numbers and nesting that no server sends.
+        except (KeyError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
             reply = replace(
                 blank, error=f"task cannot be done here: {type(error).__name__}: {error}"
             )

@@ -59,9 +59,24 @@ def make(folder: Path, hosts: Sequence[str], gateway: Sequence[str] = (), days: 
 
 def check(folder: Path, stem: str = "server") -> None:
     """Whether `folder` holds a certificate that can be shown to clients. Raises ConfigError."""
-    chain = _certificates(folder / f"{stem}.pem")
-    found, key = chain[0], _key(folder / f"{stem}.key")
     where = folder / f"{stem}.pem"
+    chain = check_pair(where, folder / f"{stem}.key")
+    if not (folder / "ca.pem").exists():
+        return  # of a public CA, which clients know
+    ca = _certificates(folder / "ca.pem")[0]
+    try:
+        chain[-1].verify_directly_issued_by(ca)
+    except (InvalidSignature, ValueError, TypeError) as error:
+        raise ConfigError(f"{where} is not signed by {folder / 'ca.pem'}") from error
+
+
+def check_pair(where: Path, key_file: Path) -> list[x509.Certificate]:
+    """The chain in a certificate's file, if it is valid now and this is its key.
+
+    Raises ConfigError.
+    """
+    chain = _certificates(where)
+    found, key = chain[0], _key(key_file)
     now = datetime.now(UTC)
     if not found.not_valid_before_utc <= now <= found.not_valid_after_utc:
         raise ConfigError(
@@ -70,14 +85,8 @@ def check(folder: Path, stem: str = "server") -> None:
             f"corolla certs, or set the clock"
         )
     if _public(found.public_key()) != _public(key.public_key()):
-        raise ConfigError(f"{folder / f'{stem}.key'} is not the key of {where}")
-    if not (folder / "ca.pem").exists():
-        return  # of a public CA, which clients know
-    ca = _certificates(folder / "ca.pem")[0]
-    try:
-        chain[-1].verify_directly_issued_by(ca)
-    except (InvalidSignature, ValueError, TypeError) as error:
-        raise ConfigError(f"{where} is not signed by {folder / 'ca.pem'}") from error
+        raise ConfigError(f"{key_file} is not the key of {where}")
+    return chain
 
 
 def public_key(path: Path) -> bytes:

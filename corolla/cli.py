@@ -21,6 +21,7 @@ from corolla.errors import ConfigError, CorollaError
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what fails is said by us, in one line
 
 app = typer.Typer(
     name="corolla",
@@ -126,7 +127,7 @@ def simulate(
         folder = out_dir or Path("runs") / f"{run_config.strategy.split(':')[-1]}-{_now()}"
         with out.status("loading"):  # torch, transformers and peft take seconds to import
             from corolla.progress import Bars, print_summary
-            from corolla.server.run import Many
+            from corolla.server.observer import Many
             from corolla.simulation import simulate as run
             from corolla.trackers import tracking
 
@@ -143,6 +144,64 @@ def simulate(
                 on_step=bars.stepped,
             )
         print_summary(out, summary)
+
+
+@app.command()
+def plan(
+    config: Annotated[Path | None, typer.Option(help="TOML file with the same names.")] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="fedavg, flora, …; yours: FILE.py:Class, module:Class.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Hub name, folder, .gguf, 'embedded'.")] = None,
+    data: Annotated[str | None, typer.Option(help="FILE.jsonl, hub name, 'embedded'.")] = None,
+    clients: Annotated[int | None, typer.Option(help="How many clients.")] = None,
+    cohort: Annotated[int | None, typer.Option(help="Clients per round.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds.")] = None,
+    local_steps: Annotated[int | None, typer.Option(help="Optimiser steps per round.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences per step.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    rank: Annotated[int | None, typer.Option(help="LoRA rank.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="LoRA alpha.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Decides everything that is random.")] = None,
+    engine: Annotated[str | None, typer.Option(help="inprocess or flower (Ray).")] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="What a client may take: 2GB, 512MiB.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    settings: Set = None,
+) -> None:
+    """Say what a run will cost before anything is loaded: bytes, memory, time, privacy."""
+    options: dict[str, Any] = {
+        "strategy": strategy,
+        "model": model,
+        "data": data,
+        "clients": clients,
+        "cohort": cohort,
+        "rounds": rounds,
+        "local_steps": local_steps,
+        "batch_size": batch_size,
+        "lr": lr,
+        "rank": rank,
+        "alpha": alpha,
+        "seed": seed,
+        "engine": engine,
+    }
+    with _user_errors():
+        from corolla.client.own import parse_bytes
+        from corolla.config import load
+
+        try:
+            budget = parse_bytes(memory) if memory is not None else None
+        except ValueError as error:
+            raise ConfigError(f"--memory: {error}; found {memory!r}") from error
+        run_config = load(config, options, settings or ())
+        from corolla import planning
+
+        found = planning.plan(run_config, budget)
+        if as_json:
+            print(json.dumps(found.to_json(), indent=2))
+        else:
+            planning.print_plan(out, found, budget)
 
 
 @app.command()
@@ -228,6 +287,22 @@ def check(
             raise typer.Exit(1)
 
 
+@app.command()
+def status(
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a run.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Show how a run stands: state, rounds, clients, verdicts on replies, bytes, losses."""
+    with _user_errors():
+        from corolla.server import status as standing
+
+        found = standing.status(folder)
+        if as_json:
+            print(json.dumps(found.to_json(), indent=2))
+        else:
+            standing.print_status(out, found)
+
+
 @app.command("strategies")
 def list_strategies(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
@@ -299,6 +374,275 @@ def export(
             highlight=False,
             soft_wrap=True,
         )
+
+
+@app.command()
+def certs(
+    folder: Annotated[Path, typer.Argument(help="A folder for ca.pem, server.pem and keys.")],
+    host: Annotated[
+        list[str] | None, typer.Option(help="Name or address clients use; repeatable.")
+    ] = None,
+    gateway: Annotated[
+        list[str] | None, typer.Option(help="Of a gateway: makes gateway.pem too; repeatable.")
+    ] = None,
+    days: Annotated[int, typer.Option(min=1, help="How long they are valid.")] = 825,
+) -> None:
+    """Make a certificate authority and certificates for a federation of your own."""
+    with _user_errors():
+        from corolla.certs import make
+
+        make(folder, host or (), gateway or (), days)
+        out.print(
+            f"{escape(str(folder))}: give ca.pem to clients, keep ca.key apart from the server",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+@app.command()
+def server(
+    out_dir: Annotated[Path, typer.Option("--out", help="A new or empty folder.")],
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with the same names, and a server table.")
+    ] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="fedavg, flora, …; yours: FILE.py:Class, module:Class.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Hub name, folder, .gguf, 'embedded'.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="What it measures on: FILE.jsonl, hub name, 'embedded'.")
+    ] = None,
+    cohort: Annotated[int | None, typer.Option(help="Clients per round.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds.")] = None,
+    local_steps: Annotated[int | None, typer.Option(help="Optimiser steps per round.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences per step.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    rank: Annotated[int | None, typer.Option(help="LoRA rank.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="LoRA alpha.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Decides everything that is random.")] = None,
+    keep_updates: Annotated[
+        bool, typer.Option("--keep-updates", help="Keep the global adapter of every round.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on in --out.")] = False,
+    address: Annotated[
+        str | None, typer.Option(help="HOST:PORT for clients; default 0.0.0.0:9092.")
+    ] = None,
+    certificates: Annotated[
+        Path | None, typer.Option("--certs", help="Folder of server.pem: see corolla certs.")
+    ] = None,
+    clients_keys: Annotated[
+        Path | None, typer.Option(help="Folder of clients' public keys, *.pub; watched.")
+    ] = None,
+    metrics_port: Annotated[int | None, typer.Option(help="Prometheus, on loopback.")] = None,
+    min_clients: Annotated[int | None, typer.Option(help="To wait for before round 1.")] = None,
+    settings: Set = None,
+) -> None:
+    """Coordinate a federation of devices: they join with corolla client."""
+    options: dict[str, Any] = {
+        "strategy": strategy,
+        "model": model,
+        "data": data,
+        "cohort": cohort,
+        "rounds": rounds,
+        "local_steps": local_steps,
+        "batch_size": batch_size,
+        "lr": lr,
+        "rank": rank,
+        "alpha": alpha,
+        "seed": seed,
+    }
+    own = {
+        "address": address,
+        "certs": certificates,
+        "clients_keys": clients_keys,
+        "metrics_port": metrics_port,
+        "min_clients": min_clients,
+    }
+    with _user_errors():
+        from corolla.config import load, unchanged, validate
+        from corolla.server.order import read_order, read_settings
+
+        chosen = read_settings(config, own)
+        if resume:
+            stored = validate(read_order(out_dir).config)
+            run_config = unchanged(stored, options, settings or (), config)
+        else:
+            run_config = load(config, options, settings or ())
+        from corolla.server.supervisor import begin
+
+        begin(
+            run_config,
+            out_dir,
+            chosen,
+            keep_updates=keep_updates,
+            resume=resume,
+            say=lambda line: out.print(escape(line), highlight=False, soft_wrap=True),
+        )
+
+
+@app.command()
+def client(
+    server: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="corolla server.")] = None,
+    root_certificates: Annotated[
+        Path | None, typer.Option(help="ca.pem of the server; default: the system's.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="FILE.jsonl: all rows are trained on.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="In the federation; default: made from the key.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The run's: hub name, folder, .gguf.")] = None,
+    state: Annotated[
+        Path | None, typer.Option(help="Key, logs, what is kept; default: ~/.local/state/corolla.")
+    ] = None,
+    memory: Annotated[str | None, typer.Option(help="For training, at most: 2GB.")] = None,
+    threads: Annotated[int, typer.Option(help="Of the CPU; 0: all.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: the best.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="none, 8bit or 4bit.")] = None,
+    micro_batch_size: Annotated[int, typer.Option(help="At most; 0: as the run says.")] = 0,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = False,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(help="FILE.py:Class a server may name as strategy; repeatable."),
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with the same names.")] = None,
+    make_key: Annotated[
+        bool, typer.Option("--make-key", help="Only make the key and say where it is.")
+    ] = False,
+) -> None:
+    """Train on this device's own data in a federation, until told to stop."""
+    options: dict[str, object] = {
+        "server": server,
+        "root_certificates": root_certificates,
+        "data": data,
+        "name": name,
+        "model": model,
+        "state": state,
+        "memory": memory,
+        "threads": threads,
+        "device": device,
+        "quantization": quantization,
+        "micro_batch_size": micro_batch_size,
+        "gradient_checkpointing": gradient_checkpointing,
+        "allow": allow,
+    }
+    with _user_errors():
+        from corolla.client import own
+
+        if make_key:
+            key = own.make_key(config, options)
+            out.print(f"{escape(str(key.public))} {key.fingerprint}", soft_wrap=True)
+            return
+        from corolla.client.node import begin
+
+        begin(own.load(config, options), _say)
+
+
+@app.command()
+def gateway(
+    server: Annotated[str, typer.Option(metavar="HOST:PORT", help="corolla server.")],
+    listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="For phones: 0.0.0.0:9443.")],
+    certificate: Annotated[Path, typer.Option(help="Shown to phones: see corolla certs.")],
+    key: Annotated[Path, typer.Option(help="Of the certificate.")],
+    tokens: Annotated[Path, typer.Option(help="One a line: TOKEN, or TOKEN DEVICE.")],
+    name: Annotated[str, typer.Option(help="In the federation; phones are NAME/DEVICE.")],
+    state: Annotated[Path, typer.Option(help="Folder of the key, the logs and what is kept.")],
+    root_certificates: Annotated[
+        Path | None, typer.Option(help="ca.pem of the server; default: the system's.")
+    ] = None,
+    share_model: Annotated[
+        Path | None, typer.Option(help="A base model's folder, for phones that have none.")
+    ] = None,
+    policy: Annotated[
+        str, typer.Option(help="What phones must be: of these three, or none.")
+    ] = "charging,unmetered,idle",
+    over_select: Annotated[
+        float, typer.Option(min=1.0, max=10.0, help="Phones at work for each update wanted.")
+    ] = 1.3,
+    seats: Annotated[
+        int, typer.Option(min=0, help="Updates it promises at a time; 0: as many as phones come.")
+    ] = 0,
+    retry: Annotated[
+        float, typer.Option(min=0.1, max=3600, help="Seconds between a phone's check-ins.")
+    ] = 10.0,
+    lease: Annotated[
+        float, typer.Option(min=1, max=3600, help="Seconds a phone may be silent at work.")
+    ] = 60.0,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(help="FILE.py:Class a server may name as strategy; repeatable."),
+    ] = None,
+) -> None:
+    """Be one member of a federation for many phones: choose them, merge their updates."""
+    with _user_errors():
+        from corolla.gateways import begin, order
+
+        wanted = order(
+            name=name,
+            state=state,
+            listen=listen,
+            certificate=certificate,
+            key=key,
+            tokens=tokens,
+            share_model=share_model,
+            policy=policy,
+            over_select=over_select,
+            seats=seats,
+            retry=retry,
+            lease=lease,
+            allow=allow or (),
+        )
+        begin(server, root_certificates, wanted, _say)
+
+
+@app.command()
+def phone(
+    gateway: Annotated[str, typer.Option(metavar="HOST:PORT", help="corolla gateway.")],
+    token_file: Annotated[Path, typer.Option(help="What the gateway's owner gave.")],
+    data: Annotated[str, typer.Option(help="FILE.jsonl: all rows are trained on.")],
+    root_certificates: Annotated[
+        Path | None, typer.Option(help="ca.pem of the gateway; default: the system's.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Default: made once, kept in --state.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Hub name, folder, 'embedded'; default: the gateway's.")
+    ] = None,
+    state: Annotated[
+        Path | None, typer.Option(help="Models, logs, what is kept; default: as corolla client.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Of the CPU; 0: all.")] = 0,
+    charging: Annotated[
+        bool | None, typer.Option("--charging/--on-battery", help="Default: as found.")
+    ] = None,
+    metered: Annotated[
+        bool | None, typer.Option("--metered/--unmetered", help="Default: as found.")
+    ] = None,
+    idle: Annotated[bool | None, typer.Option("--idle/--in-use", help="Default: idle.")] = None,
+    rounds: Annotated[int, typer.Option(min=0, help="End after so many; 0: never.")] = 0,
+    once: Annotated[bool, typer.Option("--once", help="End after one check-in.")] = False,
+) -> None:
+    """Train on this device's own data for a gateway, whenever it asks, until told to stop."""
+    with _user_errors():
+        from corolla import calls
+        from corolla.client import own, phone_trainer
+
+        options: dict[str, object] = {
+            "server": calls.check_address("--gateway", gateway),
+            "root_certificates": root_certificates,
+            "data": data,
+            "model": model,
+            "state": state or own.state_folder() / "phone",
+            "threads": threads,
+        }
+        mine = own.load(None, options)
+        told = {"charging": charging, "metered": metered, "idle": idle}
+        chosen = phone_trainer.settings(mine, name, token_file, model is not None, told)
+        phone_trainer.begin(mine, chosen, _say, rounds, once)
+
+
+def _say(line: str) -> None:
+    out.print(escape(line), highlight=False, soft_wrap=True)
 
 
 def _spinner(silent: bool) -> Callable[[str], None]:

@@ -12,7 +12,11 @@ from corolla.errors import WireError
 from corolla.types import Params, Payload
 
 _SEPARATOR = "/"
-DTYPES = {torch.float32, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.uint8}
+DTYPES = {
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.int32, torch.int64, torch.uint8),
+}
+_MAX_HEADER = 8 << 20
 
 
 def encode(payload: Payload) -> bytes:
@@ -27,14 +31,22 @@ def encode(payload: Payload) -> bytes:
     return save(flat, metadata={"groups": json.dumps(list(payload))})
 
 
-def decode(data: bytes) -> Payload:
+def decode(data: bytes, max_header: int | None = None) -> Payload:
     """The payload of bytes made by `encode`.
 
     Raises WireError for anything else: a truncated buffer, a header that lies, a tensor type
-    that no payload has, a tensor without a group.
+    that no payload has, a tensor without a group, a header of more than `max_header` bytes
+    (default: 8 MiB or an eighth): JSON takes thirty times its bytes when it is parsed.
     """
+    length = int.from_bytes(data[:8], "little")
+    if max_header is None:
+        max_header = max(_MAX_HEADER, len(data) // 8)
+    if length > max_header:
+        raise WireError(
+            f"payload of {len(data)} bytes cannot be read: its header has {length} bytes, "
+            f"at most {max_header}"
+        )
     try:
-        length = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + length])
         groups: dict[str, dict[str, torch.Tensor]] = {
             str(group): {} for group in json.loads(header["__metadata__"]["groups"])

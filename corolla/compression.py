@@ -29,7 +29,7 @@ import zstandard
 from torch import Tensor
 
 from corolla import codec, factors, packing, seeds, tree, wire
-from corolla.errors import ConfigError, WireError
+from corolla.errors import ConfigError, NotFiniteError, WireError
 from corolla.types import Params, Payload
 
 _FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -116,7 +116,7 @@ class Pipeline:
         if self == PLAIN or not layout.shapes:
             return payload
         if self.lossy and not tree.finite({f"{g}/{n}": payload[g][n] for g, n in layout.shapes}):
-            raise WireError("payload has values that are not finite")
+            raise NotFiniteError("payload has values that are not finite")
         rest = _untouched(payload)
         if self.rank:
             payload = {**payload, "factors": _truncated(payload["factors"], self.rank)}
@@ -165,7 +165,7 @@ class Pipeline:
             sizes = packing.kept_of_each(kept, sizes)
         values = self._load_numbers(numbers, peaks, sizes, layout)
         if self.lossy and not bool(torch.isfinite(values).all()):
-            raise WireError("payload has values that are not finite")
+            raise NotFiniteError("payload has values that are not finite")
         if kept is not None:
             values = torch.zeros(layout.count, dtype=values.dtype).index_copy_(0, kept, values)
         pieces = zip(layout.shapes.items(), torch.split(values, layout.sizes), strict=True)

@@ -68,8 +68,7 @@ def load(config: RunConfig) -> FederatedData:
     """
     rows, fingerprint = read(config.data)
     _one_kind(rows, config.data)
-    labels = sorted({row.label for row in rows if row.label is not None})
-    labels = [] if config.task == "causal" else labels
+    labels = _labels(rows, config)
     given = frozenset(row.split for row in rows if row.split not in (None, "train"))
     parts = _partition(rows, given, config)
     clients: dict[str, Split] = {}
@@ -89,6 +88,54 @@ def load(config: RunConfig) -> FederatedData:
         raise DataError(f"{config.data} leaves no held-out examples: raise eval_fraction")
     left_out = len(parts) - len(clients)
     return FederatedData(config.data, clients, heldout, labels, fingerprint, left_out)
+
+
+def load_device(config: RunConfig, name: str, labels: Sequence[str]) -> FederatedData:
+    """The data of one device: all rows of config.data belong to the client `name`.
+
+    They are split as a simulation splits that client, so that a device with its rows trains on the
+    same sequences; of embedded data it has the rows of the client of that name. `labels` are those
+    of the run; empty: it trains on text. Raises DataError, which never tells what is in a row.
+    """
+    rows, fingerprint = read(config.data)
+    _one_kind(rows, config.data)
+    if config.data == "embedded":
+        names = sorted({str(row.client) for row in rows})
+        rows = [row for row in rows if row.client == name]
+        if not rows:
+            raise DataError(f"embedded data has no client {name!r}: it has {', '.join(names)}")
+    unknown = sum(row.label not in labels for row in rows) if labels else 0
+    if unknown:
+        raise DataError(f"{unknown} of {len(rows)} rows have no label of this run's {len(labels)}")
+    given = frozenset(row.split for row in rows if row.split not in (None, "train"))
+    split, _ = _split(rows, given, config, name)
+    if len(split.train) < config.min_examples:
+        raise DataError(
+            f"{len(split.train)} of {len(rows)} rows are left to train on, the run asks for "
+            f"min_examples={config.min_examples}"
+        )
+    return FederatedData(config.data, {name: split}, (), list(labels), fingerprint)
+
+
+def load_heldout(config: RunConfig) -> FederatedData:
+    """What a server that has no clients' data measures on: no clients, held-out rows, labels.
+
+    Embedded data: what a simulation holds out. A file: its test rows, else its validation rows;
+    without splits, what a simulation holds out where rows have client_id, else all rows.
+    """
+    rows, fingerprint = read(config.data)
+    _one_kind(rows, config.data)
+    by_split = {name: [row for row in rows if row.split == name] for name in ("test", "validation")}
+    heldout: Sequence[Example] = by_split["test"] or by_split["validation"]
+    if not heldout and all(row.client is not None for row in rows):
+        heldout = load(config).heldout
+    labels = _labels(rows, config)
+    return FederatedData(config.data, {}, heldout or rows, labels, fingerprint)
+
+
+def _labels(rows: Sequence[Example], config: RunConfig) -> list[str]:
+    labels = sorted({row.label for row in rows if row.label is not None})
+    return [] if config.task == "causal" else labels
 
 
 def read(name: str) -> tuple[list[Example], str]:

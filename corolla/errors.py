@@ -5,11 +5,17 @@ CorollaError                 anything a user can cause; the command line prints 
 ├── DataError                a data file, a line of it, or a partition
 ├── ModelError               a base model, an adapter, or modules that cannot carry LoRA
 ├── WireError                a message that does not match its envelope
+│   ├── SchemaError          one of another version of the wire schema
+│   └── NotFiniteError       one with values that are NaN or infinite
 ├── RoundError               a round that could not be completed
 │   └── DivergedError        the loss is not finite
+├── PeerError                a process beside this one that does not answer
 ├── StoppedError             the user or the engine has stopped the run
 └── ArtefactError            a checkpoint or an adapter folder
 """
+
+from collections.abc import Mapping
+from typing import Any
 
 
 class CorollaError(Exception):
@@ -36,12 +42,35 @@ class WireError(CorollaError):
     """A message whose schema, run, round, version, size or tensors are not what was agreed."""
 
 
+class SchemaError(WireError):
+    """A message of another version of the wire schema."""
+
+
+class NotFiniteError(WireError):
+    """A message with values that are NaN or infinite."""
+
+
 class RoundError(CorollaError):
-    """A round that could not be completed: too few valid replies."""
+    """A round that could not be completed: too few valid replies.
+
+    `verdicts` says of each reply what became of it (client → server.gate.Verdict).
+    """
+
+    def __init__(self, message: str, verdicts: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.verdicts: Mapping[str, Any] = verdicts or {}
 
 
 class DivergedError(RoundError):
     """The training loss of a client is NaN or infinite."""
+
+
+class PeerError(CorollaError):
+    """A trainer or a gateway that does not answer; `gone`: it was not there, or ended meanwhile."""
+
+    def __init__(self, message: str, gone: bool = False) -> None:
+        super().__init__(message)
+        self.gone = gone
 
 
 class StoppedError(CorollaError):

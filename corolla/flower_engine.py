@@ -7,7 +7,6 @@ import importlib.util
 import logging
 import os
 import secrets
-import signal
 import tempfile
 import threading
 import warnings
@@ -17,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from corolla import data, models
+from corolla.children import terminate_as_interrupt
 from corolla.config import RunConfig
 from corolla.errors import ConfigError, RoundError
-from corolla.server.run import Observer, Summary
+from corolla.server.observer import Observer
+from corolla.server.run import Summary
 
 # Read when Flower and Ray are imported: no telemetry, no advice about accelerators.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -91,7 +92,7 @@ def simulate_on_flower(
         os.environ[client.KEPT] = str((folder / "clients").resolve())
         os.environ[client.RECORD] = str((folder / "updates").resolve()) if keep_updates else ""
         try:
-            with _quiet_flower(), _terminate_as_interrupt():
+            with _quiet_flower(), terminate_as_interrupt():
                 run_simulation(
                     server_app=server,
                     client_app=client.app,
@@ -121,16 +122,3 @@ def _quiet_flower() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-@contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends the run as Ctrl-C does, so that no process of Ray stays behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    old = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, old)

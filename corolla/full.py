@@ -213,7 +213,7 @@ class _Origin:
     """The base weights, from the files they came from, or copies of those that are in none."""
 
     def __init__(self, path: str, tensors: Mapping[str, Tensor]) -> None:
-        files = _files(_folder(path))
+        files = _files(folder_of(path))
         self._stored: dict[str, _Stored] = {}
         self._kept: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
@@ -243,7 +243,7 @@ def _same(stored: _Stored, tensor: Tensor) -> bool:
     return True
 
 
-def _folder(path: str) -> Path:
+def folder_of(path: str) -> Path:
     """The local folder of a model; a hub name's is in the hub's cache, for it has been loaded."""
     if Path(path).is_dir():
         return Path(path)

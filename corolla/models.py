@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from corolla import seeds
+from corolla import footprint, seeds
 from corolla.assets import asset
 from corolla.config import RunConfig
 from corolla.errors import ConfigError, ModelError
@@ -93,6 +93,16 @@ def load(config: RunConfig, labels: Sequence[str] = ()) -> Base:
     base = Base(model.eval(), tokenizer, task, config.model, str(path), fingerprint(model))
     # A decoder that classifies looks for the last token before the first pad: both must agree.
     model.config.pad_token_id = model.config.get_text_config().pad_token_id = base.pad_id
+    check_length(config, model)
+    if config.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+        footprint.spare_memory()
+    return base
+
+
+def check_length(config: RunConfig, model: PreTrainedModel) -> None:
+    """Raises ModelError when a run's sequences have more tokens than the model has positions."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions and config.max_length > positions:
         raise ModelError(
@@ -105,10 +115,6 @@ def load(config: RunConfig, labels: Sequence[str] = ()) -> Base:
             f"max_length {config.max_length} after {virtual} virtual_tokens is more than the "
             f"{positions} positions of {config.model}: lower one of them"
         )
-    if config.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-    return base
 
 
 def resolve(name: str) -> str:
@@ -119,7 +125,7 @@ def resolve(name: str) -> str:
     if name == "embedded":
         return str(asset("model"))
     if name in PACKAGED:
-        return str(_convert(_packaged(name)))
+        return str(_convert(packaged(name)))
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -186,7 +192,8 @@ def cache_dir() -> Path:
     return Path(root) if root else base / "corolla"
 
 
-def _packaged(name: str) -> Path:
+def packaged(name: str) -> Path:
+    """The GGUF file of a model that a Python package carries. Raises ModelError."""
     try:
         module = importlib.import_module(PACKAGED[name])
     except ImportError as error:
@@ -194,13 +201,18 @@ def _packaged(name: str) -> Path:
     return Path(module.assemble())
 
 
-def _convert(gguf: Path) -> Path:
-    """Dequantise a GGUF file to a folder of fp32 safetensors, once: it takes minutes."""
+def converted(gguf: Path) -> Path:
+    """The folder that a GGUF file is converted to, whether it is there or not: by its content."""
     digest = hashlib.sha256()
     with gguf.open("rb") as file:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
-    target = cache_dir() / f"gguf-{digest.hexdigest()[:32]}"
+    return cache_dir() / f"gguf-{digest.hexdigest()[:32]}"
+
+
+def _convert(gguf: Path) -> Path:
+    """Dequantise a GGUF file to a folder of fp32 safetensors, once: it takes minutes."""
+    target = converted(gguf)
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -4,14 +4,17 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from corolla.trainable import Trainable
 from corolla.types import Adapter, LoraSpec, Update
+
+if TYPE_CHECKING:  # it loads transformers, which a gateway has no use for
+    from corolla.trainable import Trainable
 
 
 def write_update(
-    folder: Path, model: Trainable, lora: LoraSpec, update: Update, client: str
+    folder: Path, model: "Trainable", lora: LoraSpec, update: Update, client: str
 ) -> None:
     """The adapter a client's model holds after local training, read from the model itself.
 

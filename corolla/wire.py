@@ -24,7 +24,7 @@ from google.protobuf.message import DecodeError
 
 from corolla import codec
 from corolla.errors import SchemaError, WireError
-from corolla.packet import Packet
+from corolla.packet import Packet, check_count
 from corolla.proto import update_pb2 as pb
 from corolla.types import Metrics, Params, Payload
 
@@ -273,14 +273,12 @@ def pack_bundle(packets: Sequence[Packet]) -> bytes:
 
 def unpack_bundle(data: bytes, most: int) -> list[Packet]:
     """The packets of a bundle, at most `most`: nothing of them is checked. Raises WireError."""
+    check_count(data, min(most, MAX_BUNDLE))
     bundle = pb.Bundle()
     try:
         bundle.ParseFromString(data)
     except DecodeError as error:
         raise WireError("bundle cannot be parsed") from error
-    most = min(most, MAX_BUNDLE)
-    if len(bundle.entries) > most:
-        raise WireError(f"bundle has {len(bundle.entries)} entries, at most {most}")
     return [Packet(entry.header, entry.payload) for entry in bundle.entries]
 
 

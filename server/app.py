@@ -1,111 +1,39 @@
 """The Flower ServerApp: the same rounds as in process, over a Grid of nodes."""
 
 import json
+import os
 import shlex
+import signal
+import sys
 import threading
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Message
+from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
-from corolla import models, wire
-from corolla.config import RunConfig, load
-from corolla.errors import ConfigError, RoundError, StoppedError, WireError
-from corolla.server.run import Observer, Run, Summary, prepare_folder
+from corolla import logs, models
+from corolla.config import RunConfig, load, validate
+from corolla.errors import CorollaError, StoppedError
+from corolla.server.grid import GridNetwork, count_nodes, hello
+from corolla.server.observer import Observer, Silent
+from corolla.server.order import (
+    FOLDER,
+    PROCESS,
+    Order,
+    Outcome,
+    read_order,
+    refuse_simulated,
+)
+from corolla.server.processes import note_process
+from corolla.server.run import Run, Summary, prepare_folder
 from corolla.server.setup import set_up
-from corolla.wire import Kind, Packet, Reply, Task, pack_reply, pack_task, unpack_task
-
-_POLL = 0.05
-_SETTLE = 2.0
-"""Seconds without a new node after which those that are there are the federation."""
-_LARGEST = 1 << 40
+from corolla.server.tasks import run_settings
 
 app = ServerApp()  # without annotation: `flwr build` looks for the bare assignment
-
-
-class GridNetwork:
-    """Nodes behind a Flower Grid, asked in our own loop: it has a deadline, no reply can end it."""
-
-    def __init__(
-        self, grid: Grid, run_id: str, config: RunConfig, nodes: int, stop: threading.Event
-    ) -> None:
-        """`nodes` is how many to wait for; 0: until none has joined for a while."""
-        self.grid, self.run_id, self.config, self.stop = grid, run_id, config, stop
-        self.node_ids = self._wait(nodes)
-        if self.config.clients is None and not nodes:
-            self.config = self.config.model_copy(update={"clients": len(self.node_ids)})
-        self._nodes: dict[str, int] = {}
-
-    def clients(self) -> Mapping[str, int]:
-        """Ask every node who it is; nodes without data of their own are left out."""
-        settings = json.dumps({"run": self.config.model_dump(mode="json")})
-        hello = pack_task(Task(self.run_id, 0, "", Kind.HELLO, settings))
-        found: dict[str, int] = {}
-        reasons: list[str] = []
-        for node, packet in self._exchange(dict.fromkeys(self.node_ids, hello)):
-            try:
-                reply = wire.unpack_reply(packet, 0)
-            except WireError as error:
-                reasons.append(str(error))
-                continue
-            if reply.error:
-                reasons.append(reply.error)
-            elif reply.client in found:
-                reasons.append(f"two nodes say they are client {reply.client!r}")
-            else:
-                found[reply.client] = reply.num_examples
-                self._nodes[reply.client] = node
-        if not found:
-            raise RoundError(f"none of {len(self.node_ids)} nodes is a client: {reasons[:1]}")
-        return found
-
-    def ask(self, packets: Mapping[str, Packet]) -> Iterator[tuple[str, Packet | None]]:
-        clients = {self._nodes[client]: client for client in packets}
-        for node, packet in self._exchange({self._nodes[c]: p for c, p in packets.items()}):
-            yield clients[node], packet
-
-    def _exchange(self, packets: Mapping[int, Packet]) -> Iterator[tuple[int, Packet]]:
-        """Send to nodes, yield (node, reply) as they come until all have or the deadline is over.
-
-        Flower's own failures become error replies. A failure names the message it answers, not
-        always the node that failed, hence the map of message ids.
-        """
-        deadline = time.monotonic() + self.config.deadline
-        messages = [
-            Message(wire.to_flower(packet), node, "train", ttl=self.config.deadline)
-            for node, packet in packets.items()
-        ]
-        ids = list(self.grid.push_messages(messages))
-        waiting = dict(zip(ids, packets, strict=True))
-        while waiting and time.monotonic() < deadline:
-            if self.stop.is_set():
-                raise StoppedError("stopped")
-            for message in self.grid.pull_messages(list(waiting)):
-                node = waiting.pop(message.metadata.reply_to_message_id, None)
-                if node is not None:
-                    yield node, _packet(message, packets[node])
-            time.sleep(_POLL)
-
-    def _wait(self, nodes: int) -> list[int]:
-        found: list[int] = []
-        since = time.monotonic()
-        deadline = since + self.config.deadline
-        while time.monotonic() < deadline:
-            if self.stop.is_set():
-                raise StoppedError("stopped")
-            now = sorted(self.grid.get_node_ids())
-            if now != found:
-                found, since = now, time.monotonic()
-            settled = time.monotonic() - since > _SETTLE
-            if found and (len(found) >= nodes if nodes else settled):
-                return found
-            time.sleep(_POLL)
-        raise RoundError(f"{len(found)} nodes are connected, {max(1, nodes)} are needed")
 
 
 def serve(
@@ -120,9 +48,16 @@ def serve(
     resume: bool = False,
     stop: threading.Event | None = None,
 ) -> Summary:
-    """Run a federation over a Grid and leave its artefacts in `folder`."""
-    network = GridNetwork(grid, run_id, config, nodes, stop or threading.Event())
-    config = network.config
+    """Run a simulated federation over a Grid and leave its artefacts in `folder`.
+
+    `nodes` is how many to wait for; 0: until none has joined for a while.
+    """
+    stop = stop or threading.Event()
+    if not nodes:
+        nodes = count_nodes(grid, stop, config.deadline)
+        config = config.model_copy(update={"clients": config.clients or nodes})
+    task = hello(run_id, {"run": config.model_dump(mode="json")})
+    network = GridNetwork(grid, task, config.deadline, stop, nodes=nodes)
     loaded = set_up(config, run_id)
     return Run(
         config, network, loaded.evaluator, folder, loaded.facts, observer, keep_updates, resume
@@ -131,16 +66,68 @@ def serve(
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
+    """Started by `corolla server`, which names a folder, or by `flwr run` for a simulation."""
+    if folder := os.environ.get(FOLDER):
+        return _deployed(grid, Path(folder))
+    return _simulated(grid, context)
+
+
+def _deployed(grid: Grid, folder: Path) -> None:
+    """The run of a folder, from its last committed round; its outcome is left for the supervisor.
+
+    What is not a CorollaError is for the supervisor to try again.
+    """
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):  # Flower's own would end it where it stands
+        signal.signal(number, lambda *_: stop.set())
+    note_process(folder / PROCESS, os.getpid())
+    order = read_order(folder)
+    sys.path.insert(0, order.path)
+    logs.configure(folder / "logs" / "server.jsonl", order.run_id)
+    try:
+        _run(grid, folder, order, stop)
+        Outcome("done").write(folder)
+    except StoppedError as error:  # it was told to; or nobody came, which is for the user
+        Outcome("stopped" if stop.is_set() else "failed", str(error), 1).write(folder)
+    except (CorollaError, OSError) as error:
+        logs.logger("server").error("failed", why=str(error))
+        Outcome("failed", str(error), getattr(error, "exit_code", 1)).write(folder)
+
+
+def _run(grid: Grid, folder: Path, order: Order, stop: threading.Event) -> None:
+    config = validate(order.config)
+    loaded = set_up(config, order.run_id, deployed=True)
+    told = {"run": run_settings(config, own_devices=True), "labels": list(loaded.evaluator.labels)}
+    network = GridNetwork(
+        grid,
+        hello(order.run_id, told, loaded.facts["model_sha256"]),
+        config.deadline,
+        stop,
+        clients=order.min_clients,
+        wait=config.wait,
+        names=folder / "flower" / "names.json",
+    )
+    resume = (folder / "run.json").is_file()
+    Run(
+        config,
+        network,
+        loaded.evaluator,
+        folder,
+        loaded.facts,
+        _Lines(),
+        order.keep_updates,
+        resume,
+        own_devices=True,
+    ).execute()
+
+
+def _simulated(grid: Grid, context: Context) -> None:
     """Started by `flwr run`: settings come from the run config of the app."""
     settings = dict(context.run_config)
     folder = Path(str(settings.pop("out", "") or models.cache_dir() / "runs" / str(context.run_id)))
     more = shlex.split(str(settings.pop("set", "")))
     config = load(None, {key.replace("-", "_"): v for key, v in settings.items() if v != ""}, more)
-    if config.simulates_time or any(own.drop for own in config.classes.values()):
-        raise ConfigError(
-            "buffer, deadline-simulated, step-seconds, and speed, upload, download and drop of "
-            "classes simulate devices: use corolla simulate"
-        )
+    refuse_simulated(config)
     prepare_folder(folder, resume=False)
     summary = serve(grid, config, folder, _Log(), f"{context.run_id:032x}"[:32])
     log(
@@ -153,7 +140,7 @@ def main(grid: Grid, context: Context) -> None:
     )
 
 
-class _Log:
+class _Log(Silent):
     """Tells Flower's log what happens."""
 
     def started(self, facts: Mapping[str, Any], first_round: int) -> None:
@@ -161,27 +148,34 @@ class _Log:
         for warning in facts.get("warnings", ()):
             log(WARNING, "%s", warning)
 
+    def warned(self, text: str) -> None:
+        log(WARNING, "%s", text)
+
     def round_started(self, round: int, cohort: int) -> None:
         log(INFO, "round %d: %d clients asked", round, cohort)
-
-    def replied(self, client: str) -> None:
-        """Not worth a line."""
 
     def round_ended(self, line: Mapping[str, Any]) -> None:
         shown = {k: line[k] for k in ("round", "train_loss", "eval_loss", "seconds", "dropped")}
         log(INFO, "%s", json.dumps(shown))
 
 
-def _packet(message: Message, asked: Packet) -> Packet:
-    """The packet of a reply; what is no packet becomes an error reply to the task it answers."""
-    try:
-        if not message.has_error():
-            return wire.from_flower(message.content, _LARGEST)
-        lines = (message.error.reason or "").strip().splitlines() or ["no reason given"]
-        reason = f"Flower error {message.error.code}: {lines[-1]}"
-    except WireError as error:
-        reason = str(error)
-    task = unpack_task(asked)
-    return pack_reply(
-        Reply(task.run_id, task.round, task.base_version, task.kind, "", error=reason)
-    )
+class _Lines(Silent):
+    """Tells the log of the server what Run does not, with round and client."""
+
+    def __init__(self) -> None:
+        self._log, self._round = logs.logger("server"), 0
+
+    def started(self, facts: Mapping[str, Any], first_round: int) -> None:
+        self._log.info("started", round=first_round, clients=facts["num_clients"])
+        for warning in facts.get("warnings", ()):
+            self.warned(warning)
+
+    def warned(self, text: str) -> None:
+        self._log.warning("warned", why=text)
+
+    def round_started(self, round: int, cohort: int) -> None:
+        self._round = round
+        self._log.info("asked", round=round, cohort=cohort)
+
+    def replied(self, client: str) -> None:
+        self._log.info("replied", round=self._round, client=client)

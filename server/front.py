@@ -208,7 +208,7 @@ def _shown_key(request: Request) -> bytes:
 
 def _why(request: Request, status: int) -> str:
     if status == 412:
-        return "the node is still counted as online: it may join again when that has lapsed"
+        return "its key is not registered, or its last connection still counts as online"
     if status != 401:
         return f"Flower answered {status}"
     try:

@@ -37,10 +37,13 @@ class Setup:
     facts: Mapping[str, Any]
 
 
-def set_up(config: RunConfig, run_id: str | None) -> Setup:
-    """Load data and model. Raises CorollaError for whatever is wrong with them."""
+def set_up(config: RunConfig, run_id: str | None, deployed: bool = False) -> Setup:
+    """Load data and model. Raises CorollaError for whatever is wrong with them.
+
+    `deployed`: clients are devices with data of their own, the server has what it measures on.
+    """
     trace = read_trace(Path(config.availability)) if config.availability else None
-    dataset = data.load(config)
+    dataset = data.load_heldout(config) if deployed else data.load(config)
     models.set_threads(config)
     base = models.load(config, dataset.labels)
     facts: dict[str, Any] = {

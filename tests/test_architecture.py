@@ -17,6 +17,8 @@ ROOTS = {
     "corolla.flower_engine",
     "corolla.conformance",
     "corolla.catalogue",
+    "corolla.gateways",
+    "corolla.planning",
     "corolla.progress",
 }
 
@@ -35,27 +37,50 @@ EXCEPTIONS = {
     ("strategies.__init__", "strategies"): "the registry; one algorithm never imports another",
     ("corolla.config", "strategies"): "a config names a strategy and refuses unknown options",
     ("corolla.combinations", "strategies"): "what a strategy goes with follows from its traits",
+    ("corolla.rpc", "proto"): "the services that trainers and phones speak",
+    ("client.relay", "proto"): "an error reply without torch, which the wire format imports",
+    ("experiments.bench.mutations", "proto"): "it writes what no sender writes",
+    ("experiments.bench.fuzz_targets", "proto"): "valid messages, to be mutated",
 }
+
+# Both ends of proto/device.proto, whose messages go from hand to hand as they are.
+SPEAK_PHONES = (
+    *("corolla.calls", "client.phone", "client.downloads", "server.phones", "server.gateway"),
+    *("server.blobs", "server.outbound", "server.uploads", "experiments.bench.phones"),
+)
+EXCEPTIONS |= {(module, "proto"): "it speaks the protocol of phones" for module in SPEAK_PHONES}
 
 # Library → the only modules that may import it.
 LIBRARIES = {
     "flwr": {
         "server.app",
+        "server.grid",
+        "server.superlink",
         "client.app",
         "client.relay",
+        "client.supernode",
         "corolla.packet",
         "corolla.flower_engine",
     },
-    "grpc": {"corolla.rpc", "client.relay", "proto.device_pb2_grpc"},
+    "grpc": {"corolla.rpc", "client.phone", "server.phones", "proto.device_pb2_grpc"},
     "ray": set(),
     # adapters of factors, and of anything else; a contender
     "peft": {"corolla.lora", "corolla.dense", "experiments.bench.server_step"},
     "opacus": {"client.dpsgd", "corolla.privacy"},
     "flwr_datasets": {"corolla.data"},
     "datasets": {"corolla.data"},
-    "google": {"corolla.wire", "proto.update_pb2", "proto.device_pb2"},
+    "google": {
+        "client.relay",
+        "corolla.calls",
+        "corolla.wire",
+        "proto.update_pb2",
+        "proto.device_pb2",
+        "experiments.bench.mutations",
+    },
+    "prometheus_client": {"server.metrics"},
     "typer": {"corolla.cli"},
     "lm_eval": {"corolla.harness"},
+    "atheris": {"experiments.bench.fuzz_guided"},
     "tensorboard": {"corolla.trackers.tensorboard"},
     "wandb": {"corolla.trackers.wandb"},
     "mlflow": {"corolla.trackers.mlflow"},

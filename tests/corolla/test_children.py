@@ -1,11 +1,12 @@
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from corolla.children import Child, stop
+from corolla.children import Child, stop, terminate_as_interrupt, uninterrupted
 
 SLEEPER = "import time; print('ready', flush=True); time.sleep(60)"
 
@@ -74,3 +75,45 @@ def test_a_child_that_will_not_stop_is_killed(
         time.sleep(0.01)
     stop([one])
     assert one.code == -signal.SIGKILL
+
+
+def test_ctrl_c_waits_for_the_end_of_what_must_be_whole() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt):
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            done.append("written")
+        done.append("not reached")
+    assert done == ["written"]
+    with uninterrupted():
+        done.append("undisturbed")
+    assert done == ["written", "undisturbed"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_error_in_what_must_be_whole_comes_first() -> None:
+    with pytest.raises(OSError, match="disk"), uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+        raise OSError("disk")
+
+
+def test_sigterm_is_ctrl_c_and_waits_as_well() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), terminate_as_interrupt(), uninterrupted():
+        signal.raise_signal(signal.SIGTERM)
+        done.append("written")
+    assert done == ["written"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_another_thread_has_no_signals() -> None:
+    done = []
+
+    def work() -> None:
+        with terminate_as_interrupt(), uninterrupted():
+            done.append("worked")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert done == ["worked"]

@@ -168,7 +168,7 @@ def test_lying_headers_never_raise_anything_else(
         one("F32", [0, 1 << 63], 0, b""),
         one("F32", [2], 4, b"abcd"),
         one("F32", [1], 4, b"abcdefgh"),
-        one("F64", [1], 8, b"abcdefgh"),
+        one("I16", [1], 2, b"ab"),
         one("C64", [1], 8, b"abcdefgh"),
         one("I8", [1], 1, b"a"),
         one("BOOL", [1], 1, b"\x07"),

@@ -406,3 +406,93 @@ def test_rows_with_and_without_choices_do_not_mix(rows: Rows) -> None:
     both = [{"prompt": "q", "response": "a"}, {"prompt": "q", "choices": ["a", "b"], "answer": 0}]
     with pytest.raises(DataError, match="1 of 2 rows have choices"):
         load(rows(both))
+
+
+def device(path: Path | str, name: str, labels: Sequence[str] = (), **changes: Any) -> Any:
+    return data.load_device(RunConfig(data=str(path), **changes), name, labels)
+
+
+@pytest.mark.parametrize("splits", [(None,), ("train", "test"), ("train", "validation", "test")])
+def test_a_device_trains_on_what_its_simulated_client_does(
+    rows: Rows, tmp_path: Path, splits: Sequence[str | None]
+) -> None:
+    names = ["ada", "ben", "cyd"]
+    every = [
+        {
+            "text": f"{names[i % 3]} {i}",
+            "client_id": names[i % 3],
+            "split": splits[i // 3 % len(splits)],
+        }
+        for i in range(90)
+    ]
+    whole = load(rows(every), seed=4)
+    for name in names:
+        own = tmp_path / f"{name}.jsonl"
+        lines = [json.dumps(row) for row in every if row["client_id"] == name]
+        own.write_text("\n".join(lines))
+        found = device(own, name, seed=4)
+        assert found.clients.keys() == {name}
+        assert found.clients[name] == whole.clients[name]
+
+
+def test_all_rows_of_a_device_are_its_own(rows: Rows) -> None:
+    path = rows([{"text": f"{i}", "client_id": f"c{i % 3}"} for i in range(12)])
+    found = device(path, "phone")
+    # a tenth, at least one, is held out of 12, then of 11, as for any client
+    assert (len(found.clients["phone"].train), len(found.clients["phone"].eval)) == (10, 1)
+
+
+def test_of_embedded_data_a_device_is_one_client() -> None:
+    config = RunConfig(seed=3)
+    assert device("embedded", "pdb", seed=3).clients["pdb"] == data.load(config).clients["pdb"]
+    with pytest.raises(DataError, match="no client 'nobody': it has asyncio, bdb"):
+        device("embedded", "nobody")
+
+
+def test_labels_of_a_device_are_those_of_the_run(rows: Rows) -> None:
+    path = rows(labelled(8, "ab"))
+    assert device(path, "p", ["a", "b", "c"]).labels == ["a", "b", "c"]
+    assert device(path, "p").labels == []  # a run on text
+    with pytest.raises(DataError) as caught:
+        device(path, "p", ["a", "c"])
+    assert str(caught.value) == "4 of 8 rows have no label of this run's 2"
+    with pytest.raises(DataError, match="8 of 8 rows have no label"):
+        device(rows(numbered(8)), "p", ["a", "c"])
+
+
+def test_a_device_with_too_little_is_told(rows: Rows) -> None:
+    with pytest.raises(DataError, match="1 of 1 rows are left to train on, the run asks for min"):
+        device(rows(numbered(1)), "p")
+    assert len(device(rows(numbered(1)), "p", min_examples=1).clients["p"].train) == 1
+
+
+def heldout(path: Path | str, **changes: Any) -> FederatedData:
+    return data.load_heldout(RunConfig(data=str(path), **changes))
+
+
+def test_a_server_measures_on_what_a_simulation_holds_out(rows: Rows) -> None:
+    natural = rows([{"text": f"{i}", "client_id": f"c{i % 3}"} for i in range(60)])
+    for path in (natural, "embedded"):
+        found = heldout(path, seed=2)
+        assert found.heldout == load(path, seed=2).heldout
+        assert found.clients == {}
+        assert found.fingerprint == load(path).fingerprint
+
+
+def test_of_a_servers_file_test_rows_count_else_validation_else_all(rows: Rows) -> None:
+    def split(*names: str) -> Path:
+        return rows([{"text": f"{n} {i}", "split": n} for i in range(4) for n in names])
+
+    assert texts(heldout(split("train", "validation", "test")).heldout) == {
+        f"test {i}" for i in range(4)
+    }
+    assert texts(heldout(split("train", "valid")).heldout) == {f"valid {i}" for i in range(4)}
+    assert len(heldout(rows(numbered(7))).heldout) == 7
+    assert len(heldout(split("train")).heldout) == 4
+
+
+def test_labels_of_a_run_are_those_of_the_servers_file(rows: Rows) -> None:
+    path = rows([{**row, "split": "test"} for row in labelled(4, "ba")] + labelled(2, "c"))
+    assert heldout(path).labels == ["a", "b", "c"]
+    assert heldout(path, task="causal").labels == []
+    assert len(heldout(path).heldout) == 4

@@ -19,7 +19,7 @@ from corolla.cli import app
 from corolla.config import RunConfig
 from corolla.errors import ConfigError, DataError, RoundError, StoppedError
 from corolla.server import app as served
-from corolla.server.run import Silent
+from corolla.server.observer import Silent
 
 Settings = Callable[..., RunConfig]
 QUICK: dict[str, Any] = {"eval_clients": 1, "eval_client_examples": 2, "eval_every": 10}

@@ -162,8 +162,8 @@ def test_an_interrupted_run_ends_in_the_same_model(
     wanted = simulate(tmp_path / "whole", *tiny, *options)
     commit = Run._commit
 
-    def interrupted(self: Run, at: Any, found: Any) -> None:
-        commit(self, at, found)
+    def interrupted(self: Run, at: Any, *rest: Any) -> None:
+        commit(self, at, *rest)
         if at.round == 2:
             raise KeyboardInterrupt
 

@@ -221,3 +221,15 @@ def test_a_report_shows_what_else_was_measured(tmp_path: Path) -> None:
     for shown in ("12.5 → 25.0 %", "0.0 → 43.8 %", "macro F1", "exact match", "3.2500 → 3.5000"):
         assert shown in text, shown
     assert "right choice" not in text  # measured once only
+
+
+def test_refused_replies_and_rounds_tried_again_are_told(tmp_path: Path) -> None:
+    assert "Replies:" not in Page(report(tmp_path)).text
+    accepted = [{**line, "verdicts": {"accepted": 2}} for line in LINES]
+    assert "Replies:" not in Page(report(tmp_path, lines=accepted)).text
+    lines = copy.deepcopy(accepted)
+    lines[1] |= {"verdicts": {"accepted": 1, "norm": 1}, "attempt": 2}
+    text = Page(report(tmp_path, {**INFO, "ended": "patience 3 <is> over"}, lines)).text
+    assert "Replies: 5 accepted, 1 norm." in text
+    assert "Rounds tried again (attempts that were abandoned): 2 (2)." in text
+    assert "patience 3 <is> over" in text

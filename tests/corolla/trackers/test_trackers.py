@@ -18,7 +18,7 @@ from corolla.cli import app
 from corolla.config import RunConfig
 from corolla.errors import ConfigError
 from corolla.server import evaluate, run
-from corolla.server.run import Many, Silent
+from corolla.server.observer import Many, Silent
 from corolla.trackers import flat, numbers, open_trackers, tracking
 
 Settings = Callable[..., RunConfig]
@@ -271,6 +271,9 @@ def test_several_observers_hear_the_same() -> None:
         def started(self, facts: Mapping[str, Any], first_round: int) -> None:
             heard.append((self.own, "started", first_round))
 
+        def warned(self, text: str) -> None:
+            heard.append((self.own, "warned", text))
+
         def round_started(self, round: int, cohort: int) -> None:
             heard.append((self.own, "round", (round, cohort)))
 
@@ -282,10 +285,17 @@ def test_several_observers_hear_the_same() -> None:
 
     many = Many([Ear("a"), Ear("b")])
     many.started({}, 4)
+    many.warned("slow")
     many.round_started(4, 2)
     many.replied("ada")
     many.round_ended({"round": 4})
-    events = [("started", 4), ("round", (4, 2)), ("replied", "ada"), ("ended", 4)]
+    events = [
+        ("started", 4),
+        ("warned", "slow"),
+        ("round", (4, 2)),
+        ("replied", "ada"),
+        ("ended", 4),
+    ]
     assert heard == [(own, *event) for event in events for own in "ab"]
 
 

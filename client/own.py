@@ -1,0 +1,208 @@
+"""What belongs to a device and not to a run: its data, model, limits and key.
+
+A server's settings decide how it trains; these decide on what, and with how much of the machine.
+They come from options and from a TOML file with the same names.
+"""
+
+import difflib
+import hashlib
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from corolla.errors import ConfigError
+
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_ADDRESS = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
+_BYTES = re.compile(r"([0-9]+(?:\.[0-9]+)?) *([kmgt]?)(i?)b?", re.IGNORECASE)
+Positive = Annotated[int, Field(ge=1)]
+
+
+def state_folder() -> Path:
+    """Where a device keeps what is its own, unless it says where."""
+    root = os.environ.get("XDG_STATE_HOME", "~/.local/state")
+    return Path(root).expanduser() / "corolla"
+
+
+class Own(BaseModel):
+    """The settings of a device."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    server: str = Field(description="HOST:PORT of corolla server")
+    root_certificates: Path | None = Field(
+        None, description="of the server's CA, in PEM; None: those of the system"
+    )
+    data: str = Field(description=".jsonl file; all rows are this client's")
+    name: str | None = Field(None, description="in the federation; None: made from the key")
+    model: str = Field("embedded", description="as for a run: name, folder or .gguf file")
+    state: Path = Field(
+        default_factory=state_folder, description="folder of the key, the logs and what is kept"
+    )
+
+    memory: int | None = Field(None, description="bytes that training may take: 2GB; None: any")
+    device: str = Field("auto", description="cpu, cuda, mps; auto: the best there is")
+    threads: Annotated[int, Field(ge=0)] = Field(0, description="of the CPU; 0: all cores")
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    micro_batch_size: Positive | None = Field(None, description="None: as the run says")
+    gradient_checkpointing: bool = False
+
+    allow: list[str] = Field(
+        [], description="strategies of one's own (FILE.py:Class, module:Class) a server may name"
+    )
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _bytes(cls, value: object) -> object:
+        return parse_bytes(value) if isinstance(value, str) else value
+
+    @field_validator("server")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        found = _ADDRESS.fullmatch(value)
+        if not found or not 0 < int(found[2]) < 65536:
+            raise ValueError("expected HOST:PORT, without https://")
+        return value
+
+    @field_validator("name")
+    @classmethod
+    def _allowed(cls, value: str | None) -> str | None:
+        if value is not None and not _NAME.fullmatch(value):
+            raise ValueError("a name has 1 to 64 characters of A-Z a-z 0-9 . _ -")
+        return value
+
+    @field_validator("state", "root_certificates")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        return value.expanduser().absolute() if value else None
+
+    @field_validator("data")
+    @classmethod
+    def _there(cls, value: str) -> str:
+        if Path(value).suffix in (".jsonl", ".json") and not Path(value).is_file():
+            raise ValueError("there is no such file")  # known before torch is imported
+        return str(Path(value).resolve()) if Path(value).exists() else value
+
+    @field_validator("model")
+    @classmethod
+    def _found(cls, value: str) -> str:
+        return str(Path(value).resolve()) if Path(value).exists() else value
+
+
+def load(file: Path | None, options: Mapping[str, object]) -> Own:
+    """A TOML file's settings with the options put over them. Raises ConfigError with one line."""
+    values = {**(_read(file) if file else {}), **{k: v for k, v in options.items() if v}}
+    for key in values.keys() - Own.model_fields.keys():
+        near = difflib.get_close_matches(key, Own.model_fields, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(Own.model_fields)}"
+        raise ConfigError(f"unknown key {key!r} in {file}: {hint}")
+    try:
+        return Own.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = "--" + str(first["loc"][0]).replace("_", "-")
+        if first["type"] == "missing":
+            raise ConfigError(f"{option} is missing") from error
+        message = str(first["msg"]).removeprefix("Value error, ")
+        raise ConfigError(f"{option}: {message}; found {first['input']!r}") from error
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of "2GB", "512 MiB", "1.5g". Raises ValueError."""
+    found = _BYTES.fullmatch(text.strip())
+    if not found:
+        raise ValueError("expected a size such as 2GB or 512MiB")
+    step = 1024 if found[3] else 1000
+    return int(float(found[1]) * step ** " kmgt".index(found[2].lower() or " "))
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A client's key: `private` for flower-supernode, `public` for the server's owner."""
+
+    private: Path
+    public: Path
+    fingerprint: str
+    """16 hexadecimal characters, as the server's logs show it."""
+
+    @property
+    def name(self) -> str:
+        """What the client is called when its owner gives it no name."""
+        return f"client-{self.fingerprint}"
+
+
+def make_key(file: Path | None, options: Mapping[str, object]) -> Identity:
+    """The key of a client that need not have data or a server yet. Raises ConfigError."""
+    state = options.get("state") or (_read(file) if file else {}).get("state") or state_folder()
+    return identity(Path(str(state)).expanduser().absolute())[0]
+
+
+def identity(state: Path) -> tuple[Identity, bool]:
+    """(the key in a state folder, whether it has just been made). Raises ConfigError.
+
+    P-384, in the format of OpenSSH: the one that flower-supernode reads. Whoever has the private
+    key is this client: it is readable by its owner alone.
+    """
+    private, public = state / "client.key", state / "client.pub"
+    made = not private.exists()
+    try:
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if made:
+            _make(private)
+        key = serialization.load_ssh_private_key(private.read_bytes(), None)
+        if not isinstance(key, ec.EllipticCurvePrivateKey):
+            raise ValueError("a key of another kind")
+        pem = key.public_key().public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+        found = Identity(private, public, hashlib.sha256(pem.strip()).hexdigest()[:16])
+        line = key.public_key().public_bytes(
+            serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+        )
+        write_atomic(public, line + f" {found.name}\n".encode())
+    except OSError as error:
+        raise ConfigError(f"cannot use {error.filename or state}: {error.strerror}") from error
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise ConfigError(
+            f"{private} is no private key of a client: move it away for a new one"
+        ) from error
+    return found, made
+
+
+def _make(path: Path) -> None:
+    """The whole key or none: a key cut short would lock the client out."""
+    data = ec.generate_private_key(ec.SECP384R1()).private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.OpenSSH,
+        serialization.NoEncryption(),
+    )
+    write_atomic(path, data)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """All of a file or nothing, readable by its owner alone."""
+    scratch = path.with_name(f"{path.name}.part")
+    scratch.unlink(missing_ok=True)
+    with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(data)
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read config file {file}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {file} is not TOML: {error}") from error
+    return {key.replace("-", "_"): value for key, value in found.items()}

@@ -1,0 +1,378 @@
+"""A phone's half of proto/device.proto: it dials in, trains when asked, reports, comes back.
+
+Needs grpc, protobuf and numpy; what trains is behind PhoneTrainer. It survives whatever ends a
+call: a network that is cut, a gateway that starts again, its own death (a reply that was not yet
+delivered waits on the disk).
+"""
+
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import grpc
+
+from corolla import calls, logs
+from corolla.client.downloads import fetch, fetch_model, verified
+from corolla.errors import ConfigError, CorollaError, StoppedError, WireError
+from corolla.packet import Packet
+from corolla.proto import device_pb2 as pb
+from corolla.proto import device_pb2_grpc, update_pb2
+
+R = TypeVar("R")
+_SECONDS = 30.0
+"""Of one call, at most."""
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
+_LARGEST = 8 << 30
+_FINAL = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNIMPLEMENTED)
+_NO_USE = (pb.Refusal.REASON_PROTOCOL, pb.Refusal.REASON_NAME)
+
+_log = logs.logger("phone")
+
+
+class PhoneTrainer(Protocol):
+    """What trains on a phone: torch, or a native runtime."""
+
+    def examples(self) -> int:
+        """How many it may train on, at most."""
+
+    def missing(self, run_id: str, groups: Mapping[str, str]) -> Sequence[str]:
+        """Of the cached groups of a run (group → content id) those that are not held here."""
+
+    def answer(
+        self, client: str, packet: Packet, model: Path | None, wanted: Callable[[], bool]
+    ) -> Packet:
+        """The reply, under that name, to a task whose missing groups are in its payload.
+
+        `model` is the folder of the gateway's base model, None where the owner chose one. Ends
+        within a step once `wanted` is false. Never raises for a task that cannot be done: that is
+        an error in the reply.
+        """
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a phone's owner decides."""
+
+    device: str
+    token: str
+    state: Path
+    own_model: bool = True
+    conditions: Callable[[], Mapping[str, Any]] = lambda: {"charging": True, "idle": True}
+    """Fields of the message Capabilities, asked for anew each time."""
+    pauses: tuple[float, float] = (_FIRST_PAUSE, _LONGEST_PAUSE)
+    """Seconds after a call that failed: the first, and the longest."""
+
+
+class _Over(Exception):  # noqa: N818 - no error: the session has ended
+    """Ends a session: the gateway does not want its result. Never leaves this module."""
+
+
+@dataclass
+class Phone:
+    """Dials one gateway. `stop` ends it, also in the midst of training."""
+
+    settings: Settings
+    channel: grpc.Channel
+    trainer: PhoneTrainer
+    stop: threading.Event = field(default_factory=threading.Event)
+    say: Callable[[str], None] = lambda line: None
+    """Told what its owner may want to know, a line each, nothing twice in a row."""
+    done: int = 0
+    """Updates that were accepted."""
+
+    def __post_init__(self) -> None:
+        calls.check_device(self.settings.device)
+        self._random = random.Random(os.urandom(16))  # noqa: S311 - jitter
+        self._stub = device_pb2_grpc.PhonesStub(self.channel)
+        self._metadata = (("authorization", f"Bearer {self.settings.token}"),)
+        self._state = self.settings.state
+        self._state.mkdir(parents=True, exist_ok=True)
+        self._told = ""
+        self._whole: Path | None = None  # the base model that this process has checked
+
+    def run(self, rounds: int = 0, once: bool = False) -> None:
+        """Serve until `rounds` updates were accepted (0: for ever), or for one check-in.
+
+        Raises ConfigError for what only the owner can mend, StoppedError when `stop` is set.
+        """
+        while not (rounds and self.done >= rounds):
+            pause = self.visit()
+            if once:
+                return
+            if not (rounds and self.done >= rounds):
+                self._wait(pause)
+
+    def visit(self) -> float:
+        """Check in once and do what there is; the seconds until the next time."""
+        found = self._check_in()
+        retry = found.retry
+        if found.WhichOneof("answer") == "lease":
+            with logs.bind(client=found.lease.client):
+                try:
+                    retry = self._session(found.lease)
+                except _Over as over:
+                    self._tell(f"dropped: {over}")
+                except WireError as error:
+                    self._tell(f"the gateway sends what cannot be read: {error}")
+        else:
+            refusal = found.refusal
+            if refusal.reason in _NO_USE:
+                raise ConfigError(f"the gateway refuses: {calls.one_line(refusal.text)}")
+            if refusal.reason == pb.Refusal.REASON_MODEL:
+                return self._get_model(refusal)
+            self._tell(f"waiting: {calls.one_line(refusal.text)}")
+        return calls.wait(retry, self._random.random())
+
+    # --- the base model ---------------------------------------------------------------------------
+
+    def _get_model(self, refusal: pb.Refusal) -> float:
+        if self.settings.own_model or not refusal.base_model.size:
+            raise ConfigError(f"{calls.one_line(refusal.text)}: name one with --model")
+        try:
+            folder = fetch_model(refusal.base_model, self._state / "models", self._download)
+        except _Over:
+            return self.settings.pauses[0]
+        except WireError as error:
+            self._tell(f"the gateway's base model is refused: {error}")
+            return self.settings.pauses[1]
+        self._tell(f"base model {folder.name[:12]} is here")
+        (self._state / "model").write_text(folder.name)
+        self._whole = folder
+        return 0.0
+
+    def _model(self) -> Path | None:
+        """The gateway's base model, if it is here and whole; None: an own one, or none yet."""
+        if self._whole is None and not self.settings.own_model:
+            try:
+                name = calls.check_sha256((self._state / "model").read_text())
+            except (OSError, WireError):
+                return None
+            folder = self._state / "models" / name
+            self._whole = folder if verified(folder) else None
+        return self._whole
+
+    # --- a session --------------------------------------------------------------------------------
+
+    def _check_in(self) -> pb.CheckInResponse:
+        model = self._model()
+        request = pb.CheckInRequest(
+            protocol=calls.PROTOCOL,
+            device=self.settings.device,
+            capabilities=update_pb2.Capabilities(**self.settings.conditions()),
+            num_examples=self.trainer.examples(),
+            own_model=self.settings.own_model,
+            manifest=model.name if model else "",
+            log_version=self._read("log"),
+        )
+        return self._call(self._stub.CheckIn, request)
+
+    def _session(self, lease: pb.Lease) -> pb.RetryWindow:
+        """Fetch, train, deliver; the window of the gateway's last word."""
+        kept = self._state / f"reply-{calls.check_id(lease.id)}"
+        deadline = time.monotonic() + max(0.0, lease.deadline_seconds)
+        with self._alive(lease) as alive:
+            task = calls.read_task(self._fetch(lease.task, calls.MAX_TASK, deadline))
+            packet = _read_packet(kept)  # of this lease, by a process that died since
+            if packet is None:
+                packet = self._train(lease, task, alive, deadline)
+                self._clear()
+                _write_packet(kept, packet)
+        try:
+            acknowledged = self._deliver(lease, packet, deadline)
+        except _Over:
+            self._clear()
+            raise
+        self._clear()
+        if acknowledged.accepted:
+            self.done += 1
+            if task.HasField("log"):
+                (self._state / "log").write_text(calls.check_id(task.log.version))
+        elif calls.read_reply(packet).missing:  # this device has forgotten something
+            (self._state / "log").unlink(missing_ok=True)
+        why = calls.one_line(acknowledged.why)
+        word = "accepted" if acknowledged.accepted else f"not accepted: {why}"
+        self._tell(f"round {task.round} as {lease.client}: {word}")
+        return acknowledged.retry
+
+    def _train(
+        self, lease: pb.Lease, task: update_pb2.Task, alive: "_Alive", deadline: float
+    ) -> Packet:
+        """The trainer's reply, or one that says why there is none."""
+        try:
+            packet = self._assemble(lease, task, deadline)
+        except WireError as error:
+            return calls.given_up(task, lease.client, str(error))
+        began = time.monotonic()
+        try:
+            reply = self.trainer.answer(lease.client, packet, self._model(), alive.check)
+        except CorollaError as error:
+            return calls.given_up(task, lease.client, str(error))
+        except OSError as error:  # a full disk
+            return calls.given_up(task, lease.client, f"this device fails: {error.strerror}")
+        _log.info("trained", round=task.round, seconds=round(time.monotonic() - began, 3))
+        if alive.why:
+            return calls.given_up(task, lease.client, f"given up: {alive.why}")
+        if len(reply.payload) > lease.max_upload_bytes:
+            return calls.given_up(task, lease.client, "the update is larger than is taken")
+        return reply
+
+    def _assemble(self, lease: pb.Lease, task: update_pb2.Task, deadline: float) -> Packet:
+        """The task with what is lacking here of its cached groups."""
+        offered = {blob.sha256 for blob in (lease.payload, *lease.cached)}
+        for part in self._state.glob("*.part"):
+            if part.stem not in offered:
+                part.unlink()
+        wanted = {blob.group: blob.content for blob in lease.cached}
+        lacking = set(self.trainer.missing(task.run_id, wanted))
+        payload = self._fetch(lease.payload, _LARGEST, deadline)
+        groups = [
+            self._fetch(blob, _LARGEST, deadline) for blob in lease.cached if blob.group in lacking
+        ]
+        return calls.with_groups(task, payload, groups)
+
+    def _deliver(self, lease: pb.Lease, packet: Packet, deadline: float) -> pb.Acknowledgement:
+        """Upload and report, until there is an answer or the round is long over."""
+        size, at, stuck = len(packet.payload), 0, 0
+        while at < size:
+            content = packet.payload[at : at + calls.CHUNK]
+            chunk = calls.chunk(content, at, size, lease.id)
+            status = self._call(self._stub.Upload, chunk, deadline)
+            if status.problem:
+                raise _Over(calls.one_line(status.problem))
+            stuck = stuck + 1 if status.received <= at else 0
+            if status.received > size or stuck > 10:
+                raise _Over("the gateway does not take the update in")
+            at = status.received
+        request = pb.ReportRequest(lease=lease.id, reply=packet.header)
+        return self._call(self._stub.Report, request, deadline + _LONGEST_PAUSE)
+
+    @contextmanager
+    def _alive(self, lease: pb.Lease) -> Any:
+        """Keeps the lease meanwhile, in a thread of its own: a step may take long."""
+        alive = _Alive(self, lease)
+        timer = threading.Thread(target=alive.beat, name="heartbeat", daemon=True)
+        timer.start()
+        try:
+            yield alive
+        finally:
+            alive.over.set()
+            timer.join()
+
+    # --- calls ------------------------------------------------------------------------------------
+
+    def _fetch(self, blob: pb.Blob, most: int, deadline: float) -> bytes:
+        def download(request: pb.DownloadRequest) -> pb.Chunk:
+            return self._call(self._stub.Download, request, deadline)
+
+        return fetch(blob, self._state, download, most)
+
+    def _download(self, request: pb.DownloadRequest) -> pb.Chunk:
+        return self._call(self._stub.Download, request)
+
+    def _call(self, method: Callable[..., R], request: Any, deadline: float = float("inf")) -> R:
+        """The answer to a call, tried again with growing pauses for as long as it makes sense.
+
+        Raises _Over when the gateway or the deadline has ended the session, ConfigError for what
+        only the owner can mend.
+        """
+        pause, longest = self.settings.pauses
+        while True:
+            try:
+                return method(request, metadata=self._metadata, timeout=_SECONDS)
+            except grpc.RpcError as error:
+                code, details = error.code(), calls.one_line(error.details() or "")
+            if code in _FINAL:
+                raise ConfigError(f"the gateway refuses: {details}")
+            if "CERTIFICATE_VERIFY_FAILED" in details:
+                raise ConfigError(
+                    "the gateway's certificate is not signed by --root-certificates, or is of "
+                    "another host or time"
+                )
+            if code in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.INVALID_ARGUMENT):
+                raise _Over(details)
+            if time.monotonic() + pause > deadline:
+                raise _Over(f"no connection before the deadline: {code.name}")
+            self._tell(f"no answer, trying again: {code.name}")
+            self._wait(pause * (0.5 + self._random.random()))
+            pause = min(2 * pause, longest)
+
+    def _wait(self, seconds: float) -> None:
+        if self.stop.wait(seconds):
+            raise StoppedError("stopped")
+
+    def _tell(self, line: str) -> None:
+        if line != self._told:
+            self._told = line
+            _log.info(line)
+            self.say(line)
+
+    def _read(self, name: str) -> str:
+        try:
+            return calls.check_id((self._state / name).read_text())
+        except (OSError, WireError):
+            return ""
+
+    def _clear(self) -> None:
+        for path in self._state.glob("reply-*"):
+            path.unlink(missing_ok=True)
+
+
+class _Alive:
+    """Whether a task is still worth its work: asked by who trains, between two steps."""
+
+    def __init__(self, phone: Phone, lease: pb.Lease) -> None:
+        self._phone, self._lease = phone, lease
+        self.over = threading.Event()
+        self.why = ""
+
+    def check(self) -> bool:
+        """False once the task is to be given up."""
+        if not self.why:
+            self.why = self._lapsed()
+        return not self.why
+
+    def beat(self) -> None:
+        """Renew the lease, three times in its time."""
+        pause = max(0.1, self._lease.seconds / 3)
+        while not self.over.wait(pause) and not self.why:
+            request = pb.HeartbeatRequest(lease=self._lease.id)
+            try:
+                found = self._phone._stub.Heartbeat(
+                    request, metadata=self._phone._metadata, timeout=pause
+                )
+            except grpc.RpcError:
+                continue  # the lease outlives two of these
+            if not found.wanted:
+                self.why = "not wanted any more"
+
+    def _lapsed(self) -> str:
+        """What of the policy does not hold any more."""
+        if self._phone.stop.is_set():
+            return "the device was stopped"
+        now, policy = self._phone.settings.conditions(), self._lease.policy
+        if policy.charging and not now.get("charging"):
+            return "not charging any more"
+        if policy.unmetered and now.get("metered"):
+            return "not on an unmetered network any more"
+        return "not idle any more" if policy.idle and not now.get("idle") else ""
+
+
+def _write_packet(path: Path, packet: Packet) -> None:
+    scratch = path.with_name("part-" + path.name)
+    message = pb.Packet(header=packet.header, payload=packet.payload)
+    scratch.write_bytes(message.SerializeToString())
+    scratch.replace(path)
+
+
+def _read_packet(path: Path) -> Packet | None:
+    try:
+        found = calls.parse(pb.Packet(), path.read_bytes(), _LARGEST)
+    except (OSError, WireError):
+        return None
+    return Packet(found.header, found.payload)

@@ -1,0 +1,324 @@
+"""What a run will cost, before anything is loaded: bytes, memory, time, privacy.
+
+Reads the data, config.json and the headers of the model's files; never its weights.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from corolla import anatomy, data, footprint, strategies
+from corolla.anatomy import Anatomy
+from corolla.client.device import Choice, choose
+from corolla.config import RunConfig
+from corolla.data import Example, FederatedData
+from corolla.errors import ConfigError
+from corolla.footprint import Batch, Estimate
+from corolla.schedule import steps_per_round
+from corolla.server.federation import Federation
+from corolla.server.report import human_bytes
+from corolla.server.tasks import costs
+from corolla.types import LoraSpec, Params
+
+_SCORED = 8
+"""Sequences that are evaluated at a time."""
+_LONGEST, _SOME = 64, 256
+"""Of all examples, the longest and some others are tokenised."""
+_CHARACTERS = 3
+"""Of a token, where the tokenizer cannot be asked: a text has hardly more tokens than this says."""
+_CALIBRATION = 0.2
+PRIVACY = "no differential privacy: nothing bounds what updates tell of a client's data (epsilon ∞)"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `corolla plan` says. Bytes up and down are seen from a client."""
+
+    config: RunConfig
+    parameters: int
+    trained: int
+    clients: int
+    cohort: int
+    up: tuple[int, int]
+    """Bytes that a client sends in a round: the least and the most of its classes and rounds."""
+    down: tuple[int, int]
+    once: int
+    """Bytes that a client receives in its first round beside them, at most."""
+    at_most: bool
+    total_up: int
+    total_down: int
+    client: Estimate
+    server: Estimate
+    simulation: Estimate
+    choice: Choice | None
+    """How a client trains within the budget that was given."""
+    flops: float
+    """Measured here, in products of matrices like the model's."""
+    seconds_client: float
+    seconds_round: float
+    privacy: str = PRIVACY
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain values."""
+
+        def memory(estimate: Estimate) -> dict[str, Any]:
+            return {"total": estimate.total, "terms": dict(estimate.terms)}
+
+        choice = self.choice
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "parameters": self.parameters,
+            "trained": self.trained,
+            "clients": self.clients,
+            "cohort": self.cohort,
+            "bytes_per_client_round": {"up": self.up, "down": self.down, "once": self.once},
+            "bytes_at_most": self.at_most,
+            "bytes_total": {"up": self.total_up, "down": self.total_down},
+            "memory": {
+                "client": memory(self.client),
+                "server": memory(self.server),
+                "simulation": memory(self.simulation),
+            },
+            "budget": {"overrides": choice.overrides, "client": memory(choice.estimate)}
+            if choice
+            else None,
+            "estimated_seconds": {
+                "client_round": self.seconds_client,
+                "simulated_round": self.seconds_round,
+                "from_flops": self.flops,
+            },
+            "epsilon": None,
+            "privacy": self.privacy,
+        }
+
+
+def plan(config: RunConfig, budget: int | None = None) -> Plan:
+    """What a run with `config` will cost, on clients that have `budget` bytes of memory.
+
+    Raises ConfigError where nothing fits, ModelError for a model that is not on this machine.
+    """
+    model = anatomy.read(config.model)
+    if model.positions and config.max_length > model.positions:
+        raise ConfigError(
+            f"max_length {config.max_length} is more than the {model.positions} positions of "
+            f"{config.model}: use --set max-length={model.positions}"
+        )
+    known = data.load(config)
+    labels = len(known.labels) if config.task != "causal" else 0
+    federation = _federation(config, model, known, labels)
+    if config.cohort and config.cohort > len(known.clients):
+        raise ConfigError(
+            f"cohort {config.cohort} is larger than the {len(known.clients)} clients: lower it"
+        )
+    rounds = _rounds(federation)
+    members = [cost for _, paid in rounds for cost in paid]
+    messages = max(c.up + c.down + c.once for c in members)
+    alike = strategies.traits(federation.strategy).individual
+    sent = max(sum(c.up for c in paid) for _, paid in rounds)
+    kept = (sent if alike else 2 * max(c.up for c in members)) + max(c.down for c in members)
+    examples = [row for split in known.clients.values() for row in split.train]
+    batch = _batch(model, config, examples, config.batch_size, labels)
+    evaluated = _batch(model, config, known.heldout, _SCORED, labels)
+    names = list(config.classes) or [""]
+    each = [(config.of_class(name), config.trainer_of(name)) for name in dict.fromkeys(names)]
+    alone = [
+        footprint.client(model, own, kind, batch, evaluated, messages, labels) for own, kind in each
+    ]
+    together = [
+        footprint.client(model, own, kind, batch, evaluated, messages, labels, kept)
+        for own, kind in each
+    ]
+    choice = None
+    if budget is not None:
+        worst = max(range(len(each)), key=lambda i: alone[i].total)
+        own, kind = each[worst]
+        choice = choose(budget, model, own, batch, trainer=kind, evaluated=evaluated, labels=labels)
+    at_a_time = batch.limited(config.micro_batch_size or config.batch_size)
+    flops = throughput(model, at_a_time, config.threads)
+    usual = _usual(model, config, examples, labels)
+    seconds = [
+        _steps(own, known) * footprint.operations(model, own, kind, usual) / flops
+        for own, kind in each
+    ]
+    return Plan(
+        config=config,
+        parameters=model.values,
+        trained=model.values
+        if config.parameters == "full"
+        else footprint.trained(model, config, labels),
+        clients=len(known.clients),
+        cohort=federation.cohort_size,
+        up=(min(c.up for c in members), max(c.up for c in members)),
+        down=(min(c.down for c in members), max(c.down for c in members)),
+        once=max(c.once for c in members),
+        at_most=any(c.at_most for c in members),
+        total_up=sum(times * sum(c.up for c in paid) for times, paid in rounds),
+        total_down=sum(times * sum(c.down for c in paid) for times, paid in rounds)
+        + len(known.clients) * max(c.once for c in members),
+        client=max(alone, key=lambda own: own.total),
+        server=footprint.server(model, config, evaluated, kept, labels),
+        simulation=max(together, key=lambda own: own.total),
+        choice=choice,
+        flops=flops,
+        seconds_client=max(seconds),
+        seconds_round=federation.cohort_size * statistics.fmean(seconds),
+    )
+
+
+# --- bytes ----------------------------------------------------------------------------------------
+
+
+def _federation(config: RunConfig, model: Anatomy, known: FederatedData, labels: int) -> Federation:
+    strategy = config.build_strategy()
+
+    def fresh(spec: LoraSpec) -> Params:
+        own = config.model_copy(update={"rank": spec.rank, "ranks": [], "classes": {}})
+        in_place = config.parameters == "full" and strategy.full
+        shapes = {} if in_place else footprint.trained_shapes(model, own, labels)
+        return {name: torch.zeros(shape) for name, shape in shapes.items()}
+
+    numbers = {client: len(split.train) for client, split in known.clients.items()}
+    return Federation("0" * 32, config, strategy, numbers, fresh)
+
+
+def _rounds(federation: Federation) -> list[tuple[int, list[Any]]]:
+    """(how often, the costs of a cohort) of odd and of even rounds: factors may take turns."""
+    start = federation.fresh(federation.config.lora)
+    state = federation.strategy.init(start, federation.config.seed)
+    everyone, size = list(federation.clients), federation.cohort_size
+    number = federation.config.rounds
+    found = []
+    for round, times in ((1, math.ceil(number / 2)), (2, number // 2)):
+        if times:
+            cohort = federation.sample(everyone, size, round)
+            found.append((times, costs(federation, state, round, dict.fromkeys(cohort, 1))))
+    return found
+
+
+# --- sequences ------------------------------------------------------------------------------------
+
+
+def _batch(
+    model: Anatomy, config: RunConfig, examples: Sequence[Example], size: int, labels: int
+) -> Batch:
+    """A batch with the longest sequence; the others have as many targets as usual."""
+    longest = sorted(examples, key=lambda row: -len(row.text) - len(row.prompt or ""))[:_LONGEST]
+    widest = max(_lengths(model, config, longest, labels))
+    others = _lengths(model, config, data.spread(examples, _SOME), labels)
+    size = min(size, sum(1 for _ in examples)) if labels else size
+    targets = widest[1] + (size - 1) * statistics.fmean(targets for _, targets in others)
+    return Batch(size, widest[0], math.ceil(targets))
+
+
+def _usual(model: Anatomy, config: RunConfig, examples: Sequence[Example], labels: int) -> Batch:
+    """A batch of middling length, for the time that training takes."""
+    lengths = _lengths(model, config, data.spread(examples, _SOME), labels)
+    batches = [lengths[i : i + config.batch_size] for i in range(0, len(lengths), 8)]
+    tokens = statistics.fmean(max(length for length, _ in batch) for batch in batches)
+    targets = config.batch_size * statistics.fmean(targets for _, targets in lengths)
+    return Batch(config.batch_size, math.ceil(tokens), math.ceil(targets))
+
+
+def _lengths(
+    model: Anatomy, config: RunConfig, examples: Sequence[Example], labels: int
+) -> list[tuple[int, int]]:
+    """(tokens, targets) of examples, at most max_length: see encoding.Encoder."""
+    texts = [(row.prompt or "", row.text) for row in examples]
+    if model.tokenizer:
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(model.tokenizer))
+        flat = tokenizer.encode_batch([text for pair in texts for text in pair])
+        counts = [len(own.ids) for own in flat]
+    else:
+        counts = [math.ceil(len(text) / _CHARACTERS) for pair in texts for text in pair]
+    found = []
+    for prompt, response in zip(counts[::2], counts[1::2], strict=True):
+        whole = min(config.max_length, prompt + response + 1)
+        found.append((whole, 1 if labels else max(1, min(response + 1, whole - 1))))
+    return found
+
+
+def _steps(config: RunConfig, known: FederatedData) -> float:
+    """Local steps of a client in a round, on average."""
+    return statistics.fmean(
+        steps_per_round(config, len(split.train)) for split in known.clients.values()
+    )
+
+
+def throughput(model: Anatomy, batch: Batch, threads: int) -> float:
+    """Floating-point operations a second of this machine's CPU, in a product like the model's."""
+    if threads:
+        torch.set_num_threads(threads)
+    inputs = torch.ones(batch.positions, model.hidden)
+    matrix = torch.ones(model.hidden, model.intermediate)
+    inputs @ matrix
+    done, began = 0, time.perf_counter()
+    while (took := time.perf_counter() - began) < _CALIBRATION or not done:
+        inputs @ matrix
+        done += 1
+    return 2.0 * done * inputs.numel() * model.intermediate / took
+
+
+# --- for people -----------------------------------------------------------------------------------
+
+
+def print_plan(console: Console, found: Plan, budget: int | None) -> None:
+    """The plan as a table."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    limit = "at most " if found.at_most else ""
+
+    def between(pair: tuple[int, int]) -> str:
+        return limit + " to ".join(dict.fromkeys(map(human_bytes, pair)))
+
+    config = found.config
+    once = f"; once {human_bytes(found.once)}" if found.once else ""
+    rows: list[tuple[str, str]] = [
+        ("model", f"{config.model}: {found.parameters:,} parameters, {found.trained:,} trained"),
+        ("clients", f"{found.clients}, {found.cohort} a round, {config.rounds} rounds"),
+        ("sent by a client a round", between(found.up)),
+        ("received a round", between(found.down) + once),
+        (
+            "sent and received in all",
+            f"{limit}{human_bytes(found.total_up)} and {human_bytes(found.total_down)}",
+        ),
+        ("peak memory of a client", _memory(found.client)),
+        ("peak memory of the server", _memory(found.server)),
+        ("peak memory of a simulation", _memory(found.simulation)),
+    ]
+    if found.choice and budget is not None:
+        changes = ", ".join(f"{k}={v}" for k, v in found.choice.overrides.items())
+        how = f"with {changes}: {_memory(found.choice.estimate)}" if changes else "as configured"
+        rows.append((f"within {human_bytes(budget)}", how))
+    rows += [
+        (
+            "time of a client a round",
+            f"about {_time(found.seconds_client)}, estimated from {found.flops / 1e9:.0f} GFLOP/s "
+            f"measured here",
+        ),
+        ("time of a simulated round", f"about {_time(found.seconds_round)}, estimated"),
+        ("privacy", found.privacy),
+    ]
+    for name, value in rows:
+        table.add_row(name, escape(value))
+    console.print(table, highlight=False)
+
+
+def _memory(estimate: Estimate) -> str:
+    largest = sorted(estimate.terms.items(), key=lambda term: -term[1])[:3]
+    parts = ", ".join(f"{name} {human_bytes(size)}" for name, size in largest)
+    return f"{human_bytes(estimate.total)} ({parts}, …)"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,80 @@
+"""The gateway's process: phones over TLS on one side, on the other a trainer's socket.
+
+    python -m corolla.server.gateway_daemon SOCKET < settings as one line of JSON
+
+It prints one line once it serves, {"phones": ADDRESS, …}, or one line that says why not and exits
+with 1 or 2. It ends with the process that started it.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from corolla import logs, rpc
+from corolla.children import when_orphaned
+from corolla.errors import CorollaError
+from corolla.server.gateway import Gateway, Settings
+from corolla.server.leases import Policy
+from corolla.server.phones import serve_phones
+from corolla.server.tokens import read_tokens
+
+_CALLERS = 4
+"""Tasks that are heard at a time: one that takes another's place must get through."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """All that a gateway's process is told."""
+
+    gateway: Settings
+    listen: str
+    certificate: Path
+    key: Path
+    tokens: Path
+
+    def to_json(self) -> Mapping[str, object]:
+        """For `from_json` in another process."""
+        found: Mapping[str, object] = json.loads(json.dumps(asdict(self), default=str))
+        return found
+
+    @classmethod
+    def from_json(cls, told: dict[str, str], gateway: dict[str, object]) -> "Order":
+        """What `to_json` was made of."""
+        state, share = Path(str(gateway.pop("state"))), gateway.pop("share_model")
+        policy = Policy(**gateway.pop("policy"))  # type: ignore[arg-type]
+        model = Path(str(share)) if share else None
+        settings = Settings(
+            state=state,
+            policy=policy,
+            share_model=model,
+            **gateway,  # type: ignore[arg-type]
+        )
+        files = {name: Path(told[name]) for name in ("certificate", "key", "tokens")}
+        return cls(settings, told["listen"], **files)
+
+
+def main(socket: Path) -> int:
+    """Serve until the parent ends; the exit code says why not."""
+    told = json.loads(sys.stdin.buffer.readline())
+    order = Order.from_json(told, told.pop("gateway"))
+    when_orphaned(lambda: os._exit(0))
+    try:
+        logs.configure(order.gateway.state / "gateway.jsonl")
+        tokens = read_tokens(order.tokens)
+        gateway = Gateway(order.gateway)
+        _, port = serve_phones(gateway, tokens, order.listen, order.certificate, order.key)
+        server = rpc.serve_trainer(gateway.answer, socket, workers=_CALLERS)
+    except (CorollaError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code if isinstance(error, CorollaError) else 1
+    host = order.listen.rpartition(":")[0]
+    print(json.dumps({"phones": f"{host}:{port}", "tokens": len(tokens)}), flush=True)
+    server.wait_for_termination()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

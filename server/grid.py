@@ -1,0 +1,268 @@
+"""The clients of a run behind a Flower Grid: who they are, who is online, how they are asked."""
+
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+from typing import TypeVar
+
+import httpx
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from corolla import logs, wire
+from corolla.errors import RoundError, StoppedError, WireError
+from corolla.packet import Packet, from_flower, to_flower
+from corolla.server.checkpoint import write_atomic
+from corolla.wire import Kind, Reply, Task, pack_reply, pack_task, unpack_task
+
+POLL = 0.2
+SETTLE = 2.0
+"""Seconds without a new node after which those that are there are the federation."""
+_LARGEST = 1 << 40
+HELLO = 120.0
+"""Seconds in which a node must say who it is; a device loads its model first."""
+AWAY = 1.0
+"""Seconds between calls of a SuperLink that is away."""
+_AGAIN = 60.0
+"""Seconds after which a node that did not say so is asked again, doubled up to 16 times this."""
+
+_log = logs.logger("grid")
+_T = TypeVar("_T")
+
+
+class GridNetwork:
+    """Nodes behind a Flower Grid, asked in our own loop: it has a deadline, no reply can end it.
+
+    A node is known by its key, a client by its name: the first key that uses a name keeps it
+    (`names`: a file that outlives the process). A SuperLink that is away costs a round, not a run.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        hello: Task,
+        deadline: float,
+        stop: threading.Event,
+        *,
+        nodes: int = 1,
+        clients: int = 0,
+        wait: float | None = None,
+        names: Path | None = None,
+    ) -> None:
+        """`nodes` must be online before anything begins, and have said who they are; with `clients`
+        so many of them must have data. Waits for `wait` seconds; as long as a round without it.
+        """
+        self.grid, self.hello, self.deadline, self.stop = grid, hello, deadline, stop
+        self._least, self._nodes = clients, nodes
+        self._wait = deadline if wait is None else wait
+        self._names = names
+        self._keys: dict[str, str] = _stored(names)
+        self._members: dict[str, tuple[int, int, int]] = {}  # name → node, examples, seats
+        self._asked: dict[str, tuple[int, float]] = {}  # message of a hello → node, until when
+        self._again: dict[int, tuple[float, float]] = {}  # node → when to ask again, pause
+        self._reasons: dict[int, str] = {}
+        self._begun = False
+        invoker = getattr(grid, "_retry_invoker", None)
+        if invoker is not None:  # Flower would try for ever and in its own time: we have a deadline
+            invoker.max_tries = 1
+        self._poll = POLL if invoker else POLL / 4  # a call over TLS, or in this process
+
+    def clients(self) -> Mapping[str, int]:
+        """Everyone that is known. At first waits until enough are.
+
+        Raises RoundError when they are too few, StoppedError when they were waited for.
+        """
+        deadline = time.monotonic() + self._wait
+        while not self._begun:
+            online = len(self._greet())
+            all_said = not self._asked and online >= max(1, self._nodes)
+            if all_said and len(self._members) >= max(1, self._least):
+                self._begun = True
+            elif time.monotonic() > deadline or (all_said and not self._least):
+                raise (StoppedError if self._least else RoundError)(self._too_few(online))
+            else:
+                self._pause()
+        return {name: examples for name, (_, examples, _) in self._members.items()}
+
+    def online(self) -> AbstractSet[str]:
+        """Clients that can be asked now. Nodes that are new, or back with another id, are greeted;
+        their answers are read at the next call.
+        """
+        if self.stop.is_set():
+            raise StoppedError("stopped")
+        nodes = self._greet()
+        return {name for name, (node, _, _) in self._members.items() if node in nodes}
+
+    def seats(self) -> Mapping[str, int]:
+        return {name: seats for name, (_, _, seats) in self._members.items() if seats}
+
+    def ask(self, packets: Mapping[str, Packet]) -> Iterator[tuple[str, Packet | None]]:
+        known = {c: p for c, p in packets.items() if c in self._members}
+        yield from ((client, None) for client in packets if client not in known)
+        clients = {self._members[client][0]: client for client in known}
+        asked = {self._members[client][0]: packet for client, packet in known.items()}
+        for node, packet in self._exchange(asked):
+            yield clients[node], packet
+
+    def _exchange(self, packets: Mapping[int, Packet]) -> Iterator[tuple[int, Packet | None]]:
+        """Send to nodes, yield (node, reply) as they come until all have or the deadline is over.
+
+        Flower's own failures become error replies. A failure names the message it answers, not
+        always the node that failed, hence the map of message ids.
+        """
+        deadline = time.monotonic() + self.deadline
+        messages = {node: self._message(node, packets[node], self.deadline) for node in packets}
+        sent = self._push(list(messages.values()), deadline) if messages else set()
+        waiting: dict[str, int] = {}
+        for node, message in messages.items():
+            if message.metadata.message_id in sent:
+                waiting[message.metadata.message_id] = node
+            else:
+                yield node, None
+        while waiting and time.monotonic() < deadline:
+            for message in self._pull(list(waiting)):
+                node = waiting.pop(message.metadata.reply_to_message_id or "", None)
+                if node is not None:
+                    yield node, _packet(message, packets[node])
+            if waiting:
+                self._pause()
+        yield from ((node, None) for node in waiting.values())
+
+    def _greet(self) -> set[int]:
+        """Ask nodes that are not known who they are, read what has come; the nodes online."""
+        now = time.monotonic()
+        infos = self._call(lambda: list(self.grid.get_nodes()), [])
+        keys = {int(info.node_id): bytes(info.public_key) for info in infos}
+        busy = {node for node, _ in self._asked.values()}
+        known = {node for node, _, _ in self._members.values()} | busy
+        new = [n for n in sorted(keys) if n not in known and now >= self._again.get(n, (0, 0))[0]]
+        if new:
+            messages = {n: self._message(n, pack_task(self.hello), HELLO) for n in new}
+            sent = self._push(list(messages.values()), now)
+            for node, message in messages.items():
+                if message.metadata.message_id in sent:
+                    self._asked[message.metadata.message_id] = (node, now + HELLO)
+        for message in self._pull(list(self._asked)) if self._asked else ():
+            answered = self._asked.pop(message.metadata.reply_to_message_id or "", None)
+            if answered is not None:
+                self._learn(answered[0], _packet(message, pack_task(self.hello)), keys)
+        for late in [m for m, (_, until) in self._asked.items() if now > until]:
+            self._refuse(self._asked.pop(late)[0], "no answer to hello")
+        return set(keys)
+
+    def _learn(self, node: int, packet: Packet, keys: Mapping[int, bytes]) -> None:
+        try:
+            reply = wire.unpack_reply(packet, 0)
+        except WireError as error:
+            return self._refuse(node, str(error))
+        name = reply.client
+        if reply.error or not name:
+            return self._refuse(node, reply.error or "it has no name")
+        other = self._members.get(name)
+        key = hashlib.sha256(keys.get(node, b"")).hexdigest()
+        if self._keys.get(name, key) != key:
+            return self._refuse(node, f"two nodes say they are client {name!r}: the first keeps it")
+        if other and other[0] != node and other[0] in keys:
+            return self._refuse(node, f"two nodes say they are client {name!r}")
+        if self._names and name not in self._keys:
+            self._keys[name] = key
+            write_atomic(self._names, json.dumps(self._keys, indent=2).encode())
+        _log.info("joined", client=name, examples=reply.num_examples, seats=reply.seats)
+        self._members[name] = (node, reply.num_examples, reply.seats)
+        self._again.pop(node, None)
+        self._reasons.pop(node, None)
+        return None
+
+    def _refuse(self, node: int, why: str) -> None:
+        pause = min(2 * self._again.get(node, (0.0, _AGAIN / 2))[1], 16 * _AGAIN)
+        self._again[node] = (time.monotonic() + pause, pause)
+        if self._reasons.get(node) != why:
+            _log.warning("left out", node=str(node), why=why)
+        self._reasons[node] = why
+
+    def _too_few(self, online: int) -> str:
+        why = "".join(f"; one says: {reason}" for reason in list(self._reasons.values())[:1])
+        needed = f"{self._least} clients" if self._least else f"{self._nodes} nodes"
+        return f"{online} nodes are online, {len(self._members)} as clients; needed: {needed}{why}"
+
+    def _message(self, node: int, packet: Packet, ttl: float) -> Message:
+        return Message(to_flower(packet), node, "train", ttl=ttl)
+
+    def _push(self, messages: list[Message], deadline: float) -> set[str]:
+        """Ids of the messages that the SuperLink has taken; tried until the deadline.
+
+        A message that is sent twice, because the answer to the first call was lost, is refused the
+        second time: it counts as taken.
+        """
+        again = False
+        while True:
+            ids = self._call(lambda: list(self.grid.push_messages(messages)), None)
+            if ids is not None:
+                taken = {str(i) for i in ids if i}
+                return {m.metadata.message_id for m in messages} if again else taken
+            if time.monotonic() > deadline:
+                return set()
+            again = True
+            self._pause(AWAY)
+
+    def _pull(self, ids: list[str]) -> Iterable[Message]:
+        return self._call(lambda: list(self.grid.pull_messages(ids)), [])
+
+    def _call(self, what: Callable[[], _T], otherwise: _T) -> _T:
+        """A call of the Grid; `otherwise` when the SuperLink is away."""
+        try:
+            return what()
+        except (httpx.HTTPError, OSError) as error:
+            _log.warning("the SuperLink is away", why=repr(error))
+            self._pause(AWAY)
+            return otherwise
+
+    def _pause(self, seconds: float = 0.0) -> None:
+        if self.stop.wait(seconds or self._poll):
+            raise StoppedError("stopped")
+
+
+def count_nodes(grid: Grid, stop: threading.Event, wait: float) -> int:
+    """How many nodes are there once none has come for SETTLE seconds. Raises RoundError."""
+    found, since = 0, time.monotonic()
+    deadline = since + wait
+    while time.monotonic() < deadline:
+        if (now := len(list(grid.get_node_ids()))) != found:
+            found, since = now, time.monotonic()
+        if found and time.monotonic() - since > SETTLE:
+            return found
+        if stop.wait(POLL):
+            raise StoppedError("stopped")
+    raise RoundError("no node has come")
+
+
+def _stored(path: Path | None) -> dict[str, str]:
+    try:
+        loaded: dict[str, str] = json.loads(path.read_text()) if path else {}
+    except (OSError, ValueError):
+        return {}
+    return loaded
+
+
+def _packet(message: Message, asked: Packet) -> Packet:
+    """The packet of a reply; what is no packet becomes an error reply to the task it answers."""
+    try:
+        if not message.has_error():
+            return from_flower(message.content, _LARGEST)
+        lines = (message.error.reason or "").strip().splitlines() or ["no reason given"]
+        reason = f"Flower error {message.error.code}: {lines[-1]}"
+    except WireError as error:
+        reason = str(error)
+    task = unpack_task(asked)
+    return pack_reply(
+        Reply(task.run_id, task.round, task.base_version, task.kind, "", error=reason)
+    )
+
+
+def hello(run_id: str, settings: Mapping[str, object], model_sha256: str = "") -> Task:
+    """The task that asks a node who it is."""
+    return Task(run_id, 0, "", Kind.HELLO, json.dumps(settings), model_sha256=model_sha256)

@@ -1,0 +1,112 @@
+"""From phones' replies to their gateway's: each passed by the gate, then summed or bundled."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from corolla import codec, compression, factors, robust, schedule, seeds, strategies, wire
+from corolla.config import RunConfig, validate
+from corolla.errors import ConfigError, WireError
+from corolla.packet import Packet
+from corolla.server.federation import merges
+from corolla.server.gate import Expected, Judged, judge
+from corolla.server.rounds import mean_metrics
+from corolla.types import Params, Strategy
+from corolla.wire import Reply, Task, pack_reply
+
+
+@dataclass(frozen=True)
+class Merging:
+    """What a gateway must know of a task to judge and to merge the replies to it."""
+
+    task: Task
+    config: RunConfig
+    strategy: Strategy
+    kind: str
+    """The class of its phones, "" without classes."""
+    fresh: Params
+    """An adapter of theirs, without values that mean anything."""
+
+    def expected(self, phone: str, examples: int) -> Expected:
+        """What a valid reply is like of a phone that has so many training examples."""
+        own = self.config.of_class(self.kind)
+        round = self.task.round
+        size = replace(
+            factors.size(self.fresh),
+            scalars=schedule.steps_per_round(own, examples) * own.queries,
+            trainer=self.config.trainer_of(self.kind),
+            seed=seeds.derive(self.config.seed, "client", phone, round),
+            round=round,
+            step=schedule.step_size(own, round, examples),
+        )
+        return Expected(
+            self.strategy.update_like(self.fresh, size),
+            self.config.uplink,
+            min(examples, own.local_steps * own.batch_size),
+            self.config.max_norm,
+            space=robust.space_of(strategies.traits(self.strategy)),
+        )
+
+    def judge(self, packet: Packet, phone: str, examples: int) -> Judged:
+        """The verdict on a phone's reply."""
+        return judge(packet, phone, self.task, self.expected(phone, examples))
+
+    def merge(self, gateway: str, replies: Iterable[tuple[str, int, Packet]]) -> Packet:
+        """The gateway's reply, of (phone, its examples, packet) that have been judged valid.
+
+        They are folded in the order given, one in memory at a time; a bundle holds them all.
+        """
+        blank = Reply(
+            self.task.run_id, self.task.round, self.task.base_version, self.task.kind, gateway
+        )
+        aggregator = merges(self.config, self.strategy)
+        packets: list[Packet] = []
+        examples: dict[str, int] = {}
+        metrics: dict[str, Mapping[str, float]] = {}
+        for phone, own, packet in replies:
+            if aggregator is None:
+                packets.append(packet)
+                reply = wire.unpack_reply(packet, len(packet.payload))
+            else:
+                judged = self.judge(packet, phone, own)
+                if judged.reply is None or not judged.verdict.accepted:
+                    continue  # its file was damaged in the meantime
+                reply = judged.reply
+                aggregator.add(judged.update, reply.num_examples)
+            examples[phone], metrics[phone] = reply.num_examples, reply.metrics
+        return pack_reply(
+            replace(
+                blank,
+                num_examples=sum(examples.values()),
+                metrics=mean_metrics(metrics, examples),
+                payload=wire.pack_bundle(packets)
+                if aggregator is None
+                else codec.encode(aggregator.sums()),
+                clients=len(examples),
+                bundle=aggregator is None,
+            )
+        )
+
+
+def prepare(task: Task, allow: Iterable[str] = ()) -> Merging:
+    """What a gateway must know of its task. Raises ConfigError or WireError in one line."""
+    try:
+        told: dict[str, Any] = json.loads(task.config)
+        run = dict(told["run"])
+        name = str(run.get("strategy", ""))
+        if ":" in name and name not in allow:  # before anything imports it
+            raise ConfigError(
+                f"this gateway does not run strategy {name!r}: its owner must allow it by name"
+            )
+        config = validate(run)
+        kind = str(told["class"])
+        form = compression.blank(told["fresh"])["adapter"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise WireError(f"the task's settings cannot be read: {type(error).__name__}") from error
+    config.of_class(kind)
+    fresh = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in form.items()}
+    bare = replace(task, payload=b"", scalars={}, log=None, seats=0)
+    return Merging(bare, config, config.build_strategy(), kind, fresh)

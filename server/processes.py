@@ -1,0 +1,116 @@
+"""Long-lived child processes: started again when they die, found after a kill, ended by id."""
+
+import json
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+_GRACE = 15.0
+"""Seconds in which a process that is told to end may do so."""
+_LASTED = 120.0
+"""Seconds of life after which a death is a first one again."""
+
+
+class Process:
+    """One child: started again when it dies, each time a little later, ended by its process id."""
+
+    def __init__(self, name: str, command: Sequence[str], env: Mapping[str, str], logs: Path):
+        self.name, self.command, self.env = name, command, dict(env)
+        self.log = logs / f"{name}.log"
+        self.deaths = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._began = self._due = 0.0
+
+    def start(self) -> None:
+        with self.log.open("ab") as output:
+            self._process = subprocess.Popen(
+                self.command,
+                env=self.env,
+                cwd=self.log.parent,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C reaches the supervisor alone
+            )
+        self._began = time.monotonic()
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process and self._process.poll() is None else None
+
+    def tend(self) -> str | None:
+        """Start it again when it is dead and its pause is over; says what happened, once."""
+        if self.pid is not None:
+            return None
+        now = time.monotonic()
+        if not self._due:
+            lasted = now - self._began
+            self.deaths = 1 if lasted > _LASTED else self.deaths + 1
+            self._due = now + min(30.0, 0.5 * 2**self.deaths)
+            code = self._process.returncode if self._process else None
+            return f"{self.name} ended with code {code}; starting it again: {self.last_line()}"
+        if now >= self._due:
+            self._due = 0.0
+            self.start()
+        return None
+
+    def stop(self) -> None:
+        if self._process and self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(_GRACE)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+        if self._process:
+            self._process.wait()
+
+    def last_line(self) -> str:
+        """What its log said last."""
+        try:
+            lines = self.log.read_text(errors="replace").splitlines()
+        except OSError:
+            return ""
+        return next((line.strip()[-300:] for line in reversed(lines) if line.strip()), "")
+
+
+def free_port() -> int:
+    """A port of loopback that nobody has now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def note_process(path: Path, pid: int) -> None:
+    """Keep a process id with the time of its start: ids are used again."""
+    began = psutil.Process(pid).create_time()
+    scratch = path.with_name(path.name + ".part")
+    scratch.write_text(json.dumps({"pid": pid, "began": began}))
+    scratch.replace(path)
+
+
+def noted_process(path: Path) -> psutil.Process | None:
+    """The process that `note_process` has noted, if it still lives."""
+    try:
+        noted = json.loads(path.read_text())
+        process = psutil.Process(int(noted["pid"]))
+        same = abs(process.create_time() - float(noted["began"])) < 1
+        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+    except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+        return None
+
+
+def end(process: psutil.Process | None, grace: float = _GRACE) -> None:
+    """Terminate a process, kill it when it does not end in time."""
+    if process is None:
+        return
+    try:
+        process.terminate()
+        process.wait(grace)
+    except psutil.TimeoutExpired:
+        process.kill()
+    except psutil.NoSuchProcess:
+        return

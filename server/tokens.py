@@ -1,0 +1,73 @@
+"""Who may call a gateway: a file of tokens, one a line, each of any device or of the one named."""
+
+import hashlib
+import hmac
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from corolla import calls
+from corolla.errors import ConfigError, WireError
+
+SHORTEST = 16
+LONGEST = 256
+_BEARER = "Bearer "
+
+
+@dataclass(frozen=True)
+class Token:
+    """One line of the file. `owner` names it without telling it; `device`: "" for any."""
+
+    owner: str
+    device: str
+    secret: str
+
+
+def read_tokens(path: Path) -> Mapping[str, Token]:
+    """Owner → token, of lines `TOKEN` or `TOKEN DEVICE`; # begins a comment. Raises ConfigError."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise ConfigError(f"cannot read the tokens {path}: {reason}") from error
+    found: dict[str, Token] = {}
+    for number, line in enumerate(lines, 1):
+        secret, *device = line.partition("#")[0].split()[:3] or [""]
+        if not secret:
+            continue
+        where = f"{path}, line {number}"
+        if not SHORTEST <= len(secret) <= LONGEST or not secret.isascii():
+            raise ConfigError(
+                f"{where}: a token has {SHORTEST} to {LONGEST} characters, found {len(secret)}: "
+                f"make one with openssl rand -hex 32"
+            )
+        if len(device) > 1:
+            raise ConfigError(f"{where}: expected TOKEN or TOKEN DEVICE")
+        try:
+            name = calls.check_device(device[0]) if device else ""
+        except WireError as error:
+            raise ConfigError(f"{where}: {error}") from error
+        owner = _owner(secret)
+        if owner in found:
+            raise ConfigError(f"{where}: this token is there twice")
+        found[owner] = Token(owner, name, secret)
+    if not found:
+        raise ConfigError(f"{path} has no token: write one a line, made with openssl rand -hex 32")
+    return found
+
+
+def who(tokens: Mapping[str, Token], authorization: str) -> Token | None:
+    """Whose "Bearer <token>" this is; None for nobody's.
+
+    Found by its hash, which an attacker cannot approach bit by bit, then compared in constant time.
+    """
+    if not authorization.startswith(_BEARER) or len(authorization) > LONGEST + len(_BEARER):
+        return None
+    secret = authorization.removeprefix(_BEARER)
+    token = tokens.get(_owner(secret))
+    matches = hmac.compare_digest(secret.encode(), (token.secret if token else "").encode())
+    return token if matches else None
+
+
+def _owner(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()[:32]

@@ -1,0 +1,87 @@
+"""The whole federation on loopback, over TLS with keys: it ends in the simulation's adapter.
+
+A server, two clients and a gateway with eight phones; the same ten clients simulated in one
+process from the same rows and seed. Every hash must be the same.
+"""
+
+import json
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from corolla.assets import asset
+from tests.e2e.federation import running_client, running_server
+from tests.e2e.gateways import running_gateway, running_phones
+
+pytestmark = pytest.mark.deployment
+
+EDGES = ["edge-a", "edge-b"]
+PHONES = [f"p{number}" for number in range(1, 9)]
+CLIENTS = [*EDGES, *(f"gate/{phone}" for phone in PHONES)]
+ROUNDS = 5
+
+
+def rows_of_clients(folder: Path) -> Path:
+    """The first rows of the embedded data set, dealt to ten clients; one file each, and one of all.
+
+    Returns the file of all.
+    """
+    own: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    lines = asset("data.jsonl").read_text(encoding="utf-8").splitlines()[:160]
+    for number, line in enumerate(lines):
+        row = json.loads(line)
+        row["client_id"] = CLIENTS[number % len(CLIENTS)]
+        own[row["client_id"]].append(row)
+    for client, rows in own.items():
+        write(folder / f"{client.replace('/', '-')}.jsonl", rows)
+    everything = folder / "all.jsonl"
+    write(everything, [row for rows in own.values() for row in rows])
+    return everything
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.mark.parametrize("strategy", ["flora", "seed_pool"])
+def test_a_real_federation_ends_in_the_adapter_of_the_simulation(
+    strategy: str, tmp_path: Path
+) -> None:
+    everything = rows_of_clients(tmp_path)
+    options = (
+        f"--strategy {strategy} --data {everything} --rounds {ROUNDS} --cohort {len(CLIENTS)} "
+        "--local-steps 2 --batch-size 4 --set threads=1 --set eval-examples=8 "
+        "--set eval-clients=0 --set max-length=64 --set quorum=1"
+    )
+    simulated = tmp_path / "simulated"
+    subprocess.run(
+        [sys.executable, "-m", "corolla", "simulate", *options.split(), "--out", str(simulated)],
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
+    expected = json.loads((simulated / "run.json").read_text())
+    with running_server(
+        tmp_path, f"{options} --min-clients 3 --set deadline=120 --set wait=300"
+    ) as server:
+        gateway = running_gateway(tmp_path, server, "gate", seats=len(PHONES))
+        with (
+            running_client(tmp_path, server, EDGES[0], tmp_path / "edge-a.jsonl"),
+            running_client(tmp_path, server, EDGES[1], tmp_path / "edge-b.jsonl"),
+            gateway as gate,
+        ):
+            files = {phone: tmp_path / f"gate-{phone}.jsonl" for phone in PHONES}
+            with running_phones(tmp_path, gate, files):
+                assert server.finish(600) == 0, server.said()
+    found = json.loads((server.out / "run.json").read_text())
+    assert found["status"] == "done"
+    assert found["num_clients"] == len(EDGES) + 1
+    assert found["state_sha256"] == expected["state_sha256"]
+    assert found["adapter_sha256"] == expected["adapter_sha256"]
+    lines = [json.loads(line) for line in (server.out / "metrics.jsonl").open()]
+    assert [line["round"] for line in lines] == list(range(1, ROUNDS + 1))
+    assert all(line["dropped"] == 0 for line in lines)

@@ -1,0 +1,111 @@
+"""Children that are started again, found again, and ended by their own ids."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from corolla.server import processes
+from corolla.server.processes import Process
+
+SLEEP = [sys.executable, "-S", "-c", "print('up', flush=True); import time; time.sleep(60)"]
+Made = Callable[[list[str]], Process]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Made]:
+    made: list[Process] = []
+
+    def start(command: list[str]) -> Process:
+        made.append(Process("child", command, os.environ, tmp_path))
+        made[-1].start()
+        return made[-1]
+
+    yield start
+    for process in made:
+        process.stop()
+
+
+def until(true: Callable[[], object], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_child_that_dies_is_said_once_and_started_again(make: Made) -> None:
+    child = make(SLEEP)
+    first = child.pid
+    assert first is not None
+    assert child.tend() is None
+    until(lambda: "up" in child.last_line())
+    os.kill(first, signal.SIGKILL)
+    until(lambda: child.pid is None)
+    told = child.tend()
+    assert told == "child ended with code -9; starting it again: up"
+    began = time.monotonic()
+    assert child.tend() is None  # not at once
+    assert child.pid is None
+    until(lambda: child.tend() is None and child.pid is not None)
+    assert time.monotonic() - began > 0.9
+    assert child.pid != first
+
+
+def test_pauses_grow_with_every_death(make: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(processes.time, "monotonic", lambda: now[0])
+    child = make([sys.executable, "-S", "-c", "pass"])
+    pauses = []
+    for _ in range(8):
+        until_dead(child)
+        assert child.tend()
+        began = now[0]
+        while child.tend() is None and child._due:
+            now[0] += 0.5
+        pauses.append(now[0] - began)
+    assert pauses == [1, 2, 4, 8, 16, 30, 30, 30]
+
+
+def until_dead(child: Process) -> None:
+    assert child._process is not None
+    child._process.wait(20)
+
+
+def test_stop_ends_it_and_kills_what_does_not_listen(
+    make: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "_GRACE", 0.3)
+    deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    for code in (SLEEP[-1], deaf + SLEEP[-1]):
+        child = make([*SLEEP[:-1], code])
+        pid = child.pid
+        until(lambda child=child: "up" in child.last_line())  # type: ignore[misc]
+        child.stop()
+        assert pid is not None
+        assert not psutil.pid_exists(pid)
+
+
+def test_a_noted_process_is_found_again_but_never_another_with_its_id(tmp_path: Path) -> None:
+    note = tmp_path / "child.json"
+    with subprocess.Popen(SLEEP, stdout=subprocess.DEVNULL) as child:
+        processes.note_process(note, child.pid)
+        found = processes.noted_process(note)
+        assert found is not None
+        assert found.pid == child.pid
+        text = note.read_text()
+        note.write_text(text.replace('"began": ', '"began": 1'))  # the id is used again
+        assert processes.noted_process(note) is None
+        note.write_text(text)
+        processes.end(found)
+        child.wait(20)
+    assert processes.noted_process(note) is None
+    for text in ("", "{}", "[]", '{"pid": "x"}'):
+        note.write_text(text)
+        assert processes.noted_process(note) is None
+    processes.end(None)
