@@ -2,8 +2,9 @@
 
     python -m corolla.client.daemon SOCKET < settings of the device as JSON
 
-It prints one line once it serves, {"examples": …, "model": …}, or one line that says why not and
-exits with 1 or 2. It ends when its standard input is closed: with the process that started it.
+It prints one line once it serves, {"examples": …, "model": …}, then "note: …" for each task that it
+cannot do; or "error: …" when it cannot serve, and exits with 1 or 2. It ends when its standard
+input is closed: with the process that started it.
 
 The device has the last word: it uses its own model, data and limits whatever a server says, and
 runs no strategy from a file that its owner has not allowed.
@@ -15,7 +16,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from corolla.client.own import Own
 from corolla.client.worker import Worker
 from corolla.config import RunConfig, validate
 from corolla.data import FederatedData
-from corolla.errors import ConfigError, CorollaError, StoppedError, WireError
+from corolla.errors import ConfigError, CorollaError, SchemaError, StoppedError, WireError
 from corolla.memory import Memory
 from corolla.models import Base
 from corolla.packet import Packet
@@ -45,12 +46,18 @@ _log = logs.logger("trainer")
 class Trainer:
     """Answers packets as one client. One at a time: the model is one."""
 
-    def __init__(self, own: Own, name: str, capabilities: Capabilities | None = None) -> None:
+    def __init__(
+        self,
+        own: Own,
+        name: str,
+        capabilities: Capabilities | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
         """Reads the data and the model, so that what is wrong with them is said at once.
 
-        Raises CorollaError.
+        `say` tells the owner why the device does not do what it is asked. Raises CorollaError.
         """
-        self.own, self.name, self.capabilities = own, name, capabilities
+        self.own, self.name, self.capabilities, self._say = own, name, capabilities, say
         self._runs = own.state / "runs"
         self._known = ""
         self._resident: tuple[RunConfig, Trainable, FederatedData] | None = None
@@ -66,7 +73,12 @@ class Trainer:
 
     def __call__(self, packet: Packet, wanted: Wanted) -> Packet:
         """The reply to a packet. Raises WireError when its header cannot be read."""
-        task = unpack_task(packet)
+        try:
+            task = unpack_task(packet)
+        except SchemaError as error:
+            why = f"the server has another version of corolla than {__version__}: {error}"
+            self._say(why)
+            raise SchemaError(why) from error
         self._wanted = wanted
         with logs.bind(run=task.run_id, round=task.round, client=self.name):
             began = time.monotonic()
@@ -77,9 +89,10 @@ class Trainer:
             except OSError as error:  # a full disk
                 reply = self._refusal(task, f"this device fails: {error.strerror}")
             why = unpack_reply(reply, len(reply.payload)).error
-            tell = _log.warning if why else _log.info
             seconds = round(time.monotonic() - began, 3)
-            tell("answered", kind=task.kind.name, seconds=seconds, error=why or None)
+            _log.info("answered", kind=task.kind.name, seconds=seconds, error=why or None)
+            if why:
+                self._say(why)
         return reply
 
     def _refusal(self, task: Task, why: str) -> Packet:
@@ -228,7 +241,7 @@ def main(socket: Path) -> int:
         can = device.probe(own.state)
         if own.memory:
             can = replace(can, memory_bytes=min(can.memory_bytes, own.memory))
-        trainer = Trainer(own, told["name"], can)
+        trainer = Trainer(own, told["name"], can, lambda line: print(f"note: {line}", flush=True))
         server = rpc.serve_trainer(trainer, socket)
     except CorollaError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -219,7 +219,9 @@ class Node:
             node.start(supernode.command(self.link, path, free_port()))
 
     def _of_trainer(self, line: str) -> None:
-        if self._ready is None and line.startswith("{"):
+        if line.startswith("note: "):
+            self._tell("warning", line.removeprefix("note: "))
+        elif self._ready is None and line.startswith("{"):
             try:
                 self._ready = dict(json.loads(line))
             except ValueError:

@@ -28,6 +28,8 @@ R = TypeVar("R")
 _SECONDS = 30.0
 """Of one call, at most."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
+_EVERY = 0.5
+"""Seconds between two looks at the device's conditions, while it trains."""
 _LARGEST = 8 << 30
 _FINAL = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNIMPLEMENTED)
 _NO_USE = (pb.Refusal.REASON_PROTOCOL, pb.Refusal.REASON_NAME)
@@ -89,7 +91,7 @@ class Phone:
     def __post_init__(self) -> None:
         calls.check_device(self.settings.device)
         self._random = random.Random(os.urandom(16))  # noqa: S311 - jitter
-        self._stub = device_pb2_grpc.PhonesStub(self.channel)
+        self._stub: Any = device_pb2_grpc.PhonesStub(self.channel)  # type: ignore[no-untyped-call]
         self._metadata = (("authorization", f"Bearer {self.settings.token}"),)
         self._state = self.settings.state
         self._state.mkdir(parents=True, exist_ok=True)
@@ -170,7 +172,8 @@ class Phone:
             manifest=model.name if model else "",
             log_version=self._read("log"),
         )
-        return self._call(self._stub.CheckIn, request)
+        found: pb.CheckInResponse = self._call(self._stub.CheckIn, request)
+        return found
 
     def _session(self, lease: pb.Lease) -> pb.RetryWindow:
         """Fetch, train, deliver; the window of the gateway's last word."""
@@ -250,7 +253,10 @@ class Phone:
                 raise _Over("the gateway does not take the update in")
             at = status.received
         request = pb.ReportRequest(lease=lease.id, reply=packet.header)
-        return self._call(self._stub.Report, request, deadline + _LONGEST_PAUSE)
+        found: pb.Acknowledgement = self._call(
+            self._stub.Report, request, deadline + _LONGEST_PAUSE
+        )
+        return found
 
     @contextmanager
     def _alive(self, lease: pb.Lease) -> Any:
@@ -267,13 +273,11 @@ class Phone:
     # --- calls ------------------------------------------------------------------------------------
 
     def _fetch(self, blob: pb.Blob, most: int, deadline: float) -> bytes:
-        def download(request: pb.DownloadRequest) -> pb.Chunk:
-            return self._call(self._stub.Download, request, deadline)
+        return fetch(blob, self._state, lambda r: self._download(r, deadline), most)
 
-        return fetch(blob, self._state, download, most)
-
-    def _download(self, request: pb.DownloadRequest) -> pb.Chunk:
-        return self._call(self._stub.Download, request)
+    def _download(self, request: pb.DownloadRequest, deadline: float = float("inf")) -> pb.Chunk:
+        chunk: pb.Chunk = self._call(self._stub.Download, request, deadline)
+        return chunk
 
     def _call(self, method: Callable[..., R], request: Any, deadline: float = float("inf")) -> R:
         """The answer to a call, tried again with growing pauses for as long as it makes sense.
@@ -328,12 +332,15 @@ class _Alive:
 
     def __init__(self, phone: Phone, lease: pb.Lease) -> None:
         self._phone, self._lease = phone, lease
+        self._due = 0.0
         self.over = threading.Event()
         self.why = ""
 
     def check(self) -> bool:
         """False once the task is to be given up."""
-        if not self.why:
+        now = time.monotonic()
+        if not self.why and now >= self._due:
+            self._due = now + _EVERY
             self.why = self._lapsed()
         return not self.why
 

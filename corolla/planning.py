@@ -6,7 +6,7 @@ Reads the data, config.json and the headers of the model's files; never its weig
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +15,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from corolla import anatomy, data, footprint, strategies
+from corolla import anatomy, data, footprint, schedule, seeds, strategies
 from corolla.anatomy import Anatomy
 from corolla.client.device import Choice, choose
 from corolla.config import RunConfig
 from corolla.data import Example, FederatedData
 from corolla.errors import ConfigError
 from corolla.footprint import Batch, Estimate
-from corolla.schedule import steps_per_round
 from corolla.server.federation import Federation
 from corolla.server.report import human_bytes
 from corolla.server.tasks import costs
@@ -30,8 +29,8 @@ from corolla.types import LoraSpec, Params
 
 _SCORED = 8
 """Sequences that are evaluated at a time."""
-_LONGEST, _SOME = 64, 256
-"""Of all examples, the longest and some others are tokenised."""
+_TASKS = 256
+"""Of a long run, so many tasks show which batches clients draw."""
 _CHARACTERS = 3
 """Of a token, where the tokenizer cannot be asked: a text has hardly more tokens than this says."""
 _CALIBRATION = 0.2
@@ -124,9 +123,11 @@ def plan(config: RunConfig, budget: int | None = None) -> Plan:
     alike = strategies.traits(federation.strategy).individual
     sent = max(sum(c.up for c in paid) for _, paid in rounds)
     kept = (sent if alike else 2 * max(c.up for c in members)) + max(c.down for c in members)
-    examples = [row for split in known.clients.values() for row in split.train]
-    batch = _batch(model, config, examples, config.batch_size, labels)
-    evaluated = _batch(model, config, known.heldout, _SCORED, labels)
+    lengths = Lengths(model, config, labels)
+    drawn = _drawn(federation, known, lengths)
+    batch = _largest(drawn)
+    scored = sorted(lengths(data.spread(known.heldout, config.eval_examples)))
+    evaluated = _padded(scored[-_SCORED:])
     names = list(config.classes) or [""]
     each = [(config.of_class(name), config.trainer_of(name)) for name in dict.fromkeys(names)]
     alone = [
@@ -143,7 +144,7 @@ def plan(config: RunConfig, budget: int | None = None) -> Plan:
         choice = choose(budget, model, own, batch, trainer=kind, evaluated=evaluated, labels=labels)
     at_a_time = batch.limited(config.micro_batch_size or config.batch_size)
     flops = throughput(model, at_a_time, config.threads)
-    usual = _usual(model, config, examples, labels)
+    usual = _typical(drawn, config)
     seconds = [
         _steps(own, known) * footprint.operations(model, own, kind, usual) / flops
         for own, kind in each
@@ -206,51 +207,84 @@ def _rounds(federation: Federation) -> list[tuple[int, list[Any]]]:
 # --- sequences ------------------------------------------------------------------------------------
 
 
-def _batch(
-    model: Anatomy, config: RunConfig, examples: Sequence[Example], size: int, labels: int
-) -> Batch:
-    """A batch with the longest sequence; the others have as many targets as usual."""
-    longest = sorted(examples, key=lambda row: -len(row.text) - len(row.prompt or ""))[:_LONGEST]
-    widest = max(_lengths(model, config, longest, labels))
-    others = _lengths(model, config, data.spread(examples, _SOME), labels)
-    size = min(size, sum(1 for _ in examples)) if labels else size
-    targets = widest[1] + (size - 1) * statistics.fmean(targets for _, targets in others)
-    return Batch(size, widest[0], math.ceil(targets))
+class Lengths:
+    """(tokens, targets) of the sequences of examples, as encoding.Encoder makes them, nearly."""
+
+    def __init__(self, model: Anatomy, config: RunConfig, labels: int) -> None:
+        self.most, self.labels = config.max_length, labels
+        self._count = _counter(model)
+
+    def __call__(self, examples: Sequence[Example]) -> list[tuple[int, int]]:
+        counts = self._count([text for row in examples for text in (row.prompt or "", row.text)])
+        found = []
+        for row, asked, told in zip(examples, counts[::2], counts[1::2], strict=True):
+            whole = asked + told + 1
+            if self.labels:
+                found.append((min(self.most, whole), 1))
+            elif row.prompt is not None:
+                found.append((min(self.most, whole), max(1, min(self.most, whole) - asked)))
+            else:  # windows with one token of overlap
+                cuts = range(0, whole - 1, self.most - 1)
+                sizes = [min(self.most, whole - start) for start in cuts]
+                found += [(size, size - 1) for size in sizes]
+        return found
 
 
-def _usual(model: Anatomy, config: RunConfig, examples: Sequence[Example], labels: int) -> Batch:
-    """A batch of middling length, for the time that training takes."""
-    lengths = _lengths(model, config, data.spread(examples, _SOME), labels)
-    batches = [lengths[i : i + config.batch_size] for i in range(0, len(lengths), 8)]
-    tokens = statistics.fmean(max(length for length, _ in batch) for batch in batches)
-    targets = config.batch_size * statistics.fmean(targets for _, targets in lengths)
-    return Batch(config.batch_size, math.ceil(tokens), math.ceil(targets))
+def _counter(model: Anatomy) -> Callable[[Sequence[str]], list[int]]:
+    """Texts → how many tokens each has."""
+    if model.tokenizer is None:
+        return lambda texts: [math.ceil(len(text) / _CHARACTERS) for text in texts]
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(model.tokenizer))
+    return lambda texts: [len(own.ids) for own in tokenizer.encode_batch(list(texts))]
 
 
-def _lengths(
-    model: Anatomy, config: RunConfig, examples: Sequence[Example], labels: int
-) -> list[tuple[int, int]]:
-    """(tokens, targets) of examples, at most max_length: see encoding.Encoder."""
-    texts = [(row.prompt or "", row.text) for row in examples]
-    if model.tokenizer:
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(model.tokenizer))
-        flat = tokenizer.encode_batch([text for pair in texts for text in pair])
-        counts = [len(own.ids) for own in flat]
-    else:
-        counts = [math.ceil(len(text) / _CHARACTERS) for pair in texts for text in pair]
+def _drawn(federation: Federation, known: FederatedData, lengths: Lengths) -> list[Batch]:
+    """The micro-batches that clients train on, those that a run will draw: of its first tasks."""
+    tasks = [
+        (round, client)
+        for round in range(1, min(federation.config.rounds, _TASKS) + 1)
+        for client in federation.sample(list(federation.clients), federation.cohort_size, round)
+    ][:_TASKS]
+    own = {client: lengths(known.clients[client].train) for _, client in tasks}
     found = []
-    for prompt, response in zip(counts[::2], counts[1::2], strict=True):
-        whole = min(config.max_length, prompt + response + 1)
-        found.append((whole, 1 if labels else max(1, min(response + 1, whole - 1))))
+    for round, client in tasks:
+        config = federation.config.of_class(federation.class_of(client))
+        seed = seeds.derive(federation.config.seed, "client", client, round)
+        size = config.micro_batch_size or config.batch_size
+        for indices in schedule.batches(config, len(own[client]), seed):
+            rows = [own[client][i] for i in indices]
+            found += [_padded(rows[at : at + size]) for at in range(0, len(rows), size)]
     return found
+
+
+def _padded(rows: Sequence[tuple[int, int]]) -> Batch:
+    return Batch(len(rows), max(length for length, _ in rows), sum(n for _, n in rows))
+
+
+def _largest(batches: Sequence[Batch]) -> Batch:
+    """The most of everything."""
+    return Batch(
+        max(batch.sequences for batch in batches),
+        max(batch.tokens for batch in batches),
+        max(batch.targets for batch in batches),
+    )
+
+
+def _typical(batches: Sequence[Batch], config: RunConfig) -> Batch:
+    """A step's mean numbers of positions and targets, as one batch."""
+    size = config.batch_size
+    share = size / statistics.fmean(batch.sequences for batch in batches)
+    positions = share * statistics.fmean(batch.positions for batch in batches)
+    targets = share * statistics.fmean(batch.targets for batch in batches)
+    return Batch(size, math.ceil(positions / size), math.ceil(targets))
 
 
 def _steps(config: RunConfig, known: FederatedData) -> float:
     """Local steps of a client in a round, on average."""
     return statistics.fmean(
-        steps_per_round(config, len(split.train)) for split in known.clients.values()
+        schedule.steps_per_round(config, len(split.train)) for split in known.clients.values()
     )
 
 

@@ -41,7 +41,8 @@ def serve_trainer(
     """
     pool = ThreadPoolExecutor(workers, thread_name_prefix="trainer")
     server = grpc.server(pool, options=_UNLIMITED)
-    device_pb2_grpc.add_TrainerServicer_to_server(_Trainer(answer), server)
+    add = device_pb2_grpc.add_TrainerServicer_to_server
+    add(_Trainer(answer), server)  # type: ignore[no-untyped-call]
     path.unlink(missing_ok=True)  # of one that was killed
     try:
         server.add_insecure_port(f"unix:{path}")
@@ -64,9 +65,10 @@ def ask_trainer(path: Path, packet: Packet, seconds: float) -> Packet:
         except grpc.FutureTimeoutError:
             raise PeerError(f"no trainer answers after {seconds:.0f} s", gone=True) from None
         request = device_pb2.Packet(header=packet.header, payload=packet.payload)
+        stub = device_pb2_grpc.TrainerStub(channel)  # type: ignore[no-untyped-call]
         left = max(0.01, deadline - time.monotonic())
         try:
-            found = device_pb2_grpc.TrainerStub(channel).Answer(request, timeout=left)
+            found = stub.Answer(request, timeout=left)
         except grpc.RpcError as error:
             raise _peer_error(error, seconds) from error
     return Packet(found.header, found.payload)
@@ -129,7 +131,7 @@ def tls_channel(address: str, ca: Path | None, *, most_bytes: int) -> grpc.Chann
     options = (
         ("grpc.max_receive_message_length", most_bytes),
         ("grpc.max_send_message_length", most_bytes),
-        *_QUICK,
+        ("grpc.max_reconnect_backoff_ms", 10_000),
     )
     return grpc.secure_channel(address, grpc.ssl_channel_credentials(roots), options=options)
 
@@ -157,5 +159,5 @@ def _peer_error(error: grpc.RpcError, seconds: float) -> PeerError:
     if code == grpc.StatusCode.UNAVAILABLE:
         return PeerError("the trainer ended before it had answered", gone=True)
     if code == grpc.StatusCode.INVALID_ARGUMENT:
-        return PeerError(details)
+        return PeerError(details or "the trainer refuses the task")
     return PeerError(f"the trainer failed: {code.name}")  # its details may hold data

@@ -70,7 +70,8 @@ class Attempts:
                 if attempt < first + config.attempts:
                     self._warn(f"{error}; it is tried again")
                     continue
-                tries = f"; given up after {config.attempts} attempts" if config.attempts > 1 else ""
+                many = config.attempts > 1
+                tries = f"; given up after {config.attempts} attempts" if many else ""
                 kept = how_to_go_on(self.journal.path.parent)
                 raise RoundError(f"{error}{tries}{kept}") from error
             self._note_verdicts(round, attempt, result.verdicts)

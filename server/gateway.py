@@ -190,9 +190,7 @@ class Gateway:
         _log.info("round over", seats=job.round.seats, **{k: n for k, n in of_phases.items() if n})
         valid = [own for own in job.round.leases.values() if own.phase == Phase.VALID]
         if not valid:
-            raise WireError(
-                f"none of {len(job.round.leases)} phones gave a valid update in time"
-            )
+            raise WireError(f"none of {len(job.round.leases)} phones gave a valid update in time")
         # In the order in which a server would fold in clients of these names.
         replies = (
             (self._client(own.device), own.examples, self._reply(job, own.id))

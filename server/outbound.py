@@ -95,9 +95,7 @@ def take_in(
     )
 
 
-def _follow(
-    log: Log, sent: Payload, memory: Memory
-) -> tuple[Log, Params | None, list[str]] | None:
+def _follow(log: Log, sent: Payload, memory: Memory) -> tuple[Log, Params | None, list[str]] | None:
     """(the whole log that is held, the snapshot it begins with, its versions); None: a gap."""
     if log.start:
         if codec.content_id(sent.get("start", {})) != log.start:

@@ -103,6 +103,7 @@ def serve_phones(
     server, port = rpc.tls_server(
         address, certificate, key, workers=_WORKERS, most_bytes=calls.MAX_MESSAGE
     )
-    device_pb2_grpc.add_PhonesServicer_to_server(Phones(gateway, tokens), server)
+    add = device_pb2_grpc.add_PhonesServicer_to_server
+    add(Phones(gateway, tokens), server)  # type: ignore[no-untyped-call]
     server.start()
     return server, port

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -98,7 +99,7 @@ def noted_process(path: Path) -> psutil.Process | None:
         noted = json.loads(path.read_text())
         process = psutil.Process(int(noted["pid"]))
         same = abs(process.create_time() - float(noted["began"])) < 1
-        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+        return process if same and _lives(process) else None
     except (OSError, ValueError, KeyError, TypeError, psutil.Error):
         return None
 
@@ -107,10 +108,15 @@ def end(process: psutil.Process | None, grace: float = _GRACE) -> None:
     """Terminate a process, kill it when it does not end in time."""
     if process is None:
         return
-    try:
+    with suppress(psutil.NoSuchProcess):
         process.terminate()
-        process.wait(grace)
-    except psutil.TimeoutExpired:
-        process.kill()
-    except psutil.NoSuchProcess:
-        return
+        deadline = time.monotonic() + grace
+        while _lives(process) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if _lives(process):
+            process.kill()
+
+
+def _lives(process: psutil.Process) -> bool:
+    """A process that nobody waits for stays as a zombie: Flower waits for none."""
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE

@@ -21,7 +21,9 @@ class Upload:
         self._most = most
         self._size: int | None = None
         self._lock = threading.Lock()
-        self._file = tempfile.SpooledTemporaryFile(_IN_MEMORY, dir=folder)  # noqa: SIM115 - close()
+        self._file = tempfile.SpooledTemporaryFile(  # noqa: SIM115 - see close()
+            _IN_MEMORY, dir=str(folder)
+        )
 
     def add(self, chunk: pb.Chunk) -> int:
         """Take a chunk in if it is the next one; the bytes there are now: where to go on.

@@ -77,7 +77,7 @@ def replies(options: Options) -> Section:
         section.rows.append({**row, "largest change / bound": worst[name]})
     section.notes = [
         *facts,
-        f"An honest reply has at most {largest:,} bytes",
+        f"The largest payload that any of these may have: {largest:,} bytes",
         "Cases that a mutation leaves as they were, or changes within the bound, are accepted",
     ]
     return section

@@ -3,7 +3,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from corolla.client.daemon import Trainer, forget
 from corolla.client.own import Own
 from corolla.client.worker import Worker
 from corolla.config import RunConfig
-from corolla.errors import ConfigError, DataError, ModelError, WireError
+from corolla.errors import ConfigError, DataError, ModelError, SchemaError, WireError
 from corolla.footprint import Estimate
 from corolla.memory import Memory
 from corolla.packet import Packet
+from corolla.proto import update_pb2
 from corolla.wire import Capabilities, Kind, Reply, Task, pack_task, unpack_reply
 
 Settings = Callable[..., RunConfig]
@@ -113,7 +114,12 @@ def test_the_servers_machine_counts_for_nothing(
     own: Callable[..., Own], settings: Settings, tmp_path: Path
 ) -> None:
     """Paths, device and threads of a server do not reach the device, whatever it sends."""
-    ours = {"model": "/srv/model", "data": "/srv/data.jsonl", "device": "cuda", "threads": 99}
+    ours: dict[str, Any] = {
+        "model": "/srv/model",
+        "data": "/srv/data.jsonl",
+        "device": "cuda",
+        "threads": 99,
+    }
     ours |= {"availability": "/srv/trace.jsonl", "engine": "flower"}
     ours |= {"quantization": "4bit", "gradient_checkpointing": True}
     trainer = Trainer(own(), "cyd")
@@ -121,7 +127,7 @@ def test_the_servers_machine_counts_for_nothing(
     config = trainer._worker[1].config if trainer._worker else settings()
     assert (config.threads, config.device, config.quantization) == (1, "cpu", "none")
     assert config.data == own().data
-    start = {"start": "gradient", "public": "/srv/public.jsonl"}
+    start: dict[str, Any] = {"start": "gradient", "public": "/srv/public.jsonl"}
     assert ask(trainer, hello(settings(), **start)).error == ""
 
 
@@ -219,6 +225,21 @@ def test_a_header_that_cannot_be_read_is_an_error_of_the_call(own: Callable[...,
         Trainer(own(), "cyd")(Packet(b"\xff", b""), always)
 
 
+def test_the_owner_is_told_why_a_task_is_not_done(
+    own: Callable[..., Own], settings: Settings
+) -> None:
+    said: list[str] = []
+    trainer = Trainer(own(), "cyd", None, said.append)
+    assert ask(trainer, hello(settings())).error == ""
+    assert said == []
+    reply = ask(trainer, hello(settings(), strategy="mine.py:Mine"))
+    assert said == [reply.error]
+    newer = update_pb2.Task(schema=wire.SCHEMA + 1, run_id=RUN)
+    with pytest.raises(SchemaError, match="another version of corolla"):
+        trainer(Packet(newer.SerializeToString(), b""), always)
+    assert "another version of corolla" in said[1]
+
+
 def test_wrong_data_and_wrong_models_are_said_at_once(
     own: Callable[..., Own], tmp_path: Path
 ) -> None:
@@ -265,9 +286,12 @@ def test_the_model_stays_between_messages_and_runs(
 ) -> None:
     loads: list[str] = []
     load = models.load
-    monkeypatch.setattr(
-        models, "load", lambda c, labels=(): loads.append(c.model) or load(c, labels)
-    )
+
+    def counted(config: RunConfig, labels: Sequence[str] = ()) -> models.Base:
+        loads.append(config.model)
+        return load(config, labels)
+
+    monkeypatch.setattr(models, "load", counted)
     trainer = Trainer(own(), "cyd")
     config = settings()
     assert len(loads) == 1  # before any message

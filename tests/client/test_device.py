@@ -95,10 +95,20 @@ def test_then_a_lower_rank_where_clients_may_differ() -> None:
 
 
 def test_then_zeroth_order_where_the_strategy_has_it() -> None:
-    own = config(strategy="mixed", rank=128)
-    smallest = own.model_copy(update={"micro_batch_size": 1, "gradient_checkpointing": True})
-    found = chosen(need(smallest) - 1, own)
-    assert found["trainer"] == "zeroth_order"
+    """With short sequences and a high rank, the optimiser is what is left to save."""
+    classes = {"large": {}, "small": {"trainer": "zeroth_order"}}
+    model, short = anatomy.read("embedded"), Batch(8, 32, 8 * 31)
+    for strategy, changes in (("mixed", {"classes": classes}), ("fedavg", {})):
+        own = config(strategy=strategy, rank=64, **changes)
+        least = {"micro_batch_size": 1, "gradient_checkpointing": True}
+        smallest = own.model_copy(update=least)
+        budget = footprint.client(model, smallest, "first_order", short).total - 1
+        if strategy == "mixed":
+            found = device.choose(budget, model, own, short, trainer="first_order")
+            assert found.overrides["trainer"] == "zeroth_order"
+        else:
+            with pytest.raises(ConfigError, match="too little"):
+                device.choose(budget, model, own, short)
 
 
 def test_a_budget_that_nothing_fits_says_what_is_needed() -> None:

@@ -95,9 +95,9 @@ def test_a_child_is_ended_by_its_id_and_killed_if_it_must(
 def test_deaths_make_pauses_longer(tmp_path: Path) -> None:
     with child(tmp_path, "") as made:
         wait_for(lambda: made.ended() is not None)
-        assert not made.resting
+        resting = made.resting
         first = made.rest()
-        assert made.resting
+        assert (resting, made.resting) == (False, True)
         assert made.rest() <= first <= 1.0
         for _ in range(4):
             made.start([sys.executable, "-c", ""])
@@ -175,6 +175,14 @@ def test_a_trainer_that_cannot_start_ends_it_before_it_connects(
         started.run()
     assert caught.value.exit_code == kind
     assert not (link.state / "supernode.log").exists()
+
+
+def test_what_a_trainer_notes_is_told_once(link: Link) -> None:
+    said: list[str] = []
+    heard = Node(link, [], {}, said.append)
+    for line in ("noise", "note: too little memory", "note: too little memory", "note: other"):
+        heard._of_trainer(line)
+    assert said == ["too little memory", "other"]
 
 
 def test_a_bundle_of_a_server_has_no_program_of_ours(link: Link) -> None:

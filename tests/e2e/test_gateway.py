@@ -39,7 +39,7 @@ def test_a_gateway_is_a_member_whose_phones_train_as_clients_of_their_names(
     options = f"{RUN} --data {tmp_path / 'all.jsonl'}"
     simulated = tmp_path / "simulated"
     command = ["simulate", *options.split(), "--out", str(simulated)]
-    assert run(command).returncode == 0
+    assert run(command).exit_code == 0
     more = "--min-clients 1 --set deadline=120 --set wait=300"
     with (
         running_server(tmp_path, f"{options} {more}") as server,
@@ -81,7 +81,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[gateways.World]:
         ({"--root-certificates": "others/ca.pem"}, 2, "not signed by --root-certificates"),
         ({"--token-file": "none"}, 2, "No such file"),
         ({"--token-file": "rows.jsonl"}, 2, "holds no token"),
-        ({"--data": "none.jsonl"}, 1, "none.jsonl"),
+        ({"--data": "none.jsonl"}, 2, "none.jsonl"),
         ({"--name": "a/b"}, 2, "--name: a device's name has 1 to 64 characters"),
         ({"--gateway": "https://localhost"}, 2, "--gateway: expected HOST:PORT"),
         ({}, 0, "waiting: no round"),

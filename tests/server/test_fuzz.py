@@ -208,13 +208,14 @@ def test_mutated_calls_of_a_phone_end_neither_a_gateway_nor_its_round(tmp_path: 
         beat = device_pb2.HeartbeatRequest(lease=bad.id)
         wish = device_pb2.DownloadRequest(sha256=bad.payload.sha256)
         hello = device_pb2.CheckInRequest(protocol=calls.PROTOCOL, device="p1", num_examples=5)
-        for message, call in (
+        sent: list[tuple[Any, Callable[[Any, Token], object]]] = [
             (chunk, gateway.upload),
             (report, gateway.report),
             (beat, gateway.heartbeat),
             (hello, gateway.check_in),
             (wish, lambda request, token: gateway.download(request)),
-        ):
+        ]
+        for message, call in sent:
             kind = type(message)
             data = mutations.message(rng, message.SerializeToString(), kind)
             with suppress(WireError, PermissionError, KeyError, DecodeError):

@@ -109,3 +109,15 @@ def test_a_noted_process_is_found_again_but_never_another_with_its_id(tmp_path: 
         note.write_text(text)
         assert processes.noted_process(note) is None
     processes.end(None)
+
+
+def test_a_zombie_counts_as_ended(tmp_path: Path) -> None:
+    """Flower's executor never waits for a ServerApp: it stays a zombie for as long as that runs."""
+    with subprocess.Popen(SLEEP, stdout=subprocess.PIPE) as child:
+        processes.note_process(tmp_path / "child.json", child.pid)
+        found = processes.noted_process(tmp_path / "child.json")
+        began = time.monotonic()
+        processes.end(found, 30)
+        assert time.monotonic() - began < 10
+        assert processes.noted_process(tmp_path / "child.json") is None
+        assert psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE

@@ -1,0 +1,118 @@
+"""What `corolla plan` says is what then happens."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from corolla import planning
+from corolla.cli import app
+from corolla.config import load
+from corolla.simulation import simulate
+
+SMALL = ["clients=4", "cohort=2", "rounds=2", "local-steps=2", "batch-size=4", "eval-examples=8"]
+SMALL += ["eval-clients=2", "eval-client-examples=4", "max-length=64", "threads=1"]
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    done = CliRunner().invoke(app, ["plan", *arguments])
+    return done.exit_code, done.output
+
+
+def options(settings: Sequence[str]) -> list[str]:
+    return [part for setting in settings for part in ("--set", setting)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [],
+        ["strategy=flora", 'codec=["int8"]', 'codec-down=["fp16"]'],
+        ["strategy=rolora"],
+        ["strategy=seed_pool"],
+    ],
+)
+def test_bytes_are_those_of_the_run(tmp_path: Path, changes: list[str]) -> None:
+    config = load(None, {}, [*SMALL, *changes])
+    found = planning.plan(config)
+    summary = simulate(config, tmp_path / "run")
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    if found.at_most:
+        assert summary.bytes_up <= found.total_up
+    else:
+        assert summary.bytes_up == found.total_up == sum(line["formula_up"] for line in lines)
+        for line in lines:
+            assert found.up[0] <= line["bytes_up"] / line["clients"] <= found.up[1]
+    assert summary.bytes_down <= found.total_down <= 2 * summary.bytes_down + 100_000
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (found.clients, found.cohort) == (info["num_clients"], info["cohort"])
+
+
+@pytest.mark.parametrize("name", ["first order, length x 4", "zeroth order"])
+def test_memory_is_right_within_a_fifth(name: str) -> None:
+    """The peak of a real process that loads the embedded model and trains."""
+    script = [sys.executable, "-m", "experiments.bench.memory", "--child", name, "--steps", "3"]
+    done = subprocess.run(script, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["measured"] > 4e8, "a process with torch in it"
+    assert found["predicted"] == pytest.approx(found["measured"], rel=0.2)
+    # Most of that is libraries: what training adds must be in the right order, too.
+    added = [found[how] - found["terms"]["libraries"] for how in ("predicted", "measured")]
+    assert 0.5 < added[0] / added[1] < 2
+
+
+def test_the_table_has_every_promise() -> None:
+    code, output = run(*options(SMALL), "--memory", "2GB")
+    assert code == 0
+    for part in ("sent by a client", "received a round", "in all", "memory of a client"):
+        assert part in output
+    for part in ("memory of a simulation", "within 2.0 GB", "estimated", "no differential privacy"):
+        assert part in output
+
+
+def test_json_is_plain(tmp_path: Path) -> None:
+    code, output = run(*options(SMALL), "--json", "--memory", "700MB")
+    assert code == 0
+    found = json.loads(output)
+    assert found["epsilon"] is None
+    for own in found["memory"].values():
+        assert own["total"] == sum(own["terms"].values())
+    assert found["budget"]["client"]["total"] <= 700_000_000
+    assert found["estimated_seconds"]["client_round"] > 0
+    assert found["bytes_per_client_round"]["up"] == [299_008, 299_008]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "why"),
+    [
+        (["--memory", "much"], 2, "--memory: expected a size such as 2GB"),
+        (["--memory", "100MB"], 2, "the least is"),
+        (["--model", "./nowhere"], 1, "not on this machine"),
+        (["--data", "nowhere.jsonl"], 1, "cannot read data file"),
+        (["--set", "max-length=100000"], 2, "512 positions"),
+        (["--cohort", "1000"], 2, "cohort 1000 is larger"),
+        (["--strategy", "fedsomething"], 2, "unknown strategy"),
+    ],
+)
+def test_wrong_inputs_get_one_line(arguments: list[str], code: int, why: str) -> None:
+    found, output = run(*arguments)
+    assert found == code
+    assert why in output
+    assert output.startswith("error: ") and output.count("\n") == 1
+
+
+def test_nothing_of_the_model_is_loaded(tmp_path: Path, tiny_model: Path) -> None:
+    """Weights that end after the header cannot be loaded; the plan does not mind."""
+    for file in tiny_model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    length = 8 + int.from_bytes(whole[:8], "little")
+    (tmp_path / "model.safetensors").write_bytes(whole[:length])
+    code, output = run("--model", str(tmp_path), *options(SMALL), "--json")
+    assert code == 0, output
+    assert json.loads(output)["parameters"] > 1000

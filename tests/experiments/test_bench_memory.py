@@ -1,0 +1,47 @@
+"""The benchmark runs and reports what it promises. No number of it is judged here."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from experiments.bench import memory as bench
+
+
+@pytest.fixture
+def options(tiny_model: Path) -> bench.Options:
+    return bench.Options(str(tiny_model), batch=4, length=16, rank=2, steps=1)
+
+
+def test_every_case_has_a_prediction_and_a_measurement(options: bench.Options) -> None:
+    found = bench.clients(options, measure=bench.memory_of)
+    assert [row["case"] for row in found.rows] == list(bench.CASES)
+    for row in found.rows:
+        assert all(float(row[how]) > 100 for how in ("predicted", "measured")), row
+    for ratio in found.ratios:
+        apart = ratio["predicted / measured - 1"]
+        assert isinstance(apart, float) and math.isfinite(apart)
+        assert ratio["met"] == (abs(apart) <= 0.2)
+
+
+def test_cases_by_number(options: bench.Options) -> None:
+    asked: list[str] = []
+
+    def measure(name: str, given: bench.Options) -> bench.Measured:
+        asked.append(name)
+        return {"measured": 10.0, "predicted": 13.0}
+
+    few = bench.Options(**{**vars(options), "cases": "1,7"})
+    found = bench.clients(few, measure=measure)
+    assert asked == ["first order", "zeroth order"]
+    assert found.ratios[0]["met"] is False
+    assert found.ratios[0]["predicted / measured - 1"] == pytest.approx(0.3)
+
+
+def test_constants_are_measured_in_processes_of_their_own(tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    assert bench.main(["constants", "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["sections"]["constants"]["rows"]
+    assert [row["case"] for row in rows] == ["LIBRARIES, MB", "TOKENIZER, bytes a byte"]
+    assert 200 < rows[0]["measured"] < 4000
