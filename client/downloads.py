@@ -77,8 +77,9 @@ def _fetch_file(
         while file.tell() < blob.size:
             at = file.tell()
             expected = chunks[at // CHUNK] if chunks else None
-            piece = file.read(CHUNK)
-            if len(piece) < min(CHUNK, blob.size - at) or not _is(piece, expected):
+            size = min(CHUNK, blob.size - at)
+            piece = file.read(size)
+            if len(piece) < size or not _is(piece, expected):
                 file.truncate(at)
                 piece = _chunk(blob, at, expected, download)
                 file.seek(at)

@@ -67,11 +67,11 @@ class Attempts:
                 self._note_verdicts(round, attempt, error.verdicts)
                 self.journal.append("abandoned", round=round, attempt=attempt, why=str(error))
                 attempt += 1
-                if attempt < first + config.attempts:
+                if attempt < first + config.attempts and not _diverged(error.verdicts):
                     self._warn(f"{error}; it is tried again")
                     continue
-                many = config.attempts > 1
-                tries = f"; given up after {config.attempts} attempts" if many else ""
+                many = attempt - first > 1
+                tries = f"; given up after {attempt - first} attempts" if many else ""
                 kept = how_to_go_on(self.journal.path.parent)
                 raise RoundError(f"{error}{tries}{kept}") from error
             self._note_verdicts(round, attempt, result.verdicts)
@@ -166,6 +166,12 @@ class Attempts:
     def _warn(self, text: str) -> None:
         self.observer.warned(text)
         _log.warning(text)
+
+
+def _diverged(verdicts: Mapping[str, Verdict]) -> bool:
+    """Whether every client that failed says that the learning rate is too high: others will too."""
+    whys = [verdict.why for verdict in verdicts.values() if not verdict.accepted]
+    return bool(whys) and all("lower lr" in why for why in whys)
 
 
 def how_to_go_on(folder: Path) -> str:

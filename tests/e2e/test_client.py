@@ -164,23 +164,23 @@ def test_whatever_dies_on_a_device_the_run_goes_on_and_it_comes_back(tmp_path: P
             found = journal(out, "verdicts")
             return [line["round"] for line in found if line["verdicts"].get(ADA) == "accepted"]
 
-        wait_for(lambda: accepted(), 120, server.log)
+        wait_for(lambda: accepted(), 300, server.log)
         old = pid_of(state, "trainer")
         psutil.Process(old).kill()  # between two rounds, or in one
         before = accepted()[-1]
-        wait_for(lambda: accepted()[-1] > before, 120, server.log)
+        wait_for(lambda: accepted()[-1] > before, 300, server.log)
         assert pid_of(state, "trainer") != old
         assert "the trainer ended: ended by signal 9" in log.read_text()
 
-        wait_for(lambda: relays(state), 60, log)
+        wait_for(lambda: relays(state), 120, log)
         for process in relays(state):
             process.kill()
         before = accepted()[-1]
-        wait_for(lambda: len(accepted()) and accepted()[-1] > before, 150, server.log)
+        wait_for(lambda: len(accepted()) and accepted()[-1] > before, 300, server.log)
 
         psutil.Process(pid_of(state, "supernode")).send_signal(signal.SIGKILL)
         before = accepted()[-1]
-        wait_for(lambda: accepted()[-1] > before, 150, server.log)
+        wait_for(lambda: accepted()[-1] > before, 300, server.log)
         assert "ended by signal 9" in log.read_text()
         assert "still counts the last connection as alive" in log.read_text()
 

@@ -7,15 +7,17 @@ process from the same rows and seed. Every hash must be the same.
 import json
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from corolla.assets import asset
 from tests.e2e.federation import running_client, running_server
-from tests.e2e.gateways import running_gateway, running_phones
+from tests.e2e.gateways import running_gateway, running_phones, wait_for
 
 pytestmark = pytest.mark.deployment
 
@@ -85,3 +87,39 @@ def test_a_real_federation_ends_in_the_adapter_of_the_simulation(
     lines = [json.loads(line) for line in (server.out / "metrics.jsonl").open()]
     assert [line["round"] for line in lines] == list(range(1, ROUNDS + 1))
     assert all(line["dropped"] == 0 for line in lines)
+
+
+def test_a_partition_costs_rounds_their_absentee_and_nothing_is_committed_twice(
+    tmp_path: Path,
+) -> None:
+    """Fault 24: the SuperNode of one of two clients is stopped for longer than two deadlines.
+
+    Its sockets stay open, nothing comes from it and nothing is read: a partition in both ways.
+    """
+    rows_of_clients(tmp_path)
+    options = (
+        "--strategy fedavg --rounds 6 --local-steps 1 --batch-size 4 --min-clients 2 "
+        "--set threads=1 --set eval-examples=4 --set eval-clients=0 --set max-length=64 "
+        "--set quorum=0.5 --set deadline=20 --set wait=120"
+    )
+    with (
+        running_server(tmp_path, options) as server,
+        running_client(tmp_path, server, EDGES[0], tmp_path / "edge-a.jsonl"),
+        running_client(tmp_path, server, EDGES[1], tmp_path / "edge-b.jsonl"),
+    ):
+        wait_for(lambda: "round 1:" in server.said(), 240, server.log)
+        note = json.loads((tmp_path / f"state-{EDGES[0]}" / "supernode.pid").read_text())
+        cut_off = psutil.Process(note[0])
+        cut_off.suspend()
+        try:
+            time.sleep(45)
+        finally:
+            cut_off.resume()
+        assert server.finish(300) == 0, server.said()
+    journal = [json.loads(line) for line in (server.out / "journal.jsonl").open()]
+    committed = [line["round"] for line in journal if line["event"] == "committed"]
+    assert committed == list(range(1, 7))
+    missing = [line for line in journal if EDGES[0] in line.get("why", {})]
+    assert missing
+    lines = [json.loads(line) for line in (server.out / "metrics.jsonl").open()]
+    assert all(line["seconds"] < 20 + 10 for line in lines)
