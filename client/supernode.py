@@ -118,7 +118,7 @@ def explain(link: Link, code: int, lines: Sequence[str], inside: bool, before: b
             )
         return f"{link.server} does not know this client: {register}"
     if code < 0:
-        return f"ended by signal {-code}" + (": out of memory?" if code == -9 else "")
+        return f"the SuperNode ended by signal {-code}"
     why = diagnose(link.server, link.root_certificates)
     if why:
         return why
@@ -130,7 +130,7 @@ def explain(link: Link, code: int, lines: Sequence[str], inside: bool, before: b
         after = [line.strip() for line in lines[_index(lines, "Exit Code: 305") + 2 :]]
         return f"{link.server} refuses this client: {next((t for t in after if t), 'no reason')}"
     last = next((line.strip() for line in reversed(lines) if line.strip()), "no output")
-    return f"ended with code {code}: {last[:200]}"
+    return f"the SuperNode ended with code {code}: {last[:200]}"
 
 
 def diagnose(server: str, ca: Path | None, timeout: float = 10.0) -> str:

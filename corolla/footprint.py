@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from corolla.anatomy import Anatomy
+from corolla.anatomy import Anatomy, Shape
 from corolla.config import RunConfig
 from corolla.types import TrainerName
 
@@ -148,11 +148,9 @@ def trained(anatomy: Anatomy, config: RunConfig, labels: int = 0) -> int:
     return sum(math.prod(shape) for shape in trained_shapes(anatomy, config, labels).values())
 
 
-def trained_shapes(
-    anatomy: Anatomy, config: RunConfig, labels: int = 0
-) -> dict[str, tuple[int, ...]]:
+def trained_shapes(anatomy: Anatomy, config: RunConfig, labels: int = 0) -> dict[str, Shape]:
     """Shapes of the tensors that are trained, by name."""
-    head = {"score.weight": (labels, anatomy.hidden)} if labels else {}
+    head: dict[str, Shape] = {"score.weight": (labels, anatomy.hidden)} if labels else {}
     if config.parameters == "lora":
         return {**anatomy.adapter(config.lora, config.target_modules), **head}
     if config.parameters == "prompt":
@@ -160,9 +158,9 @@ def trained_shapes(
     if config.parameters == "ia3":
         found = anatomy.linear(config.target_modules or ("k_proj", "v_proj", "down_proj"))
         sides = {n: s[1] if n.endswith("down_proj") else s[0] for n, s in found.items()}
-        return {f"{name}.ia3": (side,) for name, side in sides.items()} | head
+        return {**{f"{name}.ia3": (side,) for name, side in sides.items()}, **head}
     if config.parameters == "bias":
-        return {n: s for n, s in anatomy.tensors.items() if n.endswith("bias")} | head
+        return {**{n: s for n, s in anatomy.tensors.items() if n.endswith("bias")}, **head}
     if config.parameters == "head":
         return head or {n: s for n, s in anatomy.tensors.items() if n.startswith("lm_head")}
     return {**anatomy.tensors, **head}
@@ -225,7 +223,7 @@ def _layer(anatomy: Anatomy, config: RunConfig, batch: Batch) -> Blocks:
     keys = anatomy.kv_heads * anatomy.head_dim
     shown = queries if batch.padded else keys
     fed = 4 if _gated(anatomy) else 2
-    blocks = [
+    blocks: list[tuple[float, float]] = [
         (anatomy.norms + 2, width * positions * anatomy.hidden),
         (2, width * positions * queries),
         (2, width * positions * shown),

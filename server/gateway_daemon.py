@@ -19,7 +19,7 @@ from corolla.errors import CorollaError
 from corolla.server.gateway import Gateway, Settings
 from corolla.server.leases import Policy
 from corolla.server.phones import serve_phones
-from corolla.server.tokens import read_tokens
+from corolla.server.tokens import TokenFile
 
 _CALLERS = 4
 """Tasks that are heard at a time: one that takes another's place must get through."""
@@ -63,7 +63,7 @@ def main(socket: Path) -> int:
     when_orphaned(lambda: os._exit(0))
     try:
         logs.configure(order.gateway.state / "gateway.jsonl")
-        tokens = read_tokens(order.tokens)
+        tokens = TokenFile(order.tokens)
         gateway = Gateway(order.gateway)
         _, port = serve_phones(gateway, tokens, order.listen, order.certificate, order.key)
         server = rpc.serve_trainer(gateway.answer, socket, workers=_CALLERS)

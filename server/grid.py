@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import httpx
 from flwr.app import Message
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
 from corolla import logs, wire
@@ -125,9 +126,9 @@ class GridNetwork:
                 yield node, None
         while waiting and time.monotonic() < deadline:
             for message in self._pull(list(waiting)):
-                node = waiting.pop(message.metadata.reply_to_message_id or "", None)
-                if node is not None:
-                    yield node, _packet(message, packets[node])
+                answered = waiting.pop(message.metadata.reply_to_message_id or "", None)
+                if answered is not None:
+                    yield answered, _packet(message, packets[answered])
             if waiting:
                 self._pause()
         yield from ((node, None) for node in waiting.values())
@@ -135,7 +136,7 @@ class GridNetwork:
     def _greet(self) -> set[int]:
         """Ask nodes that are not known who they are, read what has come; the nodes online."""
         now = time.monotonic()
-        infos = self._call(lambda: list(self.grid.get_nodes()), [])
+        infos: list[NodeInfo] = self._call(lambda: list(self.grid.get_nodes()), [])
         keys = {int(info.node_id): bytes(info.public_key) for info in infos}
         busy = {node for node, _ in self._asked.values()}
         known = {node for node, _, _ in self._members.values()} | busy

@@ -1,6 +1,7 @@
 """Long-lived child processes: started again when they die, found after a kill, ended by id."""
 
 import json
+import re
 import socket
 import subprocess
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _GRACE = 15.0
 """Seconds in which a process that is told to end may do so."""
 _LASTED = 120.0
@@ -75,7 +77,8 @@ class Process:
             lines = self.log.read_text(errors="replace").splitlines()
         except OSError:
             return ""
-        return next((line.strip()[-300:] for line in reversed(lines) if line.strip()), "")
+        told = (_COLOUR.sub("", line).strip() for line in reversed(lines))
+        return next((line[-300:] for line in told if line and "EXPERIMENTAL" not in line), "")
 
 
 def free_port() -> int:

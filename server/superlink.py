@@ -172,7 +172,12 @@ class Control:
 
     def status(self, run: int) -> tuple[str, str]:
         """(pending, starting, running, or finished:completed|failed|stopped; what Flower adds)."""
-        status = self._client.ListRuns(ListRunsRequest(run_id=run)).run_dict[run].status
+        try:
+            status = self._client.ListRuns(ListRunsRequest(run_id=run)).run_dict[run].status
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code == httpx.codes.NOT_FOUND:
+                return "finished:failed", "the SuperLink has lost its database"
+            raise
         told = f"{status.status}:{status.sub_status}" if status.sub_status else status.status
         return told, status.details
 

@@ -61,7 +61,8 @@ class Supervisor:
     say: Callable[[str], None]
     _keys: dict[Path, float] = field(default_factory=dict)
     """Files that have been looked at, and when they were written."""
-    _registered: int = 0
+    _registered: set[str] = field(default_factory=set)
+    _noted: dict[str, int] = field(default_factory=dict)
     _told: int = 0
     _run: int | None = None
     _tries: int = 0
@@ -161,7 +162,7 @@ class Supervisor:
 
     def _tell_ready(self, place: Place, front: Front | None) -> None:
         where = f"at {front.address}" if front else "behind your proxy"
-        self.say(f"clients can join {where}; {self._registered} keys are registered")
+        self.say(f"clients can join {where}; {len(self._registered)} keys are registered")
         ports = {"address": front.address if front else "", "superlink": place.port}
         write_atomic(place.home / "place.json", json.dumps(ports).encode())
 
@@ -170,9 +171,10 @@ class Supervisor:
             if told := child.tend():
                 self.say(told)
                 _log.warning("child ended", child=child.name, why=told)
-            if child.pid is not None:
+            if child.pid is not None and self._noted.get(child.name) != child.pid:
                 path = self.folder / "flower" / f"{child.name}.json"
                 processes.note_process(path, child.pid)
+                self._noted[child.name] = child.pid
         if front and not front.alive:
             raise RoundError(f"the front has ended: see {self.folder / 'logs'}")
 
@@ -190,7 +192,7 @@ class Supervisor:
                 self.say(f"left out: {error}")
                 _log.warning("key left out", why=str(error))
             else:
-                self._registered += 1
+                self._registered.add(path.stem)
                 if new:
                     _log.info("key registered", client=path.stem, key=fingerprint(pem))
             self._keys[path] = written
@@ -221,6 +223,7 @@ class Supervisor:
         self.say(f"the run goes on from round {at}: {why}")
         self._end_serverapp()
         (self.folder / PROCESS).unlink(missing_ok=True)
+        self._keys.clear()  # where the SuperLink has lost its database, they are new to it
         control.stop_others()
         self._run = control.submit()
 

@@ -2,16 +2,17 @@
 
 import hashlib
 import hmac
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from corolla import calls
+from corolla import calls, logs
 from corolla.errors import ConfigError, WireError
 
 SHORTEST = 16
 LONGEST = 256
 _BEARER = "Bearer "
+_log = logs.logger("tokens")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,35 @@ def read_tokens(path: Path) -> Mapping[str, Token]:
     return found
 
 
+class TokenFile(Mapping[str, Token]):
+    """The tokens of a file as it is now; while what is written there is wrong, as it was before."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ConfigError."""
+        self._path, self._seen = path, _written(path)
+        self._tokens = read_tokens(path)
+
+    def __getitem__(self, owner: str) -> Token:
+        self._read_again()
+        return self._tokens[owner]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tokens)
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def _read_again(self) -> None:
+        now = _written(self._path)
+        if now == self._seen:
+            return
+        self._seen = now
+        try:
+            self._tokens = read_tokens(self._path)
+        except ConfigError as error:
+            _log.warning("tokens left as they were", why=str(error))
+
+
 def who(tokens: Mapping[str, Token], authorization: str) -> Token | None:
     """Whose "Bearer <token>" this is; None for nobody's.
 
@@ -71,3 +101,12 @@ def who(tokens: Mapping[str, Token], authorization: str) -> Token | None:
 
 def _owner(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()[:32]
+
+
+def _written(path: Path) -> tuple[int, int]:
+    """When a file was written, and its size; a file that is gone: zeros."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return 0, 0
+    return stat.st_mtime_ns, stat.st_size

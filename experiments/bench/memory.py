@@ -25,6 +25,7 @@ from corolla.directions import SignPool
 from corolla.footprint import Batch, Estimate
 from corolla.lora import LoraModel
 from corolla.simulation import simulate
+from experiments.bench import zeroth_order
 from experiments.bench.zeroth_order import Section, command, peak, resident, sequences
 
 BAR = 0.2
@@ -123,8 +124,7 @@ def _train(config: RunConfig, batch: Batch) -> None:
     models.set_threads(config)
     base = models.load(config)
     model = trainable.build(config, base)
-    drawn = Options(model=config.model, batch=batch.sequences, length=batch.tokens)
-    data = sequences(base, drawn)
+    data = sequences(base, zeroth_order.Options(batch=batch.sequences, length=batch.tokens))
     start = model.init(config.lora, 0)
     if config.trainer_of("") == "first_order":
         assert isinstance(model, LoraModel)

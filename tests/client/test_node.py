@@ -219,8 +219,8 @@ Upgrade your Flower version to the required version, or contact the server admin
         (1, REFUSED.format(code=2004, text="Failed"), False, True, "for up to a minute"),
         (1, VERSION, False, False, "received SuperNode version 1.41.0"),
         (1, "[Errno 98] error while attempting: address already in use", False, True, "port"),
-        (-9, "", True, True, "ended by signal 9: out of memory?"),
-        (-11, "", True, True, "ended by signal 11"),
+        (-9, "", True, True, "the SuperNode ended by signal 9"),
+        (-11, "", True, True, "the SuperNode ended by signal 11"),
         (0, "SuperNode terminated gracefully.", True, True, "does not answer: Connection refused"),
     ],
 )

@@ -1,5 +1,7 @@
 import hashlib
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +146,27 @@ def test_state_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot use"):
         own.identity(tmp_path / "file" / "state")
+
+
+def command(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "corolla", "client", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_command_makes_a_key_and_says_where_it_is(tmp_path: Path) -> None:
+    done = command("--make-key", "--state", str(tmp_path / "state"))
+    path, fingerprint = done.stdout.split()
+    assert (done.returncode, Path(path).name) == (0, "client.pub")
+    assert own.identity(tmp_path / "state") == (
+        own.Identity(tmp_path / "state" / "client.key", Path(path), fingerprint),
+        False,
+    )
+
+
+def test_the_command_says_what_is_missing_before_it_loads_anything() -> None:
+    done = command("--server", "host:1")
+    assert (done.returncode, done.stderr) == (2, "error: --data is missing\n")

@@ -88,7 +88,7 @@ def gguf(path: Path) -> Path:
         number("attention.head_count", 4),
         number("attention.head_count_kv", 2),
     ]
-    tensors = [("token_embd.weight", (8, 3))]
+    tensors: list[tuple[str, tuple[int, ...]]] = [("token_embd.weight", (8, 3))]
     for i in (0, 1):
         tensors += [(f"blk.{i}.attn_q.weight", (8, 8)), (f"blk.{i}.attn_k.weight", (8, 4))]
         tensors += [(f"blk.{i}.attn_norm.weight", (8,)), (f"blk.{i}.ffn_down.weight", (12, 8))]

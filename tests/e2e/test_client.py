@@ -181,7 +181,7 @@ def test_whatever_dies_on_a_device_the_run_goes_on_and_it_comes_back(tmp_path: P
         psutil.Process(pid_of(state, "supernode")).send_signal(signal.SIGKILL)
         before = accepted()[-1]
         wait_for(lambda: accepted()[-1] > before, 300, server.log)
-        assert "ended by signal 9" in log.read_text()
+        assert "the SuperNode ended by signal 9" in log.read_text()
         assert "still counts the last connection as alive" in log.read_text()
 
         committed = [line["round"] for line in journal(out, "committed")]

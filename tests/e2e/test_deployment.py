@@ -49,6 +49,10 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 @pytest.mark.parametrize("strategy", ["flora", "seed_pool"])
 def test_a_real_federation_ends_in_the_adapter_of_the_simulation(
     strategy: str, tmp_path: Path
@@ -84,7 +88,7 @@ def test_a_real_federation_ends_in_the_adapter_of_the_simulation(
     assert found["num_clients"] == len(EDGES) + 1
     assert found["state_sha256"] == expected["state_sha256"]
     assert found["adapter_sha256"] == expected["adapter_sha256"]
-    lines = [json.loads(line) for line in (server.out / "metrics.jsonl").open()]
+    lines = lines_of(server.out / "metrics.jsonl")
     assert [line["round"] for line in lines] == list(range(1, ROUNDS + 1))
     assert all(line["dropped"] == 0 for line in lines)
 
@@ -116,10 +120,10 @@ def test_a_partition_costs_rounds_their_absentee_and_nothing_is_committed_twice(
         finally:
             cut_off.resume()
         assert server.finish(300) == 0, server.said()
-    journal = [json.loads(line) for line in (server.out / "journal.jsonl").open()]
+    journal = lines_of(server.out / "journal.jsonl")
     committed = [line["round"] for line in journal if line["event"] == "committed"]
     assert committed == list(range(1, 7))
     missing = [line for line in journal if EDGES[0] in line.get("why", {})]
     assert missing
-    lines = [json.loads(line) for line in (server.out / "metrics.jsonl").open()]
+    lines = lines_of(server.out / "metrics.jsonl")
     assert all(line["seconds"] < 20 + 10 for line in lines)

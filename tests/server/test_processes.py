@@ -59,7 +59,7 @@ def test_a_child_that_dies_is_said_once_and_started_again(make: Made) -> None:
 
 def test_pauses_grow_with_every_death(make: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(processes.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(f"{processes.__name__}.time.monotonic", lambda: now[0])
     child = make([sys.executable, "-S", "-c", "pass"])
     pauses = []
     for _ in range(8):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from corolla.errors import ConfigError
-from corolla.server.tokens import read_tokens, who
+from corolla.server.tokens import TokenFile, read_tokens, who
 
 A, B = "a" * 32, "b" * 32
 
@@ -73,3 +73,18 @@ def test_a_file_that_is_not_there_or_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(ConfigError, match="it is no text"):
         read_tokens(tmp_path / "binary")
+
+
+def test_a_file_that_changes_is_read_again_and_a_wrong_one_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "tokens"
+    path.write_text("a" * 16 + "\n")
+    tokens = TokenFile(path)
+    assert who(tokens, "Bearer " + "a" * 16)
+    assert who(tokens, "Bearer " + "b" * 20) is None
+    path.write_text("b" * 20 + "\n")
+    assert who(tokens, "Bearer " + "a" * 16) is None
+    assert who(tokens, "Bearer " + "b" * 20)
+    path.write_text("short\n")
+    assert who(tokens, "Bearer " + "b" * 20)
+    path.unlink()
+    assert who(tokens, "Bearer " + "b" * 20)
