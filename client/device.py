@@ -195,7 +195,8 @@ def fit(
     known = anatomy.read(model)
     longest = min(config.max_length, known.positions or config.max_length)
     batch = Batch(config.batch_size, longest, config.batch_size * (longest - 1))
-    choice = choose(budget, known, config, batch, labels=labels, alone=True)
+    scored = Batch(8, longest, 8 * (longest - 1))
+    choice = choose(budget, known, config, batch, evaluated=scored, labels=labels, alone=True)
     return choice.overrides, choice.estimate
 
 

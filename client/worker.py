@@ -245,7 +245,9 @@ class Worker:
         self.model.show(adapter, lora)
         if self.traits.personal:
             self.model.save(self.memory.kept_folder(client) / "adapter", adapter, lora)
-        metrics = score(self.model.model, data, self.model.base.pad_id, self.model.device)
+        at_a_time = min(8, self.config.micro_batch_size or 8)  # what training fits in, this does
+        base, device = self.model.base, self.model.device
+        metrics = score(self.model.model, data, base.pad_id, device, at_a_time)
         return replace(blank, num_examples=len(data), metrics=metrics)
 
     def _tokens(self, client: str) -> tuple[list[Encoded], int]:

@@ -119,6 +119,8 @@ def client(
     if kept is not None:
         terms["state and updates"] = kept
     if evaluated:
+        if kept is None:  # a client scores as it trains; a server does not know its limits
+            evaluated = evaluated.limited(config.micro_batch_size or evaluated.sequences)
         moments = _evaluating(anatomy, config, evaluated, labels, verified=kept is not None)
         terms["evaluation, beyond training"] = max(
             _beyond([*activations, *logits], moment, sparing) for moment in moments

@@ -54,11 +54,11 @@ class _TooLargeError(Exception):
 class Front:
     """Serves in a thread of its own until `stop`."""
 
-    def __init__(self, address: str, certs: Path, port: int, ca: Path) -> None:
+    def __init__(self, door: socket.socket, certs: Path, port: int, ca: Path) -> None:
         """TLS on `address` with server.pem of `certs`; calls go on to loopback `port`, signed by
         `ca`. Raises ConfigError when the address cannot be had.
         """
-        self._socket = _bind(address)
+        self._socket = door
         host, bound = self._socket.getsockname()[:2]
         self.address = f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
         config = uvicorn.Config(
@@ -98,7 +98,8 @@ class Front:
         self._socket.close()
 
 
-def _bind(address: str) -> socket.socket:
+def listen(address: str) -> socket.socket:
+    """HOST:PORT, held from now on. Raises ConfigError when it cannot be had."""
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
     if not host or not port.isdecimal() or int(port) > 65535:

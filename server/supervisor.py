@@ -9,6 +9,7 @@ its journal and its checkpoints are those of the ServerApp (server/app.py).
 import fcntl
 import json
 import secrets
+import socket
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -25,7 +26,7 @@ from corolla.errors import ConfigError, CorollaError, RoundError, StoppedError
 from corolla.server import metrics, processes, superlink
 from corolla.server.attempts import how_to_go_on
 from corolla.server.checkpoint import write_atomic
-from corolla.server.front import Front, fingerprint
+from corolla.server.front import Front, fingerprint, listen
 from corolla.server.order import (
     OUTCOME,
     PROCESS,
@@ -68,7 +69,7 @@ class Supervisor:
     _tries: int = 0
     _committed: int = 0
 
-    def run(self, order: Order) -> None:
+    def run(self, order: Order, door: socket.socket | None) -> None:
         """Raises StoppedError after a signal, and CorollaError for what ends the run."""
         folder = self.folder
         for name in ("flower", "logs"):
@@ -88,7 +89,7 @@ class Supervisor:
                 served = metrics.serve(folder, self.settings.metrics_port)
                 ends.callback(served.stop)
                 self.say(f"metrics at http://127.0.0.1:{served.port}/metrics")
-            front = self._front(place)
+            front = self._front(place, door)
             link, executor = place.processes()
             ends.callback(link.stop)
             ends.callback(executor.stop)
@@ -131,12 +132,11 @@ class Supervisor:
             stop.wait(_POLL)
         raise StoppedError(self._kept())
 
-    def _front(self, place: Place) -> Front | None:
-        own = self.settings
-        if not own.address:
+    def _front(self, place: Place, door: socket.socket | None) -> Front | None:
+        if door is None:
             self.say(f"no front: pass Fleet calls on to https://127.0.0.1:{place.port}")
             return None
-        return Front(own.address, own.certs or Path(), place.port, place.ca)
+        return Front(door, self.settings.certs or Path(), place.port, place.ca)
 
     def _end_stale(self) -> None:
         """Processes that an earlier supervisor, killed, has left in this folder."""
@@ -300,13 +300,16 @@ def begin(
         certs.check(settings.certs)
     if resume:
         order = read_order(folder)
-    else:
-        prepare_folder(folder, resume=False)
-        order = Order(
-            secrets.token_hex(16),
-            config.model_dump(mode="json"),
-            keep_updates,
-            settings.min_clients,
-            str(Path.cwd()),
-        )
-    Supervisor(folder.resolve(), settings, say).run(order)
+    # Held before anything is written: an address that is taken leaves no folder behind.
+    with ExitStack() as ends:
+        door = ends.enter_context(listen(settings.address)) if settings.address else None
+        if not resume:
+            prepare_folder(folder, resume=False)
+            order = Order(
+                secrets.token_hex(16),
+                config.model_dump(mode="json"),
+                keep_updates,
+                settings.min_clients,
+                str(Path.cwd()),
+            )
+        Supervisor(folder.resolve(), settings, say).run(order, door)

@@ -117,7 +117,7 @@ def test_a_budget_that_nothing_fits_says_what_is_needed() -> None:
 
 
 def test_a_device_changes_only_what_concerns_nobody_else() -> None:
-    budget = need(config(strategy="flora")) - 1
+    budget = need(config(strategy="flora", micro_batch_size=4))
     overrides, estimate = device.fit(config(strategy="flora"), "embedded", budget)
     assert overrides.keys() <= {"micro_batch_size", "gradient_checkpointing"}
     assert overrides and estimate.total <= budget

@@ -113,7 +113,7 @@ def test_a_certificate_that_has_expired_is_named_with_its_dates(tmp_path: Path) 
     certs.make(tmp_path, ["a"], days=0)
     found = x509.load_pem_x509_certificate((tmp_path / "server.pem").read_bytes())
     assert found.not_valid_after_utc <= datetime.now(UTC) + timedelta(seconds=1)
-    with pytest.raises(ConfigError, match="is valid from .* today is"):
+    with pytest.raises(ConfigError, match=r"is valid from .* today is"):
         certs.check(tmp_path)
 
 

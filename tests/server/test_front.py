@@ -19,7 +19,7 @@ import pytest
 
 from corolla import certs, logs
 from corolla.errors import ConfigError
-from corolla.server.front import FLEET, MAX_BODY, Front
+from corolla.server.front import FLEET, MAX_BODY, Front, listen
 from corolla.server.processes import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,7 +93,7 @@ def front(upstream: Upstream, tmp_path: Path, request: pytest.FixtureRequest) ->
         with nginx(tmp_path, port) as address:
             yield Door(address)
         return
-    made = Front("127.0.0.1:0", tmp_path / "outer", port, tmp_path / "inner" / "ca.pem")
+    made = Front(listen("127.0.0.1:0"), tmp_path / "outer", port, tmp_path / "inner" / "ca.pem")
     made.start()
     yield Door(made.address)
     made.stop()
@@ -250,7 +250,9 @@ def test_a_superlink_that_is_away_is_502(upstream: Upstream, tmp_path: Path) -> 
     with socket.socket() as nobody:  # bound and not listening
         nobody.bind(("127.0.0.1", 0))
         port = int(nobody.getsockname()[1])
-        front = Front("127.0.0.1:0", tmp_path / "outer", port, tmp_path / "inner" / "ca.pem")
+        front = Front(
+            listen("127.0.0.1:0"), tmp_path / "outer", port, tmp_path / "inner" / "ca.pem"
+        )
         front.start()
         try:
             context = ssl.create_default_context(cafile=str(tmp_path / "outer" / "ca.pem"))
@@ -265,7 +267,7 @@ def test_a_superlink_with_another_certificate_is_not_spoken_to(
 ) -> None:
     certs.make(tmp_path / "other", [])
     port = int(upstream.server_address[1])
-    front = Front("127.0.0.1:0", tmp_path / "other", port, tmp_path / "other" / "ca.pem")
+    front = Front(listen("127.0.0.1:0"), tmp_path / "other", port, tmp_path / "other" / "ca.pem")
     front.start()
     try:
         context = ssl.create_default_context(cafile=str(tmp_path / "other" / "ca.pem"))
@@ -285,9 +287,7 @@ def test_without_tls_or_the_ca_there_is_no_answer(front: Door, upstream: Upstrea
     assert upstream.seen == []
 
 
-def test_an_address_that_is_taken_or_none_is_one_line(tmp_path: Path) -> None:
-    certs.make(tmp_path / "outer", [])
-    certs.make(tmp_path / "inner", [])
+def test_an_address_that_is_taken_or_none_is_one_line() -> None:
     taken = socket.create_server(("127.0.0.1", 0))
     for address, found in (
         (f"127.0.0.1:{taken.getsockname()[1]}", "Address already in use"),
@@ -297,7 +297,7 @@ def test_an_address_that_is_taken_or_none_is_one_line(tmp_path: Path) -> None:
         ("127.0.0.1:http", "expected HOST:PORT"),
     ):
         with pytest.raises(ConfigError, match=found) as caught:
-            Front(address, tmp_path / "outer", 1, tmp_path / "inner" / "ca.pem")
+            listen(address)
         assert "\n" not in str(caught.value)
     taken.close()
 
