@@ -55,8 +55,8 @@ class Front:
     """Serves in a thread of its own until `stop`."""
 
     def __init__(self, door: socket.socket, certs: Path, port: int, ca: Path) -> None:
-        """TLS on `address` with server.pem of `certs`; calls go on to loopback `port`, signed by
-        `ca`. Raises ConfigError when the address cannot be had.
+        """TLS at `door` with server.pem of `certs`; calls go on to loopback `port`, whose
+        certificate `ca` must have signed. Raises ConfigError for files that cannot be used.
         """
         self._socket = door
         host, bound = self._socket.getsockname()[:2]

@@ -106,11 +106,12 @@ class GridNetwork:
         yield from ((client, None) for client in packets if client not in known)
         clients = {self._members[client][0]: client for client in known}
         asked = {self._members[client][0]: packet for client, packet in known.items()}
-        for node, packet in self._exchange(asked):
-            yield clients[node], packet
+        yield from self._exchange(clients, asked)
 
-    def _exchange(self, packets: Mapping[int, Packet]) -> Iterator[tuple[int, Packet | None]]:
-        """Send to nodes, yield (node, reply) as they come until all have or the deadline is over.
+    def _exchange(
+        self, clients: Mapping[int, str], packets: Mapping[int, Packet]
+    ) -> Iterator[tuple[str, Packet | None]]:
+        """Send to nodes, yield (client, reply) as they come until all have or time is over.
 
         Flower's own failures become error replies. A failure names the message it answers, not
         always the node that failed, hence the map of message ids.
@@ -123,15 +124,15 @@ class GridNetwork:
             if message.metadata.message_id in sent:
                 waiting[message.metadata.message_id] = node
             else:
-                yield node, None
+                yield clients[node], None
         while waiting and time.monotonic() < deadline:
             for message in self._pull(list(waiting)):
                 answered = waiting.pop(message.metadata.reply_to_message_id or "", None)
                 if answered is not None:
-                    yield answered, _packet(message, packets[answered])
+                    yield clients[answered], _packet(message, packets[answered], clients[answered])
             if waiting:
                 self._pause()
-        yield from ((node, None) for node in waiting.values())
+        yield from ((clients[node], None) for node in waiting.values())
 
     def _greet(self) -> set[int]:
         """Ask nodes that are not known who they are, read what has come; the nodes online."""
@@ -150,7 +151,7 @@ class GridNetwork:
         for message in self._pull(list(self._asked)) if self._asked else ():
             answered = self._asked.pop(message.metadata.reply_to_message_id or "", None)
             if answered is not None:
-                self._learn(answered[0], _packet(message, pack_task(self.hello)), keys)
+                self._learn(answered[0], _packet(message, pack_task(self.hello), ""), keys)
         for late in [m for m, (_, until) in self._asked.items() if now > until]:
             self._refuse(self._asked.pop(late)[0], "no answer to hello")
         return set(keys)
@@ -249,7 +250,7 @@ def _stored(path: Path | None) -> dict[str, str]:
     return loaded
 
 
-def _packet(message: Message, asked: Packet) -> Packet:
+def _packet(message: Message, asked: Packet, client: str) -> Packet:
     """The packet of a reply; what is no packet becomes an error reply to the task it answers."""
     try:
         if not message.has_error():
@@ -260,7 +261,7 @@ def _packet(message: Message, asked: Packet) -> Packet:
         reason = str(error)
     task = unpack_task(asked)
     return pack_reply(
-        Reply(task.run_id, task.round, task.base_version, task.kind, "", error=reason)
+        Reply(task.run_id, task.round, task.base_version, task.kind, client, error=reason)
     )
 
 

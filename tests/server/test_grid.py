@@ -257,7 +257,7 @@ def test_what_flower_says_of_a_failure_is_the_reply() -> None:
     packet = dict(net.ask({"a": TASK}))["a"]
     assert packet is not None
     reply = unpack_reply(packet, 0)
-    assert (reply.round, reply.error) == (1, "Flower error 2: boom")
+    assert (reply.client, reply.round, reply.error) == ("a", 1, "Flower error 2: boom")
 
 
 def test_a_reply_that_is_no_packet_is_an_error_reply(monkeypatch: pytest.MonkeyPatch) -> None:
