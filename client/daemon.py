@@ -28,7 +28,14 @@ from corolla.client.own import Own
 from corolla.client.worker import Worker
 from corolla.config import RunConfig, validate
 from corolla.data import FederatedData
-from corolla.errors import ConfigError, CorollaError, SchemaError, StoppedError, WireError
+from corolla.errors import (
+    ConfigError,
+    CorollaError,
+    DataError,
+    SchemaError,
+    StoppedError,
+    WireError,
+)
 from corolla.memory import Memory
 from corolla.models import Base
 from corolla.packet import Packet
@@ -81,9 +88,12 @@ class Trainer:
             raise SchemaError(why) from error
         self._wanted = wanted
         with logs.bind(run=task.run_id, round=task.round, client=self.name):
-            began = time.monotonic()
+            began, own = time.monotonic(), ""
             try:
                 reply = self._for(task)(self.name, packet)
+            except DataError as error:  # names a file, a line, and may quote it: for the owner
+                own = str(error)
+                reply = self._refusal(task, "this device's data cannot be used")
             except CorollaError as error:
                 reply = self._refusal(task, str(error))
             except OSError as error:  # a full disk
@@ -92,7 +102,7 @@ class Trainer:
             seconds = round(time.monotonic() - began, 3)
             _log.info("answered", kind=task.kind.name, seconds=seconds, error=why or None)
             if why:
-                self._say(why)
+                self._say(own or why)
         return reply
 
     def _refusal(self, task: Task, why: str) -> Packet:

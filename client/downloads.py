@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from corolla import calls
@@ -21,7 +21,6 @@ Download = Callable[[pb.DownloadRequest], pb.Chunk]
 
 _TRIES = 3
 """How often a chunk is asked for that arrives damaged."""
-_NOTE = "corolla-manifest.json"
 
 
 def fetch(blob: pb.Blob, folder: Path, download: Download, most: int) -> bytes:
@@ -39,29 +38,36 @@ def fetch(blob: pb.Blob, folder: Path, download: Download, most: int) -> bytes:
 def fetch_model(manifest: pb.Blob, folder: Path, download: Download) -> Path:
     """A base model's folder in `folder`, fetched unless it is there and whole.
 
-    Raises WireError when the gateway offers other bytes than its manifest says.
+    Others there are deleted. Raises WireError when the gateway offers other bytes than its
+    manifest says.
     """
-    data = fetch(manifest, _made(folder), download, calls.MAX_MANIFEST)
+    data = fetch(manifest, _made(folder / "manifests"), download, calls.MAX_MANIFEST)
     files = calls.read_manifest(data).files
     found, scratch = folder / manifest.sha256, _made(folder / f"{manifest.sha256}.part")
-    if verified(found):
-        return found
-    shutil.rmtree(found, ignore_errors=True)
+    if not verified(found):
+        shutil.rmtree(found, ignore_errors=True)
+        _fill(scratch, files, download)
+        scratch.rename(found)
+    for other in folder.iterdir():
+        if other != found:
+            shutil.rmtree(other, ignore_errors=True)
+    return found
+
+
+def _fill(scratch: Path, files: Iterable[pb.Manifest.File], download: Download) -> None:
     for file in files:
         path = scratch / file.path
         _made(path.parent)
         chunks = [file.chunks[at : at + 32] for at in range(0, len(file.chunks), 32)]
         _fetch_file(file.blob, path, download, chunks)
     note = {file.path: file.blob.sha256 for file in files}
-    (scratch / _NOTE).write_text(json.dumps(note))
-    scratch.rename(found)
-    return found
+    (scratch / calls.NOTE).write_text(json.dumps(note))
 
 
 def verified(folder: Path) -> bool:
     """Whether a model's folder holds what its manifest said, byte for byte."""
     try:
-        note = json.loads((folder / _NOTE).read_text())
+        note = json.loads((folder / calls.NOTE).read_text())
         return bool(note) and all(_digest(folder / path) == sha for path, sha in note.items())
     except (OSError, ValueError, AttributeError):
         return False

@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event
 
@@ -72,7 +72,8 @@ class Child:
             start_new_session=True,  # Ctrl-C reaches this process alone, which then ends both
         )
         self._began, self._due = time.monotonic(), 0.0
-        _note(self._note, process.pid)
+        with suppress(OSError):  # a full disk
+            _note(self._note, process.pid)
         self._reader = threading.Thread(target=self._read, args=(process,), daemon=True)
         self._reader.start()
         if first_line and process.stdin:
@@ -129,7 +130,8 @@ class Child:
             line = raw.decode(errors="replace").rstrip()
             self.lines.append(line)
             self._keep(raw)
-            self._heard(line)
+            with suppress(OSError):  # nobody listens, or a full disk: a child must not block
+                self._heard(line)
 
     def _keep(self, raw: bytes) -> None:
         try:

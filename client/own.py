@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from corolla.errors import ConfigError
+from corolla.errors import ConfigError, CorollaError
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _ADDRESS = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
@@ -141,13 +141,15 @@ class Identity:
 
 
 def make_key(file: Path | None, options: Mapping[str, object]) -> Identity:
-    """The key of a client that need not have data or a server yet. Raises ConfigError."""
+    """The key of a client that need not have data or a server yet. Raises CorollaError."""
     state = options.get("state") or (_read(file) if file else {}).get("state") or state_folder()
     return identity(Path(str(state)).expanduser().absolute())[0]
 
 
 def identity(state: Path) -> tuple[Identity, bool]:
-    """(the key in a state folder, whether it has just been made). Raises ConfigError.
+    """(the key in a state folder, whether it has just been made).
+
+    Raises ConfigError for a file that is no key, CorollaError for a disk that fails.
 
     P-384, in the format of OpenSSH: the one that flower-supernode reads. Whoever has the private
     key is this client: it is readable by its owner alone.
@@ -168,9 +170,11 @@ def identity(state: Path) -> tuple[Identity, bool]:
         line = key.public_key().public_bytes(
             serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
         )
-        write_atomic(public, line + f" {found.name}\n".encode())
-    except OSError as error:
-        raise ConfigError(f"cannot use {error.filename or state}: {error.strerror}") from error
+        content = line + f" {found.name}\n".encode()
+        if not public.exists() or public.read_bytes() != content:  # a full disk stops no client
+            write_atomic(public, content)
+    except OSError as error:  # it may pass: no error of the settings, which would end a service
+        raise CorollaError(f"cannot use {error.filename or state}: {error.strerror}") from error
     except (ValueError, UnsupportedAlgorithm) as error:
         raise ConfigError(
             f"{private} is no private key of a client: move it away for a new one"

@@ -31,8 +31,9 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
 _EVERY = 0.5
 """Seconds between two looks at the device's conditions, while it trains."""
 _LARGEST = 8 << 30
+_SMALLEST = 1 << 16
+"""Bytes of a chunk on the slowest line."""
 _FINAL = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNIMPLEMENTED)
-_NO_USE = (pb.Refusal.REASON_PROTOCOL, pb.Refusal.REASON_NAME)
 
 _log = logs.logger("phone")
 
@@ -75,6 +76,10 @@ class _Over(Exception):  # noqa: N818 - no error: the session has ended
     """Ends a session: the gateway does not want its result. Never leaves this module."""
 
 
+class _Slow(Exception):  # noqa: N818 - it asks for a smaller chunk
+    """A call took too long. Never leaves this module."""
+
+
 @dataclass
 class Phone:
     """Dials one gateway. `stop` ends it, also in the midst of training."""
@@ -112,6 +117,13 @@ class Phone:
 
     def visit(self) -> float:
         """Check in once and do what there is; the seconds until the next time."""
+        try:
+            return self._visit()
+        except OSError as error:  # a full disk: its owner may make room
+            self._tell(f"this device fails: {error.strerror}")
+            return self.settings.pauses[1]
+
+    def _visit(self) -> float:
         found = self._check_in()
         retry = found.retry
         if found.WhichOneof("answer") == "lease":
@@ -124,11 +136,13 @@ class Phone:
                     self._tell(f"the gateway sends what cannot be read: {error}")
         else:
             refusal = found.refusal
-            if refusal.reason in _NO_USE:
+            if refusal.reason == pb.Refusal.REASON_PROTOCOL:
                 raise ConfigError(f"the gateway refuses: {calls.one_line(refusal.text)}")
             if refusal.reason == pb.Refusal.REASON_MODEL:
                 return self._get_model(refusal)
             self._tell(f"waiting: {calls.one_line(refusal.text)}")
+            if refusal.reason == pb.Refusal.REASON_NAME:  # until its holder is forgotten
+                return self.settings.pauses[1]
         return calls.wait(retry, self._random.random())
 
     # --- the base model ---------------------------------------------------------------------------
@@ -178,6 +192,8 @@ class Phone:
     def _session(self, lease: pb.Lease) -> pb.RetryWindow:
         """Fetch, train, deliver; the window of the gateway's last word."""
         kept = self._state / f"reply-{calls.check_id(lease.id)}"
+        if not lease.client.endswith(f"/{self.settings.device}"):
+            raise WireError("the lease is of another device")
         deadline = time.monotonic() + max(0.0, lease.deadline_seconds)
         with self._alive(lease) as alive:
             task = calls.read_task(self._fetch(lease.task, calls.MAX_TASK, deadline))
@@ -186,11 +202,11 @@ class Phone:
                 packet = self._train(lease, task, alive, deadline)
                 self._clear()
                 _write_packet(kept, packet)
-        try:
-            acknowledged = self._deliver(lease, packet, deadline)
-        except _Over:
-            self._clear()
-            raise
+            try:
+                acknowledged = self._deliver(lease, packet, deadline)
+            except _Over:
+                self._clear()
+                raise
         self._clear()
         if acknowledged.accepted:
             self.done += 1
@@ -200,7 +216,7 @@ class Phone:
             (self._state / "log").unlink(missing_ok=True)
         why = calls.one_line(acknowledged.why)
         word = "accepted" if acknowledged.accepted else f"not accepted: {why}"
-        self._tell(f"round {task.round} as {lease.client}: {word}")
+        self._tell(f"round {task.round} as {calls.one_line(lease.client)}: {word}")
         return acknowledged.retry
 
     def _train(
@@ -227,11 +243,12 @@ class Phone:
 
     def _assemble(self, lease: pb.Lease, task: update_pb2.Task, deadline: float) -> Packet:
         """The task with what is lacking here of its cached groups."""
+        calls.check_id(task.run_id)  # these become names of files
+        wanted = {blob.group: calls.check_id(blob.content) for blob in lease.cached}
         offered = {blob.sha256 for blob in (lease.payload, *lease.cached)}
         for part in self._state.glob("*.part"):
             if part.stem not in offered:
                 part.unlink()
-        wanted = {blob.group: blob.content for blob in lease.cached}
         lacking = set(self.trainer.missing(task.run_id, wanted))
         payload = self._fetch(lease.payload, _LARGEST, deadline)
         groups = [
@@ -241,11 +258,14 @@ class Phone:
 
     def _deliver(self, lease: pb.Lease, packet: Packet, deadline: float) -> pb.Acknowledgement:
         """Upload and report, until there is an answer or the round is long over."""
-        size, at, stuck = len(packet.payload), 0, 0
+        size, at, stuck, most = len(packet.payload), 0, 0, calls.CHUNK
         while at < size:
-            content = packet.payload[at : at + calls.CHUNK]
-            chunk = calls.chunk(content, at, size, lease.id)
-            status = self._call(self._stub.Upload, chunk, deadline)
+            chunk = calls.chunk(packet.payload[at : at + most], at, size, lease.id)
+            try:
+                status = self._call(self._stub.Upload, chunk, deadline, slow=most > _SMALLEST)
+            except _Slow:
+                most //= 2
+                continue
             if status.problem:
                 raise _Over(calls.one_line(status.problem))
             stuck = stuck + 1 if status.received <= at else 0
@@ -276,14 +296,22 @@ class Phone:
         return fetch(blob, self._state, lambda r: self._download(r, deadline), most)
 
     def _download(self, request: pb.DownloadRequest, deadline: float = float("inf")) -> pb.Chunk:
+        if self.stop.is_set():  # a base model has many chunks
+            raise StoppedError("stopped")
         chunk: pb.Chunk = self._call(self._stub.Download, request, deadline)
         return chunk
 
-    def _call(self, method: Callable[..., R], request: Any, deadline: float = float("inf")) -> R:
+    def _call(
+        self,
+        method: Callable[..., R],
+        request: Any,
+        deadline: float = float("inf"),
+        slow: bool = False,
+    ) -> R:
         """The answer to a call, tried again with growing pauses for as long as it makes sense.
 
         Raises _Over when the gateway or the deadline has ended the session, ConfigError for what
-        only the owner can mend.
+        only the owner can mend; where `slow`, _Slow for a call that took too long.
         """
         pause, longest = self.settings.pauses
         while True:
@@ -300,6 +328,8 @@ class Phone:
                 )
             if code in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.INVALID_ARGUMENT):
                 raise _Over(details)
+            if slow and code == grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise _Slow
             if time.monotonic() + pause > deadline:
                 raise _Over(f"no connection before the deadline: {code.name}")
             self._tell(f"no answer, trying again: {code.name}")
@@ -373,7 +403,9 @@ class _Alive:
 def _write_packet(path: Path, packet: Packet) -> None:
     scratch = path.with_name("part-" + path.name)
     message = pb.Packet(header=packet.header, payload=packet.payload)
-    scratch.write_bytes(message.SerializeToString())
+    scratch.unlink(missing_ok=True)
+    with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(message.SerializeToString())
     scratch.replace(path)
 
 

@@ -64,11 +64,12 @@ def environment(state: Path) -> Mapping[str, str]:
         "flwr-clientapp": "-m corolla.client.relay",
     }.items():
         path = programs / name
-        scratch = path.with_suffix(".part")
         # Their warnings would pass for those of the SuperNode, with which they share its output.
-        scratch.write_text(
-            f'#!/bin/sh\nexport FLWR_LOG_LEVEL=ERROR\nexec {python} -P {words} "$@"\n'
-        )
+        text = f'#!/bin/sh\nexport FLWR_LOG_LEVEL=ERROR\nexec {python} -P {words} "$@"\n'
+        if path.exists() and path.read_text() == text:  # also on a full disk
+            continue
+        scratch = path.with_suffix(".part")
+        scratch.write_text(text)
         scratch.chmod(stat.S_IRWXU)
         scratch.replace(path)
     kept = {k: v for k, v in os.environ.items() if not k.startswith("FLWR_")}
@@ -152,6 +153,8 @@ def diagnose(server: str, ca: Path | None, timeout: float = 10.0) -> str:
         )
     except ssl.SSLError as error:
         return f"{server} does not speak TLS: {_reason(error)}"
+    except UnicodeError:  # a name such as a..b
+        return f"{server} has no host name that can be looked up"
     except (OSError, HTTPException) as error:
         return f"{server} does not answer: {_reason(error)}"
     finally:

@@ -29,6 +29,8 @@ from corolla.wire import Capabilities, Kind, Log, Reply, Task, pack_reply, unpac
 _RESIDENT_CLIENTS = 64
 """How many simulated clients keep their tokens in memory."""
 
+_OUT_OF_MEMORY = "out of memory: lower micro_batch_size or max_length"
+
 _OWED = "owed-"
 """Prefix of the groups that hold what a codec has left out of the updates so far."""
 
@@ -100,13 +102,13 @@ class Worker:
             return pack_reply(self._answer(client, task, blank))
         except CorollaError as error:
             reply = replace(blank, error=str(error))
-        except torch.OutOfMemoryError:
-            reply = replace(blank, error="out of memory: lower micro_batch_size or max_length")
-        # A task that does not fit this model, or numbers and nesting that no server sends.
-        except (KeyError, ValueError, TypeError, ArithmeticError, RecursionError) as error:
-            reply = replace(
-                blank, error=f"task cannot be done here: {type(error).__name__}: {error}"
-            )
+        # A task that does not fit this model, or numbers and nesting that no server sends. What
+        # such an error says may be of the data: only its type leaves the device.
+        except (LookupError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+            why = f"task cannot be done here: {type(error).__name__}"
+            reply = replace(blank, error=_OUT_OF_MEMORY if _of_memory(error) else why)
+        except MemoryError:
+            reply = replace(blank, error=_OUT_OF_MEMORY)
         return pack_reply(reply)
 
     def _answer(self, client: str, task: Task, blank: Reply) -> Reply:
@@ -258,6 +260,11 @@ class Worker:
         while len(self._encoded) > _RESIDENT_CLIENTS:
             self._encoded.popitem(last=False)
         return self._encoded[client]
+
+
+def _of_memory(error: Exception) -> bool:
+    """A GPU's has a type in torch; on the CPU it is a plain RuntimeError of its allocator."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def encode_all(encoder: Encoder, examples: Sequence[Example]) -> tuple[list[Encoded], int]:

@@ -30,6 +30,8 @@ MAX_TASK = 8 << 20
 MAX_REPLY = 1 << 20
 MAX_MANIFEST = 64 << 20
 MAX_TEXT = 300
+NOTE = "corolla-manifest.json"
+"""What a phone writes beside a base model's files: no such file is offered."""
 
 _DEVICE = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _ADDRESS = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")

@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _GRACE = 30.0
-
+"""Seconds in which a child that is told to stop may end its work."""
 _HANG_UP = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()
 """A terminal that goes away; Windows has no such signal."""
-"""Seconds in which a child that is told to stop may end its work."""
 
 
 class Child:

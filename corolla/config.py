@@ -106,6 +106,10 @@ class RunConfig(BaseModel):
         None, description="of one update (joint L2 norm); what is larger is refused"
     )
 
+    max_examples: Positive | None = Field(
+        None, description="of one client of corolla server; who says it has more is left out"
+    )
+
     max_seconds: Annotated[float, Field(gt=0)] | None = Field(
         None, description="end after so long, resumptions included"
     )

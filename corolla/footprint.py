@@ -1,11 +1,11 @@
 """The memory and the arithmetic of training a model, by formula: nothing is loaded.
 
 Peak resident memory is what lies there all the time plus what the worst moment adds. Every term has
-a name; `experiments/bench/memory.py` measures the four constants and holds the sum against real
-processes. Activations are counted layer by layer: what autograd keeps of a transformer block for
-the backward pass (Korthikanti et al., "Reducing Activation Recomputation in Large Transformer
-Models", arXiv 2205.05198, section 4, without dropout and with an attention that does not keep its
-matrix), and what LoRA adds to it.
+a name; `experiments/bench/memory.py` measures LIBRARIES, TOKENIZER, WORK and HEAP and holds the sum
+against real processes. Activations are counted layer by layer: what autograd keeps of a transformer
+block for the backward pass (Korthikanti et al., "Reducing Activation Recomputation in Large
+Transformer Models", arXiv 2205.05198, section 4, without dropout and with an attention that does
+not keep its matrix), and what LoRA adds to it.
 """
 
 import ctypes
@@ -195,7 +195,8 @@ def spare_memory() -> None:
     """Have freed activations go back to the system: less memory, exactly as counted, more time.
 
     Without it, the heap of glibc keeps so much of what gradient checkpointing frees that little is
-    gained. Costs page faults, a third of the time with a very small model. No effect elsewhere.
+    gained. Costs page faults: small models take notably longer. For the whole process; no effect
+    without glibc.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

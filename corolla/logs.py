@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from types import MappingProxyType
 from typing import TextIO
@@ -28,6 +29,8 @@ _ROOT = logging.getLogger("corolla")
 _ROOT.addHandler(logging.NullHandler())
 _BOUND: ContextVar[Mapping[str, object]] = ContextVar("bound", default=MappingProxyType({}))
 _USUAL = ("run", "round", "client")
+_MOST = 16 << 20
+"""Bytes of a log file; twice that are kept."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def bind(**facts: object) -> Iterator[None]:
 
 
 def configure(target: Path | TextIO, run_id: str = "", level: int = logging.INFO) -> None:
-    """Append lines to a file (it may be cut while in use: logrotate's copytruncate) or a stream.
+    """Append lines to a file or a stream. A file that grows large is moved to NAME.1.
 
     `run_id` is the run of lines that bind none. Replaces what was configured before. A disk that
     is full later loses lines, never the run. Raises ConfigError when the file cannot be opened.
@@ -92,7 +95,16 @@ def unconfigure() -> None:
             handler.close()
 
 
-class _File(logging.FileHandler):
+class _File(WatchedFileHandler):
+    """Its second to last part is kept beside it. Several processes may write to the same file."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        super().emit(record)  # opens it anew where another process has moved it
+        path = Path(self.baseFilename)
+        with suppress(OSError):
+            if path.stat().st_size > _MOST:
+                path.replace(path.with_name(f"{path.name}.1"))
+
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - its name in logging
         """A line is lost."""
 

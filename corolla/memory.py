@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -166,16 +167,16 @@ class Memory:
         Path(scratch).replace(path)
 
     def _path(self, content: str) -> Path:
-        return self.folder / f"{content}.safetensors"
+        return self.folder / f"{_hex(content)}.safetensors"
 
     def _kept_path(self, client: str, name: str) -> Path:
         return self.kept_folder(client) / f"{name}.safetensors"
 
     def _row_path(self, version: str) -> Path:
-        return self.folder / "log" / f"row-{version}.safetensors"
+        return self.folder / "log" / f"row-{_hex(version)}.safetensors"
 
     def _start_path(self, version: str) -> Path:
-        return self.folder / "log" / f"start-{version}.safetensors"
+        return self.folder / "log" / f"start-{_hex(version)}.safetensors"
 
     def _read_row(self, version: str) -> tuple[str, Params] | None:
         if version not in self._rows:
@@ -199,6 +200,13 @@ class Memory:
             path.unlink(missing_ok=True)
             return None
         return params, int(facts["number"])
+
+
+def _hex(id: str) -> str:
+    """An id that becomes a file's name: peers send them. Raises WireError."""
+    if not re.fullmatch("[0-9a-f]{1,64}", id):
+        raise WireError("an id of content has 1 to 64 hexadecimal characters")
+    return id
 
 
 def _read(path: Path) -> tuple[Params, Mapping[str, str]]:

@@ -4,12 +4,14 @@ A trainer is whatever answers packets: a daemon with a model, a gateway with its
 on a socket that its own user alone can open.
 """
 
+import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -31,8 +33,26 @@ Wanted = Callable[[], bool]
 """Whether the caller still waits: it may be dead, or its time over."""
 
 
+@dataclass(frozen=True)
+class Waits:
+    """Wanted, of a caller that waits until `deadline` (of time.monotonic) at most."""
+
+    is_active: Wanted = lambda: True
+    deadline: float = math.inf
+
+    def __call__(self) -> bool:
+        return self.is_active()
+
+    def left(self) -> float:
+        """Seconds that it still waits."""
+        return self.deadline - time.monotonic()
+
+
+FOREVER = Waits()
+
+
 def serve_trainer(
-    answer: Callable[[Packet, Wanted], Packet], path: Path, workers: int = 1
+    answer: Callable[[Packet, Waits], Packet], path: Path, workers: int = 1
 ) -> grpc.Server:
     """Answer packets on a socket, `workers` at a time; the others wait. Stop it with `stop`.
 
@@ -97,9 +117,18 @@ def private_socket(folder: Path, name: str = "trainer.sock") -> Iterator[Path]:
 
 
 def tls_server(
-    address: str, certificate: Path, key: Path, *, workers: int, most_bytes: int
+    address: str,
+    certificate: Path,
+    key: Path,
+    *,
+    workers: int,
+    most_bytes: int,
+    most_calls: int | None = None,
+    interceptors: Sequence[grpc.ServerInterceptor] = (),
 ) -> tuple[grpc.Server, int]:
     """(a server that is not yet started, its port); a message has at most `most_bytes`.
+
+    Of more than `most_calls` at a time the rest are refused at once.
 
     Raises ConfigError when the address is taken or the files cannot be used.
     """
@@ -107,9 +136,13 @@ def tls_server(
         ("grpc.max_receive_message_length", most_bytes),
         ("grpc.max_send_message_length", most_bytes),
         ("grpc.so_reuseport", 0),  # or two servers would share a port, and half the calls be lost
+        ("grpc.keepalive_time_ms", 20_000),  # or calls of a peer that vanished would stay
+        ("grpc.keepalive_timeout_ms", 10_000),
     )
     pool = ThreadPoolExecutor(workers, thread_name_prefix="rpc")
-    server = grpc.server(pool, options=options)
+    server = grpc.server(
+        pool, interceptors=interceptors, options=options, maximum_concurrent_rpcs=most_calls
+    )
     try:
         pair = (key.read_bytes(), certificate.read_bytes())
         port = server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
@@ -137,7 +170,7 @@ def tls_channel(address: str, ca: Path | None, *, most_bytes: int) -> grpc.Chann
 
 
 class _Trainer(device_pb2_grpc.TrainerServicer):
-    def __init__(self, answer: Callable[[Packet, Wanted], Packet]) -> None:
+    def __init__(self, answer: Callable[[Packet, Waits], Packet]) -> None:
         self._answer = answer
 
     def Answer(  # noqa: N802 - its name in device.proto
@@ -145,8 +178,10 @@ class _Trainer(device_pb2_grpc.TrainerServicer):
     ) -> device_pb2.Packet:
         if not context.is_active():  # it waited for another, and its caller is gone
             return device_pb2.Packet()
+        left = context.time_remaining()
+        waits = Waits(context.is_active, math.inf if left is None else time.monotonic() + left)
         try:
-            found = self._answer(Packet(request.header, request.payload), context.is_active)
+            found = self._answer(Packet(request.header, request.payload), waits)
         except CorollaError as error:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         return device_pb2.Packet(header=found.header, payload=found.payload)

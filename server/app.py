@@ -15,13 +15,14 @@ from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
-from corolla import logs, models
+from corolla import combinations, logs, models
 from corolla.config import RunConfig, load, validate
-from corolla.errors import CorollaError, StoppedError
-from corolla.server.grid import GridNetwork, count_nodes, hello
+from corolla.errors import ConfigError, CorollaError, StoppedError
+from corolla.server.grid import GridNetwork, Limits, count_nodes, hello
 from corolla.server.observer import Observer, Silent
 from corolla.server.order import (
     FOLDER,
+    LAST_WORDS,
     PROCESS,
     Order,
     Outcome,
@@ -32,6 +33,7 @@ from corolla.server.processes import note_process
 from corolla.server.run import Run, Summary, prepare_folder
 from corolla.server.setup import set_up
 from corolla.server.tasks import run_settings
+from corolla.trainable import Trainable
 
 app = ServerApp()  # without annotation: `flwr build` looks for the bare assignment
 
@@ -80,18 +82,27 @@ def _deployed(grid: Grid, folder: Path) -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):  # Flower's own would end it where it stands
         signal.signal(number, lambda *_: stop.set())
-    note_process(folder / PROCESS, os.getpid())
-    order = read_order(folder)
-    sys.path.insert(0, order.path)
-    logs.configure(folder / "logs" / "server.jsonl", order.run_id)
     try:
+        note_process(folder / PROCESS, os.getpid())
+        order = read_order(folder)
+        sys.path.insert(0, order.path)
+        logs.configure(folder / "logs" / "server.jsonl", order.run_id)
         _run(grid, folder, order, stop)
-        Outcome("done").write(folder)
+        _leave(Outcome("done"), folder)
     except StoppedError as error:  # it was told to; or nobody came, which is for the user
-        Outcome("stopped" if stop.is_set() else "failed", str(error), 1).write(folder)
+        _leave(Outcome("stopped" if stop.is_set() else "failed", str(error), 1), folder)
     except (CorollaError, OSError) as error:
         logs.logger("server").error("failed", why=str(error))
-        Outcome("failed", str(error), getattr(error, "exit_code", 1)).write(folder)
+        _leave(Outcome("failed", str(error), getattr(error, "exit_code", 1)), folder)
+
+
+def _leave(outcome: Outcome, folder: Path) -> None:
+    """An outcome that cannot be written, on a full disk, is said in the log of the executor."""
+    try:
+        outcome.write(folder)
+    except OSError as error:
+        why = " ".join((outcome.error or f"{folder}: {error}").split())
+        print(f"{LAST_WORDS}{why}", file=sys.stderr, flush=True)
 
 
 def _run(grid: Grid, folder: Path, order: Order, stop: threading.Event) -> None:
@@ -106,6 +117,7 @@ def _run(grid: Grid, folder: Path, order: Order, stop: threading.Event) -> None:
         clients=order.min_clients,
         wait=config.wait,
         names=folder / "flower" / "names.json",
+        limits=_limits(config, order, loaded.model),
     )
     resume = (folder / "run.json").is_file()
     Run(
@@ -119,6 +131,17 @@ def _run(grid: Grid, folder: Path, order: Order, stop: threading.Event) -> None:
         resume,
         own_devices=True,
     ).execute()
+
+
+def _limits(config: RunConfig, order: Order, model: Trainable) -> Limits:
+    try:
+        combinations.refuse_gateways(config, config.build_strategy())
+        no_gateways = ""
+    except ConfigError as error:
+        no_gateways = str(error)
+    trained = model.init(config.lora, 0).values()
+    update = sum(tensor.numel() * tensor.element_size() for tensor in trained)
+    return Limits(order.max_seats, config.max_examples, no_gateways, update)
 
 
 def _simulated(grid: Grid, context: Context) -> None:

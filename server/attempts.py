@@ -3,11 +3,11 @@
 import time
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from corolla import logs
-from corolla.errors import RoundError, StoppedError
+from corolla.errors import ConfigError, RoundError, StoppedError
 from corolla.server.asking import Plan
 from corolla.server.checkpoint import Checkpoint
 from corolla.server.federation import Federation, Network
@@ -44,6 +44,8 @@ class Attempts:
     observer: Observer
     journal: Journal
     own_devices: bool
+    left_out: set[str] = field(default_factory=set)
+    """Members that the run cannot take; each is said once a round."""
 
     def round(self, federation: Federation, at: Checkpoint) -> Done:
         """The round after `at`: when it is abandoned, again with another cohort, so many times.
@@ -143,18 +145,32 @@ class Attempts:
 
     def _joined(self, federation: Federation, online: AbstractSet[str]) -> Federation:
         """With members that are new, after those that are known, and with the seats of now."""
-        new: dict[str, int] = {}
+        reported: Mapping[str, int] = {}
         if not online <= federation.clients.keys():
             reported = self.network.clients()
-            new = {c: reported[c] for c in sorted(reported.keys() - federation.clients.keys())}
-        seats = {**federation.seats, **self.network.seats()}
-        if not new and seats == federation.seats:
-            return federation
-        self.journal.append("joined", roster=new, seats=seats)
-        for member in new:
+        new = sorted(reported.keys() - federation.clients.keys())
+        seats, wider = self.network.seats(), federation
+        changed = [m for m, n in seats.items() if m not in new and federation.seats.get(m) != n]
+        for member in [*new, *(m for m in changed if m in federation.clients)]:
+            clients = {
+                **wider.clients,
+                member: federation.clients.get(member, reported.get(member, 0)),
+            }
+            own = {member: seats[member]} if member in seats else {}
+            try:
+                wider = replace(
+                    wider, clients=clients, roster=tuple(clients), seats={**wider.seats, **own}
+                )
+            except ConfigError as error:  # what one member says does not end the run
+                if member not in self.left_out:
+                    self._warn(f"left out: {error}")
+                self.left_out.add(member)
+        roster = {c: n for c, n in wider.clients.items() if c not in federation.clients}
+        if roster or wider.seats != federation.seats:
+            self.journal.append("joined", roster=roster, seats=wider.seats)
+        for member in roster:
             _log.info("joined", client=member)
-        clients = {**federation.clients, **new}
-        return replace(federation, clients=clients, roster=tuple(clients), seats=seats)
+        return wider
 
     def _note_verdicts(self, round: int, attempt: int, verdicts: Mapping[str, Verdict]) -> None:
         codes = {client: str(verdict.code) for client, verdict in verdicts.items()}

@@ -90,6 +90,8 @@ def manifest(folder: Path) -> tuple[bytes, Mapping[str, Path]]:
         name = path.relative_to(folder).as_posix()
         if not path.is_file() or path.suffix not in calls.MODEL_FILES or name.startswith("."):
             continue
+        if name == calls.NOTE:  # this model was fetched from another gateway
+            continue
         sha256, size, chunks = _digests(path)
         blob = pb.Blob(sha256=sha256, size=size)
         made.files.append(pb.Manifest.File(path=name, blob=blob, chunks=b"".join(chunks)))

@@ -6,6 +6,7 @@ and this reverse proxy passes the calls in FLEET alone; all others are 404 and n
 deploy/nginx.conf is the same door for many nodes: it limits connections by address as well.
 """
 
+import asyncio
 import base64
 import hashlib
 import logging
@@ -24,9 +25,11 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from corolla import logs
 from corolla.errors import ConfigError
+from corolla.server.processes import open_files
 
 FLEET = frozenset(
     "register-node activate-node deactivate-node unregister-node send-node-heartbeat pull-messages "
@@ -35,11 +38,17 @@ FLEET = frozenset(
 MAX_BODY = 16 << 20
 """Bytes of one call: Flower cuts arrays into 5 MiB; a header of ours has 8 MiB at most."""
 _CONNECTIONS = 1024
+"""At most; and a third of the files that may be open: a call has two sockets, the rest is ours."""
+_HEAD = 10.0
+"""Seconds in which the head of a request must be there: who sends none keeps no connection."""
+_WHOLE = 60.0
+"""Seconds in which its body must be there."""
 _TIMEOUT = httpx.Timeout(60.0, connect=5.0)
 _SKEW = 300.0
 """Seconds that Flower lets a node's clock be behind; 5 ahead."""
 _REQUEST = ("content-type", "content-length", "accept", "traceparent")
-_QUIET = 60.0
+_WINDOW, _LINES = 60.0, 60
+"""Seconds, and refusals that are logged in them: headers are the caller's choice."""
 
 _log = logs.logger("front")
 _uvicorn = logging.getLogger("uvicorn")  # its words would go to the terminal
@@ -49,6 +58,38 @@ _uvicorn.propagate = False
 
 class _TooLargeError(Exception):
     """A body that was not declared and is larger than MAX_BODY."""
+
+
+class _Hurried(H11Protocol):
+    """Closes a connection that is one too many, and one that brings no request in time.
+
+    The timer of uvicorn itself starts after an answer and ends with the next byte.
+    """
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if self.limit_concurrency and len(self.connections) > self.limit_concurrency:
+            transport.abort()
+        else:
+            self._late = self.loop.call_later(_HEAD, transport.abort)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle and not self.cycle.response_complete:
+            self._in_time()
+        elif self._late is None:
+            self._late = self.loop.call_later(_HEAD, self.transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._in_time()
+        super().connection_lost(exc)
+
+    def _in_time(self) -> None:
+        if self._late:
+            self._late.cancel()
+        self._late = None
 
 
 class Front:
@@ -61,13 +102,14 @@ class Front:
         self._socket = door
         host, bound = self._socket.getsockname()[:2]
         self.address = f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
+        connections = min(_CONNECTIONS, open_files() // 3)
         config = uvicorn.Config(
-            _application(f"https://127.0.0.1:{port}", ca),
-            http="h11",
+            _application(f"https://127.0.0.1:{port}", ca, connections),
+            http=_Hurried,
             ws="none",
             ssl_certfile=str(certs / "server.pem"),
             ssl_keyfile=str(certs / "server.key"),
-            limit_concurrency=_CONNECTIONS,
+            limit_concurrency=connections,
             timeout_keep_alive=75,
             timeout_graceful_shutdown=2,
             log_config=None,
@@ -112,9 +154,9 @@ def listen(address: str) -> socket.socket:
         raise ConfigError(f"--address {address} cannot be had: {reason}; name another") from error
 
 
-def _application(upstream: str, ca: Path) -> Starlette:
+def _application(upstream: str, ca: Path, connections: int) -> Starlette:
     context = ssl.create_default_context(cafile=str(ca))
-    limits = httpx.Limits(max_connections=_CONNECTIONS)
+    limits = httpx.Limits(max_connections=connections)
     # Not a client: that would follow redirects, and keep cookies of one node for the next.
     transport = httpx.AsyncHTTPTransport(verify=context, limits=limits, trust_env=False)
     refused = _Refused()
@@ -142,6 +184,8 @@ def _application(upstream: str, ca: Path) -> Starlette:
             answer = await transport.handle_async_request(onward)
         except _TooLargeError:
             return PlainTextResponse("too large", 413)
+        except TimeoutError:
+            return PlainTextResponse("too slow", 408, {"connection": "close"})
         except ClientDisconnect:
             return PlainTextResponse("", 400)
         except httpx.TransportError:  # the SuperLink is away: SuperNodes try again after a 502
@@ -160,8 +204,13 @@ def _application(upstream: str, ca: Path) -> Starlette:
 
 
 async def _limited(request: Request) -> AsyncIterator[bytes]:
-    size = 0
-    async for chunk in request.stream():
+    size, stream = 0, request.stream()
+    deadline = asyncio.get_running_loop().time() + _WHOLE
+    while True:
+        async with asyncio.timeout_at(deadline):  # around what is awaited here, and not the `yield`
+            chunk = await anext(stream, None)
+        if chunk is None:
+            return
         size += len(chunk)
         if size > MAX_BODY:
             raise _TooLargeError
@@ -177,19 +226,26 @@ async def _body(answer: httpx.Response) -> AsyncIterator[bytes]:
 
 
 class _Refused:
-    """Says why the SuperLink refuses a node: once a minute for each node and reason."""
+    """Says why the SuperLink refuses a node: once a minute for each, in _LINES lines at most."""
 
     def __init__(self) -> None:
-        self._told: dict[tuple[str, int], float] = {}
+        self._began, self._more = time.monotonic(), 0
+        self._told: set[tuple[str, int]] = set()
 
     def note(self, request: Request, call: str, status: int) -> None:
         key = fingerprint(_shown_key(request))
         now = time.monotonic()
-        if now - self._told.get((key, status), -_QUIET) < _QUIET:
-            return
-        if len(self._told) > 4096:
+        if now - self._began >= _WINDOW:
+            if self._more:
+                _log.warning("refused", why=f"and {self._more} more")
             self._told.clear()
-        self._told[key, status] = now
+            self._began, self._more = now, 0
+        if (key, status) in self._told:
+            return
+        if len(self._told) >= _LINES:
+            self._more += 1
+            return
+        self._told.add((key, status))
         _log.warning("refused", key=key, call=call, status=status, why=_why(request, status))
 
 

@@ -17,7 +17,7 @@ from corolla.compression import PLAIN, Pipeline
 from corolla.errors import NotFiniteError, SchemaError, WireError
 from corolla.packet import Packet
 from corolla.robust import Space
-from corolla.types import Payload
+from corolla.types import Params, Payload
 from corolla.wire import Reply, Task
 
 _ENTRY = 1 << 16
@@ -277,11 +277,28 @@ def _check_sums(sums: Payload, like: Payload, weight: int, expect: Expected) -> 
     Groups that an update does not have are statistics, which have no norm of their own.
     """
     _check_form(sums, like)
-    _check_values(sums, weight * _ABSURD)
-    if expect.max_norm is not None and expect.like is not None:
-        own = [t.double() for group in sums if group in expect.like for t in sums[group].values()]
+    update = expect.like or {}
+    of_one = {
+        group: {
+            name: tensor.double() / _reach(update.get(group, {})) for name, tensor in own.items()
+        }
+        for group, own in sums.items()
+    }
+    _check_values(of_one, weight * _ABSURD)
+    if expect.max_norm is not None:
+        own = [tensor for group in of_one if group in update for tensor in of_one[group].values()]
         norm = math.sqrt(math.fsum(float(tensor.square().sum()) for tensor in own))
         _check_norm(norm, weight * expect.max_norm)
+
+
+def _reach(params: Params) -> float:
+    """How much larger a move along directions can be than the scalars g (T,) that it is made of.
+
+    |step Σ_t g_t e_{k_t}| ≤ |step| √T |g|, reached where all are along one direction.
+    """
+    if "step" not in params or "scalars" not in params:
+        return 1.0
+    return max(abs(float(params["step"])), 1e-30) * math.sqrt(max(1, len(params["scalars"])))
 
 
 def _check_form(payload: Payload, like: Payload) -> None:

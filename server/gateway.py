@@ -20,6 +20,7 @@ from corolla.errors import CorollaError, WireError
 from corolla.memory import Memory
 from corolla.packet import Packet
 from corolla.proto import device_pb2 as pb
+from corolla.rpc import FOREVER, Waits
 from corolla.server import gate, leases
 from corolla.server.blobs import Blobs, manifest
 from corolla.server.gate import Code, Verdict
@@ -75,9 +76,15 @@ class _Job:
     merging_now: bool = False
     reply: Packet | None = None
 
+    def drop_lost(self) -> None:
+        """Forget what phones sent that vanished: each upload may hold a file open."""
+        for id in list(self.uploads):
+            if self.round.leases[id].phase == Phase.LOST:
+                self.uploads.pop(id).close()
+
     def close(self) -> None:
         """Forget what phones sent."""
-        for upload in self.uploads.values():
+        for upload in list(self.uploads.values()):  # a report may take one away meanwhile
             upload.close()
         self.uploads.clear()
         self.headers.clear()
@@ -86,9 +93,17 @@ class _Job:
 class Gateway:
     """Answers the server's packets with what its phones make of them. Thread-safe."""
 
-    def __init__(self, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
-        """Raises ConfigError when the model to be shared is none."""
-        self.settings, self._clock = settings, clock
+    def __init__(
+        self,
+        settings: Settings,
+        clock: Callable[[], float] = time.monotonic,
+        known: Callable[[str], bool] = lambda owner: True,
+    ) -> None:
+        """`known`: whether an owner's token still counts.
+
+        Raises ConfigError when the model to be shared is none.
+        """
+        self.settings, self._clock, self._known = settings, clock, known
         self._spool = settings.state / "spool"
         self._spool.mkdir(parents=True, exist_ok=True)
         self._blobs = Blobs(settings.state / "blobs")
@@ -114,7 +129,7 @@ class Gateway:
 
     # --- to the server ----------------------------------------------------------------------------
 
-    def answer(self, packet: Packet, wanted: Callable[[], bool] = lambda: True) -> Packet:
+    def answer(self, packet: Packet, waits: Waits = FOREVER) -> Packet:
         """The reply to a server's task: blocks until phones have done it or time is over.
 
         Asked again with the same task it joins the one in progress, or repeats its reply. Raises
@@ -125,7 +140,8 @@ class Gateway:
         with logs.bind(run=task.run_id, round=task.round):
             try:
                 if task.kind == Kind.TRAIN:
-                    return self._train(task, hashlib.sha256(packet.header).hexdigest(), blank)
+                    digest = hashlib.sha256(packet.header).hexdigest()
+                    return self._train(task, digest, blank, waits.left())
                 if task.kind == Kind.HELLO:
                     return pack_reply(self._hello(blank))
                 raise WireError("a gateway has no examples of its own to evaluate on")
@@ -146,16 +162,16 @@ class Gateway:
             raise WireError("no eligible phone has checked in yet")
         seats = settings.seats or len(present)
         # A member without examples would be left out; what the number is does not count.
-        return replace(blank, seats=seats, num_examples=max(1, sum(present.values())))
+        return replace(blank, seats=seats, num_examples=max(1, len(present)))
 
-    def _train(self, task: Task, digest: str, blank: Reply) -> Packet:
+    def _train(self, task: Task, digest: str, blank: Reply, left: float) -> Packet:
         with self._starting:  # one at a time; phones are served meanwhile
             with self._changed:
                 if self._last and self._last[0] == digest:
                     return self._last[1]
                 job = self._job if self._job and self._job.digest == digest else None
             if job is None:
-                started = self._start(task, digest)
+                started = self._start(task, digest, left)
                 if isinstance(started, list):
                     names = ", ".join(started)
                     return pack_reply(replace(blank, missing=started, error=f"{names}: not held"))
@@ -175,13 +191,13 @@ class Gateway:
         reply = pack_reply(replace(blank, error="the gateway failed to merge"))
         try:
             reply = self._merged(job)
-        except (CorollaError, OSError) as error:
+        except (CorollaError, OSError, ValueError) as error:
             reply = pack_reply(replace(blank, error=str(error)))
         finally:
-            job.close()
             with self._changed:
                 job.reply = reply
                 self._changed.notify_all()
+            job.close()
         return reply
 
     def _merged(self, job: _Job) -> Packet:
@@ -201,7 +217,7 @@ class Gateway:
             self._last = (job.digest, reply)
         return reply
 
-    def _start(self, task: Task, digest: str) -> _Job | list[str]:
+    def _start(self, task: Task, digest: str, left: float) -> _Job | list[str]:
         """Offer a task to phones. Raises WireError or ConfigError for one that cannot be done."""
         if not task.seats:
             raise WireError(f"{self.settings.name} is a gateway and is asked as a client")
@@ -220,7 +236,7 @@ class Gateway:
         self._cached = parcel.cached
         self._blobs.keep(parcel.names)
         expected = merging.expected(f"{self.settings.name}/", 1)
-        now, seconds = self._clock(), merging.config.deadline
+        now, seconds = self._clock(), max(0.0, min(merging.config.deadline, left))
         round = Round(
             task.seats,
             now + seconds - margin(seconds),
@@ -271,7 +287,7 @@ class Gateway:
         examples = min(request.num_examples, wire.MAX_EXAMPLES)
         with self._changed:
             known = self._seen.get(device)
-            if known and known.owner != token.owner and now - known.at < _FORGET:
+            if known and self._keeps(known, token, now):
                 return refuse(reason.REASON_NAME, f"another device is called {device!r}")
             self._see(device, Seen(token.owner, examples, now, not lacks and examples > 0))
         if lacks:
@@ -285,14 +301,32 @@ class Gateway:
             job = self._job
             if job is None:
                 return refuse(reason.REASON_NO_TASK, "no round")
-            job.round, lease = job.round.check_in(
+            round, lease = job.round.check_in(
                 device, token.owner, examples, secrets.token_hex(16), now
             )
+            if isinstance(lease, str):
+                job.round = round
+                told = None
+            else:
+                try:
+                    told = self._lease(job, round, lease, request, now)
+                except ValueError as error:
+                    return refuse(reason.REASON_NO_TASK, f"the task cannot be told: {error}")
+                job.round = round
+            job.drop_lost()
         if isinstance(lease, str):
             return refuse(reason.REASON_NO_TASK, lease)
-        return pb.CheckInResponse(lease=self._lease(job, lease, request, now), retry=self._retry())
+        return pb.CheckInResponse(lease=told, retry=self._retry())
 
-    def _lease(self, job: _Job, lease: Lease, request: pb.CheckInRequest, now: float) -> pb.Lease:
+    def _keeps(self, holder: Seen, token: Token, now: float) -> bool:
+        """Whether a name stays with who has it: not against a token that is of this very name."""
+        if token.device or holder.owner == token.owner:
+            return False
+        return now - holder.at < _FORGET and self._known(holder.owner)
+
+    def _lease(
+        self, job: _Job, round: Round, lease: Lease, request: pb.CheckInRequest, now: float
+    ) -> pb.Lease:
         header, cached = job.parcel.header(request.log_version)
         policy = self.settings.policy
         return pb.Lease(
@@ -301,11 +335,11 @@ class Gateway:
             task=header,
             payload=job.parcel.payload,
             cached=cached,
-            strategy=job.merging.config.strategy,
+            strategy=Path(job.merging.config.strategy).name,
             phase="train",
             policy=pb.Policy(**vars(policy)),
             seconds=lease.ends - now,
-            deadline_seconds=job.round.deadline - now,
+            deadline_seconds=round.deadline - now,
             max_upload_bytes=job.most_bytes,
         )
 

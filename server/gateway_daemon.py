@@ -8,8 +8,10 @@ with 1 or 2. It ends with the process that started it.
 
 import json
 import os
+import resource
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -61,10 +63,13 @@ def main(socket: Path) -> int:
     told = json.loads(sys.stdin.buffer.readline())
     order = Order.from_json(told, told.pop("gateway"))
     when_orphaned(lambda: os._exit(0))
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # each phone holds a connection, its upload a file
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     try:
         logs.configure(order.gateway.state / "gateway.jsonl")
         tokens = TokenFile(order.tokens)
-        gateway = Gateway(order.gateway)
+        gateway = Gateway(order.gateway, known=tokens.__contains__)
         _, port = serve_phones(gateway, tokens, order.listen, order.certificate, order.key)
         server = rpc.serve_trainer(gateway.answer, socket, workers=_CALLERS)
     except (CorollaError, OSError) as error:

@@ -4,8 +4,9 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,6 +19,7 @@ from corolla import logs, wire
 from corolla.errors import RoundError, StoppedError, WireError
 from corolla.packet import Packet, from_flower, to_flower
 from corolla.server.checkpoint import write_atomic
+from corolla.server.pulling import bound
 from corolla.wire import Kind, Reply, Task, pack_reply, pack_task, unpack_task
 
 POLL = 0.2
@@ -30,9 +32,29 @@ AWAY = 1.0
 """Seconds between calls of a SuperLink that is away."""
 _AGAIN = 60.0
 """Seconds after which a node that did not say so is asked again, doubled up to 16 times this."""
+_SEATS = 300.0
+"""Seconds after which a gateway is asked again: its phones come and go, and its seats with them."""
 
 _log = logs.logger("grid")
 _T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What devices of other people may claim to be, and how much memory a reply may take."""
+
+    seats: int = wire.MAX_SEATS
+    """Of one gateway; what is above is left unused."""
+    examples: int | None = None
+    """Of one client, that is its weight."""
+    no_gateways: str = ""
+    """Why the run takes none; "": it does."""
+    update: int = 1 << 28
+    """Bytes of the parameters that a client trains."""
+
+    def reply(self, seats: int) -> int:
+        """Bytes of a reply: twice the parameters, in twice their precision, of each phone."""
+        return (1 << 26) + (wire.MAX_REPLY_HEADER + 4 * self.update) * max(1, seats)
 
 
 class GridNetwork:
@@ -53,14 +75,17 @@ class GridNetwork:
         clients: int = 0,
         wait: float | None = None,
         names: Path | None = None,
+        limits: Limits | None = None,
     ) -> None:
         """`nodes` must be online before anything begins, and have said who they are; with `clients`
         so many of them must have data. Waits for `wait` seconds; as long as a round without it.
+        `limits` are for devices of other people.
         """
         self.grid, self.hello, self.deadline, self.stop = grid, hello, deadline, stop
         self._least, self._nodes = clients, nodes
         self._wait = deadline if wait is None else wait
-        self._names = names
+        self._names, self._limits = names, limits or Limits()
+        self._bounded = bound(grid, stop) if limits else None
         self._keys: dict[str, str] = _stored(names)
         self._members: dict[str, tuple[int, int, int]] = {}  # name → node, examples, seats
         self._asked: dict[str, tuple[int, float]] = {}  # message of a hello → node, until when
@@ -113,8 +138,7 @@ class GridNetwork:
     ) -> Iterator[tuple[str, Packet | None]]:
         """Send to nodes, yield (client, reply) as they come until all have or time is over.
 
-        Flower's own failures become error replies. A failure names the message it answers, not
-        always the node that failed, hence the map of message ids.
+        Flower's own failures become error replies, as what is no packet does.
         """
         deadline = time.monotonic() + self.deadline
         messages = {node: self._message(node, packets[node], self.deadline) for node in packets}
@@ -126,10 +150,9 @@ class GridNetwork:
             else:
                 yield clients[node], None
         while waiting and time.monotonic() < deadline:
-            for message in self._pull(list(waiting)):
-                answered = waiting.pop(message.metadata.reply_to_message_id or "", None)
-                if answered is not None:
-                    yield clients[answered], _packet(message, packets[answered], clients[answered])
+            for sent_id, found in self._pull({m: self._seats(n) for m, n in waiting.items()}):
+                answered = waiting.pop(sent_id)
+                yield clients[answered], _packet(found, packets[answered], clients[answered])
             if waiting:
                 self._pause()
         yield from ((clients[node], None) for node in waiting.values())
@@ -140,7 +163,8 @@ class GridNetwork:
         infos: list[NodeInfo] = self._call(lambda: list(self.grid.get_nodes()), [])
         keys = {int(info.node_id): bytes(info.public_key) for info in infos}
         busy = {node for node, _ in self._asked.values()}
-        known = {node for node, _, _ in self._members.values()} | busy
+        # Of a gateway, what it has said is old after a while.
+        known = {node for node, _, seats in self._members.values() if not seats} | busy
         new = [n for n in sorted(keys) if n not in known and now >= self._again.get(n, (0, 0))[0]]
         if new:
             messages = {n: self._message(n, pack_task(self.hello), HELLO) for n in new}
@@ -148,10 +172,9 @@ class GridNetwork:
             for node, message in messages.items():
                 if message.metadata.message_id in sent:
                     self._asked[message.metadata.message_id] = (node, now + HELLO)
-        for message in self._pull(list(self._asked)) if self._asked else ():
-            answered = self._asked.pop(message.metadata.reply_to_message_id or "", None)
-            if answered is not None:
-                self._learn(answered[0], _packet(message, pack_task(self.hello), ""), keys)
+        for sent_id, found in self._pull({m: self._seats(n) for m, (n, _) in self._asked.items()}):
+            node, _ = self._asked.pop(sent_id)
+            self._learn(node, _packet(found, pack_task(self.hello), ""), keys)
         for late in [m for m, (_, until) in self._asked.items() if now > until]:
             self._refuse(self._asked.pop(late)[0], "no answer to hello")
         return set(keys)
@@ -164,6 +187,8 @@ class GridNetwork:
         name = reply.client
         if reply.error or not name:
             return self._refuse(node, reply.error or "it has no name")
+        if why := self._unfit(reply):
+            return self._refuse(node, why)
         other = self._members.get(name)
         key = hashlib.sha256(keys.get(node, b"")).hexdigest()
         if self._keys.get(name, key) != key:
@@ -173,15 +198,38 @@ class GridNetwork:
         if self._names and name not in self._keys:
             self._keys[name] = key
             write_atomic(self._names, json.dumps(self._keys, indent=2).encode())
-        _log.info("joined", client=name, examples=reply.num_examples, seats=reply.seats)
-        self._members[name] = (node, reply.num_examples, reply.seats)
+        found = node, reply.num_examples, min(reply.seats, self._limits.seats)
+        if found != other:
+            _log.info("joined", client=name, examples=found[1], seats=found[2])
+        self._members[name] = found
         self._again.pop(node, None)
         self._reasons.pop(node, None)
+        if reply.seats:
+            self._again[node] = (time.monotonic() + _SEATS, _AGAIN / 2)
         return None
+
+    def _unfit(self, reply: Reply) -> str:
+        """Why a node cannot be a member; "" when it can."""
+        name, most = reply.client, self._limits.examples
+        if len(name) > wire.MAX_NAME or not name.isprintable():
+            return f"its name is not printable, or longer than {wire.MAX_NAME} characters"
+        if self._names and "/" in name:
+            return f"its name {name!r} has a /, as those of phones behind a gateway"
+        if reply.seats:
+            return self._limits.no_gateways
+        if not reply.num_examples:
+            return f"client {name!r} has no examples to train on"
+        if most is not None and reply.num_examples > most:
+            return (
+                f"client {name!r} has {reply.num_examples} examples, more than max-examples {most}"
+            )
+        return ""
 
     def _refuse(self, node: int, why: str) -> None:
         pause = min(2 * self._again.get(node, (0.0, _AGAIN / 2))[1], 16 * _AGAIN)
         self._again[node] = (time.monotonic() + pause, pause)
+        if self._seats(node):  # a gateway that is busy, or has no phones now: it keeps its place
+            return
         if self._reasons.get(node) != why:
             _log.warning("left out", node=str(node), why=why)
         self._reasons[node] = why
@@ -211,17 +259,50 @@ class GridNetwork:
             again = True
             self._pause(AWAY)
 
-    def _pull(self, ids: list[str]) -> Iterable[Message]:
-        return self._call(lambda: list(self.grid.pull_messages(ids)), [])
+    def _pull(self, ids: Mapping[str, int]) -> Iterator[tuple[str, Message | WireError]]:
+        """What has come of messages (id → seats of who was asked): which it answers, and what.
+
+        One by one: the SuperLink forgets what it has handed over, also when it dies before the rest
+        arrives. Whatever Flower cannot read is the error of who has sent it.
+        """
+        away: Exception | None = None
+        for sent, seats in ids.items():
+            if self.stop.is_set():
+                raise StoppedError("stopped")
+            if self._bounded:
+                self._bounded.most = self._limits.reply(seats)
+            try:
+                messages = list(self.grid.pull_messages([sent]))
+            except httpx.HTTPStatusError as error:  # of this message, it may be: others are heard
+                away = error
+            except (httpx.HTTPError, OSError) as error:
+                away = error
+                break
+            except StoppedError:
+                raise
+            except WireError as error:
+                yield sent, error
+            except Exception as error:  # noqa: BLE001 - it depends on a client's bytes
+                yield sent, WireError(f"not a packet: Flower raised {type(error).__name__}")
+            else:
+                yield from ((sent, message) for message in messages[:1])
+        if away:
+            self._away(away)
 
     def _call(self, what: Callable[[], _T], otherwise: _T) -> _T:
         """A call of the Grid; `otherwise` when the SuperLink is away."""
         try:
             return what()
         except (httpx.HTTPError, OSError) as error:
-            _log.warning("the SuperLink is away", why=repr(error))
-            self._pause(AWAY)
+            self._away(error)
             return otherwise
+
+    def _away(self, error: Exception) -> None:
+        _log.warning("the SuperLink is away", why=repr(error))
+        self._pause(AWAY)
+
+    def _seats(self, node: int) -> int:
+        return next((seats for own, _, seats in self._members.values() if own == node), 0)
 
     def _pause(self, seconds: float = 0.0) -> None:
         if self.stop.wait(seconds or self._poll):
@@ -250,9 +331,11 @@ def _stored(path: Path | None) -> dict[str, str]:
     return loaded
 
 
-def _packet(message: Message, asked: Packet, client: str) -> Packet:
+def _packet(message: Message | WireError, asked: Packet, client: str) -> Packet:
     """The packet of a reply; what is no packet becomes an error reply to the task it answers."""
     try:
+        if isinstance(message, WireError):
+            raise message
         if not message.has_error():
             return from_flower(message.content, _LARGEST)
         lines = (message.error.reason or "").strip().splitlines() or ["no reason given"]

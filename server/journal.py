@@ -43,6 +43,8 @@ from typing import Any, Literal, Self
 from corolla.errors import ArtefactError, ConfigError
 
 NAME = "journal.jsonl"
+ORDER = "server.json"
+"""There where a server runs it: what its ServerApp is to do."""
 
 Event = Literal[
     "started",

@@ -114,8 +114,11 @@ class Round:
         if held.over(now):
             return held, "the round is over"
         for lease in own:
-            if lease.phase == Phase.OPEN:
+            if lease.phase == Phase.OPEN and lease.owner == owner:
                 return held._renewed(lease, now)
+            if lease.phase == Phase.OPEN:  # the name has gone to another device
+                held = held._with(replace(lease, phase=Phase.LOST, why="the name is another's"))
+        own = [held.leases[lease.id] for lease in own]
         if any(lease.phase != Phase.LOST for lease in own):
             return held, "asked already in this round"
         if held.count(*_HOLDS_A_SEAT) >= held.places:
@@ -137,7 +140,9 @@ class Round:
         lease = self.leases.get(id)
         if lease is None:
             return "the lease is of an earlier round"
-        if lease.phase not in (Phase.OPEN, Phase.REPORTED):
+        if lease.phase == Phase.REPORTED:
+            return "it is being examined"
+        if lease.phase != Phase.OPEN:
             return lease.why or "reported already"
         if now >= lease.ends:
             return "the lease was over"
@@ -151,7 +156,7 @@ class Round:
         why = held.refuses(id, now)
         lease = held.leases.get(id)
         if lease is None or lease.phase != Phase.OPEN:
-            return held, why or "it is being examined"
+            return held, why
         phase = Phase.LATE if why else Phase.REPORTED
         return held._with(replace(lease, phase=phase, why=why)), why
 

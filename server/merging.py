@@ -1,6 +1,7 @@
 """From phones' replies to their gateway's: each passed by the gate, then summed or bundled."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 
 from corolla import codec, compression, factors, robust, schedule, seeds, strategies, wire
 from corolla.config import RunConfig, validate
-from corolla.errors import ConfigError, WireError
+from corolla.errors import WireError
 from corolla.packet import Packet
 from corolla.server.federation import merges
 from corolla.server.gate import Expected, Judged, judge
@@ -67,21 +68,20 @@ class Merging:
         examples: dict[str, int] = {}
         metrics: dict[str, Mapping[str, float]] = {}
         for phone, own, packet in replies:
+            judged = self.judge(packet, phone, own)
+            if judged.reply is None or not judged.verdict.accepted:
+                continue  # its file was damaged in the meantime
+            reply = judged.reply
             if aggregator is None:
                 packets.append(packet)
-                reply = wire.unpack_reply(packet, len(packet.payload))
             else:
-                judged = self.judge(packet, phone, own)
-                if judged.reply is None or not judged.verdict.accepted:
-                    continue  # its file was damaged in the meantime
-                reply = judged.reply
                 aggregator.add(judged.update, reply.num_examples)
             examples[phone], metrics[phone] = reply.num_examples, reply.metrics
         return pack_reply(
             replace(
                 blank,
                 num_examples=sum(examples.values()),
-                metrics=mean_metrics(metrics, examples),
+                metrics=mean_metrics(_common(metrics), examples),
                 payload=wire.pack_bundle(packets)
                 if aggregator is None
                 else codec.encode(aggregator.sums()),
@@ -91,16 +91,24 @@ class Merging:
         )
 
 
+def _common(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str, float]]:
+    """Metrics under the names that most phones report: one phone's own names crowd none out."""
+    counts = Counter(name for own in metrics.values() for name in own)
+    names = [name for name in sorted(counts) if 2 * counts[name] > len(metrics)]
+    kept = frozenset(sorted(names, key=lambda name: -counts[name])[: wire.MAX_METRICS])
+    return {
+        phone: {name: value for name, value in own.items() if name in kept}
+        for phone, own in metrics.items()
+    }
+
+
 def prepare(task: Task, allow: Iterable[str] = ()) -> Merging:
     """What a gateway must know of its task. Raises ConfigError or WireError in one line."""
     try:
         told: dict[str, Any] = json.loads(task.config)
         run = dict(told["run"])
-        name = str(run.get("strategy", ""))
-        if ":" in name and name not in allow:  # before anything imports it
-            raise ConfigError(
-                f"this gateway does not run strategy {name!r}: its owner must allow it by name"
-            )
+        if "strategy" in run:  # before anything imports it
+            run["strategy"] = strategies.allowed(str(run["strategy"]), allow, "gateway")
         config = validate(run)
         kind = str(told["class"])
         form = compression.blank(told["fresh"])["adapter"]

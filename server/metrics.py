@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from threading import Thread
 from typing import get_args
@@ -12,6 +13,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from corolla.errors import ConfigError, CorollaError
+from corolla.server import journal
+from corolla.server.journal import alive
 from corolla.server.status import State, Status, status
 
 
@@ -21,15 +24,33 @@ class RunCollector(Collector):
 
     folder: Path
 
+    @property
+    def files(self) -> tuple[Path, Path]:
+        """What a status is read from: again only when one of them has changed."""
+        return self.folder / journal.NAME, self.folder / "metrics.jsonl"
+
     def collect(self) -> Iterator[Metric]:
         try:
-            found = status(self.folder)
+            found = _status(self.folder, alive(self.folder), *map(_written, self.files))
         except CorollaError:
             yield GaugeMetricFamily("corolla_up", "Whether there is a run to tell of", 0)
             return
         yield GaugeMetricFamily("corolla_up", "Whether there is a run to tell of", 1)
         yield from _counters(found)
         yield from _gauges(found)
+
+
+@lru_cache(maxsize=1)
+def _status(folder: Path, living: bool | None, *written: tuple[int, int]) -> Status:
+    return status(folder)
+
+
+def _written(path: Path) -> tuple[int, int]:
+    try:
+        stat = path.stat()
+    except OSError:
+        return 0, 0
+    return stat.st_mtime_ns, stat.st_size
 
 
 def _counters(found: Status) -> Iterator[Metric]:

@@ -11,12 +11,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from corolla.config import SERVER, RunConfig, server_table
 from corolla.errors import ConfigError
 from corolla.server.checkpoint import write_atomic
+from corolla.server.journal import ORDER
+from corolla.wire import MAX_SEATS
 
 FOLDER = "COROLLA_SERVER"
 """The environment variable that names the folder: no path of the server enters the app bundle."""
-ORDER = "server.json"
 OUTCOME = Path("flower", "outcome.json")
 PROCESS = Path("flower", "serverapp.json")
+LAST_WORDS = "corolla failed: "
+"""Begins the line of a ServerApp that cannot write its outcome; stderr is the executor's log."""
 
 
 class Settings(BaseModel):
@@ -29,10 +32,16 @@ class Settings(BaseModel):
     certs: Path | None = None
     """The folder of server.pem, server.key and ca.pem."""
     clients_keys: Path | None = None
-    """The folder of the public keys (*.pub) of clients that may join; watched while it runs."""
+    """The folder of the public keys (*.pub) of clients that may join; watched while it runs.
+
+    Removing a file revokes nothing: Flower keeps a key in its database, and one that it has
+    unregistered it never takes again, so that a folder away for a moment would lock out all.
+    """
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
     min_clients: Annotated[int, Field(ge=1)] = 1
     """Clients to wait for before the first round."""
+    max_seats: Annotated[int, Field(ge=1, le=MAX_SEATS)] = 1024
+    """Of one gateway: devices that it is taken for, at most."""
     superlink_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """On loopback; 0: any that is free."""
 
@@ -61,6 +70,7 @@ class Order:
     min_clients: int
     path: str
     """Where strategies of one's own are found: the folder in which the server was started."""
+    max_seats: int = 1024
 
     def write(self, folder: Path) -> None:
         write_atomic(folder / ORDER, (json.dumps(asdict(self), indent=2) + "\n").encode())
@@ -100,4 +110,13 @@ def refuse_simulated(config: RunConfig) -> None:
         raise ConfigError(
             "buffer, deadline-simulated, step-seconds, and speed, upload, download and drop of "
             "classes simulate devices: use corolla simulate"
+        )
+
+
+def refuse_unbounded(config: RunConfig) -> None:
+    """Raises ConfigError for a run of devices in which one may claim any weight."""
+    if config.local_epochs is not None and config.max_examples is None:
+        raise ConfigError(
+            "with local-epochs the weight of a client is the number of examples it says it has: "
+            "set max-examples to the most one may have, or use local-steps"
         )

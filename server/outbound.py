@@ -14,8 +14,10 @@ from corolla.memory import Memory
 from corolla.proto import device_pb2 as pb
 from corolla.server.blobs import Blobs
 from corolla.types import Params, Payload
-from corolla.wire import Log, Task, pack_task
+from corolla.wire import MAX_ROWS, Log, Task, pack_task
 
+_LONGEST_LOG = 4 << 20
+"""Bytes of rows: half of a header."""
 _OURS = ("fresh",)
 """Settings of a task that only a gateway needs."""
 
@@ -67,6 +69,8 @@ def take_in(
         memory.keep(group, sent[group], task.cached[group])
     missing = memory.missing(task.cached)
     log = _follow(task.log, sent, memory) if task.log else None
+    if log and task.log and not task.log.start and _long(log[0]):
+        log = None  # a snapshot is shorter
     if missing or (task.log and log is None):
         memory.recall({})
         return missing or ["log"]
@@ -109,6 +113,12 @@ def _follow(log: Log, sent: Payload, memory: Memory) -> tuple[Log, Params | None
     snapshot, rows, _ = known
     versions = memory.path_to(log.version, log.origin)
     return replace(log, since=versions[0], rows=rows, start=""), snapshot, versions
+
+
+def _long(log: Log) -> bool:
+    """Whether phones may be sent no such log: it has to fit into a task's header."""
+    sizes = (t.numel() * t.element_size() for row in log.rows for t in row.values())
+    return len(log.rows) > MAX_ROWS or sum(sizes) > _LONGEST_LOG
 
 
 def _settings(task: Task) -> str:

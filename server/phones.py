@@ -3,9 +3,9 @@
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 
@@ -20,10 +20,28 @@ from corolla.server.tokens import Token, who
 RATE, BURST = 50.0, 200.0
 """Calls of one phone a second: a chunk of 1 MiB each. Strangers share those of their address."""
 _PEERS = 1 << 14
-_WORKERS = 8
+_WORKERS = 32
+_MOST_CALLS = 256
 
 R = TypeVar("R")
 _log = logs.logger("phones")
+
+
+class Strangers(grpc.ServerInterceptor):
+    """Turns calls without a token away before they are read.
+
+    A usual handler holds a thread until its request has come: strangers would hold all of them.
+    """
+
+    def __init__(self, tokens: Mapping[str, Token], refuse: Callable[..., NoReturn]) -> None:
+        self._tokens = tokens
+        self._away = grpc.stream_unary_rpc_method_handler(lambda _, context: refuse(context))
+
+    def intercept_service(
+        self, continuation: Callable[..., Any], handler_call_details: grpc.HandlerCallDetails
+    ) -> Any:
+        known = _token(self._tokens, handler_call_details.invocation_metadata)
+        return continuation(handler_call_details) if known else self._away
 
 
 class Phones(device_pb2_grpc.PhonesServicer):
@@ -60,14 +78,11 @@ class Phones(device_pb2_grpc.PhonesServicer):
         return self._call(context, lambda token: self._gateway.heartbeat(request, token))
 
     def _call(self, context: grpc.ServicerContext, answer: Callable[[Token], R]) -> R:
-        metadata = dict(context.invocation_metadata())
-        token = who(self._tokens, str(metadata.get("authorization", "")))
+        token = _token(self._tokens, context.invocation_metadata())
+        if token is None:  # it was in the file a moment ago
+            self.refuse(context)
         # Of those with a token each connection counts: many phones share a router's address.
-        peer = context.peer()
-        if not self._allowed(peer if token else peer.rpartition(":")[0]):
-            _end(context, grpc.StatusCode.RESOURCE_EXHAUSTED, "too many calls: wait a second")
-        if token is None:
-            _end(context, grpc.StatusCode.UNAUTHENTICATED, "this gateway does not know the token")
+        self._limit(context, context.peer())
         try:
             return answer(token)
         except PermissionError as error:
@@ -80,6 +95,15 @@ class Phones(device_pb2_grpc.PhonesServicer):
             _log.error("disk", error=str(error.strerror))
             _end(context, grpc.StatusCode.UNAVAILABLE, "the gateway's disk fails")
 
+    def refuse(self, context: grpc.ServicerContext) -> NoReturn:
+        """End a stranger's call."""
+        self._limit(context, context.peer().rpartition(":")[0])
+        _end(context, grpc.StatusCode.UNAUTHENTICATED, "this gateway does not know the token")
+
+    def _limit(self, context: grpc.ServicerContext, peer: str) -> None:
+        if not self._allowed(peer):
+            _end(context, grpc.StatusCode.RESOURCE_EXHAUSTED, "too many calls: wait a second")
+
     def _allowed(self, peer: str) -> bool:
         now = time.monotonic()
         with self._lock:
@@ -91,6 +115,10 @@ class Phones(device_pb2_grpc.PhonesServicer):
         return allowed
 
 
+def _token(tokens: Mapping[str, Token], metadata: Iterable[Any]) -> Token | None:
+    return who(tokens, str(dict(metadata).get("authorization", "")))
+
+
 def _end(context: grpc.ServicerContext, code: grpc.StatusCode, text: str) -> NoReturn:
     context.abort(code, text)
     raise AssertionError("abort raises")
@@ -100,10 +128,17 @@ def serve_phones(
     gateway: Gateway, tokens: Mapping[str, Token], address: str, certificate: Path, key: Path
 ) -> tuple[grpc.Server, int]:
     """(a server that is started, its port). Raises ConfigError when it cannot be."""
+    phones = Phones(gateway, tokens)
     server, port = rpc.tls_server(
-        address, certificate, key, workers=_WORKERS, most_bytes=calls.MAX_MESSAGE
+        address,
+        certificate,
+        key,
+        workers=_WORKERS,
+        most_bytes=calls.MAX_MESSAGE,
+        most_calls=_MOST_CALLS,
+        interceptors=[Strangers(tokens, phones.refuse)],
     )
     add = device_pb2_grpc.add_PhonesServicer_to_server
-    add(Phones(gateway, tokens), server)  # type: ignore[no-untyped-call]
+    add(phones, server)  # type: ignore[no-untyped-call]
     server.start()
     return server, port

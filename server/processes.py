@@ -1,7 +1,9 @@
 """Long-lived child processes: started again when they die, found after a kill, ended by id."""
 
 import json
+import os
 import re
+import resource
 import socket
 import subprocess
 import time
@@ -14,6 +16,9 @@ import psutil
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _GRACE = 15.0
 """Seconds in which a process that is told to end may do so."""
+_TAIL = 8192
+"""Bytes of a log that are looked at: it grows for months."""
+_FILES = 65536
 _LASTED = 120.0
 """Seconds of life after which a death is a first one again."""
 
@@ -73,12 +78,34 @@ class Process:
 
     def last_line(self) -> str:
         """What its log said last."""
-        try:
-            lines = self.log.read_text(errors="replace").splitlines()
-        except OSError:
-            return ""
+        lines = tail(self.log).splitlines()
         told = (_COLOUR.sub("", line).strip() for line in reversed(lines))
         return next((line[-300:] for line in told if line and "EXPERIMENTAL" not in line), "")
+
+
+def tail(path: Path, start: int = 0) -> str:
+    """The last of a text file, from byte `start` and at most _TAIL bytes; "" if there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(start, file.seek(0, os.SEEK_END) - _TAIL))
+            return file.read(_TAIL).decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def open_files() -> int:
+    """How many files this process may have open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _FILES if soft == resource.RLIM_INFINITY else soft
+
+
+def open_more_files() -> None:
+    """Raise that to what the machine allows, _FILES at most: a connection is a file."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES if hard == resource.RLIM_INFINITY else min(hard, _FILES)
+    if wanted > open_files():
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def free_port() -> int:
@@ -97,13 +124,16 @@ def note_process(path: Path, pid: int) -> None:
 
 
 def noted_process(path: Path) -> psutil.Process | None:
-    """The process that `note_process` has noted, if it still lives."""
+    """The process that `note_process` has noted, if it still lives.
+
+    Raises OSError when that cannot be known, with no file left to open: it may be alive.
+    """
     try:
         noted = json.loads(path.read_text())
         process = psutil.Process(int(noted["pid"]))
         same = abs(process.create_time() - float(noted["began"])) < 1
         return process if same and _lives(process) else None
-    except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, psutil.Error):
         return None
 
 

@@ -203,6 +203,8 @@ class _Fold:
 def _require_quorum(federation: Federation, round: int, wanted: int, fold: _Fold) -> None:
     """Raises RoundError when fewer updates are valid than the quorum, or a robust rule, needs."""
     config, valid = federation.config, sum(fold.updates.values())
+    # Of devices that are offline, those of the cohort that were not asked are missing too.
+    wanted = max(wanted, config.cohort or 0) if federation.own_devices else wanted
     needed = federation.quorum(wanted)
     if config.robust != "none":
         hostile = robust.hostile(valid, config.byzantine)

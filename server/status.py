@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from corolla.errors import ArtefactError
-from corolla.server.journal import NAME, Entry, alive, past, read
+from corolla.server.journal import NAME, ORDER, Entry, alive, past, read
 
 State = Literal["running", "paused", "stopped", "failed", "done"]
 
@@ -79,7 +79,9 @@ def status(folder: Path) -> Status:
     living = alive(folder)
     entries = read(folder)
     if not entries:
-        raise ArtefactError(f"no run has begun in {folder}: it has no {NAME}")
+        waits = (folder / ORDER).is_file()
+        why = "its server waits for clients" if waits else f"it has no {NAME}"
+        raise ArtefactError(f"no run has begun in {folder}: {why}")
     before = past(entries)
     lines = [line for line in _lines(folder / "metrics.jsonl") if line["round"] <= before.round]
     known = [entry for entry in entries if entry["event"] in ("started", "resumed")]
@@ -122,7 +124,8 @@ def _state(last: Entry, living: bool | None) -> tuple[State, str, bool]:
     if event == "stopped":
         return "stopped", why.removeprefix("stopped; "), False
     if living is False:
-        return "stopped", "its process was killed: go on with --resume", True
+        why = "its process was killed: unless its server is starting it again, --resume goes on"
+        return "stopped", why, True
     if event == "paused":
         return "paused", f"{last['online']} clients online, {last['needed']} are needed", False
     return "running", "", False

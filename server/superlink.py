@@ -9,6 +9,7 @@ Runtime without the secret of the SuperExec.
 import hashlib
 import os
 import secrets
+import shutil
 import ssl
 import sys
 from dataclasses import dataclass
@@ -88,12 +89,20 @@ class Place:
         """Folders, certificates for loopback, the secret of the SuperExec; kept from run to run."""
         for path in (self.home / "home", self.folder / "logs"):
             path.mkdir(parents=True, exist_ok=True)
-        if not (self.home / "tls" / "server.pem").exists():
-            certs.make(self.home / "tls", (), days=3650)
-        secret = self.home / "secret"
-        if not secret.exists():
-            with os.fdopen(os.open(secret, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
+        self.home.chmod(0o700)  # state.db holds updates on their way
+        tls, secret = self.home / "tls", self.home / "secret"
+        if not (tls / "server.pem").exists():
+            scratch = self.home / "tls.part"
+            for half in (scratch, tls):  # of a server that was killed
+                shutil.rmtree(half, ignore_errors=True)
+            certs.make(scratch, (), days=3650)
+            scratch.rename(tls)
+        if not secret.exists() or not secret.stat().st_size:
+            scratch = self.home / "secret.part"
+            scratch.unlink(missing_ok=True)
+            with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
                 file.write(secrets.token_hex(32).encode())
+            scratch.rename(secret)
 
     def processes(self) -> list[Process]:
         """SuperLink and SuperExec; the latter ends with this process, and its ServerApp with it."""
@@ -129,6 +138,13 @@ class Place:
         ]
 
 
+def _refusal(what: str, error: httpx.HTTPStatusError) -> Exception:
+    """A fault of the SuperLink, for the caller to try again, or its answer, which is final."""
+    if error.response.is_server_error:
+        return error
+    return RoundError(f"Flower refuses {what}: {error.response.text[:200]}")
+
+
 class Control:
     """What a server asks of its SuperLink. Every call raises httpx.HTTPError while it is away."""
 
@@ -154,7 +170,7 @@ class Control:
         except httpx.HTTPStatusError as error:
             if error.response.status_code == 412:  # this key is in use already
                 return False
-            raise RoundError(f"Flower refuses a key: {error.response.text[:200]}") from error
+            raise _refusal("a key", error) from error
         return True
 
     def submit(self) -> int:
@@ -165,7 +181,7 @@ class Control:
         try:
             answer = self._client.StartRun(StartRunRequest(fab=fab_to_proto(fab)))
         except httpx.HTTPStatusError as error:
-            raise RoundError(f"Flower refuses the run: {error.response.text[:200]}") from error
+            raise _refusal("the run", error) from error
         if not answer.HasField("run_id"):
             raise RoundError("Flower refuses the run and gives no reason")
         return int(answer.run_id)

@@ -12,12 +12,13 @@ import secrets
 import socket
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 
 import httpx
+import psutil
 
 from corolla import certs, logs
 from corolla.children import stoppable
@@ -28,6 +29,7 @@ from corolla.server.attempts import how_to_go_on
 from corolla.server.checkpoint import write_atomic
 from corolla.server.front import Front, fingerprint, listen
 from corolla.server.order import (
+    LAST_WORDS,
     OUTCOME,
     PROCESS,
     Order,
@@ -35,6 +37,7 @@ from corolla.server.order import (
     read_order,
     read_outcome,
     refuse_simulated,
+    refuse_unbounded,
 )
 from corolla.server.processes import Process
 from corolla.server.run import prepare_folder
@@ -45,6 +48,8 @@ _LOOK = 1.0
 """Seconds between looks at keys and at what Flower says of the run."""
 _START = 90.0
 """Seconds in which a SuperLink must answer."""
+_BEGIN = 180.0
+"""Seconds in which a ServerApp must begin: a slow machine imports for more than one minute."""
 _STOP = 60.0
 """Seconds in which a ServerApp that is told to stop may end what it is at."""
 _TRIES = 5
@@ -62,10 +67,16 @@ class Supervisor:
     say: Callable[[str], None]
     _keys: dict[Path, float] = field(default_factory=dict)
     """Files that have been looked at, and when they were written."""
+    _complained: set[str] = field(default_factory=set)
     _registered: set[str] = field(default_factory=set)
     _noted: dict[str, int] = field(default_factory=dict)
     _told: int = 0
+    _seen: tuple[int, int] | None = None
+    """When metrics.jsonl was written last, and its bytes."""
     _run: int | None = None
+    _submitted: float = 0.0
+    _log_size: int = 0
+    """Of the executor's log before this submission."""
     _tries: int = 0
     _committed: int = 0
 
@@ -122,12 +133,14 @@ class Supervisor:
                     self._register(control)
                     if self._run is None:
                         control.stop_others()
-                        self._run = control.submit()
+                        self._submit(control)
                         self._tell_ready(place, front)
                     elif why := self._given_up(control, self._run):
                         self._again(control, why)
                 except httpx.HTTPError as error:
                     _log.warning("the SuperLink is away", why=repr(error))
+                except OSError as error:  # a disk that is full, too many open files: it may pass
+                    _log.warning("tried again", why=str(error))
                 due = time.monotonic() + _LOOK
             stop.wait(_POLL)
         raise StoppedError(self._kept())
@@ -147,7 +160,8 @@ class Supervisor:
             (self.folder / path).unlink(missing_ok=True)
 
     def _end_serverapp(self) -> None:
-        processes.end(processes.noted_process(self.folder / PROCESS), _STOP)
+        with suppress(OSError):  # it ends with its executor as well
+            processes.end(processes.noted_process(self.folder / PROCESS), _STOP)
 
     def _await_ready(self, control: Control, link: Process, stop: Event) -> None:
         link.start()
@@ -168,20 +182,28 @@ class Supervisor:
 
     def _tend(self, children: list[Process], front: Front | None) -> None:
         for child in children:
-            if told := child.tend():
-                self.say(told)
-                _log.warning("child ended", child=child.name, why=told)
-            if child.pid is not None and self._noted.get(child.name) != child.pid:
-                path = self.folder / "flower" / f"{child.name}.json"
-                processes.note_process(path, child.pid)
-                self._noted[child.name] = child.pid
+            try:
+                if told := child.tend():
+                    self.say(told)
+                    _log.warning("child ended", child=child.name, why=told)
+                if child.pid is not None and self._noted.get(child.name) != child.pid:
+                    path = self.folder / "flower" / f"{child.name}.json"
+                    processes.note_process(path, child.pid)
+                    self._noted[child.name] = child.pid
+            except (OSError, psutil.Error) as error:
+                _log.warning("child not looked after", child=child.name, why=str(error))
         if front and not front.alive:
             raise RoundError(f"the front has ended: see {self.folder / 'logs'}")
 
     def _register(self, control: Control) -> None:
         """Keys that are new in the folder; a file that is no key is said once."""
         folder = self.settings.clients_keys
-        for path in sorted(folder.glob("*.pub")) if folder else ():
+        try:
+            paths = sorted(folder.glob("*.pub")) if folder else []
+        except OSError as error:
+            self._complain(f"{folder} cannot be listed: {error}")
+            return
+        for path in paths:
             try:
                 written = path.stat().st_mtime
                 if self._keys.get(path) == written:
@@ -189,24 +211,52 @@ class Supervisor:
                 pem = certs.public_key(path)
                 new = control.register(pem)
             except (CorollaError, OSError) as error:
-                self.say(f"left out: {error}")
-                _log.warning("key left out", why=str(error))
+                self._complain(f"left out: {error}")
+                if isinstance(error.__cause__ or error, OSError):
+                    continue  # it may be there at the next look
             else:
                 self._registered.add(path.stem)
                 if new:
                     _log.info("key registered", client=path.stem, key=fingerprint(pem))
             self._keys[path] = written
 
+    def _complain(self, text: str) -> None:
+        """Say it, once."""
+        if text not in self._complained:
+            self._complained.add(text)
+            self.say(text)
+            _log.warning("key left out", why=text)
+
+    def _submit(self, control: Control) -> None:
+        log = self.folder / "logs" / "superexec.log"
+        self._log_size = log.stat().st_size if log.exists() else 0
+        self._submitted = time.monotonic()
+        self._run = control.submit()
+
+    def _last_words(self) -> str:
+        """Why this ServerApp failed, where it could only say so in the executor's log."""
+        log = processes.tail(self.folder / "logs" / "superexec.log", self._log_size)
+        said = [line.partition(LAST_WORDS)[2] for line in log.splitlines() if LAST_WORDS in line]
+        return said[-1] if said else ""
+
     def _given_up(self, control: Control, run: int) -> str:
-        """Why this run will not go on by itself; "" while it may."""
+        """Why this run will not go on by itself; "" while it may.
+
+        Raises CorollaError for what its ServerApp has said, OSError when nothing can be known.
+        """
         note = self.folder / PROCESS
         began = note.exists()
         alive = processes.noted_process(note) is not None
         status, details = control.status(run)
-        if not status.startswith("finished") and (alive or not began):
+        late = not began and time.monotonic() - self._submitted > _BEGIN
+        if not status.startswith("finished") and (alive or not (began or late)):
             return ""
         if self._ended():  # its outcome came meanwhile
             return ""
+        if said := self._last_words():
+            raise RoundError(f"{said}{how_to_go_on(self.folder)}")
+        if late and not status.startswith("finished"):
+            return f"its ServerApp has not begun in {_BEGIN:.0f} s"
         return details or ("its process was killed" if began else status)
 
     def _again(self, control: Control, why: str) -> None:
@@ -225,7 +275,7 @@ class Supervisor:
         (self.folder / PROCESS).unlink(missing_ok=True)
         self._keys.clear()  # where the SuperLink has lost its database, they are new to it
         control.stop_others()
-        self._run = control.submit()
+        self._submit(control)
 
     def _ended(self) -> bool:
         """Whether the ServerApp has said that the run is done. Raises CorollaError if it failed."""
@@ -243,7 +293,14 @@ class Supervisor:
 
     def _tell_rounds(self) -> None:
         """A line for each round that is new in metrics.jsonl."""
-        lines = self._lines()
+        try:
+            found = (self.folder / "metrics.jsonl").stat()
+            if self._seen == (found.st_mtime_ns, found.st_size):
+                return
+            lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+        except OSError:
+            return
+        self._seen = found.st_mtime_ns, found.st_size
         for line in map(json.loads, lines[self._told :]):
             loss = line.get("eval_loss")
             self.say(
@@ -292,6 +349,7 @@ def begin(
     """Serve a run in a new folder, or go on with the one in it. Raises CorollaError."""
     superlink.check_version()
     refuse_simulated(config)
+    refuse_unbounded(config)
     if settings.clients_keys and not settings.clients_keys.is_dir():
         raise ConfigError(f"--clients-keys {settings.clients_keys} is no folder")
     if settings.address:
@@ -300,6 +358,7 @@ def begin(
         certs.check(settings.certs)
     if resume:
         order = read_order(folder)
+    processes.open_more_files()
     # Held before anything is written: an address that is taken leaves no folder behind.
     with ExitStack() as ends:
         door = ends.enter_context(listen(settings.address)) if settings.address else None
@@ -311,5 +370,6 @@ def begin(
                 keep_updates,
                 settings.min_clients,
                 str(Path.cwd()),
+                settings.max_seats,
             )
         Supervisor(folder.resolve(), settings, say).run(order, door)

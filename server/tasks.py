@@ -87,7 +87,6 @@ def make_tasks(
             **described,
             **({"labels": list(federation.labels)} if federation.own_devices else {}),
             **_for_gateway(federation, client),
-            **(_fresh(federation, lora) if client in federation.seats else {}),
             "run": run,
         }
         tasks[client] = Task(
@@ -111,11 +110,6 @@ def make_tasks(
         traffic.down += content
         traffic.framing_down += len(data) + header - content
     return tasks
-
-
-def _fresh(federation: Federation, lora: LoraSpec) -> Mapping[str, object]:
-    """What a gateway must know to tell a valid update of a phone: it has no model of its own."""
-    return {"fresh": compression.form({"adapter": federation.fresh(lora)})}
 
 
 def run_settings(config: RunConfig, own_devices: bool) -> Mapping[str, object]:

@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -101,6 +101,20 @@ def find(name: str) -> type[Strategy]:
             f"strategy {name!r} lacks {', '.join(missing)} (see corolla.types.Strategy)"
         )
     return found
+
+
+def allowed(name: str, allow: Iterable[str], who: str) -> str:
+    """The strategy itself; one of its own file or module is that which the owner has allowed.
+
+    A file is known by its name, without its folder: that of the asker is of another machine. Raises
+    ConfigError, before anything is imported, that says what this `who` does not run.
+    """
+    if ":" not in name:
+        return name
+    for own in allow:
+        if Path(own).name == Path(name).name:
+            return own
+    raise ConfigError(f"this {who} does not run strategy {name!r}: its owner has not allowed it")
 
 
 def absolute(name: str) -> str:

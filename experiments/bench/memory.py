@@ -184,7 +184,26 @@ def constants(options: Options, measure: Measure = in_child) -> Section:
     found.rows.append(_row("LIBRARIES, MB", imports, 1e6))
     tokenizer = measure("tokenizer", options)
     found.rows.append(_row("TOKENIZER, bytes a byte", tokenizer, tokenizer["bytes"]))
+    cases = [measure(name, options) for name in list(CASES)[:2]]
+    if any(own["terms"]["logits"] >= footprint.MAPPED * 3 for own in cases):
+        found.notes.append("HEAP and WORK: not measured, blocks of this model are mapped")
+        return found
+    heap, work = _heap(cases)
+    found.rows.append({"case": "HEAP, bytes a byte", "predicted": footprint.HEAP, "measured": heap})
+    sizes = {"predicted": footprint.WORK / 1e6, "measured": work / 1e6}
+    found.rows.append({"case": "WORK, MB", **sizes})
     return found
+
+
+def _heap(two: Sequence[Measured]) -> tuple[float, float]:
+    """(HEAP, WORK): the line through two cases of which no block is large enough to be mapped."""
+    needed = [
+        (own["terms"]["activations"] + own["terms"]["logits"]) / footprint.HEAP for own in two
+    ]
+    rest = [own["predicted"] - footprint.HEAP * n for own, n in zip(two, needed, strict=True)]
+    took = [own["measured"] - r + footprint.WORK for own, r in zip(two, rest, strict=True)]
+    heap = (took[1] - took[0]) / (needed[1] - needed[0])
+    return heap, took[0] - heap * needed[0]
 
 
 def clients(options: Options, measure: Measure = in_child) -> Section:

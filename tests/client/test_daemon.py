@@ -257,12 +257,14 @@ def test_errors_never_tell_what_a_row_says(
     path = tmp_path / "labels.jsonl"
     path.write_text("".join(f'{{"text": "secret {i}", "label": "secret"}}\n' for i in range(5)))
     run = {**told(settings()), "labels": ["a", "b"]}
-    reply = ask(
-        Trainer(own(data=str(path)), "cyd"),
-        pack_task(Task(RUN, 0, "", Kind.HELLO, json.dumps(run))),
-    )
-    assert "5 of 5 rows have no label of this run's 2" in reply.error
-    assert "secret" not in reply.error
+    said: list[str] = []
+    trainer = Trainer(own(data=str(path)), "cyd", None, said.append)
+    hello = pack_task(Task(RUN, 0, "", Kind.HELLO, json.dumps(run)))
+    assert ask(trainer, hello).error == "this device's data cannot be used"
+    path.write_text('{"text": "a", "split": "secret"}\n')  # changed since the start
+    assert ask(trainer, hello).error == "this device's data cannot be used"
+    assert said[0] == "5 of 5 rows have no label of this run's 2"
+    assert "line 1" in said[1]
 
 
 def test_labels_come_with_the_task(
@@ -271,14 +273,15 @@ def test_labels_come_with_the_task(
     """A device that has seen two of four labels still builds the head of the run."""
     path = tmp_path / "labels.jsonl"
     path.write_text("".join(f'{{"text": "t {i}", "label": "{"bd"[i % 2]}"}}\n' for i in range(6)))
-    trainer = Trainer(own(data=str(path)), "cyd")
+    said: list[str] = []
+    trainer = Trainer(own(data=str(path)), "cyd", None, said.append)
     run = {**told(settings()), "labels": ["a", "b", "c", "d"]}
     assert ask(trainer, pack_task(Task(RUN, 0, "", Kind.HELLO, json.dumps(run)))).error == ""
     assert trainer._worker is not None
     assert trainer._worker[1].model.base.model.config.id2label == dict(enumerate("abcd"))
     run["labels"] = ["a", "b", "c"]
-    reply = ask(trainer, pack_task(Task(RUN, 0, "", Kind.HELLO, json.dumps(run))))
-    assert "3 of 6 rows" in reply.error
+    assert ask(trainer, pack_task(Task(RUN, 0, "", Kind.HELLO, json.dumps(run)))).error
+    assert "3 of 6 rows" in said[0]
 
 
 def test_the_model_stays_between_messages_and_runs(

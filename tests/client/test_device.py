@@ -121,3 +121,20 @@ def test_a_device_changes_only_what_concerns_nobody_else() -> None:
     overrides, estimate = device.fit(config(strategy="flora"), "embedded", budget)
     assert overrides.keys() <= {"micro_batch_size", "gradient_checkpointing"}
     assert overrides and estimate.total <= budget
+
+
+def test_a_budget_counts_evaluation_as_the_worker_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of short batches evaluation takes most: it is counted, in micro-batches of training."""
+    own = config(batch_size=1, micro_batch_size=1)
+    model = anatomy.read("embedded")
+    eight = Batch(8, 256, 8 * 255)
+
+    def total(changed: RunConfig, evaluated: Batch | None) -> int:
+        batch = Batch(changed.batch_size, 256, changed.batch_size * 255)
+        return footprint.client(model, changed, "first_order", batch, evaluated).total
+
+    _, one = device.fit(own, "embedded", 1 << 40)
+    assert one.total == total(own, Batch(1, 256, 255))
+    free = config(batch_size=1, micro_batch_size=None)
+    _, all_eight = device.fit(free, "embedded", 1 << 40)
+    assert all_eight.total == total(free, eight) > total(free, None)

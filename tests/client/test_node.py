@@ -1,3 +1,4 @@
+import errno
 import http.server
 import json
 import os
@@ -337,3 +338,36 @@ def test_a_signal_while_the_trainer_loads_ends_it(link: Link, tmp_path: Path) ->
     assert process.returncode == 0
     assert said == "stopped\n"
     assert not psutil.pid_exists(pid)
+
+
+def test_a_listener_that_fails_does_not_block_a_child(tmp_path: Path) -> None:
+    """More than a pipe holds: unless somebody reads on, the child would wait for ever."""
+
+    def fail(line: str) -> None:
+        raise BrokenPipeError
+
+    made = Child("thing", tmp_path, fail, os.environ)
+    made.start([sys.executable, "-c", "for _ in range(40): print('x' * 8192)"])
+    try:
+        wait_for(lambda: made.ended() is not None)
+        assert made.ended() == 0
+        assert len(made.lines) == 40
+    finally:
+        made.stop()
+
+
+def test_a_full_disk_stops_no_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    supernode.environment(tmp_path)
+    monkeypatch.setattr(node, "_note", full)
+    monkeypatch.setattr(Path, "write_text", full)
+    with child(tmp_path, "print('on')") as made:
+        wait_for(lambda: made.ended() is not None)
+        assert made.ended() == 0
+    assert "PATH" in supernode.environment(tmp_path)
+
+
+def test_a_host_that_is_no_name_is_said() -> None:
+    assert diagnose("a..b:1", None) == "a..b:1 has no host name that can be looked up"

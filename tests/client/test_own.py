@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import stat
 import subprocess
@@ -11,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from corolla.certs import public_key
 from corolla.client import own
-from corolla.errors import ConfigError
+from corolla.errors import ConfigError, CorollaError
 
 
 @pytest.fixture
@@ -144,7 +145,7 @@ def test_a_key_can_be_made_before_there_is_anything_else(tmp_path: Path) -> None
 
 def test_state_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot use"):
+    with pytest.raises(CorollaError, match="cannot use"):
         own.identity(tmp_path / "file" / "state")
 
 
@@ -170,3 +171,23 @@ def test_the_command_makes_a_key_and_says_where_it_is(tmp_path: Path) -> None:
 def test_the_command_says_what_is_missing_before_it_loads_anything() -> None:
     done = command("--server", "host:1")
     assert (done.returncode, done.stderr) == (2, "error: --data is missing\n")
+
+
+def test_a_key_that_is_there_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a full disk a client still starts; what cannot be made is no error of the settings."""
+
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    first, _ = own.identity(tmp_path / "state")
+    monkeypatch.setattr(own, "write_atomic", full)
+    assert own.identity(tmp_path / "state") == (first, False)
+    with pytest.raises(CorollaError, match="No space left") as caught:
+        own.identity(tmp_path / "new")
+    assert caught.value.exit_code == 1
+    first.public.write_text("another")
+    monkeypatch.undo()
+    own.identity(tmp_path / "state")
+    assert first.name in first.public.read_text()

@@ -492,3 +492,61 @@ def test_all_parameters_follow_a_log_and_train(make: Callable[..., Worker]) -> N
     reply = ask(worker, "ada", task(worker, state=logged(worker, 2)))
     assert reply.error == ""
     assert reply.scalars["scalars"]["scalars"].shape == (2,)
+
+
+# What leaves a device when something fails
+
+
+def test_evaluation_takes_no_more_at_once_than_training(
+    make: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = [Example("abc", prompt="q")] * 12
+    federation = FederatedData("test", {"ada": Split(held, held)}, held, [], "")
+    losses = {}
+    for micro, most in ((None, 8), (2, 2), (20, 8)):
+        worker = make(federation=federation, batch_size=20, micro_batch_size=micro)
+        seen: list[int] = []
+        worker.model.model.register_forward_pre_hook(
+            lambda _, args, named, seen=seen: seen.append(len(named["input_ids"])),
+            with_kwargs=True,
+        )
+        losses[micro] = ask(worker, "ada", task(worker, Kind.EVALUATE)).metrics["loss"]
+        assert max(seen) == most
+    assert losses[2] == pytest.approx(losses[None], rel=1e-6)
+    assert losses[20] == losses[None]
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (KeyError("secret row"), "task cannot be done here: KeyError"),
+        (IndexError("secret row"), "task cannot be done here: IndexError"),
+        (RuntimeError("secret row"), "task cannot be done here: RuntimeError"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate"), "out of memory: "),
+        (torch.OutOfMemoryError("CUDA"), "out of memory: "),
+        (MemoryError(), "out of memory: "),
+    ],
+)
+def test_of_an_unforeseen_error_only_the_type_is_told(
+    make: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
+) -> None:
+    worker = make()
+    packet = task(worker)
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(type(worker.strategy), "local", fail)
+    found = ask(worker, "ada", packet).error
+    assert found.startswith(told)
+    assert "secret" not in found
+
+
+def test_torch_without_memory_on_the_cpu_is_told_as_such(
+    make: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In torch's own words: no type tells it."""
+    worker = make()
+    packet = task(worker)
+    monkeypatch.setattr(type(worker.strategy), "local", lambda *_: torch.empty(1 << 46))
+    assert ask(worker, "ada", packet).error.startswith("out of memory: ")

@@ -1,5 +1,6 @@
 import io
 import json
+import logging
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -127,3 +128,26 @@ def test_a_full_disk_loses_lines_and_nothing_else(capfd: pytest.CaptureFixture[s
     logs.configure(Path("/dev/full"))
     logs.logger("server").error("lost")
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_file_keeps_a_limited_end_for_two_writers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device's supervisor and trainer share one file: neither writes on to a moved one."""
+    monkeypatch.setattr(logs, "_MOST", 2000)
+    path = tmp_path / "log.jsonl"
+    logs.configure(path)
+    other = logs._File(path)
+    try:
+        for number in range(100):
+            logs.logger("one").info("event", number=number)
+            other.emit(logging.makeLogRecord({"msg": f"other {number}"}))
+        last = "".join(found.read_text() for found in tmp_path.iterdir())
+    finally:
+        logs.unconfigure()
+        other.close()
+    assert '"number": 99' in last
+    assert "other 99" in last
+    files = sorted(found.name for found in tmp_path.iterdir())
+    assert files in (["log.jsonl", "log.jsonl.1"], ["log.jsonl.1"])
+    assert all(found.stat().st_size < 2500 for found in tmp_path.iterdir())

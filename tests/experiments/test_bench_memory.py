@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from corolla import footprint
 from experiments.bench import memory as bench
 
 
@@ -45,9 +46,24 @@ def test_constants_and_a_file_of_all_numbers(
     file = tmp_path / "bench.json"
     here = {"constants": lambda given: bench.constants(given, measure=bench.memory_of)}
     monkeypatch.setattr(bench, "SECTIONS", here)
-    assert bench.main(["constants", "--model", options.model, "--json", str(file)]) == 0
+    small = "--batch 4 --length 16 --rank 2 --steps 1".split()
+    assert bench.main(["constants", "--model", options.model, "--json", str(file), *small]) == 0
     found = json.loads(file.read_text())
     rows = found["sections"]["constants"]["rows"]
-    assert [row["case"] for row in rows] == ["LIBRARIES, MB", "TOKENIZER, bytes a byte"]
+    names = [row["case"].partition(",")[0] for row in rows]
+    assert names == ["LIBRARIES", "TOKENIZER", "HEAP", "WORK"]
     assert rows[0]["measured"] > 200
     assert found["machine"].keys() >= {"cpu", "memory_gb", "torch", "date"}
+
+
+def test_heap_and_work_are_a_line_through_two_cases() -> None:
+    """Processes made up to take 100 + 7 + 3 bytes for each byte of activations and logits."""
+    two = []
+    for needed in (10.0, 50.0):
+        counted = footprint.HEAP * needed
+        terms = {"activations": 0.75 * counted, "logits": 0.25 * counted}
+        predicted = 100 + footprint.WORK + counted
+        two.append({"terms": terms, "predicted": predicted, "measured": 107 + 3 * needed})
+    heap, work = bench._heap(two)
+    assert heap == pytest.approx(3)
+    assert work == pytest.approx(7, abs=1e-3)

@@ -19,6 +19,7 @@ import pytest
 
 from corolla import certs, logs
 from corolla.errors import ConfigError
+from corolla.server import front as front_module
 from corolla.server.front import FLEET, MAX_BODY, Front, listen
 from corolla.server.processes import free_port
 
@@ -325,8 +326,67 @@ def test_why_a_node_is_refused_is_logged_once(
     assert said in lines[0]
 
 
-def raw(front: Door, start: str, body: bytes) -> tuple[int, bytes]:
-    """The status and all bytes that come back for a request written as it stands."""
+@pytest.mark.parametrize("front", ["builtin"], indirect=True)
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"POST /v1/fleet/get-run HTTP/1.1\r\n",
+        b"GET / HTTP/1.1\r\nhost: x\r\n\r\nPOST",  # one answer does not buy the connection
+        b"POST /v1/fleet/get-run HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n1",
+    ],
+)
+def test_who_sends_no_whole_request_keeps_no_connection(
+    front: Door, monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    monkeypatch.setattr(front_module, "_HEAD", 0.5)
+    monkeypatch.setattr(front_module, "_WHOLE", 0.5)
+    with open_tls(front) as secured:
+        secured.settimeout(10)
+        for part in (sent[:-4], sent[-4:]):
+            if part:
+                secured.sendall(part)
+                time.sleep(0.2)
+        with contextlib.suppress(ConnectionError, ssl.SSLError):
+            while secured.recv(65536):
+                pass
+
+
+@pytest.mark.parametrize("front", ["builtin"], indirect=True)
+def test_a_node_that_is_idle_between_calls_keeps_its_connection(
+    front: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(front_module, "_HEAD", 0.3)
+    call = b"POST /v1/fleet/get-run HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n"
+    with open_tls(front) as secured:
+        for _ in range(2):
+            secured.sendall(call)
+            assert secured.recv(65536).startswith(b"HTTP/1.1 200")
+            time.sleep(0.6)
+
+
+@pytest.mark.parametrize("front", ["builtin"], indirect=True)
+def test_callers_cannot_fill_the_log(
+    client: httpx.Client, upstream: Upstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upstream.status = 401
+    monkeypatch.setattr(front_module, "_LINES", 3)
+    log = tmp_path / "front.jsonl"
+    logs.configure(log)
+    try:
+        for number in range(9):
+            if number == 8:
+                monkeypatch.setattr(front_module, "_WINDOW", 0.0)
+            client.post("/v1/fleet/get-run", headers={"flwr-public-key": f"k{number}"})
+    finally:
+        logs.unconfigure()
+    lines = log.read_text().splitlines()
+    assert len(lines) == 3 + 2
+    assert "and 5 more" in lines[3]
+
+
+@contextlib.contextmanager
+def open_tls(front: Door) -> Iterator[ssl.SSLSocket]:
     host, port = front.address.split(":")
     context = ssl.create_default_context()
     context.check_hostname = False
@@ -335,6 +395,12 @@ def raw(front: Door, start: str, body: bytes) -> tuple[int, bytes]:
         socket.create_connection((host, int(port)), timeout=10) as plain,
         context.wrap_socket(plain) as secured,
     ):
+        yield secured
+
+
+def raw(front: Door, start: str, body: bytes) -> tuple[int, bytes]:
+    """The status and all bytes that come back for a request written as it stands."""
+    with open_tls(front) as secured:
         secured.sendall(start.encode() + b"host: x\r\nconnection: close\r\n\r\n" + body)
         data = b""
         with contextlib.suppress(OSError):

@@ -11,6 +11,7 @@ import zstandard
 from torch import Tensor
 
 from corolla import codec, wire
+from corolla.aggregation import summed_like
 from corolla.compression import pipeline
 from corolla.packet import Packet
 from corolla.proto import update_pb2 as pb
@@ -661,3 +662,23 @@ def test_every_member_of_a_bundle_may_be_expected_to_differ() -> None:
     judged = accepted(bundle(*packets), expect, SEATED)
     codes = {name: member.verdict.code for name, member in judged.members.items()}
     assert codes == {"ada/p1": Code.ACCEPTED, "ada/p2": Code.FORM}
+
+
+@pytest.mark.parametrize("norm", [None, 10.0])
+def test_sums_of_seeded_directions_are_bounded_by_their_step(norm: float | None) -> None:
+    """8 phones of 4 scalars with |g| ≤ 10 and step 1e-3 move a sum by at most Σw · 1e-3 · 2 · 10."""
+    scalars = {"scalars": torch.zeros(4), "step": torch.tensor(-1e-3), "seed": torch.tensor(1)}
+    like: Payload = {"scalars": scalars}
+    form = summed_like({"scalars": {"directions": torch.zeros(16, dtype=torch.float64)}})
+    expect = Expected(like, most_examples=9, max_norm=norm, sums=form, most_clients=8)
+    [(group, own)] = form.items()
+    [name] = own
+
+    def told(value: float) -> Packet:
+        moved = torch.zeros(16, dtype=torch.float64)
+        moved[3] = value
+        return reply({group: {name: moved}}, clients=8, num_examples=40)
+
+    bound = 40 * 1e-3 * 2 * (norm or 1e6)
+    accepted(told(0.99 * bound), expect)
+    refused(told(1.01 * bound), Code.NORM, expect=expect)

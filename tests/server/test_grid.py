@@ -3,6 +3,7 @@
 The Grid is one of this process, with nodes that are functions; Flower's own is in tests/e2e.
 """
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -13,15 +14,23 @@ from typing import Any
 import httpx
 import pytest
 from flwr.app import Error, Message, RecordDict
+from flwr.proto.message_pb2 import Message as ProtoMessage
+from flwr.proto.message_pb2 import Metadata as ProtoMetadata
+from flwr.proto.message_pb2 import ObjectTree, PullObjectResponse
 from flwr.proto.node_pb2 import NodeInfo
+from flwr.proto.runtime_pb2 import PullAppMessagesResponse
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid.http_grid import HttpGrid
 
 from corolla import logs
-from corolla.errors import RoundError, StoppedError
+from corolla.errors import RoundError, StoppedError, WireError
 from corolla.packet import Packet, from_flower, to_flower
 from corolla.server import grid as module
-from corolla.server.grid import GridNetwork, hello
+from corolla.server import pulling
+from corolla.server.grid import GridNetwork, Limits, hello
 from corolla.wire import Kind, Reply, Task, pack_reply, pack_task, unpack_reply, unpack_task
 
 RUN = "5f" * 16
@@ -38,6 +47,8 @@ class Node:
     silent: bool = False
     fails: str = ""
     seats: int = 0
+    examples: int = 10
+    raises: Exception | None = None
     asked: list[Kind] = field(default_factory=list)
 
 
@@ -96,6 +107,8 @@ class LocalGrid(Grid):
             del self.sent[sent]
             task = unpack_task(from_flower(message.content, 1 << 20))
             node.asked.append(task.kind)
+            if node.raises:
+                raise node.raises
             if node.fails:
                 yield Message(Error(2, node.fails), reply_to=message)
                 continue
@@ -105,7 +118,7 @@ class LocalGrid(Grid):
                 task.base_version,
                 task.kind,
                 node.name,
-                num_examples=10,
+                num_examples=node.examples,
                 seats=node.seats,
             )
             yield Message(to_flower(pack_reply(reply)), reply_to=message)
@@ -319,6 +332,198 @@ def test_stop_is_heard_wherever_it_waits(at: str) -> None:
         else:
             until(lambda: not net.online())
     assert time.monotonic() - began < 4
+
+
+@pytest.mark.parametrize(
+    "error", [json.JSONDecodeError("not json", "x", 0), KeyError("Odd"), WireError("too much")]
+)
+def test_a_reply_that_flower_cannot_read_is_that_clients_error(error: Exception) -> None:
+    grid = LocalGrid({1: Node("a", "k"), 2: Node("b", "kb"), 3: Node("c", "kc")})
+    net = network(grid, nodes=3)
+    net.clients()
+    grid.nodes[2].raises = error
+    answers = dict(net.ask(dict.fromkeys("abc", TASK)))
+    said = {c: unpack_reply(p, 0).error for c, p in answers.items() if p}
+    assert said.keys() == {"a", "b", "c"}
+    assert said["a"] == said["c"] == ""
+    assert said["b"] in ("too much", f"not a packet: Flower raised {type(error).__name__}")
+    grid.nodes[4] = Node("d", "kd", raises=error)  # it cannot even say hello
+    until(lambda: Kind.HELLO in grid.nodes[4].asked or not net.online())
+    assert net.online() == {"a", "b", "c"}
+
+
+def test_replies_are_pulled_one_by_one_and_a_refused_call_holds_nobody_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    grid = LocalGrid({1: Node("a", "k"), 2: Node("b", "kb")})
+    net = network(grid, nodes=2, deadline=0.5)
+    net.clients()
+    real, pulled = grid.pull_messages, list[int]()
+
+    def pull(message_ids: Iterable[str]) -> Iterable[Message]:
+        ids = list(message_ids)
+        pulled.append(len(ids))
+        if grid.sent[ids[0]].metadata.dst_node_id == 1:
+            request = httpx.Request("POST", "http://x")
+            raise httpx.HTTPStatusError("500", request=request, response=httpx.Response(500))
+        return real(ids)
+
+    monkeypatch.setattr(grid, "pull_messages", pull)
+    answers = dict(net.ask({"a": TASK, "b": TASK}))
+    assert answers["a"] is None
+    assert answers["b"] is not None
+    assert set(pulled) == {1}
+
+
+@pytest.mark.parametrize(
+    ("node", "why"),
+    [
+        (Node("x" * 129, "k"), "longer than 128"),
+        (Node("a\x1b[2J", "k"), "not printable"),
+        (Node("gate/1", "k"), "phones behind a gateway"),
+        (Node("a", "k", examples=0), "no examples"),
+        (Node("a", "k", examples=101), "101 examples, more than max-examples 100"),
+        (Node("a", "k", seats=3), "buffer is on"),
+    ],
+)
+def test_what_a_hello_may_not_claim_leaves_its_node_out(
+    tmp_path: Path, node: Node, why: str
+) -> None:
+    grid = LocalGrid({1: Node("ok", "k1", examples=100), 2: node})
+    limits = Limits(examples=100, no_gateways="buffer is on")
+    net = network(grid, nodes=2, names=tmp_path / "names.json", limits=limits)
+    assert net.clients() == {"ok": 100}
+    (said,) = net._reasons.values()
+    assert why in said
+    assert "\n" not in said
+
+
+def test_seats_are_bounded_and_follow_what_a_gateway_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_SEATS", 0.05)
+    grid = LocalGrid({1: Node("gate", "k", seats=2)})
+    net = network(grid, limits=Limits(seats=5))
+    net.clients()
+    assert net.seats() == {"gate": 2}
+    grid.nodes[1].seats = 7
+    until(lambda: net.online() and net.seats() == {"gate": 5})
+    grid.nodes[1].fails = "busy"
+    asked = len(grid.nodes[1].asked)
+    until(lambda: net.online() and len(grid.nodes[1].asked) > asked)
+    assert net.seats() == {"gate": 5}
+
+
+class Runtime:
+    """The part of a SuperLink that hands out one reply: its objects as they were deflated."""
+
+    def __init__(self, objects: dict[str, bytes], tree: ObjectTree, reply_to: str = "m") -> None:
+        self.objects, self.confirmed, self.missing = objects, list[str](), set[str]()
+        self.trees = [tree]
+        self.metadata = [ProtoMetadata(message_id=tree.object_id, reply_to_message_id=reply_to)]
+
+    def PullMessages(self, request: Any) -> PullAppMessagesResponse:  # noqa: N802
+        messages = [ProtoMessage(metadata=one) for one in self.metadata]
+        return PullAppMessagesResponse(messages_list=messages, message_object_trees=self.trees)
+
+    def PullObject(self, request: Any) -> PullObjectResponse:  # noqa: N802
+        return PullObjectResponse(
+            object_found=True,
+            object_available=request.object_id not in self.missing,
+            object_content=self.objects[request.object_id],
+        )
+
+    def ConfirmMessageReceived(self, request: Any) -> None:  # noqa: N802
+        self.confirmed.append(request.message_object_id)
+
+
+def a_reply(records: RecordDict) -> Runtime:
+    asked = Message(RecordDict(), 1, "train", ttl=60)
+    asked.metadata.__dict__["_message_id"] = "m"
+    reply = Message(records, reply_to=asked)
+    objects = {i: found.deflate() for i, found in get_all_nested_objects(reply).items()}
+    return Runtime(objects, get_object_tree(reply))
+
+
+def pulled(runtime: Runtime, most: int, stop: threading.Event | None = None) -> list[Message]:
+    """By a Grid of Flower itself, of which only the connection is another."""
+    grid = HttpGrid(token="t")
+    grid.set_run(Run.create_empty(1))
+    grid._client = runtime  # type: ignore[assignment]
+    bounded = pulling.bound(grid, stop or threading.Event())
+    assert bounded is not None
+    bounded.most = most
+    return list(grid.pull_messages(["m"]))
+
+
+def payload(size: int, value: int | None = None) -> RecordDict:
+    data = bytes([value]) * size if value is not None else bytes(range(256)) * (size // 256)
+    return to_flower(Packet(b"header", data))
+
+
+def test_an_honest_reply_passes_what_counts_its_bytes() -> None:
+    runtime = a_reply(payload(12 << 20, 0))  # zeros: its chunks are all the same
+    (message,) = pulled(runtime, 18 << 20)
+    assert from_flower(message.content, 1 << 30).payload == bytes(12 << 20)
+    assert len(runtime.confirmed) == 1
+
+
+def test_an_array_that_names_a_chunk_again_and_again_is_never_inflated() -> None:
+    runtime = a_reply(payload(1 << 20, 7))
+    (name,) = [i for i, found in runtime.objects.items() if found.startswith(b"Array ")]
+    head, body = runtime.objects[name].split(b"\x00", 1)
+    fields = {**json.loads(body), "arraychunk_ids": [0] * 300}
+    body = json.dumps(fields).encode()
+    runtime.objects[name] = b" ".join([*head.split(b" ")[:2], b"%d" % len(body)]) + b"\x00" + body
+    (message,) = pulled(runtime, 400 << 20)  # Flower itself makes 300 MiB of 1
+    assert len(message.content["payload"]["packet"].data) > 300 << 20  # type: ignore[index,union-attr]
+    with pytest.raises(WireError, match="more than 67108864 bytes"):
+        pulled(runtime, 64 << 20)
+
+
+def test_objects_that_are_too_many_or_too_large_are_refused() -> None:
+    with pytest.raises(WireError, match="more than 1048576 bytes"):
+        pulled(a_reply(payload(2 << 20)), 1 << 20)
+    with pytest.raises(WireError, match="too large records"):
+        pulled(a_reply(to_flower(Packet(bytes(2 << 20), b""))), 0)
+    runtime = a_reply(payload(256))
+    runtime.trees[0].children.extend([ObjectTree(object_id="0" * 64)] * 1001)
+    with pytest.raises(WireError, match="more than 1000 objects"):
+        pulled(runtime, 1 << 19)
+
+
+def test_a_message_that_answers_nothing_is_not_read() -> None:
+    runtime = a_reply(payload(256))
+    runtime.metadata[0].reply_to_message_id = "another"
+    assert pulled(runtime, 1 << 20) == []
+
+
+def test_a_reply_whose_rest_never_comes_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = a_reply(payload(256))
+    runtime.missing = set(runtime.objects)
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(StoppedError):
+        pulled(runtime, 1 << 20, stop)
+    monkeypatch.setattr(pulling, "STALLED", -1.0)
+    with pytest.raises(WireError, match="has not come"):
+        pulled(runtime, 1 << 20)
+
+
+def test_a_body_that_is_no_json_is_that_clients_error() -> None:
+    runtime = a_reply(payload(256))
+    (name,) = [i for i, found in runtime.objects.items() if found.startswith(b"RecordDict ")]
+    head = runtime.objects[name].split(b"\x00")[0].rsplit(b" ", 1)[0]
+    runtime.objects[name] = head + b" 8\x00not json"
+    with pytest.raises(json.JSONDecodeError):
+        pulled(runtime, 1 << 20)
+
+
+def test_flower_still_calls_its_client_and_its_retries_what_we_do() -> None:
+    grid = HttpGrid(token="t", insecure=True)
+    assert grid._retry_invoker.max_tries is None or grid._retry_invoker.max_tries > 1
+    net = GridNetwork(grid, hello(RUN, {}), 1.0, threading.Event(), limits=Limits())
+    assert grid._retry_invoker.max_tries == 1
+    assert grid._runtime_client is net._bounded is not None
+    grid._disconnect()
 
 
 def until(true: Callable[[], object], seconds: float = 5.0) -> None:

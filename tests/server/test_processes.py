@@ -1,6 +1,7 @@
 """Children that are started again, found again, and ended by their own ids."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -109,6 +110,49 @@ def test_a_noted_process_is_found_again_but_never_another_with_its_id(tmp_path: 
         note.write_text(text)
         assert processes.noted_process(note) is None
     processes.end(None)
+
+
+def test_what_cannot_be_read_is_not_taken_for_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a file left to open, a process that lives must not be started a second time."""
+    note = tmp_path / "child.json"
+    processes.note_process(note, os.getpid())
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            processes.noted_process(note)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    found = processes.noted_process(note)
+    assert found is not None
+    assert found.pid == os.getpid()
+
+
+def test_more_files_may_be_open_and_never_fewer() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        processes.open_more_files()
+        now, kept = resource.getrlimit(resource.RLIMIT_NOFILE)
+        assert now > 256
+        assert kept == hard
+        processes.open_more_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (now, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_the_last_line_of_a_log_of_any_size_is_read_from_its_end(tmp_path: Path) -> None:
+    child = Process("child", SLEEP, os.environ, tmp_path)
+    assert child.last_line() == ""
+    with child.log.open("wb") as file:
+        file.truncate(1 << 40)  # a sparse TiB: no machine reads it whole
+        file.seek(0, os.SEEK_END)
+        file.write(b"\nthe last\n\n")
+    assert child.last_line() == "the last"
+    assert processes.tail(child.log, child.log.stat().st_size - 6) == "ast\n\n"
 
 
 def test_a_zombie_counts_as_ended(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_a_run_whose_process_was_killed_is_not_running(tmp_path: Path) -> None:
     begun(tmp_path).__exit__(None, None, None)
     found = status(tmp_path)
     assert (found.state, found.killed) == ("stopped", True)
-    assert "go on with --resume" in found.why
+    assert "--resume goes on" in found.why
 
 
 def test_a_pause_lasts_until_something_happens(tmp_path: Path) -> None:

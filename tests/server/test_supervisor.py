@@ -1,12 +1,13 @@
 """What `corolla server` refuses before anything starts, in one line each; keys and outcomes."""
 
+import errno
 import io
 import json
 import socket
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 import pytest
@@ -15,8 +16,8 @@ from flwr.cli.build import build_fab_from_files
 from corolla import certs
 from corolla.config import load
 from corolla.errors import ConfigError, RoundError
-from corolla.server import superlink, supervisor
-from corolla.server.order import Outcome, Settings
+from corolla.server import app, superlink, supervisor
+from corolla.server.order import OUTCOME, PROCESS, Outcome, Settings
 from corolla.server.supervisor import Supervisor, begin
 from tests.e2e.federation import make_key
 
@@ -137,6 +138,120 @@ def test_what_a_serverapp_says_ends_the_server_or_not(tmp_path: Path) -> None:
     Outcome("failed", "too few", 1).write(tmp_path)
     with pytest.raises(RoundError, match="too few"):
         made._ended()
+
+
+def test_on_a_full_disk_the_one_line_of_the_serverapp_is_what_ends_the_server(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    (tmp_path / "flower").mkdir()
+    (tmp_path / "logs").mkdir()
+    log = tmp_path / "logs" / "superexec.log"
+    log.write_text("corolla failed: of an earlier one\n")
+    made = Supervisor(tmp_path, Settings(), print)
+
+    class Control:
+        def submit(self) -> int:
+            return 1
+
+        def status(self, run: int) -> tuple[str, str]:
+            return "running", ""
+
+    control: Any = Control()
+    made._submit(control)
+    assert made._last_words() == ""
+    (tmp_path / OUTCOME).with_name(OUTCOME.name + ".part").symlink_to("/dev/full")
+    app._leave(Outcome("failed", "the disk\nis full", 1), tmp_path)
+    said = capsys.readouterr().err
+    with log.open("a") as file:
+        file.write(said + "Flower's own words\n")
+    (tmp_path / PROCESS).write_text("{}")  # it was there, and is no more
+    with pytest.raises(RoundError, match="^the disk is full"):
+        made._given_up(control, 1)
+
+
+def test_a_serverapp_that_never_begins_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Supervisor(tmp_path, Settings(), print)
+
+    class Control:
+        def submit(self) -> int:
+            return 1
+
+        def status(self, run: int) -> tuple[str, str]:
+            return "pending", ""
+
+    control: Any = Control()
+    made._submit(control)
+    assert made._given_up(control, 1) == ""
+    monkeypatch.setattr(supervisor, "_BEGIN", -1.0)
+    assert "has not begun" in made._given_up(control, 1)
+
+
+def test_a_folder_of_keys_that_cannot_be_listed_is_said_once_and_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    keys = tmp_path / "keys"
+    keys.mkdir()
+    made = Supervisor(tmp_path, Settings(clients_keys=keys), said.append)
+    registry: Any = Registry()
+    make_key(tmp_path, "a", keys)
+
+    def refuse(*_: object) -> NoReturn:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    for name in ("glob", "read_bytes"):
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, name, refuse)
+            for _ in range(2):
+                made._register(registry)
+    assert len(said) == 2
+    assert registry.keys == []
+    made._register(registry)  # what could not be read then is not left out for good
+    assert len(registry.keys) == 1
+
+
+@pytest.mark.parametrize(("status", "raised"), [(503, httpx.HTTPStatusError), (400, RoundError)])
+def test_a_fault_of_the_superlink_is_tried_again_and_its_answer_is_final(
+    status: int, raised: type[Exception]
+) -> None:
+    request = httpx.Request("POST", "https://127.0.0.1/")
+    answer = httpx.Response(status, text="no", request=request)
+
+    class Client:
+        def refuse(self, _: object) -> NoReturn:
+            answer.raise_for_status()
+            raise AssertionError
+
+        RegisterNode = StartRun = refuse
+
+    control = object.__new__(superlink.Control)
+    control._client = Client()  # type: ignore[assignment]
+    with pytest.raises(raised):
+        control.register(b"key")
+    with pytest.raises(raised):
+        control.submit()
+
+
+@pytest.mark.parametrize("half", ["ca.key", "ca.pem", "server.key"])
+def test_what_a_killed_server_has_half_made_is_made_again(tmp_path: Path, half: str) -> None:
+    place = superlink.Place(tmp_path, 1)
+    for folder in ("tls", "tls.part"):
+        (place.home / folder).mkdir(parents=True)
+        (place.home / folder / half).write_text("")
+    (place.home / "secret").touch()
+    (place.home / "secret.part").write_text("half")
+    place.prepare()
+    certs.check(place.home / "tls")
+    secret = place.home / "secret"
+    assert len(secret.read_text()) == 64
+    assert [path.stat().st_mode & 0o777 for path in (place.home, secret)] == [0o700, 0o600]
+    kept = secret.read_bytes(), place.ca.read_bytes()
+    place.prepare()
+    assert (secret.read_bytes(), place.ca.read_bytes()) == kept
 
 
 def test_rounds_are_told_once_each(tmp_path: Path) -> None:
