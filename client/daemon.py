@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from corolla import __version__, data, logs, models, rpc, trainable
+from corolla import __version__, data, logs, models, rpc, strategies, trainable
 from corolla.children import when_orphaned
 from corolla.client import device
 from corolla.client.own import Own
@@ -150,7 +150,7 @@ class Trainer:
         own = self.own
         values = {
             **run,
-            "strategy": self._allowed(str(run.get("strategy", "fedavg"))),
+            "strategy": strategies.allowed(str(run.get("strategy", "fedavg")), own.allow, "device"),
             "data": own.data,
             "engine": "inprocess",
             "device": own.device,
@@ -184,20 +184,6 @@ class Trainer:
         if changes:
             _log.info("fitted", memory=self.own.memory, estimate=estimate.total, **changes)
         return config.model_copy(update=changes)
-
-    def _allowed(self, strategy: str) -> str:
-        """The strategy itself; one in a file of its own is the file that the owner has allowed.
-
-        Raises ConfigError before anything is imported that is not.
-        """
-        if ":" not in strategy:
-            return strategy
-        for allowed in self.own.allow:
-            if Path(allowed).name == Path(strategy).name:
-                return allowed
-        raise ConfigError(
-            f"this device does not run strategy {strategy!r}: its owner has not allowed it"
-        )
 
     def _load(self, config: RunConfig, labels: Sequence[str]) -> Base:
         """The base model: the one read at the start where it was read alike."""

@@ -69,7 +69,8 @@ class Worker:
     """Answers tasks for the clients whose data it holds.
 
     `record` (simulation only) is a folder for each client's adapter after local training;
-    `capabilities` is what a device says of itself when it is greeted.
+    `capabilities` is what a device says of itself when it is greeted; with it, what goes wrong in
+    the code of a strategy is told by its type alone: the text may be of the data.
     """
 
     def __init__(
@@ -102,10 +103,10 @@ class Worker:
             return pack_reply(self._answer(client, task, blank))
         except CorollaError as error:
             reply = replace(blank, error=str(error))
-        # A task that does not fit this model, or numbers and nesting that no server sends. What
-        # such an error says may be of the data: only its type leaves the device.
+        # A task that does not fit this model, or numbers and nesting that no server sends.
         except (LookupError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:
-            why = f"task cannot be done here: {type(error).__name__}"
+            text = "" if self.capabilities else f": {error}"
+            why = f"task cannot be done here: {type(error).__name__}{text}"
             reply = replace(blank, error=_OUT_OF_MEMORY if _of_memory(error) else why)
         except MemoryError:
             reply = replace(blank, error=_OUT_OF_MEMORY)

@@ -141,7 +141,7 @@ def tls_server(
     )
     pool = ThreadPoolExecutor(workers, thread_name_prefix="rpc")
     server = grpc.server(
-        pool, interceptors=interceptors, options=options, maximum_concurrent_rpcs=most_calls
+        pool, interceptors=list(interceptors), options=options, maximum_concurrent_rpcs=most_calls
     )
     try:
         pair = (key.read_bytes(), certificate.read_bytes())

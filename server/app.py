@@ -18,7 +18,8 @@ from flwr.serverapp import Grid, ServerApp
 from corolla import combinations, logs, models
 from corolla.config import RunConfig, load, validate
 from corolla.errors import ConfigError, CorollaError, StoppedError
-from corolla.server.grid import GridNetwork, Limits, count_nodes, hello
+from corolla.server.grid import GridNetwork, count_nodes, hello
+from corolla.server.limits import Limits
 from corolla.server.observer import Observer, Silent
 from corolla.server.order import (
     FOLDER,

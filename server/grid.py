@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,6 +18,7 @@ from corolla import logs, wire
 from corolla.errors import RoundError, StoppedError, WireError
 from corolla.packet import Packet, from_flower, to_flower
 from corolla.server.checkpoint import write_atomic
+from corolla.server.limits import Limits
 from corolla.server.pulling import bound
 from corolla.wire import Kind, Reply, Task, pack_reply, pack_task, unpack_task
 
@@ -37,24 +37,6 @@ _SEATS = 300.0
 
 _log = logs.logger("grid")
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What devices of other people may claim to be, and how much memory a reply may take."""
-
-    seats: int = wire.MAX_SEATS
-    """Of one gateway; what is above is left unused."""
-    examples: int | None = None
-    """Of one client, that is its weight."""
-    no_gateways: str = ""
-    """Why the run takes none; "": it does."""
-    update: int = 1 << 28
-    """Bytes of the parameters that a client trains."""
-
-    def reply(self, seats: int) -> int:
-        """Bytes of a reply: twice the parameters, in twice their precision, of each phone."""
-        return (1 << 26) + (wire.MAX_REPLY_HEADER + 4 * self.update) * max(1, seats)
 
 
 class GridNetwork:
@@ -187,8 +169,10 @@ class GridNetwork:
         name = reply.client
         if reply.error or not name:
             return self._refuse(node, reply.error or "it has no name")
-        if why := self._unfit(reply):
+        if why := self._limits.refuse(reply, deployed=self._names is not None):
             return self._refuse(node, why)
+        if any(own == node and known != name for known, (own, _, _) in self._members.items()):
+            return self._refuse(node, f"it has another name now, {name!r}")
         other = self._members.get(name)
         key = hashlib.sha256(keys.get(node, b"")).hexdigest()
         if self._keys.get(name, key) != key:
@@ -207,23 +191,6 @@ class GridNetwork:
         if reply.seats:
             self._again[node] = (time.monotonic() + _SEATS, _AGAIN / 2)
         return None
-
-    def _unfit(self, reply: Reply) -> str:
-        """Why a node cannot be a member; "" when it can."""
-        name, most = reply.client, self._limits.examples
-        if len(name) > wire.MAX_NAME or not name.isprintable():
-            return f"its name is not printable, or longer than {wire.MAX_NAME} characters"
-        if self._names and "/" in name:
-            return f"its name {name!r} has a /, as those of phones behind a gateway"
-        if reply.seats:
-            return self._limits.no_gateways
-        if not reply.num_examples:
-            return f"client {name!r} has no examples to train on"
-        if most is not None and reply.num_examples > most:
-            return (
-                f"client {name!r} has {reply.num_examples} examples, more than max-examples {most}"
-            )
-        return ""
 
     def _refuse(self, node: int, why: str) -> None:
         pause = min(2 * self._again.get(node, (0.0, _AGAIN / 2))[1], 16 * _AGAIN)

@@ -35,7 +35,7 @@ class Strangers(grpc.ServerInterceptor):
 
     def __init__(self, tokens: Mapping[str, Token], refuse: Callable[..., NoReturn]) -> None:
         self._tokens = tokens
-        self._away = grpc.stream_unary_rpc_method_handler(lambda _, context: refuse(context))
+        self._away: Any = grpc.stream_unary_rpc_method_handler(lambda _, context: refuse(context))
 
     def intercept_service(
         self, continuation: Callable[..., Any], handler_call_details: grpc.HandlerCallDetails

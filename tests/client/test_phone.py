@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from corolla import calls, certs, rpc, wire
 from corolla.client.downloads import fetch, fetch_model, verified
-from corolla.client.phone import Phone, Settings
+from corolla.client.phone import Phone, Settings, _read_packet, _write_packet
 from corolla.errors import ConfigError, StoppedError, WireError
 from corolla.packet import Packet
 from corolla.proto import device_pb2 as pb
@@ -468,7 +468,6 @@ def test_a_phone_without_a_model_gets_the_gateways(model: Path, tmp_path: Path) 
     [
         ({"token": "nobody's-token-at-all"}, "the gateway does not know the token"),
         ({"device": "p9", "token": gateways.OTHER}, ""),
-        ({"token": gateways.OTHER}, "this token is of device 'p9'"),
         ({"own_model": False}, "offers no base model: name one with --model"),
     ],
 )
@@ -486,6 +485,151 @@ def test_what_only_the_owner_can_mend_ends_a_phone_with_one_line(
         caught.value
     )
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("content", "/home/owner/precious"),
+        ("content", "../../precious"),
+        ("run_id", "../../.."),
+        ("client", "gate/p2"),
+        ("client", "gate/p1/../p2"),
+    ],
+)
+def test_names_that_a_gateway_sends_are_no_paths(
+    field: str, value: str, world: World, tmp_path: Path
+) -> None:
+    task = gateways.a_task(CONFIG)
+    trainer = Scripted(task)
+    trainer.missing = lambda run_id, groups: pytest.fail("asked with unchecked names")  # type: ignore[method-assign]
+    phone = a_phone(world, trainer)
+    head = calls.read_task(wire.pack_task(task).header)
+    if field == "run_id":
+        head.run_id = value
+    data = head.SerializeToString()
+    blob = pb.Blob(sha256=calls.sha256(data), size=len(data), inline=data)
+    content = value if field == "content" else "0" * 32
+    lease = pb.Lease(
+        id="0" * 32,
+        client=value if field == "client" else "gate/p1",
+        task=blob,
+        cached=[pb.Blob(group="g", content=content)],
+        seconds=60,
+        deadline_seconds=60,
+    )
+    with phone.channel:
+        if field == "client":
+            with pytest.raises(WireError, match="another device"):
+                phone._session(lease)
+        else:
+            with pytest.raises(WireError, match="32 hexadecimal"):
+                phone._assemble(lease, head, time.monotonic() + 5)
+    assert not trainer.models
+
+
+def test_a_name_that_is_taken_is_asked_for_again_later(world: World) -> None:
+    said: list[str] = []
+    phone = a_phone(world, Scripted(gateways.a_task(CONFIG)), token=gateways.OTHER)
+    phone.say = said.append
+    with phone.channel:
+        assert phone.visit() == phone.settings.pauses[1]
+    assert said == ["waiting: this token is of device 'p9'"]
+
+
+def test_a_full_disk_is_said_and_waited_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = gateways.a_task(CONFIG, seats=1)
+    asked, phone, said = ask(world, task), a_phone(world, Scripted(task)), list[str]()
+    phone.say = said.append
+
+    def full(*_: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    with phone.channel:
+        with monkeypatch.context() as patch:
+            patch.setattr("corolla.client.phone._write_packet", full)
+            assert phone.visit() == phone.settings.pauses[1]
+        assert said == ["this device fails: No space left on device"]
+        phone.run(rounds=1)
+    assert asked.result().clients == 1
+
+
+def test_a_phone_that_is_stopped_while_it_downloads_ends(world: World) -> None:
+    phone = a_phone(world, Scripted(gateways.a_task(CONFIG)))
+    phone.stop.set()
+    with phone.channel, pytest.raises(StoppedError):
+        phone._download(pb.DownloadRequest(sha256="0" * 64))
+
+
+def test_a_reply_on_the_disk_is_its_owners_alone(tmp_path: Path) -> None:
+    path = tmp_path / "reply"
+    _write_packet(path, Packet(b"a", b"b"))
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert _read_packet(path) == Packet(b"a", b"b")
+
+
+class TooSlow(grpc.RpcError):
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.DEADLINE_EXCEEDED
+
+    def details(self) -> str:
+        return ""
+
+
+def test_on_a_slow_line_an_update_goes_up_in_smaller_chunks_and_the_lease_is_kept(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phone = a_phone(world, Scripted(gateways.a_task(CONFIG)))
+    payload, taken, sizes = os.urandom(MIB + 1000), bytearray(), list[int]()
+
+    def upload(chunk: pb.Chunk, **_: Any) -> pb.UploadStatus:
+        sizes.append(len(chunk.content))
+        if sizes[-1] > 1 << 18:
+            raise TooSlow
+        taken.extend(chunk.content)
+        return pb.UploadStatus(received=len(taken))
+
+    class Stub:
+        Upload = staticmethod(upload)
+        Report = staticmethod(lambda request, **_: pb.Acknowledgement(accepted=True))
+
+    phone._stub = Stub()
+    with phone.channel:
+        lease = pb.Lease(id="0" * 32)
+        found = phone._deliver(lease, Packet(b"", payload), time.monotonic() + 5)
+    assert found.accepted
+    assert taken == payload
+    assert sizes[:3] == [MIB, MIB >> 1, MIB >> 2]
+
+
+def test_a_phone_keeps_its_lease_while_it_uploads(world: World) -> None:
+    """The lease lasts 0.6 s, the upload longer."""
+    task = gateways.a_task(CONFIG, seats=1)
+    asked, phone = ask(world, task), a_phone(world, Scripted(task))
+    deliver = phone._deliver
+
+    def slowly(*values: Any) -> Any:
+        time.sleep(1.5)
+        return deliver(*values)
+
+    phone._deliver = slowly  # type: ignore[method-assign,assignment]
+    with phone.channel:
+        phone.visit()
+    assert phone.done == 1
+    assert asked.result().clients == 1
+
+
+def test_a_new_model_takes_the_place_of_the_old(model: Path, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    (models / ("0" * 64)).mkdir(parents=True)
+    (models / f"{'1' * 64}.part").mkdir()
+    line, blob = offered(model, tmp_path)
+    found = fetch_model(blob, models, line)
+    assert list(models.iterdir()) == [found]
+    assert same(found, model)
+    assert {file.path for file in calls.read_manifest(manifest(found)[0]).files} == {
+        file.path for file in calls.read_manifest(manifest(model)[0]).files
+    }  # it can be passed on
 
 
 def test_a_gateway_with_a_certificate_of_somebody_else_is_not_spoken_to(

@@ -15,7 +15,7 @@ from corolla.errors import ConfigError
 from corolla.memory import Memory
 from corolla.packet import Packet
 from corolla.types import LoraSpec, Params, Payload, TrainerName, row_name
-from corolla.wire import Kind, Log, Reply, Task, pack_task, unpack_reply
+from corolla.wire import Capabilities, Kind, Log, Reply, Task, pack_task, unpack_reply
 
 Settings = Callable[..., RunConfig]
 RUN = "ab" * 16
@@ -531,6 +531,7 @@ def test_of_an_unforeseen_error_only_the_type_is_told(
     make: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
 ) -> None:
     worker = make()
+    worker.capabilities = Capabilities()  # as a device
     packet = task(worker)
 
     def fail(*_: object) -> None:
@@ -540,6 +541,8 @@ def test_of_an_unforeseen_error_only_the_type_is_told(
     found = ask(worker, "ada", packet).error
     assert found.startswith(told)
     assert "secret" not in found
+    worker.capabilities = None  # on one machine: to the author of the strategy
+    assert ("secret" in ask(worker, "ada", packet).error) == ("secret" in str(error))
 
 
 def test_torch_without_memory_on_the_cpu_is_told_as_such(

@@ -43,6 +43,23 @@ def test_content_that_is_not_what_was_announced_is_refused(tmp_path: Path) -> No
     assert files(tmp_path) == []
 
 
+@pytest.mark.parametrize("name", ["../precious", "/precious", "", "A" * 32, "0/1"])
+def test_an_id_that_is_a_path_is_refused(tmp_path: Path, name: str) -> None:
+    kept = tmp_path / "precious.safetensors"
+    kept.write_bytes(b"not of this folder")
+    touches: list[Callable[[Memory, str], object]] = [
+        lambda memory, name: memory.missing({"A": name}),
+        lambda memory, name: memory.log(name, "0" * 32),
+    ]
+    for touch in touches:
+        with pytest.raises(WireError, match="hexadecimal"):
+            touch(
+                Memory(tmp_path / "memory"),
+                str(tmp_path / "precious") if name == "/precious" else name,
+            )
+    assert kept.exists()
+
+
 def test_equal_content_of_many_clients_is_stored_once(tmp_path: Path) -> None:
     for _ in range(3):
         Memory(tmp_path).keep("A", A, ID)

@@ -212,6 +212,22 @@ def test_a_trainer_that_dies_at_work_is_gone(tmp_path: Path) -> None:
             assert process.wait(10) == 9
 
 
+def test_who_answers_knows_how_long_its_caller_waits(tmp_path: Path) -> None:
+    left: list[float] = []
+
+    def answer(packet: Packet, waits: rpc.Waits) -> Packet:
+        left.append(waits.left())
+        return packet
+
+    with rpc.private_socket(tmp_path) as path:
+        server = rpc.serve_trainer(answer, path)
+        try:
+            rpc.ask_trainer(path, Packet(b"a", b""), 5)
+        finally:
+            server.stop(None).wait()
+    assert 0 < left[0] <= 5
+
+
 def test_tls_is_served_and_a_foreign_ca_is_refused(tmp_path: Path) -> None:
     import grpc
 

@@ -323,3 +323,30 @@ def test_devices_that_may_still_join_are_waited_for(
         simulate(settings(cohort=9, wait=0.02), tmp_path / "out", observer=watch)
     assert any("paused" in text for text in watch.warnings)
     assert weather.asked == []
+
+
+def test_a_member_that_the_run_cannot_take_is_left_out_and_never_journalled(
+    settings: Settings, tmp_path: Path, weather: Weather, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gateway comes to a run that takes none, with a name like a client's before its phones."""
+    late = {"gate": 4, "zoe": 4}
+
+    def clients(self: simulation.InProcess) -> Mapping[str, int]:
+        found = {"ada": 8, "ben": 8, "cyd": 8, "dot": 8}
+        return {**found, **late} if weather.asked else found
+
+    network = simulation.InProcess
+    monkeypatch.setattr(network, "clients", clients)
+    monkeypatch.setattr(network, "online", lambda self: clients(self).keys() - {"zoe"})
+    monkeypatch.setattr(
+        network, "seats", lambda self: {"gate": 3} if weather.asked else {}, raising=False
+    )
+    watch = Watch()
+    config = settings(selection="weighted", cohort=4, eval_every=9)
+    simulate(config, tmp_path / "out", observer=watch)
+    said = [text for text in watch.warnings if text.startswith("left out: selection=weighted")]
+    assert 1 <= len(said) <= config.rounds
+    joined = events(tmp_path / "out", "joined")
+    assert [list(entry["roster"]) for entry in joined] == [["zoe"]]
+    assert all("gate" not in entry["seats"] for entry in joined)
+    assert events(tmp_path / "out")[-1]["event"] == "done"

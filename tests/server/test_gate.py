@@ -666,7 +666,7 @@ def test_every_member_of_a_bundle_may_be_expected_to_differ() -> None:
 
 @pytest.mark.parametrize("norm", [None, 10.0])
 def test_sums_of_seeded_directions_are_bounded_by_their_step(norm: float | None) -> None:
-    """8 phones of 4 scalars with |g| ≤ 10 and step 1e-3 move a sum by at most Σw · 1e-3 · 2 · 10."""
+    """8 phones, 4 scalars, |g| ≤ 10, step 1e-3: a sum moves by at most Σw · 1e-3 · 2 · 10."""
     scalars = {"scalars": torch.zeros(4), "step": torch.tensor(-1e-3), "seed": torch.tensor(1)}
     like: Payload = {"scalars": scalars}
     form = summed_like({"scalars": {"directions": torch.zeros(16, dtype=torch.float64)}})

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +22,12 @@ from corolla.memory import Memory
 from corolla.packet import Packet
 from corolla.proto import device_pb2 as pb
 from corolla.proto import device_pb2_grpc, update_pb2
+from corolla.rpc import Waits
+from corolla.server import outbound
+from corolla.server.gateway import Gateway, _Job
+from corolla.server.gateway import Settings as GatewaySettings
+from corolla.server.merging import prepare
+from corolla.server.tokens import Token
 from corolla.wire import Kind, Reply, Task
 from tests.server import gateways
 from tests.server.gateways import Behind, Flat, Shared, World
@@ -73,7 +80,12 @@ class Caller:
         return getattr(self.stub, name)(request, metadata=metadata, timeout=10)
 
     def check_in(self, **changes: Any) -> pb.CheckInResponse:
-        values = {"protocol": 1, "device": self.device, "capabilities": ABLE, "num_examples": 5}
+        values: dict[str, Any] = {
+            "protocol": 1,
+            "device": self.device,
+            "capabilities": ABLE,
+            "num_examples": 5,
+        }
         request = pb.CheckInRequest(**{**values, "own_model": True, **changes})
         return cast(pb.CheckInResponse, self.call("CheckIn", request))
 
@@ -398,9 +410,10 @@ def test_hello_tells_the_seats_and_needs_a_phone(tmp_path: Path) -> None:
                 own = Caller(world, device)
                 stack.enter_context(own.channel)
                 idle = device != "p3"
-                own.check_in(capabilities=update_pb2.Capabilities(charging=True, idle=idle))
+                can = update_pb2.Capabilities(charging=True, idle=idle)
+                own.check_in(capabilities=can, num_examples=wire.MAX_EXAMPLES)
         found = wire.unpack_reply(world.gateway.answer(packet), 0)
-    assert (found.client, found.seats, found.num_examples, found.error) == ("gate", 2, 10, "")
+    assert (found.client, found.seats, found.num_examples, found.error) == ("gate", 2, 2, "")
 
 
 def test_seats_can_be_promised_and_evaluation_is_refused(world: World) -> None:
@@ -422,8 +435,28 @@ def test_a_strategy_from_a_file_is_refused_unless_its_owner_allowed_it(
     config["run"]["strategy"] = f"{file}:Own"
     packet = wire.pack_task(replace(task, config=json.dumps(config)))
     found = wire.unpack_reply(world.gateway.answer(packet), 0)
-    assert "its owner must allow it" in found.error
+    assert "its owner has not allowed it" in found.error
     assert not marker.exists()
+
+
+def test_a_strategy_that_its_owner_allowed_is_known_by_its_files_name(
+    tmp_path: Path,
+) -> None:
+    """The server names the file by a path of its own machine, or without one."""
+    file = tmp_path / "own.py"
+    file.write_text("from corolla.strategies.fedavg import FedAvg\nclass Own(FedAvg): pass\n")
+    task = gateways.a_task(CONFIG, seats=1)
+    config = json.loads(task.config)
+    with gateways.serving(tmp_path, seats=1, allow=[f"{file}:Own"]) as world:
+        for round, told in enumerate(("own.py:Own", "/on/the/server/own.py:Own"), 1):
+            config["run"]["strategy"] = told
+            asked_for = replace(task, config=json.dumps(config), round=round)
+            own = Caller(world)
+            with own.channel, asked(world, asked_for) as reply:
+                lease = own.lease()
+                assert own.report(lease, gateways.update_of(asked_for, "gate/p1")).accepted
+                assert reply.result(10).clients == 1
+            assert lease.strategy == "own.py:Own"
 
 
 @pytest.mark.parametrize(
@@ -503,3 +536,129 @@ def test_groups_the_gateway_has_lost_are_asked_for_again(tmp_path: Path) -> None
         run.network = Behind(world)
         with gateways.phones(world, trainers):
             assert len(run.step().num_examples) == 2
+
+
+# --- who means harm -------------------------------------------------------------------------------
+
+
+def test_strangers_whose_calls_never_end_do_not_hold_up_the_phones(
+    world: World, caller: Callable[..., Caller]
+) -> None:
+    over = threading.Event()
+
+    def silent() -> Iterator[bytes]:
+        over.wait(20)
+        yield from ()
+
+    with world.channel() as channel:
+        call: Any = channel.stream_unary("/corolla.v1.Phones/Upload")
+        held = [call.future(silent(), timeout=20) for _ in range(64)]
+        try:
+            time.sleep(0.5)
+            assert caller().check_in().refusal.text == "no round"
+            codes = {future.code() for future in held}
+        finally:
+            over.set()
+    assert codes == {grpc.StatusCode.UNAUTHENTICATED}
+
+
+def test_one_phones_own_metrics_do_not_spoil_the_gateways_reply(
+    world: World, caller: Callable[..., Caller]
+) -> None:
+    task = gateways.a_task(CONFIG, seats=3)
+    many = {f"own{number}": 1.0 for number in range(wire.MAX_METRICS)}
+    with asked(world, task) as reply:
+        for device, metrics in (("p1", many), ("p2", {"loss": 2.0}), ("p3", {"loss": 4.0})):
+            own, plain = caller(device), gateways.update_of(task, f"gate/{device}", 1.0, 1)
+            told = wire.unpack_reply(plain, len(plain.payload))
+            assert own.report(own.lease(), wire.pack_reply(replace(told, metrics=metrics))).accepted
+        found = reply.result(10)
+    assert (found.clients, found.error) == (3, "")
+    assert found.metrics == {"loss": 3.0}
+
+
+@pytest.mark.parametrize("robust", ["none", "median"])
+def test_a_reply_that_was_damaged_since_it_was_judged_is_left_out(robust: str) -> None:
+    """Also of a bundle, which would be refused as a whole."""
+    task = gateways.a_task(CONFIG.model_copy(update={"robust": robust}), seats=2)
+    good = gateways.update_of(task, "gate/p1")
+    bad = gateways.update_of(task, "gate/p2")
+    bad = Packet(bad.header, bad.payload[:-1] + b"x")
+    packet = prepare(task).merge("gate", [("gate/p1", 5, good), ("gate/p2", 5, bad)])
+    found = wire.unpack_reply(packet, len(packet.payload))
+    assert (found.clients, found.num_examples) == (1, 3)
+
+
+def test_a_name_goes_to_the_token_that_is_of_it_and_is_free_when_its_token_is_gone(
+    tmp_path: Path,
+) -> None:
+    known = {"a", "b", "c"}
+    gateway = Gateway(GatewaySettings("gate", tmp_path), known=known.__contains__)
+
+    def text(owner: str, device: str = "", name: str = "p9") -> str:
+        values = {"protocol": 1, "capabilities": ABLE, "num_examples": 5, "own_model": True}
+        request = pb.CheckInRequest(device=name, **values)
+        return gateway.check_in(request, Token(owner, device, "")).refusal.text
+
+    taken = "another device is called 'p9'"
+    assert [text("a"), text("b"), text("c", "p9"), text("a")] == ["no round", taken] * 2
+    known.remove("c")
+    assert text("b") == "no round"
+
+
+def test_a_job_is_closed_while_reports_take_their_uploads_away(tmp_path: Path) -> None:
+    closed: list[str] = []
+    job = cast(Any, _Job)("", None, None, None, 0)
+
+    @dataclass
+    class Taken:
+        name: str
+
+        def close(self) -> None:
+            closed.append(self.name)
+            job.uploads.pop("b" if self.name == "a" else "a", None)
+
+    job.uploads.update({name: Taken(name) for name in "abc"})
+    job.close()
+    assert closed == ["a", "b", "c"]
+    assert not job.uploads
+
+
+def test_a_round_ends_before_its_server_has_stopped_waiting(world: World) -> None:
+    began = time.monotonic()
+    packet = wire.pack_task(gateways.a_task(CONFIG))
+    found = world.gateway.answer(packet, Waits(deadline=began + 0.9))
+    assert 0.3 < time.monotonic() - began < 0.9
+    assert "none of 0 phones" in wire.unpack_reply(found, 0).error
+
+
+def test_the_upload_of_a_phone_that_vanished_is_dropped(tmp_path: Path) -> None:
+    task = gateways.a_task(CONFIG.model_copy(update={"deadline": 3.0}), seats=1)
+    with gateways.serving(tmp_path, seats=1, lease=0.2) as world:
+        first, second = Caller(world, "p1"), Caller(world, "p2")
+        with first.channel, second.channel, asked(world, task):
+            assert first.upload(first.lease(), b"abc").received == 3
+            job = world.gateway._job
+            assert job
+            (upload,) = job.uploads.values()
+            time.sleep(0.3)
+            second.lease()
+            assert not job.uploads
+            assert upload._file.closed
+
+
+def test_a_task_that_cannot_be_told_to_a_phone_takes_no_seat(
+    world: World, caller: Callable[..., Caller], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_long(*_: Any) -> Any:
+        raise ValueError("header has 9 MiB")
+
+    config = CONFIG.model_copy(update={"deadline": 2.0})
+    with asked(world, gateways.a_task(config)):
+        monkeypatch.setattr(outbound.Parcel, "header", too_long)
+        refusal = caller().check_in().refusal
+        job = world.gateway._job
+        assert job
+        assert not job.round.leases
+    assert refusal.reason == pb.Refusal.REASON_NO_TASK
+    assert refusal.text == "the task cannot be told: header has 9 MiB"

@@ -30,7 +30,8 @@ from corolla.errors import RoundError, StoppedError, WireError
 from corolla.packet import Packet, from_flower, to_flower
 from corolla.server import grid as module
 from corolla.server import pulling
-from corolla.server.grid import GridNetwork, Limits, hello
+from corolla.server.grid import GridNetwork, hello
+from corolla.server.limits import Limits
 from corolla.wire import Kind, Reply, Task, pack_reply, pack_task, unpack_reply, unpack_task
 
 RUN = "5f" * 16
@@ -412,6 +413,17 @@ def test_seats_are_bounded_and_follow_what_a_gateway_says(monkeypatch: pytest.Mo
     assert net.seats() == {"gate": 5}
 
 
+def test_a_gateway_that_is_asked_again_keeps_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_SEATS", 0.05)
+    grid = LocalGrid({1: Node("gate", "k", seats=2)})
+    net = network(grid, limits=Limits())
+    net.clients()
+    grid.nodes[1].name = "second"
+    until(lambda: net.online() and len(grid.nodes[1].asked) > 1)
+    net.online()
+    assert net.clients().keys() == {"gate"}
+
+
 class Runtime:
     """The part of a SuperLink that hands out one reply: its objects as they were deflated."""
 
@@ -474,7 +486,7 @@ def test_an_array_that_names_a_chunk_again_and_again_is_never_inflated() -> None
     body = json.dumps(fields).encode()
     runtime.objects[name] = b" ".join([*head.split(b" ")[:2], b"%d" % len(body)]) + b"\x00" + body
     (message,) = pulled(runtime, 400 << 20)  # Flower itself makes 300 MiB of 1
-    assert len(message.content["payload"]["packet"].data) > 300 << 20  # type: ignore[index,union-attr]
+    assert len(message.content["payload"]["packet"].data) > 300 << 20  # type: ignore[union-attr]
     with pytest.raises(WireError, match="more than 67108864 bytes"):
         pulled(runtime, 64 << 20)
 
@@ -522,7 +534,8 @@ def test_flower_still_calls_its_client_and_its_retries_what_we_do() -> None:
     assert grid._retry_invoker.max_tries is None or grid._retry_invoker.max_tries > 1
     net = GridNetwork(grid, hello(RUN, {}), 1.0, threading.Event(), limits=Limits())
     assert grid._retry_invoker.max_tries == 1
-    assert grid._runtime_client is net._bounded is not None
+    assert net._bounded is not None
+    assert id(grid._runtime_client) == id(net._bounded)
     grid._disconnect()
 
 

@@ -136,6 +136,19 @@ def test_a_reply_is_taken_in_once() -> None:
     assert round.report("p@0", 1)[1] == "reported already"
 
 
+def test_nothing_more_is_taken_of_a_reply_that_is_examined() -> None:
+    round, _ = given_to(a_round(), "p").report("p@0", 1)
+    assert round.refuses("p@0", 2) == "it is being examined"
+
+
+def test_a_name_that_went_to_another_token_gets_a_lease_of_its_own() -> None:
+    round = given_to(a_round(), "p")
+    round, lease = round.check_in("p", "somebody else", 5, "new", 1)
+    assert isinstance(lease, Lease)
+    assert (lease.id, lease.owner) == ("new", "somebody else")
+    assert round.leases["p@0"].phase == Phase.LOST
+
+
 def test_a_reply_that_is_examined_at_its_leases_end_is_not_lost() -> None:
     round, _ = given_to(a_round(), "p").report("p@0", 29)
     assert round.expire(31).leases["p@0"].phase == Phase.REPORTED

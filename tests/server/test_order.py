@@ -14,6 +14,7 @@ from corolla.server.order import (
     read_outcome,
     read_settings,
     refuse_simulated,
+    refuse_unbounded,
 )
 
 
@@ -65,3 +66,11 @@ def test_what_simulates_devices_is_refused() -> None:
     for options in ({"step_seconds": 1.0}, {"buffer": 2, "step_seconds": 1.0}):
         with pytest.raises(ConfigError, match="use corolla simulate"):
             refuse_simulated(load(None, options))
+
+
+def test_on_devices_epochs_need_a_bound_of_what_a_client_may_claim() -> None:
+    refuse_unbounded(load(None, {}))
+    refuse_unbounded(load(None, {"local_epochs": 1, "max_examples": 100}))
+    with pytest.raises(ConfigError, match="set max-examples") as caught:
+        refuse_unbounded(load(None, {"local_epochs": 1}))
+    assert "\n" not in str(caught.value)

@@ -167,7 +167,7 @@ def test_on_a_full_disk_the_one_line_of_the_serverapp_is_what_ends_the_server(
     with log.open("a") as file:
         file.write(said + "Flower's own words\n")
     (tmp_path / PROCESS).write_text("{}")  # it was there, and is no more
-    with pytest.raises(RoundError, match="^the disk is full"):
+    with pytest.raises(RoundError, match=r"^the disk is full"):
         made._given_up(control, 1)
 
 
@@ -214,6 +214,7 @@ def test_a_folder_of_keys_that_cannot_be_listed_is_said_once_and_ends_nothing(
     assert len(registry.keys) == 1
 
 
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # Flower's own
 @pytest.mark.parametrize(("status", "raised"), [(503, httpx.HTTPStatusError), (400, RoundError)])
 def test_a_fault_of_the_superlink_is_tried_again_and_its_answer_is_final(
     status: int, raised: type[Exception]
