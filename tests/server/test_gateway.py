@@ -596,7 +596,12 @@ def test_a_name_goes_to_the_token_that_is_of_it_and_is_free_when_its_token_is_go
     gateway = Gateway(GatewaySettings("gate", tmp_path), known=known.__contains__)
 
     def text(owner: str, device: str = "", name: str = "p9") -> str:
-        values = {"protocol": 1, "capabilities": ABLE, "num_examples": 5, "own_model": True}
+        values: dict[str, Any] = {
+            "protocol": 1,
+            "capabilities": ABLE,
+            "num_examples": 5,
+            "own_model": True,
+        }
         request = pb.CheckInRequest(device=name, **values)
         return gateway.check_in(request, Token(owner, device, "")).refusal.text
 
