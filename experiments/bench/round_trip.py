@@ -23,7 +23,7 @@ from pathlib import Path
 
 from corolla import certs
 
-CLIENTS = ("ada", "ben")
+CLIENTS = ("asyncio", "calendar")
 RUN = (
     "--strategy fedavg --local-steps 10 --batch-size 8 --min-clients 2 --set threads=1 "
     "--set eval-examples=8 --set eval-clients=0 --set deadline=300"

@@ -74,7 +74,8 @@ def test_the_folder_holds_what_is_promised(compared: tuple[Path, str]) -> None:
         assert len(entry["search"]) == 2
     assert found["unequal"] == []
     assert found["failed"].keys() == {"Broken-0.01-0", "Broken-0.03-0"}
-    assert set(found["failed"].values()) == {"this strategy never works"}
+    whys = set(found["failed"].values())
+    assert all(why.startswith("this strategy never works; given up after 3") for why in whys), whys
     assert printed.count("this strategy never works") >= 2
     page = (folder / "report.html").read_text()
     assert Links(page).found == []
