@@ -92,8 +92,10 @@ def memory_of(name: str, options: Options) -> Measured:
         return _simulation(options)
     config, batch = settings(CASES[name], options)
     estimate = predicted(model, config, batch)
+    imports = resident()
     _train(config, batch)
-    return {"measured": peak(), "predicted": estimate.total, "terms": dict(estimate.terms)}
+    found = {"measured": peak(), "predicted": estimate.total, "terms": dict(estimate.terms)}
+    return {**found, "imports": imports}
 
 
 def settings(case: Case, options: Options) -> tuple[RunConfig, Batch]:

@@ -61,9 +61,10 @@ def test_memory_is_right_within_a_fifth(name: str) -> None:
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["measured"] > 4e8, "a process with torch in it"
     assert found["predicted"] == pytest.approx(found["measured"], rel=0.2)
-    # Most of that is libraries: what training adds must be in the right order, too.
-    added = [found[how] - found["terms"]["libraries"] for how in ("predicted", "measured")]
-    assert 0.5 < added[0] / added[1] < 2
+    # Most of that is libraries, whose pages differ from machine to machine: what training adds to
+    # them must be in the right order, too.
+    predicted = found["predicted"] - found["terms"]["libraries"]
+    assert 0.5 < predicted / (found["measured"] - found["imports"]) < 2
 
 
 def test_the_table_has_every_promise() -> None:
