@@ -219,6 +219,37 @@ class RunConfig(BaseModel):
         "auto", description="where updates are compared; auto: products where these are added up"
     )
 
+    dp: Literal["none", "example", "client"] = Field(
+        "none", description="differential privacy of each example, or of each client as a whole"
+    )
+    epsilon: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="of the whole run; the noise is made for it, and the run ends before it"
+    )
+    delta: Annotated[float, Field(gt=0, lt=0.1)] = Field(
+        1e-5, description="of (epsilon, delta); less than 1 in the examples, or clients, there are"
+    )
+    clip: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="L2 norm that one example's gradient, or one client's update, can have"
+    )
+    noise_multiplier: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="instead of epsilon: std of the noise on a sum, over clip"
+    )
+    clip_quantile: Fraction | None = Field(
+        None, description="dp=client: clip follows this quantile of the norms, from `clip` on"
+    )
+    dp_sampling: Literal["fixed", "poisson"] = Field(
+        "fixed", description="dp=client: of a cohort; poisson: by secret chance, which amplifies"
+    )
+    dp_mechanism: Literal["gaussian", "banded"] = Field(
+        "gaussian", description="dp=client; banded: noise of a round is partly taken back later"
+    )
+    participations: Positive | None = Field(
+        None, description="rounds one client may train in, which bounds the noise; None: all"
+    )
+    separation: Positive = Field(
+        1, description="dp=client: a client may train again so many rounds later"
+    )
+
     eval_every: Positive = 1
     eval_examples: Positive = Field(256, description="held-out examples per evaluation, at most")
     eval_client_examples: Positive = Field(32, description="of each client that is evaluated")

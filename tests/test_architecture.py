@@ -66,7 +66,8 @@ LIBRARIES = {
     "ray": set(),
     # adapters of factors, and of anything else; a contender
     "peft": {"corolla.lora", "corolla.dense", "experiments.bench.server_step"},
-    "opacus": {"client.dpsgd", "corolla.privacy"},
+    "opacus": {"client.dpsgd", "corolla.accounting"},
+    "dp_accounting": {"corolla.accounting"},
     "flwr_datasets": {"corolla.data"},
     "datasets": {"corolla.data"},
     "google": {
