@@ -165,7 +165,7 @@ def choose(
     the smallest way needs.
     """
     first = trainer or config.trainer_of("")
-    least: Estimate | None = None
+    tried: list[Estimate] = []
     for choice in _ways(config, first, alone):
         changed = config.model_copy(
             update={key: value for key, value in choice.items() if key != "trainer"}
@@ -174,9 +174,8 @@ def choose(
         estimate = footprint.client(model, changed, kind, batch, evaluated, labels=labels)
         if estimate.total <= budget:
             return Choice(estimate, **choice)
-        if least is None or estimate.total < least.total:
-            least = estimate
-    assert least is not None
+        tried.append(estimate)
+    least = min(tried, key=lambda estimate: estimate.total)
     raise ConfigError(
         f"{_size(budget)} of memory is too little for {config.strategy} on {model.name}: the least "
         f"is {_size(least.total)}, of which weights {_size(least.terms['weights'])}; lower "

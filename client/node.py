@@ -8,7 +8,6 @@ import fcntl
 import json
 import os
 import secrets
-import socket
 import subprocess
 import sys
 import threading
@@ -19,9 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event
 
-import psutil
-
-from corolla import logs, rpc
+from corolla import children, logs, rpc
 from corolla.children import stoppable
 from corolla.client import supernode
 from corolla.client.own import Own, identity
@@ -58,7 +55,9 @@ class Child:
         self._process: subprocess.Popen[bytes] | None = None
         self._reader: threading.Thread | None = None
         self._began = self._due = 0.0
-        _end(_noted(self._note))  # left by one that was killed: two would be one client twice
+        children.end(
+            children.noted_process(self._note), _GRACE
+        )  # left by one that was killed: two would be one client twice
 
     def start(self, command: Sequence[str], first_line: bytes = b"") -> None:
         self.stop()
@@ -73,7 +72,7 @@ class Child:
         )
         self._began, self._due = time.monotonic(), 0.0
         with suppress(OSError):  # a full disk
-            _note(self._note, process.pid)
+            children.note_process(self._note, process.pid)
         self._reader = threading.Thread(target=self._read, args=(process,), daemon=True)
         self._reader.start()
         if first_line and process.stdin:
@@ -218,7 +217,7 @@ class Node:
             why = supernode.explain(self.link, code, list(node.lines), inside, before)
             self._tell("warning", f"{why}; trying again")
         if code is None or node.rest() <= 0:
-            node.start(supernode.command(self.link, path, free_port()))
+            node.start(supernode.command(self.link, path, children.free_port()))
 
     def _of_trainer(self, line: str) -> None:
         if line.startswith("note: "):
@@ -273,42 +272,9 @@ def only_one(state: Path) -> Iterator[None]:
         yield
 
 
-def free_port() -> int:
-    """A port of loopback that nobody has now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _last_words(child: Child, code: int) -> str:
     said = [line for line in child.lines if line.strip()]
     errors = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
     if code < 0:
         return f"ended by signal {-code}" + (": out of memory?" if code == -9 else "")
     return (errors or said or [f"exit code {code}"])[-1]
-
-
-def _note(path: Path, pid: int) -> None:
-    """Keep a process id with the time of its start: ids are used again."""
-    path.write_text(json.dumps([pid, psutil.Process(pid).create_time()]))
-
-
-def _noted(path: Path) -> psutil.Process | None:
-    try:
-        pid, began = json.loads(path.read_text())
-        process = psutil.Process(int(pid))
-        return process if abs(process.create_time() - float(began)) < 1 else None
-    except (OSError, ValueError, TypeError, psutil.Error):
-        return None
-
-
-def _end(process: psutil.Process | None) -> None:
-    if process is None:
-        return
-    try:
-        process.terminate()
-        process.wait(_GRACE)
-    except psutil.TimeoutExpired:
-        process.kill()
-    except psutil.NoSuchProcess:
-        return

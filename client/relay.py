@@ -7,7 +7,6 @@ Run as `flwr-clientapp` (see client/supernode.py) it also leaves aside the code 
 along with a run: what a device executes is what its owner has installed.
 """
 
-import hashlib
 import time
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from google.protobuf.message import DecodeError
 
-from corolla import rpc
+from corolla import calls, rpc
 from corolla.errors import CorollaError, PeerError
 from corolla.packet import Packet, from_flower, to_flower
 from corolla.proto import update_pb2
@@ -25,7 +24,6 @@ _TRIES = 2
 """A task on which the trainer has died twice is not tried a third time."""
 _LEFT = 5.0
 """Seconds, or a tenth of what there is, for the answer's own way back."""
-_LONGEST_ERROR = 2000
 
 app = ClientApp()  # without annotation: `flwr build` looks for the bare assignment
 
@@ -68,17 +66,7 @@ def error_reply(packet: Packet, why: str, name: str) -> Packet:
         task.ParseFromString(packet.header)
     except DecodeError:
         task.Clear()
-    head = update_pb2.Reply(
-        schema=task.schema,
-        run_id=task.run_id,
-        round=task.round,
-        base_version=task.base_version,
-        kind=task.kind,
-        client=name,
-        payload_sha256=hashlib.sha256(b"").hexdigest(),
-        error=why[:_LONGEST_ERROR],
-    )
-    return Packet(head.SerializeToString(), b"")
+    return calls.given_up(task, name, why)
 
 
 def main() -> None:

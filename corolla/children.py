@@ -1,13 +1,17 @@
-"""Runs in child processes: start, CPU time, memory, a clean end."""
+"""Child processes: start, CPU time, a clean end, and how they are found again after a kill."""
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import psutil
 
 _GRACE = 30.0
 """Seconds in which a child that is told to stop may end its work."""
@@ -127,3 +131,50 @@ def uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, old)
     if asked.is_set():
         raise KeyboardInterrupt
+
+
+def free_port() -> int:
+    """A port of loopback that nobody has now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def note_process(path: Path, pid: int) -> None:
+    """Keep a process id with the time of its start: ids are used again."""
+    began = psutil.Process(pid).create_time()
+    scratch = path.with_name(path.name + ".part")
+    scratch.write_text(json.dumps({"pid": pid, "began": began}))
+    scratch.replace(path)
+
+
+def noted_process(path: Path) -> psutil.Process | None:
+    """The process that `note_process` has noted, if it still lives.
+
+    Raises OSError when that cannot be known, with no file left to open: it may be alive.
+    """
+    try:
+        noted = json.loads(path.read_text())
+        process = psutil.Process(int(noted["pid"]))
+        same = abs(process.create_time() - float(noted["began"])) < 1
+        return process if same and _lives(process) else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError, psutil.Error):
+        return None
+
+
+def end(process: psutil.Process | None, grace: float) -> None:
+    """Terminate a process, kill it when it does not end in time."""
+    if process is None:
+        return
+    with suppress(psutil.NoSuchProcess):
+        process.terminate()
+        deadline = time.monotonic() + grace
+        while _lives(process) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if _lives(process):
+            process.kill()
+
+
+def _lives(process: psutil.Process) -> bool:
+    """A process that nobody waits for stays as a zombie: Flower waits for none."""
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE

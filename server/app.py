@@ -16,6 +16,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
 from corolla import combinations, logs, models
+from corolla.children import note_process
 from corolla.config import RunConfig, load, validate
 from corolla.errors import ConfigError, CorollaError, StoppedError
 from corolla.server.grid import GridNetwork, count_nodes, hello
@@ -30,7 +31,6 @@ from corolla.server.order import (
     read_order,
     refuse_simulated,
 )
-from corolla.server.processes import note_process
 from corolla.server.run import Run, Summary, prepare_folder
 from corolla.server.setup import set_up
 from corolla.server.tasks import run_settings

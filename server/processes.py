@@ -1,20 +1,16 @@
-"""Long-lived child processes: started again when they die, found after a kill, ended by id."""
+"""Long-lived child processes: started again when they die, ended by id; files that may be open."""
 
-import json
 import os
 import re
 import resource
-import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
-
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-_GRACE = 15.0
+GRACE = 15.0
 """Seconds in which a process that is told to end may do so."""
 _TAIL = 8192
 """Bytes of a log that are looked at: it grows for months."""
@@ -70,7 +66,7 @@ class Process:
         if self._process and self._process.poll() is None:
             self._process.terminate()
             try:
-                self._process.wait(_GRACE)
+                self._process.wait(GRACE)
             except subprocess.TimeoutExpired:
                 self._process.kill()
         if self._process:
@@ -106,50 +102,3 @@ def open_more_files() -> None:
     if wanted > open_files():
         with suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def free_port() -> int:
-    """A port of loopback that nobody has now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def note_process(path: Path, pid: int) -> None:
-    """Keep a process id with the time of its start: ids are used again."""
-    began = psutil.Process(pid).create_time()
-    scratch = path.with_name(path.name + ".part")
-    scratch.write_text(json.dumps({"pid": pid, "began": began}))
-    scratch.replace(path)
-
-
-def noted_process(path: Path) -> psutil.Process | None:
-    """The process that `note_process` has noted, if it still lives.
-
-    Raises OSError when that cannot be known, with no file left to open: it may be alive.
-    """
-    try:
-        noted = json.loads(path.read_text())
-        process = psutil.Process(int(noted["pid"]))
-        same = abs(process.create_time() - float(noted["began"])) < 1
-        return process if same and _lives(process) else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError, psutil.Error):
-        return None
-
-
-def end(process: psutil.Process | None, grace: float = _GRACE) -> None:
-    """Terminate a process, kill it when it does not end in time."""
-    if process is None:
-        return
-    with suppress(psutil.NoSuchProcess):
-        process.terminate()
-        deadline = time.monotonic() + grace
-        while _lives(process) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        if _lives(process):
-            process.kill()
-
-
-def _lives(process: psutil.Process) -> bool:
-    """A process that nobody waits for stays as a zombie: Flower waits for none."""
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE

@@ -21,7 +21,7 @@ import httpx
 import psutil
 
 from corolla import certs, logs
-from corolla.children import stoppable
+from corolla.children import end, free_port, note_process, noted_process, stoppable
 from corolla.config import RunConfig
 from corolla.errors import ConfigError, CorollaError, RoundError, StoppedError
 from corolla.server import metrics, processes, superlink
@@ -91,7 +91,7 @@ class Supervisor:
             logs.configure(folder / "logs" / "supervisor.jsonl", order.run_id)
             ends.callback(logs.unconfigure)
             self._end_stale()
-            place = Place(folder, self.settings.superlink_port or processes.free_port())
+            place = Place(folder, self.settings.superlink_port or free_port())
             place.prepare()
             order.write(folder)
             (folder / OUTCOME).unlink(missing_ok=True)
@@ -154,14 +154,14 @@ class Supervisor:
     def _end_stale(self) -> None:
         """Processes that an earlier supervisor, killed, has left in this folder."""
         for path in (PROCESS, Path("flower", "superexec.json"), Path("flower", "superlink.json")):
-            if stale := processes.noted_process(self.folder / path):
+            if stale := noted_process(self.folder / path):
                 self.say(f"ending process {stale.pid}, left by an earlier server")
-                processes.end(stale)
+                end(stale, processes.GRACE)
             (self.folder / path).unlink(missing_ok=True)
 
     def _end_serverapp(self) -> None:
         with suppress(OSError):  # it ends with its executor as well
-            processes.end(processes.noted_process(self.folder / PROCESS), _STOP)
+            end(noted_process(self.folder / PROCESS), _STOP)
 
     def _await_ready(self, control: Control, link: Process, stop: Event) -> None:
         link.start()
@@ -188,7 +188,7 @@ class Supervisor:
                     _log.warning("child ended", child=child.name, why=told)
                 if child.pid is not None and self._noted.get(child.name) != child.pid:
                     path = self.folder / "flower" / f"{child.name}.json"
-                    processes.note_process(path, child.pid)
+                    note_process(path, child.pid)
                     self._noted[child.name] = child.pid
             except (OSError, psutil.Error) as error:
                 _log.warning("child not looked after", child=child.name, why=str(error))
@@ -246,7 +246,7 @@ class Supervisor:
         """
         note = self.folder / PROCESS
         began = note.exists()
-        alive = processes.noted_process(note) is not None
+        alive = noted_process(note) is not None
         status, details = control.status(run)
         late = not began and time.monotonic() - self._submitted > _BEGIN
         if not status.startswith("finished") and (alive or not (began or late)):

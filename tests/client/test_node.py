@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from corolla import certs
+from corolla import certs, children
 from corolla.client import node, supernode
 from corolla.client.node import Child, Node, only_one, pause
 from corolla.client.own import identity
@@ -88,7 +88,7 @@ def test_a_child_is_ended_by_its_id_and_killed_if_it_must(
     heard: list[str] = []
     with child(tmp_path, deaf + "; time.sleep(60)", heard):
         wait_for(lambda: heard)
-        pid, _ = json.loads((tmp_path / "thing.pid").read_text())
+        pid = json.loads((tmp_path / "thing.pid").read_text())["pid"]
     assert not psutil.pid_exists(pid)
     assert not (tmp_path / "thing.pid").exists()
 
@@ -141,7 +141,7 @@ def test_no_child_outlives_a_supervisor_that_is_killed(tmp_path: Path, code: str
 
 def test_an_id_that_is_used_again_is_left_alone(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as other:
-        (tmp_path / "thing.pid").write_text(json.dumps([other.pid, 1.0]))
+        (tmp_path / "thing.pid").write_text(json.dumps({"pid": other.pid, "began": 1.0}))
         Child("thing", tmp_path, print, os.environ)
         assert other.poll() is None
         other.kill()
@@ -332,7 +332,7 @@ def test_a_signal_while_the_trainer_loads_ends_it(link: Link, tmp_path: Path) ->
     command = [sys.executable, "-c", code, str(link.state)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         wait_for(lambda: (link.state / "trainer.log").exists())
-        pid, _ = json.loads((link.state / "trainer.pid").read_text())
+        pid = json.loads((link.state / "trainer.pid").read_text())["pid"]
         process.send_signal(signal.SIGTERM)
         said, _ = process.communicate(timeout=20)
     assert process.returncode == 0
@@ -361,7 +361,7 @@ def test_a_full_disk_stops_no_child(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     supernode.environment(tmp_path)
-    monkeypatch.setattr(node, "_note", full)
+    monkeypatch.setattr(children, "note_process", full)
     monkeypatch.setattr(Path, "write_text", full)
     with child(tmp_path, "print('on')") as made:
         wait_for(lambda: made.ended() is not None)

@@ -1,13 +1,26 @@
+import os
+import resource
 import signal
+import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
-from corolla.children import Child, stop, terminate_as_interrupt, uninterrupted
+from corolla.children import (
+    Child,
+    end,
+    note_process,
+    noted_process,
+    stop,
+    terminate_as_interrupt,
+    uninterrupted,
+)
 
+SLEEP = [sys.executable, "-S", "-c", "print('up', flush=True); import time; time.sleep(60)"]
 SLEEPER = "import time; print('ready', flush=True); time.sleep(60)"
 
 
@@ -117,3 +130,53 @@ def test_another_thread_has_no_signals() -> None:
     thread.start()
     thread.join()
     assert done == ["worked"]
+
+
+def test_a_noted_process_is_found_again_but_never_another_with_its_id(tmp_path: Path) -> None:
+    note = tmp_path / "child.json"
+    with subprocess.Popen(SLEEP, stdout=subprocess.DEVNULL) as child:
+        note_process(note, child.pid)
+        found = noted_process(note)
+        assert found is not None
+        assert found.pid == child.pid
+        text = note.read_text()
+        note.write_text(text.replace('"began": ', '"began": 1'))  # the id is used again
+        assert noted_process(note) is None
+        note.write_text(text)
+        end(found, 20)
+        child.wait(20)
+    assert noted_process(note) is None
+    for text in ("", "{}", "[]", '{"pid": "x"}'):
+        note.write_text(text)
+        assert noted_process(note) is None
+    end(None, 1)
+
+
+def test_what_cannot_be_read_is_not_taken_for_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a file left to open, a process that lives must not be started a second time."""
+    note = tmp_path / "child.json"
+    note_process(note, os.getpid())
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            noted_process(note)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    found = noted_process(note)
+    assert found is not None
+    assert found.pid == os.getpid()
+
+
+def test_a_zombie_counts_as_ended(tmp_path: Path) -> None:
+    """Flower's executor never waits for a ServerApp: it stays a zombie for as long as that runs."""
+    with subprocess.Popen(SLEEP, stdout=subprocess.PIPE) as child:
+        note_process(tmp_path / "child.json", child.pid)
+        found = noted_process(tmp_path / "child.json")
+        began = time.monotonic()
+        end(found, 30)
+        assert time.monotonic() - began < 10
+        assert noted_process(tmp_path / "child.json") is None
+        assert psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE

@@ -1,6 +1,5 @@
 """A real `corolla gateway` for tests, and its phones: one a process, the others threads."""
 
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from corolla import calls, certs, rpc
+from corolla.children import free_port
 from corolla.client import own
 from corolla.client.phone import Phone, Settings
 from corolla.client.phone_trainer import TorchTrainer
@@ -116,13 +116,6 @@ class InTurn:
     ) -> Packet:
         with self.lock:
             return self.trainer.answer(client, packet, model, wanted)
-
-
-def free_port() -> int:
-    """A port of loopback that nobody has now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_for(true: Callable[[], object], seconds: float, log: Path) -> None:

@@ -128,7 +128,7 @@ def journal(out: Path, event: str) -> list[dict[str, Any]]:
 
 
 def pid_of(state: Path, child: str) -> int:
-    return int(json.loads((state / f"{child}.pid").read_text())[0])
+    return int(json.loads((state / f"{child}.pid").read_text())["pid"])
 
 
 def relays(state: Path) -> list[psutil.Process]:

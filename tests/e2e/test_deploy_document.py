@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from corolla.assets import asset
-from tests.e2e.gateways import free_port
+from corolla.children import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 400.0

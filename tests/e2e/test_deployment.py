@@ -113,7 +113,7 @@ def test_a_partition_costs_rounds_their_absentee_and_nothing_is_committed_twice(
     ):
         wait_for(lambda: "round 1:" in server.said(), 240, server.log)
         note = json.loads((tmp_path / f"state-{EDGES[0]}" / "supernode.pid").read_text())
-        cut_off = psutil.Process(note[0])
+        cut_off = psutil.Process(note["pid"])
         cut_off.suspend()
         try:
             time.sleep(45)

@@ -20,7 +20,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 
 from corolla import certs
 from corolla.assets import asset
-from corolla.server.processes import free_port
+from corolla.children import free_port
 from tests.e2e.federation import Server, make_key, running_client, running_server
 
 pytestmark = pytest.mark.deployment

@@ -18,10 +18,10 @@ import httpx
 import pytest
 
 from corolla import certs, logs
+from corolla.children import free_port
 from corolla.errors import ConfigError
 from corolla.server import front as front_module
 from corolla.server.front import FLEET, MAX_BODY, Front, listen
-from corolla.server.processes import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 

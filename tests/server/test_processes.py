@@ -1,9 +1,8 @@
-"""Children that are started again, found again, and ended by their own ids."""
+"""Children that are started again, and ended by their own ids."""
 
 import os
 import resource
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -81,7 +80,7 @@ def until_dead(child: Process) -> None:
 def test_stop_ends_it_and_kills_what_does_not_listen(
     make: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processes, "_GRACE", 0.3)
+    monkeypatch.setattr(processes, "GRACE", 0.3)
     deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
     for code in (SLEEP[-1], deaf + SLEEP[-1]):
         child = make([*SLEEP[:-1], code])
@@ -90,44 +89,6 @@ def test_stop_ends_it_and_kills_what_does_not_listen(
         child.stop()
         assert pid is not None
         assert not psutil.pid_exists(pid)
-
-
-def test_a_noted_process_is_found_again_but_never_another_with_its_id(tmp_path: Path) -> None:
-    note = tmp_path / "child.json"
-    with subprocess.Popen(SLEEP, stdout=subprocess.DEVNULL) as child:
-        processes.note_process(note, child.pid)
-        found = processes.noted_process(note)
-        assert found is not None
-        assert found.pid == child.pid
-        text = note.read_text()
-        note.write_text(text.replace('"began": ', '"began": 1'))  # the id is used again
-        assert processes.noted_process(note) is None
-        note.write_text(text)
-        processes.end(found)
-        child.wait(20)
-    assert processes.noted_process(note) is None
-    for text in ("", "{}", "[]", '{"pid": "x"}'):
-        note.write_text(text)
-        assert processes.noted_process(note) is None
-    processes.end(None)
-
-
-def test_what_cannot_be_read_is_not_taken_for_dead(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without a file left to open, a process that lives must not be started a second time."""
-    note = tmp_path / "child.json"
-    processes.note_process(note, os.getpid())
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
-    try:
-        with pytest.raises(OSError, match="Too many open files"):
-            processes.noted_process(note)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    found = processes.noted_process(note)
-    assert found is not None
-    assert found.pid == os.getpid()
 
 
 def test_more_files_may_be_open_and_never_fewer() -> None:
@@ -153,15 +114,3 @@ def test_the_last_line_of_a_log_of_any_size_is_read_from_its_end(tmp_path: Path)
         file.write(b"\nthe last\n\n")
     assert child.last_line() == "the last"
     assert processes.tail(child.log, child.log.stat().st_size - 6) == "last\n\n"
-
-
-def test_a_zombie_counts_as_ended(tmp_path: Path) -> None:
-    """Flower's executor never waits for a ServerApp: it stays a zombie for as long as that runs."""
-    with subprocess.Popen(SLEEP, stdout=subprocess.PIPE) as child:
-        processes.note_process(tmp_path / "child.json", child.pid)
-        found = processes.noted_process(tmp_path / "child.json")
-        began = time.monotonic()
-        processes.end(found, 30)
-        assert time.monotonic() - began < 10
-        assert processes.noted_process(tmp_path / "child.json") is None
-        assert psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE
