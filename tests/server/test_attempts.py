@@ -254,7 +254,7 @@ def test_no_wait_stops_at_once(settings: Settings, tmp_path: Path, weather: Weat
 
 
 def test_members_that_come_later_stand_behind_the_others(
-    settings: Settings, tmp_path: Path, weather: Weather
+    settings: Settings, tmp_path: Path, weather: Weather, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`ada` would be first by name; ranks and classes of the others must not change."""
     weather.offline = lambda client: client == "ada" and len(weather.asked) < 3
@@ -264,6 +264,7 @@ def test_members_that_come_later_stand_behind_the_others(
     (joined,) = events(tmp_path / "out", "joined")
     assert list(joined["roster"]) == ["ada"]
     weather.offline = lambda client: client == "dot"  # known, though not there now
+    monkeypatch.setattr(attempts, "_BACK", 2.0)
     simulate(settings(cohort=3), tmp_path / "out", resume=True)
     (resumed,) = events(tmp_path / "out", "resumed")
     assert list(resumed["roster"]) == ["ben", "cyd", "dot", "ada"]
