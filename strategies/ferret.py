@@ -46,6 +46,7 @@ class Ferret:
     trainers: ClassVar[tuple[TrainerName, ...]] = ("first_order",)
     full: ClassVar[bool] = False
     updates: ClassVar[str] = "scalars"
+    rebases: ClassVar[bool] = True
     when: ClassVar[str] = "backpropagation over a link of kilobytes, in small steps: noisy"
 
     size: int = 4096

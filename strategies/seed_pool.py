@@ -48,6 +48,7 @@ class SeedPool:
     trainers: ClassVar[tuple[TrainerName, ...]] = ("zeroth_order",)
     full: ClassVar[bool] = True
     updates: ClassVar[str] = "scalars"
+    rebases: ClassVar[bool] = True
     when: ClassVar[str] = "forward passes only: kilobytes, and a replay in one pass"
 
     size: int = 512
