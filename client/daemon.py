@@ -7,7 +7,8 @@ cannot do; or "error: …" when it cannot serve, and exits with 1 or 2. It ends 
 input is closed: with the process that started it.
 
 The device has the last word: it uses its own model, data and limits whatever a server says, and
-runs no strategy from a file that its owner has not allowed.
+runs no strategy from a file that its owner has not allowed. What its examples have cost in privacy
+stands in STATE/ledger.jsonl for its whole life, under whatever name it took part.
 """
 
 import gc
@@ -21,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from corolla import __version__, data, logs, models, rpc, strategies, trainable
+from corolla import __version__, data, ledger, logs, models, rpc, strategies, trainable
 from corolla.children import when_orphaned
 from corolla.client import device
 from corolla.client.own import Own
@@ -36,6 +37,7 @@ from corolla.errors import (
     StoppedError,
     WireError,
 )
+from corolla.ledger import Limit
 from corolla.memory import Memory
 from corolla.models import Base
 from corolla.packet import Packet
@@ -130,7 +132,18 @@ class Trainer:
             forget(self._runs, keep=task.run_id)
             memory = Memory(folder)
             config, model, own = self._resident
-            worker = Worker(config, model, own, memory, None, self._step, self.capabilities)
+            limit = Limit(self.own.epsilon, self.own.delta) if self.own.epsilon else None
+            worker = Worker(
+                config,
+                model,
+                own,
+                memory,
+                None,
+                self._step,
+                self.capabilities,
+                self.own.state / ledger.NAME,
+                limit,
+            )
             self._worker = (task.run_id, worker)
         os.utime(self._runs / task.run_id)
         return self._worker[1]

@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from corolla import factors, schedule, seeds
+from corolla.client import dpsgd
 from corolla.config import RunConfig
 from corolla.encoding import Encoded, collate, examples_of
 from corolla.errors import DataError, DivergedError
+from corolla.privacy import ExampleLevel
 from corolla.scoring import loss_sum
 from corolla.trainable import Differentiable
 from corolla.types import Correct, Fit, LoraSpec, Params
@@ -33,6 +35,8 @@ class FirstOrder:
     seed: int
     round: int
     on_step: Callable[[int], None] | None = None
+    private: ExampleLevel | None = None
+    """Who is in a step, and the noise, under example-level differential privacy (see dpsgd.py)."""
 
     def init(self, seed: int) -> Params:
         return self.model.init(self.lora, seed)
@@ -46,33 +50,41 @@ class FirstOrder:
         correct: Correct | None = None,
         strength: float = 1.0,
     ) -> Fit:
-        if not self.data:
+        if not (self.data or self.private):
             raise DataError("client has no example with a target left")
         cores = _Cores(start)
         spec = replace(self.lora, alpha=self.lora.alpha * strength)
+        dropout = seeds.derive(self.seed, "dropout")
+        known: list[dpsgd.Example] = []
+        if self.private:
+            known = dpsgd.examples(self.data, self.private.examples)
+
+            def ready() -> Mapping[str, nn.Parameter]:
+                self.model.write(dpsgd.lively(cores.written()), spec, frozen)
+                return self._trained(train)
+
+            names = [name for name, _ in self.model.parameters() if train(name)]
+            with _training(self.model.model, dropout):
+                dpsgd.self_test(self.model, ready, names, known, self._at_a_time)
         self.model.write(cores.written(), spec, frozen)
+        trained = self._trained(train)
         parameters = dict(self.model.parameters())
-        trained = {name: p for name, p in parameters.items() if train(name)}
-        for parameter in trained.values():
-            parameter.requires_grad_(True)
         stepped = cores.instead_of(trained)
         optimizer = self._optimizer(list(stepped.values()))
-        batches = schedule.batches(self.config, len(self.data), self.seed)
-        per_round = schedule.steps_per_round(self.config, len(self.data))
-        tokens = steps = 0
-        distance = 0.0
-        losses: list[float] = []
-        seen: set[int] = set()
-        with _training(self.model.model, seeds.derive(self.seed, "dropout")):
-            for step, indices in enumerate(batches):
-                batch = [self.data[i] for i in indices]
-                seen |= examples_of(self.data, indices)
-                loss, targets = self._backward(batch)
-                if not math.isfinite(loss):
-                    raise DivergedError(f"loss is {loss} at local step {step + 1}: lower lr")
-                cores.pull(parameters)
+        told = _Told()
+        attached: AbstractContextManager[object] = nullcontext()
+        if self.private:
+            clipper = dpsgd.Clipper(self.model, trained, self._at_a_time, cores.seen)
+            gradients = self._private(self.private, known, clipper, stepped)
+            attached, per_round = clipper.attached(), self.private.steps
+        else:
+            gradients = self._plain(parameters, cores, told)
+            per_round = schedule.steps_per_round(self.config, len(self.data))
+        steps, distance = 0, 0.0
+        with _training(self.model.model, dropout), attached:
+            for step, tokens in enumerate(gradients):
                 self._correct(stepped, correct)
-                if self.config.clip_norm is not None:
+                if self.config.clip_norm is not None and not self.private:
                     nn.utils.clip_grad_norm_(stepped.values(), self.config.clip_norm)
                 lr = self.config.lr * schedule.rate(self.config, self.round, per_round, step)
                 for group in optimizer.param_groups:
@@ -81,18 +93,64 @@ class FirstOrder:
                 optimizer.zero_grad(set_to_none=True)
                 cores.push(parameters)
                 distance += lr
-                losses.append(loss)
-                tokens, steps = tokens + targets, steps + 1
+                steps += 1
                 if self.on_step:
-                    self.on_step(sum(len(sequence.input_ids) for sequence in batch))
+                    self.on_step(tokens)
         for parameter in trained.values():
             parameter.requires_grad_(False)
         params = {**self.model.read(), **cores.read()}
         if not all(bool(torch.isfinite(t).all()) for t in params.values()):
             raise DivergedError("weights are not finite after local training: lower lr")
-        mean = math.fsum(losses) / len(losses)
-        metrics = {"train_loss": mean, "target_tokens": float(tokens), "local_steps": float(steps)}
-        return Fit(params, len(seen), metrics, distance)
+        if self.private:  # what is measured on the data stays here
+            public = min(self.private.examples, steps * self.private.batch)
+            return Fit(params, public, {"local_steps": float(steps)}, distance)
+        metrics = {
+            "train_loss": math.fsum(told.losses) / len(told.losses),
+            "target_tokens": float(told.targets),
+            "local_steps": float(steps),
+        }
+        return Fit(params, len(told.seen), metrics, distance)
+
+    @property
+    def _at_a_time(self) -> int:
+        return self.config.micro_batch_size or self.config.batch_size
+
+    def _trained(self, train: Callable[[str], bool]) -> dict[str, nn.Parameter]:
+        """What is trained of the model as it was written, from now on with gradients."""
+        trained = {name: p for name, p in self.model.parameters() if train(name)}
+        for parameter in trained.values():
+            parameter.requires_grad_(True)
+        return trained
+
+    def _plain(
+        self, parameters: Mapping[str, nn.Parameter], cores: "_Cores", told: "_Told"
+    ) -> Iterator[int]:
+        """Leaves the gradient of each step where the optimiser looks; yields the tokens it took."""
+        batches = schedule.batches(self.config, len(self.data), self.seed)
+        for step, indices in enumerate(batches):
+            batch = [self.data[i] for i in indices]
+            loss, targets = self._backward(batch)
+            if not math.isfinite(loss):
+                raise DivergedError(f"loss is {loss} at local step {step + 1}: lower lr")
+            cores.pull(parameters)
+            told.seen |= examples_of(self.data, indices)
+            told.losses.append(loss)
+            told.targets += targets
+            yield sum(len(sequence.input_ids) for sequence in batch)
+
+    def _private(
+        self,
+        private: ExampleLevel,
+        known: Sequence[dpsgd.Example],
+        clipper: dpsgd.Clipper,
+        stepped: Mapping[str, nn.Parameter],
+    ) -> Iterator[int]:
+        """As `_plain`, with gradients that are noisy; no further clipping is of use."""
+        for batch in dpsgd.batches(private, known):
+            gradients = private.noised(clipper(batch, private.clip))
+            for name, parameter in stepped.items():
+                parameter.grad = gradients[name].to(parameter.device)
+            yield sum(len(sequence.input_ids) for example in batch for sequence in example)
 
     def _backward(self, batch: Sequence[Encoded]) -> tuple[float, int]:
         """Accumulate the gradient of Σ loss / Σ targets over the batch, for any micro-batch."""
@@ -119,6 +177,15 @@ class FirstOrder:
         if self.config.optimizer == "sgd":
             return torch.optim.SGD(parameters, lr=lr, weight_decay=decay)
         return torch.optim.AdamW(parameters, lr=lr, weight_decay=decay)
+
+
+@dataclass
+class _Told:
+    """What training without privacy tells of itself."""
+
+    losses: list[float] = field(default_factory=list)
+    targets: int = 0
+    seen: set[int] = field(default_factory=set)
 
 
 class _Cores:
@@ -151,6 +218,14 @@ class _Cores:
             if effective.grad is not None:
                 r.grad = effective.grad.cpu() @ self._start[self._a[name]].T
                 effective.grad = None
+
+    def seen(self, gradients: Params) -> dict[str, Tensor]:
+        """Gradients (n, ...) with those of R, by example, in the place of those of R · A."""
+        found = {n: g for n, g in gradients.items() if n not in self._a.values()}
+        for name, a in self._a.items():
+            if a in gradients:
+                found[name] = gradients[a] @ self._start[a].T.to(gradients[a])
+        return found
 
     def push(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """R · A into the model."""

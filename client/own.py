@@ -56,6 +56,11 @@ class Own(BaseModel):
     micro_batch_size: Positive | None = Field(None, description="None: as the run says")
     gradient_checkpointing: bool = False
 
+    epsilon: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="that this device's examples may cost in all runs; None: each run's own"
+    )
+    delta: Annotated[float, Field(gt=0, lt=0.1)] = Field(1e-5, description="of that epsilon")
+
     allow: list[str] = Field(
         [], description="strategies of one's own (FILE.py:Class, module:Class) a server may name"
     )
@@ -100,7 +105,9 @@ class Own(BaseModel):
 
 def load(file: Path | None, options: Mapping[str, object]) -> Own:
     """A TOML file's settings with the options put over them. Raises ConfigError with one line."""
-    values = {**(_read(file) if file else {}), **{k: v for k, v in options.items() if v}}
+    # 0 and "" say nothing, but an epsilon of 0.0 must not be taken for no limit at all.
+    given = {k: v for k, v in options.items() if v or isinstance(v, float)}
+    values = {**(_read(file) if file else {}), **given}
     for key in values.keys() - Own.model_fields.keys():
         near = difflib.get_close_matches(key, Own.model_fields, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(Own.model_fields)}"

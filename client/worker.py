@@ -2,24 +2,35 @@
 
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from corolla import codec, compression, seedlog, seeds, strategies, wire
+from corolla import codec, compression, ledger, logs, privacy, seedlog, seeds, strategies, wire
 from corolla.client.first_order import FirstOrder
 from corolla.client.zeroth_order import ZerothOrder
 from corolla.config import RunConfig
 from corolla.data import Example, FederatedData
 from corolla.dense import DenseModel
 from corolla.encoding import Encoded, Encoder
-from corolla.errors import ConfigError, CorollaError, ModelError, WireError
+from corolla.errors import (
+    ArtefactError,
+    ConfigError,
+    CorollaError,
+    ModelError,
+    RoundError,
+    StoppedError,
+    WireError,
+)
+from corolla.ledger import Ledger, Limit
 from corolla.lora import LoraModel
 from corolla.memory import Memory
 from corolla.packet import Packet
+from corolla.privacy import ExampleLevel
 from corolla.records import client_folder, round_folder, write_update
 from corolla.scoring import score
 from corolla.trainable import Trainable
@@ -33,6 +44,11 @@ _OUT_OF_MEMORY = "out of memory: lower micro_batch_size or max_length"
 
 _OWED = "owed-"
 """Prefix of the groups that hold what a codec has left out of the updates so far."""
+
+_PUBLIC = ("local_steps",)
+"""Metrics of training that are not measured on data."""
+
+_log = logs.logger("worker")
 
 
 @dataclass(frozen=True)
@@ -49,19 +65,34 @@ class LocalClient:
     population: int = 1
     kept: Payload = field(default_factory=dict)
     on_step: Callable[[int], None] | None = None
+    private: ExampleLevel | None = None
 
     @property
     def trainer(self) -> FirstOrder:
         if not isinstance(self.model, LoraModel | DenseModel):
             raise ConfigError(f"{self.config.strategy}: no first-order training of all parameters")
         return FirstOrder(
-            self.model, self.lora, self.data, self.config, self.seed, self.round, self.on_step
+            self.model,
+            self.lora,
+            self.data,
+            self.config,
+            self.seed,
+            self.round,
+            self.on_step,
+            self.private,
         )
 
     @property
     def forward(self) -> ZerothOrder:
         return ZerothOrder(
-            self.model, self.lora, self.data, self.config, self.seed, self.round, self.on_step
+            self.model,
+            self.lora,
+            self.data,
+            self.config,
+            self.seed,
+            self.round,
+            self.on_step,
+            self.private,
         )
 
 
@@ -71,6 +102,11 @@ class Worker:
     `record` (simulation only) is a folder for each client's adapter after local training;
     `capabilities` is what a device says of itself when it is greeted; with it, what goes wrong in
     the code of a strategy is told by its type alone: the text may be of the data.
+
+    Under dp=example a client writes in its ledger what a round costs before it trains, and answers
+    with an update that is private and what is known without its data. `ledger` is where a device
+    keeps that (default: beside what the client keeps), `limit` what its owner allows over all runs:
+    then it takes part in nothing else.
     """
 
     def __init__(
@@ -82,9 +118,13 @@ class Worker:
         record: Path | None = None,
         on_step: Callable[[int], None] | None = None,
         capabilities: Capabilities | None = None,
+        ledger: Path | None = None,
+        limit: Limit | None = None,
     ) -> None:
         self.config = config
         self.capabilities = capabilities
+        self.limit = limit
+        self._ledger = ledger
         self.model = model
         self.data = data
         self.memory = memory
@@ -128,6 +168,7 @@ class Worker:
                 model_sha256=own,
                 capabilities=self.capabilities,
             )
+        self._refuse(task.kind)
         settings = json.loads(task.config)
         sent = wire.content(task)
         if "form" in settings:
@@ -204,23 +245,37 @@ class Worker:
         owed: Payload,
         blank: Reply,
     ) -> Reply:
-        data, skipped = self._tokens(client)
         lora, name = LoraSpec(**settings["lora"]), settings["class"]
         self.model.check_rank(lora)
+        config = self.config.of_class(name)
         seed = seeds.derive(self.config.seed, "client", client, task.round)
-        member = LocalClient(
-            self.model,
-            lora,
-            data,
-            self.config.of_class(name),
-            seed,
-            task.round,
-            self.config.trainer_of(name),
-            settings["population"],
-            kept,
-            self.on_step,
-        )
-        update = self.strategy.local(member, received)
+        count = len(self.data.clients[client].train)
+        private, spent = None, 0.0
+        if config.dp == "example":
+            private = privacy.example_level(config, count)
+            spent = self._spend(client, task, private)
+        with _withheld() if private else nullcontext():
+            data, skipped = self._tokens(client)
+            member = LocalClient(
+                self.model,
+                lora,
+                data,
+                config,
+                seed,
+                task.round,
+                self.config.trainer_of(name),
+                settings["population"],
+                kept,
+                self.on_step,
+                private and _once(private),
+            )
+            update = self.strategy.local(member, received)
+        if private:
+            known = {name: update.metrics[name] for name in _PUBLIC if name in update.metrics}
+            most = min(count, private.steps * private.batch)
+            update = replace(update, num_examples=most, metrics={**known, "epsilon": spent})
+        else:
+            update = replace(update, metrics={**update.metrics, "skipped": float(skipped)})
         if self.record:
             folder = client_folder(round_folder(self.record, task.round), client)
             write_update(folder, self.model, lora, update, client)
@@ -236,10 +291,51 @@ class Worker:
         return replace(
             blank,
             num_examples=update.num_examples,
-            metrics={**update.metrics, "skipped": float(skipped)},
+            metrics=update.metrics,
             payload=dense,
             scalars=scalars,
         )
+
+    def _refuse(self, kind: Kind) -> None:
+        """Raises ConfigError for what would tell of single examples more than was agreed on."""
+        if self.limit and self.config.dp != "example":
+            raise ConfigError(
+                f"this device gives at most epsilon {self.limit.epsilon:g} of its examples: it "
+                f"takes part in runs with dp=example alone, found dp={self.config.dp}"
+            )
+        if kind == Kind.EVALUATE and self.config.dp != "none":
+            raise ConfigError(f"dp={self.config.dp}: nothing is measured on this device's examples")
+
+    def _spend(self, client: str, task: Task, private: ExampleLevel) -> float:
+        """Write down what a round costs; what this run has cost with it.
+
+        Raises ConfigError when that is more than the run or the owner allows, RoundError when the
+        ledger cannot be read or written.
+        """
+        path = self._ledger or self.memory.kept_folder(client) / ledger.NAME
+        own, release = Ledger(path), private.release
+        try:
+            run = own.epsilon(private.delta, task.run_id, [release])
+            if private.budget is not None and run > private.budget:
+                raise ConfigError(
+                    f"privacy budget: this round would bring the run to epsilon {run:.4g} of "
+                    f"{private.budget:g} at delta {private.delta:g} for this client's examples"
+                )
+            if self.limit:
+                life = own.epsilon(self.limit.delta, more=[release])
+                if life > self.limit.epsilon:
+                    raise ConfigError(
+                        f"privacy limit of this device: this round would bring all its runs to "
+                        f"epsilon {life:.4g} of {self.limit.epsilon:g} at delta "
+                        f"{self.limit.delta:g}"
+                    )
+            own.spend(task.run_id, task.round, release)
+        except ArtefactError as error:  # names a file: for the owner
+            _log.error("no privacy ledger", why=str(error))
+            raise RoundError(
+                "this device's privacy ledger cannot be used; its own log says why"
+            ) from error
+        return run
 
     def _evaluate(self, client: str, lora: LoraSpec, known: Payload, blank: Reply) -> Reply:
         examples = self.data.clients[client].eval[: self.config.eval_client_examples]
@@ -261,6 +357,37 @@ class Worker:
         while len(self._encoded) > _RESIDENT_CLIENTS:
             self._encoded.popitem(last=False)
         return self._encoded[client]
+
+
+def _once(private: ExampleLevel) -> ExampleLevel:
+    """The same, for as many steps as were written down: who trains twice pays twice."""
+    left = iter(range(private.steps))
+
+    def uniform(count: int) -> torch.Tensor:
+        if next(left, None) is None:
+            raise ConfigError(
+                f"dp=example: the strategy takes more than the {private.steps} steps of a round"
+            )
+        return private.uniform(count)
+
+    return replace(private, uniform=uniform)
+
+
+@contextmanager
+def _withheld() -> Iterator[None]:
+    """What goes wrong while an update is made from examples is for the log of their owner.
+
+    Raises RoundError in place of any error but those of settings, of the model, and of who stops.
+    """
+    try:
+        yield
+    except (ConfigError, ModelError, StoppedError):
+        raise
+    except Exception as error:
+        # The text of an error of other code may be of the data.
+        why = str(error) if isinstance(error, CorollaError) else type(error).__name__
+        _log.error("not trained", why=why)
+        raise RoundError("this device could not train; its own log says why") from error
 
 
 def _of_memory(error: Exception) -> bool:

@@ -95,7 +95,8 @@ def load(config: RunConfig, labels: Sequence[str] = ()) -> Base:
     model.config.pad_token_id = model.config.get_text_config().pad_token_id = base.pad_id
     check_length(config, model)
     if config.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        # Hooks that tell the gradients of examples apart work with the reentrant kind alone.
+        model.activation_checkpointing_enable({"use_reentrant": config.dp == "example"})
         model.enable_input_require_grads()
         footprint.spare_memory()
     return base

@@ -32,6 +32,20 @@ def loss_sum(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return F.cross_entropy(*_predictions(model, batch), reduction="sum")
 
 
+def sequence_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The summed cross-entropy of each sequence over its targets, in fp32, (batch,).
+
+    Each depends on its own sequence alone: what differential privacy of examples rests on.
+    """
+    logits, wanted = _predictions(model, batch)
+    losses = F.cross_entropy(logits, wanted, reduction="none")
+    labels = batch["labels"]
+    if labels.dim() == 1:
+        return losses
+    rows = (labels[:, 1:] != IGNORE).nonzero()[:, 0]
+    return losses.new_zeros(len(labels)).index_add(0, rows, losses)
+
+
 def _predictions(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """(logits of the targets in fp32 (n, classes), targets (n,))."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}

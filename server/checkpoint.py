@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from corolla import codec
+from corolla.chained import sync_folder
 from corolla.errors import ArtefactError, WireError
-from corolla.server.journal import sync_folder
 from corolla.types import Payload
 
 _KEPT = 2

@@ -2,18 +2,19 @@
 
 `journal.jsonl` in the run's folder. A line is a JSON object with `event`, `time` (UTC), `seconds`
 (how long the run has been running, resumptions included, pauses counted, not while no process ran)
-and facts; its last key `sha256` is the hash of the line before it and of everything before that
-key, so that no line can be changed, lost or moved unseen. Each line is on disk before its event
-takes effect:
+and facts, sealed as corolla/chained.py says: no line can be changed, lost or moved unseen. Each
+line is on disk before its event takes effect:
 
     started    run id; rounds; round and state (sha256) it starts from; roster {member: examples},
-               seats {gateway: seats}
+               seats {gateway: seats}; with differential privacy its unit, delta and budget
     resumed    as started: another process goes on
     joined     roster and seats of members that come after those that are known, or have changed
     planned    round, attempt, cohort {member: seats}, base_version, seed, how many are online;
-               before anything is sent
+               before anything is sent (of a cohort drawn by secret chance: who was drawn)
     verdicts   round, attempt, verdicts {client: code}, why {client: reason} of those refused
-    privacy    round, and what a mechanism spends; before a noisy model is released
+    privacy    round, attempt, unit, epsilon spent so far, clients; of dp=client also neighbours,
+               mechanism, noise_multiplier, clip, sampling_probability, delta; before the noise of
+               a release is drawn, of dp=example before the round is committed
     committed  round, state: sha256 of the checkpoint's tensors; after the checkpoint is on disk
     abandoned  round, attempt, why; the model is as it was
     paused     round, online, needed: too few members can be asked; ends with the next event
@@ -25,22 +26,20 @@ A crash may tear the last line: it is dropped, for what it announces has not bee
 anywhere else is an error.
 """
 
-import errno
-import hashlib
-import json
 import os
 import signal
-import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from corolla.errors import ArtefactError, ConfigError
+from corolla import chained
+from corolla.chained import Chained
+from corolla.errors import ArtefactError
 
 NAME = "journal.jsonl"
 ORDER = "server.json"
@@ -60,36 +59,24 @@ Event = Literal[
     "failed",
     "done",
 ]
-Entry = Mapping[str, Any]
-"""A line of the journal without its checksum."""
-
-_SEAL = ', "sha256": "'
-_TAIL = len(_SEAL) + 64 + len('"}')
+Entry = chained.Entry
+_REMEDY = "restore it from a copy, or start a new run"
 
 
 class Journal:
     """The open journal of one running process; a folder has one at a time.
 
-    Raises ConfigError when another process is at work in the folder, ArtefactError for a damaged
-    journal or one that cannot be written.
+    `note` says of a torn last line. Raises ConfigError when another process is at work in the
+    folder, ArtefactError for a damaged journal or one that cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / NAME
-        new = not self.path.exists()
-        try:
-            self._file = FileIO(self.path, "a+")  # no buffer: what is written is written now
-        except OSError as error:
-            raise ArtefactError(f"{self.path} cannot be written: {error.strerror}") from error
-        try:
-            _lock(self._file, folder)
-            entries, seal, end, self.note = _parse(_content(self._file), self.path)
-            self._tail = end, seal
-            if new:
-                sync_folder(folder)
-        except BaseException:
-            self._file.close()
-            raise
+        busy = f"running in {folder}: stop it, or name another folder"
+        self._file = Chained(self.path, busy, _REMEDY)
+        entries = self._file.content.entries
+        torn = self._file.content.torn
+        self.note = f"the last line of {self.path} was torn: dropped" if torn else ""
         self.past = past(entries)
         self._before = float(entries[-1]["seconds"]) if entries else 0.0
         self._began = time.monotonic()
@@ -114,21 +101,12 @@ class Journal:
         """Write a line; it is on disk when this returns. Raises ArtefactError when it cannot be."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         entry = {"event": event, "time": now, "seconds": round(self.seconds, 3), **facts}
-        body = json.dumps(entry, allow_nan=False)[:-1]
-        end, before = self._tail
-        seal = _sealed(before, body)
-        line = f'{body}{_SEAL}{seal}"}}\n'.encode()
         try:
-            self._file.truncate(end)  # of a line that was not finished, or torn
-            if self._file.write(line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(self._file.fileno())
-        except OSError as error:
+            self._file.append(entry)
+        except ArtefactError as error:
             raise ArtefactError(
-                f"{self.path} cannot be written: {error.strerror}; what is committed is kept: "
-                f"go on with --resume"
+                f"{error}; what is committed is kept: go on with --resume"
             ) from error
-        self._tail = end + len(line), seal
 
 
 @dataclass(frozen=True)
@@ -145,6 +123,12 @@ class Past:
     """Round → its last plan."""
     abandoned: Mapping[int, int] = field(default_factory=dict)
     """Round → how many attempts at it were abandoned."""
+    population: int = 0
+    """How many clients could take part when the run began."""
+    asked: Mapping[str, int] = field(default_factory=dict)
+    """Member → how many plans it was in."""
+    privacy: Sequence[Entry] = ()
+    """What was noted of differential privacy, the oldest first."""
 
     @property
     def round(self) -> int:
@@ -168,18 +152,31 @@ def past(entries: Sequence[Entry]) -> Past:
     committed: dict[int, str] = {}
     plans: dict[int, Entry] = {}
     abandoned: dict[int, int] = {}
+    asked: Counter[str] = Counter()
+    population = 0
     for entry in entries:
         roster |= entry.get("roster", {})
         seats |= entry.get("seats", {})
+        population = population or sum(seats.get(member, 1) for member in roster)
         match entry["event"]:
             case "started" | "resumed" | "committed":
                 if entry["round"]:
                     committed[entry["round"]] = entry["state"]
             case "planned":
                 plans[entry["round"]] = entry
+                asked.update(entry["cohort"].keys())
             case "abandoned":
                 abandoned[entry["round"]] = entry["attempt"] + 1
-    return Past(roster, seats, committed if entries else None, plans, abandoned)
+    return Past(
+        roster,
+        seats,
+        committed if entries else None,
+        plans,
+        abandoned,
+        population,
+        asked,
+        [entry for entry in entries if entry["event"] == "privacy"],
+    )
 
 
 def read(folder: Path) -> list[Entry]:
@@ -187,110 +184,15 @@ def read(folder: Path) -> list[Entry]:
 
     Raises ArtefactError when it is damaged elsewhere than at its end.
     """
-    path = folder / NAME
-    try:
-        return _parse(path.read_bytes(), path)[0]
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise ArtefactError(f"{path} cannot be read: {error.strerror}") from error
+    return chained.read(folder / NAME, _REMEDY).entries
 
 
 def alive(folder: Path) -> bool | None:
     """Whether a process is at work in a run's folder; None where that cannot be known."""
-    if sys.platform == "win32":
-        return None
-    import fcntl
-
-    try:
-        with (folder / NAME).open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
-    except BlockingIOError:
-        return True
-    except OSError:
-        return None
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring new names in a folder to disk; files themselves are synced by who writes them."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return chained.alive(folder / NAME)
 
 
 def fail_point(name: str, round: int) -> None:
     """For tests of kills: the process dies here if COROLLA_FAIL_AT is "name:round"."""
     if os.environ.get("COROLLA_FAIL_AT") == f"{name}:{round}":
         os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _sealed(before: str, body: str) -> str:
-    return hashlib.sha256((before + body).encode()).hexdigest()
-
-
-def _content(file: FileIO) -> bytes:
-    file.seek(0)
-    return file.readall()
-
-
-def _parse(content: bytes, path: Path) -> tuple[list[Entry], str, int, str]:
-    """(lines, the last checksum, bytes that are whole, a note of what was dropped)."""
-    *whole, rest = content.split(b"\n")
-    lines = [line + b"\n" for line in whole] + ([rest] if rest else [])
-    entries: list[Entry] = []
-    seal, intact = "", 0
-    for number, line in enumerate(lines, start=1):
-        entry = _entry(line, seal)
-        if entry is None:
-            torn = not line.endswith(b"\n") or b"\0" in line  # what a crash can leave
-            if number < len(lines) or not torn:
-                raise ArtefactError(
-                    f"{path} is damaged in line {number} of {len(lines)}: restore it from a copy, "
-                    f"or start a new run"
-                )
-            return entries, seal, intact, f"the last line of {path} was torn: dropped"
-        entries.append(entry)
-        seal, intact = line[-_TAIL - 1 :][len(_SEAL) : -3].decode(), intact + len(line)
-    return entries, seal, intact, ""
-
-
-def _entry(line: bytes, before: str) -> Entry | None:
-    """A line's facts; None unless it is whole and follows the line with that checksum."""
-    try:
-        text = line.decode()
-        body = text[: -_TAIL - 1]
-        if text != f'{body}{_SEAL}{_sealed(before, body)}"}}\n':
-            return None
-        entry = json.loads(body + "}")
-    except ValueError:
-        return None
-    return entry if isinstance(entry, dict) else None
-
-
-def _lock(file: FileIO, folder: Path) -> None:
-    """Held until the file is closed, by whatever end the process finds.
-
-    Who asks `alive` holds a lock as well, for an instant: hence more than one try. File systems
-    without locks are used without.
-    """
-    if sys.platform == "win32":
-        return
-    import fcntl
-
-    for left in range(9, -1, -1):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if not left:
-                raise ConfigError(
-                    f"another process is running in {folder}: stop it, or name another folder"
-                ) from None
-            time.sleep(0.05)
-        except OSError:
-            return

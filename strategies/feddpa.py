@@ -72,8 +72,9 @@ class FedDpa:
                 strength=self.share,
             )
             keep = {"personal": {name: local.params[name] for name in shared}}
-            work = {name: local.metrics.get(name, 0.0) for name in ("target_tokens", "local_steps")}
-            metrics = {"personal_train_loss": local.metrics["train_loss"]}
+            work = {n: m for n, m in local.metrics.items() if n in ("target_tokens", "local_steps")}
+            if "train_loss" in local.metrics:  # not where it is private
+                metrics = {"personal_train_loss": local.metrics["train_loss"]}
         fit = client.trainer.fit(start)
         moved = tree.sub(fit.params, start)
         spent = {n: fit.metrics.get(n, 0.0) + more for n, more in work.items()}

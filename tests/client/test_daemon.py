@@ -1,5 +1,7 @@
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,6 +13,7 @@ import psutil
 import pytest
 
 from corolla import codec, data, logs, models, rpc, seeds, trainable, wire
+from corolla.accounting import Release, gaussian_epsilon
 from corolla.client import device
 from corolla.client.daemon import Trainer, forget
 from corolla.client.own import Own
@@ -18,6 +21,7 @@ from corolla.client.worker import Worker
 from corolla.config import RunConfig
 from corolla.errors import ConfigError, DataError, ModelError, SchemaError, WireError
 from corolla.footprint import Estimate
+from corolla.ledger import Ledger
 from corolla.memory import Memory
 from corolla.packet import Packet
 from corolla.proto import update_pb2
@@ -361,6 +365,43 @@ def test_runs_long_over_are_forgotten(tmp_path: Path) -> None:
         *(f"{n:02d}" for n in range(2, 16)),
         "19",
     ]
+
+
+def test_what_its_examples_have_cost_outlives_runs_and_names(
+    own: Callable[..., Own], simulated: Callable[..., Worker], tmp_path: Path
+) -> None:
+    """One ledger beside the runs, which are deleted when they are long over."""
+    worker = simulated(dp="example", noise_multiplier=4.0, batch_size=16)
+    mine = own(epsilon=10.0, delta=1e-4)
+    for name, epsilons in (("cyd", 1), ("hub/cyd", 2)):
+        reply = ask(Trainer(mine, name), train(worker, worker.config))
+        assert reply.error == ""
+        assert reply.metrics.keys() == {"local_steps", "epsilon"}
+        expected = gaussian_epsilon(math.sqrt(2 * epsilons) / 4, 1e-5)
+        assert reply.metrics["epsilon"] == pytest.approx(expected)
+        shutil.rmtree(mine.state / "runs")
+    path = mine.state / "ledger.jsonl"
+    assert Ledger(path).releases() == [Release(4.0, 1.0, 2)] * 2
+    before = Ledger(path).epsilon(1e-4)
+    limited = own(epsilon=before * 1.01, delta=1e-4)
+    said: list[str] = []
+    reply = ask(Trainer(limited, "cyd", None, said.append), train(worker, worker.config))
+    assert reply.error.startswith("privacy limit of this device: ")
+    assert said == [reply.error]
+    assert len(Ledger(path).releases()) == 2
+
+
+def test_a_device_with_a_limit_is_not_measured_nor_trained_without_dp(
+    own: Callable[..., Own], simulated: Callable[..., Worker]
+) -> None:
+    """Whatever the server says of its run."""
+    worker = simulated()
+    trainer = Trainer(own(epsilon=3.0), "cyd")
+    for kind in (Kind.TRAIN, Kind.EVALUATE):
+        text = json.dumps(told(worker.config))
+        packet = pack_task(Task(RUN, 1, "v", kind, text))
+        assert "it takes part in runs with dp=example alone" in ask(trainer, packet).error
+    assert not (own().state / "ledger.jsonl").exists()
 
 
 def test_a_log_line_says_run_round_and_client(

@@ -47,6 +47,9 @@ def test_options_go_over_the_file(options: dict[str, Any], tmp_path: Path) -> No
         ({"memory": "much"}, "--memory: expected a size such as 2GB"),
         ({"threads": -1}, "--threads: "),
         ({"quantization": "2bit"}, "--quantization: "),
+        ({"epsilon": 0.0}, "--epsilon: Input should be greater than 0; found 0.0"),
+        ({"epsilon": -1.0}, "--epsilon: "),
+        ({"delta": 0.0}, "--delta: "),
     ],
 )
 def test_a_mistake_is_one_line(options: dict[str, Any], changes: Any, message: str) -> None:
@@ -54,6 +57,20 @@ def test_a_mistake_is_one_line(options: dict[str, Any], changes: Any, message: s
         own.load(None, options | changes)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+def test_a_device_has_no_limit_of_privacy_unless_it_says_so(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    """An epsilon of 0 is an error (above): it must not be taken for none."""
+    found = own.load(None, options | {"epsilon": None, "delta": None})
+    assert (found.epsilon, found.delta) == (None, 1e-5)
+    file = tmp_path / "client.toml"
+    file.write_text("epsilon = 3\ndelta = 1e-6\n")
+    found = own.load(file, options)
+    assert (found.epsilon, found.delta) == (3.0, 1e-6)
+    found = own.load(file, options | {"epsilon": 2.0})
+    assert (found.epsilon, found.delta) == (2.0, 1e-6)
 
 
 @pytest.mark.parametrize("server", ["[::1]:9092", "10.0.0.1:1", "a-b.example.org:443"])
