@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from corolla.combinations import not_noised
 from corolla.server.report import human_bytes
 from corolla.strategies import STRATEGIES, traits
 from corolla.types import Aggregates, Cost, Size, Strategy, TrainerName, Traits
@@ -42,7 +43,7 @@ _COMBINED = """
 What is averaged, weighted by examples: "effective weights" is exact; "A and B apart" is not, unless
 clients agree on one of them, and is the mean of the weights themselves where all parameters or any
 tensors are trained. `corolla check` proves it. Secure sum: the server needs no more than the sum
-over clients. DP: that sum can carry the noise of differential privacy. Keeps: devices keep
+over clients. DP: that sum can carry the noise of dp=client. Keeps: devices keep
 something between rounds. Late: an update made from an older state can still be applied.
 
 """
@@ -101,7 +102,7 @@ def _entry(name: str, cls: type[Strategy]) -> Entry:
         mixed_ranks=cls.mixed_ranks,
         full=cls.full,
         secure_sum=secure,
-        dp=secure and own.bounded,
+        dp=not own.personal and not not_noised(cls()),
         traits=own,
         costs={reference: costs(cls(), size) for reference, size in REFERENCES.items()},
     )

@@ -89,6 +89,14 @@ def simulate(
     alpha: Annotated[float | None, typer.Option(help="LoRA alpha.")] = None,
     seed: Annotated[int | None, typer.Option(help="Decides everything that is random.")] = None,
     engine: Annotated[str | None, typer.Option(help="inprocess or flower (Ray).")] = None,
+    dp: Annotated[
+        str | None, typer.Option(help="Differential privacy of each: none, example, client.")
+    ] = None,
+    epsilon: Annotated[float | None, typer.Option(help="Privacy budget of the run.")] = None,
+    delta: Annotated[float | None, typer.Option(help="Of (epsilon, delta).")] = None,
+    clip: Annotated[
+        float | None, typer.Option(help="Norm of a gradient, or a client's update, at most.")
+    ] = None,
     keep_updates: Annotated[
         bool, typer.Option("--keep-updates", help="Keep every client's adapter as a PEFT folder.")
     ] = False,
@@ -114,6 +122,10 @@ def simulate(
         "alpha": alpha,
         "seed": seed,
         "engine": engine,
+        "dp": dp,
+        "epsilon": epsilon,
+        "delta": delta,
+        "clip": clip,
     }
     with _user_errors():
         from corolla.config import load, resumed
@@ -164,6 +176,14 @@ def plan(
     alpha: Annotated[float | None, typer.Option(help="LoRA alpha.")] = None,
     seed: Annotated[int | None, typer.Option(help="Decides everything that is random.")] = None,
     engine: Annotated[str | None, typer.Option(help="inprocess or flower (Ray).")] = None,
+    dp: Annotated[
+        str | None, typer.Option(help="Differential privacy of each: none, example, client.")
+    ] = None,
+    epsilon: Annotated[float | None, typer.Option(help="Privacy budget of the run.")] = None,
+    delta: Annotated[float | None, typer.Option(help="Of (epsilon, delta).")] = None,
+    clip: Annotated[
+        float | None, typer.Option(help="Norm of a gradient, or a client's update, at most.")
+    ] = None,
     memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="What a client may take: 2GB, 512MiB.")
     ] = None,
@@ -185,6 +205,10 @@ def plan(
         "alpha": alpha,
         "seed": seed,
         "engine": engine,
+        "dp": dp,
+        "epsilon": epsilon,
+        "delta": delta,
+        "clip": clip,
     }
     with _user_errors():
         from corolla.client.own import parse_bytes
@@ -223,6 +247,14 @@ def compare(
     alpha: Annotated[float | None, typer.Option(help="LoRA alpha.")] = None,
     seed: Annotated[int | None, typer.Option(help="The first seed; the search's.")] = None,
     engine: Annotated[str | None, typer.Option(help="inprocess or flower (Ray).")] = None,
+    dp: Annotated[
+        str | None, typer.Option(help="Differential privacy of each: none, example, client.")
+    ] = None,
+    epsilon: Annotated[float | None, typer.Option(help="Privacy budget of the run.")] = None,
+    delta: Annotated[float | None, typer.Option(help="Of (epsilon, delta).")] = None,
+    clip: Annotated[
+        float | None, typer.Option(help="Norm of a gradient, or a client's update, at most.")
+    ] = None,
     seeds: Annotated[int, typer.Option(help="Runs of each strategy; 1 allows no claim.")] = 3,
     lrs: Annotated[
         str, typer.Option(metavar="A,B,C", help="Tried by all; default: the usual one × 1/3, 1, 3.")
@@ -248,6 +280,10 @@ def compare(
         "alpha": alpha,
         "seed": seed,
         "engine": engine,
+        "dp": dp,
+        "epsilon": epsilon,
+        "delta": delta,
+        "clip": clip,
     }
     with _user_errors():
         with out.status("loading"):
@@ -284,6 +320,81 @@ def check(
         else:
             print_findings(out, results)
         if not all(result.passed for result in results):
+            raise typer.Exit(1)
+
+
+@app.command()
+def audit(
+    config: Annotated[Path | None, typer.Option(help="TOML file with the same names.")] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="fedavg, flora, …; yours: FILE.py:Class, module:Class.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Hub name, folder, .gguf, 'embedded'.")] = None,
+    data: Annotated[str | None, typer.Option(help="FILE.jsonl, hub name, 'embedded'.")] = None,
+    clients: Annotated[int | None, typer.Option(help="How many clients.")] = None,
+    cohort: Annotated[int | None, typer.Option(help="Clients per round.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds.")] = None,
+    local_steps: Annotated[int | None, typer.Option(help="Optimiser steps per round.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences per step.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    rank: Annotated[int | None, typer.Option(help="LoRA rank.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="LoRA alpha.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the run, and of the coins.")] = None,
+    dp: Annotated[str | None, typer.Option(help="none, example or client.")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="Budget of the run.")] = None,
+    delta: Annotated[float | None, typer.Option(help="Less than 1 in what is protected.")] = None,
+    clip: Annotated[float | None, typer.Option(help="L2 norm of what one can add.")] = None,
+    canaries: Annotated[int, typer.Option(min=1, help="There or not, by a coin each.")] = 1000,
+    guesses: Annotated[
+        int | None, typer.Option(min=1, help="Of coins; default: a fifth of the canaries.")
+    ] = None,
+    unit: Annotated[
+        Literal["example", "client"] | None, typer.Option(help="What canaries are with dp=none.")
+    ] = None,
+    membership: Annotated[
+        bool, typer.Option("--membership", help="Instead: attack a model, with and without dp.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    settings: Set = None,
+) -> None:
+    """Try to refute a claim of differential privacy; exit code 1 when it is refuted."""
+    options: dict[str, Any] = {
+        "strategy": strategy,
+        "model": model,
+        "data": data,
+        "clients": clients,
+        "cohort": cohort,
+        "rounds": rounds,
+        "local_steps": local_steps,
+        "batch_size": batch_size,
+        "lr": lr,
+        "rank": rank,
+        "alpha": alpha,
+        "seed": seed,
+        "dp": dp,
+        "epsilon": epsilon,
+        "delta": delta,
+        "clip": clip,
+    }
+    with _user_errors():
+        from corolla.config import load
+
+        run_config = load(config, options, settings or ())
+        from corolla import audit as auditing
+
+        if membership:
+            attacked = auditing.membership(run_config)
+            if as_json:
+                print(json.dumps(attacked.to_json(), indent=2))
+            else:
+                auditing.print_membership(out, attacked)
+            return
+        found = auditing.audit(run_config, canaries, guesses, unit)
+        if as_json:
+            print(json.dumps(found.to_json(), indent=2))
+        else:
+            auditing.print_audit(out, found)
+        if found.refuted:
             raise typer.Exit(1)
 
 
@@ -502,6 +613,10 @@ def client(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
     ] = False,
+    epsilon: Annotated[
+        float | None, typer.Option(help="Its examples may cost, in all runs; default: any.")
+    ] = None,
+    delta: Annotated[float | None, typer.Option(help="Of that; default: 1e-5.")] = None,
     allow: Annotated[
         list[str] | None,
         typer.Option(help="FILE.py:Class a server may name as strategy; repeatable."),
@@ -525,6 +640,8 @@ def client(
         "quantization": quantization,
         "micro_batch_size": micro_batch_size,
         "gradient_checkpointing": gradient_checkpointing,
+        "epsilon": epsilon,
+        "delta": delta,
         "allow": allow,
     }
     with _user_errors():
@@ -612,6 +729,10 @@ def phone(
         Path | None, typer.Option(help="Models, logs, what is kept; default: as corolla client.")
     ] = None,
     threads: Annotated[int, typer.Option(help="Of the CPU; 0: all.")] = 0,
+    epsilon: Annotated[
+        float | None, typer.Option(help="Its examples may cost, in all runs; default: any.")
+    ] = None,
+    delta: Annotated[float | None, typer.Option(help="Of that; default: 1e-5.")] = None,
     charging: Annotated[
         bool | None, typer.Option("--charging/--on-battery", help="Default: as found.")
     ] = None,
@@ -634,6 +755,8 @@ def phone(
             "model": model,
             "state": state or own.state_folder() / "phone",
             "threads": threads,
+            "epsilon": epsilon,
+            "delta": delta,
         }
         mine = own.load(None, options)
         told = {"charging": charging, "metered": metered, "idle": idle}

@@ -6,11 +6,22 @@ from typing import TYPE_CHECKING
 import torch
 
 from corolla import factors, robust, strategies
+from corolla.aggregation import ByGroup, SeedSums, WeightedMean
 from corolla.errors import ConfigError
-from corolla.types import LoraSpec, Params, Size, Strategy, TrainerName
+from corolla.types import Aggregator, LoraSpec, Params, Size, Strategy, TrainerName
 
 if TYPE_CHECKING:
     from corolla.config import RunConfig
+
+_BOTH, _CLIENT = ("example", "client"), ("client",)
+_OF_PRIVACY = {
+    **dict.fromkeys(("epsilon", "delta", "clip", "noise_multiplier", "participations"), _BOTH),
+    **dict.fromkeys(("clip_quantile", "dp_sampling", "dp_mechanism", "separation"), _CLIENT),
+}
+"""Setting → the values of dp with which it says something."""
+
+_EMBEDDINGS = ("embed", "wte", "wpe")
+"""Of layers whose input is numbers of tokens: parts of their names."""
 
 
 def refuse(config: "RunConfig", strategy: Strategy) -> None:
@@ -52,6 +63,7 @@ def refuse(config: "RunConfig", strategy: Strategy) -> None:
     _refuse_start(config, strategy)
     used = {config.trainer_of(name) for name in config.classes or ("",)}
     _refuse_robust(config, strategy, used)
+    refuse_private(config, strategy)
     if config.local_epochs is not None and "zeroth_order" in used:
         raise ConfigError(
             "local-epochs is for first-order clients: how many scalars a zeroth-order one "
@@ -165,6 +177,132 @@ def refuse_public(config: "RunConfig") -> None:
         )
 
 
+def refuse_privacy(config: "RunConfig") -> None:
+    """Raises ValueError for settings of differential privacy that say nothing, or too much."""
+    level = config.dp
+    for key, levels in _OF_PRIVACY.items():
+        value = getattr(config, key)
+        if level not in levels and value != type(config).model_fields[key].default:
+            raise ValueError(
+                f"{key.replace('_', '-')}={value} is for dp={' or dp='.join(levels)}, "
+                f"found dp={level}: add it, or leave {key.replace('_', '-')} out"
+            )
+    if level == "none":
+        return
+    if config.epsilon and config.noise_multiplier:
+        raise ValueError(
+            f"epsilon={config.epsilon:g} decides the noise, and so does noise-multiplier="
+            f"{config.noise_multiplier:g}: give one of them"
+        )
+    if not config.epsilon and not config.noise_multiplier:
+        raise ValueError(
+            f"dp={level} needs epsilon, the budget of the run, or noise-multiplier; found neither"
+        )
+    for wrong, why in _PRIVATE[level](config):
+        if wrong:
+            raise ValueError(f"dp={level} {why}")
+
+
+def _of_clients(config: "RunConfig") -> list[tuple[bool, str]]:
+    banded, poisson = config.dp_mechanism == "banded", config.dp_sampling == "poisson"
+    return [
+        (
+            config.robust != "none",
+            f"puts noise on a sum, and robust={config.robust} makes none: clip bounds what a "
+            f"hostile client can do, leave robust out",
+        ),
+        (
+            bool(config.buffer),
+            "counts rounds, each with its own cohort, and buffer has none: leave buffer out",
+        ),
+        (
+            config.selection == "weighted",
+            "counts each client alike: use selection=uniform",
+        ),
+        (
+            poisson and (banded or bool(config.participations) or config.separation > 1),
+            "with dp-sampling=poisson draws clients by chance alone: leave participations, "
+            "separation and dp-mechanism=banded out, or use dp-sampling=fixed",
+        ),
+        (
+            banded and config.separation < 2,
+            "with dp-mechanism=banded takes noise back over as many rounds as a client stays away: "
+            "set separation to 2 or more",
+        ),
+        (
+            banded and config.clip_quantile is not None,
+            "with dp-mechanism=banded has one clip in all rounds: leave clip-quantile out",
+        ),
+    ]
+
+
+def _of_examples(config: "RunConfig") -> list[tuple[bool, str]]:
+    inputs = [m for m in config.target_modules or () if any(e in m.lower() for e in _EMBEDDINGS)]
+    return [
+        (
+            config.parameters in ("prompt", "ia3"),
+            f"needs the gradient of each example, which parameters={config.parameters} adds up "
+            f"before anything can clip it: use parameters=lora",
+        ),
+        (
+            bool(inputs),
+            f"needs the gradient of each example, which adapters of embeddings do not give: leave "
+            f"{', '.join(inputs)} out of target-modules",
+        ),
+    ]
+
+
+_PRIVATE = {"client": _of_clients, "example": _of_examples}
+
+
+def refuse_private(config: "RunConfig", strategy: Strategy) -> None:
+    """Raises ConfigError for a strategy, or settings of its training, that dp does not go with."""
+    if config.dp == "none":
+        return
+    if strategies.traits(strategy).personal:
+        raise ConfigError(
+            f"dp={config.dp} forbids measuring models on clients' examples, and those of strategy "
+            f"{config.strategy} are personal and measured there: use {_PRIVATE_STRATEGIES}"
+        )
+    if config.dp == "client" and (why := not_noised(strategy)):
+        raise ConfigError(
+            f"dp=client does not fit strategy {config.strategy}: {why}; use {_PRIVATE_STRATEGIES}, "
+            f"or dp=example"
+        )
+
+
+_PRIVATE_STRATEGIES = "ffa_lora, fed_sb, fedsvd, rolora, fedavg or seed_pool"
+
+
+def not_noised(strategy: Strategy) -> str:
+    """Why noise on a sum of clipped updates would not make a strategy private; "" if it does."""
+    traits = strategies.traits(strategy)
+    if traits.mirrors:
+        return "the server sums up what its clients keep, and neither may be clipped nor noised"
+    if traits.individual or not strategy.aggregator().linear:
+        return "its updates are not added up, each is used by itself"
+    if not traits.bounded:
+        return "a clipped update may still move the model by any amount"
+    if not _is_mean(strategy.aggregator()):
+        return "what it adds up is not one mean over all clients, which noise could be put on"
+    return ""
+
+
+def _is_mean(aggregator: Aggregator) -> bool:
+    """Whether the mean of clients' updates is all that it makes of them."""
+    if isinstance(aggregator, ByGroup):
+        return all(map(_is_mean, aggregator.groups.values()))
+    return isinstance(aggregator, WeightedMean | SeedSums)
+
+
+def refuse_kept_updates(config: "RunConfig") -> None:
+    """Raises ConfigError for --keep-updates where updates may not be kept."""
+    if config.dp == "client":
+        raise ConfigError(
+            "--keep-updates keeps what dp=client hides: the update of each client; leave it out"
+        )
+
+
 def _refuse_start(config: "RunConfig", strategy: Strategy) -> None:
     """Raises ConfigError for a start that the strategy would not follow."""
     if config.start == "gradient" and not takes_start(strategy):
@@ -199,6 +337,10 @@ def refuse_gateways(config: "RunConfig", strategy: Strategy) -> None:
         (
             config.local_epochs is not None,
             "local-epochs bounds the weight of an update by the examples of its client",
+        ),
+        (
+            config.dp_sampling == "poisson",
+            "dp-sampling=poisson draws from all clients there are, also those that are away",
         ),
     ):
         if wrong:

@@ -3,6 +3,7 @@
 A cell is one strategy, learning rate and seed: a run folder that a child process fills. All of a
 strategy's learning rates are tried at the first seed; the best, by the loss on the clients' own
 validation examples, is run with the other seeds. The held-out set that is reported chooses nothing.
+With differential privacy each strategy has one learning rate.
 """
 
 import json
@@ -98,7 +99,8 @@ class Plan:
         return {"methods": methods, "seeds": list(self.seeds)}
 
     def _job(self, method: Method, lr: float, seed: int) -> Job:
-        kept = method.config.parameters == "lora" and not method.config.buffer
+        config = method.config
+        kept = config.parameters == "lora" and not config.buffer and config.dp != "client"
         keep = seed == self.seeds[-1] and kept
         return Job(method, lr, seed, keep)
 
@@ -134,7 +136,14 @@ def plan(
                 changes["cohort"] = min(changes["cohort"], config.clients)
         if jobs != 1 and not config.threads:
             changes["threads"] = 1
-        tried = tuple(lrs) or tuple(float(f"{config.lr * f:.3g}") for f in FACTORS)
+        factors = FACTORS if config.dp == "none" else (1.0,)
+        tried = tuple(lrs) or tuple(float(f"{config.lr * f:.3g}") for f in factors)
+        if config.dp != "none" and len(tried) > 1:
+            raise ConfigError(
+                f"--lrs {', '.join(f'{lr:g}' for lr in tried)}: with dp={config.dp} clients' "
+                f"examples may not choose one, for no epsilon counts that: give one, or leave "
+                f"--lrs out for each strategy's usual one"
+            )
         methods.append(Method(_label(name), config.model_copy(update=changes), tried))
     if any(strategies.traits(strategies.find(m.config.strategy)).personal for m in methods):
         # Personal models are those of clients that train: all methods are measured on these.
@@ -356,7 +365,7 @@ class _Runner:
     def losses(self, method: Method) -> dict[float, float | None]:
         """Learning rate → mean loss on the clients' own examples; None for one without a result."""
         found = {job.lr: self._cells.get(job.name) for job in self.plan.search(method)}
-        losses = {lr: cell.own_loss if cell else None for lr, cell in found.items()}
+        losses = {lr: _chosen_by(cell) if cell else None for lr, cell in found.items()}
         return {lr: x if x is not None and math.isfinite(x) else None for lr, x in losses.items()}
 
     def finals(self, method: Method) -> list[Cell]:
@@ -442,6 +451,11 @@ class _Runner:
         over = len(self._cells) + len(self.failed) + len(self.diverged)
         running = [job.name for job, _ in self._children]
         self.watch(over, max(over, self.plan.cells()), running, note)
+
+
+def _chosen_by(cell: Cell) -> float | None:
+    """What decides between learning rates; where clients measure nothing, there is only one."""
+    return cell.loss if cell.epsilon is not None else cell.own_loss
 
 
 def _without_none(value: Any) -> Any:

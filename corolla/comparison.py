@@ -16,9 +16,11 @@ from typing import Any
 
 from corolla import factors, lora, student
 from corolla.errors import ArtefactError
+from corolla.server import journal
 from corolla.types import Params
 
 SIGNIFICANT = 0.05
+_BY_CHANCE = "drawn by secret chance"
 _WORK = ("local_steps", "local_epochs", "batch_size", "queries", "classes")
 
 
@@ -54,7 +56,9 @@ class Cell:
     work: Sequence[Any]
     """How clients train: trainers, steps, batch size. Who works alike reads the same tokens."""
     tokens: Sequence[float | None]
-    """Target tokens that the cohort trained on, per round."""
+    """Target tokens that the cohort trained on, per round; None with differential privacy."""
+    epsilon: float | None = None
+    """Spent in all; None without differential privacy."""
     cpu_seconds: float | None = None
     beside: bool = False
     """Whether another cell ran at the same time: its seconds are those of a shared machine."""
@@ -76,7 +80,7 @@ def read_cell(folder: Path, method: Mapping[str, Any], costs: Mapping[str, Any])
     try:
         info = json.loads((folder / "run.json").read_text())
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return _cell(info, lines, method, costs)
+        return _cell(info, lines, _planned(folder, info["config"]), method, costs)
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise ArtefactError(f"{folder} is no finished run: {error!r}") from error
 
@@ -84,6 +88,7 @@ def read_cell(folder: Path, method: Mapping[str, Any], costs: Mapping[str, Any])
 def _cell(
     info: Mapping[str, Any],
     lines: Sequence[Mapping[str, Any]],
+    plans: Mapping[int, list[str]] | None,
     method: Mapping[str, Any],
     costs: Mapping[str, Any],
 ) -> Cell:
@@ -113,20 +118,21 @@ def _cell(
         bytes_down=info["bytes_down"] / info["num_clients"],
         dropped=sum(line["dropped"] for line in lines),
         simulated=clock == "sim_seconds",
-        evidence=_evidence(info, lines),
+        evidence=_evidence(info, lines, plans),
         work=[method["trainers"], *(config[k] for k in _WORK)],
         tokens=[line.get("target_tokens") for line in lines],
+        epsilon=info.get("privacy", {}).get("epsilon"),
         **costs,
     )
 
 
-def _evidence(info: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _evidence(
+    info: Mapping[str, Any],
+    lines: Sequence[Mapping[str, Any]],
+    plans: Mapping[int, list[str]] | None,
+) -> dict[str, Any]:
     """What must be the same for all methods at one seed."""
-    cohorts = [
-        sorted({*line.get("client_loss", {}), *line.get("dropped_why", {})}) for line in lines
-    ]
-    asked = [line["clients"] + line["dropped"] for line in lines]
-    told = [len(members) == number for members, number in zip(cohorts, asked, strict=True)]
+    cohorts = _cohorts(lines) if plans is None else [plans.get(line["round"]) for line in lines]
     clients = {
         name: (scores["base"].get("examples"), round(scores["base"].get("loss", 0.0), 4))
         for name, scores in info["clients"].items()
@@ -136,8 +142,27 @@ def _evidence(info: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> di
         "data": info["data_sha256"],
         "partition": _digest([info["num_clients"], clients]),
         "base model's loss": round(info["base"]["loss"], 4),
-        "cohorts": [_digest(c) if ok else None for c, ok in zip(cohorts, told, strict=True)],
+        "cohorts": [_digest(members) if members else None for members in cohorts],
     }
+
+
+def _cohorts(lines: Sequence[Mapping[str, Any]]) -> list[list[str] | None]:
+    """Who was asked in each round; None where the line does not tell all of them."""
+    told = [sorted({*line.get("client_loss", {}), *line.get("dropped_why", {})}) for line in lines]
+    asked = [line["clients"] + line["dropped"] for line in lines]
+    return [own if len(own) == n else None for own, n in zip(told, asked, strict=True)]
+
+
+def _planned(folder: Path, config: Mapping[str, Any]) -> dict[int, list[str]] | None:
+    """The cohorts as the journal has them: with differential privacy the lines do not tell.
+
+    Those drawn by secret chance differ, and have to: they all stand for the same draw.
+    """
+    if config.get("dp", "none") == "none":
+        return None
+    plans = journal.past(journal.read(folder)).plans
+    secret = config["dp_sampling"] == "poisson"
+    return {n: [_BY_CHANCE] if secret else sorted(plan["cohort"]) for n, plan in plans.items()}
 
 
 def _digest(value: object) -> str:
@@ -282,6 +307,7 @@ def _summary(cells: Sequence[Cell], budgets: Mapping[str, float] | None) -> dict
     personal = cells[0].personal
     owns = [cell.own_loss for cell in cells if cell.own_loss is not None]
     cpu = [cell.cpu_seconds for cell in cells if cell.cpu_seconds is not None]
+    spent = [cell.epsilon for cell in cells if cell.epsilon is not None]
     errors = next((c.aggregation_errors for c in cells if c.aggregation_errors), None)
     summary: dict[str, Any] = {
         "loss": None if personal else _told([cell.loss for cell in cells]),
@@ -295,6 +321,7 @@ def _summary(cells: Sequence[Cell], budgets: Mapping[str, float] | None) -> dict
         "beside": any(cell.beside for cell in cells),
         "peak_rss": max(cell.peak_rss for cell in cells),
         "dropped": sum(cell.dropped for cell in cells),
+        "epsilon": max(spent) if spent else None,
         "aggregation_errors": errors,
         "at_bytes": None,
         "at_seconds": None,

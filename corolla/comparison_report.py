@@ -125,8 +125,11 @@ def print_comparison(console: Console, results: Mapping[str, Any], folder: Path)
     quality = _table(
         f"Loss ({over})", "lr", "held-out", "clients' own", "equal bytes", "equal time"
     )
+    private = any(e.get("epsilon") is not None for e in results["methods"])
     costs = _table(
-        "Costs of a run", "bytes a client", "seconds", "CPU s", "memory", "aggregation error"
+        "Costs of a run",
+        *("bytes a client", "seconds", "CPU s", "memory", "aggregation error"),
+        *(["ε"] if private else []),
     )
     for e in results["methods"]:
         label = escape(e["label"]) + (" (personal)" if e["personal"] else "")
@@ -149,6 +152,7 @@ def print_comparison(console: Console, results: Mapping[str, Any], folder: Path)
             _number(e["cpu_seconds"], 0),
             human_bytes(e["peak_rss"]),
             f"{max(errors):.1e}" if errors else "–",
+            *([_number(e["epsilon"], 3)] if private else []),
         )
     console.print(quality, costs)
     if any(e.get("beside") for e in results["methods"]):

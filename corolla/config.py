@@ -200,7 +200,9 @@ class RunConfig(BaseModel):
     micro_batch_size: Positive | None = Field(None, description="None: batch_size")
     schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="across rounds")
     warmup_rounds: Annotated[float, Field(ge=0)] = 0.0
-    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    clip_norm: Annotated[float, Field(gt=0)] | None = Field(
+        1.0, description="L2 norm of a step's gradient; None with dp=example, which has its own"
+    )
 
     codec: list[str] = Field(
         [], description="of updates, in this order: rank:R, top_k:DENSITY, a number type, zstd"
@@ -271,13 +273,15 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _lr_that_fits(cls, values: Any) -> Any:
+    def _defaults_that_fit(cls, values: Any) -> Any:
         """The embedded model is a hundred times smaller than others: it wants a higher rate.
 
         A zeroth-order step is as noisy as there are parameters: it wants a far lower one.
         """
         if not isinstance(values, dict):
             return values
+        if values.get("dp") == "example":  # what is noised is clipped already
+            values = {"clip_norm": None, **values}
         try:
             known = strategies.find(str(values.get("strategy", "fedavg")))
         except ConfigError:  # said when the strategy is built
@@ -339,6 +343,7 @@ class RunConfig(BaseModel):
         if self.quantization != "none" and self.engine == "inprocess" and self.device == "mps":
             raise ValueError("4- and 8-bit base models need a CPU or CUDA device")
         combinations.refuse_public(self)
+        combinations.refuse_privacy(self)
         return self
 
     def build_strategy(self) -> Strategy:

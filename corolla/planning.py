@@ -6,7 +6,7 @@ Reads the data, config.json and the headers of the model's files; never its weig
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +15,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from corolla import anatomy, data, footprint, schedule, seeds, strategies
+from corolla import anatomy, data, footprint, privacy, schedule, seeds, strategies
 from corolla.anatomy import Anatomy
 from corolla.client.device import Choice, choose
 from corolla.config import RunConfig
 from corolla.data import Example, FederatedData
 from corolla.errors import ConfigError
 from corolla.footprint import Batch, Estimate
+from corolla.privacy import Guarantee
+from corolla.server import spending
 from corolla.server.federation import Federation
+from corolla.server.journal import Past
 from corolla.server.report import human_bytes
 from corolla.server.tasks import costs
 from corolla.types import LoraSpec, Params
@@ -34,7 +37,33 @@ _TASKS = 256
 _CHARACTERS = 3
 """Of a token, where the tokenizer cannot be asked: a text has hardly more tokens than this says."""
 _CALIBRATION = 0.2
-PRIVACY = "no differential privacy: nothing bounds what updates tell of a client's data (epsilon ∞)"
+_POINTS = 10
+"""Rounds after which epsilon of examples is told: each takes a second."""
+_SHOWN = 5
+"""Rounds whose epsilon the table tells."""
+NO_PRIVACY = (
+    "no differential privacy: nothing bounds what updates tell of a client's data (epsilon ∞)"
+)
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """What differential privacy will promise, to whom it promises least."""
+
+    after: Mapping[int, Guarantee]
+    """Some rounds, the last one among them → what is promised when it has been."""
+    noise: tuple[float, float]
+    """The smallest and the largest noise multiplier of all clients."""
+
+    @property
+    def end(self) -> Guarantee:
+        """What is promised when all rounds have been."""
+        return self.after[max(self.after)]
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain values."""
+        spent = [{"round": n, "epsilon": own.to_json()["epsilon"]} for n, own in self.after.items()]
+        return {**self.end.to_json(), "noise_multiplier": self.noise, "after": spent}
 
 
 @dataclass(frozen=True)
@@ -63,7 +92,8 @@ class Plan:
     """Measured here, in products of matrices like the model's."""
     seconds_client: float
     seconds_round: float
-    privacy: str = PRIVACY
+    privacy: Privacy | None
+    """None without differential privacy."""
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain values."""
@@ -94,8 +124,8 @@ class Plan:
                 "simulated_round": self.seconds_round,
                 "from_flops": self.flops,
             },
-            "epsilon": None,
-            "privacy": self.privacy,
+            "epsilon": self.privacy and self.privacy.end.to_json()["epsilon"],
+            "privacy": self.privacy and self.privacy.to_json(),
         }
 
 
@@ -117,6 +147,7 @@ def plan(config: RunConfig, budget: int | None = None) -> Plan:
         raise ConfigError(
             f"cohort {config.cohort} is larger than the {len(known.clients)} clients: lower it"
         )
+    promised = _privacy(federation)
     rounds = _rounds(federation)
     members = [cost for _, paid in rounds for cost in paid]
     messages = max(c.up + c.down + c.once for c in members)
@@ -171,7 +202,44 @@ def plan(config: RunConfig, budget: int | None = None) -> Plan:
         flops=flops,
         seconds_client=max(seconds),
         seconds_round=federation.cohort_size * statistics.fmean(seconds),
+        privacy=promised,
     )
+
+
+def _privacy(federation: Federation) -> Privacy | None:
+    """Of dp=example, of the smallest and the largest client, what is worse.
+
+    Examples of the smallest are drawn most often; noise that is made for a budget makes up for it.
+    """
+    config = federation.config
+    if config.dp == "none":
+        return None
+    account = spending.begin(federation, Past())
+    if why := account.ended(federation, 1):
+        raise ConfigError(why)
+    if account.level:
+        cohort = account.level.cohort
+        planned = privacy.client_plan(config, federation.population, cohort)
+        rounds = privacy.planned_rounds(config.rounds)
+        z = account.level.noise_multiplier
+        return Privacy(dict(zip(rounds, planned, strict=True)), (z, z))
+    sizes: dict[str, set[int]] = {}
+    for client, examples in federation.clients.items():
+        sizes.setdefault(federation.class_of(client), set()).add(examples)
+    levels = [
+        privacy.example_level(config.of_class(name), examples)
+        for name, own in sizes.items()
+        for examples in sorted({min(own), max(own)})
+    ]
+    often = config.participations or config.rounds
+    after = {
+        number: max(
+            (own.guarantee(min(often, number)) for own in levels), key=lambda own: own.epsilon
+        )
+        for number in privacy.planned_rounds(config.rounds, _POINTS)
+    }
+    noises = [own.noise_multiplier for own in levels]
+    return Privacy(after, (min(noises), max(noises)))
 
 
 # --- bytes ----------------------------------------------------------------------------------------
@@ -339,11 +407,23 @@ def print_plan(console: Console, found: Plan, budget: int | None) -> None:
             f"measured here",
         ),
         ("time of a simulated round", f"about {_time(found.seconds_round)}, estimated"),
-        ("privacy", found.privacy),
+        ("privacy", found.privacy.end.line() if found.privacy else NO_PRIVACY),
     ]
+    if found.privacy:
+        rows += _promised(found.privacy)
     for name, value in rows:
         table.add_row(name, escape(value))
     console.print(table, highlight=False)
+
+
+def _promised(found: Privacy) -> list[tuple[str, str]]:
+    """What is spent on the way, and the noise."""
+    shown = list(found.after.items())
+    shown = shown[:: max(1, math.ceil(len(shown) / _SHOWN))]
+    spent = ", ".join(f"{own.epsilon:.3g} after round {number}" for number, own in shown)
+    noise = " to ".join(dict.fromkeys(f"{z:.4g}" for z in found.noise))
+    each = ", by the examples of a client" if found.noise[0] < found.noise[1] else ""
+    return [("epsilon on the way", spent), ("noise multiplier", noise + each)]
 
 
 def _memory(estimate: Estimate) -> str:

@@ -70,6 +70,8 @@ class Bars:
                 f"[yellow]{facts['clients_left_out']} clients left out:[/] fewer than "
                 f"min_examples={config['min_examples']} training examples"
             )
+        if found := facts.get("privacy"):
+            self.console.print(f"privacy  {escape(_noise(found))}", soft_wrap=True, highlight=False)
         for warning in facts.get("warnings", ()):
             self.warned(warning)
         if first_round > 1:
@@ -113,12 +115,24 @@ class Bars:
             f"up {human_bytes(line['bytes_up'])}, down {human_bytes(line['bytes_down'])}",
             f"{line['seconds']:.1f} s",
             f"simulated {line['sim_seconds']:,.1f} s" if "sim_seconds" in line else "",
+            f"epsilon {line['epsilon']:.3g}" if "epsilon" in line else "",
             _zeros(line),
             f"[yellow]{line['dropped']} dropped[/]" if line["dropped"] else "",
         ]
         self.console.print(
             "  ".join(part for part in parts if part), highlight=False, soft_wrap=True
         )
+
+
+def _noise(found: Mapping[str, Any]) -> str:
+    """What is planned of differential privacy, and what is not told for its sake."""
+    z, budget = found["noise_multiplier"], found["budget"]
+    noise = f"noise multiplier {z:.4g}" if z else "each client's noise is made for the budget"
+    wanted = f"budget epsilon {budget:g}, " if budget is not None else ""
+    return (
+        f"of each {found['unit']}: {wanted}delta {found['delta']:g}, clip {found['clip']:g}, "
+        f"{noise}; not told: {found['withheld']}"
+    )
 
 
 def _zeros(line: Mapping[str, Any]) -> str:
@@ -157,6 +171,8 @@ def print_summary(console: Console, summary: Summary) -> None:
     if summary.sim_seconds is not None:
         table.add_row("simulated time", f"{summary.sim_seconds:,.1f} s", "")
     console.print(table)
+    if summary.privacy:
+        console.print(f"privacy  {escape(summary.privacy)}", soft_wrap=True, highlight=False)
     for before, after in zip(summary.before, summary.after, strict=True):
         answers = Table(show_header=False, box=None, padding=(0, 1))
         answers.add_column(style="dim", no_wrap=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from corolla.children import terminate_as_interrupt
 from corolla.client.worker import Worker
+from corolla.combinations import refuse_kept_updates
 from corolla.config import RunConfig
 from corolla.errors import ConfigError, StoppedError, WireError
 from corolla.memory import Memory
@@ -62,6 +63,8 @@ def simulate(
         raise ConfigError(f"--keep-updates keeps adapters: parameters={config.parameters} has none")
     if keep_updates and config.buffer:
         raise ConfigError("--keep-updates shows rounds of updates: with buffer there are none")
+    if keep_updates:
+        refuse_kept_updates(config)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     prepare_folder(folder, resume)
     existed = {path.name for path in folder.iterdir()}

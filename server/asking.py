@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from corolla import tree
 from corolla.errors import RoundError, WireError
 from corolla.packet import Packet
 from corolla.server import buffer, clock
@@ -10,6 +11,7 @@ from corolla.server.aggregate import in_order
 from corolla.server.buffer import Flight
 from corolla.server.federation import Federation, Held, Network
 from corolla.server.gate import Code, Expected, Judged, Verdict, judge
+from corolla.server.spending import Spending
 from corolla.server.tasks import Traffic, accepted_only, make_tasks
 from corolla.types import Payload
 from corolla.wire import Kind, Task, pack_task, unpack_reply
@@ -22,7 +24,7 @@ class Plan:
     round: int
     attempt: int
     cohort: Mapping[str, int]
-    """Member → how many updates it is asked for."""
+    """Member → how many updates it is asked for; of Poisson sampling also who is away."""
     base_version: str
     seed: int
 
@@ -61,18 +63,28 @@ class Asking:
     on_plan: Callable[[Plan], None]
     attempt: int
     traffic: Traffic
+    spending: Spending
 
     def __call__(
-        self, members: Mapping[str, int], kind: Kind = Kind.TRAIN
+        self,
+        members: Mapping[str, int],
+        kind: Kind = Kind.TRAIN,
+        cohort: Mapping[str, int] | None = None,
     ) -> Iterator[tuple[Task, str, Packet | None]]:
-        """What each member answers, in the order of `members`; nothing is sent before `next`."""
+        """What each member answers, in the order of `members`; nothing is sent before `next`.
+
+        They are all of a cohort, or those of `cohort` that can be asked.
+        """
         tasks = make_tasks(
             self.federation, self.state, self.held, self.round, kind, members, self.traffic
         )
         if kind == Kind.TRAIN:
-            version = next(iter(tasks.values())).base_version
-            seed = self.federation.config.seed
-            self.on_plan(Plan(self.round, self.attempt, members, version, seed))
+            drawn, seed = members if cohort is None else cohort, self.federation.config.seed
+            versions = {task.base_version for task in tasks.values()}
+            version = next(iter(versions or [tree.digest_all(self.state)]))
+            self.on_plan(Plan(self.round, self.attempt, drawn, version, seed))
+        if not tasks:
+            return
         for client, packet in _packets(self, tasks):
             self.on_reply(client)
             yield tasks[client], client, packet
@@ -80,18 +92,26 @@ class Asking:
 
 def synchronous(asking: Asking, memory: Payload, cohort: Mapping[str, int] | None) -> Gathering:
     """All answers of a new cohort, each as soon as it can be folded in."""
-    federation, round = asking.federation, asking.round
+    federation, round, spending = asking.federation, asking.round, asking.spending
     present = federation.present(round, asking.network.online())
-    members = cohort or federation.sample(present, federation.cohort_size, round, asking.attempt)
-    if not members:
-        raise _nobody(federation, round)
-    if strangers := members.keys() - federation.clients.keys():
+    if cohort is None:
+        cohort = spending.draw(federation, present, round, asking.attempt)
+    if strangers := cohort.keys() - federation.clients.keys():
         raise RoundError(
             f"round {round}: {min(strangers)!r} of its cohort is not in the federation"
         )
+    able = set(spending.able(federation, cohort, round))  # without whom a kill has cost its turn
+    if spending.poisson:
+        able &= set(present)
+    members = {member: number for member, number in cohort.items() if member in able}
+    if cohort and not members and not spending.poisson:
+        raise RoundError(f"round {round}: nobody of its cohort may take part once more")
+    if not members and not spending.poisson:
+        raise _nobody(federation, round)
     wanted, seats = sum(members.values()), sum(map(federation.room, present))
-    answers = (answer_of(asking, *answer) for answer in asking(members))
-    return Gathering(answers, wanted, wanted / max(wanted, seats), memory)
+    answers = (answer_of(asking, *answer) for answer in asking(members, cohort=cohort))
+    chance = spending.probability or wanted / max(wanted, seats)
+    return Gathering(answers, wanted, chance, memory)
 
 
 def buffered(asking: Asking, memory: Payload) -> Gathering:
@@ -107,7 +127,8 @@ def buffered(asking: Asking, memory: Payload) -> Gathering:
     while valid < wanted:
         busy = {flight.client for flight in flights} | {answer.client for answer in landed}
         free = federation.cohort_size - len(flights) - valid
-        others = [client for client in federation.present(round) if client not in busy]
+        there = asking.spending.able(federation, federation.present(round), round)
+        others = [client for client in there if client not in busy]
         if members := federation.sample(others, free, round, draw):
             flights += [_flight(asking, *answer, now) for answer in asking(members)]
             draw += 1

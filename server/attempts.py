@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from corolla import logs
 from corolla.errors import ConfigError, RoundError, StoppedError
@@ -15,6 +16,7 @@ from corolla.server.gate import Verdict
 from corolla.server.journal import Entry, Journal, fail_point, past, read
 from corolla.server.observer import Observer
 from corolla.server.rounds import RoundResult, run_round
+from corolla.server.spending import Spending
 
 _POLL = 1.0
 """Seconds between looks at who is online."""
@@ -44,15 +46,22 @@ class Attempts:
     observer: Observer
     journal: Journal
     own_devices: bool
+    spending: Spending
     left_out: set[str] = field(default_factory=set)
     """Members that the run cannot take; each is said once a round."""
+    drawn: dict[int, Mapping[str, int]] = field(default_factory=dict)
+    """Round → the cohort of its last attempt in this process."""
 
     def round(self, federation: Federation, at: Checkpoint) -> Done:
         """The round after `at`: when it is abandoned, again with another cohort, so many times.
 
         A round that was under way when the process before this one ended goes on with the cohort
-        and the attempt of then, and so ends in the same bits. Raises RoundError when the last
-        attempt is abandoned, StoppedError when too few are online for too long.
+        and the attempt of then, and so ends in the same bits (the noise of differential privacy
+        apart, which no seed decides). What is drawn by secret chance is drawn once a round: it is
+        the cohort of all attempts, or chance would be what somebody chose.
+
+        Raises RoundError when the last attempt is abandoned, StoppedError when too few are online
+        for too long.
         """
         round, past, config = at.round + 1, self.journal.past, federation.config
         first = attempt = past.attempt(round)
@@ -69,7 +78,8 @@ class Attempts:
                 self._note_verdicts(round, attempt, error.verdicts)
                 self.journal.append("abandoned", round=round, attempt=attempt, why=str(error))
                 attempt += 1
-                if attempt < first + config.attempts and not _diverged(error.verdicts):
+                left = attempt < first + config.attempts and not _diverged(error.verdicts)
+                if left and not self.spending.ended(federation, round):
                     self._warn(f"{error}; it is tried again")
                     continue
                 many = attempt - first > 1
@@ -84,15 +94,24 @@ class Attempts:
     ) -> RoundResult:
         """Ask the cohort of `plan`, else a new one that is in the journal before it is asked."""
         round = at.round + 1
+        cohort: Mapping[str, int] | None = plan["cohort"] if plan else None
+        if self.spending.poisson:
+            cohort = self._drawn(round)
 
         def planned(new: Plan) -> None:
             if plan is None:
                 self.journal.append("planned", **asdict(new), online=online)
+                self.spending.asked.update(new.cohort.keys())
+                self.drawn[round] = new.cohort
             fail_point("planned", round)
 
         def replied(client: str) -> None:
             self.observer.replied(client)
             fail_point("waiting", round)
+
+        def noted(event: Mapping[str, Any]) -> None:
+            self.journal.append("privacy", round=round, attempt=attempt, **event)
+            fail_point("privacy", round)
 
         waits = federation.config.buffer if round > 1 else None
         self.observer.round_started(round, waits or federation.cohort_size)
@@ -105,9 +124,16 @@ class Attempts:
             replied,
             at.memory,
             attempt=attempt,
-            cohort=plan["cohort"] if plan else None,
+            cohort=cohort,
             on_plan=planned,
+            spending=self.spending,
+            note=noted,
         )
+
+    def _drawn(self, round: int) -> Mapping[str, int] | None:
+        """The cohort of the attempt before this one, also if that was of another process."""
+        before = self.journal.past.plans.get(round)
+        return self.drawn.get(round, before["cohort"] if before else None)
 
     def _gather(
         self, federation: Federation, round: int, plan: Entry | None
@@ -121,7 +147,7 @@ class Attempts:
             online = self.network.online()
             federation = self._joined(federation, online)
             needed = federation.quorum(self._wanted(federation, round))
-            here = _room(federation, federation.present(round, online))
+            here = self._room(federation, round, federation.present(round, online))
             waited = time.monotonic() - began
             back = plan is None or plan["cohort"].keys() <= online or waited > _BACK
             if here >= needed and back:
@@ -141,7 +167,12 @@ class Attempts:
         """The size of a cohort, were all online that can be; of devices, others may join."""
         if self.own_devices and not federation.trace:
             return federation.config.cohort or federation.cohort_size
-        return min(federation.cohort_size, _room(federation, federation.present(round)))
+        there = self._room(federation, round, federation.present(round))
+        return min(federation.cohort_size, there)
+
+    def _room(self, federation: Federation, round: int, members: Iterable[str]) -> int:
+        """How many clients these members are, of those that may be asked."""
+        return sum(map(federation.room, self.spending.able(federation, members, round)))
 
     def _joined(self, federation: Federation, online: AbstractSet[str]) -> Federation:
         """With members that are new, after those that are known, and with the seats of now."""
@@ -196,8 +227,3 @@ def how_to_go_on(folder: Path) -> str:
     if not kept:
         return "; no round was complete: nothing is kept"
     return f"; round {kept} is kept: go on with --resume --out {folder}"
-
-
-def _room(federation: Federation, members: Iterable[str]) -> int:
-    """How many clients these members are."""
-    return sum(map(federation.room, members))

@@ -204,8 +204,11 @@ class Federation:
         """The clients on whose own examples a model is measured, the same throughout a run.
 
         Of a personal strategy, or with eval_participants, those that will train: of a personal
-        one the others have nothing of their own. Gateways have no examples.
+        one the others have nothing of their own. Gateways have no examples. Nobody with
+        differential privacy: no noise covers what they would measure.
         """
+        if self.config.dp != "none":
+            return []
         able = set(self.clients)
         if self.config.eval_participants or strategies.traits(self.strategy).personal:
             rounds = range(1, self.config.rounds + 1)
@@ -221,4 +224,5 @@ class Federation:
 
 def merges(config: RunConfig, strategy: Strategy) -> Summable | None:
     """An empty aggregator whose sums a gateway may send; None: every update must be seen."""
-    return summable(strategy.aggregator()) if config.robust == "none" else None
+    seen = config.robust != "none" or config.dp == "client"
+    return None if seen else summable(strategy.aggregator())

@@ -61,6 +61,8 @@ class Code(StrEnum):
     """More examples, or fewer, than the client can have."""
     LATE = auto()
     """After the deadline: said by who keeps the time."""
+    BUDGET = auto()
+    """Of a client that may not take part now: said by who keeps the account of privacy."""
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,7 @@ def _gauges(found: Status) -> Iterator[Metric]:
         ("corolla_eval_loss", "Held-out loss, last measured", found.eval_loss),
         ("corolla_last_round_seconds", "Of the last committed round", found.last_round_seconds),
         ("corolla_epsilon", "Privacy budget spent", found.epsilon),
+        ("corolla_epsilon_budget", "What may be spent in the run", found.budget),
     ):
         if value is not None:
             yield GaugeMetricFamily(name, text, value)

@@ -24,12 +24,14 @@ def write_report(path: Path, info: Mapping[str, Any], lines: Sequence[Mapping[st
     )
     page = template.render(
         size=human_bytes,
+        number=_number,
         info=info,
         lines=lines,
         charts=[
             ("Loss per round", _losses(info, lines)),
             ("Bytes per round", _bytes(lines)),
             ("Seconds per round", _seconds(lines)),
+            ("Privacy spent", _epsilon(info, lines)),
             ("Loss per client", _client_losses(info)),
         ],
         samples=list(zip(info["samples"]["before"], info["samples"]["after"], strict=True)),
@@ -77,7 +79,8 @@ def _losses(info: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> str:
     def draw(axes: Any) -> None:
         told = [line for line in lines if line["train_loss"] is not None]
         trained = [line["train_loss"] for line in told]
-        axes.plot([line["round"] for line in told], trained, "o-", label="training")
+        if told:  # with differential privacy nobody says it
+            axes.plot([line["round"] for line in told], trained, "o-", label="training")
         due = [line for line in lines if line["eval_loss"] is not None]
         held = [info["base"]["loss"], *(line["eval_loss"] for line in due)]
         axes.plot([0, *(line["round"] for line in due)], held, "s-", label="held out")
@@ -111,6 +114,27 @@ def _label(name: str) -> str:
     """A client's name as a chart can show it: short, printable, without mathematics."""
     shown = "".join(c if c.isprintable() else "?" for c in name).replace("$", r"\$")
     return shown if len(shown) <= 32 else shown[:31] + "…"
+
+
+def _number(value: float | None) -> str:
+    """Four digits; what is infinite has no number in JSON."""
+    return "∞" if value is None else f"{value:.4g}"
+
+
+def _epsilon(info: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> str:
+    told = [(line["round"], line["epsilon"]) for line in lines if "epsilon" in line]
+    if not told or "privacy" not in info:
+        return ""
+
+    def draw(axes: Any) -> None:
+        axes.step(*zip((0, 0.0), *told, strict=True), "o-", where="post", label="spent")
+        if (budget := info["privacy"]["budget"]) is not None:
+            axes.axhline(budget, ls=":", color="grey", label="budget")
+        axes.set(xlabel="round", ylabel="epsilon", ylim=(0, None))
+        _whole_rounds(axes)
+        axes.legend(frameon=False)
+
+    return _svg(draw)
 
 
 def _bytes(lines: Sequence[Mapping[str, Any]]) -> str:

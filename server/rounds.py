@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -11,11 +12,13 @@ from corolla import robust, strategies, tree
 from corolla.aggregation import summable
 from corolla.config import RunConfig
 from corolla.errors import RoundError
+from corolla.privacy import ClippedSum
 from corolla.robust import Robust
 from corolla.server import buffer, clock
 from corolla.server.asking import Answer, Asking, Plan, answer_of, buffered, synchronous
 from corolla.server.federation import Federation, Held, Network
 from corolla.server.gate import Code, Judged, Verdict
+from corolla.server.spending import Spending, told
 from corolla.server.tasks import Traffic, accepted_note, accepted_only, costs, formula
 from corolla.types import Aggregator, Cost, Metrics, Payload
 from corolla.wire import Kind
@@ -34,7 +37,8 @@ class RoundResult:
     held: Held
     metrics: Metrics
     num_examples: Mapping[str, int]
-    """Who gave a valid update → its weight; a gateway for all that it has merged."""
+    """Who gave a valid update → its weight; a gateway for all that it has merged. With dp=client
+    nothing, as below."""
     client_loss: Metrics
     dropped: Mapping[str, str]
     bytes_up: int
@@ -68,28 +72,32 @@ def run_round(
     attempt: int = 0,
     cohort: Mapping[str, int] | None = None,
     on_plan: Callable[[Plan], None] = lambda plan: None,
+    spending: Spending | None = None,
+    note: Callable[[Mapping[str, Any]], None] = lambda event: None,
 ) -> RoundResult:
     """Broadcast, let the cohort train, aggregate valid replies in the order of ids, apply.
 
     `memory` is what the server remembers beside the strategy's state. Another `attempt` draws
     another cohort; `cohort` is one that was drawn before (member → updates to ask for) and is asked
-    again. `on_plan` hears who will be asked before anything is sent.
+    again. `on_plan` hears who will be asked before anything is sent. `spending` is the account of
+    differential privacy; `note` gets what a release costs before its noise is drawn.
 
     Commits or leaves everything as it was: raises RoundError, with the verdicts, when fewer than
     the quorum are valid, or when the aggregate is not finite.
     """
     config, strategy = federation.config, federation.strategy
-    traffic = Traffic()
-    asking = Asking(federation, state, held, round, network, on_reply, on_plan, attempt, traffic)
-    gathered = (
-        buffered(asking, memory or {})
-        if config.buffer
-        else synchronous(asking, memory or {}, cohort)
+    traffic, spending, memory = Traffic(), spending or Spending(federation.config), memory or {}
+    asking = Asking(
+        federation, state, held, round, network, on_reply, on_plan, attempt, traffic, spending
     )
+    gathered = buffered(asking, memory) if config.buffer else synchronous(asking, memory, cohort)
     keeps = strategies.traits(strategy).keeps or config.uplink.needs_differences
     known = dict(held)
-    defence = _defence(federation, round, memory or {})
-    fold = _Fold(federation, defence or strategy.aggregator())
+    defence, summed = (
+        _defence(federation, round, memory),
+        _clipped(federation, round, spending, memory),
+    )
+    fold = _Fold(federation, defence or summed or strategy.aggregator(), spending)
     for answer in gathered.answers:
         client = answer.client
         if fold(answer, round):
@@ -100,14 +108,15 @@ def run_round(
         else:
             known.pop(client, None)
     try:
-        _require_quorum(federation, round, gathered.wanted, fold)
+        _require_quorum(federation, round, gathered.wanted, fold, spending)
         try:
-            aggregate = fold.aggregator.finalise()
+            aggregate, kept, said = _released(fold, summed, round, memory, note)
         except ValueError as error:
             raise RoundError(f"round {round}: {error}") from error
         after, applied = strategy.apply(state, aggregate)
         if not all(tree.finite(params) for params in after.values()):
-            raise RoundError(f"round {round}: the aggregate is not finite: lower lr")
+            how = "lower clip" if summed else "lower lr"
+            raise RoundError(f"round {round}: the aggregate is not finite: {how}")
     except RoundError as error:
         error.verdicts = dict(fold.verdicts)
         raise
@@ -115,14 +124,17 @@ def run_round(
         state=after,
         held=known,
         metrics={
-            **mean_metrics(fold.metrics, fold.examples),
+            **({} if summed else mean_metrics(fold.metrics, fold.examples)),
             **applied,
             **_staleness(config, fold.staleness),
             **(defence.metrics if defence else {}),
+            **said,
         },
-        num_examples=fold.examples,
-        client_loss={c: m["train_loss"] for c, m in fold.metrics.items() if "train_loss" in m},
-        dropped=fold.dropped,
+        num_examples={} if summed else fold.examples,
+        client_loss={}
+        if summed
+        else {c: m["train_loss"] for c, m in fold.metrics.items() if "train_loss" in m},
+        dropped=dict.fromkeys(fold.dropped, "") if summed else fold.dropped,
         bytes_up=traffic.up,
         bytes_down=traffic.down,
         framing_up=traffic.framing_up,
@@ -135,7 +147,8 @@ def run_round(
         sim_seconds=_sim_seconds(config, traffic, fold.examples, fold.dropped),
         memory={
             **gathered.memory,
-            **(_norms(federation, round, defence, memory or {}) if defence else {}),
+            **kept,
+            **(_norms(federation, round, defence, memory) if defence else {}),
         },
     )
 
@@ -146,6 +159,7 @@ class _Fold:
 
     federation: Federation
     aggregator: Aggregator
+    spending: Spending
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
     examples: dict[str, int] = field(default_factory=dict)
@@ -165,7 +179,7 @@ class _Fold:
         if judged.reply.clients and not judged.reply.bundle:
             return self._absorb(answer)
         for name, own in (judged.members or {client: judged}).items():
-            if own.reply is None:
+            if own.reply is None or self._over(name, round):
                 continue
             self.staleness.append(round - answer.task.round)
             power = self.federation.config.staleness_power
@@ -188,6 +202,13 @@ class _Fold:
         self._count(answer.client, answer.client, answer.judged, reply.clients)
         return True
 
+    def _over(self, name: str, round: int) -> bool:
+        """Whether a client may not take part now; a gateway cannot know which of its devices."""
+        why = self.spending.refusal(name, round)
+        if why:
+            self._judge(name, Verdict(Code.BUDGET, why))
+        return bool(why)
+
     def _judge(self, name: str, verdict: Verdict) -> None:
         self.verdicts[name] = verdict
         if not verdict.accepted:
@@ -200,11 +221,16 @@ class _Fold:
             self.updates[member] = self.updates.get(member, 0) + updates
 
 
-def _require_quorum(federation: Federation, round: int, wanted: int, fold: _Fold) -> None:
+def _require_quorum(
+    federation: Federation, round: int, wanted: int, fold: _Fold, spending: Spending
+) -> None:
     """Raises RoundError when fewer updates are valid than the quorum, or a robust rule, needs."""
     config, valid = federation.config, sum(fold.updates.values())
-    # Of devices that are offline, those of the cohort that were not asked are missing too.
-    wanted = max(wanted, config.cohort or 0) if federation.own_devices else wanted
+    if spending.poisson:  # who is away was as good as not drawn; of the others, errors count
+        wanted = sum(verdict.code != Code.NO_ANSWER for verdict in fold.verdicts.values())
+    elif federation.own_devices:
+        # Of devices that are offline, those of the cohort that were not asked are missing too.
+        wanted = max(wanted, config.cohort or 0)
     needed = federation.quorum(wanted)
     if config.robust != "none":
         hostile = robust.hostile(valid, config.byzantine)
@@ -218,6 +244,36 @@ def _require_quorum(federation: Federation, round: int, wanted: int, fold: _Fold
         f"round {round}: {valid} of {wanted} clients gave a valid update, {needed} are needed; "
         f"{client}: {why}"
     )
+
+
+def _clipped(
+    federation: Federation, round: int, spending: Spending, memory: Payload
+) -> ClippedSum | None:
+    """The sum that noise can be put on; None without dp=client."""
+    if spending.level is None:
+        return None
+    return spending.level.aggregator(
+        federation.strategy.aggregator, memory, _like(federation, round)
+    )
+
+
+def _released(
+    fold: _Fold,
+    summed: ClippedSum | None,
+    round: int,
+    memory: Payload,
+    note: Callable[[Mapping[str, Any]], None],
+) -> tuple[Payload, Payload, Metrics]:
+    """The aggregate, what replaces groups of the server's memory, and what is said of it."""
+    spending = fold.spending
+    if summed is not None and spending.level is not None:
+        return spending.level.release(summed, sorted(fold.examples), memory, note, round=round)
+    aggregate = fold.aggregator.finalise()
+    if spending.config.dp == "none":
+        return aggregate, {}, {}
+    event = spending.hear(told(fold.metrics))
+    note(event)
+    return aggregate, {}, {"epsilon": spending.most}
 
 
 def _defence(federation: Federation, round: int, memory: Payload) -> Robust | None:
@@ -239,11 +295,16 @@ def _norms(federation: Federation, round: int, defence: Robust, memory: Payload)
 
 def _phase(federation: Federation, round: int) -> str:
     """A name for the tensors that this round's updates have: other ones are of another size."""
-    client = next(iter(federation.clients))
-    fresh = federation.fresh(federation.lora(client))
-    like = federation.strategy.update_like(fresh, federation.size(client, round))
+    like = _like(federation, round)
     names = [f"{group}/{name}" for group in sorted(like) for name in sorted(like[group])]
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+
+
+def _like(federation: Federation, round: int) -> Payload:
+    """The form of the first client's update."""
+    client = next(iter(federation.clients))
+    fresh = federation.fresh(federation.lora(client))
+    return federation.strategy.update_like(fresh, federation.size(client, round))
 
 
 def evaluate_clients(
@@ -256,7 +317,7 @@ def evaluate_clients(
         return {}
     asking = Asking(
         *(federation, state, held, round, network),
-        *(lambda client: None, lambda plan: None, 0, Traffic()),
+        *(lambda client: None, lambda plan: None, 0, Traffic(), Spending(federation.config)),
     )
     answers = (answer_of(asking, *answer) for answer in asking(members, Kind.EVALUATE))
     return {
@@ -267,15 +328,22 @@ def evaluate_clients(
 
 
 def mean_metrics(metrics: Mapping[str, Metrics], examples: Mapping[str, int]) -> Metrics:
-    """Example-weighted means of what clients report; tokens, steps and skips are summed."""
+    """Example-weighted means of what clients report; tokens, steps and skips are summed.
+
+    Of epsilon it is the largest: a client is promised what it was told, whatever others were.
+    """
     summed = ("target_tokens", "local_steps", "skipped", *_SCALARS)
     names = sorted({name for reported in metrics.values() for name in reported})
     result: dict[str, float] = {}
     for name in names:
         values = {c: m[name] for c, m in metrics.items() if name in m}
-        weight = sum(examples[c] for c in values)
-        weighted = math.fsum(value * examples[c] for c, value in values.items())
-        result[name] = math.fsum(values.values()) if name in summed else weighted / weight
+        if name == "epsilon":
+            result[name] = max(values.values())
+        elif name in summed:
+            result[name] = math.fsum(values.values())
+        else:
+            weighted = math.fsum(value * examples[c] for c, value in values.items())
+            result[name] = weighted / sum(examples[c] for c in values)
     return result
 
 

@@ -21,7 +21,7 @@ from corolla import gradient_start, logs, records, seedlog, seeds, tree
 from corolla.children import uninterrupted
 from corolla.config import RunConfig, validate
 from corolla.errors import ArtefactError, ConfigError, StoppedError
-from corolla.server import checkpoint
+from corolla.server import checkpoint, spending
 from corolla.server.attempts import Attempts, Done, how_to_go_on
 from corolla.server.checkpoint import Checkpoint, write_atomic
 from corolla.server.cohort import read_trace
@@ -32,6 +32,7 @@ from corolla.server.journal import Journal, Past, fail_point
 from corolla.server.observer import Observer
 from corolla.server.report import write_report
 from corolla.server.rounds import evaluate_clients
+from corolla.server.spending import WITHHELD, Spending
 from corolla.strategies import traits
 from corolla.types import Aggregates, Metrics, Payload, Strategy
 
@@ -62,6 +63,8 @@ class Summary:
     """What counts are the clients' own models: the global one is a part of each."""
     sim_seconds: float | None = None
     """Of all rounds on simulated devices; None where time is not simulated."""
+    privacy: str = ""
+    """What is promised to each example or client; "" without differential privacy."""
 
     @property
     def fairness(self) -> Mapping[str, Metrics]:
@@ -108,6 +111,7 @@ class Run:
     def _execute(self, journal: Journal) -> Summary:
         began = time.monotonic()
         federation = self._federation(journal.past)
+        account = spending.begin(federation, journal.past)
         committed = journal.past.committed
         found = checkpoint.load(self.folder / "checkpoint", committed) if self.resume else None
         model, seed = self.evaluator.model, self.config.seed
@@ -118,6 +122,8 @@ class Run:
             start = gradient_start.adapter(model, start, self.config, self.evaluator.labels)
             initial = federation.strategy.init(start, seed)
         at = found or Checkpoint(federation.run_id, 0, initial, {})
+        if not at.round and (why := account.ended(federation, 1)):
+            raise ConfigError(f"{why}: no round can be run, start a new one with other settings")
         journal.append(
             "resumed" if self.resume else "started",
             run=federation.run_id,
@@ -126,24 +132,28 @@ class Run:
             state=at.sha256,
             roster=dict(federation.clients),
             seats=dict(federation.seats),
+            **_budget(self.config),
         )
         lines = _committed(self.folder / "metrics.jsonl", at.round)
-        info = self._info(federation)
+        info = self._info(federation, account)
         base = self._base(federation, untouched, info)
         self._write_info({**info, "base": base["metrics"], "status": "running"})
         self.observer.started({**info, "base": base["metrics"]}, at.round + 1)
         if self.keep_updates:
             self._keep_global(federation, at.state, at.round)
         base_loss = base["metrics"]["loss"]
-        while not (why := ended(self.config, base_loss, lines, journal.seconds)):
-            federation, at, line = self._round(federation, at, journal)
+        while not (
+            why := ended(self.config, base_loss, lines, journal.seconds)
+            or account.ended(federation, at.round + 1)
+        ):
+            federation, at, line = self._round(federation, at, journal, account)
             lines.append(line)
             with uninterrupted():
                 self._commit(at, lines, journal)
             self.observer.round_ended(line)
             _log.info("committed", round=at.round, seconds=line["seconds"], loss=line["eval_loss"])
         seconds = time.monotonic() - began
-        info["ended"] = why
+        info |= {"ended": why, **_privacy(account)}
         summary = self._finish(federation, at.state, at.held, lines, info, base, seconds)
         journal.append("done", why=why)
         _log.info("done", why=why)
@@ -189,10 +199,10 @@ class Run:
         return federation
 
     def _round(
-        self, federation: Federation, at: Checkpoint, journal: Journal
+        self, federation: Federation, at: Checkpoint, journal: Journal, account: Spending
     ) -> tuple[Federation, Checkpoint, dict[str, Any]]:
         """The round after `at`, and its line; the federation may have got new members."""
-        attempts = Attempts(self.network, self.observer, journal, self.own_devices)
+        attempts = Attempts(self.network, self.observer, journal, self.own_devices, account)
         done = attempts.round(federation, at)
         fail_point("aggregated", at.round + 1)
         result = done.result
@@ -214,7 +224,7 @@ class Run:
             if traits(federation.strategy).personal:
                 own = evaluate_clients(federation, result.state, result.held, round, self.network)
                 scores = {**scores, "personal_loss": _mean_loss(own)} if own else scores
-        return _line(round, done, scores)
+        return _line(round, done, scores, self.config)
 
     def _commit(self, at: Checkpoint, lines: Sequence[Mapping[str, Any]], journal: Journal) -> None:
         """Metrics and checkpoint, then the line in the journal that makes them count."""
@@ -281,6 +291,7 @@ class Run:
             },
             personal=info["personal"],
             sim_seconds=_sim_seconds(lines),
+            privacy=info.get("privacy", {}).get("line", ""),
         )
         outcome = {
             "status": "done",
@@ -306,7 +317,7 @@ class Run:
         write_report(self.folder / "report.html", {**info, **outcome}, lines)
         return summary
 
-    def _info(self, federation: Federation) -> dict[str, Any]:
+    def _info(self, federation: Federation, account: Spending) -> dict[str, Any]:
         packages = ("flwr", "torch", "peft", "transformers", "safetensors")
         return {
             **self.facts,
@@ -323,6 +334,7 @@ class Run:
             "heldout_skipped": self.evaluator.skipped,
             "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
             "platform": platform.platform(),
+            **_privacy(account),
         }
 
     def _aggregates(self, strategy: Strategy) -> Aggregates:
@@ -397,11 +409,25 @@ def _committed(path: Path, round: int) -> list[dict[str, Any]]:
         raise ArtefactError(f"{path} is damaged: {error}") from error
 
 
+def _privacy(account: Spending) -> dict[str, Any]:
+    """The object of run.json, where there is differential privacy."""
+    found = account.to_json()
+    return {"privacy": found} if found else {}
+
+
+def _budget(config: RunConfig) -> dict[str, Any]:
+    """What the journal says of differential privacy before anything is spent."""
+    if config.dp == "none":
+        return {}
+    return {"privacy": {"unit": config.dp, "delta": config.delta, "budget": config.epsilon}}
+
+
 def _per_client(line: Mapping[str, Any]) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Means over a round's clients; the formula counts those that answered."""
-    asked = line["clients"] + line["dropped"]
-    up = (line["bytes_up"] / line["clients"], line["formula_up"] / line["clients"])
-    return up, (line["bytes_down"] / asked, line["formula_down"] / line["clients"])
+    """Means over a round's clients; the formula counts those that answered. 0 where nobody did."""
+    valid = max(1, line["clients"])
+    asked = max(1, line["clients"] + line["dropped"])
+    up = (line["bytes_up"] / valid, line["formula_up"] / valid)
+    return up, (line["bytes_down"] / asked, line["formula_down"] / valid)
 
 
 def _sim_seconds(lines: Sequence[Mapping[str, Any]]) -> float | None:
@@ -422,9 +448,11 @@ def _say_last(journal: Journal, event: Literal["stopped", "failed"], why: str) -
     _log.warning(event, why=why)
 
 
-def _line(round: int, done: Done, scores: Metrics) -> dict[str, Any]:
-    result = done.result
+def _line(round: int, done: Done, scores: Metrics, config: RunConfig) -> dict[str, Any]:
+    result, dp = done.result, config.dp
     metrics = dict(result.metrics)
+    if dp == "none":
+        metrics.pop("epsilon", None)  # whatever a client says: nobody has promised it anything
     line: dict[str, Any] = {
         **metrics,  # first: no name that a client sends may replace one of ours
         "round": round,
@@ -448,7 +476,8 @@ def _line(round: int, done: Done, scores: Metrics) -> dict[str, Any]:
         **({"attempt": done.attempt} if done.attempt else {}),
         "sampling_probability": result.sampling_probability,
         "client_loss": dict(result.client_loss),
+        **({"delta": config.delta, "withheld": WITHHELD[dp]} if dp != "none" else {}),
     }
-    if result.dropped:
+    if result.dropped and dp != "client":
         line["dropped_why"] = dict(result.dropped)
     return line

@@ -56,7 +56,8 @@ def set_up(config: RunConfig, run_id: str | None, deployed: bool = False) -> Set
     model = trainable.build(config, base)
     evaluator = Evaluator(config, model, dataset.heldout, dataset.labels)
     facts["warnings"] = [*_of_model(model), *_of_eps(config, evaluator)]
-    if deployed and config.max_norm is None and config.robust == "none":
+    bounded = config.max_norm is not None or config.robust != "none" or config.dp == "client"
+    if deployed and not bounded:
         facts["warnings"].append(
             "no max-norm and no robust rule: one client can move the model as far as it likes"
         )

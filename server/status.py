@@ -62,6 +62,12 @@ class Status:
     train_loss: float | None
     eval_loss: float | None
     epsilon: float | None
+    """Spent so far, of differential privacy."""
+    budget: float | None
+    """What epsilon may become; None: without end, or no differential privacy."""
+    delta: float | None
+    unit: str
+    """Of which the data of one is protected: example or client; "" without."""
     last_round_seconds: float | None
     verdicts: Mapping[str, int] = field(default_factory=dict)
     """Code → replies."""
@@ -87,6 +93,7 @@ def status(folder: Path) -> Status:
     known = [entry for entry in entries if entry["event"] in ("started", "resumed")]
     state, why, killed = _state(entries[-1], living)
     members = _members(entries)
+    promised: Mapping[str, Any] = _last(known, "privacy") or {}
     return Status(
         folder=str(folder),
         run=str(_last(known, "run") or ""),
@@ -107,6 +114,9 @@ def status(folder: Path) -> Status:
         train_loss=_last(lines, "train_loss"),
         eval_loss=_last(lines, "eval_loss"),
         epsilon=_epsilon(entries, lines),
+        budget=promised.get("budget"),
+        delta=promised.get("delta"),
+        unit=str(promised.get("unit", "")),
         last_round_seconds=_last(lines, "seconds"),
         verdicts=dict(sorted(Counter(c for e in entries for c in _codes(e).values()).items())),
         members=members,
@@ -191,8 +201,8 @@ def print_status(console: Console, found: Status) -> None:
     table.add_row("replies", ", ".join(f"{n} {c}" for c, n in found.verdicts.items()) or "none")
     table.add_row("bytes", f"up {decimal(found.bytes_up)}, down {decimal(found.bytes_down)}")
     table.add_row("loss", f"training {_loss(found.train_loss)}, held-out {_loss(found.eval_loss)}")
-    if found.epsilon is not None:
-        table.add_row("epsilon", f"{found.epsilon:.4g}")
+    if found.unit or found.epsilon is not None:
+        table.add_row("epsilon", _spent(found))
     console.print(table)
     if found.lines:
         console.print(_rounds(found.lines[-_SHOWN:]))
@@ -204,6 +214,14 @@ def print_status(console: Console, found: Status) -> None:
         )
     if len(refused) > _SHOWN:
         console.print(f"and {len(refused) - _SHOWN} more: --json has them all", highlight=False)
+
+
+def _spent(found: Status) -> str:
+    """'3.1 of 8, to add or remove one client, at delta 1e-05'."""
+    spent = f"{found.epsilon or 0:.4g}"
+    budget = "" if found.budget is None else f" of {found.budget:g}"
+    of = f", to add or remove one {found.unit}, at delta {found.delta:g}" if found.unit else ""
+    return f"{spent}{budget}{of}"
 
 
 def _rounds(lines: Sequence[Mapping[str, Any]]) -> Table:

@@ -137,6 +137,8 @@ def test_what_shows_single_updates_allows_no_secure_sum() -> None:
         assert can[name] == (False, False)
     for name in ("fedavg", "ffa_lora", "rolora", "fedsvd", "fed_sb", "fedkseed"):
         assert can[name] == (True, True)
+    for name in ("scaffold", "mixed", "fedkseed_pro", "fedsa_lora", "feddpa"):
+        assert can[name] == (True, False), "a sum, but not one that noise may be put on"
 
 
 def test_strategies_that_send_only_scalars_say_so() -> None:

@@ -74,6 +74,11 @@ def test_options_of_a_strategy_are_for_it_alone() -> None:
         (["fedavg"], {"lrs": [float("nan")]}, "--lrs nan"),
         (["fedavg"], {"settings": ["eval-clients=0"]}, "eval-clients=0"),
         (["fedavg"], {"settings": ["ranc=1"]}, "did you mean 'rank'"),
+        (
+            ["fedavg"],
+            {"settings": ["dp=client", "epsilon=8"], "lrs": [0.1, 0.2]},
+            "may not choose one",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_one_line(
@@ -81,6 +86,16 @@ def test_what_makes_no_sense_is_one_line(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         plan(names, **given)
+
+
+def test_with_privacy_nothing_is_tried_on_clients_examples() -> None:
+    """One learning rate each, and no updates are kept where they are hidden."""
+    for level, kept in (("client", False), ("example", True)):
+        found = plan(["fedavg", "ffa_lora"], options={"dp": level, "epsilon": 8.0}, seeds=2)
+        for method in found.methods:
+            assert method.lrs == (method.config.lr,)
+            (last,) = found.others(method, method.config.lr)
+            assert last.keep == kept
 
 
 def test_learning_rates_of_a_command_line() -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from corolla import comparison, seeds
 from corolla.comparison import Cell, Point, best_lr, edge, interpolate, read_cell, results, unequal
 from corolla.errors import ArtefactError
+from corolla.server.journal import Journal
 
 FEDAVG = {"label": "fedavg", "personal": False, "trainers": ["first_order"]}
 PERSONAL = {"label": "own", "personal": True, "trainers": ["first_order"]}
@@ -268,3 +269,34 @@ def test_the_error_of_aggregation_is_that_of_dense_matrices(tmp_path: Path) -> N
     wanted = (2 * b.double() @ a.double() - mean).norm() / mean.norm()
     assert comparison.aggregation_errors(tmp_path) == pytest.approx([float(wanted)], rel=1e-6)
     assert comparison.aggregation_errors(tmp_path / "global") is None
+
+
+def private(path: Path, sampling: str = "fixed", rounds: int = 2) -> Path:
+    """A finished run of dp=client: its lines do not tell who was asked, its journal does."""
+    found = folder(path, client_loss={}, dropped_why={})
+    info = json.loads((found / "run.json").read_text())
+    info["config"] |= {"dp": "client", "dp_sampling": sampling}
+    info |= {"privacy": {"epsilon": 3.5}, "clients": {}}
+    (found / "run.json").write_text(json.dumps(info))
+    with Journal(found) as journal:
+        for number in range(1, rounds + 1):
+            cohort = {f"{path.name if sampling == 'poisson' else 'ada'}": 1}
+            journal.append("planned", round=number, attempt=0, cohort=cohort, online=4)
+    return found
+
+
+@pytest.mark.parametrize("sampling", ["fixed", "poisson"])
+def test_with_privacy_cohorts_are_those_of_the_journal(tmp_path: Path, sampling: str) -> None:
+    """Those that chance draws differ by nature."""
+    one = read_cell(private(tmp_path / "a", sampling), FEDAVG, {})
+    other = read_cell(private(tmp_path / "b", sampling), {**FEDAVG, "label": "ffa"}, {})
+    assert unequal([one, other]) == []
+    assert (one.epsilon, one.own_loss) == (3.5, None)
+    lost = read_cell(private(tmp_path / "c", sampling, 1), {**FEDAVG, "label": "lost"}, {})
+    assert any("is not known" in text for text in unequal([one, lost]))
+
+
+def test_the_largest_epsilon_of_all_seeds_is_told() -> None:
+    own = [cell("fedavg", seed, [5.0, 4.0], epsilon=1.0 + seed, own_loss=None) for seed in (0, 1)]
+    found = compared(own, [cell("plain", 0, [5.0, 4.0])])
+    assert [entry["epsilon"] for entry in found["methods"]] == [2.0, None]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from corolla import config
+from corolla import combinations, config
 from corolla.config import LR_ZEROTH_ORDER, ClientClass, RunConfig
 from corolla.errors import ConfigError
 from corolla.strategies.flora import Flora
@@ -600,3 +600,106 @@ def test_availability_is_the_same_file_from_another_folder(
 def test_what_would_run_and_mean_nothing_is_refused(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         RunConfig.model_validate(changes).build_strategy()
+
+
+# Differential privacy
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        (["epsilon=8"], "epsilon=8.0 is for dp=example or dp=client, found dp=none: add it"),
+        (["clip=2"], "clip=2.0 is for dp=example or dp=client"),
+        (["delta=1e-6"], "delta=1e-06 is for dp=example or dp=client"),
+        (["noise-multiplier=1"], "noise-multiplier=1.0 is for dp=example or dp=client"),
+        (["participations=3"], "participations=3 is for dp=example or dp=client"),
+        (["separation=3"], "separation=3 is for dp=client, found dp=none"),
+        (["dp=client"], "dp=client needs epsilon"),
+        (["dp=example"], "dp=example needs epsilon"),
+        (["dp=client", "epsilon=8", "noise-multiplier=1"], "give one of them"),
+        (
+            ["dp=example", "epsilon=8", "dp-sampling=poisson"],
+            "dp-sampling=poisson is for dp=client",
+        ),
+        (["dp=example", "epsilon=8", "dp-mechanism=banded"], "is for dp=client, found dp=example"),
+        (["dp=example", "epsilon=8", "clip-quantile=0.5"], "clip-quantile=0.5 is for dp=client"),
+        (["dp=example", "epsilon=8", "parameters=prompt"], "use parameters=lora"),
+        (["dp=example", "epsilon=8", "parameters=ia3"], "use parameters=lora"),
+        (
+            ["dp=example", "epsilon=8", 'target-modules=["q_proj","model.embed_tokens"]'],
+            "leave model.embed_tokens out of target-modules",
+        ),
+        (["dp=client", "epsilon=8", "robust=median"], "leave robust out"),
+        (["dp=client", "epsilon=8", "buffer=2"], "leave buffer out"),
+        (["dp=client", "epsilon=8", "selection=weighted"], "use selection=uniform"),
+        (["dp=client", "epsilon=8", "dp-mechanism=banded"], "set separation to 2 or more"),
+        (
+            ["dp=client", "epsilon=8", "dp-sampling=poisson", "participations=2"],
+            "use dp-sampling=fixed",
+        ),
+        (
+            ["dp=client", "epsilon=8", "dp-mechanism=banded", "separation=2", "clip-quantile=0.5"],
+            "leave clip-quantile out",
+        ),
+    ],
+)
+def test_settings_of_privacy_that_do_not_go_together_are_refused(
+    tmp_path: Path, settings: list[str], why: str
+) -> None:
+    assert why in refused(tmp_path, settings=settings)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "why"),
+    [
+        ("flora", "each is used by itself"),
+        ("fedex_lora", "each is used by itself"),
+        ("flexlora", "each is used by itself"),
+        ("lora_fair", "each is used by itself"),
+        ("hetlora", "each is used by itself"),
+        ("scaffold", "sums up what its clients keep"),
+        ("fedkseed_pro", "not one mean over all clients"),
+        ("mixed", "not one mean over all clients"),
+        ("fedsa_lora", "are personal"),
+        ("feddpa", "are personal"),
+    ],
+)
+def test_noise_on_a_sum_is_refused_where_a_sum_is_not_all(
+    tmp_path: Path, strategy: str, why: str
+) -> None:
+    given = ["dp=client", "epsilon=8", f"strategy={strategy}", "optimizer=sgd"]
+    given += ["classes.a.trainer=first_order", "classes.b.trainer=zeroth_order"] * (
+        strategy == "mixed"
+    )
+    said = refused(tmp_path, settings=given)
+    assert why in said and "use ffa_lora, fed_sb, fedsvd, rolora" in said
+
+
+@pytest.mark.parametrize("strategy", ["fedsa_lora", "feddpa"])
+def test_personal_models_are_measured_on_examples_that_are_protected(
+    tmp_path: Path, strategy: str
+) -> None:
+    said = refused(tmp_path, settings=["dp=example", "epsilon=8", f"strategy={strategy}"])
+    assert "forbids measuring models on clients' examples" in said
+
+
+@pytest.mark.parametrize("strategy", ["flora", "hetlora", "scaffold", "fedkseed_pro", "seed_pool"])
+def test_examples_are_protected_under_every_aggregation(tmp_path: Path, strategy: str) -> None:
+    load(tmp_path, settings=["dp=example", "epsilon=8", f"strategy={strategy}", "optimizer=sgd"])
+
+
+def test_noisy_gradients_are_not_clipped_again_unless_told(tmp_path: Path) -> None:
+    assert load(tmp_path).clip_norm == 1.0
+    assert load(tmp_path, settings=["dp=client", "epsilon=8"]).clip_norm == 1.0
+    private = load(tmp_path, settings=["dp=example", "epsilon=8"])
+    assert private.clip_norm is None
+    assert config.validate(private.model_dump()) == private
+    told = load(tmp_path, settings=["dp=example", "epsilon=8", "clip-norm=0.5"])
+    assert told.clip_norm == 0.5
+
+
+def test_a_draw_of_all_clients_cannot_be_a_gateway_s(tmp_path: Path) -> None:
+    """Its devices come and go: nobody knows how many there are to draw from."""
+    given = load(tmp_path, settings=["dp=client", "epsilon=8", "dp-sampling=poisson"])
+    with pytest.raises(ConfigError, match="dp-sampling=poisson draws from all clients there are"):
+        combinations.refuse_gateways(given, given.build_strategy())

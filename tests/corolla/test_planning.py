@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from corolla import planning
+from corolla.accounting import gaussian_epsilon
 from corolla.cli import app
 from corolla.config import load
 from corolla.simulation import simulate
@@ -80,12 +81,61 @@ def test_json_is_plain(tmp_path: Path) -> None:
     code, output = run(*options(SMALL), "--json", "--memory", "700MB")
     assert code == 0
     found = json.loads(output)
-    assert found["epsilon"] is None
+    assert (found["epsilon"], found["privacy"]) == (None, None)
     for own in found["memory"].values():
         assert own["total"] == sum(own["terms"].values())
     assert found["budget"]["client"]["total"] <= 700_000_000
     assert found["estimated_seconds"]["client_round"] > 0
     assert found["bytes_per_client_round"]["up"] == [299_008, 299_008]
+
+
+PRIVATE = ["--dp", "client", "--set", "noise-multiplier=2", "--rounds", "3"]
+
+
+def test_epsilon_is_known_beforehand(tmp_path: Path) -> None:
+    """After each round; at worst, for the run may ask a client less often."""
+    config = load(None, {"dp": "client", "noise_multiplier": 2.0, "clip": 0.01}, SMALL)
+    found = planning.plan(config).privacy
+    assert found is not None and found.noise == (2.0, 2.0)
+    wanted = [gaussian_epsilon(rounds**0.5 / 2, 1e-5) for rounds in (1, 2)]
+    assert [own.epsilon for own in found.after.values()] == pytest.approx(wanted)
+    simulate(config, tmp_path / "run")
+    told = json.loads((tmp_path / "run" / "run.json").read_text())["privacy"]
+    assert told["epsilon"] <= found.end.epsilon
+
+
+@pytest.mark.parametrize("noise", [{"epsilon": 4.0}, {"noise_multiplier": 2.0}])
+def test_of_examples_the_worst_client_is_told(tmp_path: Path, noise: dict[str, float]) -> None:
+    """Of 9 and 30 rows 7 and 24 are trained on; each client may take part twice."""
+    names = [name for name, number in (("a", 9), ("b", 30)) for _ in range(number)]
+    rows = [{"client_id": name, "text": f"{name} {i}"} for i, name in enumerate(names)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["rounds=4", "participations=2", f"data={tmp_path / 'data.jsonl'}", "cohort=2"]
+    config = load(None, {"dp": "example", **noise}, [*SMALL[2:], *given])
+    found = planning.plan(config).privacy
+    assert found is not None
+    spent = [own.epsilon for own in found.after.values()]
+    assert 0 < spent[0] < spent[1] == spent[2] == spent[3] == found.end.epsilon
+    if "epsilon" in noise:
+        assert found.noise[0] < found.noise[1]
+        assert found.end.epsilon == pytest.approx(4.0, rel=0.01)
+    else:
+        assert found.noise == (2.0, 2.0)
+        assert f"q = {4 / 7:.4g}" in found.end.line()
+
+
+def test_the_plan_of_privacy_is_shown() -> None:
+    code, output = run(*options(SMALL), *PRIVATE, "--json")
+    assert code == 0, output
+    found = json.loads(output)
+    assert (
+        found["epsilon"] == found["privacy"]["epsilon"] == found["privacy"]["after"][-1]["epsilon"]
+    )
+    assert found["privacy"]["noise_multiplier"] == [2.0, 2.0]
+    code, output = run(*options(SMALL), *PRIVATE)
+    shown = " ".join(output.split())
+    for part in ("to add or remove one client", "after round 1", "noise multiplier 2"):
+        assert part in shown
 
 
 @pytest.mark.parametrize(
@@ -98,6 +148,7 @@ def test_json_is_plain(tmp_path: Path) -> None:
         (["--set", "max-length=100000"], 2, "512 positions"),
         (["--cohort", "1000"], 2, "cohort 1000 is larger"),
         (["--strategy", "fedsomething"], 2, "unknown strategy"),
+        ([*PRIVATE, "--cohort", "9", "--clients", "9", "--set", "separation=2"], 2, "needs 18"),
     ],
 )
 def test_wrong_inputs_get_one_line(arguments: list[str], code: int, why: str) -> None:

@@ -62,6 +62,7 @@ def test_a_scrape_tells_how_the_run_stands(tmp_path: Path) -> None:
         assert found["corolla_rounds_total", ""] == 2
         assert found["corolla_bytes_total", "up"] == 2000
         assert found["corolla_epsilon", ""] == 0.5
+        assert ("corolla_epsilon_budget", "") not in found
         assert (found["corolla_paused", ""], found["corolla_clients_online", ""]) == (1, 0)
         assert (found["corolla_state", "running"], found["corolla_state", "paused"]) == (0, 1)
 
@@ -96,3 +97,12 @@ def test_a_stopped_endpoint_frees_its_port(tmp_path: Path) -> None:
     with pytest.raises(urllib.error.URLError):
         scrape(port)
     serve(tmp_path, port).stop()
+
+
+def test_a_scrape_tells_what_is_left_of_a_privacy_budget(tmp_path: Path) -> None:
+    promised = {"unit": "example", "delta": 1e-6, "budget": 8.0}
+    with Journal(tmp_path) as journal, served(tmp_path) as port:
+        journal.append("started", run="r", rounds=1, round=0, state="", roster={}, privacy=promised)
+        journal.append("privacy", round=1, attempt=0, unit="example", epsilon=3.25, clients=[])
+        found = scrape(port)
+    assert (found["corolla_epsilon", ""], found["corolla_epsilon_budget", ""]) == (3.25, 8.0)

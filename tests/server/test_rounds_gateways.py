@@ -1,7 +1,7 @@
 """Rounds with a gateway: what its phones send reaches the model as if they were members."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -18,10 +18,12 @@ from corolla.data import FederatedData, Split
 from corolla.errors import RoundError
 from corolla.memory import Memory
 from corolla.packet import Packet
+from corolla.privacy import ClientLevel
 from corolla.server.asking import Plan
 from corolla.server.federation import Federation, Held, Network
 from corolla.server.gate import Code
 from corolla.server.rounds import RoundResult, evaluate_clients, run_round
+from corolla.server.spending import Spending
 from corolla.types import Payload
 from corolla.wire import Reply, Task, pack_reply, pack_task, unpack_reply, unpack_task
 from tests.strategies import tiny
@@ -73,7 +75,7 @@ class Gated(Network):
         blank = Reply(task.run_id, task.round, task.base_version, task.kind, "gate")
         strategy, config = self.worker.strategy, self.worker.config
         partial = summable(strategy.aggregator())
-        if partial is None or config.robust != "none":
+        if partial is None or config.robust != "none" or config.dp == "client":
             data = wire.pack_bundle(packets)
             return pack_reply(replace(blank, clients=len(packets), bundle=True, payload=data))
         replies = [unpack_reply(packet, 1 << 30) for packet in packets]
@@ -186,6 +188,34 @@ def test_a_gateway_gives_the_bits_of_its_phones_as_members(
         assert found.sampling_probability == wanted.sampling_probability == 1.0
         for name, value in wanted.metrics.items():
             assert found.metrics[name] == pytest.approx(value, rel=1e-9), name
+
+
+def account(federation: Federation) -> Spending:
+    """Of dp=client, without noise."""
+
+    def silent(shape: Sequence[int]) -> torch.Tensor:
+        return torch.zeros(tuple(shape), dtype=torch.float64)
+
+    return Spending(federation.config, ClientLevel(federation.config, 10, 10, normal=silent))
+
+
+def test_each_device_of_a_gateway_is_clipped_and_has_its_own_turns(
+    start: Callable[..., Run],
+) -> None:
+    private = {"dp": "client", "noise_multiplier": 1.0, "clip": 0.01, "participations": 1}
+    run = start("fedavg", **private)
+    nested, flat, events = account(run.nested), account(run.flat), list[Mapping[str, Any]]()
+    network = Gated(run.worker, run.flat)
+    found = run.step(network, spending=nested, note=events.append)
+    wanted = run_round(run.flat, run.first, {}, 1, Flat(run.worker), spending=flat)
+    assert tree.digest_all(found.state) == tree.digest_all(wanted.state)
+    assert found.num_examples == {}
+    assert events[0]["clients"] == sorted(FLAT)
+    with pytest.raises(RoundError) as raised:
+        run_round(run.nested, found.state, {}, 2, network, spending=nested)
+    codes = {name: verdict.code for name, verdict in raised.value.verdicts.items()}
+    assert codes == {"gate": Code.ACCEPTED, **dict.fromkeys(PHONES, Code.BUDGET)}
+    assert network.asked[-1] == {"gate": 8}, "ann and zoe are known to have had their turn"
 
 
 def test_a_partial_aggregate_costs_one_update_of_float64(start: Callable[..., Run]) -> None:

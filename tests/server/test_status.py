@@ -1,5 +1,6 @@
 """The status of runs whose journals and metrics are written here by hand."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -177,3 +178,19 @@ def test_the_json_is_complete(tmp_path: Path) -> None:
     assert found["verdicts"] == {"accepted": 2, "not_finite": 1}
     assert found["lines"] == [line(1)]
     assert found["members"]["cyd"]["why"] == "round 1: NaN in x"
+
+
+def test_what_is_spent_of_a_privacy_budget(tmp_path: Path) -> None:
+    with Journal(tmp_path) as journal:
+        promised = {"unit": "client", "delta": 1e-6, "budget": 8.0}
+        journal.append(
+            "started", run="r", rounds=9, round=0, state="", roster={"ada": 4}, privacy=promised
+        )
+        found = status(tmp_path)
+        assert (found.unit, found.delta, found.budget, found.epsilon) == ("client", 1e-6, 8.0, None)
+        journal.append("privacy", round=1, attempt=0, unit="client", epsilon=3.25, clients=["ada"])
+    found = status(tmp_path)
+    assert found.epsilon == 3.25, "also of a round that was not committed"
+    console = Console(width=200, record=True, file=io.StringIO())
+    print_status(console, found)
+    assert "3.25 of 8, to add or remove one client, at delta 1e-06" in console.export_text()
