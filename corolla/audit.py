@@ -270,8 +270,10 @@ def _audited_clients(
 ) -> tuple[dict[str, list[float]], _Watched]:
     """Scores of canary clients."""
     clients = canaries.names(len(included))
-    config = _of_canaries(config, len(clients))
+    config = config.model_copy(update={"eval_examples": _FEW, **_ONE_RUN})
     loaded = set_up(config, None)
+    cohort = _cohort(config, len(loaded.data.clients), len(clients))
+    config = config.model_copy(update={"clients": None, "cohort": cohort})
     strategy = config.build_strategy()
     fresh = cache(lambda spec: loaded.model.init(spec, 0))
     each = 2 * config.local_steps * config.batch_size  # more than can be used in a round
@@ -289,15 +291,14 @@ def _audited_clients(
     return {"update · canary": list(scores.values())}, run
 
 
-def _of_canaries(config: RunConfig, count: int) -> RunConfig:
-    """The run of an audit: all canaries in each cohort, or as many as its rules allow."""
+def _cohort(config: RunConfig, population: int, count: int) -> int:
+    """All canaries, or as many as the rules allow; with Poisson sampling the same part as asked."""
     cohort = count // config.separation
     if config.participations:
         cohort = min(cohort, count * config.participations // config.rounds)
-    if config.dp_sampling == "poisson" and config.clients and config.cohort:
-        cohort = min(cohort, count * config.cohort // config.clients)
-    changes = {"clients": None, "cohort": max(1, cohort), "eval_examples": _FEW}
-    return config.model_copy(update={**changes, **_ONE_RUN})
+    if config.dp_sampling == "poisson":
+        cohort = count * min(config.cohort or 8, population) // population
+    return max(1, cohort)
 
 
 _ONE_RUN: Mapping[str, Any] = {

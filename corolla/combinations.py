@@ -269,6 +269,12 @@ def refuse_private(config: "RunConfig", strategy: Strategy) -> None:
             f"dp=client does not fit strategy {config.strategy}: {why}; use {_PRIVATE_STRATEGIES}, "
             f"or dp=example"
         )
+    if config.dp_mechanism == "banded" and strategies.traits(strategy).rebases:
+        raise ConfigError(
+            f"dp-mechanism=banded takes back noise of earlier rounds, and that of strategy "
+            f"{config.strategy} lies along directions which are new in each round: use "
+            f"dp-mechanism=gaussian, or ffa_lora"
+        )
 
 
 _PRIVATE_STRATEGIES = "ffa_lora, fed_sb, fedsvd, rolora, fedavg or seed_pool"

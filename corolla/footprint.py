@@ -111,6 +111,7 @@ def client(
         "weights": weights(anatomy, config),
         "trained values, at the start and now": 0 if in_place else 8 * values,
         "gradients and optimiser": 0 if in_place else 4 * steps * values,
+        "gradients of each example": _apart(config, trainer, batch, values),
         "messages": messages if messages is not None else (0 if in_place else 8 * values),
         "activations": _resident(activations, sparing),
         "logits": _resident(logits, sparing),
@@ -205,6 +206,13 @@ def spare_memory() -> None:
 
 
 # --- the worst moment -----------------------------------------------------------------------------
+
+
+def _apart(config: RunConfig, trainer: TrainerName, batch: Batch, values: int) -> float:
+    """What tells the examples of a batch apart under example-level privacy (client/dpsgd.py)."""
+    if config.dp != "example" or trainer != "first_order":
+        return 0.0
+    return 4.0 * values * (batch.sequences if config.parameters == "lora" else 1)
 
 
 def _kept(anatomy: Anatomy, config: RunConfig, batch: Batch) -> Blocks:

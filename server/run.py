@@ -216,8 +216,9 @@ class Run:
         federation, result = done.federation, done.result
         if self.keep_updates:
             self._keep_global(federation, result.state, round)
-            folder = records.round_folder(self.folder / "updates", round)
-            records.write_weights(folder, result.num_examples)
+            if not self.own_devices:  # whose updates nobody wrote down
+                folder = records.round_folder(self.folder / "updates", round)
+                records.write_weights(folder, result.num_examples)
         scores: Metrics = {}
         if round % self.config.eval_every == 0 or round == self.config.rounds:
             scores = self.evaluator.score(federation.strategy.adapter(result.state))

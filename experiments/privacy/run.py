@@ -230,9 +230,9 @@ def table(found: Sequence[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in found:
-        shown = f"{row['loss']:.3f} ± {row['half_interval']:.3f}"
+        shown = f"{row['loss']:.3f}{_half(row['half_interval'])}"
         apart = (
-            f"{row['difference']:+.3f} ± {row['half_difference']:.3f}"
+            f"{row['difference']:+.3f}{_half(row['half_difference'])}"
             if "difference" in row
             else ""
         )
@@ -241,6 +241,10 @@ def table(found: Sequence[dict[str, Any]]) -> str:
             f"| {row['lr']:g} | {row['clip'] or ''} | {row['seeds']} | {shown} | {apart} |"
         )
     return "\n".join(lines)
+
+
+def _half(width: float) -> str:
+    return f" ± {width:.3f}" if math.isfinite(width) else ""
 
 
 def plot(results: Results, found: Sequence[dict[str, Any]]) -> None:
@@ -301,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table(found))
     if found:
         with (options.out / "results.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(max(found, key=lambda row: len(row))))
+            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in found for key in row)))
             writer.writeheader()
             writer.writerows(found)
         plot(results, found)

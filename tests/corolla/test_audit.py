@@ -151,6 +151,24 @@ def test_rounds_add_up(settings: Settings) -> None:
     assert found.proofs[0].right == 10
 
 
+@pytest.mark.parametrize(
+    ("changes", "how"),
+    [
+        ({"dp_sampling": "poisson", "cohort": 1}, "Poisson sampling of clients, q = 0.5"),
+        ({"dp_mechanism": "banded", "separation": 2}, "noise correlated over 2 rounds"),
+        ({"clip_quantile": 0.5}, "no amplification, each client in at most 3 rounds"),
+    ],
+)
+def test_other_mechanisms_are_audited_as_they_run(
+    changes: Mapping[str, Any], how: str, settings: Settings
+) -> None:
+    found = audit.audit(settings(rounds=3, **CLIENT, **changes), 60, 20)
+    assert found.claimed is not None
+    assert how in found.claimed.how
+    assert found.rounds == 3
+    assert not found.refuted
+
+
 def test_an_update_is_as_loud_as_asked_and_the_same_again(settings: Settings) -> None:
     for name, options in (("fedavg", {}), ("seed_pool", {"local_steps": 20, "lr": 3e-3})):
         config = settings(strategy=name, **options)

@@ -649,6 +649,14 @@ def test_settings_of_privacy_that_do_not_go_together_are_refused(
     assert why in refused(tmp_path, settings=settings)
 
 
+@pytest.mark.parametrize("strategy", ["seed_pool", "fedsvd", "ferret"])
+def test_banded_noise_is_refused_where_it_could_not_be_taken_back(
+    tmp_path: Path, strategy: str
+) -> None:
+    banded = ["dp=client", "epsilon=8", "dp-mechanism=banded", "separation=2"]
+    assert "new in each round" in refused(tmp_path, settings=[*banded, f"strategy={strategy}"])
+
+
 @pytest.mark.parametrize(
     ("strategy", "why"),
     [

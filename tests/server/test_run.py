@@ -9,11 +9,14 @@ import pytest
 import torch
 
 from corolla import codec, simulation
+from corolla.client.worker import Worker
 from corolla.config import RunConfig
 from corolla.errors import ArtefactError, ConfigError, CorollaError, DataError
+from corolla.memory import Memory
 from corolla.packet import Packet
 from corolla.server import checkpoint, evaluate, report, run
 from corolla.server.run import Summary, prepare_folder, stored_run
+from corolla.server.setup import set_up
 from corolla.types import Metrics
 from corolla.wire import pack_reply, unpack_reply
 
@@ -371,3 +374,20 @@ def test_a_run_knows_its_config_and_id(settings: Settings, tmp_path: Path) -> No
     shutil.rmtree(tmp_path / "out")
     with pytest.raises(ArtefactError):
         stored_run(tmp_path / "out")
+
+
+def test_of_devices_only_the_global_adapters_are_kept(settings: Settings, tmp_path: Path) -> None:
+    """Their updates are in no folder of the server."""
+    config = settings(rounds=2)
+    loaded = set_up(config, None)
+    worker = Worker(config, loaded.model, loaded.data, Memory(tmp_path / "memory"))
+    network, folder = simulation.InProcess(worker), tmp_path / "out"
+    prepare_folder(folder, resume=False)
+    run.Run(
+        *(config, network, loaded.evaluator, folder, loaded.facts, Watch()),
+        keep_updates=True,
+        own_devices=True,
+    ).execute()
+    kept = sorted(path.name for path in (folder / "global").iterdir())
+    assert kept == ["round-000", "round-001", "round-002"]
+    assert not (folder / "updates").exists()
