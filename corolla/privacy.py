@@ -35,6 +35,15 @@ Normal = Callable[[Sequence[int]], Tensor]
 Uniform = Callable[[int], Tensor]
 """n → independent uniform values in [0, 1), fp64 (n,)."""
 
+NEIGHBOURS = {
+    "example": "add or remove one example",
+    "client": "add or remove one client's updates",
+}
+"""Unit → what two data sets differ in, at most, that nobody can tell apart.
+
+A client's place in the cohorts stays: with another one in its stead, two updates would differ.
+"""
+
 _CLIP = "privacy-clip"
 _NOISE = "privacy-noise-"
 """Groups of a server's memory: the clip of the next round; noise of so many rounds ago."""
@@ -74,8 +83,8 @@ class Guarantee:
         """All of it in one line."""
         budget = "" if self.budget is None else f" of a budget of {self.budget:g}"
         return (
-            f"epsilon {self.epsilon:.4g}{budget} at delta {self.delta:g}, to add or remove one "
-            f"{self.unit}; {self.how}"
+            f"epsilon {self.epsilon:.4g}{budget} at delta {self.delta:g}, to "
+            f"{NEIGHBOURS[self.unit]}; {self.how}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -303,7 +312,7 @@ class ClientLevel:
         """
         event = {
             "unit": "client",
-            "neighbours": "add or remove one client",
+            "neighbours": NEIGHBOURS["client"],
             "mechanism": self.config.dp_mechanism,
             "noise_multiplier": self.noise_multiplier,
             "clip": summed.clip,

@@ -21,6 +21,7 @@ from corolla import gradient_start, logs, records, seedlog, seeds, tree
 from corolla.children import uninterrupted
 from corolla.config import RunConfig, validate
 from corolla.errors import ArtefactError, ConfigError, StoppedError
+from corolla.privacy import NEIGHBOURS
 from corolla.server import checkpoint, spending
 from corolla.server.attempts import Attempts, Done, how_to_go_on
 from corolla.server.checkpoint import Checkpoint, write_atomic
@@ -420,7 +421,8 @@ def _budget(config: RunConfig) -> dict[str, Any]:
     """What the journal says of differential privacy before anything is spent."""
     if config.dp == "none":
         return {}
-    return {"privacy": {"unit": config.dp, "delta": config.delta, "budget": config.epsilon}}
+    facts = {"unit": config.dp, "neighbours": NEIGHBOURS[config.dp]}
+    return {"privacy": {**facts, "delta": config.delta, "budget": config.epsilon}}
 
 
 def _per_client(line: Mapping[str, Any]) -> tuple[tuple[float, float], tuple[float, float]]:

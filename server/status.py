@@ -68,6 +68,8 @@ class Status:
     delta: float | None
     unit: str
     """Of which the data of one is protected: example or client; "" without."""
+    neighbours: str
+    """What two data sets differ in that nobody can tell apart, in words; "" without."""
     last_round_seconds: float | None
     verdicts: Mapping[str, int] = field(default_factory=dict)
     """Code → replies."""
@@ -117,6 +119,7 @@ def status(folder: Path) -> Status:
         budget=promised.get("budget"),
         delta=promised.get("delta"),
         unit=str(promised.get("unit", "")),
+        neighbours=str(promised.get("neighbours", "")),
         last_round_seconds=_last(lines, "seconds"),
         verdicts=dict(sorted(Counter(c for e in entries for c in _codes(e).values()).items())),
         members=members,
@@ -217,10 +220,10 @@ def print_status(console: Console, found: Status) -> None:
 
 
 def _spent(found: Status) -> str:
-    """'3.1 of 8, to add or remove one client, at delta 1e-05'."""
+    """'3.1 of 8, to add or remove one example, at delta 1e-05'."""
     spent = f"{found.epsilon or 0:.4g}"
     budget = "" if found.budget is None else f" of {found.budget:g}"
-    of = f", to add or remove one {found.unit}, at delta {found.delta:g}" if found.unit else ""
+    of = f", to {found.neighbours}, at delta {found.delta:g}" if found.neighbours else ""
     return f"{spent}{budget}{of}"
 
 

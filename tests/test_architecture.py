@@ -10,9 +10,12 @@ PACKAGES = ("corolla", "server", "client", "strategies", "proto", "experiments")
 ROOTS = {
     "corolla.__init__",
     "corolla.__main__",
+    "corolla.audit",
+    "corolla.auditing",
     "corolla.cli",
     "corolla.simulation",
     "corolla.compare",
+    "corolla.comparison",
     "corolla.comparison_report",
     "corolla.flower_engine",
     "corolla.conformance",

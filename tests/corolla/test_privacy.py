@@ -242,7 +242,7 @@ def test_an_event_says_what_was_done() -> None:
     (event,) = events
     assert event == {
         "unit": "client",
-        "neighbours": "add or remove one client",
+        "neighbours": "add or remove one client's updates",
         "mechanism": "gaussian",
         "noise_multiplier": 2.0,
         "clip": C,
@@ -553,8 +553,8 @@ def test_a_guarantee_in_words_and_values() -> None:
         "client", 2.34567, 1e-5, None, "no amplification, each client in at most 1 round"
     )
     assert own.line() == (
-        "epsilon 2.346 at delta 1e-05, to add or remove one client; no amplification, each client "
-        "in at most 1 round"
+        "epsilon 2.346 at delta 1e-05, to add or remove one client's updates; no amplification, "
+        "each client in at most 1 round"
     )
     assert json.loads(json.dumps(own.to_json())) == {
         "unit": "client",

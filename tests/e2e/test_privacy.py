@@ -49,7 +49,9 @@ def test_a_server_killed_at_a_release_never_counts_it_as_nothing(tmp_path: Path)
     assert facts["privacy"]["line"] in shown
     assert "of each client: budget epsilon 30, delta 1e-05, clip 0.01" in shown
     status = RUNNER.invoke(app, ["status", str(folder)])
-    assert "of 30, to add or remove one client, at delta 1e-05" in " ".join(status.output.split())
+    assert "of 30, to add or remove one client's updates, at delta 1e-05" in " ".join(
+        status.output.split()
+    )
 
 
 @pytest.mark.parametrize("command", ["simulate", "plan"])

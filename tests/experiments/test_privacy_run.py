@@ -15,7 +15,8 @@ def test_searches_are_of_equal_size_and_on_the_first_seed() -> None:
     found = {group: run.search(*group) for group in run.groups(run.LEVELS, run.STRATEGIES)}
     assert len(found) == 15
     for group, cells in found.items():
-        assert len(set(cells)) == 4
+        same = found[*group[:3], "fedavg" if group[3] == "ffa_lora" else group[3]]
+        assert len(set(cells)) == len(same) >= 2
         assert {cell.group for cell in cells} == {group}
         assert {cell.seed for cell in cells} == {run.SEEDS[0]}
         for cell in cells:
@@ -24,10 +25,10 @@ def test_searches_are_of_equal_size_and_on_the_first_seed() -> None:
 
 
 def _results(folder: Path, losses: dict[tuple[str, float, int], float]) -> run.Results:
-    """Client-level cells at clip 0.1: (strategy, lr, seed) → loss."""
+    """Client-level cells at clip 0.5: (strategy, lr, seed) → loss."""
     cells: list[dict[str, Any]] = []
     for (strategy, lr, seed), loss in losses.items():
-        cell = run.Cell("client", "client", 8.0, strategy, lr, 0.1, seed)
+        cell = run.Cell("client", "client", 8.0, strategy, lr, 0.5, seed)
         cells.append({"cell": asdict(cell), "loss": loss, "base": 5.0})
     (folder / "results.json").write_text(json.dumps({"cells": cells}))
     return run.Results(folder, quick=False)

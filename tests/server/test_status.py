@@ -182,7 +182,8 @@ def test_the_json_is_complete(tmp_path: Path) -> None:
 
 def test_what_is_spent_of_a_privacy_budget(tmp_path: Path) -> None:
     with Journal(tmp_path) as journal:
-        promised = {"unit": "client", "delta": 1e-6, "budget": 8.0}
+        promised: dict[str, object] = {"unit": "client", "delta": 1e-6, "budget": 8.0}
+        promised["neighbours"] = "add or remove one client's updates"
         journal.append(
             "started", run="r", rounds=9, round=0, state="", roster={"ada": 4}, privacy=promised
         )
@@ -193,4 +194,6 @@ def test_what_is_spent_of_a_privacy_budget(tmp_path: Path) -> None:
     assert found.epsilon == 3.25, "also of a round that was not committed"
     console = Console(width=200, record=True, file=io.StringIO())
     print_status(console, found)
-    assert "3.25 of 8, to add or remove one client, at delta 1e-06" in console.export_text()
+    assert (
+        "3.25 of 8, to add or remove one client's updates, at delta 1e-06" in console.export_text()
+    )
