@@ -73,7 +73,10 @@ class Trainer:
         self._worker: tuple[str, Worker] | None = None
         self._wanted: Wanted = lambda: True
         plain = self._within(self._config({"min_examples": 1, "max_length": 8}), 0)
-        self.examples = len(data.load_device(plain, name, ()).clients[name].train)
+        self.examples = len(self._data(plain, ()).clients[name].train)
+        spent = own.state / ledger.NAME
+        if own.epsilon and not spent.exists() and any(self._runs.glob("*")):
+            _log.warning("no ledger of earlier runs: their cost is not counted", missing=spent)
         models.set_threads(plain)
         self._first: tuple[str, Base] | None = None
         base = self._load(plain, [])
@@ -151,12 +154,15 @@ class Trainer:
     def _set_up(
         self, config: RunConfig, labels: Sequence[str]
     ) -> tuple[RunConfig, Trainable, FederatedData]:
-        own = data.load_device(config, self.name, labels)
+        own = self._data(config, labels)
         models.set_threads(config)
         base = self._load(config, labels)
         model = trainable.build(config, base)
         _log.info("model ready", model=base.fingerprint[:12], strategy=config.strategy)
         return config, model, own
+
+    def _data(self, config: RunConfig, labels: Sequence[str]) -> FederatedData:
+        return data.load_device(config, self.name, labels, limited=self.own.epsilon is not None)
 
     def _config(self, run: Mapping[str, Any]) -> RunConfig:
         """A run's settings with this device's own put over them. Raises ConfigError."""

@@ -19,7 +19,7 @@ import grpc
 
 from corolla import calls, logs
 from corolla.client.downloads import fetch, fetch_model, verified
-from corolla.errors import ConfigError, CorollaError, StoppedError, WireError
+from corolla.errors import ConfigError, CorollaError, DataError, StoppedError, WireError
 from corolla.packet import Packet
 from corolla.proto import device_pb2 as pb
 from corolla.proto import device_pb2_grpc, update_pb2
@@ -230,6 +230,9 @@ class Phone:
         began = time.monotonic()
         try:
             reply = self.trainer.answer(lease.client, packet, self._model(), alive.check)
+        except DataError as error:  # names a file, a line, and may quote it: for the owner
+            self._tell(str(error))
+            return calls.given_up(task, lease.client, "this device's data cannot be used")
         except CorollaError as error:
             return calls.given_up(task, lease.client, str(error))
         except OSError as error:  # a full disk

@@ -24,9 +24,12 @@ _LONGEST_TOKEN = 256
 class TorchTrainer:
     """Loads the model with the first task; keeps it for as long as name and model stay."""
 
-    def __init__(self, own: Own) -> None:
-        """Reads the data, so that what is wrong with them is said at once. Raises DataError."""
-        self._own = own
+    def __init__(self, own: Own, say: Callable[[str], None] = lambda line: None) -> None:
+        """Reads the data, so that what is wrong with them is said at once. Raises DataError.
+
+        `say` tells the owner why a task is not done.
+        """
+        self._own, self._say = own, say
         self._rows = len(data.read(own.data)[0])
         self._trainer: Trainer | None = None
 
@@ -42,7 +45,7 @@ class TorchTrainer:
         own = self._own.model_copy(update={"model": str(model)}) if model else self._own
         if self._trainer is None or (self._trainer.name, self._trainer.own) != (client, own):
             self._trainer = None  # the old model goes before the new one comes
-            self._trainer = Trainer(own, client)
+            self._trainer = Trainer(own, client, say=self._say)
         return self._trainer(packet, wanted)
 
 
@@ -80,7 +83,7 @@ def begin(
     """Be a phone until a signal, or for so many rounds. Raises CorollaError."""
     with stoppable() as stop, only_one(own.state):
         logs.configure(own.state / "log.jsonl")
-        trainer = TorchTrainer(own)
+        trainer = TorchTrainer(own, say)
         channel = rpc.tls_channel(own.server, own.root_certificates, most_bytes=calls.MAX_MESSAGE)
         try:
             phone = Phone(chosen, channel, trainer, stop, say)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from corolla import codec, compression, ledger, logs, privacy, seedlog, seeds, strategies, wire
+from corolla.client.dpsgd import SelfTestError
 from corolla.client.first_order import FirstOrder
 from corolla.client.zeroth_order import ZerothOrder
 from corolla.config import RunConfig
@@ -34,7 +35,15 @@ from corolla.privacy import ExampleLevel
 from corolla.records import client_folder, round_folder, write_update
 from corolla.scoring import score
 from corolla.trainable import Trainable
-from corolla.types import LoraSpec, Payload, TrainerName, row_name
+from corolla.types import (
+    Client,
+    ForwardTrainer,
+    LocalTrainer,
+    LoraSpec,
+    Payload,
+    TrainerName,
+    row_name,
+)
 from corolla.wire import Capabilities, Kind, Log, Reply, Task, pack_reply, unpack_task
 
 _RESIDENT_CLIENTS = 64
@@ -96,6 +105,44 @@ class LocalClient:
         )
 
 
+class _Trainer:
+    """The methods of a `LocalTrainer` alone."""
+
+    def __init__(self, whole: LocalTrainer) -> None:
+        self.init = whole.init
+        self.fit = whole.fit
+
+
+class _Forward:
+    """What a `ForwardTrainer` has, alone."""
+
+    def __init__(self, whole: ForwardTrainer) -> None:
+        self.queries = whole.queries
+        self.walk = whole.walk
+
+
+class _Guarded:
+    """A client under dp=example as its strategy sees it: the members of `types.Client` alone.
+
+    A strategy of a user's own so does not come across examples, or a trainer without privacy, by
+    accident. It is no sandbox: code of the same process that means to find them will.
+    """
+
+    def __init__(self, whole: Client) -> None:
+        self.seed, self.lora, self.population = whole.seed, whole.lora, whole.population
+        self.kept, self.kind = whole.kept, whole.kind
+        self._trainer: Callable[[], LocalTrainer] = lambda: _Trainer(whole.trainer)
+        self._forward: Callable[[], ForwardTrainer] = lambda: _Forward(whole.forward)
+
+    @property
+    def trainer(self) -> LocalTrainer:
+        return self._trainer()
+
+    @property
+    def forward(self) -> ForwardTrainer:
+        return self._forward()
+
+
 class Worker:
     """Answers tasks for the clients whose data it holds.
 
@@ -106,7 +153,7 @@ class Worker:
     Under dp=example a client writes in its ledger what a round costs before it trains, and answers
     with an update that is private and what is known without its data. `ledger` is where a device
     keeps that (default: beside what the client keeps), `limit` what its owner allows over all runs:
-    then it takes part in nothing else.
+    then it takes part in nothing else. A strategy sees no more of such a client than `Client` has.
     """
 
     def __init__(
@@ -256,7 +303,7 @@ class Worker:
             spent = self._spend(client, task, private)
         with _withheld() if private else nullcontext():
             data, skipped = self._tokens(client)
-            member = LocalClient(
+            member: Client = LocalClient(
                 self.model,
                 lora,
                 data,
@@ -269,6 +316,8 @@ class Worker:
                 self.on_step,
                 private and _once(private),
             )
+            if private:
+                member = _Guarded(member)
             update = self.strategy.local(member, received)
         if private:
             known = {name: update.metrics[name] for name in _PUBLIC if name in update.metrics}
@@ -309,11 +358,17 @@ class Worker:
     def _spend(self, client: str, task: Task, private: ExampleLevel) -> float:
         """Write down what a round costs; what this run has cost with it.
 
-        Raises ConfigError when that is more than the run or the owner allows, RoundError when the
-        ledger cannot be read or written.
+        Raises ConfigError when that is more than the run or the owner allows, or the owner's delta
+        protects nobody; RoundError when the ledger cannot be read or written.
         """
         path = self._ledger or self.memory.kept_folder(client) / ledger.NAME
         own, release = Ledger(path), private.release
+        if self.limit and self.limit.delta * private.examples >= 1:
+            _log.error("no privacy limit", delta=self.limit.delta, examples=private.examples)
+            raise ConfigError(
+                "the delta of this device's own privacy limit is no protection among its examples: "
+                "its owner has to set one below 1 / examples"
+            )
         try:
             run = own.epsilon(private.delta, task.run_id, [release])
             if private.budget is not None and run > private.budget:
@@ -323,12 +378,9 @@ class Worker:
                 )
             if self.limit:
                 life = own.epsilon(self.limit.delta, more=[release])
-                if life > self.limit.epsilon:
-                    raise ConfigError(
-                        f"privacy limit of this device: this round would bring all its runs to "
-                        f"epsilon {life:.4g} of {self.limit.epsilon:g} at delta "
-                        f"{self.limit.delta:g}"
-                    )
+                if life > self.limit.epsilon:  # by how much tells of runs of others
+                    _log.error("privacy limit", epsilon=life, limit=vars(self.limit))
+                    raise ConfigError("this round would exceed this device's own privacy limit")
             own.spend(task.run_id, task.round, release)
         except ArtefactError as error:  # names a file: for the owner
             _log.error("no privacy ledger", why=str(error))
@@ -377,11 +429,12 @@ def _once(private: ExampleLevel) -> ExampleLevel:
 def _withheld() -> Iterator[None]:
     """What goes wrong while an update is made from examples is for the log of their owner.
 
-    Raises RoundError in place of any error but those of settings, of the model, and of who stops.
+    Raises RoundError in place of any error but those of settings, of who stops, and of the
+    comparison before the first step, which looks at no example.
     """
     try:
         yield
-    except (ConfigError, ModelError, StoppedError):
+    except (ConfigError, SelfTestError, StoppedError):
         raise
     except Exception as error:
         # The text of an error of other code may be of the data.

@@ -10,7 +10,7 @@ import logging
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 from typing import Any
@@ -41,6 +41,10 @@ _LEAST = math.log(1e-3)
 """Less noise than this is none."""
 
 
+_NONE = 1e-6
+"""Less noise than this part of what it hides is none: fp64 cannot tell what it would cost."""
+
+
 @dataclass(frozen=True)
 class Release:
     """`count` sums with noise of std `noise_multiplier` times what one participant can add to one.
@@ -62,6 +66,12 @@ def epsilon(releases: Iterable[Release], delta: float) -> float:
     return _epsilon(_counted(releases), delta)
 
 
+def combined(noise_multipliers: Sequence[float]) -> float:
+    """The noise multiplier of one look at a sum that tells as much as all these looks at it."""
+    first, *others = noise_multipliers
+    return 1 / math.sqrt(math.fsum(z**-2 for z in noise_multipliers)) if others else first
+
+
 def calibrate(
     epsilon_wanted: float, delta: float, count: int, sampling_probability: float
 ) -> float:
@@ -77,7 +87,7 @@ def second_opinions(releases: Iterable[Release], delta: float) -> Mapping[str, f
     from opacus.accountants import PRVAccountant, RDPAccountant
 
     counted = _counted(releases)
-    if any(z <= 0 for z, _, _ in counted):
+    if any(z < _NONE for z, _, _ in counted):
         return {"RDP": math.inf}
     found: dict[str, float] = {}
     for name, accountant in (("RDP", RDPAccountant()), ("PRV", PRVAccountant())):
@@ -124,7 +134,7 @@ def _counted(releases: Iterable[Release]) -> _Counted:
 
 @lru_cache(maxsize=4096)
 def _epsilon(counted: _Counted, delta: float) -> float:
-    if any(z <= 0 for z, _, _ in counted):
+    if any(z < _NONE for z, _, _ in counted):
         return math.inf
     if all(q == 1 for _, q, _ in counted):
         return gaussian_epsilon(math.sqrt(math.fsum(n / z / z for z, _, n in counted)), delta)

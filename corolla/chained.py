@@ -1,9 +1,11 @@
-"""Files of JSON lines that nothing can be taken from unseen: what is appended is there for good.
+"""Files of JSON lines, each sealed over all before it: damage within a file does not go unseen.
 
-The last key of a line, `sha256`, is the hash of the line before it and of everything before that
-key: no line can be changed, lost or moved without a trace. A line is on disk before `append`
-returns. A crash may tear the last one: it is dropped, for what it announces has not been done.
-Damage anywhere else is an error.
+The last key of a line, `sha256`, is the hash of that key of the line before it and of everything
+before it in its own: no line can be changed, moved, or lost from among others without a trace. The
+end is not sealed: lines that are lost from there, or a whole file put back from an older copy,
+leave none, nor does a file that was deleted. Against an owner nothing is sealed, hashes have no
+key. A line is on disk before `append` returns. A crash may tear the last one: it is dropped, for
+what it announces has not been done. Damage anywhere else is an error.
 """
 
 import errno

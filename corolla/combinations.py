@@ -220,6 +220,11 @@ def _of_clients(config: "RunConfig") -> list[tuple[bool, str]]:
             "counts each client alike: use selection=uniform",
         ),
         (
+            config.max_norm is not None,
+            "clips updates instead of refusing them, for who is refused would tell of them: leave "
+            "max-norm out, clip does its work",
+        ),
+        (
             poisson and (banded or bool(config.participations) or config.separation > 1),
             "with dp-sampling=poisson draws clients by chance alone: leave participations, "
             "separation and dp-mechanism=banded out, or use dp-sampling=fixed",
@@ -298,7 +303,7 @@ def _is_mean(aggregator: Aggregator) -> bool:
     """Whether the mean of clients' updates is all that it makes of them."""
     if isinstance(aggregator, ByGroup):
         return all(map(_is_mean, aggregator.groups.values()))
-    return isinstance(aggregator, WeightedMean | SeedSums)
+    return type(aggregator) in (WeightedMean, SeedSums)  # a subclass may keep single updates
 
 
 def refuse_kept_updates(config: "RunConfig") -> None:
@@ -347,6 +352,10 @@ def refuse_gateways(config: "RunConfig", strategy: Strategy) -> None:
         (
             config.dp_sampling == "poisson",
             "dp-sampling=poisson draws from all clients there are, also those that are away",
+        ),
+        (
+            config.dp == "client" and bool(config.participations or config.separation > 1),
+            "participations and separation bar single clients for a while",
         ),
     ):
         if wrong:

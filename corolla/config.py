@@ -233,7 +233,7 @@ class RunConfig(BaseModel):
     clip: Annotated[float, Field(gt=0)] = Field(
         1.0, description="L2 norm that one example's gradient, or one client's update, can have"
     )
-    noise_multiplier: Annotated[float, Field(gt=0)] | None = Field(
+    noise_multiplier: Annotated[float, Field(ge=1e-3)] | None = Field(
         None, description="instead of epsilon: std of the noise on a sum, over clip"
     )
     clip_quantile: Fraction | None = Field(

@@ -9,19 +9,21 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from corolla import seeds
+from corolla import logs, seeds
 from corolla.assets import asset
 from corolla.config import RunConfig
 from corolla.errors import ConfigError, DataError
 
 _SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"}
 _SPLITS |= {"eval": "validation", "dev": "validation", "test": "test"}
+
+_log = logs.logger("data")
 
 
 @dataclass(frozen=True)
@@ -90,12 +92,19 @@ def load(config: RunConfig) -> FederatedData:
     return FederatedData(config.data, clients, heldout, labels, fingerprint, left_out)
 
 
-def load_device(config: RunConfig, name: str, labels: Sequence[str]) -> FederatedData:
+def load_device(
+    config: RunConfig, name: str, labels: Sequence[str], limited: bool = False
+) -> FederatedData:
     """The data of one device: all rows of config.data belong to the client `name`.
 
     They are split as a simulation splits that client, so that a device with its rows trains on the
     same sequences; of embedded data it has the rows of the client of that name. `labels` are those
     of the run; empty: it trains on text. Raises DataError, which never tells what is in a row.
+
+    With dp=example, or where the owner has `limited` what examples may cost, what is made of a row
+    depends on that row alone: all are trained on but those that say themselves that they are for
+    validation or test, nothing is carved, and one whose label the run does not know is an example
+    without a target. A refusal would tell whoever chooses `labels` what a single row has.
     """
     rows, fingerprint = read(config.data)
     _one_kind(rows, config.data)
@@ -105,10 +114,16 @@ def load_device(config: RunConfig, name: str, labels: Sequence[str]) -> Federate
         if not rows:
             raise DataError(f"embedded data has no client {name!r}: it has {', '.join(names)}")
     unknown = sum(row.label not in labels for row in rows) if labels else 0
-    if unknown:
+    if limited or config.dp == "example":
+        if unknown:
+            _log.warning("rows without a label of the run", rows=unknown, of=len(rows))
+            rows = [row if row.label in labels else replace(row, label=None) for row in rows]
+        split = Split([row for row in rows if row.split in (None, "train")], ())
+    elif unknown:
         raise DataError(f"{unknown} of {len(rows)} rows have no label of this run's {len(labels)}")
-    given = frozenset(row.split for row in rows if row.split not in (None, "train"))
-    split, _ = _split(rows, given, config, name)
+    else:
+        given = frozenset(row.split for row in rows if row.split not in (None, "train"))
+        split, _ = _split(rows, given, config, name)
     if len(split.train) < config.min_examples:
         raise DataError(
             f"{len(split.train)} of {len(rows)} rows are left to train on, the run asks for "

@@ -45,8 +45,10 @@ class Encoder:
     max_length: int
 
     def __call__(self, example: Example) -> list[Encoded]:
-        """The sequences of one example; empty when no target is left."""
+        """The sequences of one example; empty when no target is left, or it has no label."""
         if self.labels:
+            if example.label is None:
+                return []
             if example.label not in self.labels:
                 raise DataError("an example has a label that the model was not built for")
             ids = self.tokenizer(example.text, truncation=True, max_length=self.max_length)

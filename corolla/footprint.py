@@ -212,7 +212,9 @@ def _apart(config: RunConfig, trainer: TrainerName, batch: Batch, values: int) -
     """What tells the examples of a batch apart under example-level privacy (client/dpsgd.py)."""
     if config.dp != "example" or trainer != "first_order":
         return 0.0
-    return 4.0 * values * (batch.sequences if config.parameters == "lora" else 1)
+    exact = config.dtype == "float32" and config.quantization == "none"
+    hooked = exact and config.parameters in ("lora", "bias", "head")  # else one sequence at a time
+    return 4.0 * values * (batch.sequences if hooked else 1)
 
 
 def _kept(anatomy: Anatomy, config: RunConfig, batch: Batch) -> Blocks:

@@ -4,6 +4,10 @@ A line of `ledger.jsonl`, sealed as corolla/chained.py says, for each round that
 in with dp=example: time (UTC), run, round, noise_multiplier, sampling_probability, count. It is on
 disk before training begins: a kill can make the ledger count what never left the device, and never
 the other way round. A round that is done again is counted again. Nobody but its device sees it.
+
+It counts what its file says: an older copy forgets what was spent since, a file that was deleted
+forgets all, and two of them for the same data (two clients, two state folders) know nothing of each
+other.
 """
 
 from collections.abc import Iterable
@@ -20,7 +24,10 @@ NAME = "ledger.jsonl"
 
 _SPENT = [field.name for field in fields(Release)]
 
-_REMEDY = "restore it from a copy; without it nobody knows what this device's examples have cost"
+_REMEDY = (
+    "put back the newest copy there is: an older one forgets what was spent since, and without any "
+    "nobody knows what this device's examples have cost"
+)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ would take it off. It is no defence against attacks on floating-point numbers (M
 
 import math
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -47,6 +48,9 @@ A client's place in the cohorts stays: with another one in its stead, two update
 _CLIP = "privacy-clip"
 _NOISE = "privacy-noise-"
 """Groups of a server's memory: the clip of the next round; noise of so many rounds ago."""
+
+_SLICE = 1 << 20
+"""Values that get their noise at a time: fp64 and what it is made of take 32 bytes each."""
 
 _RATE = 0.2
 """η of adaptive clipping: how fast log(clip) follows."""
@@ -137,8 +141,10 @@ class ExampleLevel:
         std, expected = self.noise_multiplier * self.clip, min(self.batch, self.examples)
         found: dict[str, Tensor] = {}
         for name, total in sorted(clipped_sums.items()):
-            noise = self.normal(total.shape).to(total.device)
-            found[name] = ((total.double() + std * noise) / expected).to(total.dtype)
+            noisy = total.detach().to("cpu", copy=True).reshape(-1)  # some devices have no fp64
+            for part in torch.split(noisy, _SLICE):
+                part.copy_((part.double() + std * self.normal(part.shape)) / expected)
+            found[name] = noisy.reshape(total.shape).to(total.device)
         return found
 
     def guarantee(self, rounds: int) -> Guarantee:
@@ -178,6 +184,11 @@ class ClippedSum:
     linear = True
 
     def __init__(self, make: Callable[[], Aggregator], clip: float, like: Payload) -> None:
+        if make() is make():
+            raise ConfigError(
+                "dp=client needs aggregator() to make a new one each time: this strategy's gives "
+                "out the same again, which mixes clients before anything is clipped"
+            )
         self.clip = clip
         self.clients = 0
         self.within = 0
@@ -264,7 +275,8 @@ class ClientLevel:
         self.sampling_probability = _probability(config, population, cohort)
         self.noise_multiplier = _client_noise(config, population, cohort)
         self._normal, self._uniform = normal, uniform
-        self._releases: list[Release] = []
+        self._multipliers: defaultdict[int, list[float]] = defaultdict(list)
+        """With Poisson sampling: round → the noise multiplier of each time it was noted."""
         self._parts = Participation(_bands(config), config.separation, config.participations)
         for event in past:
             self._charge(event["round"], event)
@@ -280,8 +292,7 @@ class ClientLevel:
     def next_epsilon(self, round: int) -> float:
         """What will have been spent if `round` is released too, with the worst client in it."""
         if self.config.dp_sampling == "poisson":
-            next_one = Release(self.noise_multiplier, self.sampling_probability)
-            return accounting.epsilon([*self._releases, next_one], self.config.delta)
+            return self._of_poisson({round: [self.noise_multiplier]})
         mu = self._parts.next_mu(round, self.noise_multiplier)
         return accounting.gaussian_epsilon(mu, self.config.delta)
 
@@ -346,7 +357,7 @@ class ClientLevel:
     def guarantee(self) -> Guarantee:
         """What has been spent so far."""
         if self.config.dp_sampling == "poisson":
-            spent = accounting.epsilon(self._releases, self.config.delta)
+            spent = self._of_poisson({})
         else:
             spent = accounting.gaussian_epsilon(self._parts.mu, self.config.delta)
         return _guarantee(self.config, spent, self.sampling_probability, self._parts.times)
@@ -355,9 +366,27 @@ class ClientLevel:
         """Put what is noted on the account."""
         z = event["noise_multiplier"]
         if self.config.dp_sampling == "poisson":
-            self._releases.append(Release(z, event["sampling_probability"]))
+            self._multipliers[round].append(z)
         else:
             self._parts.note(round, event["clients"], z)
+
+    def _of_poisson(self, more: Mapping[int, Sequence[float]]) -> float:
+        """What the rounds so far, and `more`, cost together.
+
+        A round that is done again asks the same cohort: one secret draw, seen k times with noise of
+        z each, which is once with z / √k. Two draws would cost less.
+        """
+        rounds = self._multipliers.keys() | more.keys()
+        return accounting.epsilon(
+            (
+                Release(
+                    accounting.combined([*self._multipliers.get(t, ()), *more.get(t, ())]),
+                    self.sampling_probability,
+                )
+                for t in rounds
+            ),
+            self.config.delta,
+        )
 
     def _clip(self, memory: Payload) -> float:
         return float(memory[_CLIP]["clip"]) if _CLIP in memory else self.config.clip
@@ -471,6 +500,8 @@ def _refuse_mixture(config: "RunConfig") -> None:
 
 def _refuse_delta(config: "RunConfig", count: int, of: str) -> None:
     """Delta is a chance that anything may happen: for 1 / count, that one is published whole."""
+    if not count:
+        raise ConfigError(f"dp={config.dp} needs {of} to protect, found none")
     if config.delta >= 1 / count:
         raise ConfigError(
             f"delta={config.delta:g} is no protection among {count} {of}: set less than "

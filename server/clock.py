@@ -24,10 +24,13 @@ def seconds(config: RunConfig, name: str, steps: int, down: int, up: int) -> flo
 
 
 def round_seconds(config: RunConfig, accepted: Iterable[float], missing: bool) -> float:
-    """Of a round: its slowest accepted reply; the deadline, if there is one, for who is missing."""
+    """Of a round: its slowest accepted reply; the deadline, if there is one, for who is missing.
+
+    0 where nobody was asked: a Poisson draw may be empty.
+    """
     if missing and config.deadline_simulated:
         return config.deadline_simulated
-    return max(accepted)
+    return max(accepted, default=0.0)
 
 
 def silent(config: RunConfig, name: str, client: str, round: int) -> bool:

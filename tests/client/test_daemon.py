@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from corolla.ledger import Ledger
 from corolla.memory import Memory
 from corolla.packet import Packet
 from corolla.proto import update_pb2
-from corolla.wire import Capabilities, Kind, Reply, Task, pack_task, unpack_reply
+from corolla.wire import Capabilities, Kind, Reply, Task, pack_task, unpack_reply, unpack_task
 
 Settings = Callable[..., RunConfig]
 RUN, OTHER = "ab" * 16, "cd" * 16
@@ -288,6 +289,63 @@ def test_labels_come_with_the_task(
     assert "3 of 6 rows" in said[0]
 
 
+@pytest.mark.parametrize("dp", ["example", "none"])
+@pytest.mark.parametrize("limit", [1000.0, None])
+def test_labels_that_a_server_makes_up_tell_it_nothing_of_a_row(
+    own: Callable[..., Own], settings: Settings, tmp_path: Path, dp: str, limit: float | None
+) -> None:
+    """Of eight rows one has a rare label: asked for it or for another, all that is told is equal.
+
+    Without dp, and no limit of its owner, the device refuses as before.
+    """
+    path = tmp_path / "labels.jsonl"
+    labels = ["common"] * 7 + ["rare"]
+    path.write_text("".join(f'{{"text": "t {i}", "label": "{s}"}}\n' for i, s in enumerate(labels)))
+    config = settings(dp=dp, noise_multiplier=4.0 if dp == "example" else None)
+    logs.configure(tmp_path / "log.jsonl")
+    facts = []
+    try:
+        trainer = Trainer(own(data=str(path), epsilon=limit), "cyd")
+        for asked in (["common", "rare"], ["common", "other"]):
+            order = json.dumps({**told(config), "labels": asked})
+            greeted = ask(trainer, pack_task(Task(RUN, 0, "", Kind.HELLO, order)))
+            if trainer._worker is None:
+                assert greeted.error == "this device's data cannot be used"
+                assert (dp, limit, asked[1]) == ("none", None, "other")
+                return
+            task = unpack_task(train(trainer._worker[1], config))
+            update = ask(trainer, pack_task(replace(task, config=order)))
+            sizes = len(update.payload), update.num_examples, update.metrics.get("local_steps")
+            facts.append((greeted.error, greeted.num_examples, update.error, *sizes))
+    finally:
+        logs.unconfigure()
+    assert facts[0] == facts[1]
+    assert facts[0][:2] == ("", 8)
+    assert facts[0][3] > 0 if dp == "example" else "dp=example alone" in facts[0][2]
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    notes = [(line["rows"], line["of"]) for line in lines if "without a label" in line["event"]]
+    assert notes == [(1, 8)]
+
+
+def test_a_limit_without_the_ledger_of_earlier_runs_is_noted(
+    own: Callable[..., Own], settings: Settings, tmp_path: Path
+) -> None:
+    log = tmp_path / "log.jsonl"
+    logs.configure(log)
+    try:
+        trainer = Trainer(own(epsilon=1.0), "cyd")
+        assert ask(trainer, hello(settings())).error == ""
+        Trainer(own(), "cyd")
+        assert "no ledger" not in log.read_text()
+        Trainer(own(epsilon=1.0), "cyd")
+        assert f'{own().state / "ledger.jsonl"}"' in log.read_text().splitlines()[-1]
+        Ledger(own().state / "ledger.jsonl").spend(RUN, 1, Release(4.0))
+        Trainer(own(epsilon=1.0), "cyd")
+        assert log.read_text().count("no ledger") == 1
+    finally:
+        logs.unconfigure()
+
+
 def test_the_model_stays_between_messages_and_runs(
     own: Callable[..., Own], settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -386,7 +444,7 @@ def test_what_its_examples_have_cost_outlives_runs_and_names(
     limited = own(epsilon=before * 1.01, delta=1e-4)
     said: list[str] = []
     reply = ask(Trainer(limited, "cyd", None, said.append), train(worker, worker.config))
-    assert reply.error.startswith("privacy limit of this device: ")
+    assert reply.error == "this round would exceed this device's own privacy limit"
     assert said == [reply.error]
     assert len(Ledger(path).releases()) == 2
 

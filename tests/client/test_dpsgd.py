@@ -222,7 +222,7 @@ def test_other_tensors_are_trained_in_batches_only_where_hooks_tell_them_apart(
 
 @pytest.mark.parametrize("role", ["lora", "bias", "full"])
 def test_a_base_in_half_precision(role: Any) -> None:
-    """The rounding of bfloat16 is all that is between them."""
+    """One sequence at a time: beside others it would round otherwise."""
     plain = base("qwen2", torch.bfloat16)
     model = LoraModel(plain) if role == "lora" else DenseModel(plain, role)
     trained = written(model, alive(model))
@@ -230,10 +230,22 @@ def test_a_base_in_half_precision(role: Any) -> None:
     alone = [own_gradient(model, trained, [s]) for s in data]
     clip = sorted(norm(g) for g in alone)[2]
     clipper = Clipper(model, trained, len(data))
+    assert clipper.size == 1
     with clipper.attached():
         found = clipper([[s] for s in data], clip)
     wanted = clipped_by_hand(alone, clip)
     assert apart(found, wanted) <= 3e-2 * norm(wanted)
+
+
+def test_a_quantised_base_sees_one_sequence_at_a_time() -> None:
+    """As bitsandbytes has it: a frozen layer whose weights are whole numbers."""
+    model = LoraModel(base("llama"))
+    trained = written(model, alive(model))
+    assert Clipper(model, trained, 6).size == 6
+    layer: Any = model.model.get_submodule("base_model.model.model.layers.0.mlp.down_proj")
+    plain = getattr(layer, "base_layer", layer)
+    plain.weight = nn.Parameter(plain.weight.to(torch.int8), requires_grad=False)
+    assert Clipper(model, trained, 6).size == 1
 
 
 # An example of several sequences
@@ -292,18 +304,27 @@ ADVERSARIAL = [*sequences(lengths=(12,)), *5 * sequences(lengths=(3,))]
 """A long example whose absence would make five short ones, which agree, count more."""
 
 
-def sensitivity(data: Sequence[Encoded], size: int = 64) -> float:
+CROWD = [*sequences(lengths=(48,)), *63 * sequences(lengths=(4,))]
+"""The padding that the long one brings makes all others round otherwise, in one direction."""
+
+
+def sensitivity(
+    data: Sequence[Encoded],
+    family: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    left_out: Sequence[int] | None = None,
+) -> float:
     """The most that leaving one example out moves the clipped sum, in units of the clip.
 
-    With clips that shorten all, half and none of the examples.
+    With clips that shorten all, half and none of the examples. `left_out`: which; any of them.
     """
-    model = LoraModel(base("llama"))
+    model = LoraModel(base(family, dtype))
     trained = written(model, alive(model))
     names = [i if s.example is None else s.example for i, s in enumerate(data)]
     pairs = list(zip(names, data, strict=True))
     groups = [[s for name, s in pairs if name == own] for own in sorted(set(names))]
     norms = sorted(norm(own_gradient(model, trained, group)) for group in groups)
-    clipper = Clipper(model, trained, size)
+    clipper = Clipper(model, trained, 64)
 
     def total(kept: Sequence[Sequence[Encoded]], clip: float) -> Params:
         flat = [replace(s, example=k) for k, group in enumerate(kept) for s in group]
@@ -313,7 +334,7 @@ def sensitivity(data: Sequence[Encoded], size: int = 64) -> float:
     with clipper.attached():
         for clip in (0.9 * norms[0], norms[len(norms) // 2], norms[-1]):
             whole = total(groups, clip)
-            for i in range(len(groups)):
+            for i in range(len(groups)) if left_out is None else left_out:
                 without = total(groups[:i] + groups[i + 1 :], clip)
                 worst = max(worst, apart(without, whole) / clip)
     return worst
@@ -330,6 +351,15 @@ def check_sensitivity(data: Sequence[Encoded]) -> None:
 )
 def test_leaving_an_example_out_moves_the_sum_by_at_most_the_clip(data: list[Encoded]) -> None:
     check_sensitivity(data)
+
+
+def test_leaving_a_long_example_out_in_half_precision() -> None:
+    assert sensitivity(CROWD, "qwen2", torch.bfloat16, [0]) <= 1 + 1e-5
+
+
+def test_the_check_of_half_precision_finds_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dpsgd, "_in_fp32", lambda model: True)
+    assert sensitivity(CROWD, "qwen2", torch.bfloat16, [0]) > 1.05
 
 
 def mean_of_the_batch(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -578,14 +608,35 @@ def test_an_example_that_is_not_finite_adds_nothing(size: int, settings: Setting
     assert apart(found.params, wanted.params) <= 1e-6 * norm(wanted.params)
 
 
-def test_gradients_that_overflow_add_nothing() -> None:
+def test_gradients_that_are_not_finite_add_nothing() -> None:
     total = {"a": torch.zeros(2), "b": torch.zeros(())}
     gradients = {
-        "a": torch.tensor([[3.0, 0.0], [1e30, 0.0], [0.0, 0.0], [math.inf, 0.0]]),
-        "b": torch.tensor([4.0, 1e30, 0.0, math.nan]),
+        "a": torch.tensor([[3.0, 0.0], [1e30, 0.0], [0.0, 0.0], [math.inf, 0.0], [0.0, 0.0]]),
+        "b": torch.tensor([4.0, 1e30, 0.0, 0.0, math.nan]),
     }
     dpsgd._add_clipped(total, gradients, 1.0)
-    torch.testing.assert_close(total, {"a": torch.tensor([0.6, 0.0]), "b": torch.tensor(0.8)})
+    root = 0.5**0.5  # the second is finite, though its square is not in fp32
+    wanted = {"a": torch.tensor([0.6 + root, 0.0]), "b": torch.tensor(0.8 + root)}
+    torch.testing.assert_close(total, wanted)
+
+
+@pytest.mark.parametrize("peak", [1e-30, 1e37, 3e38])
+@pytest.mark.parametrize("clip", [1e-6, 1.0])
+def test_no_gradient_is_too_large_or_small_to_be_clipped(peak: float, clip: float) -> None:
+    total = {"a": torch.zeros(3)}
+    dpsgd._add_clipped(total, {"a": torch.tensor([[peak, -peak, peak]])}, clip)
+    assert norm(total) <= clip * (1 + 1e-6)
+
+
+def test_the_norm_of_many_values_is_right() -> None:
+    """The sum of their squares in fp32 loses percents."""
+    values = torch.full((1, 3_000_000), 1e-4)
+    total = {"a": torch.zeros(3_000_000)}
+    dpsgd._add_clipped(total, {"a": values}, 0.1)
+    assert norm(total) == pytest.approx(0.1, rel=1e-6)
+    rows = torch.randn(2, 1_500_000, generator=torch.Generator().manual_seed(0))
+    wanted = [math.sqrt(math.fsum((row.double() ** 2).tolist())) for row in rows]
+    assert dpsgd._norms(rows).tolist() == pytest.approx(wanted, rel=1e-12)
 
 
 def test_the_hook_of_a_strategy_comes_after_the_noise(llama: LoraModel, settings: Settings) -> None:
@@ -658,8 +709,7 @@ def test_every_strategy_sends_what_it_always_sends(name: str, settings: Settings
         config = settings(strategy=name, optimizer="sgd", lr=0.01, batch_size=6)
         trainer = FirstOrder(model, SPEC, data, config, 0, round, private=private)
         client = SimpleNamespace(
-            trainer=trainer, lora=SPEC, config=config, seed=round, kept=kept, population=3,
-            data=data, kind="first_order", round=round, model=model,
+            trainer=trainer, lora=SPEC, seed=round, kept=kept, population=3, kind="first_order",
         )  # fmt: skip
         sent = strategy.broadcast(state)
         received = {**sent.payload, **sent.cached}
@@ -761,6 +811,16 @@ def test_dropout_is_at_work(settings: Settings) -> None:
     assert apart(*results) > 0
 
 
+def test_nobody_knows_the_masks_of_dropout(settings: Settings) -> None:
+    """All else is as before, the seed of the client too."""
+    model, start = LoraModel(base("llama"), dropout=0.5), alive(LoraModel(base("llama")))
+    results = [
+        local(model, sequences(), level(normal=generated(), uniform=coins()), settings).fit(start)
+        for _ in range(2)
+    ]
+    assert apart(results[0].params, results[1].params) > 1e-3
+
+
 def test_gradient_checkpointing_gives_the_same_step(settings: Settings) -> None:
     results = []
     for checkpointing in (False, True):
@@ -774,6 +834,43 @@ def test_gradient_checkpointing_gives_the_same_step(settings: Settings) -> None:
         assert model.base.model.is_gradient_checkpointing == checkpointing
         results.append(trainer.fit(alive(model)).params)
     assert apart(*results) <= 1e-6 * norm(results[0])
+
+
+class Routed(nn.Module):
+    """An expert that not every sequence is sent to."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.inner(x) if bool(x[0, -1, 0] > 0) else torch.zeros_like(x)
+        return found
+
+
+def test_an_expert_that_an_example_was_not_sent_to(settings: Settings) -> None:
+    """Its gradient is zero there: autograd says so too."""
+    plain = base("llama")
+    layer: Any = plain.model.model.layers[1]
+    layer.mlp = Routed(layer.mlp)
+    model, data = LoraModel(plain, ["gate_proj", "q_proj"]), sequences()
+    trained = written(model, alive(model))
+    alone = []
+    for s in data:
+        batch = {"input_ids": torch.tensor([list(s.input_ids)])}
+        labels = torch.tensor([list(s.labels)])  # type: ignore[arg-type]
+        loss = model.model(**batch, labels=labels).loss
+        found = torch.autograd.grad(loss, list(trained.values()), materialize_grads=True)
+        alone.append(dict(zip(trained, found, strict=True)))
+    reached = [bool(g["model.layers.1.mlp.inner.gate_proj.lora_A"].any()) for g in alone]
+    assert any(reached)
+    assert not all(reached)
+    clip = sorted(norm(g) for g in alone)[2]
+    wanted = clipped_by_hand(alone, clip)
+    assert apart(Clipper(model, trained, 1)([[s] for s in data], clip), wanted) <= 1e-6
+    model.model.zero_grad(set_to_none=True)
+    fit = local(model, data, level(), settings, micro_batch_size=1).fit(alive(model))
+    assert fit.num_examples == 6
 
 
 # The comparison before the first private step
@@ -792,10 +889,7 @@ class Mixing(nn.Module):
 
 
 def test_a_model_that_mixes_examples_is_refused(settings: Settings) -> None:
-    plain = base("llama")
-    layer: Any = plain.model.model.layers[1]
-    layer.post_attention_layernorm = Mixing(layer.post_attention_layernorm)
-    model = LoraModel(plain)
+    model = mixing()
     with pytest.raises(ModelError, match="micro_batch_size=1"):
         local(model, sequences(), level(), settings).fit(alive(model))
     alone = local(model, sequences(), level(), settings, micro_batch_size=1)
@@ -867,19 +961,15 @@ def test_it_is_made_once_for_a_model_and_what_is_trained(
         assert len(made) == wanted
 
 
-def test_a_single_example_settles_nothing(settings: Settings) -> None:
-    """With one there is nothing to mix: who has more compares again."""
+def mixing() -> LoraModel:
     plain = base("llama")
     layer: Any = plain.model.model.layers[1]
     layer.post_attention_layernorm = Mixing(layer.post_attention_layernorm)
-    model, data = LoraModel(plain), sequences()
-    local(model, data[:1], level(), settings).fit(alive(model))
-    with pytest.raises(ModelError):
-        local(model, data, level(), settings).fit(alive(model))
+    return LoraModel(plain)
 
 
 def test_it_moves_no_weight_and_no_random_state(settings: Settings) -> None:
-    model, data = LoraModel(base("bert"), dropout=0.3), sequences("bert")
+    model, data = LoraModel(base("bert")), sequences("bert")
     start = alive(model)
     results = []
     for _ in range(2):  # the second without the comparison
@@ -890,14 +980,55 @@ def test_it_moves_no_weight_and_no_random_state(settings: Settings) -> None:
     assert apart(*results) == 0
 
 
-def test_a_refusal_tells_nothing_of_the_data(settings: Settings) -> None:
-    plain = base("llama")
-    layer: Any = plain.model.model.layers[1]
-    layer.post_attention_layernorm = Mixing(layer.post_attention_layernorm)
-    model = LoraModel(plain)
-    texts = []
-    for data in (sequences(), sequences(lengths=(9, 9, 4))):
-        with pytest.raises(ModelError) as refused:
-            local(model, data, level(), settings).fit(alive(model))
-        texts.append(str(refused.value))
-    assert texts[0] == texts[1]
+@pytest.mark.parametrize(
+    "data", [sequences(), sequences()[:1], [Encoded([5], [5])], []],
+    ids=["many", "one", "no target", "none"],
+)  # fmt: skip
+def test_a_refusal_tells_nothing_of_the_data(settings: Settings, data: list[Encoded]) -> None:
+    """Whoever is there, also where nobody could be mixed with anybody."""
+    with pytest.raises(dpsgd.SelfTestError) as refused:
+        local(mixing(), data, level(), settings).fit(alive(mixing()))
+    assert str(refused.value).startswith("dp=example: in a batch, the gradients of examples are")
+
+
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+@pytest.mark.parametrize("label", [0, 2])
+def test_no_label_decides_what_the_server_hears(
+    settings: Settings, scale: float, label: int
+) -> None:
+    """A head that makes the loss of one class underflow: neither an oracle nor a refusal."""
+    model = LoraModel(base("bert"))
+    start = {n: scale * t if "classifier" in n else t for n, t in alive(model).items()}
+    start["classifier.bias"] = torch.tensor([0.0, 0.0, 60.0])
+    data = [Encoded(s.input_ids, label) for s in sequences("bert")]
+    assert local(model, data, level(), settings).fit(start).num_examples == 6
+
+
+def test_no_example_is_compared(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model sees each of ours once, in the step itself."""
+    model, data, seen = LoraModel(base("llama")), sequences(), []
+    model.model.register_forward_pre_hook(
+        lambda _, args, named: seen.extend(named["input_ids"].tolist()), with_kwargs=True
+    )
+    local(model, data, level(), settings).fit(alive(model))
+    for s in data:
+        assert sum(row[: len(s.input_ids)] == list(s.input_ids) for row in seen) == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_synthetic_examples_are_as_encoding_makes_them(family: str) -> None:
+    model = LoraModel(base(family))
+    found = dpsgd.synthetic(model)
+    assert found == dpsgd.synthetic(LoraModel(base(family)))
+    assert [len(example) for example in found] == [1, 2, 1, 1]
+    flat = [s for example in found for s in example]
+    assert len({len(s.input_ids) for s in flat}) == 5
+    assert all(0 <= k < 258 for s in flat for k in s.input_ids)
+    assert all(s.targets for s in flat)
+    if family == "bert":
+        assert {s.labels for s in flat} == {0, 1, 2}
+    else:
+        labels = [s.labels for s in flat if not isinstance(s.labels, int)]
+        assert [row.count(-100) for row in labels] == [0, 0, 0, 2, 0]
+        for s, row in zip(flat, labels, strict=True):
+            assert all(k in (-100, own) for k, own in zip(row, s.input_ids, strict=True))

@@ -1,5 +1,6 @@
 """A phone's half of the protocol: it needs no torch, and survives whatever ends a call."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -19,8 +20,10 @@ from hypothesis import strategies as st
 
 from corolla import calls, certs, rpc, wire
 from corolla.client.downloads import fetch, fetch_model, verified
+from corolla.client.own import Own
 from corolla.client.phone import Phone, Settings, _read_packet, _write_packet
-from corolla.errors import ConfigError, StoppedError, WireError
+from corolla.client.phone_trainer import TorchTrainer
+from corolla.errors import ConfigError, DataError, StoppedError, WireError
 from corolla.packet import Packet
 from corolla.proto import device_pb2 as pb
 from corolla.server.blobs import Blobs, manifest
@@ -441,6 +444,53 @@ def test_a_phone_that_is_stopped_says_so_to_the_gateway(world: World) -> None:
     assert job
     assert [own.why for own in job.round.leases.values()] == ["given up: the device was stopped"]
     asked.result()
+
+
+def test_what_is_wrong_with_its_data_is_said_to_the_owner_alone(world: World) -> None:
+    task = gateways.a_task(CONFIG.model_copy(update={"deadline": 6.0}), seats=1)
+    why = "/home/eve/clinic.jsonl, line 3: unknown split 'secret'"
+
+    def fail(wanted: Callable[[], bool]) -> None:
+        raise DataError(why)
+
+    said: list[str] = []
+    asked, phone = ask(world, task), a_phone(world, Scripted(task, during=fail))
+    phone.say = said.append
+    with phone.channel:
+        phone.run(once=True)
+    job = world.gateway._job
+    assert job
+    (found,) = [own.why for own in job.round.leases.values()]
+    assert found == "this device's data cannot be used"
+    assert why in said
+    asked.result()
+
+
+def test_a_trainer_of_a_phone_tells_its_owner_why(
+    tiny_model: Path, tmp_path: Path, federation_file: Path
+) -> None:
+    """Its data may change before its model is loaded, and after."""
+    rows = tmp_path / "rows.jsonl"
+    good, bad = federation_file.read_text(), '{"text": "a", "split": "secret"}\n'
+    rows.write_text(good)
+    own: dict[str, Any] = {"server": "localhost:1", "data": str(rows), "model": str(tiny_model)}
+    mine = Own.model_validate({**own, "state": tmp_path / "state", "threads": 1, "device": "cpu"})
+    said: list[str] = []
+    trainer = TorchTrainer(mine, said.append)
+
+    def answer(rank: int) -> str:
+        told = json.dumps({"run": {"rank": rank, "max_length": 48}})
+        packet = wire.pack_task(Task("ab" * 16, 0, "", wire.Kind.HELLO, told))
+        return wire.unpack_reply(trainer.answer("g/p", packet, None, lambda: True), 0).error
+
+    rows.write_text(bad)
+    with pytest.raises(DataError, match="secret"):  # the phone tells its owner
+        answer(2)
+    rows.write_text(good)
+    assert answer(2) == ""
+    rows.write_text(bad)
+    assert answer(3) == "this device's data cannot be used"
+    assert "secret" in said[-1]
 
 
 def test_a_phone_without_a_model_gets_the_gateways(model: Path, tmp_path: Path) -> None:

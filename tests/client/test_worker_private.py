@@ -3,7 +3,8 @@
 import json
 import logging
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,10 +14,10 @@ from scipy.stats import norm
 
 from corolla import data, models, trainable, wire
 from corolla.accounting import Release, epsilon, gaussian_epsilon
-from corolla.client.worker import LocalClient, Worker
+from corolla.client.worker import Worker
 from corolla.config import RunConfig
 from corolla.data import Example, FederatedData, Split
-from corolla.errors import DataError, DivergedError, StoppedError
+from corolla.errors import CorollaError, DataError, DivergedError, ModelError, StoppedError
 from corolla.ledger import Ledger, Limit
 from corolla.memory import Memory
 from corolla.simulation import simulate
@@ -213,19 +214,36 @@ def test_a_run_ends_for_a_client_where_its_budget_ends(make: Callable[..., Worke
     assert ask(worker, "ada", another).error == ""  # a run has its own budget
 
 
-def test_a_device_has_a_limit_of_its_own_over_all_runs(make: Callable[..., Worker]) -> None:
-    """Each run asks for little; at the device's own delta."""
+def test_a_device_has_a_limit_of_its_own_over_all_runs(
+    make: Callable[..., Worker], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each run asks for little; at the device's own delta. What others had is told to nobody."""
     most = gaussian_epsilon(math.sqrt(2 * 2) / 4, 1e-6) * (1 + 1e-9)
     worker = make(limit=Limit(most, 1e-6), **EVERYBODY)
     for number in (1, 2):
         packet = task(worker, run_id=f"{number:032x}")
         assert ask(worker, "ada", packet).error == ""
-    reply = ask(worker, "ada", task(worker, run_id=OTHER))
-    assert reply.error.startswith(
-        "privacy limit of this device: this round would bring all its runs to epsilon "
-    )
-    assert reply.error.endswith(f"of {most:g} at delta 1e-06")
+    with caplog.at_level(logging.ERROR, "corolla"):
+        reply = ask(worker, "ada", task(worker, run_id=OTHER))
+    assert reply.error == "this round would exceed this device's own privacy limit"
     assert len(ledger(worker).releases()) == 2
+    facts = [getattr(record, "facts", {}) for record in caplog.records]
+    assert [own["epsilon"] for own in facts] == [
+        pytest.approx(gaussian_epsilon(math.sqrt(3 * 2) / 4, 1e-6))
+    ]
+
+
+def test_an_owners_delta_that_protects_nobody_is_refused_before_it_costs(
+    make: Callable[..., Worker],
+) -> None:
+    rows = [Example("x" * (i + 1)) for i in range(12)]
+    federation = FederatedData("test", {"ada": Split(rows, [])}, rows, [], "")
+    for delta, refused in ((1 / 12, True), (0.09, True), (0.08, False)):
+        worker = make(limit=Limit(50.0, delta), federation=federation, **EVERYBODY)
+        why = ask(worker, "ada", task(worker)).error
+        assert ("its owner has to set one below 1 / examples" in why) == refused
+        assert (why != "") == refused
+        assert ledger(worker).path.exists() != refused
 
 
 def test_a_device_keeps_one_ledger_for_all_its_names(
@@ -289,7 +307,7 @@ def test_a_damaged_ledger_refuses_in_one_line_and_tells_its_owner_why(
     assert reply.payload == b""
     assert path.read_bytes() == damaged
     facts = [getattr(record, "facts", {}).get("why", "") for record in caplog.records]
-    assert any(f"{path} is damaged in line 1 of 2: restore it" in why for why in facts)
+    assert any(f"{path} is damaged in line 1 of 2: put back" in why for why in facts)
 
 
 # What goes wrong
@@ -300,6 +318,7 @@ def test_a_damaged_ledger_refuses_in_one_line_and_tells_its_owner_why(
     [
         DivergedError("loss is nan at local step 3: lower lr"),
         DataError("row 7 has no label"),
+        ModelError("gradients of row 7 cannot be told apart"),
         RuntimeError("value 3.14"),
         MemoryError(),
         KeyError("secret"),
@@ -320,8 +339,18 @@ def test_what_goes_wrong_in_training_is_told_in_public_words(
     assert reply.error == "this device could not train; its own log says why"
     assert len(ledger(worker).releases()) == 1
     whys = [getattr(record, "facts", {}).get("why", "") for record in caplog.records]
-    known = str(error) if isinstance(error, DivergedError | DataError) else type(error).__name__
+    known = str(error) if isinstance(error, CorollaError) else type(error).__name__
     assert whys == [known]
+
+
+def test_why_a_model_cannot_be_trained_in_batches_is_told(make: Callable[..., Worker]) -> None:
+    """It was found without any example, and who set up the run has to know."""
+    worker = make(micro_batch_size=2, **EVERYBODY)
+    name = next(n for n, m in worker.model.model.named_modules() if type(m).__name__ == "LoraModel")
+    layer = worker.model.model.get_submodule(name).get_submodule("model.model.layers.0")
+    layer.register_forward_hook(lambda module, args, out: out + 0.1 * out.mean(dim=(0, 1)))
+    error = ask(worker, "ada", task(worker)).error
+    assert error.startswith("dp=example: in a batch, the gradients of examples are not")
 
 
 def test_an_example_that_cannot_be_read_is_told_in_public_words(
@@ -355,6 +384,55 @@ def test_a_strategy_that_trains_twice_is_stopped(make: Callable[..., Worker]) ->
     assert ask(worker, "ada", task(worker)).error == (
         "dp=example: the strategy takes more than the 2 steps of a round"
     )
+
+
+@pytest.mark.parametrize("reach", ["data", "trainer.data", "forward.data", "private", "model"])
+def test_a_strategy_does_not_come_across_examples(
+    make: Callable[..., Worker], caplog: pytest.LogCaptureFixture, reach: str
+) -> None:
+    """They are there without privacy, and what `Client` promises always is."""
+
+    class Curious(FedAvg):
+        def local(self, client: Client, received: Payload) -> Update:
+            operator.attrgetter(reach)(client)
+            return super().local(client, received)
+
+    for dp, refused in (("none", False), ("example", True)):
+        worker = make(dp=dp, **EVERYBODY)
+        worker.strategy = Curious()
+        with caplog.at_level(logging.ERROR, "corolla"):
+            assert bool(ask(worker, "ada", task(worker)).error) == refused
+    assert [getattr(record, "facts", {})["why"] for record in caplog.records] == ["AttributeError"]
+
+
+def test_a_strategy_cannot_take_privacy_off_a_client(make: Callable[..., Worker]) -> None:
+    class Plain(FedAvg):
+        def local(self, client: Client, received: Payload) -> Update:
+            return super().local(replace(client, private=None), received)  # type: ignore[type-var]
+
+    worker = make(**EVERYBODY)
+    worker.strategy = Plain()
+    assert "could not train" in ask(worker, "ada", task(worker)).error
+
+
+def test_a_strategy_sees_all_that_a_client_promises(make: Callable[..., Worker]) -> None:
+    """As a strategy without privacy sees it."""
+    seen: list[Mapping[str, Any]] = []
+
+    class Looking(FedAvg):
+        def local(self, client: Client, received: Payload) -> Update:
+            names = ("seed", "lora", "population", "kept", "kind")
+            found = {name: getattr(client, name) for name in names}
+            fresh = client.trainer.init(3)
+            total = sum(float(tensor.double().sum()) for tensor in fresh.values())
+            seen.append({**found, "fresh": total, "queries": client.forward.queries})
+            return super().local(client, received)
+
+    for dp in ("none", "example"):
+        worker = make(dp=dp, local_steps=2, **EVERYBODY)
+        worker.strategy = Looking()
+        assert ask(worker, "ada", task(worker)).error == ""
+    assert seen[0] == seen[1]
 
 
 def test_what_a_strategy_measures_beside_is_not_sent(make: Callable[..., Worker]) -> None:
@@ -394,8 +472,11 @@ def test_a_run_that_was_stopped_goes_on_with_what_it_has_spent(
     config = settings(rounds=2, **private)
     real = FedAvg.local
 
-    def stop(strategy: FedAvg, client: LocalClient, received: Payload) -> Update:
-        if client.round == 2:
+    trained: list[int] = []
+
+    def stop(strategy: FedAvg, client: Client, received: Payload) -> Update:
+        trained.append(client.seed)
+        if len(trained) == 5:  # the first of the second round
             raise KeyboardInterrupt
         return real(strategy, client, received)
 
@@ -409,12 +490,12 @@ def test_a_run_that_was_stopped_goes_on_with_what_it_has_spent(
     assert sorted(rounds) == [[1, 2], [1, 2], [1, 2], [1, 2, 2]]
 
 
+@pytest.mark.parametrize("noise", [0.001, 0.01, 0.1])
+@pytest.mark.parametrize("batch", [3, 16])
 def test_a_server_that_asks_for_hardly_any_noise_is_refused_by_the_limit(
-    make: Callable[..., Worker],
+    make: Callable[..., Worker], noise: float, batch: int
 ) -> None:
-    for noise in (1e-200, 1e-9, 0.1):
-        for batch in (3, 16):
-            limit = Limit(8.0, 1e-5)
-            worker = make(limit=limit, noise_multiplier=noise, batch_size=batch)
-            assert ask(worker, "cyd", task(worker)).error != ""
-            assert not ledger(worker, "cyd").path.exists()
+    worker = make(limit=Limit(8.0, 1e-5), noise_multiplier=noise, batch_size=batch)
+    error = ask(worker, "cyd", task(worker)).error
+    assert error == "this round would exceed this device's own privacy limit"
+    assert not ledger(worker, "cyd").path.exists()

@@ -215,3 +215,10 @@ def test_calibration(budget: float, q: float, count: int, z: float | None) -> No
 
 def test_calibration_of_a_budget_that_needs_no_noise_to_speak_of() -> None:
     assert 0 < calibrate(1e9, 1e-5, 1, 1.0) <= 1e-3
+
+
+@pytest.mark.parametrize("q", [1.0, 0.1])
+@pytest.mark.parametrize("z", [0.0, 1e-200, 1e-7])
+def test_hardly_any_noise_is_none(z: float, q: float) -> None:
+    assert epsilon([Release(z, q, 3)], 1e-5) == math.inf
+    assert second_opinions([Release(z, q, 3)], 1e-5) == {"RDP": math.inf}

@@ -133,3 +133,12 @@ def test_a_file_that_cannot_be_opened_is_said(tmp_path: Path) -> None:
         opened(tmp_path / "none" / "file.jsonl")
     with pytest.raises(ArtefactError, match="cannot be read"):
         chained.read(tmp_path, "")
+
+
+def test_lines_lost_from_the_end_leave_no_trace(tmp_path: Path) -> None:
+    """What the format does not promise: whoever needs it must keep the newest copy."""
+    path = tmp_path / "file.jsonl"
+    lines = written(path).splitlines(keepends=True)
+    for kept in range(len(lines)):
+        path.write_bytes(b"".join(lines[:kept]))
+        assert chained.read(path, "").entries == ENTRIES[:kept]

@@ -615,6 +615,7 @@ def test_what_would_run_and_mean_nothing_is_refused(changes: dict[str, Any], tol
         (["participations=3"], "participations=3 is for dp=example or dp=client"),
         (["separation=3"], "separation=3 is for dp=client, found dp=none"),
         (["dp=client"], "dp=client needs epsilon"),
+        (["dp=client", "noise-multiplier=1e-9"], "greater than or equal to 0.001"),
         (["dp=example"], "dp=example needs epsilon"),
         (["dp=client", "epsilon=8", "noise-multiplier=1"], "give one of them"),
         (
@@ -631,6 +632,7 @@ def test_what_would_run_and_mean_nothing_is_refused(changes: dict[str, Any], tol
         ),
         (["dp=client", "epsilon=8", "robust=median"], "leave robust out"),
         (["dp=client", "epsilon=8", "buffer=2"], "leave buffer out"),
+        (["dp=client", "epsilon=8", "max-norm=2"], "leave max-norm out"),
         (["dp=client", "epsilon=8", "selection=weighted"], "use selection=uniform"),
         (["dp=client", "epsilon=8", "dp-mechanism=banded"], "set separation to 2 or more"),
         (
@@ -706,8 +708,18 @@ def test_noisy_gradients_are_not_clipped_again_unless_told(tmp_path: Path) -> No
     assert told.clip_norm == 0.5
 
 
-def test_a_draw_of_all_clients_cannot_be_a_gateway_s(tmp_path: Path) -> None:
-    """Its devices come and go: nobody knows how many there are to draw from."""
-    given = load(tmp_path, settings=["dp=client", "epsilon=8", "dp-sampling=poisson"])
-    with pytest.raises(ConfigError, match="dp-sampling=poisson draws from all clients there are"):
+@pytest.mark.parametrize(
+    ("setting", "why"),
+    [
+        ("dp-sampling=poisson", "dp-sampling=poisson draws from all clients there are"),
+        ("participations=1", "bar single clients for a while"),
+        ("separation=2", "bar single clients for a while"),
+    ],
+)
+def test_who_may_take_part_cannot_be_decided_for_a_gateway(
+    tmp_path: Path, setting: str, why: str
+) -> None:
+    """Its devices come and go: nobody knows how many there are, or which it will ask."""
+    given = load(tmp_path, settings=["dp=client", "epsilon=8", setting])
+    with pytest.raises(ConfigError, match=why):
         combinations.refuse_gateways(given, given.build_strategy())

@@ -460,6 +460,54 @@ def test_labels_of_a_device_are_those_of_the_run(rows: Rows) -> None:
         device(rows(numbered(8)), "p", ["a", "c"])
 
 
+PRIVATE: list[dict[str, Any]] = [
+    {"dp": "example", "noise_multiplier": 1.0},
+    {"limited": True},
+]
+
+
+def private_device(path: Path, labels: Sequence[str] = (), **given: Any) -> FederatedData:
+    limited = given.pop("limited", False)
+    return data.load_device(RunConfig(data=str(path), **given), "p", labels, limited)
+
+
+@pytest.mark.parametrize("private", PRIVATE)
+def test_under_privacy_one_row_less_is_one_example_less(
+    rows: Rows, private: dict[str, Any]
+) -> None:
+    """Whatever the others are, and with the same seed: nothing is carved for evaluation."""
+    every = numbered(20)
+    whole = private_device(rows(every), **private).clients["p"]
+    assert (texts(whole.train), whole.eval) == ({row["text"] for row in every}, ())
+    for left_out in (0, 7, 19):
+        fewer = private_device(rows(every[:left_out] + every[left_out + 1 :]), **private)
+        assert texts(whole.train) - texts(fewer.clients["p"].train) == {f"row {left_out}"}
+        assert len(fewer.clients["p"].train) == 19
+
+
+@pytest.mark.parametrize("private", PRIVATE)
+def test_under_privacy_a_rows_own_split_decides_of_that_row_alone(
+    rows: Rows, private: dict[str, Any]
+) -> None:
+    marked = [{"text": split, "split": split} for split in ("train", "test", "validation", "dev")]
+    for others in ([], marked[1:2], marked[1:]):
+        path = rows([marked[0], *others, *numbered(4)])
+        found = private_device(path, **private).clients["p"]
+        assert texts(found.train) == {"train", *(f"row {i}" for i in range(4))}
+
+
+@pytest.mark.parametrize("private", PRIVATE)
+@pytest.mark.parametrize("labels", [["a", "b"], ["a", "c"], ["x", "y"]])
+def test_under_privacy_a_row_with_another_label_stays_without_a_target(
+    rows: Rows, private: dict[str, Any], labels: Sequence[str]
+) -> None:
+    found = private_device(rows(labelled(8, "ab")), labels, **private)
+    wanted = [(f"row {i}", "ab"[i % 2] if "ab"[i % 2] in labels else None) for i in range(8)]
+    assert [(e.text, e.label) for e in found.clients["p"].train] == wanted
+    unlabelled = private_device(rows(numbered(8)), labels, **private)
+    assert [e.label for e in unlabelled.clients["p"].train] == [None] * 8
+
+
 def test_a_device_with_too_little_is_told(rows: Rows) -> None:
     with pytest.raises(DataError, match="1 of 1 rows are left to train on, the run asks for min"):
         device(rows(numbered(1)), "p")

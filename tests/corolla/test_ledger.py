@@ -143,7 +143,7 @@ def test_a_damaged_ledger_neither_tells_nor_spends(tmp_path: Path, damage: str) 
     }[damage] + ([*lines[2:]] if damage == "moved" else lines[1:])
     assert changed != lines
     made.path.write_bytes(b"".join(changed))
-    message = r"is damaged in line 1 of \d: restore it from a copy; without it nobody knows"
+    message = r"is damaged in line 1 of \d: put back the newest copy there is: an older one"
     for attempt in (
         lambda: made.releases(),
         lambda: made.epsilon(DELTA, TWO),
@@ -162,7 +162,7 @@ def test_lines_of_another_kind_are_an_error_and_never_nothing(
     with chained.Chained(made.path, "", "") as file:
         file.append(entry)
     for attempt in (lambda: made.releases(), lambda: made.spend(ONE, 1, Release(4.0))):
-        with pytest.raises(ArtefactError, match="no ledger of this version: restore"):
+        with pytest.raises(ArtefactError, match="no ledger of this version: put back"):
             attempt()
 
 

@@ -149,6 +149,11 @@ def test_the_plan_of_privacy_is_shown() -> None:
         (["--cohort", "1000"], 2, "cohort 1000 is larger"),
         (["--strategy", "fedsomething"], 2, "unknown strategy"),
         ([*PRIVATE, "--cohort", "9", "--clients", "9", "--set", "separation=2"], 2, "needs 18"),
+        (
+            [*PRIVATE, "--cohort", "9", "--clients", "9", "--set", "participations=1"],
+            2,
+            "9 clients have 9: set rounds to 1 or less",
+        ),
     ],
 )
 def test_wrong_inputs_get_one_line(arguments: list[str], code: int, why: str) -> None:

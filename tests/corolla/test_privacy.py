@@ -1,5 +1,6 @@
 """Differential privacy: what is bounded, what is added, what is accounted, what is refused."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from corolla import accounting, codec, privacy, strategies
 from corolla.accounting import Release
+from corolla.aggregation import WeightedMean
 from corolla.combinations import not_noised
 from corolla.config import RunConfig
 from corolla.errors import ConfigError
@@ -21,6 +23,7 @@ from corolla.privacy import (
     ClientLevel,
     ExampleLevel,
     Guarantee,
+    Normal,
     client_plan,
     clip_factors,
     example_level,
@@ -28,6 +31,7 @@ from corolla.privacy import (
     os_uniform,
     planned_rounds,
 )
+from corolla.strategies.fedavg import FedAvg
 from corolla.types import Payload
 from tests.corolla import privacy_checks as checks
 from tests.corolla.privacy_checks import C, config, filled, flat, level, release, silent
@@ -427,7 +431,10 @@ def test_a_budget_is_kept_to_the_end_and_not_beyond(changes: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("dp_sampling", ["fixed", "poisson"])
 def test_a_resumed_account_is_the_undisturbed_one_and_what_was_repeated(dp_sampling: str) -> None:
-    """A round that was noted and not committed is noted once more: both count."""
+    """A round that was noted and not committed is noted once more: both count.
+
+    Of Poisson sampling both have the same secret cohort, where two rounds would have one each.
+    """
     given: dict[str, Any] = {"population": 100, "delta": 1e-3, "dp_sampling": dp_sampling}
     events: list[dict[str, Any]] = []
     noted: list[Mapping[str, Any]] = []
@@ -443,7 +450,59 @@ def test_a_resumed_account_is_the_undisturbed_one_and_what_was_repeated(dp_sampl
     assert resumed.guarantee() == undisturbed.guarantee()
     play(resumed, [3, 4])
     play(undisturbed, [4, 5])
-    assert resumed.guarantee().epsilon == undisturbed.guarantee().epsilon
+    if dp_sampling == "fixed":
+        assert resumed.guarantee().epsilon == undisturbed.guarantee().epsilon
+        return
+    z, q = resumed.noise_multiplier, resumed.sampling_probability
+    wanted = accounting.epsilon([Release(z, q, 3), Release(z / math.sqrt(2), q)], 1e-3)
+    assert resumed.guarantee().epsilon == pytest.approx(wanted, rel=1e-6)
+    assert wanted > 1.1 * undisturbed.guarantee().epsilon
+    assert resumed.next_epsilon(4) > resumed.next_epsilon(5)
+
+
+def test_a_repeated_poisson_round_costs_what_its_densities_say() -> None:
+    """Two looks at one secret draw, by integration: (1 - q) N(0, 1/2) + q N(1, 1/2) of a mean."""
+    q, delta = 0.1, 1e-5
+    own = level(population=100, cohort=10, dp_sampling="poisson", delta=delta, noise_multiplier=1.0)
+    for _ in range(2):
+        own.release(own.aggregator(WeightedMean, {}, W), [], {}, lambda event: None, round=1)
+    y = torch.linspace(-12, 13, 2_000_001, dtype=torch.float64)
+    std = math.sqrt(0.5)
+    none, one = (torch.exp(-(((y - mean) / std) ** 2) / 2) / math.sqrt(math.pi) for mean in (0, 1))
+    mixed = (1 - q) * none + q * one
+
+    def excess(epsilon: float) -> float:
+        over = [a - math.exp(epsilon) * b for a, b in ((mixed, none), (none, mixed))]
+        return max(float(torch.trapezoid(d.clamp(min=0), y)) for d in over)
+
+    told = own.guarantee().epsilon
+    assert excess(told) <= delta * 1.01
+    assert excess(told - 0.01) > delta
+
+
+class _Shared(FedAvg):
+    """Gives out one aggregator for all."""
+
+    kept = WeightedMean()
+
+    def aggregator(self) -> WeightedMean:
+        return self.kept
+
+
+class _Peeking(WeightedMean):
+    """Remembers more than a sum."""
+
+
+class _Odd(FedAvg):
+    def aggregator(self) -> _Peeking:
+        return _Peeking()
+
+
+def test_aggregators_of_ones_own_are_looked_at() -> None:
+    with pytest.raises(ConfigError, match="make a new one each time"):
+        level().aggregator(_Shared().aggregator, {}, {"adapter": {"w": torch.zeros(3)}})
+    assert "not one mean" in not_noised(_Odd())
+    assert not not_noised(FedAvg())
 
 
 def test_who_may_take_part() -> None:
@@ -598,6 +657,8 @@ def test_a_delta_that_would_allow_to_publish_an_example() -> None:
     with pytest.raises(ConfigError, match=r"training examples of a client: set less than 0\.01"):
         example_level(given, 100)
     assert isinstance(example_level(given, 99), ExampleLevel)
+    with pytest.raises(ConfigError, match="needs training examples of a client to protect"):
+        example_level(given, 0)
 
 
 def test_nothing_of_it_follows_a_seed_of_the_run() -> None:
@@ -606,3 +667,30 @@ def test_nothing_of_it_follows_a_seed_of_the_run() -> None:
     assert ExampleLevel(1, 1, 1.0, 1.0, 0.1, 1).uniform is privacy.os_uniform
     assert level()._normal is privacy.os_normal
     assert level()._uniform is privacy.os_uniform
+
+
+def test_large_tensors_get_their_noise_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same values as in one piece, for every slice its own."""
+    whole, sliced = (
+        dataclasses.replace(checks.examples(), normal=_from(torch.Generator().manual_seed(7)))
+        for _ in range(2)
+    )
+    sums = {"a": torch.ones(3, 5), "b": torch.tensor(2.0)}
+    expected = whole.noised(sums)
+    monkeypatch.setattr(privacy, "_SLICE", 4)
+    found = sliced.noised(sums)
+    for name, tensor in sums.items():
+        assert found[name].shape == tensor.shape
+        assert found[name].dtype == torch.float32
+        assert torch.equal(found[name], expected[name])
+    assert len(set(found["a"].flatten().tolist())) == 15
+
+
+def _from(generator: torch.Generator) -> Normal:
+    """Normal values one after another, whatever the shapes they are asked for in."""
+
+    def draw(shape: Sequence[int]) -> torch.Tensor:
+        values = [torch.randn((), generator=generator) for _ in range(math.prod(shape))]
+        return torch.stack(values).double().reshape(tuple(shape))
+
+    return draw
