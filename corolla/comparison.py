@@ -116,7 +116,7 @@ def _cell(
         peak_rss=info["peak_rss"],
         bytes_up=info["bytes_up"] / info["num_clients"],
         bytes_down=info["bytes_down"] / info["num_clients"],
-        dropped=sum(line["dropped"] for line in lines),
+        dropped=sum(line.get("dropped", 0) for line in lines),
         simulated=clock == "sim_seconds",
         evidence=_evidence(info, lines, plans),
         work=[method["trainers"], *(config[k] for k in _WORK)],
@@ -149,7 +149,7 @@ def _evidence(
 def _cohorts(lines: Sequence[Mapping[str, Any]]) -> list[list[str] | None]:
     """Who was asked in each round; None where the line does not tell all of them."""
     told = [sorted({*line.get("client_loss", {}), *line.get("dropped_why", {})}) for line in lines]
-    asked = [line["clients"] + line["dropped"] for line in lines]
+    asked = [line["clients"] + line.get("dropped", 0) for line in lines]
     return [own if len(own) == n else None for own, n in zip(told, asked, strict=True)]
 
 

@@ -117,7 +117,7 @@ class Bars:
             f"simulated {line['sim_seconds']:,.1f} s" if "sim_seconds" in line else "",
             f"epsilon {line['epsilon']:.3g}" if "epsilon" in line else "",
             _zeros(line),
-            f"[yellow]{line['dropped']} dropped[/]" if line["dropped"] else "",
+            f"[yellow]{line['dropped']} dropped[/]" if line.get("dropped") else "",
         ]
         self.console.print(
             "  ".join(part for part in parts if part), highlight=False, soft_wrap=True

@@ -179,7 +179,8 @@ class _Log(Silent):
         log(INFO, "round %d: %d clients asked", round, cohort)
 
     def round_ended(self, line: Mapping[str, Any]) -> None:
-        shown = {k: line[k] for k in ("round", "train_loss", "eval_loss", "seconds", "dropped")}
+        names = ("round", "train_loss", "eval_loss", "seconds", "dropped")
+        shown = {name: line[name] for name in names if name in line}
         log(INFO, "%s", json.dumps(shown))
 
 

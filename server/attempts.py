@@ -65,7 +65,9 @@ class Attempts:
         """
         round, past, config = at.round + 1, self.journal.past, federation.config
         first = attempt = past.attempt(round)
+        secret = self.spending.poisson
         while True:
+            last = attempt + 1 >= first + config.attempts
             # Buffered updates are simulated: the same clients are drawn again from the seed.
             again = attempt == first and not config.buffer
             plan = past.plan(round) if again else None
@@ -73,12 +75,12 @@ class Attempts:
             began = time.monotonic()
             try:
                 with logs.bind(round=round):
-                    result = self._ask(federation, at, attempt, plan, online)
+                    result = self._ask(federation, at, attempt, plan, online, last)
             except RoundError as error:
                 self._note_verdicts(round, attempt, error.verdicts)
                 self.journal.append("abandoned", round=round, attempt=attempt, why=str(error))
                 attempt += 1
-                left = attempt < first + config.attempts and not _diverged(error.verdicts)
+                left = not last and (secret or not _diverged(error.verdicts))
                 if left and not self.spending.ended(federation, round):
                     self._warn(f"{error}; it is tried again")
                     continue
@@ -90,7 +92,13 @@ class Attempts:
             return Done(federation, attempt, result, time.monotonic() - began)
 
     def _ask(
-        self, federation: Federation, at: Checkpoint, attempt: int, plan: Entry | None, online: int
+        self,
+        federation: Federation,
+        at: Checkpoint,
+        attempt: int,
+        plan: Entry | None,
+        online: int,
+        last: bool,
     ) -> RoundResult:
         """Ask the cohort of `plan`, else a new one that is in the journal before it is asked."""
         round = at.round + 1
@@ -100,13 +108,17 @@ class Attempts:
 
         def planned(new: Plan) -> None:
             if plan is None:
-                self.journal.append("planned", **asdict(new), online=online)
+                away: dict[str, Any] = {}
+                if self.spending.poisson:  # nobody waits for those when the round is resumed
+                    away = {"away": sorted(new.cohort.keys() - self.network.online())}
+                self.journal.append("planned", **asdict(new), online=online, **away)
                 self.spending.asked.update(new.cohort.keys())
                 self.drawn[round] = new.cohort
             fail_point("planned", round)
 
         def replied(client: str) -> None:
-            self.observer.replied(client)
+            if not self.spending.poisson:  # how many are asked is a secret then
+                self.observer.replied(client)
             fail_point("waiting", round)
 
         def noted(event: Mapping[str, Any]) -> None:
@@ -128,6 +140,7 @@ class Attempts:
             on_plan=planned,
             spending=self.spending,
             note=noted,
+            last=last,
         )
 
     def _drawn(self, round: int) -> Mapping[str, int] | None:
@@ -143,23 +156,25 @@ class Attempts:
         Those of a cohort that has been asked before get time to come back.
         """
         began, paused, config = time.monotonic(), False, federation.config
+        able = "clients" if config.dp == "none" else "clients that may take part"
         while True:
             online = self.network.online()
             federation = self._joined(federation, online)
             needed = federation.quorum(self._wanted(federation, round))
             here = self._room(federation, round, federation.present(round, online))
             waited = time.monotonic() - began
-            back = plan is None or plan["cohort"].keys() <= online or waited > _BACK
+            gone = plan["cohort"].keys() - online - set(plan.get("away", ())) if plan else ()
+            back = not gone or waited > _BACK
             if here >= needed and back:
                 return federation, here
             if here < needed and waited >= config.wait:
                 raise StoppedError(
-                    f"round {round}: {here} clients are online, {needed} are needed, for "
+                    f"round {round}: {here} {able} are online, {needed} are needed, for "
                     f"{waited:.0f} seconds"
                 )
             if here < needed and not paused:
                 self.journal.append("paused", round=round, online=here, needed=needed)
-                self._warn(f"round {round}: paused, {here} clients online, {needed} are needed")
+                self._warn(f"round {round}: paused, {here} {able} online, {needed} are needed")
                 paused = True
             time.sleep(_POLL)
 
@@ -207,6 +222,8 @@ class Attempts:
         codes = {client: str(verdict.code) for client, verdict in verdicts.items()}
         why = {client: verdict.why for client, verdict in verdicts.items() if not verdict.accepted}
         self.journal.append("verdicts", round=round, attempt=attempt, verdicts=codes, why=why)
+        if self.spending.level:
+            return  # which updates are refused, and why, nobody is told
         for client, reason in why.items():
             _log.warning("refused", round=round, client=client, code=codes[client], why=reason)
 

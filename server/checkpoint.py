@@ -51,10 +51,15 @@ def save(folder: Path, checkpoint: Checkpoint) -> str:
     signed = {"note": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
     write_atomic(folder / f"{stem}.json", json.dumps(signed).encode())
     sync_folder(folder)
-    for old in sorted(folder.glob("round-*.json"))[:-_KEPT]:
+    prune(folder)
+    return str(note["sha256"])
+
+
+def prune(folder: Path, kept: int = _KEPT) -> None:
+    """Drop all generations but the newest ones."""
+    for old in sorted(folder.glob("round-*.json"))[:-kept]:
         old.unlink()
         old.with_suffix(".safetensors").unlink(missing_ok=True)
-    return str(note["sha256"])
 
 
 def load(folder: Path, committed: Mapping[int, str] | None = None) -> Checkpoint | None:

@@ -10,7 +10,8 @@ line is on disk before its event takes effect:
     resumed    as started: another process goes on
     joined     roster and seats of members that come after those that are known, or have changed
     planned    round, attempt, cohort {member: seats}, base_version, seed, how many are online;
-               before anything is sent (of a cohort drawn by secret chance: who was drawn)
+               before anything is sent (of a cohort drawn by secret chance: who was drawn, and who
+               of them is away)
     verdicts   round, attempt, verdicts {client: code}, why {client: reason} of those refused
     privacy    round, attempt, unit, epsilon spent so far, clients; of dp=client also neighbours,
                mechanism, noise_multiplier, clip, sampling_probability, delta; before the noise of

@@ -57,10 +57,11 @@ def _counters(found: Status) -> Iterator[Metric]:
     yield CounterMetricFamily("corolla_rounds", "Committed rounds", found.round)
     yield CounterMetricFamily("corolla_abandoned", "Abandoned attempts", found.abandoned)
     yield CounterMetricFamily("corolla_seconds", "Seconds the run has been at work", found.seconds)
-    replies = CounterMetricFamily("corolla_replies", "Replies by verdict", labels=["verdict"])
-    for code, count in found.verdicts.items():
-        replies.add_metric([code], count)
-    yield replies
+    if found.unit != "client":  # of whom no exact count is public
+        replies = CounterMetricFamily("corolla_replies", "Replies by verdict", labels=["verdict"])
+        for code, count in found.verdicts.items():
+            replies.add_metric([code], count)
+        yield replies
     moved = CounterMetricFamily("corolla_bytes", "Payload bytes", labels=["direction"])
     moved.add_metric(["up"], found.bytes_up)
     moved.add_metric(["down"], found.bytes_down)

@@ -34,7 +34,7 @@ def write_report(path: Path, info: Mapping[str, Any], lines: Sequence[Mapping[st
             ("Privacy spent", _epsilon(info, lines)),
             ("Loss per client", _client_losses(info)),
         ],
-        samples=list(zip(info["samples"]["before"], info["samples"]["after"], strict=True)),
+        samples=_samples(info.get("samples")),
         measured=_measured(info),
         troubles=_troubles(lines),
         shares=SHARES,
@@ -49,6 +49,11 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def _samples(told: Mapping[str, Sequence[Any]] | None) -> list[tuple[Any, Any]] | None:
+    """(before, after) of each held-out row; None where they may not be told."""
+    return None if told is None else list(zip(told["before"], told["after"], strict=True))
 
 
 def _troubles(lines: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -46,7 +46,8 @@ class RoundResult:
     framing_up: int
     framing_down: int
     cost: Cost
-    """What the strategy's formula says for these clients; `once` is not in it."""
+    """What the strategy's formula says for these clients; `once` is not in it. With dp=client for
+    those that are asked; where that is secret, the mean over all cohorts that may be drawn."""
     sampling_probability: float
     """Of each reachable client, their mean if selection is weighted; the part of the federation
     that is at work at a time, if updates are buffered."""
@@ -56,6 +57,8 @@ class RoundResult:
     """How many updates were asked for."""
     updates: int
     """How many were folded in, those that gateways have merged included."""
+    answered: int
+    """How many replies came, whatever they were like."""
     sim_seconds: float | None = None
     memory: Payload = field(default_factory=dict)
 
@@ -74,13 +77,16 @@ def run_round(
     on_plan: Callable[[Plan], None] = lambda plan: None,
     spending: Spending | None = None,
     note: Callable[[Mapping[str, Any]], None] = lambda event: None,
+    last: bool = False,
 ) -> RoundResult:
     """Broadcast, let the cohort train, aggregate valid replies in the order of ids, apply.
 
     `memory` is what the server remembers beside the strategy's state. Another `attempt` draws
     another cohort; `cohort` is one that was drawn before (member → updates to ask for) and is asked
     again. `on_plan` hears who will be asked before anything is sent. `spending` is the account of
-    differential privacy; `note` gets what a release costs before its noise is drawn.
+    differential privacy; `note` gets what a release costs before its noise is drawn. In the `last`
+    attempt at a round of a secret cohort, who fails was as good as not drawn: the same cohort would
+    be asked for ever.
 
     Commits or leaves everything as it was: raises RoundError, with the verdicts, when fewer than
     the quorum are valid, or when the aggregate is not finite.
@@ -108,7 +114,8 @@ def run_round(
         else:
             known.pop(client, None)
     try:
-        _require_quorum(federation, round, gathered.wanted, fold, spending)
+        if not (last and spending.poisson):
+            _require_quorum(federation, round, gathered.wanted, fold, spending)
         try:
             aggregate, kept, said = _released(fold, summed, round, memory, note)
         except ValueError as error:
@@ -139,11 +146,12 @@ def run_round(
         bytes_down=traffic.down,
         framing_up=traffic.framing_up,
         framing_down=traffic.framing_down,
-        cost=formula(costs(federation, state, round, fold.updates)),
+        cost=_cost(federation, state, round, fold),
         sampling_probability=gathered.probability,
         verdicts=fold.verdicts,
         asked=gathered.wanted,
         updates=sum(fold.updates.values()),
+        answered=fold.answered,
         sim_seconds=_sim_seconds(config, traffic, fold.examples, fold.dropped),
         memory={
             **gathered.memory,
@@ -167,10 +175,17 @@ class _Fold:
     staleness: list[int] = field(default_factory=list)
     updates: dict[str, int] = field(default_factory=dict)
     """Member → how many updates came from it."""
+    asked: dict[str, int] = field(default_factory=dict)
+    """Member → how many updates it was asked for."""
+    answered: int = 0
+    """Replies, those of a gateway's devices one by one."""
 
     def __call__(self, answer: Answer, round: int) -> bool:
         """Fold in the answer of a member; whether it was accepted."""
         client, judged = answer.client, answer.judged
+        self.asked[client] = answer.task.seats or 1
+        if judged.verdict.code != Code.NO_ANSWER:
+            self.answered += len(judged.members) or 1
         self._judge(client, judged.verdict)
         for name, own in judged.members.items():
             self._judge(name, own.verdict)
@@ -237,6 +252,8 @@ def _require_quorum(
         needed = max(needed, robust.least(config.robust, hostile))
     if valid >= needed:
         return
+    if spending.level:
+        raise RoundError(f"round {round}: too few clients gave a valid update")
     # Who diverged says more than who was silent.
     told = sorted(fold.dropped.items(), key=lambda item: "lower lr" not in item[1])
     client, why = next(iter(told), ("", "none was asked"))
@@ -244,6 +261,18 @@ def _require_quorum(
         f"round {round}: {valid} of {wanted} clients gave a valid update, {needed} are needed; "
         f"{client}: {why}"
     )
+
+
+def _cost(federation: Federation, state: Payload, round: int, fold: _Fold) -> Cost:
+    """By the strategy's formula; with dp=client it does not depend on what was folded in."""
+    if fold.spending.level is None:
+        return formula(costs(federation, state, round, fold.updates))
+    chance = fold.spending.probability
+    if chance is None:
+        return formula(costs(federation, state, round, fold.asked))
+    everyone = formula(costs(federation, state, round, dict.fromkeys(federation.clients, 1)))
+    up, down = (int(chance * of_all) for of_all in (everyone.up, everyone.down))
+    return replace(everyone, up=up, down=down)
 
 
 def _clipped(

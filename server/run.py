@@ -20,7 +20,7 @@ import corolla
 from corolla import gradient_start, logs, records, seedlog, seeds, tree
 from corolla.children import uninterrupted
 from corolla.config import RunConfig, validate
-from corolla.errors import ArtefactError, ConfigError, StoppedError
+from corolla.errors import ArtefactError, ConfigError, RoundError, StoppedError
 from corolla.privacy import NEIGHBOURS
 from corolla.server import checkpoint, spending
 from corolla.server.attempts import Attempts, Done, how_to_go_on
@@ -32,10 +32,10 @@ from corolla.server.federation import Federation, Held, Network
 from corolla.server.journal import Journal, Past, fail_point
 from corolla.server.observer import Observer
 from corolla.server.report import write_report
-from corolla.server.rounds import evaluate_clients
-from corolla.server.spending import WITHHELD, Spending
+from corolla.server.rounds import RoundResult, evaluate_clients
+from corolla.server.spending import Spending
 from corolla.strategies import traits
-from corolla.types import Aggregates, Metrics, Payload, Strategy
+from corolla.types import Adapter, Aggregates, Metrics, Payload, Strategy
 
 _log = logs.logger("run")
 
@@ -143,19 +143,33 @@ class Run:
         if self.keep_updates:
             self._keep_global(federation, at.state, at.round)
         base_loss = base["metrics"]["loss"]
-        while not (
-            why := ended(self.config, base_loss, lines, journal.seconds)
-            or account.ended(federation, at.round + 1)
-        ):
-            federation, at, line = self._round(federation, at, journal, account)
+
+        def over() -> str:
+            why = ended(self.config, base_loss, lines, journal.seconds)
+            return why or account.ended(federation, at.round + 1)
+
+        why = over()
+        while not why:
+            try:
+                federation, at, line = self._round(federation, at, journal, account)
+            except RoundError:
+                if not lines or not (why := account.ended(federation, at.round + 1)):
+                    raise
+                break  # its attempts have spent what was left
             lines.append(line)
+            if why := over():
+                at = account.forgotten(at)
             with uninterrupted():
                 self._commit(at, lines, journal)
             self.observer.round_ended(line)
             _log.info("committed", round=at.round, seconds=line["seconds"], loss=line["eval_loss"])
+        if (public := account.forgotten(at)) is not at:  # no round was the last one
+            self._commit(public, lines, journal)
         seconds = time.monotonic() - began
         info |= {"ended": why, **_privacy(account)}
         summary = self._finish(federation, at.state, at.held, lines, info, base, seconds)
+        if account.level:
+            checkpoint.prune(self.folder / "checkpoint", 1)  # older ones remember noise
         journal.append("done", why=why)
         _log.info("done", why=why)
         return summary
@@ -210,9 +224,9 @@ class Run:
         after = Checkpoint(
             federation.run_id, at.round + 1, result.state, result.held, result.memory
         )
-        return done.federation, after, self._measure(after.round, done)
+        return done.federation, after, self._measure(after.round, done, account)
 
-    def _measure(self, round: int, done: Done) -> dict[str, Any]:
+    def _measure(self, round: int, done: Done, account: Spending) -> dict[str, Any]:
         """The line of metrics.jsonl of a round, with an evaluation if one is due."""
         federation, result = done.federation, done.result
         if self.keep_updates:
@@ -226,7 +240,7 @@ class Run:
             if traits(federation.strategy).personal:
                 own = evaluate_clients(federation, result.state, result.held, round, self.network)
                 scores = {**scores, "personal_loss": _mean_loss(own)} if own else scores
-        return _line(round, done, scores, self.config)
+        return _line(round, done, scores, account)
 
     def _commit(self, at: Checkpoint, lines: Sequence[Mapping[str, Any]], journal: Journal) -> None:
         """Metrics and checkpoint, then the line in the journal that makes them count."""
@@ -250,7 +264,11 @@ class Run:
         adapter = federation.strategy.adapter(state)
         metrics = self.evaluator.examine(adapter)
         clients = evaluate_clients(federation, state, {}, 0, self.network)
-        return {"metrics": metrics, "samples": self.evaluator.samples(adapter), "clients": clients}
+        return {"metrics": metrics, "samples": self._samples(adapter), "clients": clients}
+
+    def _samples(self, adapter: Adapter) -> Sequence[Sample]:
+        """Held-out rows, answered; none with dp=client, for they are those of clients."""
+        return [] if self.config.dp == "client" else self.evaluator.samples(adapter)
 
     def _finish(
         self,
@@ -266,7 +284,7 @@ class Run:
         folder = self.folder / self.evaluator.model.artefact
         final = self.evaluator.examine(adapter)
         clients = evaluate_clients(federation, state, held, self.config.rounds + 1, self.network)
-        after = self.evaluator.samples(adapter)
+        after = self._samples(adapter)
         unproven = folder.with_name(folder.name + ".unproven")
         peak = peak_rss()  # of training: to reload a whole model may take more
         self.evaluator.save(adapter, unproven)
@@ -310,11 +328,12 @@ class Run:
             "bytes_per_client": summary.per_client,
             "clients": summary.clients,
             "fairness": summary.fairness,
-            "samples": {
+        }
+        if self.config.dp != "client":
+            outcome["samples"] = {
                 "before": [asdict(s) for s in summary.before],
                 "after": [asdict(s) for s in summary.after],
-            },
-        }
+            }
         self._write_info({**info, **outcome})
         write_report(self.folder / "report.html", {**info, **outcome}, lines)
         return summary
@@ -422,13 +441,17 @@ def _budget(config: RunConfig) -> dict[str, Any]:
     if config.dp == "none":
         return {}
     facts = {"unit": config.dp, "neighbours": NEIGHBOURS[config.dp]}
+    facts |= {"sampling": config.dp_sampling} if config.dp == "client" else {}
     return {"privacy": {**facts, "delta": config.delta, "budget": config.epsilon}}
 
 
 def _per_client(line: Mapping[str, Any]) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Means over a round's clients; the formula counts those that answered. 0 where nobody did."""
-    valid = max(1, line["clients"])
-    asked = max(1, line["clients"] + line["dropped"])
+    """Means over a round's clients; the formula counts those that answered. 0 where nobody did.
+
+    What is planned for the sake of privacy is of all that are asked.
+    """
+    asked = max(1, line["clients"] + line.get("dropped", 0))
+    valid = max(1, line["clients"]) if "framing_up" in line else asked
     up = (line["bytes_up"] / valid, line["formula_up"] / valid)
     return up, (line["bytes_down"] / asked, line["formula_down"] / valid)
 
@@ -451,8 +474,8 @@ def _say_last(journal: Journal, event: Literal["stopped", "failed"], why: str) -
     _log.warning(event, why=why)
 
 
-def _line(round: int, done: Done, scores: Metrics, config: RunConfig) -> dict[str, Any]:
-    result, dp = done.result, config.dp
+def _line(round: int, done: Done, scores: Metrics, account: Spending) -> dict[str, Any]:
+    result, config, dp = done.result, account.config, account.config.dp
     metrics = dict(result.metrics)
     if dp == "none":
         metrics.pop("epsilon", None)  # whatever a client says: nobody has promised it anything
@@ -464,23 +487,43 @@ def _line(round: int, done: Done, scores: Metrics, config: RunConfig) -> dict[st
         "eval_accuracy": scores.get("accuracy"),
         **({"eval_f1": scores["f1"]} if "f1" in scores else {}),
         **({"personal_loss": own} if (own := scores.get("personal_loss")) is not None else {}),
-        "bytes_up": result.bytes_up,
-        "bytes_down": result.bytes_down,
-        "framing_up": result.framing_up,
-        "framing_down": result.framing_down,
+        **(_planned(done, account) if account.level else _counted(result)),
         "formula_up": result.cost.up,
         "formula_down": result.cost.down,
         "seconds": done.seconds,
-        **({"sim_seconds": result.sim_seconds} if result.sim_seconds is not None else {}),
-        "clients": result.updates,
-        "dropped": max(len(result.dropped), result.asked - result.updates),
         "peak_rss": peak_rss(),
-        "verdicts": Counter(str(verdict.code) for verdict in result.verdicts.values()),
         **({"attempt": done.attempt} if done.attempt else {}),
         "sampling_probability": result.sampling_probability,
         "client_loss": dict(result.client_loss),
-        **({"delta": config.delta, "withheld": WITHHELD[dp]} if dp != "none" else {}),
+        **({"delta": config.delta, "withheld": account.withheld} if dp != "none" else {}),
     }
     if result.dropped and dp != "client":
         line["dropped_why"] = dict(result.dropped)
     return line
+
+
+def _counted(result: RoundResult) -> dict[str, Any]:
+    """Who took part in a round, and what that has moved."""
+    return {
+        "bytes_up": result.bytes_up,
+        "bytes_down": result.bytes_down,
+        "framing_up": result.framing_up,
+        "framing_down": result.framing_down,
+        **({"sim_seconds": result.sim_seconds} if result.sim_seconds is not None else {}),
+        "clients": result.updates,
+        "dropped": max(len(result.dropped), result.asked - result.updates),
+        "verdicts": Counter(str(verdict.code) for verdict in result.verdicts.values()),
+    }
+
+
+def _planned(done: Done, account: Spending) -> dict[str, Any]:
+    """The same as far as no update decides it, and, of a secret cohort, as nobody's presence does.
+
+    `clients` are those that have answered, whatever they sent; bytes are those of the formula.
+    """
+    result = done.result
+    moved = {"bytes_up": result.cost.up, "bytes_down": result.cost.down}
+    if account.poisson:
+        return {**moved, "clients": done.federation.cohort_size}
+    answered = min(result.answered, result.asked)
+    return {**moved, "clients": answered, "dropped": result.asked - answered}

@@ -2,21 +2,29 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from corolla.config import RunConfig
 from corolla.errors import ConfigError
 from corolla.privacy import ClientLevel, Guarantee
+from corolla.server.checkpoint import Checkpoint
 from corolla.server.federation import Federation
 from corolla.server.journal import Past
 from corolla.types import Metrics
 
+_MEASURED = "what clients measure, their losses"
+_LOOKS = f"{_MEASURED}, numbers of examples, what is refused and why, simulated seconds, answers"
+
 WITHHELD = {
-    "client": "what clients measure, their losses, numbers of examples, reasons of refusals",
-    "example": "what clients measure, their losses",
+    "example": _MEASURED,
+    "client": f"{_LOOKS}; bytes are those planned",
+    "poisson": f"{_LOOKS}, how many are asked and answer; clients and bytes are those planned",
 }
-"""Value of dp → what no line of metrics tells: no noise covers it."""
+"""dp, or poisson with dp=client → what no line of metrics tells: no noise covers it."""
+
+_NOISE = "privacy-noise-"
+"""How groups of a server's memory begin with which somebody could take noise off."""
 
 
 @dataclass
@@ -39,6 +47,11 @@ class Spending:
     def poisson(self) -> bool:
         """Whether a cohort is drawn from all clients by secret chance: it may be empty."""
         return self.level is not None and self.config.dp_sampling == "poisson"
+
+    @property
+    def withheld(self) -> str:
+        """What no line of metrics, no report and no warning tells; "" without dp."""
+        return WITHHELD.get("poisson" if self.poisson else self.config.dp, "")
 
     @property
     def probability(self) -> float | None:
@@ -76,7 +89,10 @@ class Spending:
         return {"unit": "example", "epsilon": self.most, "clients": sorted(epsilons)}
 
     def ended(self, federation: Federation, round: int) -> str:
-        """Why a round may not be: its cost, or too few who may still take part; "" if it may."""
+        """Why a round may not be: its cost, or too few who may still take part; "" if it may.
+
+        Devices that separation bars for a while come back when others have joined.
+        """
         config = self.config
         if self.level and config.epsilon is not None:
             after = self.level.next_epsilon(round)
@@ -86,13 +102,25 @@ class Spending:
                     f"{config.epsilon:g}"
                 )
         needed = federation.quorum(min(federation.cohort_size, federation.population))
-        able = sum(map(federation.room, self.able(federation, federation.clients, round)))
-        if able < needed and able < federation.population:
-            return (
-                f"privacy budget: {able} clients may still take part in round {round}, "
-                f"{needed} are needed"
-            )
-        return ""
+
+        def able(at: int) -> int:
+            return sum(map(federation.room, self.able(federation, federation.clients, at)))
+
+        now = able(round)
+        if now >= min(needed, federation.population):
+            return ""
+        barred = able(round + config.separation) >= needed
+        if barred and federation.own_devices:
+            return ""
+        return (
+            f"{'separation' if barred else 'participations'}: {now} clients may still take part in "
+            f"round {round}, {needed} are needed"
+        )
+
+    def forgotten(self, at: Checkpoint) -> Checkpoint:
+        """Without what takes noise off: of no use when there is no round to come."""
+        memory = {g: own for g, own in at.memory.items() if not g.startswith(_NOISE)}
+        return replace(at, memory=memory) if len(memory) < len(at.memory) else at
 
     def guarantee(self) -> Guarantee | None:
         """What has been spent so far; None without differential privacy."""
@@ -114,7 +142,7 @@ class Spending:
             "noise_multiplier": (self.level or config).noise_multiplier,
             "clip": config.clip,
             "mechanism": config.dp_mechanism,
-            "withheld": WITHHELD[guarantee.unit],
+            "withheld": self.withheld,
         }
 
 
@@ -127,13 +155,15 @@ def begin(federation: Federation, past: Past) -> Spending:
     population = past.population or federation.population
     if config.dp == "none":
         return Spending(config)
+    cohort = min(config.cohort or 8, population)
+    if not federation.own_devices:  # of those, others may join
+        _refuse_rounds(federation, population, cohort)
     if config.dp == "example":
         _refuse_delta(federation)
         most = max((float(event["epsilon"]) for event in events), default=0.0)
         who = {client for event in events for client in event["clients"]}
         return Spending(config, None, Counter(past.asked), most, who)
-    cohort = min(config.cohort or 8, population)
-    if federation.own_devices:  # of those, others may join
+    if federation.own_devices:
         cohort = config.cohort or cohort
     elif (apart := cohort * config.separation) > population:
         raise ConfigError(
@@ -141,6 +171,18 @@ def begin(federation: Federation, past: Past) -> Spending:
             f"{population}: lower one of them"
         )
     return Spending(config, ClientLevel(config, population, cohort, events))
+
+
+def _refuse_rounds(federation: Federation, population: int, cohort: int) -> None:
+    """More rounds than all turns of all clients can fill, were each as small as it may be."""
+    config, needed = federation.config, federation.quorum(cohort)
+    turns = (config.participations or config.rounds) * population
+    if turns < needed * config.rounds:
+        raise ConfigError(
+            f"rounds={config.rounds} with participations={config.participations} need "
+            f"{needed * config.rounds} turns of clients, {needed} a round, and {population} "
+            f"clients have {turns}: set rounds to {turns // needed} or less, or more participations"
+        )
 
 
 def _refuse_delta(federation: Federation) -> None:

@@ -19,6 +19,7 @@ from corolla.server.journal import NAME, ORDER, Entry, alive, past, read
 State = Literal["running", "paused", "stopped", "failed", "done"]
 
 _SHOWN = 10
+_SHOWN_CODES = {code: code for code in ("accepted", "no_answer")}
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class Status:
     delta: float | None
     unit: str
     """Of which the data of one is protected: example or client; "" without."""
+    sampling: str
+    """Of clients whose data is protected: fixed or poisson; "" without."""
     neighbours: str
     """What two data sets differ in that nobody can tell apart, in words; "" without."""
     last_round_seconds: float | None
@@ -94,8 +97,9 @@ def status(folder: Path) -> Status:
     lines = [line for line in _lines(folder / "metrics.jsonl") if line["round"] <= before.round]
     known = [entry for entry in entries if entry["event"] in ("started", "resumed")]
     state, why, killed = _state(entries[-1], living)
-    members = _members(entries)
     promised: Mapping[str, Any] = _last(known, "privacy") or {}
+    replies = _told(entries, promised)
+    members = _members(replies)
     return Status(
         folder=str(folder),
         run=str(_last(known, "run") or ""),
@@ -119,9 +123,10 @@ def status(folder: Path) -> Status:
         budget=promised.get("budget"),
         delta=promised.get("delta"),
         unit=str(promised.get("unit", "")),
+        sampling=str(promised.get("sampling", "")),
         neighbours=str(promised.get("neighbours", "")),
         last_round_seconds=_last(lines, "seconds"),
-        verdicts=dict(sorted(Counter(c for e in entries for c in _codes(e).values()).items())),
+        verdicts=dict(sorted(Counter(c for e in replies for c in e["verdicts"].values()).items())),
         members=members,
         lines=lines,
     )
@@ -144,15 +149,27 @@ def _state(last: Entry, living: bool | None) -> tuple[State, str, bool]:
     return "running", "", False
 
 
-def _codes(entry: Entry) -> Mapping[str, str]:
-    codes: Mapping[str, str] = entry["verdicts"] if entry["event"] == "verdicts" else {}
-    return codes
+def _told(entries: Sequence[Entry], promised: Mapping[str, Any]) -> list[Entry]:
+    """What became of replies: of clients that are protected not why, of secret cohorts nothing."""
+    verdicts = [entry for entry in entries if entry["event"] == "verdicts"]
+    if promised.get("unit") != "client":
+        return verdicts
+    if promised.get("sampling") == "poisson":
+        return []
+    return [
+        {
+            **entry,
+            "verdicts": {m: _SHOWN_CODES.get(c, "refused") for m, c in entry["verdicts"].items()},
+            "why": dict.fromkeys(entry["why"], "not told, for the sake of privacy"),
+        }
+        for entry in verdicts
+    ]
 
 
-def _members(entries: Sequence[Entry]) -> dict[str, Member]:
+def _members(replies: Sequence[Entry]) -> dict[str, Member]:
     found: dict[str, Member] = {}
-    for entry in entries:
-        for name, code in _codes(entry).items():
+    for entry in replies:
+        for name, code in entry["verdicts"].items():
             last = found.get(name, Member(0, 0, "", ""))
             accepted = code == "accepted"
             why = last.why if accepted else f"round {entry['round']}: {entry['why'].get(name, '')}"
@@ -201,7 +218,8 @@ def print_status(console: Console, found: Status) -> None:
     table.add_row("time", f"{found.seconds:,.0f} s since {found.since}" + _resumed(found))
     online = "" if found.online is None else f", {found.online} online at the last look"
     table.add_row("clients", f"{found.clients}{online}")
-    table.add_row("replies", ", ".join(f"{n} {c}" for c, n in found.verdicts.items()) or "none")
+    none = "not told" if found.sampling == "poisson" else "none"
+    table.add_row("replies", ", ".join(f"{n} {c}" for c, n in found.verdicts.items()) or none)
     table.add_row("bytes", f"up {decimal(found.bytes_up)}, down {decimal(found.bytes_down)}")
     table.add_row("loss", f"training {_loss(found.train_loss)}, held-out {_loss(found.eval_loss)}")
     if found.unit or found.epsilon is not None:
@@ -237,7 +255,7 @@ def _rounds(lines: Sequence[Mapping[str, Any]]) -> Table:
     for line in lines:
         table.add_row(
             str(line["round"]),
-            *(str(line.get(name, "")) for name in ("clients", "dropped")),
+            *(str(line.get(name, "-")) for name in ("clients", "dropped")),
             *(_loss(line.get(name)) for name in ("train_loss", "eval_loss")),
             *(decimal(line[name]) for name in ("bytes_up", "bytes_down")),
             f"{line.get('seconds', 0):.1f}",

@@ -326,6 +326,19 @@ def test_devices_that_may_still_join_are_waited_for(
     assert weather.asked == []
 
 
+def test_devices_that_separation_bars_are_no_end(
+    settings: Settings, tmp_path: Path, weather: Weather, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When others have joined they may take part again: until then it is a pause."""
+    monkeypatch.setattr(simulation, "Run", partial(Run, own_devices=True))
+    private = {"dp": "client", "noise_multiplier": 4.0, "separation": 2}
+    watch = Watch()
+    with pytest.raises(StoppedError, match="round 2: 0 clients that may take part are online, 2"):
+        simulate(settings(wait=0.02, **private), tmp_path / "out", observer=watch)
+    assert any("round 2: paused, 0 clients that may take part" in text for text in watch.warnings)
+    assert [entry["round"] for entry in events(tmp_path / "out", "committed")] == [1]
+
+
 def test_a_member_that_the_run_cannot_take_is_left_out_and_never_journalled(
     settings: Settings, tmp_path: Path, weather: Weather, monkeypatch: pytest.MonkeyPatch
 ) -> None:

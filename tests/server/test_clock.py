@@ -56,6 +56,7 @@ def test_a_round_lasts_until_its_slowest_reply_or_its_deadline() -> None:
     plain, limited = made({}, step_seconds=1.0), made({}, deadline_simulated=10.0)
     assert clock.round_seconds(plain, [3.0, 7.0, 5.0], missing=True) == 7.0
     assert clock.round_seconds(limited, [3.0, 7.0], missing=False) == 7.0
+    assert clock.round_seconds(plain, [], missing=False) == 0.0
     assert clock.round_seconds(limited, [3.0, 7.0], missing=True) == 10.0
 
 

@@ -67,6 +67,17 @@ def test_a_scrape_tells_how_the_run_stands(tmp_path: Path) -> None:
         assert (found["corolla_state", "running"], found["corolla_state", "paused"]) == (0, 1)
 
 
+def test_replies_of_protected_clients_are_not_counted(tmp_path: Path) -> None:
+    promised = {"unit": "client", "sampling": "fixed", "delta": 1e-6, "budget": 8.0}
+    with Journal(tmp_path) as journal, served(tmp_path) as port:
+        journal.append("started", run="r", rounds=1, round=0, state="", roster={}, privacy=promised)
+        committed(journal, 1)
+        write(tmp_path, line(1))
+        found = scrape(port)
+    assert found["corolla_rounds_total", ""] == 1
+    assert not any(name.startswith("corolla_replies") for name, _ in found)
+
+
 @pytest.mark.parametrize("damaged", [False, True])
 def test_a_scrape_without_a_run_is_answered(tmp_path: Path, damaged: bool) -> None:
     if damaged:

@@ -1,25 +1,33 @@
 """Whole runs with differential privacy in this process, on a tiny federation."""
 
+import html
 import json
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from dp_accounting import NeighboringRelation, dp_event
 from dp_accounting.pld import PLDAccountant
 from peft import AutoPeftModelForCausalLM
+from torch import Tensor
 
-from corolla import simulation
+from corolla import codec, simulation
 from corolla.accounting import gaussian_epsilon
 from corolla.config import RunConfig
 from corolla.errors import ConfigError, RoundError
+from corolla.packet import Packet
 from corolla.privacy import ClientLevel
-from corolla.server import attempts, checkpoint, evaluate, report, rounds, run
+from corolla.server import attempts, checkpoint, evaluate, report, rounds, run, spending
 from corolla.server.journal import read
 from corolla.server.observer import Silent
 from corolla.server.run import Summary
 from corolla.server.status import status
+from corolla.wire import pack_reply, unpack_reply
 
 Settings = Callable[..., RunConfig]
 CLIENT = {"dp": "client", "noise_multiplier": 4.0, "clip": 0.01, "rounds": 2, "cohort": 2}
@@ -147,13 +155,13 @@ def test_a_first_round_beyond_the_budget_is_refused(
 
 
 def test_a_run_ends_when_too_few_may_still_take_part(settings: Settings, tmp_path: Path) -> None:
-    config = settings(**{**CLIENT, "participations": 1, "rounds": 9})
+    config = settings(**{**CLIENT, "participations": 1, "rounds": 4})
     simulate(config, tmp_path / "out")
     cohorts = [set(plan["cohort"]) for plan in events(tmp_path / "out", "planned")]
     assert len(cohorts) == 2
     assert cohorts[0] | cohorts[1] == {"ada", "ben", "cyd", "dot"}
     facts = info(tmp_path / "out")
-    assert facts["ended"].startswith("privacy budget: 0 clients may still take part in round 3")
+    assert facts["ended"].startswith("participations: 0 clients may still take part in round 3")
     assert facts["privacy"]["epsilon"] == pytest.approx(gaussian_epsilon(1 / 4.0, 1e-5))
 
 
@@ -161,7 +169,7 @@ def test_a_kill_may_cost_clients_their_only_turn(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was about to be released counts: another cohort does the round again."""
-    config = settings(**{**CLIENT, "participations": 1, "rounds": 9})
+    config = settings(**{**CLIENT, "participations": 1, "rounds": 4})
     killed_at(monkeypatch, "privacy", 1)
     monkeypatch.setattr(simulation, "_undo", lambda folder, made: None)
     with pytest.raises(KeyError):
@@ -172,7 +180,7 @@ def test_a_kill_may_cost_clients_their_only_turn(
     first, second = (set(event["clients"]) for event in events(tmp_path / "out", "privacy"))
     assert first | second == {"ada", "ben", "cyd", "dot"}
     facts = info(tmp_path / "out")
-    assert facts["ended"].startswith("privacy budget: 0 clients may still take part in round 2")
+    assert facts["ended"].startswith("participations: 0 clients may still take part in round 2")
     assert facts["privacy"]["epsilon"] == pytest.approx(gaussian_epsilon(1 / 4.0, 1e-5))
 
 
@@ -184,11 +192,25 @@ def test_a_kill_may_cost_clients_their_only_turn(
     ],
 )
 def test_what_a_mechanism_remembers_is_in_the_checkpoint(
-    settings: Settings, tmp_path: Path, given: dict[str, Any], memory: str
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    given: dict[str, Any],
+    memory: str,
 ) -> None:
-    simulate(settings(**{**CLIENT, **given}), tmp_path / "out")
+    """Until the run is done: who has the noise takes it off."""
+    config = settings(**{**CLIENT, **given})
+    killed_at(monkeypatch, "planned", 2)
+    with pytest.raises(KeyError):
+        simulate(config, tmp_path / "out")
     kept = checkpoint.load(tmp_path / "out" / "checkpoint")
     assert kept is not None and any(group.startswith(memory) for group in kept.memory)
+    simulate(config, tmp_path / "out", resume=True)
+    assert len(list((tmp_path / "out" / "checkpoint").iterdir())) == 2, "tensors and their note"
+    (tensors,) = (tmp_path / "out" / "checkpoint").glob("*.safetensors")
+    assert b"privacy-noise" not in tensors.read_bytes()
+    simulate(config, tmp_path / "out", resume=True)  # what is left is a committed state
+    assert info(tmp_path / "out")["ended"] == "all 2 rounds"
 
 
 def test_one_draw_is_that_of_all_attempts_and_processes(
@@ -221,8 +243,51 @@ def test_one_draw_is_that_of_all_attempts_and_processes(
     assert len(draws) == 2
     noted = [event["clients"] for event in events(tmp_path / "out", "privacy")]
     assert noted == [["ben", "dot"], ["ben", "dot"], []]
-    assert [line["clients"] for line in lines(tmp_path / "out")] == [2, 0]
-    assert info(tmp_path / "out")["bytes_per_client"] == [[0, 0], [0, 0]]
+    assert [line["clients"] for line in lines(tmp_path / "out")] == [2, 2], "the planned number"
+    per_client = info(tmp_path / "out")["bytes_per_client"]
+    assert [own for own, _ in per_client] == [formula for _, formula in per_client] != [0, 0]
+
+
+def test_who_was_away_when_it_was_drawn_is_not_waited_for(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sleep(seconds: float) -> None:
+        raise AssertionError("everybody is there that was asked")
+
+    monkeypatch.setattr(ClientLevel, "draw", lambda self, clients: list(clients))
+    network = simulation.InProcess
+    monkeypatch.setattr(network, "online", lambda self: {"ada", "ben", "cyd"})
+    monkeypatch.setattr(simulation, "_undo", lambda folder, made: None)
+    monkeypatch.setattr("time.sleep", sleep)
+    killed_at(monkeypatch, "waiting", 1)
+    config = settings(**{**CLIENT, "dp_sampling": "poisson", "rounds": 1})
+    with pytest.raises(KeyError):
+        simulate(config, tmp_path / "out")
+    simulate(config, tmp_path / "out", resume=True)
+    (plan,) = events(tmp_path / "out", "planned")
+    assert (len(plan["cohort"]), plan["away"]) == (4, ["dot"])
+    assert events(tmp_path / "out", "privacy")[0]["clients"] == ["ada", "ben", "cyd"]
+
+
+@pytest.mark.parametrize("fault", ["fails", "not finite"])
+def test_a_secret_cohort_that_always_fails_does_not_block_a_run(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """It would be asked again for ever: in the last attempt it counts as absent."""
+    real = simulation.InProcess.ask
+
+    def ask(self: Any, packets: Any) -> Any:
+        for client, packet in real(self, packets):
+            yield client, packet and OF_BEN[fault](packet)
+
+    monkeypatch.setattr(simulation.InProcess, "ask", ask)
+    monkeypatch.setattr(ClientLevel, "draw", lambda self, clients: ["ada", "ben"])
+    config = settings(**{**CLIENT, "dp_sampling": "poisson", "rounds": 1, "attempts": 2})
+    simulate(config, tmp_path / "out")
+    (abandoned,) = events(tmp_path / "out", "abandoned")
+    assert abandoned["why"] == "round 1: too few clients gave a valid update"
+    assert events(tmp_path / "out", "privacy")[0]["clients"] == []
+    assert info(tmp_path / "out")["ended"] == "all 1 rounds"
 
 
 def test_examples_are_protected_by_their_clients(settings: Settings, tmp_path: Path) -> None:
@@ -256,11 +321,114 @@ def test_the_report_says_what_is_promised(
 ) -> None:
     monkeypatch.setattr(run, "write_report", report.write_report)
     summary = simulate(settings(**CLIENT), tmp_path / "out")
-    page = (tmp_path / "out" / "report.html").read_text()
+    page = html.unescape((tmp_path / "out" / "report.html").read_text())
     assert summary.privacy in page
     assert "Not told for the sake of this promise: what clients measure" in page
     assert "Privacy spent" in page
     assert "epsilon spent, of one client" in page
+    assert "Before and after" not in page
+    assert (summary.before, summary.after) == ([], [])
+    assert "samples" not in info(tmp_path / "out")
+
+
+class Terminal(Silent):
+    """What somebody in front of it sees of clients."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def warned(self, text: str) -> None:
+        self.seen.append(text)
+
+    def round_started(self, round: int, cohort: int) -> None:
+        self.seen.append((round, cohort))
+
+    def replied(self, client: str) -> None:
+        self.seen.append(client)
+
+
+def scaled(packet: Packet, factor: float) -> Packet:
+    """The reply of a client whose update is so many times as large."""
+    reply = unpack_reply(packet, 1 << 30)
+    groups = codec.decode(reply.payload)
+    larger = {g: {n: factor * t for n, t in own.items()} for g, own in groups.items()}
+    return pack_reply(replace(reply, payload=codec.encode(larger)))
+
+
+OF_BEN: dict[str, Callable[[Packet], Packet]] = {
+    "honest": lambda packet: packet,
+    "huge": lambda packet: scaled(packet, 1e6),
+    "not finite": lambda packet: scaled(packet, math.nan),
+    "fails": lambda packet: pack_reply(
+        replace(unpack_reply(packet, 1 << 30), error="rows of ben", payload=b"")
+    ),
+    "not drawn": lambda packet: packet,
+}
+TOLD = {
+    *("run_id", "seconds", "peak_rss", "adapter_sha256", "state_sha256", "final"),
+    *("eval_loss", "eval_accuracy", "reload_max_logit_difference"),
+}
+"""What may differ: chance, time, memory, and what follows from the model, which has noise on it."""
+
+
+@pytest.mark.parametrize("sampling", ["fixed", "poisson"])
+def test_what_ben_sends_is_not_told(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampling: str
+) -> None:
+    """Nor, where who is asked is a secret, whether he is asked at all."""
+    real, found = simulation.InProcess.ask, {}
+    given = {"noise_multiplier": 4.0, "dp_sampling": sampling, "quorum": 0.25}
+    config = settings(**{**CLIENT, **given, "cohort": 4 if sampling == "fixed" else 2})
+    for name, fault in OF_BEN.items():
+        if name == "not drawn" and sampling == "fixed":
+            continue
+
+        def ask(self: Any, packets: Any, fault: Any = fault) -> Any:
+            for client, packet in real(self, packets):
+                yield client, fault(packet) if client == "ben" else packet
+
+        def uniform(n: int, own: float = 0.9 * (name == "not drawn")) -> Tensor:
+            return torch.tensor([0.0, own, 0.0, 0.9], dtype=torch.float64)
+
+        def zeros(shape: Any) -> Tensor:
+            return torch.zeros(tuple(shape), dtype=torch.float64)
+
+        monkeypatch.setattr(simulation.InProcess, "ask", ask)
+        level = partial(ClientLevel, normal=zeros, uniform=uniform)
+        monkeypatch.setattr(spending, "ClientLevel", level)
+        folder, terminal = tmp_path / name / "out", Terminal()
+        simulation.simulate(config, folder, terminal)
+        told = [*lines(folder), info(folder)]
+        found[name] = [
+            *({key: own[key] for key in own.keys() - TOLD} for own in told),
+            *terminal.seen,
+        ]
+        verdicts = [event["verdicts"].get("ben") for event in events(folder, "verdicts")]
+        wanted = {"not finite": "not_finite", "fails": "client_error", "not drawn": None}
+        assert verdicts == [wanted.get(name, "accepted")] * 2, "the journal knows"
+    for name, own in found.items():
+        assert own == found["honest"], name
+
+
+def test_a_run_that_can_spend_no_more_between_attempts_is_done(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its attempts have announced is spent, though they came to nothing."""
+    config = settings(**{**CLIENT, "noise_multiplier": None, "epsilon": 8.0, "cohort": 4})
+    real = ClientLevel.release
+
+    def release(self: ClientLevel, *given: Any, round: int) -> Any:
+        found = real(self, *given, round=round)
+        if round == 2:
+            raise ValueError("as if nothing of it were finite")
+        return found
+
+    monkeypatch.setattr(ClientLevel, "release", release)
+    simulate(config, tmp_path / "out")
+    facts = info(tmp_path / "out")
+    assert facts["ended"].startswith("privacy budget: with round 2")
+    assert facts["status"] == "done"
+    assert [event["round"] for event in events(tmp_path / "out", "privacy")] == [1, 2]
 
 
 def test_without_privacy_nobody_is_promised_an_epsilon(

@@ -43,6 +43,8 @@ class Private:
     """Every value of it."""
     drawn: Sequence[float] = ()
     """Uniform numbers, one a client: who is drawn by chance."""
+    last: bool = False
+    """Whether no other attempt follows."""
     events: list[Mapping[str, Any]] = field(default_factory=list)
     plans: list[Plan] = field(default_factory=list)
 
@@ -78,6 +80,7 @@ class Private:
             on_plan=self.plans.append,
             spending=self.spending,
             note=self.events.append,
+            last=self.last,
         )
         self.state, self.memory = found.state, found.memory
         self.round += 1
@@ -140,7 +143,7 @@ def test_26_an_update_of_zeros_is_legal() -> None:
 def test_06_fewer_than_the_quorum_spend_nothing() -> None:
     private = Private({"quorum": 0.75})
     before = tree.digest_all(private.state)
-    with pytest.raises(RoundError, match="2 of 4 clients"):
+    with pytest.raises(RoundError, match=r"^round 1: too few clients gave a valid update$"):
         private.step(ada=silent, dot=silent)
     assert private.events == []
     assert tree.digest_all(private.state) == before
@@ -192,7 +195,7 @@ def test_who_has_had_its_turns_is_neither_asked_nor_folded_in() -> None:
     cohorts = [set(plan.cohort) for plan in private.plans]
     assert cohorts[0] | cohorts[1] == set(EXAMPLES)
     why = private.spending.ended(private.federation, 3)
-    assert why == "privacy budget: 0 clients may still take part in round 3, 1 are needed"
+    assert why == "participations: 0 clients may still take part in round 3, 1 are needed"
     with pytest.raises(RoundError, match="none of 4 clients"):
         private.step()
 
@@ -232,15 +235,19 @@ def test_a_round_of_nobody_is_one_of_noise(nobody: str, monkeypatch: pytest.Monk
 
 
 def test_errors_of_all_that_were_drawn_are_no_round() -> None:
-    """Or a run in which nobody can train would end in noise."""
+    """But in the last attempt, for who is drawn is not drawn again: they count as absent."""
 
     def broken(packet: Packet) -> list[Packet | None]:
         return [pack_reply(replace(unpack_reply(packet, 1 << 30), error="no", payload=b""))]
 
     private = Private({"cohort": 2, "dp_sampling": "poisson"}, drawn=(0.0,) * 4)
-    with pytest.raises(RoundError, match="0 of 4 clients gave a valid update, 2 are needed"):
-        private.step(**dict.fromkeys(EXAMPLES, broken))
+    faults = dict.fromkeys(EXAMPLES, broken)
+    with pytest.raises(RoundError, match=r"too few clients gave a valid update$"):
+        private.step(**faults)
     assert private.events == []
+    private.last = True
+    found = private.step(**faults)
+    assert (found.updates, found.answered, private.events[0]["clients"]) == (0, 4, [])
 
 
 def test_a_kept_draw_is_asked_again() -> None:
@@ -289,6 +296,16 @@ def begun(
 @pytest.mark.parametrize(
     ("given", "why"),
     [
+        ({"dp": "client", "participations": 1, "quorum": 0.5}, ""),
+        (
+            {"dp": "client", "participations": 1, "rounds": 5},
+            "rounds=5 with participations=1 need 5 turns of clients, 1 a round, and 4 clients have "
+            "4: set rounds to 4 or less",
+        ),
+        (
+            {"dp": "example", "participations": 2, "quorum": 1.0, "rounds": 5},
+            "need 10 turns of clients, 2 a round, and 4 clients have 8: set rounds to 4 or less",
+        ),
         ({"dp": "client", "delta": 0.05}, ""),
         ({"dp": "client", "delta": 0.05, "clients": 20}, "delta=0.05 is no protection among 20"),
         ({"dp": "example", "delta": 0.05}, ""),
@@ -371,7 +388,7 @@ def test_clients_say_what_their_examples_have_cost() -> None:
 def test_a_client_is_asked_as_often_as_it_may_train_on_its_examples() -> None:
     federation = Federation(
         "ab" * 16,
-        RunConfig(dp="example", epsilon=8, participations=2, cohort=4),
+        RunConfig(dp="example", epsilon=8, participations=2, cohort=4, rounds=4),
         RunConfig().build_strategy(),
         EXAMPLES,
         lambda spec: FRESH,
@@ -382,6 +399,24 @@ def test_a_client_is_asked_as_often_as_it_may_train_on_its_examples() -> None:
     assert account.ended(federation, 2) == ""
     account.asked.update({"cyd": 2})
     assert "1 clients may still take part" in account.ended(federation, 2)
+
+
+def test_devices_that_separation_bars_wait_for_others() -> None:
+    """Unless they have had all their turns; and of clients that are all there the run ends."""
+    account = begun(dp="client", epsilon=8.0, cohort=2, separation=2, participations=2)
+    config = account.config
+    own = Federation(
+        "ab" * 16, config, config.build_strategy(), EXAMPLES, lambda spec: FRESH, own_devices=True
+    )
+    assert account.level is not None
+    event = {"clients": list(EXAMPLES), "noise_multiplier": 1.0}
+    account.level._charge(1, event)
+    assert account.able(own, EXAMPLES, 2) == []
+    assert account.ended(own, 2) == ""
+    why = account.ended(replace(own, own_devices=False), 2)
+    assert why == "separation: 0 clients may still take part in round 2, 1 are needed"
+    account.level._charge(3, event)
+    assert account.ended(own, 4).startswith("participations: 0 clients may still take part")
 
 
 def test_without_privacy_there_is_no_account() -> None:

@@ -180,6 +180,31 @@ def test_the_json_is_complete(tmp_path: Path) -> None:
     assert found["members"]["cyd"]["why"] == "round 1: NaN in x"
 
 
+@pytest.mark.parametrize("sampling", ["fixed", "poisson"])
+def test_of_protected_clients_no_reasons_are_told(tmp_path: Path, sampling: str) -> None:
+    promised = {"unit": "client", "sampling": sampling, "delta": 1e-6, "budget": 8.0}
+    with Journal(tmp_path) as journal:
+        facts = {"roster": dict.fromkeys(VERDICTS, 4), "seats": {}, "privacy": promised}
+        journal.append("started", run="r", rounds=9, round=0, state="", **facts)
+        committed(journal, 1)
+        own = line(1)
+        if sampling == "poisson":
+            del own["dropped"]
+        write(tmp_path, own)
+        found = status(tmp_path)
+    console = Console(width=200, record=True, file=io.StringIO())
+    print_status(console, found)
+    shown = console.export_text()
+    assert "NaN" not in shown and "not_finite" not in shown
+    if sampling == "poisson":
+        assert (found.verdicts, found.members) == ({}, {})
+        assert "not told" in shown
+        assert "cyd" not in shown
+    else:
+        assert found.verdicts == {"accepted": 2, "refused": 1}
+        assert found.members["cyd"].last == "refused"
+
+
 def test_what_is_spent_of_a_privacy_budget(tmp_path: Path) -> None:
     with Journal(tmp_path) as journal:
         promised: dict[str, object] = {"unit": "client", "delta": 1e-6, "budget": 8.0}
