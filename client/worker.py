@@ -80,29 +80,17 @@ class LocalClient:
     def trainer(self) -> FirstOrder:
         if not isinstance(self.model, LoraModel | DenseModel):
             raise ConfigError(f"{self.config.strategy}: no first-order training of all parameters")
-        return FirstOrder(
-            self.model,
-            self.lora,
-            self.data,
-            self.config,
-            self.seed,
-            self.round,
-            self.on_step,
-            self.private,
-        )
+        return FirstOrder(self.model, *self._rest)
 
     @property
     def forward(self) -> ZerothOrder:
-        return ZerothOrder(
-            self.model,
-            self.lora,
-            self.data,
-            self.config,
-            self.seed,
-            self.round,
-            self.on_step,
-            self.private,
-        )
+        return ZerothOrder(self.model, *self._rest)
+
+    @property
+    def _rest(self) -> tuple[Any, ...]:
+        """What both trainers take beside the model, in their order."""
+        own = self.lora, self.data, self.config, self.seed, self.round
+        return *own, self.on_step, self.private
 
 
 class _Trainer:

@@ -38,8 +38,7 @@ _PRECISION = 1e-3
 """Calibrated noise is at most this part larger than what the budget needs."""
 
 _LEAST = math.log(1e-3)
-"""Less noise than this is none."""
-
+"""Of a calibrated noise multiplier: budgets that allow less noise get this."""
 
 _NONE = 1e-6
 """Less noise than this part of what it hides is none: fp64 cannot tell what it would cost."""

@@ -46,7 +46,7 @@ A client's place in the cohorts stays: with another one in its stead, two update
 """
 
 _CLIP = "privacy-clip"
-_NOISE = "privacy-noise-"
+NOISE = "privacy-noise-"
 """Groups of a server's memory: the clip of the next round; noise of so many rounds ago."""
 
 _SLICE = 1 << 20
@@ -407,14 +407,14 @@ class ClientLevel:
             for name in sorted(own)
         }
         bands = _bands(self.config)
-        past = [memory.get(f"{_NOISE}{lag}", {}) for lag in range(1, bands)]
+        past = [memory.get(f"{NOISE}{lag}", {}) for lag in range(1, bands)]
         return banded.correlate(fresh, past, bands)
 
     def _remember(self, noise: banded.Noise, memory: Payload) -> Payload:
         """The noise of the last `bands` - 1 rounds. It must stay as secret as updates."""
         kept = range(1, _bands(self.config))
-        past = {lag + 1: memory[f"{_NOISE}{lag}"] for lag in kept if f"{_NOISE}{lag}" in memory}
-        return {f"{_NOISE}{lag}": own for lag, own in {1: noise, **past}.items() if lag in kept}
+        past = {lag + 1: memory[f"{NOISE}{lag}"] for lag in kept if f"{NOISE}{lag}" in memory}
+        return {f"{NOISE}{lag}": own for lag, own in {1: noise, **past}.items() if lag in kept}
 
 
 def client_plan(config: "RunConfig", population: int, cohort: int) -> list[Guarantee]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from corolla.config import RunConfig
 from corolla.errors import ConfigError
-from corolla.privacy import ClientLevel, Guarantee
+from corolla.privacy import NOISE, ClientLevel, Guarantee
 from corolla.server.checkpoint import Checkpoint
 from corolla.server.federation import Federation
 from corolla.server.journal import Past
@@ -22,9 +22,6 @@ WITHHELD = {
     "poisson": f"{_LOOKS}, how many are asked and answer; clients and bytes are those planned",
 }
 """dp, or poisson with dp=client → what no line of metrics tells: no noise covers it."""
-
-_NOISE = "privacy-noise-"
-"""How groups of a server's memory begin with which somebody could take noise off."""
 
 
 @dataclass
@@ -119,7 +116,7 @@ class Spending:
 
     def forgotten(self, at: Checkpoint) -> Checkpoint:
         """Without what takes noise off: of no use when there is no round to come."""
-        memory = {g: own for g, own in at.memory.items() if not g.startswith(_NOISE)}
+        memory = {g: own for g, own in at.memory.items() if not g.startswith(NOISE)}
         return replace(at, memory=memory) if len(memory) < len(at.memory) else at
 
     def guarantee(self) -> Guarantee | None:

@@ -695,7 +695,9 @@ def test_personal_models_are_measured_on_examples_that_are_protected(
 
 @pytest.mark.parametrize("strategy", ["flora", "hetlora", "scaffold", "fedkseed_pro", "seed_pool"])
 def test_examples_are_protected_under_every_aggregation(tmp_path: Path, strategy: str) -> None:
-    load(tmp_path, settings=["dp=example", "epsilon=8", f"strategy={strategy}", "optimizer=sgd"])
+    given = ["dp=example", "epsilon=8", f"strategy={strategy}", "optimizer=sgd"]
+    assert (found := load(tmp_path, settings=given)).dp == "example"
+    assert found.strategy == strategy
 
 
 def test_noisy_gradients_are_not_clipped_again_unless_told(tmp_path: Path) -> None:
