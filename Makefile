@@ -1,4 +1,4 @@
-# make demo | demo-llm | test | e2e | check | proto | clean
+# make demo | demo-llm | phone | test | e2e | check | proto | clean
 # Each target makes .venv in this folder and installs what it needs; a second run is quick.
 
 PYTHON ?= $(shell for v in 3.11 3.12 3.13; do command -v python$$v && exit; done; command -v python3)
@@ -7,13 +7,22 @@ RUN := $(VENV)/bin
 STAMPS := $(VENV)/.installed
 INSTALL := $(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo demo-llm test e2e check format lint types proto proto-baseline wheel clean
+.PHONY: demo demo-llm phone phone-headers test e2e check format lint types proto proto-baseline wheel clean
 
 demo: $(STAMPS)/base
 	$(RUN)/corolla simulate
 
 demo-llm: $(STAMPS)/llm
 	$(RUN)/corolla simulate --config experiments/demo_llm/config.toml
+
+# The native client of phones, build/native/corolla-phone: see docs/phones.md. On Debian and Ubuntu
+# `sudo make phone-headers` installs what it is built with; the runtime comes with the extra.
+phone: $(STAMPS)/phones
+	cmake -G Ninja -S client/native -B build/native -DCMAKE_BUILD_TYPE=Release -DEXECUTORCH_DIR=$$($(RUN)/python -c 'import executorch; print(executorch.__path__[0])')
+	cmake --build build/native
+
+phone-headers:
+	apt-get install -y --no-install-recommends cmake g++ ninja-build libgrpc++-dev libprotobuf-dev libssl-dev nlohmann-json3-dev protobuf-compiler protobuf-compiler-grpc zlib1g-dev
 
 test: $(STAMPS)/dev
 	$(RUN)/python -m pytest -n 2 --dist worksteal -q -m "not deployment"
@@ -68,6 +77,10 @@ $(STAMPS)/llm: $(STAMPS)/base
 	$(INSTALL) -e '.[llm]'
 	touch $@
 
-$(STAMPS)/dev: $(STAMPS)/base
+$(STAMPS)/phones: $(STAMPS)/base
+	$(INSTALL) -e '.[phones]'
+	touch $@
+
+$(STAMPS)/dev: $(STAMPS)/phones
 	$(INSTALL) -e '.[dev,simulation]'
 	touch $@

@@ -7,6 +7,7 @@ and peft take seconds to import.
 """
 
 import importlib
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,13 @@ if TYPE_CHECKING:
     from corolla.errors import CorollaError
     from corolla.simulation import simulate
     from corolla.types import Adapter, Broadcast, Client, Cost, Params, Payload, Strategy, Update
+
+# Where the extra `phones` is installed, transformers imports torchao, which warns of its CUDA
+# libraries, and has torch warn of how it registers its types. Nobody here can act on either.
+logging.getLogger("torchao").setLevel(logging.ERROR)
+logging.getLogger("torch.utils._pytree").addFilter(
+    lambda record: "register_constant" not in record.getMessage()
+)
 
 __version__ = "0.1.0"
 
