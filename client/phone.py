@@ -11,14 +11,16 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import grpc
 
 from corolla import calls, logs
+from corolla.client import policies
 from corolla.client.downloads import fetch, fetch_model, verified
+from corolla.client.policies import NO_LIMITS, Limits
 from corolla.errors import ConfigError, CorollaError, DataError, StoppedError, WireError
 from corolla.packet import Packet
 from corolla.proto import device_pb2 as pb
@@ -30,6 +32,9 @@ _SECONDS = 30.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
 _EVERY = 0.5
 """Seconds between two looks at the device's conditions, while it trains."""
+_LOOK = 30.0
+"""At most between two looks at the device's conditions, before any gateway has said when."""
+_CAPABILITIES = frozenset(update_pb2.Capabilities.DESCRIPTOR.fields_by_name)
 _LARGEST = 8 << 30
 _SMALLEST = 1 << 16
 """Bytes of a chunk on the slowest line."""
@@ -70,6 +75,7 @@ class Settings:
     """Fields of the message Capabilities, asked for anew each time."""
     pauses: tuple[float, float] = (_FIRST_PAUSE, _LONGEST_PAUSE)
     """Seconds after a call that failed: the first, and the longest."""
+    limits: Limits = NO_LIMITS
 
 
 class _Over(Exception):  # noqa: N818 - no error: the session has ended
@@ -101,6 +107,9 @@ class Phone:
         self._state = self.settings.state
         self._state.mkdir(parents=True, exist_ok=True)
         self._told = ""
+        self._policy: bytes | None = None
+        self._window = calls.window(_LOOK / 2, _LOOK)
+        self._bytes = 0  # up and down, since the last entry of the history
         self._whole: Path | None = None  # the base model that this process has checked
 
     def run(self, rounds: int = 0, once: bool = False) -> None:
@@ -124,8 +133,15 @@ class Phone:
             return self.settings.pauses[1]
 
     def _visit(self) -> float:
-        found = self._check_in()
-        retry = found.retry
+        device, examples = self.settings.conditions(), self.trainer.examples()
+        policy, now = self.policy(), time.time()
+        lacks = policies.before_check_in(policy, device, examples, self.history(), now)
+        if lacks:
+            self._tell(f"waiting: {policies.in_words(lacks)}")
+            return calls.wait(self._window, self._random.random())
+        found = self._check_in(device, examples)
+        retry = self._window = found.retry
+        self._keep(found.policy)
         if found.WhichOneof("answer") == "lease":
             with logs.bind(client=found.lease.client):
                 try:
@@ -157,6 +173,7 @@ class Phone:
         except WireError as error:
             self._tell(f"the gateway's base model is refused: {error}")
             return self.settings.pauses[1]
+        self._note(policies.Entry(time.time(), "", 0, bytes=self._bytes))
         self._tell(f"base model {folder.name[:12]} is here")
         (self._state / "model").write_text(folder.name)
         self._whole = folder
@@ -175,13 +192,14 @@ class Phone:
 
     # --- a session --------------------------------------------------------------------------------
 
-    def _check_in(self) -> pb.CheckInResponse:
+    def _check_in(self, device: Mapping[str, Any], examples: int) -> pb.CheckInResponse:
         model = self._model()
+        told = {name: own for name, own in device.items() if name in _CAPABILITIES}
         request = pb.CheckInRequest(
             protocol=calls.PROTOCOL,
             device=self.settings.device,
-            capabilities=update_pb2.Capabilities(**self.settings.conditions()),
-            num_examples=self.trainer.examples(),
+            capabilities=update_pb2.Capabilities(**told),
+            num_examples=examples,
             own_model=self.settings.own_model,
             manifest=model.name if model else "",
             log_version=self._read("log"),
@@ -195,19 +213,25 @@ class Phone:
         if not lease.client.endswith(f"/{self.settings.device}"):
             raise WireError("the lease is of another device")
         deadline = time.monotonic() + max(0.0, lease.deadline_seconds)
+        task, accepted = update_pb2.Task(), False
         with self._alive(lease) as alive:
-            task = calls.read_task(self._fetch(lease.task, calls.MAX_TASK, deadline))
-            packet = _read_packet(kept)  # of this lease, by a process that died since
-            if packet is None:
-                packet = self._train(lease, task, alive, deadline)
-                self._clear()
-                _write_packet(kept, packet)
             try:
+                task = calls.read_task(self._fetch(lease.task, calls.MAX_TASK, deadline))
+                packet = _read_packet(kept)  # of this lease, by a process that died since
+                if packet is None:
+                    packet = self._train(lease, task, alive, deadline)
+                    self._clear()
+                    _write_packet(kept, packet)
                 acknowledged = self._deliver(lease, packet, deadline)
+                accepted = acknowledged.accepted
+                self._clear()
             except _Over:
                 self._clear()
                 raise
-        self._clear()
+            finally:
+                seconds, battery = alive.spent()
+                entry = policies.Entry(time.time(), task.run_id, task.round, seconds, self._bytes)
+                self._note(replace(entry, battery=battery, accepted=accepted))
         if acknowledged.accepted:
             self.done += 1
             if task.HasField("log"):
@@ -227,6 +251,9 @@ class Phone:
             packet = self._assemble(lease, task, deadline)
         except WireError as error:
             return calls.given_up(task, lease.client, str(error))
+        policy, past, now = self.policy(lease.policy), self.history(), time.time()
+        if soon := policies.with_lease(policy, past, task.run_id, task.round, now):
+            return calls.given_up(task, lease.client, f"policy: {policies.in_words(soon)}")
         began = time.monotonic()
         try:
             reply = self.trainer.answer(lease.client, packet, self._model(), alive.check)
@@ -319,7 +346,9 @@ class Phone:
         pause, longest = self.settings.pauses
         while True:
             try:
-                return method(request, metadata=self._metadata, timeout=_SECONDS)
+                found: Any = method(request, metadata=self._metadata, timeout=_SECONDS)
+                self._bytes += request.ByteSize() + found.ByteSize()
+                return cast(R, found)
             except grpc.RpcError as error:
                 code, details = error.code(), calls.one_line(error.details() or "")
             if code in _FINAL:
@@ -355,6 +384,34 @@ class Phone:
         except (OSError, WireError):
             return ""
 
+    # --- what is asked of this device, and what it has done -------------------------------------
+
+    def policy(self, told: pb.Policy | None = None) -> pb.Policy:
+        """The gateway's policy, by default of its last answer, with the owner's limits."""
+        known = told
+        if known is None:
+            try:
+                known = calls.parse(pb.Policy(), (self._state / "policy").read_bytes(), _SMALLEST)
+            except (OSError, WireError):
+                known = pb.Policy()
+        return policies.stricter(known, self.settings.limits)
+
+    def history(self) -> list[policies.Entry]:
+        """What this device has done in the last 30 days."""
+        return policies.read(self._state / "history.jsonl", time.time())
+
+    def _keep(self, policy: pb.Policy) -> None:
+        data, scratch = policy.SerializeToString(), self._state / "part-policy"
+        if data == self._policy:  # it is asked for at each check-in
+            return
+        self._policy = data
+        scratch.write_bytes(data)
+        scratch.replace(self._state / "policy")
+
+    def _note(self, entry: policies.Entry) -> None:
+        policies.add(self._state / "history.jsonl", entry)
+        self._bytes = 0
+
     def _clear(self) -> None:
         for path in self._state.glob("reply-*"):
             path.unlink(missing_ok=True)
@@ -364,7 +421,9 @@ class _Alive:
     """Whether a task is still worth its work: asked by who trains, between two steps."""
 
     def __init__(self, phone: Phone, lease: pb.Lease) -> None:
-        self._phone, self._lease = phone, lease
+        self._phone, self._policy = phone, phone.policy(lease.policy)
+        self._lease, self._history = lease, phone.history()
+        self._began, self._charge = time.monotonic(), self._battery()
         self._due = 0.0
         self.over = threading.Event()
         self.why = ""
@@ -395,12 +454,22 @@ class _Alive:
         """What of the policy does not hold any more."""
         if self._phone.stop.is_set():
             return "the device was stopped"
-        now, policy = self._phone.settings.conditions(), self._lease.policy
-        if policy.charging and not now.get("charging"):
-            return "not charging any more"
-        if policy.unmetered and now.get("metered"):
-            return "not on an unmetered network any more"
-        return "not idle any more" if policy.idle and not now.get("idle") else ""
+        lacks = policies.while_training(
+            self._policy,
+            self._phone.settings.conditions(),
+            self._history,
+            time.time(),
+            *self.spent(),
+        )
+        first = policies.in_words(lacks[:1])
+        return first + " any more" * first.startswith("not ")
+
+    def spent(self) -> tuple[float, float]:
+        """(seconds, percent of a full charge) since the lease began; a charger gives nothing."""
+        return time.monotonic() - self._began, max(0.0, self._charge - self._battery())
+
+    def _battery(self) -> float:
+        return float(self._phone.settings.conditions().get("battery_percent", 0))
 
 
 def _write_packet(path: Path, packet: Packet) -> None:

@@ -12,8 +12,9 @@ from corolla.children import stoppable
 from corolla.client.daemon import Trainer
 from corolla.client.device import probe
 from corolla.client.node import only_one
-from corolla.client.own import Own
+from corolla.client.own import Own, parse_bytes
 from corolla.client.phone import Phone, Settings
+from corolla.client.policies import NO_LIMITS, Limits
 from corolla.errors import ConfigError, StoppedError, WireError
 from corolla.memory import Memory
 from corolla.packet import Packet
@@ -49,8 +50,21 @@ class TorchTrainer:
         return self._trainer(packet, wanted)
 
 
+def limits(daily_data: str | None, daily_seconds: float) -> Limits:
+    """What an owner allows in 24 hours. Raises ConfigError."""
+    try:
+        return Limits(parse_bytes(daily_data) if daily_data else 0, daily_seconds)
+    except ValueError as error:
+        raise ConfigError(f"--daily-data: {error}; found {daily_data!r}") from error
+
+
 def settings(
-    own: Own, name: str | None, token_file: Path, has_model: bool, told: Mapping[str, bool | None]
+    own: Own,
+    name: str | None,
+    token_file: Path,
+    has_model: bool,
+    told: Mapping[str, bool | None],
+    limits: Limits = NO_LIMITS,
 ) -> Settings:
     """What the options of `corolla phone` say. `told` overrides what the device finds out itself.
 
@@ -74,6 +88,7 @@ def settings(
         own.state,
         own_model=has_model,
         conditions=lambda: {**vars(probe(own.state)), **given},
+        limits=limits,
     )
 
 

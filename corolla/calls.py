@@ -8,7 +8,7 @@ import json
 import re
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import TypeVar
 
@@ -121,14 +121,17 @@ def check_blob(blob: pb.Blob, most: int) -> pb.Blob:
     return blob
 
 
-def read_manifest(data: bytes) -> pb.Manifest:
-    """The manifest of a base model. Raises WireError for limits broken and paths that lead out."""
+def read_manifest(data: bytes, suffixes: Collection[str] | None = None) -> pb.Manifest:
+    """The manifest of a base model, or of files with other `suffixes`.
+
+    Raises WireError for limits broken and paths that lead out.
+    """
     check_count(data[:MAX_MANIFEST], MAX_FILES + 8)
     manifest = parse(pb.Manifest(), data, MAX_MANIFEST)
     if not 0 < len(manifest.files) <= MAX_FILES:
         raise WireError(f"manifest has {len(manifest.files)} files, not 1 to {MAX_FILES}")
     for file in manifest.files:
-        check_path(file.path)
+        check_path(file.path, MODEL_FILES if suffixes is None else suffixes)
         check_blob(file.blob, MAX_CHUNKS * CHUNK)
         if len(file.chunks) != 32 * -(-file.blob.size // CHUNK):
             raise WireError(f"manifest does not name the chunks of {file.path}")
@@ -139,15 +142,17 @@ def read_manifest(data: bytes) -> pb.Manifest:
 
 MODEL_FILES = frozenset({".json", ".safetensors", ".txt", ".model", ".jinja"})
 """What belongs to a base model and cannot run code when it is loaded."""
+PROGRAM_FILES = frozenset({".json", ".sig", ".pte", ".ptd"})
+"""What belongs to a program of a bundle: for native clients, which check who has signed it."""
 
 
-def check_path(path: str) -> PurePosixPath:
+def check_path(path: str, suffixes: Collection[str] = MODEL_FILES) -> PurePosixPath:
     """A model's file, as a path that stays in its folder. Raises WireError."""
     parts = path.split("/")
     if (
         len(path) > 200
         or any(not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", part) for part in parts)
-        or PurePosixPath(path).suffix not in MODEL_FILES
+        or PurePosixPath(path).suffix not in suffixes
     ):
         raise WireError(f"{one_line(path)!r} is no file of a model")
     return PurePosixPath(path)

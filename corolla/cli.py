@@ -467,17 +467,53 @@ def evaluate(
 
 @app.command()
 def export(
-    adapter: Annotated[Path, typer.Argument(help="A PEFT adapter folder.")],
-    to: Annotated[Literal["merged"], typer.Option(help="merged: a plain model folder.")] = "merged",
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="ADAPTER|MODEL", help="A PEFT adapter folder; for executorch also a base model."
+        ),
+    ],
+    to: Annotated[
+        Literal["merged", "executorch"],
+        typer.Option(help="merged: a plain model folder; executorch: programs for native clients."),
+    ] = "merged",
     model: Annotated[str | None, typer.Option(help="Default: the one it was trained on.")] = None,
     out_dir: Annotated[
         Path | None, typer.Option("--out", help="A new folder; default: ADAPTER-merged.")
     ] = None,
+    key: Annotated[
+        Path | None, typer.Option(help="To sign with; made, with its .pub, where there is none.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="LoRA rank; default: the adapter's, or 8.")
+    ] = None,
+    target_modules: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Default: the adapter's, or all linear ones.")
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens of a sequence, at most.")] = 256,
+    base: Annotated[str, typer.Option(help="fp32, q4 or both.")] = "fp32,q4",
 ) -> None:
-    """Write an adapter and its base model as one model that any tool loads."""
+    """Write an adapter and its base as one model, or a base as a signed bundle for phones."""
     with _user_errors():
+        if to == "executorch":
+            with out.status("loading") as shown:
+                from corolla import bundling
+
+                made = bundling.make(
+                    source if model is None else model,
+                    out_dir,
+                    key,
+                    rank=rank,
+                    targets=target_modules.split(",") if target_modules else None,
+                    length=length,
+                    bases=base,
+                    say=shown.update,
+                )
+            _say(bundling.summary(made, str(out_dir)))
+            return
         from corolla.artefacts import export_merged
 
+        adapter = Path(source)
         folder = out_dir or adapter.resolve().with_name(adapter.resolve().name + "-merged")
         difference = export_merged(adapter, model, folder)
         out.print(
@@ -485,6 +521,21 @@ def export(
             highlight=False,
             soft_wrap=True,
         )
+
+
+@app.command()
+def tokens(
+    data: Annotated[str, typer.Argument(help="FILE.jsonl of a device's own rows.")],
+    model: Annotated[str, typer.Option(help="Hub name, folder, 'embedded', or a bundle.")],
+    out_file: Annotated[Path, typer.Option("--out", help="FILE.jsonl of token ids.")],
+    max_length: Annotated[int, typer.Option(help="Tokens of a sequence, at most.")] = 256,
+) -> None:
+    """Turn text into the token ids that a native client trains on."""
+    with _user_errors():
+        from corolla.tokens import write
+
+        sequences, examples = write(model, data, out_file, max_length)
+        _say(f"{out_file}: {sequences} sequences of {examples} examples")
 
 
 @app.command()
@@ -671,8 +722,18 @@ def gateway(
     share_model: Annotated[
         Path | None, typer.Option(help="A base model's folder, for phones that have none.")
     ] = None,
+    share_bundle: Annotated[
+        Path | None, typer.Option(help="Programs for native phones: corolla export makes them.")
+    ] = None,
+    publisher: Annotated[
+        Path | None, typer.Option(help="Public key that the bundle must be signed with.")
+    ] = None,
     policy: Annotated[
-        str, typer.Option(help="What phones must be: of these three, or none.")
+        str,
+        typer.Option(
+            help="Asked of phones: these, battery=20, thermal=3, storage=100MB, examples=8, "
+            "separation=2, period=24h, daily-bytes=50MB, daily-seconds=1800, daily-battery=5; none."
+        ),
     ] = "charging,unmetered,idle",
     over_select: Annotated[
         float, typer.Option(min=1.0, max=10.0, help="Phones at work for each update wanted.")
@@ -703,6 +764,8 @@ def gateway(
             key=key,
             tokens=tokens,
             share_model=share_model,
+            share_bundle=share_bundle,
+            publisher=publisher,
             policy=policy,
             over_select=over_select,
             seats=seats,
@@ -740,6 +803,10 @@ def phone(
         bool | None, typer.Option("--metered/--unmetered", help="Default: as found.")
     ] = None,
     idle: Annotated[bool | None, typer.Option("--idle/--in-use", help="Default: idle.")] = None,
+    daily_data: Annotated[
+        str | None, typer.Option(help="Up and down in 24 hours, as 50MB; default: any.")
+    ] = None,
+    daily_seconds: Annotated[float, typer.Option(min=0, help="At work in 24 hours; 0: any.")] = 0.0,
     rounds: Annotated[int, typer.Option(min=0, help="End after so many; 0: never.")] = 0,
     once: Annotated[bool, typer.Option("--once", help="End after one check-in.")] = False,
 ) -> None:
@@ -760,7 +827,8 @@ def phone(
         }
         mine = own.load(None, options)
         told = {"charging": charging, "metered": metered, "idle": idle}
-        chosen = phone_trainer.settings(mine, name, token_file, model is not None, told)
+        limits = phone_trainer.limits(daily_data, daily_seconds)
+        chosen = phone_trainer.settings(mine, name, token_file, model is not None, told, limits)
         phone_trainer.begin(mine, chosen, _say, rounds, once)
 
 

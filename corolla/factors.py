@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from corolla import seeds
 from corolla.types import Params, Size
 
 A, B, R = ".lora_A", ".lora_B", ".lora_R"
@@ -33,6 +34,20 @@ def is_r(name: str) -> bool:
 def is_head(name: str) -> bool:
     """Whether a tensor is trained as it is: no LoRA factor."""
     return not name.endswith((A, B, R))
+
+
+def fresh(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) -> dict[str, Tensor]:
+    """Factors of modules (name → (out, in)) before any training, in fp32, on the CPU.
+
+    A (r, in) is Kaiming-uniform with a = sqrt(5), peft's default, B (out, r) is zero. The values
+    depend only on `seed` and on the names of modules: who has no model can make them too.
+    """
+    params: dict[str, Tensor] = {}
+    for name, (out, into) in shapes.items():
+        uniform = torch.rand(rank, into, generator=seeds.generator(seed, "A", name))
+        params[name + A] = (2 * uniform - 1) * (1 / math.sqrt(into))
+        params[name + B] = torch.zeros(out, rank)
+    return params
 
 
 def select(params: Params, *roles: Callable[[str], bool]) -> Params:

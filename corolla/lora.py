@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from corolla import codec, directions, factors, seeds, tree
+from corolla import codec, directions, factors, tree
 from corolla.errors import ArtefactError, ModelError, WireError
 from corolla.models import Base, heads_of
 from corolla.space import Beside, Space
@@ -106,16 +106,8 @@ class LoraModel:
                 )
 
     def init(self, spec: LoraSpec, seed: int) -> Params:
-        """A fresh adapter: A (r, in) Kaiming-uniform (a = sqrt(5)), B (out, r) zero, head as is.
-
-        The distribution is peft's default; the values depend only on `seed` and module names.
-        """
-        params: dict[str, Tensor] = {}
-        for name, (out, into) in self.shapes.items():
-            bound = 1 / math.sqrt(into)
-            uniform = torch.rand(spec.rank, into, generator=seeds.generator(seed, "A", name))
-            params[name + factors.A] = (2 * uniform - 1) * bound
-            params[name + factors.B] = torch.zeros(out, spec.rank)
+        """A fresh adapter: factors as factors.fresh makes them, a head as it is."""
+        params = factors.fresh(self.shapes, spec.rank, seed)
         return params | {name: tensor.cpu().clone() for name, tensor in self._start_head.items()}
 
     def write(self, params: Params, spec: LoraSpec, frozen: Sequence[Params] = ()) -> None:

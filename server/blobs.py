@@ -2,7 +2,7 @@
 
 import hashlib
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from corolla import calls
@@ -84,20 +84,34 @@ def manifest(folder: Path) -> tuple[bytes, Mapping[str, Path]]:
     """
     if not (folder / "config.json").is_file():
         raise ConfigError(f"--share-model {folder} is no model: it has no config.json")
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    return manifest_of(
+        folder,
+        # A note: this model was fetched from another gateway.
+        [n for n in sorted(names, key=Path) if not n.startswith(".") and n != calls.NOTE],
+        calls.MODEL_FILES,
+    )
+
+
+def manifest_of(
+    folder: Path, names: Iterable[str], suffixes: Collection[str]
+) -> tuple[bytes, Mapping[str, Path]]:
+    """(the serialized Manifest of files in a folder, sha256 → file); of `suffixes`, no others.
+
+    Raises WireError for what cannot be told to a phone, OSError.
+    """
     made = pb.Manifest()
     files: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if not path.is_file() or path.suffix not in calls.MODEL_FILES or name.startswith("."):
-            continue
-        if name == calls.NOTE:  # this model was fetched from another gateway
+    for name in names:
+        path = folder / name
+        if path.suffix not in suffixes:
             continue
         sha256, size, chunks = _digests(path)
         blob = pb.Blob(sha256=sha256, size=size)
         made.files.append(pb.Manifest.File(path=name, blob=blob, chunks=b"".join(chunks)))
         files[sha256] = path
     data = made.SerializeToString(deterministic=True)
-    calls.read_manifest(data)  # WireError here, not on every phone
+    calls.read_manifest(data, suffixes)  # WireError here, not on every phone
     return data, files
 
 

@@ -14,7 +14,7 @@ from corolla.errors import ConfigError
 from corolla.packet import Packet
 from corolla.server import clock, cohort
 from corolla.server.gate import Expected
-from corolla.types import LoraSpec, Params, Size, Strategy, Summable
+from corolla.types import LoraSpec, Params, Payload, Size, Strategy, Summable, TrainerName
 from corolla.wire import Kind
 
 Held = Mapping[str, frozenset[str]]
@@ -48,8 +48,9 @@ class Federation:
     """What stays the same from round to round.
 
     Its members are clients and gateways. A gateway has seats: so many devices ("phones") it can ask
-    at a time, named `<gateway>/…`, all of the class and rank of their gateway. Raises ConfigError
-    for settings that gateways do not go with, and for names that could be taken for a phone's.
+    at a time, named `<gateway>/…`, all of the rank of their gateway and of one of the classes
+    `classes_behind` it. Raises ConfigError for settings that gateways do not go with, and for names
+    that could be taken for a phone's.
     """
 
     run_id: str
@@ -123,16 +124,24 @@ class Federation:
         """The name of one client's class; "" without classes."""
         return self.config.class_of(self._index[client])
 
-    def size(self, client: str, round: int = 1, phone: str = "") -> Size:
-        """What decides the form of one client's update, or that of a phone of a gateway."""
-        own = self.config.of_class(self.class_of(client))
+    def classes_of(self, member: str) -> Sequence[str]:
+        """The classes that updates of a member can be of: its own first."""
+        own = self.class_of(member)
+        return [*classes_behind(self.config, own).values()] if member in self.seats else [own]
+
+    def size(self, client: str, round: int = 1, phone: str = "", kind: str | None = None) -> Size:
+        """What decides the form of one client's update, or that of a phone of a gateway.
+
+        `kind` is the class of the phone, where it is not that of its gateway.
+        """
+        name = self.class_of(client) if kind is None else kind
+        own = self.config.of_class(name)
         steps = schedule.steps_per_round(own, self.clients[client])
         adapter = factors.size(self.fresh(self.lora(client)))
-        trainer = self.config.trainer_of(self.class_of(client))
         return replace(
             adapter,
             scalars=steps * own.queries,
-            trainer=trainer,
+            trainer=self.config.trainer_of(name),
             seed=seeds.derive(self.config.seed, "client", phone or client, round),
             round=round,
             step=schedule.step_size(own, round, self.clients[client]),
@@ -140,7 +149,10 @@ class Federation:
 
     def most_examples(self, client: str) -> int:
         """The most examples a client, or a phone, can have used: a claim is its update's weight."""
-        own = self.config.of_class(self.class_of(client))
+        return max(self._most_examples(client, name) for name in self.classes_of(client))
+
+    def _most_examples(self, client: str, kind: str) -> int:
+        own = self.config.of_class(kind)
         if own.local_epochs is not None:
             return self.clients[client]
         most = own.local_steps * own.batch_size
@@ -152,24 +164,38 @@ class Federation:
             return Expected(None)
         traits = strategies.traits(self.strategy)
 
-        def one(phone: str = "") -> Expected:
-            like = self.strategy.update_like(
-                self.fresh(self.lora(member)), self.size(member, round, phone)
-            )
+        def one(name: str, phone: str = "") -> Expected:
             return Expected(
-                like,
+                self.like(member, round, name, phone),
                 self.config.uplink,
-                self.most_examples(member),
+                self._most_examples(member, name),
                 self.config.max_norm,
                 space=robust.space_of(traits),
             )
 
+        names = self.classes_of(member)
         if member not in self.seats:
-            return one()
-        expected = replace(one(), most_clients=seats, member=one)
-        if self.partial is None or expected.like is None:
+            return one(names[0])
+        likes = [self.like(member, round, name) for name in names]
+        expected = replace(
+            one(names[0]),
+            like=_joined(likes),
+            most_examples=self.most_examples(member),
+            most_clients=seats,
+            member=lambda phone: [one(name, phone) for name in names],
+        )
+        if self.partial is None:
             return expected
-        return replace(expected, sums=self.partial.sums_like(expected.like))
+        return replace(
+            expected,
+            sums=self.partial.sums_like(_joined(likes)),
+            parts=[frozenset(self.partial.sums_like(like)) for like in likes],
+        )
+
+    def like(self, member: str, round: int, kind: str, phone: str = "") -> Payload:
+        """The form of the update of a member, or its phone, of a class."""
+        fresh = self.fresh(self.lora(member))
+        return self.strategy.update_like(fresh, self.size(member, round, phone, kind))
 
     def present(self, round: int, online: AbstractSet[str] | None = None) -> list[str]:
         """The members that can be reached in a round; `online` can be asked now (None: all)."""
@@ -220,6 +246,29 @@ class Federation:
     @cached_property
     def _index(self) -> Mapping[str, int]:
         return {client: i for i, client in enumerate(self.roster or sorted(self.clients))}
+
+
+def classes_behind(config: RunConfig, own: str) -> Mapping[TrainerName, str]:
+    """Trainer → the class of a gateway's phones that train in this way; `own` is the gateway's.
+
+    Its phones are of its own class, but for native ones that cannot train as that class does: they
+    are of the first class of the same rank and scaling that trains as they can.
+    """
+
+    def rank(name: str) -> tuple[int, float]:
+        changed = config.classes[name]
+        return changed.rank or config.rank, changed.alpha or config.alpha
+
+    found = {config.trainer_of(own): own}
+    for name in config.classes if own else ():
+        if rank(name) == rank(own):
+            found.setdefault(config.trainer_of(name), name)
+    return found
+
+
+def _joined(likes: Iterable[Payload]) -> Payload:
+    """The groups of all: those of several classes that may have taken part."""
+    return {group: params for like in likes for group, params in like.items()}
 
 
 def merges(config: RunConfig, strategy: Strategy) -> Summable | None:

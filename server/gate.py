@@ -5,7 +5,8 @@ reply are, the answer is a verdict; memory is bounded by what an honest reply wo
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from enum import StrEnum, auto
 
@@ -87,7 +88,9 @@ class Expected:
     the joint L2 norm of an update in `space` (see robust.py), where None leaves the bound of 1e6 on
     each value. With `most_clients` the reply is that of a gateway for at most so many clients: a
     partial aggregate of the form `sums` (Summable.sums_like), or without one, a bundle of replies;
-    `member` says what is expected of each by name, where that is not the same of all.
+    `member` says what is expected of each by name, where that is not the same of all: one form for
+    each class that it can be of. `parts` are the groups of `sums` that each class adds to, where
+    `like` holds those of several: what is sent are the groups of some of the classes, or of all.
     """
 
     like: Payload | None
@@ -97,7 +100,8 @@ class Expected:
     sums: Payload | None = None
     most_clients: int = 0
     space: Space = "tensors"
-    member: "Callable[[str], Expected] | None" = None
+    member: "Callable[[str], Sequence[Expected]] | None" = None
+    parts: Sequence[AbstractSet[str]] = ()
 
 
 @dataclass(frozen=True)
@@ -215,7 +219,7 @@ def _bundle(reply: Reply, task: Task, expect: Expected) -> Judged:
             Code.FORM, f"bundle has {len(packets)} entries, it says {reply.clients}"
         )
     members: dict[str, Judged] = {}
-    one = replace(expect, most_clients=0, sums=None, member=None)
+    one = replace(expect, most_clients=0, sums=None, member=None, parts=())
     for number, packet in enumerate(packets):
         name = wire.peek_client(packet)
         # What has no name of its own still has a verdict.
@@ -224,11 +228,18 @@ def _bundle(reply: Reply, task: Task, expect: Expected) -> Judged:
         elif name in members:
             place, judged = f"{reply.client}#{number}", _refused(Code.FOREIGN, f"{name} came twice")
         else:
-            own = expect.member(name) if expect.member else one
-            place, judged = name, judge(packet, name, replace(task, seats=0), own)
+            own = expect.member(name) if expect.member else [one]
+            place, judged = name, _of_a_class(packet, name, replace(task, seats=0), own)
         members[place] = judged
     content = sum(judged.content for judged in members.values())
     return Judged(Verdict(Code.ACCEPTED), reply, {}, content, members)
+
+
+def _of_a_class(packet: Packet, client: str, task: Task, own: Sequence[Expected]) -> Judged:
+    """The verdict by the class whose form the reply has; where it has none, that of the first."""
+    judged = [judge(packet, client, task, expect) for expect in own]
+    of_form = [found for found in judged if found.verdict.code not in (Code.FORM, Code.TOO_LARGE)]
+    return next((found for found in judged if found.verdict.accepted), (of_form or judged)[0])
 
 
 def _check_weight(found: int, least: int, most: int) -> None:
@@ -278,7 +289,7 @@ def _check_sums(sums: Payload, like: Payload, weight: int, expect: Expected) -> 
 
     Groups that an update does not have are statistics, which have no norm of their own.
     """
-    _check_form(sums, like)
+    _check_form(sums, _of_those_who_came(sums, like, expect.parts))
     update = expect.like or {}
     of_one = {
         group: {
@@ -291,6 +302,13 @@ def _check_sums(sums: Payload, like: Payload, weight: int, expect: Expected) -> 
         own = [tensor for group in of_one if group in update for tensor in of_one[group].values()]
         norm = math.sqrt(math.fsum(float(tensor.square().sum()) for tensor in own))
         _check_norm(norm, weight * expect.max_norm)
+
+
+def _of_those_who_came(sums: Payload, like: Payload, parts: Sequence[AbstractSet[str]]) -> Payload:
+    """The form of sums of the classes whose groups are all there; of all where there are none."""
+    came = [part for part in parts if part <= sums.keys()] or list(parts)
+    groups = frozenset().union(*came) if came else like.keys()
+    return {group: like[group] for group in like if group in groups}
 
 
 def _reach(params: Params) -> float:

@@ -21,14 +21,17 @@ from corolla.memory import Memory
 from corolla.packet import Packet
 from corolla.proto import device_pb2 as pb
 from corolla.rpc import FOREVER, Waits
-from corolla.server import gate, leases
+from corolla.server import leases
 from corolla.server.blobs import Blobs, manifest
-from corolla.server.gate import Code, Verdict
+from corolla.server.budget import Assignment
+from corolla.server.gate import Code
+from corolla.server.job import Job
 from corolla.server.leases import Lease, Phase, Policy, Round, Seen
-from corolla.server.merging import Merging, prepare
-from corolla.server.outbound import Parcel, take_in
+from corolla.server.merging import prepare
+from corolla.server.natives import Denied, Natives
+from corolla.server.offer import Offer, run_as, to_message
+from corolla.server.outbound import take_in
 from corolla.server.tokens import Token
-from corolla.server.uploads import Upload
 from corolla.wire import Kind, Reply, Task, pack_reply, unpack_task
 
 _CHECK_INS = 200
@@ -57,37 +60,10 @@ class Settings:
     lease: float = 60.0
     """Seconds that a phone may be silent."""
     share_model: Path | None = None
+    share_bundle: Path | None = None
+    publisher: Path | None = None
+    """The public key that the bundle must be signed with; None: phones alone look at that."""
     allow: Sequence[str] = ()
-
-
-@dataclass
-class _Job:
-    """A task in progress. `round` changes under the gateway's lock, what phones send beside it."""
-
-    digest: str
-    parcel: Parcel
-    merging: Merging
-    round: Round
-    most_bytes: int
-    uploads: dict[str, Upload] = field(default_factory=dict)
-    headers: dict[str, bytes] = field(default_factory=dict)
-    """Lease → header of its valid reply."""
-    replaced: bool = False
-    merging_now: bool = False
-    reply: Packet | None = None
-
-    def drop_lost(self) -> None:
-        """Forget what phones sent that vanished: each upload may hold a file open."""
-        for id in list(self.uploads):
-            if self.round.leases[id].phase == Phase.LOST:
-                self.uploads.pop(id).close()
-
-    def close(self) -> None:
-        """Forget what phones sent."""
-        for upload in list(self.uploads.values()):  # a report may take one away meanwhile
-            upload.close()
-        self.uploads.clear()
-        self.headers.clear()
 
 
 class Gateway:
@@ -101,7 +77,7 @@ class Gateway:
     ) -> None:
         """`known`: whether an owner's token still counts.
 
-        Raises ConfigError when the model to be shared is none.
+        Raises ConfigError when the model or the bundle to be shared is none.
         """
         self.settings, self._clock, self._known = settings, clock, known
         self._spool = settings.state / "spool"
@@ -116,9 +92,15 @@ class Gateway:
                 self._blobs.share(name, file, file.stat().st_size)
             self._model = pb.Blob(sha256=calls.sha256(data), size=len(data))
             self._blobs.share(self._model.sha256, path, len(data))
+        bundle = settings.share_bundle
+        self._natives = Natives(
+            Offer(bundle, settings.publisher, self._blobs, settings.state) if bundle else None,
+            self._blobs,
+        )
+        self._policy = pb.Policy(**vars(settings.policy))
         self._changed = threading.Condition()  # its lock guards all that follows
         self._seen: dict[str, Seen] = {}
-        self._job: _Job | None = None
+        self._job: Job | None = None
         self._last: tuple[str, Packet] | None = None
         self._before: Round | None = None
         self._cached: Sequence[pb.Blob] = ()
@@ -200,24 +182,19 @@ class Gateway:
             job.close()
         return reply
 
-    def _merged(self, job: _Job) -> Packet:
+    def _merged(self, job: Job) -> Packet:
         """The valid replies of a round that is over as one. Raises WireError when there is none."""
         of_phases = {str(phase): job.round.count(phase) for phase in Phase}
-        _log.info("round over", seats=job.round.seats, **{k: n for k, n in of_phases.items() if n})
-        valid = [own for own in job.round.leases.values() if own.phase == Phase.VALID]
-        if not valid:
+        counted = {name: n for name, n in {**of_phases, **job.budgets()}.items() if n}
+        _log.info("round over", seats=job.round.seats, **counted)
+        if not job.round.count(Phase.VALID):
             raise WireError(f"none of {len(job.round.leases)} phones gave a valid update in time")
-        # In the order in which a server would fold in clients of these names.
-        replies = (
-            (self._client(own.device), own.examples, self._reply(job, own.id))
-            for own in sorted(valid, key=lambda lease: self._client(lease.device))
-        )
-        reply = job.merging.merge(self.settings.name, replies)
+        reply = job.merging.merge(self.settings.name, job.replies(self.settings.name))
         with self._changed:
             self._last = (job.digest, reply)
         return reply
 
-    def _start(self, task: Task, digest: str, left: float) -> _Job | list[str]:
+    def _start(self, task: Task, digest: str, left: float) -> Job | list[str]:
         """Offer a task to phones. Raises WireError or ConfigError for one that cannot be done."""
         if not task.seats:
             raise WireError(f"{self.settings.name} is a gateway and is asked as a client")
@@ -234,8 +211,9 @@ class Gateway:
         if isinstance(parcel, list):
             return parcel
         self._cached = parcel.cached
+        demand, first = self._natives.begin(merging, task)
+        parcel = replace(parcel, first=first)
         self._blobs.keep(parcel.names)
-        expected = merging.expected(f"{self.settings.name}/", 1)
         now, seconds = self._clock(), max(0.0, min(merging.config.deadline, left))
         round = Round(
             task.seats,
@@ -243,7 +221,7 @@ class Gateway:
             self.settings.lease,
             self.settings.over_select,
         )
-        job = _Job(digest, parcel, merging, round, gate.most_bytes(expected))
+        job = Job(digest, parcel, merging, round, demand)
         with self._changed:
             self._job = job
         _log.info("round offered", seats=task.seats, seconds=round.deadline - now)
@@ -258,11 +236,6 @@ class Gateway:
                     shutil.rmtree(old, ignore_errors=True)
             self._memory = (run_id, Memory(runs / run_id))
         return self._memory[1]
-
-    @staticmethod
-    def _reply(job: _Job, id: str) -> Packet:
-        upload, header = job.uploads.get(id), job.headers[id]
-        return upload.packet(header) if upload else Packet(header, b"")
 
     def _client(self, device: str) -> str:
         return f"{self.settings.name}/{device}"
@@ -284,25 +257,31 @@ class Gateway:
             return refuse(reason.REASON_NAME, f"this token is of device {token.device!r}")
         able = wire.load_capabilities(request.capabilities)
         lacks = settings.policy.lacks(able)
-        examples = min(request.num_examples, wire.MAX_EXAMPLES)
+        examples, least = min(request.num_examples, wire.MAX_EXAMPLES), settings.policy.examples
+        enough = examples >= max(1, least)
         with self._changed:
             known = self._seen.get(device)
             if known and self._keeps(known, token, now):
                 return refuse(reason.REASON_NAME, f"another device is called {device!r}")
-            self._see(device, Seen(token.owner, examples, now, not lacks and examples > 0))
+            native = request.HasField("native")
+            assigned = self._natives.assign(request, device, self._job, now) if native else None
+            eligible = not lacks and enough and not isinstance(assigned, Denied)
+            self._see(device, Seen(token.owner, examples, now, eligible))
         if lacks:
             return refuse(reason.REASON_NOT_ELIGIBLE, f"it is not {lacks}")
-        if not examples:
-            return refuse(reason.REASON_NOT_ELIGIBLE, "it has no examples")
-        if not request.own_model and (not self._model or request.manifest != self._model.sha256):
-            text = "get the base model" if self._model else "this gateway offers no base model"
-            return refuse(reason.REASON_MODEL, text, self._model)
+        if not enough:
+            text = f"it has {examples or 'no'} examples" + f", not {least}" * (examples > 0)
+            return refuse(reason.REASON_NOT_ELIGIBLE, text)
+        if isinstance(assigned, Denied):
+            return self._refused(assigned)
+        if lacking := self._lacks(request, assigned):
+            return self._refused(lacking)
         with self._changed:
             job = self._job
             if job is None:
                 return refuse(reason.REASON_NO_TASK, "no round")
             round, lease = job.round.check_in(
-                device, token.owner, examples, secrets.token_hex(16), now
+                device, token.owner, examples, secrets.token_hex(16), now, assigned
             )
             if isinstance(lease, str):
                 job.round = round
@@ -316,7 +295,17 @@ class Gateway:
             job.drop_lost()
         if isinstance(lease, str):
             return refuse(reason.REASON_NO_TASK, lease)
-        return pb.CheckInResponse(lease=told, retry=self._retry())
+        _log.info("lease", client=self._client(device), **run_as(lease.assigned))
+        return pb.CheckInResponse(lease=told, retry=self._retry(), policy=self._policy)
+
+    def _lacks(self, request: pb.CheckInRequest, assigned: Assignment | None) -> Denied | None:
+        """That a phone has not the files that it would train with."""
+        if assigned:
+            return self._natives.lacks(assigned, request.manifest)
+        if request.own_model or (self._model and request.manifest == self._model.sha256):
+            return None
+        text = "get the base model" if self._model else "this gateway offers no base model"
+        return Denied(pb.Refusal.REASON_MODEL, text, self._model)
 
     def _keeps(self, holder: Seen, token: Token, now: float) -> bool:
         """Whether a name stays with who has it: not against a token that is of this very name."""
@@ -325,10 +314,9 @@ class Gateway:
         return now - holder.at < _FORGET and self._known(holder.owner)
 
     def _lease(
-        self, job: _Job, round: Round, lease: Lease, request: pb.CheckInRequest, now: float
+        self, job: Job, round: Round, lease: Lease, request: pb.CheckInRequest, now: float
     ) -> pb.Lease:
-        header, cached = job.parcel.header(request.log_version)
-        policy = self.settings.policy
+        header, cached = job.told(lease, request.log_version)
         return pb.Lease(
             id=lease.id,
             client=self._client(lease.device),
@@ -337,10 +325,11 @@ class Gateway:
             cached=cached,
             strategy=Path(job.merging.config.strategy).name,
             phase="train",
-            policy=pb.Policy(**vars(policy)),
+            policy=self._policy,
             seconds=lease.ends - now,
             deadline_seconds=round.deadline - now,
-            max_upload_bytes=job.most_bytes,
+            max_upload_bytes=job.most_bytes(lease),
+            assignment=to_message(lease.assigned),
         )
 
     def download(self, request: pb.DownloadRequest) -> pb.Chunk:
@@ -354,13 +343,12 @@ class Gateway:
             job = self._job
             if job is None:
                 return pb.UploadStatus(problem="the round is over")
-            self._own(job, chunk.lease, token)
-            if why := job.round.refuses(chunk.lease, now):
+            lease = self._own(job, chunk.lease, token)
+            why = job.round.refuses(chunk.lease, now)
+            if why or lease is None:
                 return pb.UploadStatus(problem=why)
             job.round, _ = job.round.heartbeat(chunk.lease, now)
-            upload = job.uploads.get(chunk.lease)
-            if upload is None:
-                upload = job.uploads[chunk.lease] = Upload(self._spool, job.most_bytes)
+            upload = job.upload(lease, self._spool)
         try:
             return pb.UploadStatus(received=upload.add(chunk))
         except WireError as error:
@@ -387,7 +375,7 @@ class Gateway:
                 job.round, why = job.round.report(request.lease, now)
                 if why or lease is None:
                     return self._acknowledge(why)
-            verdict = self._judge(job, lease, request)
+            verdict = job.judge(lease, self._client(lease.device), request.reply)
             with self._changed:
                 phase, why = _ENDS.get(verdict.code, Phase.REFUSED), verdict.why
                 if self._job is not job:
@@ -403,14 +391,6 @@ class Gateway:
         _log.info("reply", client=self._client(lease.device), verdict=verdict.code, why=told)
         return self._acknowledge(settled.why, _LATER if settled.phase == Phase.REFUSED else 1.0)
 
-    def _judge(self, job: _Job, lease: Lease, request: pb.ReportRequest) -> Verdict:
-        upload = job.uploads.get(lease.id)
-        try:
-            packet = Packet(request.reply, upload.payload() if upload else b"")
-        except (OSError, ValueError):
-            return Verdict(Code.NO_ANSWER, "the gateway's disk fails, or the round has ended")
-        return job.merging.judge(packet, self._client(lease.device), lease.examples).verdict
-
     def heartbeat(self, request: pb.HeartbeatRequest, token: Token) -> pb.HeartbeatResponse:
         """Keep a lease while its result can still count."""
         with self._changed:
@@ -421,7 +401,7 @@ class Gateway:
             job.round, seconds = job.round.heartbeat(request.lease, self._clock())
         return pb.HeartbeatResponse(wanted=seconds > 0, seconds=seconds)
 
-    def _own(self, job: _Job, id: str, token: Token) -> Lease | None:
+    def _own(self, job: Job, id: str, token: Token) -> Lease | None:
         """A lease, if this token may speak for it. Raises PermissionError."""
         lease = job.round.leases.get(id)
         if lease:
@@ -447,11 +427,12 @@ class Gateway:
         pause = times * self._pause()
         return window(pause / 2, 3 * pause / 2)
 
-    def _refusal(
-        self, reason: "pb.Refusal.Reason", text: str, model: pb.Blob | None = None
-    ) -> pb.CheckInResponse:
-        refusal = pb.Refusal(reason=reason, text=text, base_model=model)
-        return pb.CheckInResponse(refusal=refusal, retry=self._retry())
+    def _refusal(self, reason: "pb.Refusal.Reason", text: str) -> pb.CheckInResponse:
+        return self._refused(Denied(reason, text))
+
+    def _refused(self, denied: Denied) -> pb.CheckInResponse:
+        refusal, retry = denied.message(), self._retry()
+        return pb.CheckInResponse(refusal=refusal, retry=retry, policy=self._policy)
 
     def _acknowledge(self, why: str, times: float = 1.0) -> pb.Acknowledgement:
         return pb.Acknowledgement(accepted=not why, why=why, retry=self._retry(times))

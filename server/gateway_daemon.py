@@ -45,15 +45,10 @@ class Order:
     @classmethod
     def from_json(cls, told: dict[str, str], gateway: dict[str, object]) -> "Order":
         """What `to_json` was made of."""
-        state, share = Path(str(gateway.pop("state"))), gateway.pop("share_model")
         policy = Policy(**gateway.pop("policy"))  # type: ignore[arg-type]
-        model = Path(str(share)) if share else None
-        settings = Settings(
-            state=state,
-            policy=policy,
-            share_model=model,
-            **gateway,  # type: ignore[arg-type]
-        )
+        named = ("state", "share_model", "share_bundle", "publisher")
+        paths = {name: Path(str(own)) for name in named if (own := gateway.pop(name))}
+        settings = Settings(policy=policy, **{**gateway, **paths})  # type: ignore[arg-type]
         files = {name: Path(told[name]) for name in ("certificate", "key", "tokens")}
         return cls(settings, told["listen"], **files)
 

@@ -13,23 +13,45 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum, auto
 
+from corolla.server.budget import Assignment
 from corolla.wire import Capabilities
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What a phone must be to be asked."""
+    """What is asked of phones: the fields of the message Policy; 0 asks for nothing.
+
+    Each phone decides itself. What it reports anyway is looked at here too, once more; how warm it
+    is, what it has done before and what it has used today it tells nobody.
+    """
 
     charging: bool = True
     unmetered: bool = True
     idle: bool = True
+    battery_percent: int = 0
+    thermal: int = 0
+    storage_bytes: int = 0
+    examples: int = 0
+    separation: int = 0
+    period_seconds: float = 0.0
+    daily_bytes: int = 0
+    daily_seconds: float = 0.0
+    daily_battery_percent: float = 0.0
 
     def lacks(self, device: Capabilities) -> str:
-        """What of it a device does not meet, in words; "" when it is eligible."""
+        """What of it a device does not meet, in words; "" when it is eligible.
+
+        A battery or a disk of 0 is not known: their owner's device looks itself.
+        """
+        battery, storage = device.battery_percent, device.storage_bytes
+        low = not device.charging and 0 < battery < self.battery_percent
+        full = 0 < storage < self.storage_bytes
         met = {
             "charging": device.charging or not self.charging,
             "on an unmetered network": not (device.metered and self.unmetered),
             "idle": device.idle or not self.idle,
+            f"charged to {self.battery_percent} % (found {battery})": not low,
+            f"left with {self.storage_bytes} bytes of storage (found {storage})": not full,
         }
         return ", ".join(name for name, is_met in met.items() if not is_met)
 
@@ -63,6 +85,8 @@ class Lease:
     phase: Phase = Phase.OPEN
     why: str = ""
     """What its phone is told of its reply."""
+    assigned: Assignment | None = None
+    """What a native phone runs."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +129,19 @@ class Round:
         }
         return replace(self, leases={**self.leases, **lost}) if lost else self
 
+    def open_to(self, device: str) -> Lease | None:
+        """The lease that a device has, if its result can still come."""
+        own = (lease for lease in self.leases.values() if lease.device == device)
+        return next((lease for lease in own if lease.phase == Phase.OPEN), None)
+
     def check_in(
-        self, device: str, owner: str, examples: int, id: str, now: float
+        self,
+        device: str,
+        owner: str,
+        examples: int,
+        id: str,
+        now: float,
+        assigned: Assignment | None = None,
     ) -> tuple["Round", Lease | str]:
         """A lease under `id`, or why there is none. A device that has one gets the same again."""
         held = self.expire(now)
@@ -123,7 +158,7 @@ class Round:
             return held, "asked already in this round"
         if held.count(*_HOLDS_A_SEAT) >= held.places:
             return held, "enough devices have been chosen"
-        lease = Lease(id, device, owner, examples, now)
+        lease = Lease(id, device, owner, examples, now, assigned=assigned)
         return held._renewed(lease, now)
 
     def heartbeat(self, id: str, now: float) -> tuple["Round", float]:

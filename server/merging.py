@@ -27,18 +27,22 @@ class Merging:
     config: RunConfig
     strategy: Strategy
     kind: str
-    """The class of its phones, "" without classes."""
+    """The class of the gateway and of its phones, "" without classes."""
     fresh: Params
     """An adapter of theirs, without values that mean anything."""
 
-    def expected(self, phone: str, examples: int) -> Expected:
-        """What a valid reply is like of a phone that has so many training examples."""
-        own = self.config.of_class(self.kind)
+    def expected(self, phone: str, examples: int, kind: str | None = None) -> Expected:
+        """What a valid reply is like of a phone that has so many training examples.
+
+        `kind` is the class of a native phone, which may be another than the gateway's.
+        """
+        name = self.kind if kind is None else kind
+        own = self.config.of_class(name)
         round = self.task.round
         size = replace(
             factors.size(self.fresh),
             scalars=schedule.steps_per_round(own, examples) * own.queries,
-            trainer=self.config.trainer_of(self.kind),
+            trainer=self.config.trainer_of(name),
             seed=seeds.derive(self.config.seed, "client", phone, round),
             round=round,
             step=schedule.step_size(own, round, examples),
@@ -51,12 +55,12 @@ class Merging:
             space=robust.space_of(strategies.traits(self.strategy)),
         )
 
-    def judge(self, packet: Packet, phone: str, examples: int) -> Judged:
+    def judge(self, packet: Packet, phone: str, examples: int, kind: str | None = None) -> Judged:
         """The verdict on a phone's reply."""
-        return judge(packet, phone, self.task, self.expected(phone, examples))
+        return judge(packet, phone, self.task, self.expected(phone, examples, kind))
 
-    def merge(self, gateway: str, replies: Iterable[tuple[str, int, Packet]]) -> Packet:
-        """The gateway's reply, of (phone, its examples, packet) that have been judged valid.
+    def merge(self, gateway: str, replies: Iterable[tuple[str, int, str | None, Packet]]) -> Packet:
+        """The gateway's reply, of (phone, its examples, its class, packet) that are judged valid.
 
         They are folded in the order given, one in memory at a time; a bundle holds them all.
         """
@@ -67,8 +71,8 @@ class Merging:
         packets: list[Packet] = []
         examples: dict[str, int] = {}
         metrics: dict[str, Mapping[str, float]] = {}
-        for phone, own, packet in replies:
-            judged = self.judge(packet, phone, own)
+        for phone, own, kind, packet in replies:
+            judged = self.judge(packet, phone, own, kind)
             if judged.reply is None or not judged.verdict.accepted:
                 continue  # its file was damaged in the meantime
             reply = judged.reply

@@ -24,7 +24,11 @@ _OURS = ("fresh",)
 
 @dataclass(frozen=True)
 class Parcel:
-    """A task for phones. `versions` leads to that of the log, whose rows and snapshot these are."""
+    """A task for phones. `versions` leads to that of the log, whose rows and snapshot these are.
+
+    `first` is the adapter that a run with a log began from, which native phones cannot make. They
+    need it where there is no snapshot.
+    """
 
     task: Task
     blobs: Blobs
@@ -32,12 +36,27 @@ class Parcel:
     cached: Sequence[pb.Blob]
     versions: Sequence[str] = ()
     snapshot: pb.Blob | None = None
+    first: pb.Blob | None = None
 
     def header(self, log_version: str) -> tuple[pb.Blob, list[pb.Blob]]:
         """(the header for a phone that has this version of the log, the groups beside it)."""
-        log = self.task.log
+        return self._header(self.task, log_version, self.cached)
+
+    def native(self, log_version: str, kind: str) -> tuple[pb.Blob, list[pb.Blob]]:
+        """As `header`, for a native phone that trains as one of a class."""
+        told, cached = {**json.loads(self.task.config), "class": kind}, [*self.cached]
+        if self.first and not self.snapshot and log_version not in self.versions:
+            cached.append(self.first)
+        named = {blob.group: blob.content for blob in cached}
+        task = replace(self.task, config=json.dumps(told), cached=named)
+        return self._header(task, log_version, cached)
+
+    def _header(
+        self, task: Task, log_version: str, cached: Sequence[pb.Blob]
+    ) -> tuple[pb.Blob, list[pb.Blob]]:
+        log = task.log
         if log is None:
-            return self.blobs.put(pack_task(self.task).header), list(self.cached)
+            return self.blobs.put(pack_task(task).header), [*cached]
         known = log_version in self.versions
         at = self.versions.index(log_version) if known else 0
         start = self.snapshot if not known else None
@@ -47,13 +66,14 @@ class Parcel:
             rows=log.rows[at:],
             start=start.content if start else "",
         )
-        header = pack_task(replace(self.task, log=own)).header
-        return self.blobs.put(header), [*self.cached, *([start] if start else [])]
+        header = pack_task(replace(task, log=own)).header
+        return self.blobs.put(header), [*cached, *([start] if start else [])]
 
     @property
     def names(self) -> set[str]:
         """The blobs that all phones share."""
-        return {blob.sha256 for blob in (self.payload, self.snapshot, *self.cached) if blob}
+        shared = (self.payload, self.snapshot, self.first, *self.cached)
+        return {blob.sha256 for blob in shared if blob}
 
 
 def take_in(

@@ -207,11 +207,23 @@ def costs(
             at_most = at_most or costs[i].at_most
             costs[i] = replace(costs[i], down=costs[i].down - saved, at_most=at_most)
         if client in federation.seats:
-            up = count * costs[i].up
-            if federation.partial:
-                up = wire.content_bytes(federation.partial.sums_like(like))
-            costs[i] = replace(costs[i], up=up)
+            costs[i] = _of_gateway(federation, client, round, count, costs[i])
     return costs
+
+
+def _of_gateway(federation: Federation, gateway: str, round: int, count: int, one: Cost) -> Cost:
+    """What `count` updates of phones cost that one update of the gateway's own class costs `one`.
+
+    Phones may be of other classes: at most the dearest, as which of them came is not said here.
+    """
+    names = federation.classes_of(gateway)
+    at_most = one.at_most or len(names) > 1
+    if federation.partial:
+        joined = federation.expected(gateway, Kind.TRAIN, round).sums or {}
+        return replace(one, up=wire.content_bytes(joined), at_most=at_most)
+    sizes = [federation.size(gateway, round, kind=name) for name in names[1:]]
+    others = [cost.up for size in sizes for cost in federation.strategy.cost([size])]
+    return replace(one, up=count * max([one.up, *others]), at_most=at_most)
 
 
 def _saved(pipeline: Pipeline, payload: Payload) -> tuple[int, bool]:

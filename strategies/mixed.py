@@ -194,13 +194,14 @@ class _TwoMeans:
         )
 
     def sums_like(self, like: Payload) -> Payload:
-        own = like if "adapter" in like else {"scalars": {"directions": self._sums}}
-        return summed_like({**own, "counts": {"counts": self._counts}})
+        first = {"adapter": like["adapter"]} if "adapter" in like else {}
+        zeroth = {"scalars": {"directions": self._sums}} if "scalars" in like else {}
+        return summed_like({**first, **zeroth, "counts": {"counts": self._counts}})
 
     def absorb(self, sums: Payload, weight: float, like: Payload) -> None:
         own = terms(sums)
         counts = own["counts"]["counts"]
-        _check(counts, [own.get(group, {}) for group in ("adapter", "scalars")], weight)
+        _check(counts, [own.get(group) for group in ("adapter", "scalars")], weight)
         for name, tensor in own.get("adapter", {}).items():
             self._dense[name] = self._dense.get(name, 0) + tensor
         if "scalars" in own:
@@ -224,13 +225,17 @@ class _TwoMeans:
         }
 
 
-def _check(counts: Tensor, sums: Sequence[Params], weight: float) -> None:
-    """Raises ValueError for counts (4, 2) that no updates with these sums and this weight have."""
+def _check(counts: Tensor, sums: Sequence[Params | None], weight: float) -> None:
+    """Raises ValueError for counts (4, 2) that no updates with these sums and this weight have.
+
+    A class of which nobody was seen has no sums (None).
+    """
     examples, clients, squares, own = counts
-    norms = torch.tensor([tree.norm(part) ** 2 for part in sums], dtype=torch.float64)
+    norms = torch.tensor([tree.norm(part or {}) ** 2 for part in sums], dtype=torch.float64)
     most = examples.square()
     if not (
         bool((counts >= 0).all())
+        and (clients > 0).tolist() == [part is not None for part in sums]
         and float(examples.sum()) == weight
         and bool((clients == clients.round()).all() and (clients <= examples).all())
         # By Cauchy and Schwarz, up to rounding: Σ n² ≥ (Σ n)² / M, and Σ n · Σ n|u|² ≥ |Σ n u|².

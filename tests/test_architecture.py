@@ -50,6 +50,7 @@ EXCEPTIONS = {
 SPEAK_PHONES = (
     *("corolla.calls", "client.phone", "client.downloads", "server.phones", "server.gateway"),
     *("server.blobs", "server.outbound", "server.uploads", "experiments.bench.phones"),
+    *("server.job", "server.natives", "server.offer", "client.policies"),
 )
 EXCEPTIONS |= {(module, "proto"): "it speaks the protocol of phones" for module in SPEAK_PHONES}
 
@@ -90,6 +91,8 @@ LIBRARIES = {
     "mlflow": {"corolla.trackers.mlflow"},
     "trackio": {"corolla.trackers.trackio"},
     "huggingface_hub": {"corolla.full"},
+    "executorch": {"corolla.lowering"},
+    "torchao": {"corolla.lowering"},
     "pickle": set(),
 }
 

@@ -157,6 +157,10 @@ def targets() -> list[Target]:
     sent = _honest(partial.sums(), clients=2, num_examples=7)
     sums = replace(expect, sums=partial.sums_like(adapter), most_clients=3)
     found.append(Target("sums", sent, seated, sums, "fedavg"))
+    parts = [frozenset(partial.sums_like(own)) for own in (adapter, {"other": {}})]
+    like = {**adapter, "other": {}}
+    either = replace(sums, like=like, sums=partial.sums_like(like), parts=parts)
+    found.append(Target("sums of a class", sent, seated, either, "fedavg"))
     packets = [_honest(stacked, f"ada/p{i}") for i in range(3)]
     sent = _honest(pack_bundle(packets), clients=3, bundle=True, num_examples=0)
     expect = replace(expect, like=stacked, space="products", most_clients=3)

@@ -12,7 +12,7 @@ from typing import Any
 
 import grpc
 
-from corolla import calls, certs, rpc, seedlog, seeds, wire
+from corolla import bundle, calls, certs, rpc, seedlog, seeds, wire
 from corolla.client.phone import Phone
 from corolla.client.phone import Settings as PhoneSettings
 from corolla.client.worker import Worker
@@ -26,7 +26,7 @@ from corolla.server.gateway import Gateway, Settings
 from corolla.server.phones import serve_phones
 from corolla.server.rounds import RoundResult, run_round
 from corolla.server.tokens import Token, read_tokens
-from corolla.types import Payload
+from corolla.types import Params, Payload
 from corolla.wire import Kind, Task
 from tests.strategies import tiny
 
@@ -230,6 +230,52 @@ def course(config: RunConfig, network: Network, seats: Mapping[str, int]) -> Cou
         seats=seats,
     )
     return Course(federation, network, first)
+
+
+PLANNED = {"grad": 300, "loss": 200, "q4": 50}
+"""Megabytes that the programs of `a_bundle` need for 64 tokens; for fewer in proportion."""
+
+
+def a_bundle(folder: Path, adapter: Params, model_sha256: str = "ab" * 32) -> bundle.Manifest:
+    """A signed bundle whose programs are a few bytes that nobody runs, and publisher.pub in it."""
+    folder.mkdir(parents=True)
+    contents = {name: name.encode() for name in ("fp32.pte", "base.ptd", "q4.pte")}
+    for name, data in contents.items():
+        (folder / name).write_bytes(data)
+
+    def method(file: str, megabytes: int) -> bundle.Method:
+        planned = {tokens: megabytes * tokens * 10**6 // 64 for tokens in (16, 32, 64)}
+        return bundle.Method(file=file, planned=planned)
+
+    both = {kind: method("fp32.pte", PLANNED[kind]) for kind in ("loss", "grad")}
+    small = {"loss": method("q4.pte", PLANNED["q4"])}
+    made = bundle.Manifest(
+        model="tiny",
+        model_sha256=model_sha256,
+        executorch="1.5.1",
+        executorch_min="1.5.0",
+        rank=max(t.shape[0] for name, t in adapter.items() if name.endswith(".lora_A")),
+        targets=("q_proj",),
+        vocab=64,
+        length=64,
+        tokenizer=bundle.Tokenizer(files=(), eos=0, pad=0, bos=0),
+        adapter=[bundle.Tensor(name=n, shape=tuple(adapter[n].shape)) for n in sorted(adapter)],
+        programs=[
+            bundle.Program(
+                name="fp32",
+                base="fp32",
+                files=("fp32.pte", "base.ptd"),
+                eps=(1e-4, 1e-2),
+                methods=both,
+            ),
+            bundle.Program(
+                name="q4", base="8da4w", files=("q4.pte",), eps=(1e-3, 1e-2), methods=small
+            ),
+        ],
+        files={name: bundle.describe(folder / name) for name in contents},
+    )
+    bundle.write(folder, made, bundle.signing_key(folder / "publisher.key"))
+    return made
 
 
 def a_task(config: RunConfig, seats: int = 2, round: int = 1, **changes: Any) -> Task:

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from corolla.aggregation import summed_like
-from corolla.config import RunConfig
+from corolla.config import ClientClass, RunConfig
 from corolla.errors import ConfigError
 from corolla.server import cohort
-from corolla.server.federation import Federation, merges
+from corolla.server.federation import Federation, classes_behind, merges
 from corolla.types import LoraSpec, Params
 from corolla.wire import Kind
 
@@ -141,7 +141,7 @@ def test_a_gateway_is_expected_to_send_all_updates_where_they_are_needed(
 def test_each_phone_has_a_seed_of_its_own() -> None:
     found = federation(strategy="seed_pool").expected("gate", Kind.TRAIN, 3, 8)
     assert found.member is not None
-    likes = [found.member(f"gate/p{i}").like for i in range(8)]
+    likes = [found.member(f"gate/p{i}")[0].like for i in range(8)]
     assert len({int(like["scalars"]["seed"]) for like in likes if like}) == 8
     flat = federation({}, {"gate/p0": 9}, strategy="seed_pool").expected("gate/p0", Kind.TRAIN, 3)
     assert flat.like is not None
@@ -161,3 +161,65 @@ def test_a_network_inherits_that_all_are_there(tmp_path: Path) -> None:
 
     assert Two().online() == {"ann", "bob"}
     assert Two().seats() == {}
+
+
+CLASSES: dict[str, Any] = {
+    "strong": {"trainer": "first_order", "local_steps": 3},
+    "weak": {"trainer": "zeroth_order", "local_steps": 7},
+    "weaker": {"trainer": "zeroth_order", "local_steps": 50},
+}
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ("strong", {"first_order": "strong", "zeroth_order": "weak"}),
+        ("weak", {"zeroth_order": "weak", "first_order": "strong"}),
+        ("weaker", {"zeroth_order": "weaker", "first_order": "strong"}),
+    ],
+)
+def test_phones_are_of_their_gateways_class_or_of_the_first_of_the_other_trainer(
+    own: str, expected: dict[str, str]
+) -> None:
+    config = RunConfig(strategy="mixed", classes=CLASSES)
+    found = classes_behind(config, own)
+    assert found == expected
+    assert next(iter(found.values())) == own
+
+
+def test_phones_of_another_rank_than_their_gateways_do_not_come() -> None:
+    classes = {"a": {"rank": 4}, "b": {"rank": 2, "trainer": "zeroth_order"}}
+    assert classes_behind(RunConfig(), "") == {"first_order": ""}
+    own = RunConfig().model_copy(
+        update={"classes": {k: ClientClass(**v) for k, v in classes.items()}}  # type: ignore[arg-type]
+    )
+    assert classes_behind(own, "a") == {"first_order": "a"}
+    assert classes_behind(own, "b") == {"zeroth_order": "b"}
+
+
+def test_a_gateway_of_a_mixed_federation_may_send_what_either_class_sends() -> None:
+    """ann is strong, bob weak, the gateway weaker: 50 steps of 2 examples."""
+    found = federation(strategy="mixed", classes=CLASSES)
+    expected = found.expected("gate", Kind.TRAIN, 1, 5)
+    assert expected.like is not None
+    assert expected.like.keys() == {"adapter", "scalars"}
+    assert len(expected.like["scalars"]["scalars"]) == 50
+    assert expected.sums is not None
+    assert expected.sums.keys() == {"adapter", "scalars", "counts"}
+    assert list(map(set, expected.parts)) == [{"scalars", "counts"}, {"adapter", "counts"}]
+    assert expected.most_examples == found.most_examples("gate") == 100
+    assert expected.member is not None
+    weaker, strong = expected.member("gate/p1")
+    assert (weaker.most_examples, strong.most_examples) == (100, 6)
+    for client, groups in (("ann", {"adapter"}), ("bob", {"scalars"})):
+        single = found.expected(client, Kind.TRAIN, 1)
+        assert single.like is not None
+        assert single.like.keys() == groups
+
+
+def test_a_gateway_of_one_trainer_may_send_its_own_form_alone() -> None:
+    classes = {"a": {"local_steps": 1}, "b": {"local_steps": 9}}
+    found = federation(classes=classes)
+    expected = found.expected("gate", Kind.TRAIN, 1, 5)
+    assert expected.most_examples == 2  # the gateway is the third in turn: of class a
+    assert list(map(set, expected.parts)) == [{"adapter"}]

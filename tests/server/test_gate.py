@@ -555,6 +555,62 @@ def test_a_sum_is_no_longer_than_so_many_updates_can_make_it() -> None:
     accepted(partial(payload=with_counts), judged, SEATED)  # they are no part of the update
 
 
+BOTH: Payload = {
+    "adapter": SUMS["adapter"],
+    "signs": {"sum.directions": torch.ones(4).double()},
+    "counts": {"sum.counts": torch.ones(2).double()},
+}
+OF_BOTH = replace(
+    PARTIAL,
+    like={"adapter": LIKE["adapter"], "signs": {}},
+    sums=BOTH,
+    parts=[{"adapter", "counts"}, {"signs", "counts"}],
+)
+"""Of a gateway whose phones may be of two classes: one sends an adapter, one signs."""
+
+
+def of_groups(*groups: str, **changes: Any) -> Packet:
+    found = {**BOTH, "more": {"x": torch.ones(1).double()}}
+    payload = codec.encode({group: found[group] for group in groups})
+    return reply(**{"payload": payload, "clients": 3, "num_examples": 12, **changes})
+
+
+@pytest.mark.parametrize(
+    "groups", [("adapter", "counts"), ("signs", "counts"), ("adapter", "signs", "counts")]
+)
+def test_sums_hold_the_groups_of_one_class_of_phones_or_of_both(groups: tuple[str, ...]) -> None:
+    judged = accepted(of_groups(*groups), OF_BOTH, SEATED)
+    assert judged.update.keys() == set(groups)
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        (),
+        ("counts",),
+        ("adapter",),
+        ("signs",),
+        ("adapter", "signs"),
+        ("adapter", "counts", "more"),
+        ("adapter", "signs", "counts", "more"),
+    ],
+)
+def test_sums_of_no_class_of_phones_are_refused(groups: tuple[str, ...]) -> None:
+    refused(of_groups(*groups), Code.FORM, "groups", OF_BOTH, SEATED)
+    if groups != ("adapter",):
+        refused(of_groups(*groups), Code.FORM, "groups", replace(OF_BOTH, parts=()), SEATED)
+
+
+def test_sums_of_two_classes_are_bounded_as_those_of_one() -> None:
+    weight = {"clients": 3, "num_examples": 28}
+    refused(of_groups("signs", "counts", **weight), Code.WEIGHT, "27", OF_BOTH, SEATED)
+    for groups, norm in ((("adapter", "counts"), 514), (("adapter", "signs", "counts"), 518)):
+        bound = math.sqrt(norm) / 12
+        near, far = (replace(OF_BOTH, max_norm=bound * k) for k in (1.001, 0.999))
+        accepted(of_groups(*groups), near, SEATED)
+        refused(of_groups(*groups), Code.NORM, "norm", far, SEATED)
+
+
 # Gateways: bundles
 
 BUNDLE = replace(EXPECT, most_clients=3)
@@ -656,12 +712,27 @@ def test_every_member_of_a_bundle_may_be_expected_to_differ() -> None:
     expect = replace(
         BUNDLE,
         like={"scalars": seeded(0)},
-        member=lambda name: Expected({"scalars": seeded(seeds[name])}),
+        member=lambda name: [Expected({"scalars": seeded(seeds[name])})],
     )
     packets = [answer({"scalars": seeded(11)}, client=name) for name in seeds]
     judged = accepted(bundle(*packets), expect, SEATED)
     codes = {name: member.verdict.code for name, member in judged.members.items()}
     assert codes == {"ada/p1": Code.ACCEPTED, "ada/p2": Code.FORM}
+
+
+def test_a_member_of_a_bundle_is_judged_by_the_class_whose_form_it_has() -> None:
+    """One class sends an adapter and has 9 examples at most, the other scalars, and 20."""
+    classes = [replace(EXPECT, most_examples=9), Expected({"scalars": seeded(1)}, most_examples=20)]
+    expect = replace(BUNDLE, like={**LIKE, "scalars": seeded(1)}, member=lambda name: classes)
+    given = {
+        "ada/p1": phone("ada/p1", num_examples=9),
+        "ada/p2": answer({"scalars": seeded(1)}, client="ada/p2", num_examples=20),
+        "ada/p3": phone("ada/p3", num_examples=20),
+    }
+    judged = accepted(bundle(*given.values()), expect, SEATED)
+    codes = {name: member.verdict.code for name, member in judged.members.items()}
+    assert codes == {"ada/p1": Code.ACCEPTED, "ada/p2": Code.ACCEPTED, "ada/p3": Code.WEIGHT}
+    assert judged.members["ada/p2"].update.keys() == {"scalars"}
 
 
 @pytest.mark.parametrize("norm", [None, 10.0])

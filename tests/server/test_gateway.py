@@ -24,8 +24,9 @@ from corolla.proto import device_pb2 as pb
 from corolla.proto import device_pb2_grpc, update_pb2
 from corolla.rpc import Waits
 from corolla.server import outbound
-from corolla.server.gateway import Gateway, _Job
+from corolla.server.gateway import Gateway
 from corolla.server.gateway import Settings as GatewaySettings
+from corolla.server.job import Job
 from corolla.server.merging import prepare
 from corolla.server.tokens import Token
 from corolla.wire import Kind, Reply, Task
@@ -584,7 +585,7 @@ def test_a_reply_that_was_damaged_since_it_was_judged_is_left_out(robust: str) -
     good = gateways.update_of(task, "gate/p1")
     bad = gateways.update_of(task, "gate/p2")
     bad = Packet(bad.header, bad.payload[:-1] + b"x")
-    packet = prepare(task).merge("gate", [("gate/p1", 5, good), ("gate/p2", 5, bad)])
+    packet = prepare(task).merge("gate", [("gate/p1", 5, None, good), ("gate/p2", 5, None, bad)])
     found = wire.unpack_reply(packet, len(packet.payload))
     assert (found.clients, found.num_examples) == (1, 3)
 
@@ -613,7 +614,7 @@ def test_a_name_goes_to_the_token_that_is_of_it_and_is_free_when_its_token_is_go
 
 def test_a_job_is_closed_while_reports_take_their_uploads_away(tmp_path: Path) -> None:
     closed: list[str] = []
-    job = cast(Any, _Job)("", None, None, None, 0)
+    job = cast(Any, Job)("", None, None, None)
 
     @dataclass
     class Taken:

@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from corolla.proto import device_pb2 as pb
 from corolla.server import leases
+from corolla.server.budget import Assignment
 from corolla.server.leases import Bucket, Lease, Phase, Policy, Round, Seen
 from corolla.wire import Capabilities
 
@@ -43,6 +45,65 @@ def why_not(round: Round, device: str, now: float = 0.0) -> str:
 def test_a_policy_says_what_a_device_lacks(device: Capabilities, lacks: str) -> None:
     assert Policy().lacks(device) == lacks
     assert Policy(charging=False, unmetered=False, idle=False).lacks(device) == ""
+
+
+@pytest.mark.parametrize(
+    ("policy", "device", "lacks"),
+    [
+        (Policy(battery_percent=20), replace(ABLE, battery_percent=5), ""),  # it is charging
+        (
+            Policy(charging=False, battery_percent=20),
+            replace(ABLE, charging=False, battery_percent=19),
+            "charged to 20 % (found 19)",
+        ),
+        (
+            Policy(charging=False, battery_percent=20),
+            replace(ABLE, charging=False, battery_percent=20),
+            "",
+        ),
+        (Policy(charging=False, battery_percent=20), replace(ABLE, battery_percent=0), ""),
+        (
+            Policy(storage_bytes=100),
+            replace(ABLE, storage_bytes=99),
+            "left with 100 bytes of storage (found 99)",
+        ),
+        (Policy(storage_bytes=100), replace(ABLE, storage_bytes=0), ""),  # it is not known
+        (Policy(thermal=1, separation=9, period_seconds=9, daily_bytes=1), ABLE, ""),  # its own
+    ],
+)
+def test_what_a_device_reports_anyway_is_looked_at_once_more(
+    policy: Policy, device: Capabilities, lacks: str
+) -> None:
+    assert policy.lacks(device) == lacks
+
+
+def test_a_policy_has_the_fields_of_its_message() -> None:
+    fields = {field.name for field in pb.Policy.DESCRIPTOR.fields}
+    assert vars(Policy()).keys() == fields
+    assert pb.Policy(**vars(Policy())) == pb.Policy(charging=True, unmetered=True, idle=True)
+
+
+def test_a_seat_that_is_given_up_is_free_at_once() -> None:
+    round = given_to(a_round(1, over_select=1.0), "p")
+    assert why_not(round, "q", 1) == "enough devices have been chosen"
+    round, why = round.report("p@0", 1)
+    assert why == ""
+    round = round.settle("p@0", Phase.GIVEN_UP, "policy: too soon")
+    assert isinstance(round.check_in("q", "owner", 5, "q@1", 1)[1], Lease)
+    assert why_not(round, "p", 1) == "asked already in this round"
+
+
+def test_a_lease_keeps_what_its_phone_was_assigned() -> None:
+    one, other = (Assignment("", name, "loss", 4, 64, 10, "D") for name in ("fp32", "q4"))
+    round, lease = a_round().check_in("p", "owner of p", 5, "p@0", 0.0, one)
+    assert isinstance(lease, Lease)
+    assert lease.assigned == one
+    assert round.open_to("p") == lease
+    assert round.open_to("q") is None
+    round, again = round.check_in("p", "owner of p", 5, "unused", 1.0, other)
+    assert isinstance(again, Lease)
+    assert again.assigned == one
+    assert round.expire(99).open_to("p") is None
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,20 @@ def test_gateways_of_both_classes_of_a_mixed_federation() -> None:
     compare(nested.finalise(), flat.finalise())
 
 
+def test_a_gateway_whose_phones_are_of_both_classes_of_a_mixed_federation() -> None:
+    strategy = build("mixed")
+    likes = [like_of(strategy, c, strategy.trainers[c > 2]) for c in range(5)]
+    flat, gateway, server = (new(strategy) for _ in range(3))
+    for client, like in enumerate(likes):
+        for aggregator in (flat, gateway):
+            aggregator.add(random_like(like, client), float(weight(client)))
+    sums = codec.decode(codec.encode(gateway.sums()))
+    joined = {**likes[0], **likes[4]}
+    assert forms(sums) == forms(new(strategy).sums_like(joined))
+    server.absorb(sums, float(sum(map(weight, range(5)))), joined)
+    compare(server.finalise(), flat.finalise())
+
+
 def test_a_mean_through_gateways_is_that_of_plain_float64() -> None:
     strategy = build("fedavg")
     tree = [0, [1, [2, 3], 4], [5]]

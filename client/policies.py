@@ -1,0 +1,188 @@
+"""What is asked of this device, by its gateway and by its owner: judged here, told to nobody.
+
+The native client decides alike; both are held to the same table of cases. Needs no torch.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from corolla.proto import device_pb2 as pb
+
+_DAY = 86_400.0
+_OLDEST = 30 * _DAY
+_MOST_BYTES = 1 << 20
+"""Of a history that are looked at: what is before them is old, or a mistake."""
+
+_WORDS = {
+    "charging": "not charging",
+    "unmetered": "not on an unmetered network",
+    "idle": "not idle",
+    "battery": "the battery is low",
+    "thermal": "too warm",
+    "storage": "too little storage is free",
+    "examples": "too few examples",
+    "daily-bytes": "today's bytes are used up",
+    "daily-seconds": "today's time is used up",
+    "daily-battery": "today's charge is used up",
+    "separation": "it contributed a few rounds ago",
+    "period": "it contributed a short time ago",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an owner allows in 24 hours; 0: anything. The stricter of both limits holds."""
+
+    daily_bytes: int = 0
+    daily_seconds: float = 0.0
+    daily_battery_percent: float = 0.0
+
+
+NO_LIMITS = Limits()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contribution, or a piece of work that came to none: a line of a device's history.
+
+    `at` counts seconds since 1970, `seconds` are those at work, `bytes` go up and down, `battery`
+    is in percent of a full charge.
+    """
+
+    at: float
+    run: str
+    round: int
+    seconds: float = 0.0
+    bytes: float = 0.0
+    battery: float = 0.0
+    accepted: bool = False
+
+
+def stricter(policy: pb.Policy, limits: Limits) -> pb.Policy:
+    """A gateway's policy with an owner's limits."""
+    both = pb.Policy()
+    both.CopyFrom(policy)
+    for name, own in asdict(limits).items():
+        asked = getattr(policy, name)
+        setattr(both, name, min(asked, own) if asked and own else asked or own)
+    return both
+
+
+def before_check_in(
+    policy: pb.Policy,
+    device: Mapping[str, Any],
+    examples: int,
+    history: Sequence[Entry],
+    now: float,
+) -> list[str]:
+    """What does not hold, by the words of --policy. `device` has fields of Capabilities, and, where
+    it is known, "thermal"; `now` counts seconds since 1970.
+    """
+    full = device.get("storage_bytes", 0) < policy.storage_bytes
+    spent = math.fsum(entry.bytes for entry in _today(history, now))
+    return [
+        *_conditions(policy, device),
+        *(["storage"] if full else []),
+        *(["examples"] if examples < policy.examples else []),
+        *(["daily-bytes"] if _used_up(policy.daily_bytes, spent) else []),
+        *_work(policy, history, now),
+    ]
+
+
+def while_training(
+    policy: pb.Policy,
+    device: Mapping[str, Any],
+    history: Sequence[Entry],
+    now: float,
+    seconds: float,
+    battery: float,
+) -> list[str]:
+    """What does not hold any more after so many seconds of work and so much of the charge."""
+    return [*_conditions(policy, device), *_work(policy, history, now, seconds, battery)]
+
+
+def with_lease(
+    policy: pb.Policy, history: Sequence[Entry], run: str, round: int, now: float
+) -> list[str]:
+    """Why a contribution to this round would come too soon after the last one to its run."""
+    own = [entry for entry in history if entry.accepted and entry.run == run]
+    near = policy.separation and any(round - past.round < policy.separation for past in own)
+    early = policy.period_seconds and any(now - past.at < policy.period_seconds for past in own)
+    return [*(["separation"] if near else []), *(["period"] if early else [])]
+
+
+def in_words(lacks: Sequence[str]) -> str:
+    """As "not charging, the battery is low"; "" where nothing is lacking."""
+    return ", ".join(_WORDS[name] for name in lacks)
+
+
+def read(path: Path, now: float) -> list[Entry]:
+    """A history of the last 30 days, oldest first; what cannot be read is left out."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _MOST_BYTES))
+            lines = file.read().decode(errors="replace").split("\n")
+    except OSError:
+        return []
+    found = [entry for line in lines if (entry := _entry(line))]
+    return [entry for entry in found if entry.at > now - _OLDEST]
+
+
+def add(path: Path, entry: Entry) -> None:
+    """Write a line, and drop what is too old. Raises OSError."""
+    kept = [json.dumps(asdict(one)) for one in (*read(path, entry.at), entry)]
+    scratch = path.with_name(f"part-{path.name}")
+    scratch.write_text("\n".join(kept) + "\n")
+    scratch.replace(path)
+
+
+def _conditions(policy: pb.Policy, device: Mapping[str, Any]) -> list[str]:
+    charging = bool(device.get("charging"))
+    lacking = {
+        "charging": policy.charging and not charging,
+        "unmetered": policy.unmetered and device.get("metered"),
+        "idle": policy.idle and not device.get("idle"),
+        "battery": not charging and device.get("battery_percent", 0) < policy.battery_percent,
+        "thermal": policy.thermal and device.get("thermal", 0) > policy.thermal,
+    }
+    return [name for name, lacks in lacking.items() if lacks]
+
+
+def _work(
+    policy: pb.Policy,
+    history: Sequence[Entry],
+    now: float,
+    seconds: float = 0.0,
+    battery: float = 0.0,
+) -> list[str]:
+    today = _today(history, now)
+    seconds += math.fsum(entry.seconds for entry in today)
+    battery += math.fsum(entry.battery for entry in today)
+    lacking = {
+        "daily-seconds": _used_up(policy.daily_seconds, seconds),
+        "daily-battery": _used_up(policy.daily_battery_percent, battery),
+    }
+    return [name for name, lacks in lacking.items() if lacks]
+
+
+def _used_up(limit: float, spent: float) -> bool:
+    return 0 < limit <= spent
+
+
+def _today(history: Sequence[Entry], now: float) -> list[Entry]:
+    return [entry for entry in history if entry.at > now - _DAY]
+
+
+def _entry(line: str) -> Entry | None:
+    try:
+        found = json.loads(line)
+        entry = Entry(**{own.name: found[own.name] for own in fields(Entry)})
+        numbers = (entry.at, entry.round, entry.seconds, entry.bytes, entry.battery)
+        sound = isinstance(entry.run, str) and all(math.isfinite(own) for own in numbers)
+    except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
+        return None
+    return entry if sound else None

@@ -1,0 +1,252 @@
+"""The native client beside torch and beside the Python client: time of a step, peak of memory.
+
+    make phone
+    corolla export MODEL --to executorch --out BUNDLE --key publisher.key
+    python -m experiments.bench.native --model MODEL --bundle BUNDLE --publisher publisher.pub
+
+A step is one sequence of random tokens: forward and backward, or two forward passes along a
+direction. Each contender is a process of its own; they take turns, so that other work on the
+machine slows all of them; what counts are the ratios. `--model tiny-16m` makes a Llama of 16
+million random parameters, and prints where it lies, to be exported. Nothing fails for missing a
+bar. README.md has a table.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from corolla import models, seeds, signs
+from corolla.client.first_order import FirstOrder
+from corolla.client.zeroth_order import ZerothOrder
+from corolla.config import RunConfig
+from corolla.directions import SignPool
+from corolla.encoding import Encoded, collate
+from corolla.lora import LoraModel
+from corolla.scoring import loss_sum
+from experiments.bench.zeroth_order import Section, command, now, peak, sequences, since
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+MEMORY_BAR = 60.0
+"""MB of a whole zeroth-order client with a base of 4 bits and 16 million parameters."""
+SHARE_BAR = 0.02
+"""Of a zeroth-order step: all passes over the adapter."""
+NATIVE = {
+    "native, backpropagation": ("fp32", "grad"),
+    "native, zeroth order, fp32": ("fp32", "loss"),
+    "native, zeroth order, 4 bits": ("q4", "loss"),
+}
+PYTHON = (
+    "torch, backpropagation",
+    "torch, two forward passes",
+    "Python client, first order",
+    "Python client, zeroth order",
+)
+RATIOS = (
+    ("native, backpropagation", "torch, backpropagation"),
+    ("native, backpropagation", "Python client, first order"),
+    ("native, zeroth order, fp32", "torch, two forward passes"),
+    ("native, zeroth order, 4 bits", "torch, two forward passes"),
+    ("native, zeroth order, 4 bits", "Python client, zeroth order"),
+)
+Measured = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How large everything is. The fields are the options of the command."""
+
+    model: str = field(default="embedded", metadata={"help": "as for corolla simulate"})
+    bundle: str = field(default="bundle", metadata={"help": "folder that it was exported to"})
+    publisher: str = field(default="publisher.pub", metadata={"help": "key of who exported it"})
+    client: str = field(
+        default="build/native/corolla-phone", metadata={"help": "the native client"}
+    )
+    threads: int = field(default=1, metadata={"help": "of the CPU"})
+    repetitions: int = field(default=3, metadata={"help": "processes of each contender"})
+    steps: int = field(default=20, metadata={"help": "of each process, after two that warm up"})
+    length: int = field(default=128, metadata={"help": "tokens of the sequence"})
+    rank: int = field(default=8, metadata={"help": "of the adapter, and of the bundle"})
+    batch: int = field(default=1, metadata={"help": "sequences of a step"})
+
+    def arguments(self) -> list[str]:
+        """The command line that gives these options."""
+        return [part for name, value in asdict(self).items() for part in (f"--{name}", str(value))]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print tables, write the JSON file."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given == ["--model", "tiny-16m"]:
+        print(tiny(Path(tempfile.mkdtemp(prefix="tiny-16m-"))))
+        return 0
+    return command(__doc__, Options, SECTIONS, PYTHON, python_of, given)
+
+
+def tiny(folder: Path) -> Path:
+    """A Llama of 16 million random parameters, with the embedded model's tokenizer."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=8192,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(models.resolve("embedded")).save_pretrained(folder)
+    return folder
+
+
+def steps(options: Options) -> Section:
+    """All contenders in turn."""
+    found = Section(f"{options.model}: one sequence of {options.length} tokens a step")
+    contenders: dict[str, Callable[[], Measured]] = {
+        **{name: (lambda name=name: native(name, options)) for name in NATIVE},  # type: ignore[misc]
+        **{name: (lambda name=name: in_child(name, options)) for name in PYTHON},  # type: ignore[misc]
+    }
+    measured: dict[str, list[Measured]] = {name: [] for name in contenders}
+    for _ in range(options.repetitions):
+        for name, run in contenders.items():
+            measured[name].append(run())
+    for name, own in measured.items():
+        found.rows.append(
+            {
+                "contender": name,
+                "median ms": statistics.median(one["step_ms_p50"] for one in own),
+                "best ms": min(one["step_ms_min"] for one in own),
+                "peak MB": max(one["peak_rss_bytes"] for one in own) / 1e6,
+            }
+        )
+    of = {str(row["contender"]): row for row in found.rows}
+    for above, below in RATIOS:
+        for what in ("median ms", "best ms", "peak MB"):
+            value = float(of[above][what]) / float(of[below][what])
+            found.ratios.append({"ratio": f"{above} / {below}, {what}", "value": value})
+    light = measured["native, zeroth order, 4 bits"]
+    share = statistics.median(one["perturb_share"] for one in light)
+    memory = float(of["native, zeroth order, 4 bits"]["peak MB"])
+    for name, value, bar in (
+        ("passes over the adapter / step, 4 bits", share, SHARE_BAR),
+        ("peak MB, 4 bits", memory, MEMORY_BAR),
+    ):
+        found.ratios.append(
+            {"ratio": name, "value": value, "bar": f"≤ {bar:g}", "met": value <= bar}
+        )
+    return found
+
+
+def native(name: str, options: Options) -> Measured:
+    """A process of the native client."""
+    program, method = NATIVE[name]
+    words = ["bench", options.bundle, "--publisher", options.publisher, "--program", program]
+    words += ["--method", method, "--length", str(options.length), "--steps", str(options.steps)]
+    words += ["--threads", str(options.threads)]
+    return _printed([str(Path(options.client).resolve()), *words], Path.cwd())
+
+
+def in_child(name: str, options: Options) -> Measured:
+    """`python_of` in a new process."""
+    words = ["-m", "experiments.bench.native", "--child", name, *options.arguments()]
+    return _printed([sys.executable, *words], ROOT)
+
+
+def _printed(told: Sequence[str], folder: Path) -> Measured:
+    done = subprocess.run(told, stdout=subprocess.PIPE, check=True, text=True, cwd=folder)
+    found: Measured = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def python_of(name: str, options: Options) -> Measured:
+    """Milliseconds of a step, and the peak of this process; run it in a new one."""
+    config = RunConfig(
+        strategy="fedavg" if "first order" in name else "seed_pool",
+        model=options.model,
+        device="cpu",
+        threads=options.threads,
+        local_steps=options.steps + 2,
+        batch_size=1,
+        max_length=options.length,
+        rank=options.rank,
+        alpha=2.0 * options.rank,
+        optimizer="sgd",
+    )
+    models.set_threads(config)
+    base = models.load(config)
+    model = LoraModel(base)
+    data = sequences(base, options)  # type: ignore[arg-type]
+    took: list[float] = []
+    if name.startswith("torch"):
+        _bare(name, model, config, data, took)
+    else:
+        _client(name, model, config, data, took)
+    took = [1e3 * seconds for seconds in took[2:]]
+    return {
+        "step_ms_p50": statistics.median(took),
+        "step_ms_min": min(took),
+        "peak_rss_bytes": peak(),
+    }
+
+
+def _bare(
+    name: str, model: LoraModel, config: RunConfig, data: Sequence[Encoded], took: list[float]
+) -> None:
+    """Torch alone: what a loop costs that does nothing else."""
+    model.write(model.init(config.lora, 0), config.lora)
+    batch = collate(data, model.base.pad_id, model.device)
+    parameters = [parameter for _, parameter in model.parameters()]
+    backward = "backpropagation" in name
+    for parameter in parameters:
+        parameter.requires_grad_(backward)
+    for _ in range(config.local_steps):
+        began = now()
+        with torch.set_grad_enabled(backward):
+            if backward:
+                loss_sum(model.model, batch).backward()
+                for parameter in parameters:
+                    parameter.data.add_(parameter.grad, alpha=-1e-6)  # type: ignore[arg-type]
+                    parameter.grad = None
+            else:
+                for _ in range(2):
+                    float(loss_sum(model.model, batch))
+        took.append(since(began).wall)
+
+
+def _client(
+    name: str, model: LoraModel, config: RunConfig, data: Sequence[Encoded], took: list[float]
+) -> None:
+    """A round of the trainer that `corolla phone` has."""
+    started = now()
+
+    def told(_: int) -> None:
+        nonlocal started
+        took.append(since(started).wall)
+        started = now()
+
+    start = model.init(config.lora, seeds.derive(0, "init"))
+    if "first order" in name:
+        FirstOrder(model, config.lora, data, config, seed=0, round=1, on_step=told).fit(start)
+        return
+    trainer = ZerothOrder(model, config.lora, data, config, seed=0, round=1, on_step=told)
+    taken = signs.choices(0, trainer.queries, 512).tolist()
+    trainer.walk(start, (), SignPool(512, (1, 1)), taken)
+
+
+SECTIONS: dict[str, Callable[[Options], Section]] = {"steps": steps}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

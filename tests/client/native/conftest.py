@@ -1,0 +1,75 @@
+"""The native client is built once for all tests; without what it needs, they are skipped."""
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from tests import bundles
+from tests.client.native import phones
+from tests.client.native.phones import World
+
+ROOT = Path(__file__).parents[3]
+SOURCES = ROOT / "client" / "native"
+
+
+def lacking() -> str:
+    """What of a compiler, its tools and libraries is not here; "" when all is."""
+    tools = [
+        name for name in ("cmake", "c++", "protoc", "grpc_cpp_plugin") if not shutil.which(name)
+    ]
+    if tools:
+        return f"no {', '.join(tools)} here"
+    if find_spec("executorch") is None:
+        return "executorch is not installed"
+    libraries = ["pkg-config", "--exists", "grpc++", "protobuf-lite", "libcrypto"]
+    if not shutil.which("pkg-config") or subprocess.run(libraries, check=False).returncode:
+        return "no gRPC, protobuf or OpenSSL for C++ here"
+    return ""
+
+
+@pytest.fixture(scope="session")
+def native_build() -> Path:
+    """A folder with corolla-phone, corolla-native-check and corolla-phone-stub.
+
+    COROLLA_NATIVE_BUILD names one that is there already.
+    """
+    if told := os.environ.get("COROLLA_NATIVE_BUILD"):
+        return Path(told)
+    if why := lacking():
+        pytest.skip(f"the native client cannot be built: {why}")
+    folder = ROOT / ".venv" / "native-build"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one worker builds, the others wait
+        packages = sysconfig.get_paths()["purelib"]
+        quiet("cmake", "-S", SOURCES, "-B", folder, "-DCOROLLA_TESTS=ON",
+              f"-DEXECUTORCH_DIR={packages}/executorch")  # fmt: skip
+        quiet("cmake", "--build", folder, "-j", "2")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def embedded_bundle(native_build: Path) -> Path:
+    """Programs of the embedded model; COROLLA_NATIVE_BUNDLE names a folder with them."""
+    told = os.environ.get("COROLLA_NATIVE_BUNDLE")
+    return Path(told) if told else bundles.embedded_bundle()[0]
+
+
+def quiet(*command: object) -> None:
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    if done.returncode:
+        pytest.fail(f"{command[:2]}: {(done.stdout + done.stderr)[-4000:]}", pytrace=False)
+
+
+@pytest.fixture
+def offered(tmp_path: Path, native_build: Path) -> Iterator[World]:
+    """A fake gateway with a bundle of a few chunks, and phones that can be started."""
+    with phones.world(tmp_path, native_build) as found:
+        yield found

@@ -1,0 +1,294 @@
+"""A native phone gets the programs of its gateway's bundle, whatever happens on the way."""
+
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import grpc
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from corolla import calls
+from corolla.proto import device_pb2 as pb
+from tests.client.native.fake_gateway import Line, make_bundle, public_half
+from tests.client.native.phones import FILES, World, a_task
+from tests.server import gateways
+
+MIB = calls.CHUNK
+CHUNKS = [0, MIB, 2 * MIB, 3 * MIB]  # of base.ptd
+
+
+def whole(world: World) -> bool:
+    return all(world.installed(name).read_bytes() == data for name, data in FILES.items())
+
+
+def test_a_phone_gets_the_bundle_trains_and_reports(offered: World) -> None:
+    offered.fake.tasks = [a_task()]
+    phone = offered.start(rounds=1, methods="grad", memory="200MB")
+    assert phone.finish() == 0, phone.errors
+    assert phone.lines == [
+        f"p1 has 9 examples, asks {offered.address}",
+        f"bundle {offered.fake.model.sha256[:12]} of made-up is here",
+        "round 1 as gate/p1: accepted",
+    ]
+    assert whole(offered)
+    first, second = (request for name, request in offered.fake.asked if name == "CheckIn")
+    assert (first.manifest, second.manifest) == ("", offered.fake.model.sha256)
+    assert (first.protocol, first.device, first.num_examples, first.own_model) == (
+        1,
+        "p1",
+        9,
+        False,
+    )
+    assert list(first.native.methods) == ["grad"]
+    assert (first.native.signs, first.native.runtime) == (1, "executorch 1.5.1")
+    assert 0 < first.capabilities.memory_bytes <= 200_000_000
+    assert first.capabilities.charging
+    assert not first.capabilities.battery_percent  # nobody needs to know
+    (asked,) = offered.answers()
+    assert (asked["program"], asked["length"]) == ("fp32", 32)
+
+
+def test_a_phone_that_starts_again_has_the_bundle_already(offered: World) -> None:
+    for _ in range(2):
+        phone = offered.start(once=True)
+        assert phone.finish() == 0, phone.errors
+    assert phone.lines[1:] == ["waiting: no round"]
+    assert offered.fake.downloads(offered.bundle / "base.ptd") == CHUNKS
+
+
+def test_a_line_that_is_cut_costs_the_chunk_on_its_way(offered: World) -> None:
+    line = Line(int(offered.address.rpartition(":")[2]))
+    line.allowance["down"] = 2.5 * MIB
+    phone = offered.start(once=True, gateway=f"localhost:{line.port}")
+    gateways.until(lambda: line.down, 20)
+    phone.says("no answer, trying again: UNAVAILABLE")
+    line.restore()
+    assert phone.finish() == 0, phone.errors
+    line.close()
+    assert whole(offered)
+    asked = offered.fake.downloads(offered.bundle / "base.ptd")
+    assert sorted(set(asked)) == CHUNKS
+    assert len(asked) <= len(CHUNKS) + 2  # what was under way, and perhaps asked for once more
+
+
+def test_a_phone_that_is_killed_goes_on_with_the_chunk_it_lacks(offered: World) -> None:
+    asked = offered.fake.downloads
+    base = offered.bundle / "base.ptd"
+
+    def slow(name: str, context: grpc.ServicerContext) -> None:
+        if name == "Download" and len(asked(base)) == 3:
+            time.sleep(1)
+
+    offered.fake.before = slow
+    phone = offered.start(once=True)
+    gateways.until(lambda: len(asked(base)) == 3, 20)
+    phone.kill()
+    again = offered.start(once=True)
+    assert again.finish() == 0, again.errors
+    assert whole(offered)
+    assert asked(base) == [0, MIB, 2 * MIB, 2 * MIB, 3 * MIB]
+
+
+def test_what_lies_there_is_checked_before_it_is_taken(offered: World) -> None:
+    """Of a partial file the second chunk is wrong: it and what follows are fetched."""
+    part = offered.state() / "bundles" / f"{offered.fake.model.sha256}.new"
+    part.mkdir(parents=True)
+    data = FILES["base.ptd"]
+    (part / "base.ptd").write_bytes(data[:MIB] + os.urandom(MIB) + data[2 * MIB : 2 * MIB + 5])
+    phone = offered.start(once=True)
+    assert phone.finish() == 0, phone.errors
+    assert whole(offered)
+    assert offered.fake.downloads(offered.bundle / "base.ptd") == CHUNKS[1:]
+
+
+def flipped(chunk: pb.Chunk, with_checksum: bool) -> None:
+    content = bytes([chunk.content[0] ^ 1]) + chunk.content[1:]
+    crc32 = calls.chunk(content, 0, 1).crc32 if with_checksum else chunk.crc32
+    chunk.content, chunk.crc32 = content, crc32
+
+
+@pytest.mark.parametrize("with_checksum", [False, True], ids=["on the way", "at the gateway"])
+def test_a_damaged_chunk_is_asked_for_again(offered: World, with_checksum: bool) -> None:
+    seen: list[int] = []
+
+    def spoil(chunk: pb.Chunk) -> None:
+        seen.append(chunk.offset)
+        if len(seen) % 3:
+            flipped(chunk, with_checksum)
+
+    offered.fake.spoil = spoil
+    phone = offered.start(once=True)
+    assert phone.finish() == 0, phone.errors
+    assert whole(offered)
+
+
+def test_a_chunk_that_is_wrong_for_ever_is_refused(offered: World) -> None:
+    def spoil(chunk: pb.Chunk) -> None:
+        if chunk.offset == MIB:
+            flipped(chunk, with_checksum=True)
+
+    offered.fake.spoil = spoil
+    phone = offered.start(once=True)
+    assert phone.finish() == 1
+    assert phone.errors.startswith(
+        f"error: the gateway's bundle is refused: the gateway sends a wrong chunk at {MIB} of "
+    )
+    assert phone.errors.count("\n") == 1
+    assert not offered.installed("base.ptd").exists()
+    assert offered.fake.downloads(offered.bundle / "base.ptd") == [0, MIB, MIB, MIB]
+    offered.fake.spoil = lambda chunk: None
+    again = offered.start(once=True)  # nothing that was right is asked for twice
+    assert again.finish() == 0, again.errors
+    assert offered.fake.downloads(offered.bundle / "base.ptd")[4:] == CHUNKS[1:]
+
+
+@pytest.mark.parametrize("how", ["evicted", "damaged", "cut short"])
+def test_a_base_that_is_not_whole_any_more_is_fetched_again(offered: World, how: str) -> None:
+    """Also while the phone runs; what is still right of it is kept."""
+    phone = offered.start()
+    phone.says("is here")
+    offered.fake.asked.clear()
+    base = offered.installed("base.ptd")
+    if how == "evicted":
+        base.unlink()
+    elif how == "damaged":
+        data = bytearray(base.read_bytes())
+        data[2 * MIB] ^= 1
+        base.write_bytes(data)
+    else:
+        os.truncate(base, MIB + 7)
+    gateways.until(lambda: len(phone.lines) > 1 and base.exists() and whole(offered), 20)
+    gateways.until(lambda: offered.fake.asked[-1][0] == "CheckIn", 20)
+    wanted = {"evicted": CHUNKS, "damaged": CHUNKS[2:], "cut short": CHUNKS[1:]}[how]
+    assert offered.fake.downloads(offered.bundle / "base.ptd") == wanted
+    assert not offered.fake.downloads(offered.bundle / "fp32.pte")
+
+
+def test_a_new_bundle_reuses_the_files_it_shares_with_the_old_one(offered: World) -> None:
+    assert offered.start(once=True).finish() == 0
+    old = offered.installed("base.ptd")
+    files = {**FILES, "fp32.pte": b"a newer program"}
+    bundle = make_bundle(offered.folder / "newer", files, offered.key)
+    offered.fake.bundle = bundle
+    offered.fake.share(bundle)
+    phone = offered.start(once=True)
+    assert phone.finish() == 0, phone.errors
+    assert offered.installed("fp32.pte").read_bytes() == b"a newer program"
+    assert offered.installed("base.ptd").read_bytes() == FILES["base.ptd"]
+    assert offered.fake.downloads(bundle / "base.ptd") == CHUNKS  # of the first time
+    assert not old.exists()
+
+
+def test_a_full_disk_is_told_in_one_line_before_anything_is_fetched(offered: World) -> None:
+    full = offered.script("full", [{"after": 0, "storage_bytes": 2_000_000}])
+    phone = offered.start(once=True, platform=f"script:{full}")
+    assert phone.finish() == 0
+    assert phone.lines[1:] == ["this device fails: the bundle needs 3 MB more, 2 MB are free"]
+    assert not offered.fake.downloads(offered.bundle / "base.ptd")
+
+
+def test_a_disk_that_fails_midway_is_told_in_one_line(offered: World) -> None:
+    blocked = offered.state() / "bundles" / f"{offered.fake.model.sha256}.new" / "base.ptd"
+    blocked.mkdir(parents=True)  # where a file should be
+    phone = offered.start(once=True)
+    assert phone.finish() == 0
+    assert phone.lines[1:] == [f"this device fails: cannot open {blocked}: Is a directory"]
+
+
+# --- signatures and versions ----------------------------------------------------------------------
+
+
+def reoffer(world: World, **changes: object) -> None:
+    bundle = make_bundle(world.folder / "other", FILES, world.key, **changes)
+    world.fake.bundle = bundle
+    world.fake.share(bundle)
+
+
+def refusal(world: World, **changes: object) -> str:
+    phone = world.start(once=True, **changes)
+    assert phone.finish() == 1, phone.lines
+    assert phone.errors.count("\n") == 1
+    assert not world.fake.downloads(world.bundle / "base.ptd"), "before the signature was checked"
+    start = "error: the gateway's bundle is refused: "
+    assert phone.errors.startswith(start)
+    return phone.errors.removeprefix(start).strip()
+
+
+def test_a_bundle_of_another_publisher_is_refused(offered: World) -> None:
+    other = public_half(Ed25519PrivateKey.generate(), offered.folder / "other.pub")
+    assert refusal(offered, publisher=other) == f"manifest.json is not signed by the key in {other}"
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "manifest.sig"])
+def test_a_manifest_or_signature_that_was_touched_is_refused(offered: World, name: str) -> None:
+    path = offered.bundle / name
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"made-up", b"mede-up") if b"made" in data else data[::-1])
+    offered.fake.share(offered.bundle)
+    assert refusal(offered).startswith("manifest.json is not signed by the key in ")
+
+
+def test_files_that_are_not_those_of_the_signed_manifest_are_refused(offered: World) -> None:
+    """The gateway announces its own program, with its own checksums, beside a signed manifest."""
+    (offered.bundle / "fp32.pte").write_bytes(b"another program")
+    offered.fake.share(offered.bundle)
+    assert refusal(offered) == "fp32.pte is not the one in the signed manifest.json"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"signs": 2}, "the bundle asks for version 2 of the sign stream, this client has 1"),
+        ({"version": 7}, "the bundle is of version 7, this client reads 1"),
+        ({"rank": "eight"}, "manifest.json cannot be read: "),
+        ({"adapter": []}, "manifest.json describes no adapter"),
+    ],
+)
+def test_a_signed_manifest_that_cannot_be_used_is_refused(
+    offered: World, changes: dict[str, object], words: str
+) -> None:
+    reoffer(offered, **changes)
+    assert refusal(offered).startswith(words)
+
+
+def test_a_phone_that_refused_a_bundle_takes_a_better_one(offered: World) -> None:
+    good = offered.bundle
+    reoffer(offered, signs=2)
+    phone = offered.start()
+    phone.says("refused")
+    offered.fake.share(good)
+    phone.says("is here")
+    assert phone.process.poll() is None
+
+
+@pytest.mark.parametrize("path", ["../x", "/etc/passwd", ".files", "a/../b", "a//b", "C:x", ""])
+def test_a_gateway_names_no_path_outside_of_the_bundle(offered: World, path: str) -> None:
+    made = pb.Manifest()
+    blob = offered.fake.put(b"x")
+    digest = bytes.fromhex(blob.sha256)
+    made.files.append(pb.Manifest.File(path=path, blob=blob, chunks=digest))
+    offered.fake.model = offered.fake.put(made.SerializeToString())
+    assert refusal(offered) == f"'{path}' is no file of a bundle"
+
+
+def test_a_bundle_is_verified_file_by_file(offered: World) -> None:
+    def verify() -> "subprocess.CompletedProcess[str]":
+        tool = offered.build / "corolla-phone-stub"
+        command = [tool, "bundle", offered.bundle, offered.folder / "publisher.pub"]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    found = json.loads(verify().stdout)
+    assert found["parameters"] == 4
+    assert found["files"] == sorted(FILES)
+    base: Path = offered.bundle / "base.ptd"
+    data = bytearray(base.read_bytes())
+    data[-1] ^= 1
+    base.write_bytes(data)
+    done = verify()
+    assert (done.returncode, done.stderr) == (
+        1,
+        "error: base.ptd does not match its sha256 in manifest.json\n",
+    )
