@@ -18,7 +18,7 @@ BASES = ("fp32", "q4")
 _FORMAT = {"fp32": "fp32", "q4": "8da4w"}
 _PROCESS = 24 << 20
 """Of code, of libraries and of XNNPACK's own buffers. Peaks of a process without a network, minus
-weights, arena and adapter: 11 to 16 MB (a model of 1 million parameters, 16 to 128 tokens)."""
+weights and arena: 11 to 17 MB (models of 1 and 16 million parameters, 16 to 128 tokens)."""
 
 
 class Order(NamedTuple):
@@ -34,6 +34,7 @@ def make(
     out: Path | None,
     key: Path | None,
     *,
+    model: str | None = None,
     rank: int | None = None,
     targets: Sequence[str] | None = None,
     length: int = 256,
@@ -41,6 +42,8 @@ def make(
     say: Callable[[str], None] = lambda text: None,
 ) -> bundle.Manifest:
     """Write the bundle `out` of a base model, or of that of an adapter with its rank and targets.
+
+    `model` is where the base of an adapter is now, if elsewhere; `bases` are names of BASES.
 
     Takes minutes, and several times the memory of the model in fp32. Every program is run against
     torch before anything is written. Raises ConfigError for options, ModelError for a model that is
@@ -56,6 +59,7 @@ def make(
     if unknown := sorted(set(bases.split(",")) - set(BASES)):
         raise ConfigError(f"--base {unknown[0]!r} is unknown: use {', '.join(BASES)} or both")
     order = wanted(source, rank, targets)
+    order = order._replace(model=model or order.model)
     say(f"loading {order.model}")
     adapter = _load(order, length)
     signer = bundle.signing_key(key)
@@ -180,8 +184,7 @@ def _fill(
         ),
         adapter=tuple(tensors),
         programs=tuple(
-            _program(name, lowered, steps[name], files, values, length)
-            for name, lowered in made.items()
+            _program(name, lowered, steps[name], files, values) for name, lowered in made.items()
         ),
         files=files,
     )
@@ -201,7 +204,6 @@ def _program(
     eps: tuple[float, float],
     files: dict[str, bundle.File],
     values: int,
-    length: int,
 ) -> bundle.Program:
     weights = sum(files[file].bytes for file in lowered.files)
     return bundle.Program(
@@ -213,19 +215,13 @@ def _program(
             method: bundle.Method(
                 file=lowered.files[0],
                 planned={
-                    tokens: planned(method, weights, arena * tokens // length, values)
-                    for tokens in lengths(length)
+                    tokens: planned(method, weights, arena, values)
+                    for tokens, arena in arenas.items()
                 },
             )
-            for method, arena in lowered.arenas.items()
+            for method, arenas in lowered.arenas.items()
         },
     )
-
-
-def lengths(longest: int) -> list[int]:
-    """The powers of two from 16 up to it, and the longest itself."""
-    powers = [1 << k for k in range(4, longest.bit_length())]
-    return sorted({*(p for p in powers if p < longest), longest})
 
 
 def planned(method: str, weights: int, arena: int, values: int) -> int:

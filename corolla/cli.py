@@ -500,9 +500,10 @@ def export(
                 from corolla import bundling
 
                 made = bundling.make(
-                    source if model is None else model,
+                    source,
                     out_dir,
                     key,
+                    model=model,
                     rank=rank,
                     targets=target_modules.split(",") if target_modules else None,
                     length=length,

@@ -9,10 +9,11 @@ shared by both of its methods, or packed into it in 4 bits for forward passes al
 import contextlib
 import importlib.metadata
 import logging
+import math
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,10 +35,10 @@ GROUP = 32
 
 
 class Lowered(NamedTuple):
-    """Files of a program, and the bytes of activations that each method plans at full length."""
+    """Files of a program, and method → tokens → bytes of memory beside weights and adapter."""
 
     files: tuple[str, ...]
-    arenas: dict[str, int]
+    arenas: dict[str, dict[int, int]]
 
 
 class Graph(nn.Module):
@@ -89,7 +90,9 @@ def lower_fp32(
         lowered = edge.to_executorch(_backend_config(external_constants=lambda node: "base"))
         lowered.save(str(folder / "fp32.pte"))
         lowered.write_tensor_data_to_file(str(folder))
-    return Lowered(("fp32.pte", "base.ptd"), _arenas(lowered))
+    return Lowered(
+        ("fp32.pte", "base.ptd"), arenas(lowered.executorch_program.execution_plan, length)
+    )
 
 
 def lower_q4(
@@ -110,7 +113,7 @@ def lower_q4(
         say("q4: planning memory")
         lowered = edge.to_executorch(_backend_config(do_quant_fusion_and_const_prop=True))
         lowered.save(str(folder / "q4.pte"))
-    return Lowered(("q4.pte",), _arenas(lowered))
+    return Lowered(("q4.pte",), arenas(lowered.executorch_program.execution_plan, length))
 
 
 def quantize(graph: Graph) -> None:
@@ -213,9 +216,46 @@ def _backend_config(**more: Any) -> Any:
     return ExecutorchBackendConfig(memory_planning_pass=planning, **more)
 
 
-def _arenas(lowered: Any) -> dict[str, int]:
-    plans = lowered.executorch_program.execution_plan
-    return {plan.name: sum(plan.non_const_buffer_sizes) for plan in plans}
+def arenas(plans: Iterable[Any], length: int) -> dict[str, dict[int, int]]:
+    """Method → tokens → bytes of planned memory that is touched at that length.
+
+    It is planned for the longest sequence. A shorter one leaves the ends of most tensors alone, but
+    not of those whose size is another one's: a backward pass has turned copies of its weights.
+    """
+    return {
+        plan.name: {tokens: _touched(plan, tokens / length) for tokens in lengths(length)}
+        for plan in plans
+    }
+
+
+def lengths(longest: int) -> list[int]:
+    """The powers of two from 16 up to it, and the longest itself."""
+    powers = [1 << k for k in range(4, longest.bit_length())]
+    return sorted({*(p for p in powers if p < longest), longest})
+
+
+def _touched(plan: Any, share: float) -> int:
+    """Bytes of the union of all planned tensors, those of dynamic size at `share` of the most."""
+    from executorch.exir.schema import Tensor as Planned
+    from executorch.exir.schema import TensorShapeDynamism
+    from executorch.exir.tensor import get_scalar_type
+
+    spans = []
+    for value in plan.values:
+        tensor = value.val
+        if isinstance(tensor, Planned) and tensor.allocation_info is not None:
+            where = tensor.allocation_info
+            size = math.prod(tensor.sizes) * get_scalar_type(tensor.scalar_type).itemsize
+            if tensor.shape_dynamism != TensorShapeDynamism.STATIC:
+                size = math.ceil(size * share)
+            spans.append((where.memory_id, where.memory_offset, where.memory_offset + size))
+    total, arena, reached = 0, 0, 0
+    for own, start, end in sorted(spans):
+        if own != arena:
+            arena, reached = own, 0
+        total += max(0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
 
 
 @contextlib.contextmanager

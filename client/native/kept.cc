@@ -1,5 +1,6 @@
 #include "kept.h"
 
+#include <cstdio>
 #include <nlohmann/json.hpp>
 
 #include "files.h"
@@ -31,8 +32,10 @@ std::string text_of(const Begun& one) {
 
 }  // namespace
 
-Kept::Kept(std::filesystem::path state)
-    : record_(state / "session.json"), payload_(state / "reply") {}
+Kept::Kept(std::filesystem::path state, bool keep_updates)
+    : record_(state / "session.json"), payload_(state / "reply") {
+  if (keep_updates) updates_ = state / "updates";
+}
 
 std::optional<Begun> Kept::begun() const {
   auto text = read_file(record_, 4 << 20);
@@ -65,6 +68,12 @@ void Kept::begin(const Begun& begun) const { write_file(record_, text_of(begun))
 void Kept::finish(const Begun& begun, const std::string& payload) const {
   write_file(payload_, payload);
   write_file(record_, text_of(begun));
+  if (updates_.empty()) return;
+  char round[24];
+  std::snprintf(round, sizeof round, "round-%03u", begun.header.round());
+  make_folder(updates_);
+  write_file(updates_ / (std::string(round) + ".header"), begun.header.SerializeAsString());
+  write_file(updates_ / (std::string(round) + ".payload"), payload);
 }
 
 void Kept::clear() const {

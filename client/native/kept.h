@@ -22,7 +22,8 @@ struct Begun {
 
 class Kept {
  public:
-  explicit Kept(std::filesystem::path state);
+  // With `keep_updates` every reply also stays in <state>/updates, by round.
+  Kept(std::filesystem::path state, bool keep_updates);
 
   std::optional<Begun> begun() const;
   // The payload of a reply that is done; empty if there is none.
@@ -34,6 +35,7 @@ class Kept {
 
  private:
   std::filesystem::path record_, payload_;
+  std::filesystem::path updates_;  // empty: they are not kept
 };
 
 }  // namespace corolla

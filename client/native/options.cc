@@ -180,7 +180,7 @@ Options read_options(const std::vector<std::string>& all) {
               {"--gateway", "--token-file", "--root-certificates", "--publisher", "--data",
                "--state", "--name", "--memory", "--methods", "--length", "--platform", "--rounds",
                "--daily-bytes", "--daily-seconds", "--daily-battery", "--retry-seconds"},
-              {"--once"});
+              {"--once", "--keep-updates"});
   if (!words.rest().empty())
     throw UsageError("there is no command " + one_line(words.rest()[0]) +
                      ": see corolla-phone --help");
@@ -200,6 +200,7 @@ Options read_options(const std::vector<std::string>& all) {
   options.platform = words.text("--platform", "linux");
   options.rounds = words.number("--rounds", 0);
   options.once = words.has("--once");
+  options.keep_updates = words.has("--keep-updates");
   options.limits = read_limits(words);
   options.pauses = read_pauses(words);
   try {
@@ -231,6 +232,7 @@ const char kUsage[] =
   --platform linux           or script:FILE, conditions by a file, for tests
   --rounds N                 ends after so many updates were accepted; default: never
   --once                     ends after one check-in
+  --keep-updates             every reply stays in FOLDER/updates: the aggregation can be checked
   --daily-bytes SIZE         of traffic in 24 hours, at most; as the two that follow
   --daily-seconds N          at work
   --daily-battery PERCENT    of charge spent at work

@@ -42,6 +42,7 @@ struct Options {
   uint64_t memory = 0, rounds = 0;
   uint32_t length = 0;
   bool once = false;
+  bool keep_updates = false;
   v1::Policy limits;
   Pauses pauses;
 };

@@ -39,7 +39,8 @@ std::unique_ptr<Platform> linux_platform(const std::filesystem::path& state);
 
 // By a file of lines {"after": seconds, "charging": false, ...} with the names of Readings: what is
 // said to hold from so many seconds after the start on, on top of the lines before. Read again when
-// it changes. What it does not name is as nobody would mind; storage and memory are as found here. Throws Error naming the line that cannot be read.
+// it changes. What it does not name is as nobody would mind; storage and memory are as found here.
+// Throws Error naming the line that cannot be read.
 std::unique_ptr<Platform> script_platform(const std::filesystem::path& file,
                                           const std::filesystem::path& state);
 

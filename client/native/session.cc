@@ -25,7 +25,7 @@ Session::Session(Owner owner, Channel& channel, Pauses pauses, Platform& platfor
       stop_(stop),
       say_(std::move(say)),
       bundles_(owner_.state / "bundles", owner_.publisher),
-      kept_(owner_.state),
+      kept_(owner_.state, owner_.keep_updates),
       history_(owner_.state / "history.jsonl"),
       timings_(owner_.state / "timings") {}
 

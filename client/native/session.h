@@ -46,6 +46,7 @@ struct Owner {
   uint32_t length = 0;  // tokens of a sequence, at most; 0: as the program
   std::string runtime;  // "executorch 1.5.1"
   v1::Policy limits;    // the owner's own
+  bool keep_updates = false;
 };
 
 // Told what its owner may want to know, a line each, nothing twice in a row.

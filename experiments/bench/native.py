@@ -2,7 +2,7 @@
 
     make phone
     corolla export MODEL --to executorch --out BUNDLE --key publisher.key
-    python -m experiments.bench.native --model MODEL --bundle BUNDLE --publisher publisher.pub
+    python -m experiments.bench.native --model MODEL --bundle BUNDLE
 
 A step is one sequence of random tokens: forward and backward, or two forward passes along a
 direction. Each contender is a process of its own; they take turns, so that other work on the
@@ -65,7 +65,6 @@ class Options:
 
     model: str = field(default="embedded", metadata={"help": "as for corolla simulate"})
     bundle: str = field(default="bundle", metadata={"help": "folder that it was exported to"})
-    publisher: str = field(default="publisher.pub", metadata={"help": "key of who exported it"})
     client: str = field(
         default="build/native/corolla-phone", metadata={"help": "the native client"}
     )
@@ -152,7 +151,7 @@ def steps(options: Options) -> Section:
 def native(name: str, options: Options) -> Measured:
     """A process of the native client."""
     program, method = NATIVE[name]
-    words = ["bench", options.bundle, "--publisher", options.publisher, "--program", program]
+    words = ["bench", options.bundle, "--program", program]
     words += ["--method", method, "--length", str(options.length), "--steps", str(options.steps)]
     words += ["--threads", str(options.threads)]
     return _printed([str(Path(options.client).resolve()), *words], Path.cwd())

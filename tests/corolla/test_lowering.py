@@ -279,7 +279,7 @@ def test_a_failed_export_leaves_nothing(
 ) -> None:
     def half(graph: Any, length: int, case: Any, folder: Path, say: Any) -> lowering.Lowered:
         (folder / "fp32.pte").write_text("half")
-        return lowering.Lowered(("fp32.pte",), {"loss": 1})
+        return lowering.Lowered(("fp32.pte",), {"loss": {length: 1}})
 
     def fail(*_: Any) -> None:
         raise ModelError("self-test failed")
@@ -323,6 +323,25 @@ def test_adapters_that_no_phone_trains(tmp_path: Path, changes: dict[str, Any], 
 
 def command(*more: str) -> Any:
     return CliRunner().invoke(app, ["export", *more])
+
+
+def test_the_command(manifest: bundle.Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def make(source: str, out: Path, key: Path, **options: Any) -> bundle.Manifest:
+        options.pop("say")("compiling")
+        asked.update(options, source=source, out=out, key=key)
+        return manifest
+
+    monkeypatch.setattr(bundling, "make", make)
+    options = "--to executorch --out o --key k --rank 4 --target-modules q,v --length 32 --base q4"
+    result = command("org/name", *options.split())
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith("o: fp32 (grad, loss; 4.6 MB), q4 (loss; 0.9 MB); every")
+    assert asked == {
+        **{"source": "org/name", "out": Path("o"), "key": Path("k"), "model": None, "rank": 4},
+        **{"targets": ["q", "v"], "length": 32, "bases": "q4"},
+    }
 
 
 @pytest.mark.parametrize(

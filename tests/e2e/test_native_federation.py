@@ -24,6 +24,7 @@ from corolla.server.run import Run
 from corolla.server.setup import set_up
 from corolla.wire import unpack_reply
 from tests.bundles import embedded_bundle
+from tests.client.native.conftest import built
 from tests.e2e import native
 from tests.e2e.federation import running_client, running_server
 from tests.e2e.gateways import running_gateway
@@ -31,6 +32,13 @@ from tests.e2e.native import Recorded
 from tests.e2e.test_deployment import lines_of, write
 
 pytestmark = pytest.mark.deployment
+
+
+@pytest.fixture(scope="module")
+def native_build() -> Path:
+    """Where corolla-phone is."""
+    return built()
+
 
 FULL, LIGHT = ("p1", "p2"), ("p3", "p4")
 CLIENTS = ["edge-a", *(f"gate/{phone}" for phone in (*FULL, *LIGHT))]
@@ -72,6 +80,7 @@ def configured(text: str) -> RunConfig:
 
 def simulated(config: RunConfig, folder: Path, sent: Mapping[tuple[str, int], Packet]) -> str:
     """The hash of the final state of a simulation in which some clients answer `sent`."""
+    folder.mkdir()
     loaded = set_up(config, None)
     worker = Worker(config, loaded.model, loaded.data, Memory(folder / "memory"))
     network = Recorded(worker, sent)

@@ -36,9 +36,14 @@ def lacking() -> str:
 
 @pytest.fixture(scope="session")
 def native_build() -> Path:
+    """See `built`."""
+    return built()
+
+
+def built() -> Path:
     """A folder with corolla-phone, corolla-native-check and corolla-phone-stub.
 
-    COROLLA_NATIVE_BUILD names one that is there already.
+    COROLLA_NATIVE_BUILD names one that is there already. Skips the test where it cannot be made.
     """
     if told := os.environ.get("COROLLA_NATIVE_BUILD"):
         return Path(told)

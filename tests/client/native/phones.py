@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -102,7 +103,7 @@ class World:
                 words += [option, str(value)]
         return words
 
-    def start(self, stub: Mapping[str, object] | None = None, **changes: object) -> Running:
+    def start(self, stub: Mapping[str, object] | None = None, /, **changes: object) -> Running:
         """A phone; `stub` is what its trainer does."""
         script = self.script(f"stub-{len(self.started)}", dict(stub or {}))
         process = subprocess.Popen(
@@ -115,13 +116,13 @@ class World:
         self.started.append(Running(process))
         return self.started[-1]
 
-    def answers(self, device: str = "p1") -> list[dict[str, object]]:
+    def answers(self, device: str = "p1") -> list[dict[str, Any]]:
         """What the trainer of a phone was asked."""
         path = self.state(device) / "stub.log"
         text = path.read_text() if path.exists() else ""
         return [json.loads(line) for line in text.splitlines()]
 
-    def history(self, device: str = "p1") -> list[dict[str, object]]:
+    def history(self, device: str = "p1") -> list[dict[str, Any]]:
         path = self.state(device) / "history.jsonl"
         text = path.read_text() if path.exists() else ""
         return [json.loads(line) for line in text.splitlines()]

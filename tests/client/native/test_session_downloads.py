@@ -277,7 +277,8 @@ def test_a_gateway_names_no_path_outside_of_the_bundle(offered: World, path: str
 def test_a_bundle_is_verified_file_by_file(offered: World) -> None:
     def verify() -> "subprocess.CompletedProcess[str]":
         tool = offered.build / "corolla-phone-stub"
-        command = [tool, "bundle", offered.bundle, offered.folder / "publisher.pub"]
+        publisher = offered.folder / "publisher.pub"
+        command = [str(tool), "bundle", str(offered.bundle), str(publisher)]
         return subprocess.run(command, capture_output=True, text=True)
 
     found = json.loads(verify().stdout)
