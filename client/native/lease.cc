@@ -47,7 +47,8 @@ v1::RetryWindow Session::serve(const v1::Lease& lease) {
   Moment deadline = in_seconds(lease.deadline_seconds());
   auto spent = spent_today(history_.read(unix_now()), unix_now());
   Channel& channel = caller_.channel();
-  uint64_t up = channel.bytes_up(), down = channel.bytes_down();
+  uint64_t up = channel.bytes_up();
+  uint64_t down = channel.bytes_down() - lease.ByteSizeLong();  // what is small came with it
   Alive alive(channel, lease, stricter(lease.policy(), owner_.limits), platform_, stop_, spent,
               deadline);
   Begun begun;

@@ -1,14 +1,15 @@
 """The native client beside torch and beside the Python client: time of a step, peak of memory.
 
     make phone
+    python -m experiments.bench.phone_models MODEL
     corolla export MODEL --to executorch --out BUNDLE --key publisher.key
-    python -m experiments.bench.native --model MODEL --bundle BUNDLE
+    python -m experiments.bench.native --model MODEL --bundle BUNDLE --publisher publisher.pub
 
-A step is one sequence of random tokens: forward and backward, or two forward passes along a
+`steps`: a step is one sequence of tokens, forward and backward, or two forward passes along a
 direction. Each contender is a process of its own; they take turns, so that other work on the
-machine slows all of them; what counts are the ratios. `--model tiny-16m` makes a Llama of 16
-million random parameters, and prints where it lies, to be exported. Nothing fails for missing a
-bar. README.md has a table.
+machine slows all of them; what counts are the ratios. `session`: whole clients, from the download
+of the bundle to the last report, as each of them measured itself. Nothing fails for missing a bar.
+README.md has a table.
 """
 
 import json
@@ -31,7 +32,8 @@ from corolla.directions import SignPool
 from corolla.encoding import Encoded, collate
 from corolla.lora import LoraModel
 from corolla.scoring import loss_sum
-from experiments.bench.zeroth_order import Section, command, now, peak, sequences, since
+from experiments.bench.zeroth_order import Ratio, Section, command, now, peak, sequences, since
+from experiments.native_phones import run as native_phones
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MEMORY_BAR = 60.0
@@ -65,6 +67,7 @@ class Options:
 
     model: str = field(default="embedded", metadata={"help": "as for corolla simulate"})
     bundle: str = field(default="bundle", metadata={"help": "folder that it was exported to"})
+    publisher: str = field(default="publisher.pub", metadata={"help": "key of who exported it"})
     client: str = field(
         default="build/native/corolla-phone", metadata={"help": "the native client"}
     )
@@ -82,32 +85,7 @@ class Options:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print tables, write the JSON file."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if given == ["--model", "tiny-16m"]:
-        print(tiny(Path(tempfile.mkdtemp(prefix="tiny-16m-"))))
-        return 0
-    return command(__doc__, Options, SECTIONS, PYTHON, python_of, given)
-
-
-def tiny(folder: Path) -> Path:
-    """A Llama of 16 million random parameters, with the embedded model's tokenizer."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=8192,
-        hidden_size=384,
-        intermediate_size=1024,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(models.resolve("embedded")).save_pretrained(folder)
-    return folder
+    return command(__doc__, Options, SECTIONS, PYTHON, python_of, arguments)
 
 
 def steps(options: Options) -> Section:
@@ -214,7 +192,7 @@ def _bare(
         began = now()
         with torch.set_grad_enabled(backward):
             if backward:
-                loss_sum(model.model, batch).backward()
+                loss_sum(model.model, batch).backward()  # type: ignore[no-untyped-call]
                 for parameter in parameters:
                     parameter.data.add_(parameter.grad, alpha=-1e-6)  # type: ignore[arg-type]
                     parameter.grad = None
@@ -244,7 +222,40 @@ def _client(
     trainer.walk(start, (), SignPool(512, (1, 1)), taken)
 
 
-SECTIONS: dict[str, Callable[[Options], Section]] = {"steps": steps}
+def session(options: Options) -> Section:
+    """Two rounds of four native phones with a gateway over TLS: forward passes over 4 bits."""
+    found = Section(
+        f"session: {options.model}, forward passes over 4 bits, {options.length} tokens"
+    )
+    settings = {**native_phones.ALWAYS, "model": options.model, "max_length": options.length}
+    few = {"rounds": 2, "local_steps": options.steps, "batch_size": 1, "eval_examples": 4}
+    config = RunConfig(
+        **{**settings, **few, "rank": options.rank, "alpha": 2.0 * options.rank},
+        strategy="seed_pool",
+        eps=1e-2,
+    )
+    bundle, publisher, client = (
+        Path(name).resolve() for name in (options.bundle, options.publisher, options.client)
+    )
+    with tempfile.TemporaryDirectory(prefix="corolla-native-") as scratch:
+        native_phones.federate(config, Path(scratch), bundle, publisher, client, "loss")
+        for own in native_phones.reported(Path(scratch)):
+            found.rows.append(
+                {
+                    "peak MB": own["device_peak_rss_bytes"] / 1e6,
+                    "step ms": own["device_step_ms_p50"],
+                    "passes over the adapter / step": own["device_perturb_share"],
+                    "bytes up": own["device_bytes_up"],
+                    "bytes down": own["device_bytes_down"],
+                }
+            )
+    value = max(float(row["peak MB"]) for row in found.rows)
+    row: Ratio = {"ratio": "largest peak MB", "value": value, "bar": f"≤ {MEMORY_BAR:g}"}
+    found.ratios.append({**row, "met": value <= MEMORY_BAR})
+    return found
+
+
+SECTIONS: dict[str, Callable[[Options], Section]] = {"steps": steps, "session": session}
 
 
 if __name__ == "__main__":

@@ -28,16 +28,15 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from corolla import certs, data, models
+from corolla import calls, certs, data, models
 from corolla.config import RunConfig
 from corolla.encoding import Encoder
 from corolla.packet import Packet
-from corolla.proto import update_pb2
 from corolla.server.federation import Network
 from corolla.server.gateway import Gateway, Settings
 from corolla.server.observer import Silent
 from corolla.server.phones import serve_phones
-from corolla.server.run import Run
+from corolla.server.run import Run, Summary
 from corolla.server.setup import set_up
 from corolla.server.tokens import read_tokens
 from corolla.student import mean
@@ -48,7 +47,7 @@ HERE = Path(__file__).parent
 TOKEN = "a-token-of-the-experiment-01"
 PHONES = ("p1", "p2", "p3", "p4")
 SEEDS = (0, 1, 2)
-RANK, LENGTH = 8, 64
+RANK, LENGTH = 8, 128
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ ALWAYS: Mapping[str, Any] = {
     "batch_size": 4,
     "rank": RANK,
     "alpha": 2.0 * RANK,
-    "max_length": LENGTH,
+    "max_length": 64,
     "eval_clients": 0,
     "eval_examples": 128,
     "partition": "iid",
@@ -108,58 +107,62 @@ class Phones(Network):
 def cell(name: str, seed: int, bundles: Path, client: Path, quick: bool) -> dict[str, Any]:
     """One run: held-out losses, bytes of a phone, seconds."""
     arm = ARMS[name]
-    values = {**ALWAYS, **arm.settings, **(QUICK if quick else {})}
-    config = RunConfig(**values, seed=seed)
+    config = RunConfig(**{**ALWAYS, **arm.settings, **(QUICK if quick else {})}, seed=seed)
+    bundle, method = bundles / arm.bases.replace(",", "-"), "grad" if name == "grad" else "loss"
     with tempfile.TemporaryDirectory(prefix="corolla-native-") as scratch:
         folder = Path(scratch)
-        _write_tokens(config, folder)
         began = time.monotonic()
-        with _gateway(folder, bundles / arm.bases.replace(",", "-")) as (gateway, address):
-            method = "grad" if name == "grad" else "loss"
-            with _phones(folder, address, bundles / "publisher.pub", client, method):
-                loaded = set_up(config, None)
-                run = Run(
-                    config,
-                    Phones(gateway),
-                    loaded.evaluator,
-                    folder / "run",
-                    loaded.facts,
-                    Silent(),
-                    own_devices=True,
-                )
-                (folder / "run").mkdir()
-                summary = run.execute()
-        headers = [_header(path) for path in sorted(folder.glob("state-*/updates/round-*.header"))]
+        summary = federate(config, folder, bundle, bundles / "publisher.pub", client, method)
+        seconds = time.monotonic() - began
+        headers = reported(folder)
         programs = {
             json.loads(line)["program"]
             for path in folder.glob("state-*/log.jsonl")
             for line in path.read_text().splitlines()
         }
-        base = folder / "state-p1" / "models"
+        held = folder / "state-p1" / "bundles"
         return {
             "arm": name,
             "seed": seed,
             "programs": sorted(programs),
             "before": summary.base["loss"],
             "after": summary.final["loss"],
-            "seconds": time.monotonic() - began,
+            "seconds": seconds,
             "updates": len(headers),
             "bytes_up": _mean(headers, "device_bytes_up"),
             "bytes_down": _mean(headers, "device_bytes_down"),
             "peak_rss": max(own["device_peak_rss_bytes"] for own in headers),
             "step_ms": _mean(headers, "device_step_ms_p50"),
-            "base_bytes": sum(p.stat().st_size for p in base.rglob("*") if p.is_file()),
+            "base_bytes": sum(p.stat().st_size for p in held.rglob("*") if p.is_file()),
         }
+
+
+def federate(
+    config: RunConfig, folder: Path, bundle: Path, publisher: Path, client: Path, method: str
+) -> Summary:
+    """A run of four native phones, all in `folder`."""
+    _write_tokens(config, folder)
+    (folder / "run").mkdir()
+    with (
+        _gateway(folder, bundle) as (gateway, address),
+        _phones(folder, address, publisher, client, method),
+    ):
+        loaded = set_up(config, None)
+        network, evaluator = Phones(gateway), loaded.evaluator
+        run = Run(
+            *(config, network, evaluator, folder / "run", loaded.facts, Silent()), own_devices=True
+        )
+        return run.execute()
+
+
+def reported(folder: Path) -> list[Mapping[str, float]]:
+    """The metrics of every reply of a run."""
+    paths = sorted(folder.glob("state-*/updates/round-*.header"))
+    return [calls.read_reply(Packet(path.read_bytes(), b"")).metrics for path in paths]
 
 
 def _mean(headers: list[Mapping[str, float]], name: str) -> float:
     return statistics.fmean(own[name] for own in headers)
-
-
-def _header(path: Path) -> Mapping[str, float]:
-    head = update_pb2.Reply()
-    head.ParseFromString(path.read_bytes())
-    return dict(head.metrics)
 
 
 def _write_tokens(config: RunConfig, folder: Path) -> None:
