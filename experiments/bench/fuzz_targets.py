@@ -157,7 +157,7 @@ def targets() -> list[Target]:
     sent = _honest(partial.sums(), clients=2, num_examples=7)
     sums = replace(expect, sums=partial.sums_like(adapter), most_clients=3)
     found.append(Target("sums", sent, seated, sums, "fedavg"))
-    parts = [frozenset(partial.sums_like(own)) for own in (adapter, {"other": {}})]
+    parts = {frozenset(partial.sums_like(own)): 8 for own in (adapter, {"other": {}})}
     like = {**adapter, "other": {}}
     either = replace(sums, like=like, sums=partial.sums_like(like), parts=parts)
     found.append(Target("sums of a class", sent, seated, either, "fedavg"))

@@ -59,7 +59,7 @@ class Arm:
     settings: Mapping[str, Any]
 
 
-FORWARD = {"strategy": "seed_pool", "local_steps": 100}
+FORWARD = {"strategy": "seed_pool", "local_steps": 40}
 ARMS = {
     "q4": Arm("forward passes, 4 bits", "fp32,q4", FORWARD),
     "fp32": Arm("forward passes, fp32", "fp32", FORWARD),
@@ -68,7 +68,7 @@ ARMS = {
 ALWAYS: Mapping[str, Any] = {
     "clients": 4,
     "cohort": 4,
-    "rounds": 5,
+    "rounds": 4,
     "batch_size": 4,
     "rank": RANK,
     "alpha": 2.0 * RANK,
@@ -76,7 +76,6 @@ ALWAYS: Mapping[str, Any] = {
     "eval_clients": 0,
     "eval_examples": 128,
     "partition": "iid",
-    "schedule": "constant",
     "threads": 1,
     "quorum": 1.0,
     "deadline": 900.0,
@@ -272,11 +271,12 @@ def _interval(values: list[float], sign: str = "") -> str:
 def plot(cells: list[dict[str, Any]], path: Path) -> None:
     """Held-out loss against bytes that a phone sends in a round."""
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for name, arm in ARMS.items():
+    for (name, arm), marker in zip(ARMS.items(), ("o", "x", "s"), strict=True):
         own = [one for one in cells if one["arm"] == name]
-        axes.scatter([o["bytes_up"] for o in own], [o["after"] for o in own], label=arm.title)
+        places = [o["bytes_up"] for o in own], [o["after"] for o in own]
+        axes.scatter(*places, label=arm.title, marker=marker)
     axes.set(
-        xscale="log", xlabel="bytes a phone sends in a round", ylabel="held-out loss after 5 rounds"
+        xscale="log", xlabel="bytes a phone sends in a round", ylabel="held-out loss after the run"
     )
     axes.axhline(statistics.fmean(o["before"] for o in cells), color="grey", ls=":", lw=1)
     axes.annotate(
@@ -284,7 +284,7 @@ def plot(cells: list[dict[str, Any]], path: Path) -> None:
         (0.99, cells[0]["before"]),
         xycoords=("axes fraction", "data"),
         ha="right",
-        va="bottom",
+        va="top",
         color="grey",
     )
     axes.legend()
