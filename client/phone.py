@@ -216,8 +216,8 @@ class Phone:
         task, accepted = update_pb2.Task(), False
         with self._alive(lease) as alive:
             try:
-                task = calls.read_task(self._fetch(lease.task, calls.MAX_TASK, deadline))
-                packet = _read_packet(kept)  # of this lease, by a process that died since
+                task, unread = self._task(lease, deadline)
+                packet = unread or _read_packet(kept)  # of this lease, by a process that died since
                 if packet is None:
                     packet = self._train(lease, task, alive, deadline)
                     self._clear()
@@ -243,17 +243,25 @@ class Phone:
         self._tell(f"round {task.round} as {calls.one_line(lease.client)}: {word}")
         return acknowledged.retry
 
+    def _task(self, lease: pb.Lease, deadline: float) -> tuple[update_pb2.Task, Packet | None]:
+        """The task; where it cannot be read an empty one, and the reply that says so."""
+        try:
+            return calls.read_task(self._fetch(lease.task, calls.MAX_TASK, deadline)), None
+        except WireError as error:
+            task, why = update_pb2.Task(), f"the task cannot be read: {error}"
+            return task, calls.given_up(task, lease.client, why)
+
     def _train(
         self, lease: pb.Lease, task: update_pb2.Task, alive: "_Alive", deadline: float
     ) -> Packet:
         """The trainer's reply, or one that says why there is none."""
+        policy, past, now = self.policy(lease.policy), self.history(), time.time()
+        if soon := policies.with_lease(policy, past, task.run_id, task.round, now):
+            return calls.given_up(task, lease.client, f"policy: {policies.in_words(soon)}")
         try:
             packet = self._assemble(lease, task, deadline)
         except WireError as error:
             return calls.given_up(task, lease.client, str(error))
-        policy, past, now = self.policy(lease.policy), self.history(), time.time()
-        if soon := policies.with_lease(policy, past, task.run_id, task.round, now):
-            return calls.given_up(task, lease.client, f"policy: {policies.in_words(soon)}")
         began = time.monotonic()
         try:
             reply = self.trainer.answer(lease.client, packet, self._model(), alive.check)
@@ -288,9 +296,12 @@ class Phone:
 
     def _deliver(self, lease: pb.Lease, packet: Packet, deadline: float) -> pb.Acknowledgement:
         """Upload and report, until there is an answer or the round is long over."""
-        size, at, stuck, most = len(packet.payload), 0, 0, calls.CHUNK
+        size, at, stuck, sent, most = len(packet.payload), 0, 0, 0, calls.CHUNK
         while at < size:
+            if time.monotonic() > deadline:
+                raise _Over("the round is over")
             chunk = calls.chunk(packet.payload[at : at + most], at, size, lease.id)
+            sent += len(chunk.content)
             try:
                 status = self._call(self._stub.Upload, chunk, deadline, slow=most > _SMALLEST)
             except _Slow:
@@ -298,8 +309,8 @@ class Phone:
                 continue
             if status.problem:
                 raise _Over(calls.one_line(status.problem))
-            stuck = stuck + 1 if status.received <= at else 0
-            if status.received > size or stuck > 10:
+            stuck += status.received <= at
+            if status.received > size or stuck > 10 or sent > 3 * size + 8 * calls.CHUNK:
                 raise _Over("the gateway does not take the update in")
             at = status.received
         request = pb.ReportRequest(lease=lease.id, reply=packet.header)

@@ -6,7 +6,7 @@ The native client decides alike; both are held to the same table of cases. Needs
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from corolla.proto import device_pb2 as pb
 
 _DAY = 86_400.0
 _OLDEST = 30 * _DAY
+_AHEAD = _DAY
+"""What is noted for later than this from now, the clock was wrong then."""
 _MOST_BYTES = 1 << 20
 """Of a history that are looked at: what is before them is old, or a mistake."""
 
@@ -133,8 +135,16 @@ def read(path: Path, now: float) -> list[Entry]:
 
 
 def add(path: Path, entry: Entry) -> None:
-    """Write a line, and drop what is too old. Raises OSError."""
-    kept = [json.dumps(asdict(one)) for one in (*read(path, entry.at), entry)]
+    """Write a line, and drop the first beyond 1 MiB. Raises OSError.
+
+    By its age nothing is dropped: the clock may be wrong now. What was noted while it was ahead is
+    taken to be of now, so that it ends as all else does.
+    """
+    past = (
+        replace(one, at=entry.at) if one.at > entry.at + _AHEAD else one
+        for one in read(path, -math.inf)
+    )
+    kept = [json.dumps(asdict(one)) for one in (*past, entry)]
     scratch = path.with_name(f"part-{path.name}")
     scratch.write_text("\n".join(kept) + "\n")
     scratch.replace(path)
@@ -174,7 +184,7 @@ def _used_up(limit: float, spent: float) -> bool:
 
 
 def _today(history: Sequence[Entry], now: float) -> list[Entry]:
-    return [entry for entry in history if entry.at > now - _DAY]
+    return [entry for entry in history if now - _DAY < entry.at <= now + _AHEAD]
 
 
 def _entry(line: str) -> Entry | None:

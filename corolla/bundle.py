@@ -203,9 +203,15 @@ def signing_key(path: Path) -> Ed25519PrivateKey:
     """The publisher's key: PEM (PKCS#8). Where there is none, a new one with mode 0600.
 
     Its public half lies beside it as `.pub` (PEM, SubjectPublicKeyInfo): what devices are given.
-    Raises ConfigError for a file that holds anything else.
+    Where that is missing, it is made of the key. Raises ConfigError for a file that holds anything
+    else, and for a public half without its key.
     """
+    public = path.with_suffix(".pub")
+    if path == public:
+        raise ConfigError(f"--key {path} is what its public half would be called: drop the .pub")
     if not path.exists():
+        if public.exists():
+            raise ConfigError(f"--key {path} does not exist, though {public} does: name a new one")
         _make_key(path)
     try:
         key = serialization.load_pem_private_key(path.read_bytes(), None)
@@ -213,6 +219,8 @@ def signing_key(path: Path) -> Ed25519PrivateKey:
         raise ConfigError(f"--key {path} cannot be read: {_first_line(error)}") from error
     if not isinstance(key, Ed25519PrivateKey):
         raise ConfigError(f"--key {path} is not an Ed25519 key: name a file that does not exist")
+    if not public.exists():
+        _write_public(key, public)
     return key
 
 
@@ -223,15 +231,21 @@ def _make_key(path: Path) -> None:
         serialization.PrivateFormat.PKCS8,
         serialization.NoEncryption(),
     )
-    public = key.public_key().public_bytes(
-        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as file:
             file.write(private)
-        path.with_suffix(".pub").write_bytes(public)
+    except OSError as error:
+        raise ConfigError(f"cannot write a key to {path}: {error.strerror}") from error
+
+
+def _write_public(key: Ed25519PrivateKey, path: Path) -> None:
+    public = key.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    try:
+        path.write_bytes(public)
     except OSError as error:
         raise ConfigError(f"cannot write a key to {path}: {error.strerror}") from error
 

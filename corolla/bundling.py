@@ -2,7 +2,7 @@
 
 import importlib.util
 import json
-import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from corolla import bundle, data, lora, lowering, models, selftest
+from corolla.children import terminate_as_interrupt
 from corolla.config import RunConfig
 from corolla.errors import ArtefactError, ConfigError, ModelError
 from corolla.types import LoraSpec
@@ -57,23 +58,24 @@ def make(
         raise ConfigError(f"--out {out} is not empty: name a new folder")
     chosen = [base for base in BASES if base in bases.split(",")]
     if unknown := sorted(set(bases.split(",")) - set(BASES)):
-        raise ConfigError(f"--base {unknown[0]!r} is unknown: use {', '.join(BASES)} or both")
+        raise ConfigError(f"--base {unknown[0]!r} is unknown: use fp32, q4 or fp32,q4")
     order = wanted(source, rank, targets)
     order = order._replace(model=model or order.model)
     say(f"loading {order.model}")
     adapter = _load(order, length)
     signer = bundle.signing_key(key)
-    scratch = out.with_name(out.name + ".part")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        terminate_as_interrupt(),
+        tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as beside,
+    ):
+        scratch = Path(beside) / "bundle"  # not the one beside, which is its owner's alone
+        scratch.mkdir()
         manifest = _fill(scratch, adapter, order, length, chosen, say)
         bundle.write(scratch, manifest, signer)
         if out.is_dir():
             out.rmdir()
         scratch.replace(out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return manifest
 
 
@@ -117,6 +119,12 @@ def _load(order: Order, length: int) -> lora.LoraModel:
     text = base.model.config.get_text_config()
     if getattr(base.model.config, "is_encoder_decoder", False):
         raise ModelError(f"{order.model} is an encoder-decoder: native clients train causal ones")
+    made, said = type(base.model).__name__, base.model.config.architectures
+    if said and made not in said:
+        raise ModelError(
+            f"{order.model} is {', '.join(said)}, not {made}: native clients train causal language "
+            f"models"
+        )
     positions = getattr(text, "max_position_embeddings", None)
     if positions and length > positions:
         raise ConfigError(

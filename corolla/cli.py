@@ -490,11 +490,25 @@ def export(
     target_modules: Annotated[
         str | None, typer.Option(metavar="A,B", help="Default: the adapter's, or all linear ones.")
     ] = None,
-    length: Annotated[int, typer.Option(help="Tokens of a sequence, at most.")] = 256,
-    base: Annotated[str, typer.Option(help="fp32, q4 or both.")] = "fp32,q4",
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of a sequence, at most; default: 256.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="fp32, q4 or fp32,q4; default: fp32,q4.")] = None,
 ) -> None:
     """Write an adapter and its base as one model, or a base as a signed bundle for phones."""
+    options: dict[str, Any] = {
+        "rank": rank,
+        "targets": target_modules.split(",") if target_modules else None,
+        "length": length,
+        "bases": base,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
     with _user_errors():
+        if to == "merged" and (given or key):
+            raise ConfigError(
+                "--key, --rank, --target-modules, --length and --base are for --to executorch: "
+                "leave them out"
+            )
         if to == "executorch":
             with out.status("loading") as shown:
                 from corolla import bundling
@@ -504,11 +518,8 @@ def export(
                     out_dir,
                     key,
                     model=model,
-                    rank=rank,
-                    targets=target_modules.split(",") if target_modules else None,
-                    length=length,
-                    bases=base,
                     say=shown.update,
+                    **given,
                 )
             _say(bundling.summary(made, str(out_dir)))
             return

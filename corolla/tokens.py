@@ -24,6 +24,8 @@ def write(model: str, source: str, out: Path, max_length: int) -> tuple[int, int
     """
     if max_length < 2:
         raise ConfigError(f"--max-length {max_length}: a sequence has at least 2 tokens")
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out {out}: there is no folder {out.parent}")
     rows, _ = data.read(source)
     if any(row.label is not None for row in rows):
         raise DataError(f"{source} has labels: native clients train on text, not on classes")

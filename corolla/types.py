@@ -311,6 +311,14 @@ class Summable(Aggregator, Protocol):
 
 
 @runtime_checkable
+class Tallied(Summable, Protocol):
+    """One whose sums say how much of them is of which class of clients."""
+
+    def tally(self, sums: Payload) -> Mapping[str, tuple[float, float]]:
+        """Group of an update → (examples, clients) of those with that group, by their `sums`."""
+
+
+@runtime_checkable
 class Strategy(Protocol):
     """One algorithm, both halves of its paper; hyper-parameters are fields, state is explicit."""
 

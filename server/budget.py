@@ -6,7 +6,7 @@ is not stored: only the letter of its budget goes into the log.
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from corolla.bundle import Manifest, Method, Program
@@ -68,6 +68,8 @@ class Able:
     """Tokens of a sequence, at most; 0: as the program."""
     timings: Sequence[Timing] = ()
     examples: int = 1
+    held: str = ""
+    """The program whose files it has."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,8 @@ class Demand:
     strategy: str = ""
     length: int = 0
     """Tokens of a sequence, at most; 0: as the program."""
-    passes: Mapping[str, int] = field(default_factory=dict)
-    """Method → passes of a round over each sequence of a batch."""
+    passes: Mapping[str, Callable[[int], int]] = field(default_factory=dict)
+    """Method → passes of a round over each sequence of a batch, by a phone's examples."""
     batch: Mapping[str, int] = field(default_factory=dict)
     """Method → sequences of a batch, at most."""
     seconds: float = math.inf
@@ -105,7 +107,8 @@ def assign(manifest: Manifest, able: Able, demand: Demand) -> Assignment | str:
 
     In this order: backpropagation, forward passes of a quantised base, those of the exact one; for
     a phone of little memory, backpropagation comes last. Sequences are halved until the program
-    fits.
+    fits. Whatever fits of the program that a phone holds comes before all others: free memory
+    changes from hour to hour, and programs are large downloads.
     """
     if why := _mismatch(manifest, able, demand):
         return why
@@ -165,10 +168,10 @@ def _candidates(
         if kind in able.methods and kind in demand.kinds
     ]
 
-    def worse(candidate: tuple[Program, str, Method]) -> tuple[bool, bool]:
+    def worse(candidate: tuple[Program, str, Method]) -> tuple[bool, bool, bool]:
         program, kind, _ = candidate
         exact = program.base == "fp32"
-        return kind != budget.first, exact != (kind == "grad")
+        return program.name != able.held, kind != budget.first, exact != (kind == "grad")
 
     yield from sorted(found, key=worse)
 
@@ -186,7 +189,9 @@ def _seconds(able: Able, demand: Demand, program: str, kind: str, length: int) -
 
     The time of a pass is taken to be in proportion to its tokens.
     """
-    passes = demand.passes.get(kind, 0) * min(demand.batch.get(kind, 1), able.examples)
+    of_a_round = demand.passes.get(kind)
+    passes = of_a_round(able.examples) if of_a_round else 0
+    passes *= min(demand.batch.get(kind, 1), able.examples)
     known = [
         timing.seconds / timing.length
         for timing in able.timings

@@ -14,7 +14,7 @@ from corolla.errors import ConfigError
 from corolla.packet import Packet
 from corolla.server import clock, cohort
 from corolla.server.gate import Expected
-from corolla.types import LoraSpec, Params, Payload, Size, Strategy, Summable, TrainerName
+from corolla.types import LoraSpec, Params, Payload, Size, Strategy, Summable, Tallied, TrainerName
 from corolla.wire import Kind
 
 Held = Mapping[str, frozenset[str]]
@@ -186,10 +186,15 @@ class Federation:
         )
         if self.partial is None:
             return expected
+        parts: dict[frozenset[str], int] = {}
+        for name, like in zip(names, likes, strict=True):
+            groups = frozenset(self.partial.sums_like(like))
+            parts[groups] = max(self._most_examples(member, name), parts.get(groups, 0))
         return replace(
             expected,
             sums=self.partial.sums_like(_joined(likes)),
-            parts=[frozenset(self.partial.sums_like(like)) for like in likes],
+            parts=parts,
+            tally=self.partial.tally if isinstance(self.partial, Tallied) else None,
         )
 
     def like(self, member: str, round: int, kind: str, phone: str = "") -> Payload:

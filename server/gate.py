@@ -6,7 +6,6 @@ reply are, the answer is a verdict; memory is bounded by what an honest reply wo
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from enum import StrEnum, auto
 
@@ -89,8 +88,10 @@ class Expected:
     each value. With `most_clients` the reply is that of a gateway for at most so many clients: a
     partial aggregate of the form `sums` (Summable.sums_like), or without one, a bundle of replies;
     `member` says what is expected of each by name, where that is not the same of all: one form for
-    each class that it can be of. `parts` are the groups of `sums` that each class adds to, where
-    `like` holds those of several: what is sent are the groups of some of the classes, or of all.
+    each class that it can be of. `parts` are the groups of `sums` that each class adds to and the
+    largest weight of one client of it, where `like` holds those of several: what is sent are the
+    groups of some of the classes, or of all. `tally` reads how much of the sums is of which class
+    (see Tallied), where they say so.
     """
 
     like: Payload | None
@@ -101,7 +102,8 @@ class Expected:
     most_clients: int = 0
     space: Space = "tensors"
     member: "Callable[[str], Sequence[Expected]] | None" = None
-    parts: Sequence[AbstractSet[str]] = ()
+    parts: Mapping[frozenset[str], int] = field(default_factory=dict)
+    tally: Callable[[Payload], Mapping[str, tuple[float, float]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,7 @@ def _judged(packet: Packet, client: str, task: Task, expect: Expected) -> Judged
     else:
         update = found
         _check_sums(update, expect.sums, reply.num_examples, expect)
+        _check_classes(update, reply, expect)
     return Judged(Verdict(Code.ACCEPTED), reply, update, content)
 
 
@@ -219,7 +222,7 @@ def _bundle(reply: Reply, task: Task, expect: Expected) -> Judged:
             Code.FORM, f"bundle has {len(packets)} entries, it says {reply.clients}"
         )
     members: dict[str, Judged] = {}
-    one = replace(expect, most_clients=0, sums=None, member=None, parts=())
+    one = replace(expect, most_clients=0, sums=None, member=None, parts={}, tally=None)
     for number, packet in enumerate(packets):
         name = wire.peek_client(packet)
         # What has no name of its own still has a verdict.
@@ -289,7 +292,9 @@ def _check_sums(sums: Payload, like: Payload, weight: int, expect: Expected) -> 
 
     Groups that an update does not have are statistics, which have no norm of their own.
     """
-    _check_form(sums, _of_those_who_came(sums, like, expect.parts))
+    came = _who_came(sums, expect.parts) or expect.parts
+    groups = frozenset().union(*came) if came else like.keys()
+    _check_form(sums, {group: like[group] for group in like if group in groups})
     update = expect.like or {}
     of_one = {
         group: {
@@ -304,11 +309,33 @@ def _check_sums(sums: Payload, like: Payload, weight: int, expect: Expected) -> 
         _check_norm(norm, weight * expect.max_norm)
 
 
-def _of_those_who_came(sums: Payload, like: Payload, parts: Sequence[AbstractSet[str]]) -> Payload:
-    """The form of sums of the classes whose groups are all there; of all where there are none."""
-    came = [part for part in parts if part <= sums.keys()] or list(parts)
-    groups = frozenset().union(*came) if came else like.keys()
-    return {group: like[group] for group in like if group in groups}
+def _check_classes(sums: Payload, reply: Reply, expect: Expected) -> None:
+    """The weight by the classes that came: another one may have the larger limit."""
+    came = _who_came(sums, expect.parts)
+    if came:
+        _check_weight(reply.num_examples, reply.clients, reply.clients * max(came.values()))
+    if expect.tally is None:
+        return
+    tally = expect.tally(sums)
+    counted = sum(clients for _, clients in tally.values())
+    if counted != reply.clients:
+        raise _RefusedError(
+            Code.WEIGHT, f"reply is of {reply.clients} clients, its sums of {counted:g}"
+        )
+    for groups, most in came.items():
+        for group in groups & tally.keys():
+            examples, clients = tally[group]
+            if not examples <= clients * most:
+                raise _RefusedError(
+                    Code.WEIGHT,
+                    f"{clients:g} clients with {group!r} claim {examples:g} examples, more than "
+                    f"they can have: {clients * most:g}",
+                )
+
+
+def _who_came(sums: Payload, parts: Mapping[frozenset[str], int]) -> Mapping[frozenset[str], int]:
+    """The parts of the classes whose groups are all there."""
+    return {groups: most for groups, most in parts.items() if groups <= sums.keys()}
 
 
 def _reach(params: Params) -> float:

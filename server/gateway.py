@@ -263,8 +263,8 @@ class Gateway:
             known = self._seen.get(device)
             if known and self._keeps(known, token, now):
                 return refuse(reason.REASON_NAME, f"another device is called {device!r}")
-            native = request.HasField("native")
-            assigned = self._natives.assign(request, device, self._job, now) if native else None
+            job, native = self._job, request.HasField("native")
+            assigned = self._natives.assign(request, device, job, now) if native else None
             eligible = not lacks and enough and not isinstance(assigned, Denied)
             self._see(device, Seen(token.owner, examples, now, eligible))
         if lacks:
@@ -277,8 +277,7 @@ class Gateway:
         if lacking := self._lacks(request, assigned):
             return self._refused(lacking)
         with self._changed:
-            job = self._job
-            if job is None:
+            if job is None or self._job is not job:  # what is assigned is of one round alone
                 return refuse(reason.REASON_NO_TASK, "no round")
             round, lease = job.round.check_in(
                 device, token.owner, examples, secrets.token_hex(16), now, assigned

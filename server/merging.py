@@ -38,10 +38,10 @@ class Merging:
         """
         name = self.kind if kind is None else kind
         own = self.config.of_class(name)
-        round = self.task.round
+        round, steps = self.task.round, schedule.steps_per_round(own, examples)
         size = replace(
             factors.size(self.fresh),
-            scalars=schedule.steps_per_round(own, examples) * own.queries,
+            scalars=steps * own.queries,
             trainer=self.config.trainer_of(name),
             seed=seeds.derive(self.config.seed, "client", phone, round),
             round=round,
@@ -50,7 +50,7 @@ class Merging:
         return Expected(
             self.strategy.update_like(self.fresh, size),
             self.config.uplink,
-            min(examples, own.local_steps * own.batch_size),
+            min(examples, steps * own.batch_size),
             self.config.max_norm,
             space=robust.space_of(strategies.traits(self.strategy)),
         )

@@ -10,7 +10,7 @@ from corolla.server.budget import Assignment, Demand
 from corolla.server.job import NO_PROGRAMS, Job
 from corolla.server.merging import Merging
 from corolla.server.offer import Offer, to_message
-from corolla.wire import Task
+from corolla.wire import Log, Task
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Natives:
     def __init__(self, offer: Offer | None, blobs: Blobs) -> None:
         self._offer, self._blobs = offer, blobs
         self._last = Demand()  # nobody fetches another program between two rounds
+        self._first: tuple[tuple[str, str], tuple[str, bytes]] | None = None
 
     def begin(self, merging: Merging, task: Task) -> tuple[Demand | str, pb.Blob | None]:
         """(what is asked of them, or why they can do nothing; the first state of a log)."""
@@ -46,13 +47,20 @@ class Natives:
             return demand, None
         if task.log:
             try:
-                start = self._offer.first(merging, task.log)
+                content, data = self._first_of(self._offer, merging, task.log)
             except WireError as error:
                 return str(error), None
-            content = codec.content_id(start)
-            first = self._blobs.put(codec.encode({"first": start}), "first", content)
+            first = self._blobs.put(data, "first", content)
         self._last = demand
         return demand, first
+
+    def _first_of(self, offer: Offer, merging: Merging, log: Log) -> tuple[str, bytes]:
+        """(content id, bytes) of a run's first state: built once, and held. Raises WireError."""
+        run = merging.task.run_id, log.origin
+        if self._first is None or self._first[0] != run:
+            start = offer.first(merging, log)
+            self._first = run, (codec.content_id(start), codec.encode({"first": start}))
+        return self._first[1]
 
     def assign(
         self, request: pb.CheckInRequest, device: str, job: Job | None, now: float

@@ -1,9 +1,11 @@
 """What a gateway offers to native phones: programs of a bundle, and what rounds ask of them."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from corolla import bundle, calls, factors, seedlog, seeds
+from corolla import bundle, calls, factors, schedule, seedlog, seeds
 from corolla.bundle import Manifest
 from corolla.config import RunConfig
 from corolla.errors import ArtefactError, ConfigError, WireError
@@ -19,6 +21,7 @@ from corolla.wire import Log
 
 _MOST_METHODS, _MOST_STRATEGIES, _MOST_TIMINGS, _LONGEST_NAME = 8, 64, 64, 64
 _MOST_TOKENS = 1 << 20
+_MANIFEST = "manifest-"
 
 
 class Offer:
@@ -26,6 +29,8 @@ class Offer:
 
     def __init__(self, folder: Path, publisher: Path | None, blobs: Blobs, state: Path) -> None:
         """Reads all files once. Raises ConfigError for a bundle that is none, or is damaged."""
+        for left in state.glob(f"{_MANIFEST}*"):  # of a bundle of an earlier process
+            left.unlink()
         try:
             self.manifest: Manifest = bundle.read(folder, publisher)
             bundle.verify(folder, self.manifest)
@@ -45,9 +50,13 @@ class Offer:
     def assign(self, request: pb.CheckInRequest, demand: Demand) -> Assignment | str:
         """What a native phone is to run, or why nothing, in one line (see budget.assign)."""
         try:
-            return budget.assign(self.manifest, _able(request), demand)
+            return budget.assign(self.manifest, self._able(request), demand)
         except WireError as error:
             return str(error)
+
+    def _able(self, request: pb.CheckInRequest) -> Able:
+        held = [name for name, own in self._files.items() if own.sha256 == request.manifest]
+        return replace(_able(request), held=next(iter(held), ""))
 
     def demand(self, merging: Merging) -> Demand | str:
         """What a task asks of native phones, or why none of them can do it, in one line."""
@@ -78,10 +87,7 @@ class Offer:
             kinds,
             Path(config.strategy).name,
             config.max_length,
-            {
-                method: own.local_steps * (2 * own.queries if method == "loss" else 1)
-                for method, own in settings.items()
-            },
+            {method: partial(_passes, method, own) for method, own in settings.items()},
             {method: own.batch_size for method, own in settings.items()},
         )
 
@@ -120,6 +126,11 @@ def run_as(assigned: Assignment | None) -> Mapping[str, object]:
     return {name: getattr(assigned, name) for name in names} if assigned else {}
 
 
+def _passes(method: str, config: RunConfig, examples: int) -> int:
+    steps = schedule.steps_per_round(config, examples)
+    return steps * (2 * config.queries if method == "loss" else 1)
+
+
 def _refuses(config: RunConfig) -> str:
     """What of a run native clients have no half of; "" when nothing."""
     wrong = {
@@ -137,7 +148,7 @@ def _shared(names: list[str], folder: Path, blobs: Blobs, state: Path) -> pb.Blo
     for name, file in files.items():
         blobs.share(name, file, file.stat().st_size)
     blob = pb.Blob(sha256=calls.sha256(data), size=len(data))
-    path = state / f"manifest-{blob.sha256[:16]}"
+    path = state / f"{_MANIFEST}{blob.sha256[:16]}"
     write_atomic(path, data)
     blobs.share(blob.sha256, path, len(data))
     return blob

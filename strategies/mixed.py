@@ -6,7 +6,7 @@ arXiv 2312.06353); how they are combined is ours.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
@@ -207,6 +207,10 @@ class _TwoMeans:
         if "scalars" in own:
             self._sums += own["scalars"]["directions"]
         self._counts += counts
+
+    def tally(self, sums: Payload) -> Mapping[str, tuple[float, float]]:
+        examples, clients, _, _ = terms(sums)["counts"]["counts"].tolist()
+        return {"adapter": (examples[0], clients[0]), "scalars": (examples[1], clients[1])}
 
     def finalise(self) -> Payload:
         examples, clients, squares, own = self._counts

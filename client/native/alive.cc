@@ -6,9 +6,16 @@ namespace corolla {
 namespace {
 
 constexpr double kEvery = 0.5;  // seconds between two looks at the device
+constexpr double kEntry = 2;    // seconds between two entries of the diary
 constexpr size_t kMostPasses = 1000;
+constexpr double kShortest = 0.3, kLongest = 86400;  // seconds of a lease
 
 double since(Moment begin) { return std::chrono::duration<double>(now() - begin).count(); }
+
+// Whatever a gateway says, also what is no number.
+double sound(double seconds) {
+  return seconds > kShortest ? std::min(seconds, kLongest) : kShortest;
+}
 
 // A limit of a day does not come back within a lease.
 bool for_today(const std::string& name) { return name.rfind("daily-", 0) == 0; }
@@ -24,7 +31,7 @@ Alive::Alive(Channel& channel, const v1::Lease& lease, v1::Policy policy, Platfo
              const Stop& stop, Spent today, Moment deadline)
     : channel_(channel),
       id_(lease.id()),
-      lease_seconds_(std::max(0.3, lease.seconds())),
+      lease_seconds_(sound(lease.seconds())),
       policy_(std::move(policy)),
       platform_(platform),
       stop_(stop),
@@ -83,10 +90,19 @@ std::string Alive::lapsed() {
   if (working_ && was_asked_ && passes_.size() < kMostPasses)
     passes_.push_back(static_cast<float>(since(asked_)));
   look(false);
+  if (diary_ && now() >= next_entry_) {
+    diary_();
+    next_entry_ = in_seconds(kEntry);
+  }
   asked_ = now();
   was_asked_ = true;
   if (auto why = ended(); !why.empty()) return why;
   return lacks_.empty() ? "" : any_more(lacks_);
+}
+
+void Alive::keep_diary(std::function<void()> write) {
+  diary_ = std::move(write);
+  next_entry_ = in_seconds(kEntry);
 }
 
 bool Alive::can_come_back() const {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <condition_variable>
+#include <functional>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -22,12 +23,17 @@ class Alive : public Conditions {
   ~Alive() override;
 
   std::string lapsed() override;
+  // Calls `write` every few seconds of work: a process that is killed can tell nobody what it spent.
+  void keep_diary(std::function<void()> write);
 
   // Whether what has lapsed may hold again: neither the end of the round nor a limit of a day.
   bool can_come_back() const;
   // Waits, for as long as the lease lasts without news, until a task that has lapsed can go on;
   // false when that does not come. Throws Stopped.
   bool comes_back();
+
+  // Why nothing can come of the task any more; "" while it can.
+  std::string ended() const;
 
   // Begin and end of work, that counts against the limits of a day.
   void works();
@@ -41,7 +47,6 @@ class Alive : public Conditions {
  private:
   void beat() noexcept;
   void look(bool again);  // at the device, twice a second at most
-  std::string ended() const;
 
   Channel& channel_;
   std::string id_;
@@ -59,7 +64,8 @@ class Alive : public Conditions {
 
   Readings first_, now_;
   Lacks lacks_;
-  Moment next_look_, began_, asked_;
+  std::function<void()> diary_;
+  Moment next_look_, next_entry_, began_, asked_;
   bool working_ = false, was_asked_ = false;
   double worked_ = 0;
   uint32_t thermal_max_ = 0;

@@ -49,7 +49,8 @@ Channel::Channel(const std::string& address, const std::string& roots, std::stri
 }
 
 void Channel::prepare(grpc::ClientContext& context, double seconds) const {
-  auto span = std::chrono::milliseconds(static_cast<int64_t>(seconds * 1000));
+  double sound = seconds > 0 ? std::min(seconds, kMostPatience) : 0;
+  auto span = std::chrono::milliseconds(static_cast<int64_t>(sound * 1000));
   context.set_deadline(std::chrono::system_clock::now() + span);
   context.AddMetadata("authorization", authorization_);
 }

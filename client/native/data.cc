@@ -70,7 +70,8 @@ Data read_tokens(const std::filesystem::path& file, int64_t vocabulary) {
       const json row = parse_json(line, "it");
       Sequence own = sequence(row, beyond);
       const std::string name =
-          row.contains("example") ? row["example"].dump() : "line " + std::to_string(number);
+          row.contains("example") && !row["example"].is_null()
+              ? row["example"].dump() : "line " + std::to_string(number);
       own.example = known.emplace(name, static_cast<uint32_t>(known.size())).first->second;
       if (own.targets()) data.sequences.push_back(std::move(own));
     } catch (const std::exception& error) {

@@ -83,7 +83,8 @@ void check_same(const Manifest& manifest, const v1::Manifest& files) {
   for (const auto& file : files.files()) {
     if (is_description(file)) continue;
     auto known = manifest.files.find(file.path());
-    if (known == manifest.files.end() || known->second.sha256 != file.blob().sha256())
+    if (known == manifest.files.end() || known->second.sha256 != file.blob().sha256() ||
+        known->second.bytes != file.blob().size())
       throw WireError(file.path() + " is not the one in the signed manifest.json");
   }
 }
@@ -99,9 +100,17 @@ void fill(const fs::path& scratch, const v1::Manifest& files, const Download& do
   }
 }
 
-uint64_t lacking(const fs::path& scratch, const v1::Manifest& files) {
+void check_room(uint64_t more, uint64_t free) {
+  if (more > free)
+    throw DiskError("the bundle needs " + human_bytes(more) + " more, " + human_bytes(free) +
+                    " are free");
+}
+
+// Bytes that fill has to fetch.
+uint64_t lacking(const fs::path& scratch, const v1::Manifest& files, bool description) {
   uint64_t sum = 0;
   for (const auto& file : files.files()) {
+    if (is_description(file) != description) continue;
     std::error_code error;
     uint64_t here = fs::file_size(scratch / file.path(), error);
     if (error) here = 0;
@@ -136,6 +145,14 @@ std::string fetch(const v1::Blob& blob, const fs::path& folder, const Download& 
   return data;
 }
 
+void drop_parts(const fs::path& folder, const std::set<std::string>& wanted) {
+  std::vector<fs::path> old;
+  for (const auto& entry : fs::directory_iterator(folder))
+    if (entry.path().extension() == ".part" && !wanted.count(entry.path().stem().string()))
+      old.push_back(entry.path());
+  for (const auto& path : old) fs::remove(path);
+}
+
 Bundles::Bundles(fs::path folder, fs::path publisher)
     : folder_(std::move(folder)), publisher_(std::move(publisher)) {
   make_folder(folder_);
@@ -152,6 +169,8 @@ const Bundle* Bundles::current() {
 }
 
 const Bundle& Bundles::fetch(const v1::Blob& manifest, const Download& download, uint64_t free) {
+  drop_parts(folder_, {manifest.sha256()});
+  check_room(manifest.size(), free);
   std::string data = corolla::fetch(manifest, folder_, download, kMaxManifest);
   v1::Manifest files = read_files(data);
   fs::path found = folder_ / manifest.sha256(), scratch = folder_ / (manifest.sha256() + ".new");
@@ -161,12 +180,16 @@ const Bundle& Bundles::fetch(const v1::Blob& manifest, const Download& download,
     fs::remove_all(found);
     make_folder(scratch);
     write_file(scratch / kFiles, data);
+    check_room(lacking(scratch, files, true), free);
     fill(scratch, files, download, true);
-    check_same(read_bundle(scratch, publisher_), files);
+    try {
+      check_same(read_bundle(scratch, publisher_), files);
+    } catch (const Error&) {
+      fs::remove_all(scratch);
+      throw;
+    }
     reuse(scratch, files);
-    if (uint64_t more = lacking(scratch, files); more > free)
-      throw DiskError("the bundle needs " + human_bytes(more) + " more, " + human_bytes(free) +
-                      " are free");
+    check_room(lacking(scratch, files, false), free);
     fill(scratch, files, download, false);
     fs::rename(scratch, found);
   }

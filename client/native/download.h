@@ -8,6 +8,7 @@
 #include <functional>
 #include <map>
 #include <optional>
+#include <set>
 #include <string>
 
 #include "bundle.h"
@@ -21,6 +22,9 @@ using Download = std::function<v1::Chunk(const v1::DownloadRequest&)>;
 // The bytes of a blob, by way of a file in `folder`. Throws WireError when they are others.
 std::string fetch(const v1::Blob& blob, const std::filesystem::path& folder,
                   const Download& download, uint64_t most);
+
+// Of downloads in `folder` that nobody goes on with: all but those of these sha256.
+void drop_parts(const std::filesystem::path& folder, const std::set<std::string>& wanted);
 
 struct Bundle {
   std::string name;  // sha256 of the message Manifest that lists its files
@@ -39,7 +43,7 @@ class Bundles {
   const Bundle* current();
 
   // Fetches what is not there, and reuses what other bundles have of it. The signature is checked
-  // before the large files are asked for. Throws WireError and Error for a bundle that is refused,
+  // before the large files are asked for; nothing stays of what is refused. Throws WireError and Error for a bundle that is refused,
   // DiskError when `free` bytes are too few.
   const Bundle& fetch(const v1::Blob& manifest, const Download& download, uint64_t free);
 

@@ -114,7 +114,8 @@ Engine::Engine(const Manifest& manifest, const std::filesystem::path& bundle,
     : loaded_(std::make_unique<Loaded>()) {
   silence();
   const Program& own = manifest.program(program);
-  const std::string file = (bundle / own.method(method).file).string(), data = own.data();
+  const std::string name = own.method(method).file, data = own.data();
+  const std::string file = (bundle / name).string();
   if (auto* pool = et::threadpool::get_threadpool())
     pool->_unsafe_reset_threadpool(static_cast<uint32_t>(std::max(threads, 1)));
   Loaded& loaded = *loaded_;
@@ -131,7 +132,7 @@ Engine::Engine(const Manifest& manifest, const std::filesystem::path& bundle,
   else
     loaded.module = std::make_unique<et::Module>(file, (bundle / data).string(), mode);
   const auto meta = loaded.module->method_meta(method);
-  if (!meta.ok()) throw Error("cannot load " + file + ": " + version_hint(meta.error()));
+  if (!meta.ok()) throw Error("cannot load " + name + ": " + version_hint(meta.error()));
   for (size_t i = 0; i < meta->num_memory_planned_buffers(); i++)
     loaded.arenas.emplace_back(static_cast<size_t>(meta->memory_planned_buffer_size(i).get()));
   for (const Arena& arena : loaded.arenas) loaded.spans.push_back(arena.span());
@@ -139,7 +140,7 @@ Engine::Engine(const Manifest& manifest, const std::filesystem::path& bundle,
       executorch::runtime::Span<Bytes>(loaded.spans.data(), loaded.spans.size()));
   const auto error = loaded.module->load_method(method, loaded.planned.get());
   if (error != executorch::runtime::Error::Ok)
-    throw Error("cannot load " + method + " of " + file + ": " + version_hint(error));
+    throw Error("cannot load " + method + " of " + name + ": " + version_hint(error));
 }
 
 Engine::~Engine() = default;

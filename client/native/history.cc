@@ -3,6 +3,7 @@
 #include <fcntl.h>
 
 #include <chrono>
+#include <limits>
 #include <nlohmann/json.hpp>
 #include <sstream>
 
@@ -14,6 +15,7 @@ namespace {
 using nlohmann::json;
 
 constexpr double kDay = 86400, kOldest = 30 * kDay;
+constexpr double kAhead = kDay;  // noted for later than this from now: the clock was wrong then
 constexpr uint64_t kMostBytes = 1 << 20;
 
 std::string line_of(const Contribution& one) {
@@ -46,7 +48,7 @@ std::string tail(const std::filesystem::path& path) {
 Spent spent_today(const std::vector<Contribution>& history, double now) {
   Spent sum;
   for (const auto& past : history) {
-    if (past.at <= now - kDay) continue;
+    if (past.at <= now - kDay || past.at > now + kAhead) continue;
     sum.bytes += past.bytes;
     sum.seconds += past.seconds;
     sum.battery += past.battery;
@@ -66,13 +68,24 @@ std::vector<Contribution> History::read(double now) const {
     } catch (const json::exception&) {  // half a line, of a process that was killed
     }
   }
+  found.insert(found.end(), unwritten_.begin(), unwritten_.end());
   return found;
 }
 
-void History::add(const Contribution& one) const {
+void History::add(const Contribution& one) {
+  unwritten_.push_back(one);
   std::string text;
-  for (const auto& past : read(one.at)) text += line_of(past);
-  write_file(file_, text + line_of(one));
+  // By its age nothing is dropped, the clock may be wrong now; what was noted while it was ahead is
+  // taken to be of now, so that it ends as all else does.
+  for (auto past : read(-std::numeric_limits<double>::infinity())) {
+    if (past.at > one.at + kAhead) past.at = one.at;
+    text += line_of(past);
+  }
+  try {
+    write_file(file_, text);
+    unwritten_.clear();
+  } catch (const DiskError&) {
+  }
 }
 
 double unix_now() {

@@ -26,18 +26,19 @@ struct Spent {
 // In the 24 hours before `now`.
 Spent spent_today(const std::vector<Contribution>& history, double now);
 
-// Lines of JSON in a file; those older than 30 days, or beyond the last 1 MiB, are dropped.
+// Lines of JSON in a file: the last 1 MiB is kept, those older than 30 days are not read.
 class History {
  public:
   explicit History(std::filesystem::path file);
 
   // Oldest first; lines that cannot be read are left out.
   std::vector<Contribution> read(double now) const;
-  // Throws DiskError.
-  void add(const Contribution& one) const;
+  // On a full disk it counts all the same, and is written with the next one.
+  void add(const Contribution& one);
 
  private:
   std::filesystem::path file_;
+  std::vector<Contribution> unwritten_;
 };
 
 double unix_now();  // seconds since 1970

@@ -1,4 +1,4 @@
-// A session's work: a task, its reply, and the end of both.
+// A session's work: from a task to its reply.
 #include <algorithm>
 #include <set>
 
@@ -10,32 +10,48 @@
 namespace corolla {
 namespace {
 
-constexpr uint64_t kSmallest = 1 << 16;  // bytes of a chunk on the slowest line
 constexpr uint64_t kMostHeader = 1 << 20;
-constexpr int kMostStuck = 10;
-constexpr std::chrono::seconds kLastMinute{60};  // for a report after the deadline
+constexpr uint64_t kMostCopies = 8;      // of an adapter, that a task may need
+constexpr uint64_t kExtra = 1 << 20;     // bytes beside them
 
-Assignment plain(const v1::Assignment& told, uint32_t most) {
-  Assignment own{told.kind(), told.program(), told.method(), static_cast<int>(told.rank()),
-                 static_cast<int>(told.length())};
-  int limit = static_cast<int>(most);
-  if (limit && (!own.length || own.length > limit)) own.length = limit;
-  return own;
+// The most tokens, up to those `wanted`, whose plan fits into `memory`; 0: none.
+int fitting(const std::map<int, uint64_t>& planned, int64_t wanted, uint64_t memory) {
+  int64_t best = 0;
+  for (const auto& [tokens, bytes] : planned) {
+    if (bytes > memory) break;
+    best = tokens;
+  }
+  return static_cast<int>(std::min(best, wanted));
 }
 
 bool ends_with(const std::string& text, const std::string& end) {
   return text.size() >= end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
 }
 
-// Of downloads that nobody goes on with.
-void drop_parts(const std::filesystem::path& state, const v1::Lease& lease) {
-  std::set<std::string> offered = {lease.task().sha256(), lease.payload().sha256()};
-  for (const auto& blob : lease.cached()) offered.insert(blob.sha256());
-  std::vector<std::filesystem::path> old;
-  for (const auto& entry : std::filesystem::directory_iterator(state))
-    if (entry.path().extension() == ".part" && !offered.count(entry.path().stem().string()))
-      old.push_back(entry.path());
-  for (const auto& path : old) std::filesystem::remove(path);
+std::set<std::string> offered(const v1::Lease& lease) {
+  std::set<std::string> names = {lease.task().sha256(), lease.payload().sha256()};
+  for (const auto& blob : lease.cached()) names.insert(blob.sha256());
+  return names;
+}
+
+// A gateway sends only groups that its task names, and no more than an adapter of this size needs.
+void check_groups(const v1::Lease& lease, const v1::Task& task, int64_t parameters) {
+  if (lease.cached_size() > kMaxCached) throw WireError("the lease has too many groups");
+  std::map<std::string, std::string> named = {{"start", task.log().start()}};
+  for (const auto& group : task.cached()) named[group.group()] = group.id();
+  uint64_t most = kMostCopies * 4 * static_cast<uint64_t>(parameters) + kExtra;
+  uint64_t sum = lease.payload().size();
+  check_blob(lease.payload(), most);
+  for (const auto& blob : lease.cached()) {
+    check_id(blob.content());  // it becomes a file's name
+    check_blob(blob, most);
+    if (named[blob.group()] != blob.content())
+      throw WireError("the task does not name the group " + one_line(blob.group()));
+    sum += blob.size();
+  }
+  if (sum > most)
+    throw WireError("the task has " + std::to_string(sum) + " bytes of groups, at most " +
+                    std::to_string(most));
 }
 
 }  // namespace
@@ -45,43 +61,68 @@ v1::RetryWindow Session::serve(const v1::Lease& lease) {
   if (!ends_with(lease.client(), "/" + owner_.device))
     throw WireError("the lease is of another device");
   Moment deadline = in_seconds(lease.deadline_seconds());
-  auto spent = spent_today(history_.read(unix_now()), unix_now());
+  v1::Policy policy = stricter(lease.policy(), owner_.limits);
+  note_left(lease.id());
+  auto today = spent_today(history_.read(unix_now()), unix_now());
   Channel& channel = caller_.channel();
   uint64_t up = channel.bytes_up();
   uint64_t down = channel.bytes_down() - lease.ByteSizeLong();  // what is small came with it
-  Alive alive(channel, lease, stricter(lease.policy(), owner_.limits), platform_, stop_, spent,
-              deadline);
+  Alive alive(channel, lease, policy, platform_, stop_, today, deadline);
   Begun begun;
   begun.lease = lease.id();
-  drop_parts(owner_.state, lease);
+  auto spent = [&] {
+    begun.work.seconds = alive.seconds_at_work();
+    begun.work.bytes = static_cast<double>(channel.bytes_up() - up + channel.bytes_down() - down);
+    begun.work.battery = alive.battery_spent();
+  };
+  drop_parts(owner_.state, offered(lease));
+  Begun done;
+  v1::Acknowledgement acknowledged;
   try {
-    v1::Task task = read_task(fetch(lease.task(), kMaxTask, deadline));
+    v1::Task task;
+    std::string unread;
+    try {
+      task = read_task(fetch(lease.task(), kMaxTask, deadline));
+    } catch (const WireError& error) {
+      unread = std::string("the task cannot be read: ") + error.what();
+    }
     begun.log = task.log().version();
     begun.header = given_up(task, lease.client(), "given up: the process ended before it was done");
     begun.work.run = task.run_id();
     begun.work.round = task.round();
     kept_.begin(begun);
-    Answer answer = train(lease, task, alive, deadline);
-    up = channel.bytes_up() - up + answer.payload.size() + answer.header.ByteSizeLong();
-    down = channel.bytes_down() - down;
+    alive.keep_diary([&] {
+      spent();
+      keep(begun, "");
+    });
+    Answer answer = unread.empty() ? train(lease, task, alive, deadline)
+                                   : Answer{given_up(task, lease.client(), unread), ""};
+    spent();
+    uint64_t reply = answer.payload.size() + answer.header.ByteSizeLong();
+    begun.work.bytes += static_cast<double>(reply);
     auto& metrics = *answer.header.mutable_metrics();
     if (answer.header.error().empty()) {
-      metrics["device_bytes_up"] = static_cast<double>(up);
-      metrics["device_bytes_down"] = static_cast<double>(down);
+      metrics["device_bytes_up"] = static_cast<double>(channel.bytes_up() - up + reply);
+      metrics["device_bytes_down"] = static_cast<double>(channel.bytes_down() - down);
       metrics["device_battery_spent"] = alive.battery_spent();
       metrics["device_thermal_max"] = alive.thermal_max();
     }
-    begun.header = answer.header;
-    begun.work.seconds = alive.seconds_at_work();
-    begun.work.bytes = static_cast<double>(up + down);
-    begun.work.battery = alive.battery_spent();
-    begun.done = true;
-    kept_.finish(begun, answer.payload);
-    return end(begun, deliver(begun, answer.payload, deadline));
+    done = begun;
+    done.header = answer.header;
+    done.done = true;
+    keep(done, answer.payload);
+    if (answer.header.error().empty()) wait_unmetered(policy, alive);
+    acknowledged = deliver(done, answer.payload, deadline);
   } catch (const Over& over) {
+    spent();
     drop(begun, over.what());
     return retry_;
+  } catch (...) {
+    spent();
+    interrupted(begun);
+    throw;
   }
+  return end(done, acknowledged);
 }
 
 // The reply of who trains, or one that says why there is none.
@@ -121,11 +162,10 @@ Answer Session::work(const v1::Lease& lease, const v1::Task& task, Alive& alive,
   if (!bundle) throw WireError("the bundle of this device is not whole any more");
   if (!worker_ || hired_for_ != bundle->name) worker_ = hire_(*bundle);
   hired_for_ = bundle->name;
+  Assignment assignment = allowed(lease.assignment(), bundle->manifest);
+  check_groups(lease, task, bundle->manifest.parameters());
   std::map<std::string, std::string> wanted;
-  for (const auto& blob : lease.cached()) {
-    check_id(blob.content());  // it becomes a file's name
-    wanted[blob.group()] = blob.content();
-  }
+  for (const auto& blob : lease.cached()) wanted[blob.group()] = blob.content();
   auto lacking = worker_->missing(task.run_id(), wanted);
   std::string payload = fetch(lease.payload(), kMaxPayload, deadline);
   std::vector<std::string> groups;
@@ -135,8 +175,7 @@ Answer Session::work(const v1::Lease& lease, const v1::Task& task, Alive& alive,
   while (true) {
     alive.works();
     try {
-      Answer answer = worker_->answer(lease.client(), task, payload, groups,
-                                      plain(lease.assignment(), owner_.length), alive);
+      Answer answer = worker_->answer(lease.client(), task, payload, groups, assignment, alive);
       alive.rests();
       if (alive.pass_seconds() > 0) timings_.note(lease.assignment(), alive.pass_seconds());
       return answer;
@@ -154,83 +193,23 @@ Answer Session::work(const v1::Lease& lease, const v1::Task& task, Alive& alive,
   }
 }
 
-// Uploads and reports, until there is an answer or the round is long over.
-v1::Acknowledgement Session::deliver(const Begun& begun, const std::string& payload,
-                                     Moment deadline) {
-  uint64_t size = payload.size(), at = 0, most = kChunk;
-  int stuck = 0;
-  while (at < size) {
-    auto chunk = make_chunk(payload.substr(at, most), at, size, begun.lease);
-    v1::UploadStatus status;
-    try {
-      status = caller_.call(&Channel::Stub::Upload, chunk, deadline, most > kSmallest);
-    } catch (const Slow&) {
-      most /= 2;
-      continue;
-    }
-    if (!status.problem().empty()) throw Over(one_line(status.problem()));
-    stuck = status.received() <= at ? stuck + 1 : 0;
-    if (status.received() > size || stuck > kMostStuck)
-      throw Over("the gateway does not take the update in");
-    at = status.received();
-  }
-  v1::ReportRequest request;
-  request.set_lease(begun.lease);
-  request.set_reply(begun.header.SerializeAsString());
-  Moment last = deadline == kForever ? kForever : deadline + kLastMinute;
-  return caller_.call(&Channel::Stub::Report, request, last);
-}
-
-// The gateway's last word on a reply.
-v1::RetryWindow Session::end(const Begun& begun, const v1::Acknowledgement& answer) {
-  Contribution work = begun.work;
-  work.at = unix_now();
-  work.accepted = answer.accepted() && begun.header.error().empty();
-  history_.add(work);
-  kept_.clear();
-  if (work.accepted) ++done_;
-  if (work.accepted && is_hex(begun.log, 32)) write_file(owner_.state / "version", begun.log);
-  if (!answer.accepted() && begun.header.missing_size()) {  // this device has forgotten something
-    std::error_code absent;
-    std::filesystem::remove(owner_.state / "version", absent);
-  }
-  tell("round " + std::to_string(work.round) + " as " + one_line(begun.header.client()) + ": " +
-       (answer.accepted() ? "accepted" : "not accepted: " + one_line(answer.why())));
-  return answer.retry();
-}
-
-void Session::drop(const Begun& begun, const std::string& why) {
-  if (begun.work.seconds > 0 || begun.work.bytes > 0) {
-    Contribution work = begun.work;
-    work.at = unix_now();
-    history_.add(work);
-  }
-  kept_.clear();
-  tell("dropped: " + why);
-}
-
-// Of a process that died since. Without a connection it waits on: nothing else can be done either.
-bool Session::deliver_kept() {
-  auto begun = kept_.begun();
-  bool metered = policy().unmetered() && platform_.read().metered;
-  if (!begun || !begun->done || metered) return false;
+// What the owner allows of it: no other method, and as many tokens as there is memory for.
+Assignment Session::allowed(const v1::Assignment& told, const Manifest& manifest) const {
+  const auto& methods = owner_.methods;
+  if (std::find(methods.begin(), methods.end(), told.method()) == methods.end())
+    throw WireError("this device does not train with " + one_line(told.method()));
+  int64_t wanted = told.length() ? told.length() : manifest.length;
+  if (owner_.length) wanted = std::min<int64_t>(wanted, owner_.length);
+  int length = 0;
   try {
-    retry_ = end(*begun, deliver(*begun, kept_.payload(), kForever));
-  } catch (const Over& over) {
-    drop(*begun, over.what());
+    length = fitting(manifest.program(told.program()).method(told.method()).planned, wanted, room_);
+  } catch (const Error& error) {
+    throw WireError(one_line(error.what()));
   }
-  return true;
-}
-
-// A session that was begun by a process that died, and that is not the one to go on with now.
-void Session::report_left(const std::string& lease) {
-  auto begun = kept_.begun();
-  if (!begun || begun->lease == lease) return;
-  try {
-    end(*begun, deliver(*begun, "", kForever));
-  } catch (const Over& over) {
-    drop(*begun, over.what());
-  }
+  if (!length)
+    throw WireError("this device has " + human_bytes(room_) + " of memory, too little for " +
+                    one_line(told.program() + " with " + told.method()));
+  return {told.kind(), told.program(), told.method(), static_cast<int>(told.rank()), length};
 }
 
 }  // namespace corolla

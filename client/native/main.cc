@@ -16,7 +16,7 @@ using Strings = std::vector<std::string>;
 class Hired : public Worker {
  public:
   Hired(const Bundle& bundle, const Data& data, const std::filesystem::path& state)
-      : trainer_(bundle.manifest, bundle.folder, data, state) {}
+      : trainer_(made(bundle, data, state)) {}
 
   Strings missing(const std::string& run,
                   const std::map<std::string, std::string>& groups) override {
@@ -32,6 +32,14 @@ class Hired : public Worker {
   }
 
  private:
+  static Trainer made(const Bundle& bundle, const Data& data, const std::filesystem::path& state) {
+    try {
+      return {bundle.manifest, bundle.folder, data, state};
+    } catch (const Error& error) {
+      throw UsageError(std::string("--data: ") + error.what());
+    }
+  }
+
   Trainer trainer_;
 };
 

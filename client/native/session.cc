@@ -94,8 +94,8 @@ v1::CheckInRequest Session::request() {
   auto version = read_file(owner_.state / "version").value_or("");
   request.set_log_version(is_hex(version, 32) ? version : "");
   auto& able = *request.mutable_capabilities();  // not how full the battery is: nobody needs it
-  able.set_memory_bytes(owner_.memory ? std::min(owner_.memory, now.memory_bytes)
-                                      : now.memory_bytes);
+  room_ = owner_.memory ? std::min(owner_.memory, now.memory_bytes) : now.memory_bytes;
+  able.set_memory_bytes(room_);
   able.set_cores(std::max(1U, std::thread::hardware_concurrency()));
   able.set_accelerator("cpu");
   able.set_runtime(owner_.runtime);

@@ -10,7 +10,8 @@ namespace corolla {
 
 Moment in_seconds(double seconds) {
   constexpr double kYear = 365.0 * 86400;
-  auto span = std::chrono::duration<double>(std::clamp(seconds, 0.0, kYear));
+  double sound = seconds > 0 ? std::min(seconds, kYear) : 0;  // 0: also what is no number
+  auto span = std::chrono::duration<double>(sound);
   return now() + std::chrono::duration_cast<Moment::duration>(span);
 }
 

@@ -141,7 +141,15 @@ void lacking(v1::Reply& reply, const std::vector<std::string>& missing) {
 
 Trainer::Trainer(const Manifest& manifest, std::filesystem::path bundle, Data data,
                  std::filesystem::path state)
-    : manifest_(manifest), bundle_(std::move(bundle)), data_(std::move(data)), state_(std::move(state)) {}
+    : manifest_(manifest), bundle_(std::move(bundle)), data_(std::move(data)), state_(std::move(state)) {
+  for (const Sequence& own : data_.sequences)  // a program reads what lies beyond its embeddings
+    for (const auto* tokens : {&own.ids, &own.labels})
+      for (const int32_t token : *tokens)
+        if (token >= manifest_.vocab)
+          throw Error("token " + std::to_string(token) + " is none of the " +
+                      std::to_string(manifest_.vocab) + " of " + manifest_.model +
+                      ": make tokens with the bundle's tokenizer");
+}
 
 uint64_t Trainer::examples() const { return data_.examples(); }
 
@@ -227,6 +235,8 @@ Answer Trainer::answer(const std::string& client, const v1::Task& task, const st
     }
   } catch (const Lapsed&) {
     throw;
+  } catch (const DiskError&) {  // names a file: for the owner alone
+    throw;
   } catch (const Error& error) {
     why = error.what();
   } catch (const std::bad_alloc&) {
@@ -245,16 +255,14 @@ Answer Trainer::answer(const std::string& client, const v1::Task& task, const st
 
 std::string with_groups(v1::Task& task, const std::string& payload,
                         const std::vector<std::string>& groups) {
-  std::string whole = payload;
-  if (!groups.empty()) {
-    Payload all = payload.empty() ? Payload{} : decode_payload(payload);
-    for (const std::string& bytes : groups) {
-      Payload one = decode_payload(bytes);
-      all.merge(one);
-      if (!one.empty()) throw Error("group " + one.begin()->first + " was sent twice");
-    }
-    whole = encode_payload(all);
+  if (groups.empty()) return payload;
+  Payload all = payload.empty() ? Payload{} : decode_payload(payload);
+  for (const std::string& bytes : groups) {
+    Payload one = decode_payload(bytes);
+    all.merge(one);
+    if (!one.empty()) throw Error("group " + one.begin()->first + " was sent twice");
   }
+  std::string whole = encode_payload(all);
   task.set_payload_bytes(whole.size());
   task.set_payload_sha256(sha256(whole));
   return whole;

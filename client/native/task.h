@@ -64,8 +64,8 @@ class Trainer {
   std::filesystem::path state_;
 };
 
-// One payload of a task's own and of cached groups that were fetched; payload_bytes and
-// payload_sha256 of the task are set anew. Throws Error when one of them cannot be read.
+// One payload of a task's own and of cached groups that were fetched. With groups, payload_bytes
+// and payload_sha256 of the task are set anew. Throws Error when one of them cannot be read.
 std::string with_groups(v1::Task& task, const std::string& payload,
                         const std::vector<std::string>& groups);
 

@@ -26,6 +26,7 @@ from corolla.client.phone_trainer import TorchTrainer
 from corolla.errors import ConfigError, DataError, StoppedError, WireError
 from corolla.packet import Packet
 from corolla.proto import device_pb2 as pb
+from corolla.proto import update_pb2
 from corolla.server.blobs import Blobs, manifest
 from corolla.server.phones import serve_phones
 from corolla.wire import Reply, Task
@@ -651,6 +652,58 @@ def test_on_a_slow_line_an_update_goes_up_in_smaller_chunks_and_the_lease_is_kep
     assert found.accepted
     assert taken == payload
     assert sizes[:3] == [MIB, MIB >> 1, MIB >> 2]
+
+
+@pytest.mark.parametrize(
+    ("steps", "most"),
+    [([1, 0], 25), ([1], 30)],
+    ids=["back and forth", "byte by byte"],
+)
+def test_an_upload_ends_whatever_the_gateway_says_it_received(
+    world: World, steps: list[int], most: int
+) -> None:
+    phone, calls_made = a_phone(world, Scripted(gateways.a_task(CONFIG))), 0
+
+    def upload(chunk: pb.Chunk, **_: Any) -> pb.UploadStatus:
+        nonlocal calls_made
+        received = calls_made + 1 if steps == [1] else steps[calls_made % 2]
+        calls_made += 1
+        return pb.UploadStatus(received=received)
+
+    class Stub:
+        Upload = staticmethod(upload)
+
+    phone._stub = Stub()
+    packet = Packet(b"", bytes(2 * MIB))
+    with phone.channel, pytest.raises(Exception, match="does not take the update in"):
+        phone._deliver(pb.Lease(id="0" * 32), packet, time.monotonic() + 60)
+    assert calls_made <= most
+
+
+def test_an_upload_ends_with_its_round(world: World) -> None:
+    phone = a_phone(world, Scripted(gateways.a_task(CONFIG)))
+    with phone.channel, pytest.raises(Exception, match="the round is over"):
+        phone._deliver(pb.Lease(id="0" * 32), Packet(b"", b"x"), time.monotonic() - 1)
+
+
+def test_a_task_that_cannot_be_read_is_given_up(world: World) -> None:
+    phone, reports = a_phone(world, Scripted(gateways.a_task(CONFIG))), list[pb.ReportRequest]()
+
+    def report(request: pb.ReportRequest, **_: Any) -> pb.Acknowledgement:
+        reports.append(request)
+        return pb.Acknowledgement(why="given up")
+
+    class Stub:
+        Report = staticmethod(report)
+
+    phone._stub = Stub()
+    blob = pb.Blob(sha256=calls.sha256(b"\xff"), size=1, inline=b"\xff")
+    with phone.channel:
+        phone._session(pb.Lease(id="0" * 32, client="gate/p1", task=blob, seconds=60))
+    (request,) = reports
+    reply = update_pb2.Reply.FromString(request.reply)
+    assert reply.error.startswith("the task cannot be read: ")
+    assert not phone.done
 
 
 def test_a_phone_keeps_its_lease_while_it_uploads(world: World) -> None:

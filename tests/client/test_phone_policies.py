@@ -53,7 +53,9 @@ def test_the_policy_of_the_last_answer_is_kept_and_holds_before_the_next_call(
         assert 15 <= again.visit() <= 30
 
 
-def test_a_contribution_is_noted_and_the_next_one_comes_not_too_soon(world: World) -> None:
+def test_a_contribution_is_noted_and_the_next_one_comes_not_too_soon(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = CONFIG.model_copy(update={"deadline": 4.0})
     one, two, three = (gateways.a_task(config, seats=1, round=round) for round in (1, 2, 3))
     phone = a_phone(world, Scripted(one), conditions=lambda: GOOD)
@@ -67,7 +69,9 @@ def test_a_contribution_is_noted_and_the_next_one_comes_not_too_soon(world: Worl
         assert 500 < entry.bytes < 50_000
         phone.trainer = Scripted(two)
         asked = ask(world, two)
-        phone.run(once=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(phone, "_assemble", lambda *_: pytest.fail("its model was fetched"))
+            phone.run(once=True)
         job = world.gateway._job
         assert job
         (lease,) = job.round.leases.values()

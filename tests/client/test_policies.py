@@ -45,9 +45,30 @@ def test_a_history_is_written_line_by_line_and_forgets_what_is_old(tmp_path: Pat
     assert policies.read(path, NOW - 31 * 86_400) == [old]
     path.write_text(path.read_text() + '{"at": 12, "run"\n')  # a process that was killed
     policies.add(path, new)
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [vars(new)]
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [vars(old), vars(new)]
     assert policies.read(path, NOW) == [new]
     assert policies.read(tmp_path / "none", NOW) == []
+
+
+def test_a_clock_that_was_400_days_ahead_erases_nothing_and_blocks_for_a_day(
+    tmp_path: Path,
+) -> None:
+    path, day = tmp_path / "history.jsonl", 86_400
+    first = Entry(NOW - 60, "ab", 1, accepted=True)
+    ahead = Entry(NOW + 400 * day, "cd", 1, bytes=1000.0)
+    policies.add(path, first)
+    policies.add(path, ahead)
+    asked = pb.Policy(separation=2, daily_bytes=1000)
+
+    def before(now: float) -> list[str]:
+        return policies.before_check_in(asked, {}, 5, policies.read(path, now), now)
+
+    assert policies.with_lease(asked, policies.read(path, NOW), "ab", 2, NOW) == ["separation"]
+    assert before(NOW) == []
+    policies.add(path, Entry(NOW, "ab", 2))
+    assert policies.read(path, NOW)[1].at == NOW
+    assert before(NOW + 60) == ["daily-bytes"]
+    assert before(NOW + day + 60) == []
 
 
 def test_of_a_huge_history_the_end_is_read(tmp_path: Path) -> None:

@@ -228,6 +228,26 @@ def test_a_key_is_made_once(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o600
 
 
+def test_a_public_half_is_made_of_its_key_and_never_replaced(tmp_path: Path) -> None:
+    path, public = tmp_path / "publisher.key", tmp_path / "publisher.pub"
+    bundle.signing_key(path)
+    made = public.read_bytes()
+    public.unlink()
+    bundle.signing_key(path)
+    assert public.read_bytes() == made
+    path.unlink()
+    with pytest.raises(ConfigError, match=r"does not exist, though .*publisher.pub does"):
+        bundle.signing_key(path)
+    assert public.read_bytes() == made
+    assert not path.exists()
+
+
+def test_a_key_is_not_called_as_its_public_half(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is what its public half would be called"):
+        bundle.signing_key(tmp_path / "publisher.pub")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_key_of_another_kind(tmp_path: Path) -> None:
     path = tmp_path / "publisher.key"
     path.write_text("hello")

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import shutil
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -284,13 +286,21 @@ def test_a_failed_export_leaves_nothing(
     def fail(*_: Any) -> None:
         raise ModelError("self-test failed")
 
+    def end(*_: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "out.part" / "mine").touch()  # of somebody else
     monkeypatch.setattr(lowering, "lower_fp32", half)
-    monkeypatch.setattr(selftest, "check_fp32", fail)
-    with pytest.raises(ModelError, match="self-test failed"):
-        bundling.make(
-            str(tiny_model), tmp_path / "out", tmp_path / "k.key", bases="fp32", rank=2, length=64
-        )
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["k.key", "k.pub"]
+    for check, error in ((fail, ModelError), (end, KeyboardInterrupt)):
+        monkeypatch.setattr(selftest, "check_fp32", check)
+        with pytest.raises(error):
+            bundling.make(
+                *(str(tiny_model), tmp_path / "out", tmp_path / "k.key"),
+                **{"bases": "fp32", "rank": 2, "length": 64},  # type: ignore[arg-type]
+            )
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["k.key", "k.pub", "out.part"]
+        assert [path.name for path in (tmp_path / "out.part").iterdir()] == ["mine"]
 
 
 def test_an_adapter_brings_its_base_rank_and_targets(settings: Settings, tmp_path: Path) -> None:
@@ -382,6 +392,28 @@ def test_a_classifier_is_no_language_model(tmp_path: Path) -> None:
     result = command(str(tmp_path / "t5"), "--to", "executorch", *key)
     assert result.exit_code == 1
     assert result.stderr.startswith("error: cannot load model")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_classifier_of_a_decoder_is_no_language_model(tiny_model: Path, tmp_path: Path) -> None:
+    """It would load, with the head of a language model drawn at random."""
+    shutil.copytree(tiny_model, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    changed = {**json.loads(path.read_text()), "architectures": ["LlamaForSequenceClassification"]}
+    path.write_text(json.dumps(changed))
+    key = ("--out", str(tmp_path / "out"), "--key", str(tmp_path / "k.key"), "--length", "64")
+    result = command(str(tmp_path / "model"), "--to", "executorch", *key)
+    assert result.exit_code == 1
+    assert "is LlamaForSequenceClassification, not LlamaForCausalLM" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("option", ["--key k", "--rank 8", "--length 256", "--base fp32,q4"])
+def test_options_of_programs_are_not_for_a_merged_model(option: str) -> None:
+    result = command("adapter", "--to", "merged", *option.split())
+    assert result.exit_code == 2
+    assert "are for --to executorch: leave them out" in result.stderr
     assert result.stderr.count("\n") == 1
 
 

@@ -83,6 +83,12 @@ def test_rows_that_cannot_be_trained_on(
     assert [path.name for path in tmp_path.iterdir()] == ["d.jsonl"]
 
 
+def test_a_folder_that_does_not_exist_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    data, out = rows(tmp_path / "d.jsonl", [{"text": "abc"}]), tmp_path / "no" / "t.jsonl"
+    with pytest.raises(ConfigError, match=r"t.jsonl: there is no folder .*/no$"):
+        tokens.write(str(tiny_model), data, out, 8)
+
+
 def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     data = rows(tmp_path / "d.jsonl", [{"text": "abc"}])

@@ -84,6 +84,26 @@ def test_the_choice(
     assert found.planned_bytes == planned <= budget.SHARE * able.memory
 
 
+@pytest.mark.parametrize(
+    ("held", "memory", "wanted", "expected"),
+    [
+        ("fp32", 500, "grad loss", ("loss", "fp32", 64)),  # without it, q4
+        ("fp32", 300, "grad loss", ("loss", "fp32", 32)),
+        ("fp32", 80, "grad loss", ("loss", "q4", 32)),  # 50 MB for 16 tokens: too much
+        ("q4", 4000, "grad loss", ("loss", "q4", 64)),  # without it, fp32
+        ("q4", 4000, "grad", ("grad", "fp32", 64)),
+        ("gone", 4000, "grad loss", ("grad", "fp32", 64)),
+    ],
+)
+def test_a_program_that_is_held_is_kept_for_as_long_as_it_fits(
+    held: str, memory: int, wanted: str, expected: tuple[str, str, int], manifest: Manifest
+) -> None:
+    able = replace(ABLE, memory=memory * MB, held=held)
+    demand = replace(MIXED, kinds={name: MIXED.kinds[name] for name in wanted.split()})
+    found = given(manifest, able, demand)
+    assert (found.method, found.program, found.length) == expected
+
+
 def test_without_a_round_memory_decides_and_there_is_no_class(manifest: Manifest) -> None:
     for memory, expected in ((3000, ("grad", "fp32")), (300, ("loss", "q4"))):
         found = given(manifest, replace(ABLE, memory=memory * MB), Demand())
@@ -152,7 +172,10 @@ def test_runtimes_that_are_new_enough(runtime: str, manifest: Manifest) -> None:
 def test_what_was_measured_keeps_a_phone_out_of_what_it_cannot_finish(manifest: Manifest) -> None:
     """8 of 10 examples in each of 5 steps: 40 passes of 64 tokens, 0.5 s each, are 20 s."""
     demand = replace(
-        MIXED, passes={"grad": 5, "loss": 10}, batch={"grad": 8, "loss": 8}, seconds=20.0
+        MIXED,
+        passes={"grad": lambda n: 5, "loss": lambda n: 10},
+        batch={"grad": 8, "loss": 8},
+        seconds=20.0,
     )
     slow = replace(ABLE, timings=(Timing("fp32", "grad", 32, 0.25),))
     assert given(manifest, slow, demand).method == "grad"
@@ -169,7 +192,7 @@ def test_what_was_measured_keeps_a_phone_out_of_what_it_cannot_finish(manifest: 
 @pytest.mark.parametrize("seconds", [float("nan"), float("inf"), -1.0])
 def test_a_time_that_is_none_is_not_counted(seconds: float, manifest: Manifest) -> None:
     odd = replace(ABLE, timings=(Timing("fp32", "grad", 32, seconds), Timing("fp32", "grad", 0, 1)))
-    demand = replace(MIXED, passes={"grad": 5}, batch={"grad": 8}, seconds=1.0)
+    demand = replace(MIXED, passes={"grad": lambda n: 5}, batch={"grad": 8}, seconds=1.0)
     assert given(manifest, odd, demand).method == "grad"
 
 

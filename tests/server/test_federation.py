@@ -1,19 +1,22 @@
 """Members and seats: who is drawn, what is expected of whom, what is refused."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from corolla.aggregation import summed_like
+from corolla import codec
+from corolla.aggregation import summable, summed_like
 from corolla.config import ClientClass, RunConfig
 from corolla.errors import ConfigError
 from corolla.server import cohort
 from corolla.server.federation import Federation, classes_behind, merges
+from corolla.server.gate import judge
 from corolla.types import LoraSpec, Params
-from corolla.wire import Kind
+from corolla.wire import Kind, Reply, Task, pack_reply
 
 CLIENTS = {"ann": 5, "bob": 9, "gate": 0}
 SEATS = {"gate": 8}
@@ -206,7 +209,10 @@ def test_a_gateway_of_a_mixed_federation_may_send_what_either_class_sends() -> N
     assert len(expected.like["scalars"]["scalars"]) == 50
     assert expected.sums is not None
     assert expected.sums.keys() == {"adapter", "scalars", "counts"}
-    assert list(map(set, expected.parts)) == [{"scalars", "counts"}, {"adapter", "counts"}]
+    assert expected.parts == {
+        frozenset({"scalars", "counts"}): 100,
+        frozenset({"adapter", "counts"}): 6,
+    }
     assert expected.most_examples == found.most_examples("gate") == 100
     assert expected.member is not None
     weaker, strong = expected.member("gate/p1")
@@ -217,9 +223,49 @@ def test_a_gateway_of_a_mixed_federation_may_send_what_either_class_sends() -> N
         assert single.like.keys() == groups
 
 
+@pytest.mark.parametrize(
+    ("first", "zeroth", "code"),
+    [
+        ([6], [100], "accepted"),
+        ([6, 6], [], "accepted"),
+        ([100], [], "weight"),  # the limit of the other class
+        ([50], [50], "weight"),
+    ],
+)
+def test_a_class_behind_a_gateway_is_bounded_by_its_own_examples(
+    first: list[int], zeroth: list[int], code: str
+) -> None:
+    assert told_by_a_gateway(first, zeroth, len(first) + len(zeroth)) == code
+
+
+def test_one_phone_cannot_claim_to_be_many() -> None:
+    """Two of each class would be weighted by the spread between them."""
+    assert told_by_a_gateway([6, 6], [50, 50], 4) == "accepted"
+    assert told_by_a_gateway([6, 6], [50, 50], 1) == "weight"
+    assert told_by_a_gateway([1, 1], [1, 1], 3) == "weight"
+
+
+def told_by_a_gateway(first: list[int], zeroth: list[int], clients: int) -> str:
+    """The verdict on sums of updates of so many examples, of so many clients by their word."""
+    found = federation(strategy="mixed", classes=CLASSES)
+    expected = found.expected("gate", Kind.TRAIN, 1, 5)
+    sent = summable(found.strategy.aggregator())
+    assert sent is not None
+    for examples in first:
+        sent.add({"adapter": fresh(found.lora("gate"))}, examples)
+    for number, examples in enumerate(zeroth):
+        like = found.like("gate", 1, "weaker", f"gate/p{number}")
+        sent.add(like, examples)
+    task = Task(found.run_id, 1, "v1", Kind.TRAIN, "{}", seats=5)
+    payload = codec.encode(sent.sums())
+    reply = Reply(found.run_id, 1, "v1", Kind.TRAIN, "gate", sum(first + zeroth), {}, payload)
+    packet = pack_reply(replace(reply, clients=clients))
+    return judge(packet, "gate", task, expected).verdict.code
+
+
 def test_a_gateway_of_one_trainer_may_send_its_own_form_alone() -> None:
     classes = {"a": {"local_steps": 1}, "b": {"local_steps": 9}}
     found = federation(classes=classes)
     expected = found.expected("gate", Kind.TRAIN, 1, 5)
     assert expected.most_examples == 2  # the gateway is the third in turn: of class a
-    assert list(map(set, expected.parts)) == [{"adapter"}]
+    assert expected.parts == {frozenset({"adapter"}): 2}

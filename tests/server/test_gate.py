@@ -564,7 +564,7 @@ OF_BOTH = replace(
     PARTIAL,
     like={"adapter": LIKE["adapter"], "signs": {}},
     sums=BOTH,
-    parts=[{"adapter", "counts"}, {"signs", "counts"}],
+    parts={frozenset({"adapter", "counts"}): 9, frozenset({"signs", "counts"}): 9},
 )
 """Of a gateway whose phones may be of two classes: one sends an adapter, one signs."""
 
@@ -598,7 +598,7 @@ def test_sums_hold_the_groups_of_one_class_of_phones_or_of_both(groups: tuple[st
 def test_sums_of_no_class_of_phones_are_refused(groups: tuple[str, ...]) -> None:
     refused(of_groups(*groups), Code.FORM, "groups", OF_BOTH, SEATED)
     if groups != ("adapter",):
-        refused(of_groups(*groups), Code.FORM, "groups", replace(OF_BOTH, parts=()), SEATED)
+        refused(of_groups(*groups), Code.FORM, "groups", replace(OF_BOTH, parts={}), SEATED)
 
 
 def test_sums_of_two_classes_are_bounded_as_those_of_one() -> None:
@@ -609,6 +609,42 @@ def test_sums_of_two_classes_are_bounded_as_those_of_one() -> None:
         near, far = (replace(OF_BOTH, max_norm=bound * k) for k in (1.001, 0.999))
         accepted(of_groups(*groups), near, SEATED)
         refused(of_groups(*groups), Code.NORM, "norm", far, SEATED)
+
+
+def test_a_class_of_phones_cannot_claim_the_weight_of_another() -> None:
+    """9 examples at most of who sends an adapter, 2 of who signs."""
+    adapters, signed = (frozenset({own, "counts"}) for own in ("adapter", "signs"))
+    either = replace(OF_BOTH, parts={adapters: 9, signed: 2})
+    accepted(of_groups("adapter", "counts", num_examples=27), either, SEATED)
+    accepted(of_groups("signs", "counts", num_examples=6), either, SEATED)
+    refused(of_groups("signs", "counts", num_examples=7), Code.WEIGHT, "6", either, SEATED)
+
+
+@pytest.mark.parametrize(
+    ("adapters", "signed", "passes"),
+    [
+        ((9.0, 1.0), (3.0, 2.0), True),
+        ((8.0, 1.0), (4.0, 2.0), True),
+        ((7.0, 1.0), (5.0, 2.0), False),
+        ((10.0, 1.0), (2.0, 2.0), False),
+        ((6.0, 2.0), (6.0, 3.0), False),
+        ((6.0, 1.0), (6.0, 1.0), False),
+        ((math.nan, 1.0), (3.0, 2.0), False),
+        ((9.0, math.nan), (3.0, 2.0), False),
+    ],
+)
+def test_examples_and_clients_of_each_class_agree_with_the_reply(
+    adapters: tuple[float, float], signed: tuple[float, float], passes: bool
+) -> None:
+    """3 clients, 12 examples; at most 9 of one with an adapter, 2 of one that signs."""
+    parts = {frozenset({"adapter", "counts"}): 9, frozenset({"signs", "counts"}): 2}
+    tally = {"adapter": adapters, "signs": signed}
+    either = replace(OF_BOTH, parts=parts, tally=lambda sums: tally)
+    packet = of_groups("adapter", "signs", "counts")
+    if passes:
+        accepted(packet, either, SEATED)
+    else:
+        refused(packet, Code.WEIGHT, "", either, SEATED)
 
 
 # Gateways: bundles

@@ -21,7 +21,12 @@ from corolla.memory import Memory
 from corolla.packet import Packet
 from corolla.proto import device_pb2 as pb
 from corolla.proto import update_pb2
+from corolla.server.blobs import Blobs
+from corolla.server.budget import Demand
 from corolla.server.gateway import Gateway, Settings
+from corolla.server.merging import prepare
+from corolla.server.natives import Natives
+from corolla.server.offer import Offer
 from corolla.wire import Task
 from tests.server import gateways
 from tests.server.gateways import Behind, Course, Flat, Shared, World
@@ -324,6 +329,39 @@ def test_a_lease_says_what_is_run_and_stays_the_same(offering: World) -> None:
         assert reply.result(10).clients == 1
 
 
+def test_what_was_assigned_for_one_round_is_no_lease_of_the_next(
+    offering: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A round of zeroth order begins while a phone is told to backpropagate."""
+    natives = offering.gateway._natives
+    lacks = natives.lacks
+    config = tiny.config("seed_pool", rank=1, alpha=1.0, deadline=2.0)
+    with phone(offering) as own, ExitStack() as stack:
+        assert own.ready().refusal.text == "no round"
+
+        def slow(assigned: Any, manifest: str) -> Any:
+            monkeypatch.setattr(natives, "lacks", lacks)
+            stack.enter_context(asked(offering, gateways.a_task(config)))
+            return lacks(assigned, manifest)
+
+        monkeypatch.setattr(natives, "lacks", slow)
+        assert own.check_in().refusal.reason == pb.Refusal.REASON_NO_TASK
+        lease = own.ready().lease
+        assert lease.assignment.method == "loss"
+
+
+def test_epochs_bound_the_examples_and_the_time_of_a_phone(tmp_path: Path) -> None:
+    """3 epochs of 50 examples in batches of 8: 7 steps each, all 50 examples."""
+    gateways.a_bundle(tmp_path / "bundle", FRESH)
+    blobs = Blobs(tmp_path / "blobs")
+    config = CONFIG.model_copy(update={"local_epochs": 3, "batch_size": 8, "local_steps": 1})
+    merging = prepare(gateways.a_task(config))
+    assert merging.expected("gate/p1", 50).most_examples == 50
+    demand = Offer(tmp_path / "bundle", None, blobs, tmp_path).demand(merging)
+    assert isinstance(demand, Demand)
+    assert demand.passes["grad"](50) == 21
+
+
 def test_a_lease_that_is_given_up_frees_its_seat_at_once(tmp_path: Path) -> None:
     gateways.a_bundle(tmp_path / "bundle", FRESH)
     task = gateways.a_task(CONFIG, seats=1)
@@ -355,6 +393,20 @@ def test_between_two_rounds_nobody_fetches_another_program(offering: World) -> N
             assert reply.result(10).error
         assert own.check_in().refusal.text == "no round"
         assert own.check_in(manifest="").refusal.assignment.program == "q4"
+
+
+def test_a_phone_whose_memory_changes_does_not_fetch_its_program_again(tmp_path: Path) -> None:
+    gateways.a_bundle(tmp_path / "bundle", FRESH)
+    with (
+        gateways.serving(tmp_path, seats=1, share_bundle=tmp_path / "bundle") as world,
+        phone(world, memory=2100) as own,
+    ):
+        assert own.check_in().refusal.assignment.program == "fp32"
+        assert own.ready().refusal.text == "no round"
+        for own.memory in (490, 2100, 490):  # of another class each time
+            assert own.check_in().refusal.text == "no round"
+        own.memory = 60
+        assert own.check_in().refusal.assignment.program == "q4"
 
 
 def test_the_log_says_who_runs_what(offering: World) -> None:
@@ -516,6 +568,31 @@ def test_what_native_phones_get_is_the_first_state_itself(tmp_path: Path) -> Non
         assert codec.content_id(tensors) == first.content
         assert tree.digest(tensors) == tree.digest(behind.state["start"])
         assert seedlog.origin(sha256, {**behind.state, "start": tensors}) == task.log.origin
+
+
+def test_the_first_state_of_a_run_is_built_once(tmp_path: Path) -> None:
+    config = tiny.config("seed_pool", seed=7)
+    behind = gateways.course(config, Flat(None, gateways.renamed("gate/")), {})  # type: ignore[arg-type]
+    sha256 = tiny.lora_model("llama").base.fingerprint
+    task = a_logged_task(config, behind.federation.origin, sha256)
+    blobs = Blobs(tmp_path / "blobs")
+    offer = Offer(a_bundle_of(config, tmp_path / "bundle"), None, blobs, tmp_path)
+    built, natives = [], Natives(offer, blobs)
+    first = offer.first
+    offer.first = lambda *of: built.append(of) or first(*of)  # type: ignore[method-assign,func-returns-value]
+    blob_of = [natives.begin(prepare(own), own)[1] for own in (task, replace(task, round=2))]
+    assert blob_of[0] == blob_of[1] is not None
+    assert len(built) == 1
+    another = replace(task, run_id="cd" * 16)
+    assert natives.begin(prepare(another), another)[1] == blob_of[0]
+    assert len(built) == 2
+
+
+def test_manifests_of_an_earlier_bundle_are_deleted(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        gateways.a_bundle(tmp_path / name, FRESH)  # each signed with a key of its own
+        Offer(tmp_path / name, None, Blobs(tmp_path / "blobs"), tmp_path)
+        assert len(list(tmp_path.glob("manifest-*"))) == 2  # of fp32 and of q4
 
 
 def test_a_log_that_began_elsewhere_is_refused_in_one_line(tmp_path: Path) -> None:

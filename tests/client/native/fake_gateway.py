@@ -98,6 +98,10 @@ class Fake(device_pb2_grpc.PhonesServicer):
     accept: bool = True
     wanted: bool = True
     spoil: Callable[[pb.Chunk], None] = lambda chunk: None
+    header: Callable[[bytes], bytes] = lambda header: header
+    """What is offered as the header of a task."""
+    received: Callable[[], int] | None = None
+    """What is said to have come of an upload, whatever came."""
     before: Callable[[str, grpc.ServicerContext], None] = lambda name, context: None
     """Called with the name of each call before it is answered."""
     asked: list[tuple[str, Any]] = field(default_factory=list)
@@ -159,7 +163,7 @@ class Fake(device_pb2_grpc.PhonesServicer):
         lease = pb.Lease(
             id=f"{self._lease:032x}",
             client=f"gate/{request.device}",
-            task=self.put(packet.header),
+            task=self.put(self.header(packet.header)),
             payload=self.put(packet.payload) if packet.payload else pb.Blob(),
             cached=self.cached,
             strategy="fedavg",
@@ -192,6 +196,8 @@ class Fake(device_pb2_grpc.PhonesServicer):
 
     def Upload(self, request: Any, context: Any) -> pb.UploadStatus:  # noqa: N802
         self._came("Upload", request, context)
+        if self.received:
+            return pb.UploadStatus(received=self.received())
         if self._upload is None:
             self._upload = Upload(self.bundle.parent, self.most_upload)
         received = self._upload.add(request)

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -218,12 +219,12 @@ def test_what_a_trainer_throws_is_told_to_the_owner_alone(offered: World) -> Non
 
 def test_the_groups_that_a_phone_lacks_come_with_its_task(offered: World) -> None:
     fake = offered.fake
-    small, large = fake.put(b"a"), fake.put(os.urandom(MIB + 5))
+    small, large = fake.put(b"a"), fake.put(os.urandom(MIB - 5))
     fake.cached = [
         pb.Blob(sha256=small.sha256, size=1, group="A", content="1" * 32, inline=b"a"),
         pb.Blob(sha256=large.sha256, size=large.size, group="first", content="2" * 32),
     ]
-    fake.tasks = [a_task()]
+    fake.tasks = [a_task(cached={"A": "1" * 32, "first": "2" * 32})]
     offered.state().mkdir(parents=True)
     (offered.state() / f"{'0' * 64}.part").write_text("of a task that is over")
     phone = offered.start(rounds=1)
@@ -236,7 +237,7 @@ def test_the_groups_that_a_phone_lacks_come_with_its_task(offered: World) -> Non
 def test_a_blob_that_is_not_offered_any_more_ends_the_session(offered: World) -> None:
     fake = offered.fake
     fake.cached = [pb.Blob(sha256="ab" * 32, size=MIB, group="A", content="1" * 32)]
-    fake.tasks = [a_task()]
+    fake.tasks = [a_task(cached={"A": "1" * 32})]
     offered.start()
     gateways.until(lambda: fake.reports, 20)
     ((_, reply),) = fake.reports
@@ -254,6 +255,74 @@ def test_names_that_a_gateway_sends_are_no_paths(offered: World, content: str) -
     ((_, reply),) = fake.reports
     assert reply.error == "an id has 32 hexadecimal characters"
     assert not offered.answers()
+
+
+@pytest.mark.parametrize(
+    ("size", "named", "words"),
+    [
+        (MIB, {}, "the task does not name the group A"),
+        (MIB, {"A": "2" * 32}, "the task does not name the group A"),
+        (2 * MIB, {"A": "1" * 32}, f"blob has {2 * MIB} bytes, at most {MIB + 128}"),
+    ],
+)
+def test_a_gateway_sends_no_more_than_a_run_needs(
+    offered: World, size: int, named: dict[str, str], words: str
+) -> None:
+    """128: eight times the adapter of four numbers."""
+    fake = offered.fake
+    fake.cached = [pb.Blob(sha256="ab" * 32, size=size, group="A", content="1" * 32)]
+    fake.tasks = [a_task(cached=named)]
+    offered.start()
+    gateways.until(lambda: fake.reports, 20)
+    ((_, reply),) = fake.reports
+    assert reply.error == words
+    assert not [r for name, r in fake.asked if name == "Download" and r.sha256 == "ab" * 32]
+
+
+def test_a_task_that_cannot_be_read_is_given_up(offered: World) -> None:
+    offered.fake.tasks = [a_task()]
+    offered.fake.header = lambda header: b"\xff" + header
+    phone = offered.start()
+    phone.says("not accepted: the task cannot be read: message cannot be parsed")
+    assert len(offered.fake.reports) == 1
+    assert not offered.answers()
+
+
+@pytest.mark.parametrize(
+    "received", [lambda count: count % 2, lambda count: count], ids=["to and fro", "byte by byte"]
+)
+def test_an_upload_ends_whatever_the_gateway_says_it_received(
+    offered: World, received: Callable[[int], int]
+) -> None:
+    offered.fake.tasks = [a_task()]
+    offered.fake.received = lambda: received(offered.fake.count("Upload"))
+    phone = offered.start({"payload": str(a_payload(offered))})
+    phone.says("dropped: the gateway does not take the update in")
+    assert offered.fake.count("Upload") <= 30
+
+
+def test_a_reply_that_cannot_be_kept_is_delivered_all_the_same(offered: World) -> None:
+    (offered.state() / "reply.new").mkdir(parents=True)  # where a file should be
+    payload = a_payload(offered, 1000)
+    offered.fake.tasks = [a_task()]
+    phone = offered.start({"payload": str(payload)}, rounds=1)
+    assert phone.finish() == 0, phone.errors
+    assert any(line.startswith("this device fails: cannot open ") for line in phone.lines)
+    assert phone.lines[-1] == "round 1 as gate/p1: accepted"
+    assert offered.fake.uploaded == payload.read_bytes()
+    (line,) = [line for line in offered.history() if line["run"]]
+    assert line["accepted"]
+
+
+@pytest.mark.parametrize(("seconds", "most"), [(1e300, 0), (float("inf"), 0), (float("nan"), 15)])
+def test_heartbeats_are_few_whatever_a_lease_says(
+    offered: World, seconds: float, most: int
+) -> None:
+    offered.fake.tasks = [a_task()]
+    offered.fake.lease_seconds = seconds
+    phone = offered.start({"passes": 1, "seconds": 1}, rounds=1)
+    assert phone.finish() == 0, phone.errors
+    assert offered.fake.count("Heartbeat") <= most
 
 
 def test_the_version_of_the_log_is_told_from_then_on(offered: World) -> None:

@@ -220,6 +220,28 @@ def refusal(world: World, **changes: object) -> str:
 def test_a_bundle_of_another_publisher_is_refused(offered: World) -> None:
     other = public_half(Ed25519PrivateKey.generate(), offered.folder / "other.pub")
     assert refusal(offered, publisher=other) == f"manifest.json is not signed by the key in {other}"
+    assert not list((offered.state() / "bundles").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("path", "size", "words"),
+    [
+        ("manifest.json", 17 * MIB, f"blob has {17 * MIB} bytes, at most {16 * MIB}"),
+        ("manifest.sig", 65, "blob has 65 bytes, at most 64"),
+        ("fp32.pte", 9000, "fp32.pte is not the one in the signed manifest.json"),
+    ],
+)
+def test_a_size_that_nobody_signed_is_refused(
+    offered: World, path: str, size: int, words: str
+) -> None:
+    made = pb.Manifest.FromString(offered.fake.blobs[offered.fake.model.sha256])
+    (file,) = [file for file in made.files if file.path == path]
+    file.blob.size = size
+    file.chunks = bytes(32) * -(-size // MIB)
+    offered.fake.model = offered.fake.put(made.SerializeToString())
+    assert refusal(offered) == words
+    asked = {r.sha256 for name, r in offered.fake.asked if name == "Download"}
+    assert file.blob.sha256 not in asked
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "manifest.sig"])

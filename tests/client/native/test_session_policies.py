@@ -1,6 +1,7 @@
 """What is asked of a device: judged on the device, as the cases say that Python judges it too."""
 
 import json
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 
 from corolla.proto import device_pb2 as pb
-from tests.client.native.phones import World, a_task
+from tests.client.native.fake_gateway import make_bundle
+from tests.client.native.phones import FILES, World, a_task
 from tests.server import gateways
 
 CASES = Path(__file__).parents[2] / "policy_cases.json"
@@ -202,6 +204,85 @@ def test_a_limit_of_a_day_ends_the_task_at_once(
     assert offered.fake.reports[0][1].error == words
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_work_that_a_signal_ends_counts_against_the_limits_of_a_day(
+    offered: World, number: signal.Signals
+) -> None:
+    offered.fake.tasks = [a_task()]
+    phone = offered.start(LONG, daily_seconds=3)
+    record = offered.state() / "session.json"
+    gateways.until(lambda: record.exists() and json.loads(record.read_text())["seconds"] > 1, 20)
+    phone.process.send_signal(number)
+    phone.finish()
+    again = offered.start(LONG, daily_seconds=3)
+    began = time.monotonic()
+    again.says("not accepted: given up: today's time is used up")
+    assert time.monotonic() - began < 2.5
+    worked = [line["seconds"] for line in offered.history() if line["run"]]
+    assert len(worked) == 2
+    assert 3 <= sum(worked) < 4
+
+
+def test_an_update_waits_for_an_unmetered_network(offered: World) -> None:
+    """It is there when the line becomes metered, after the last look of the training."""
+    offered.fake.policy = pb.Policy(unmetered=True)
+    offered.fake.tasks = [a_task()]
+    offered.fake.lease_seconds = 0.9
+    payload = offered.folder / "payload"
+    payload.write_bytes(bytes(1000))
+    senses = offered.script("senses", [{"after": 0}])
+    stub = {"passes": 2, "seconds": 0.4, "payload": str(payload)}
+    phone = offered.start(stub, rounds=1, platform=f"script:{senses}")
+    passes = offered.state() / "passes"
+    gateways.until(lambda: passes.exists() and passes.read_text() == "1", 20)
+    time.sleep(0.1)
+    offered.script("senses", [{"after": 0, "metered": True}])
+    phone.says("waiting: not on an unmetered network")
+    before = offered.fake.count("Heartbeat")
+    time.sleep(1)
+    assert not offered.fake.count("Upload")
+    assert offered.fake.count("Heartbeat") > before
+    offered.script("senses", [{"after": 0}])
+    assert phone.finish() == 0, phone.errors
+    assert phone.lines[-1] == "round 1 as gate/p1: accepted"
+
+
+# --- what its owner allows ------------------------------------------------------------------------
+
+
+def planned(world: World, tokens: dict[str, int]) -> None:
+    """Offer a bundle whose program has these plans of memory."""
+    method = {"file": "fp32.pte", "planned": tokens}
+    program = {"name": "fp32", "base": "fp32", "files": sorted(FILES), "eps": [1e-4, 1e-2]}
+    programs = [{**program, "methods": {"grad": method}}]
+    bundle = make_bundle(world.folder / "planned", FILES, world.key, programs=programs)
+    world.fake.bundle = bundle
+    world.fake.share(bundle)
+
+
+def test_a_method_that_its_owner_leaves_out_is_not_used(offered: World) -> None:
+    offered.fake.tasks = [a_task()]
+    phone = offered.start(methods="loss")
+    phone.says("not accepted: this device does not train with grad")
+    assert not offered.answers()
+
+
+def test_sequences_are_as_long_as_the_memory_of_its_owner_allows(offered: World) -> None:
+    planned(offered, {"8": 1_000_000, "16": 2_000_000, "32": 4_000_000})
+    offered.fake.tasks = [a_task()]
+    phone = offered.start(rounds=1, memory="3MB")
+    assert phone.finish() == 0, phone.errors
+    assert [asked["length"] for asked in offered.answers()] == [16]
+
+
+def test_a_program_that_needs_more_memory_is_not_used(offered: World) -> None:
+    planned(offered, {"16": 2_000_000, "32": 4_000_000})
+    offered.fake.tasks = [a_task()]
+    phone = offered.start(memory="1MB")
+    phone.says("this device has 1 MB of memory, too little for fp32 with grad")
+    assert not offered.answers()
+
+
 # --- what is kept ---------------------------------------------------------------------------------
 
 
@@ -216,7 +297,7 @@ def test_a_history_forgets_after_30_days_and_does_not_grow_for_ever(
     text = "".join(json.dumps(line) + "\n" for line in old + young)
     path.write_text("half a li\n" + text + '{"at": 1}\n[]\n')
     assert stub(native_build, "history", path, 1) == [2]
-    assert path.read_text().count("\n") == 2
+    assert path.read_text().count("\n") == 3  # dropped by bytes alone: the clock may be wrong
     line = json.dumps(young[0]) + "\n"
     path.write_text(line * (3 * (1 << 20) // len(line)))
     (kept,) = stub(native_build, "history", path, 2)
