@@ -73,6 +73,12 @@ def quiet(*command: object) -> None:
         pytest.fail(f"{command[:2]}: {(done.stdout + done.stderr)[-4000:]}", pytrace=False)
 
 
+@pytest.fixture(autouse=True)
+def quiet_grpc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower sets this in the process that it is imported in: a phone would log what it tells."""
+    monkeypatch.delenv("GRPC_VERBOSITY", raising=False)
+
+
 @pytest.fixture
 def offered(tmp_path: Path, native_build: Path) -> Iterator[World]:
     """A fake gateway with a bundle of a few chunks, and phones that can be started."""
