@@ -10,13 +10,14 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from corolla import data, models, trainable
-from corolla.client.worker import Worker
-from corolla.config import validate
+from corolla.client.training.worker import Worker
+from corolla.config.run import validate
+from corolla.data import federated
 from corolla.errors import CorollaError, WireError
-from corolla.memory import Memory
-from corolla.packet import Packet, from_flower, to_flower
-from corolla.wire import Reply, pack_reply, unpack_task
+from corolla.models import pretrained, trainable
+from corolla.storage.memory import Memory
+from corolla.wire.messages import Reply, pack_reply, unpack_task
+from corolla.wire.packet import Packet, from_flower, to_flower
 
 _LARGEST = 1 << 40
 MEMORY = "COROLLA_MEMORY"
@@ -53,9 +54,9 @@ def _answer(packet: Packet, partition: int) -> Packet:
 def _worker(settings: str, run_id: str) -> Worker:
     """The resident model and data of one run: Flower's simulation keeps its processes."""
     config = validate(json.loads(settings))
-    dataset = data.load(config)
-    models.set_threads(config)
-    model = trainable.build(config, models.load(config, dataset.labels))
+    dataset = federated.load(config)
+    pretrained.set_threads(config)
+    model = trainable.build(config, pretrained.load(config, dataset.labels))
     # Local settings of this machine; a server cannot say where a device writes.
     record = os.environ.get(RECORD)
     memory = os.environ.get(MEMORY) or str(

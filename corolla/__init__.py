@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from corolla.config import RunConfig
-    from corolla.conformance import conform
+    from corolla.commands.check.proofs import conform
+    from corolla.commands.simulate.in_process import simulate
+    from corolla.config.run import RunConfig
     from corolla.errors import CorollaError
-    from corolla.simulation import simulate
     from corolla.types import Adapter, Broadcast, Client, Cost, Params, Payload, Strategy, Update
 
 # Where the extra `phones` is installed, transformers imports torchao, which warns of its CUDA
@@ -44,14 +44,14 @@ __all__ = [
 ]
 
 _root = Path(__file__).resolve().parent.parent
-if (_root / "server" / "rounds.py").is_file():  # a checkout or an app bundle
+if (_root / "server" / "app.py").is_file():  # a checkout or an app bundle
     __path__.insert(0, str(_root))
 
 _HOME = {
     "CorollaError": "corolla.errors",
-    "RunConfig": "corolla.config",
-    "conform": "corolla.conformance",
-    "simulate": "corolla.simulation",
+    "RunConfig": "corolla.config.run",
+    "conform": "corolla.commands.check.proofs",
+    "simulate": "corolla.commands.simulate.in_process",
 }
 
 

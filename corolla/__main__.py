@@ -1,5 +1,5 @@
 """`python -m corolla`."""
 
-from corolla.cli import app
+from corolla.cli.app import app
 
 app()

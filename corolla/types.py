@@ -369,7 +369,7 @@ class Strategy(Protocol):
 class Traits:
     """What a strategy may say of itself as class attributes of these names; the defaults hold else.
 
-    They decide what it can be combined with (see corolla.combinations).
+    They decide what it can be combined with (see corolla.config.rules).
     """
 
     updates: Literal["differences", "factors", "values", "scalars"] = "differences"

@@ -15,14 +15,16 @@ from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
-from corolla import combinations, logs, models
-from corolla.children import note_process
-from corolla.config import RunConfig, load, validate
+from corolla.config import rules
+from corolla.config.run import RunConfig, load, validate
 from corolla.errors import ConfigError, CorollaError, StoppedError
-from corolla.server.grid import GridNetwork, count_nodes, hello
-from corolla.server.limits import Limits
-from corolla.server.observer import Observer, Silent
-from corolla.server.order import (
+from corolla.host import logs
+from corolla.host.processes import note_process
+from corolla.models import pretrained
+from corolla.models.trainable import Trainable
+from corolla.server.deployment.grid import GridNetwork, count_nodes, hello
+from corolla.server.deployment.limits import Limits
+from corolla.server.deployment.order import (
     FOLDER,
     LAST_WORDS,
     PROCESS,
@@ -31,10 +33,10 @@ from corolla.server.order import (
     read_order,
     refuse_simulated,
 )
-from corolla.server.run import Run, Summary, prepare_folder
-from corolla.server.setup import set_up
-from corolla.server.tasks import run_settings
-from corolla.trainable import Trainable
+from corolla.server.rounds.tasks import run_settings
+from corolla.server.runs.observer import Observer, Silent
+from corolla.server.runs.run import Run, Summary, prepare_folder
+from corolla.server.runs.setup import set_up
 
 app = ServerApp()  # without annotation: `flwr build` looks for the bare assignment
 
@@ -136,7 +138,7 @@ def _run(grid: Grid, folder: Path, order: Order, stop: threading.Event) -> None:
 
 def _limits(config: RunConfig, order: Order, model: Trainable) -> Limits:
     try:
-        combinations.refuse_gateways(config, config.build_strategy())
+        rules.refuse_gateways(config, config.build_strategy())
         no_gateways = ""
     except ConfigError as error:
         no_gateways = str(error)
@@ -148,7 +150,9 @@ def _limits(config: RunConfig, order: Order, model: Trainable) -> Limits:
 def _simulated(grid: Grid, context: Context) -> None:
     """Started by `flwr run`: settings come from the run config of the app."""
     settings = dict(context.run_config)
-    folder = Path(str(settings.pop("out", "") or models.cache_dir() / "runs" / str(context.run_id)))
+    folder = Path(
+        str(settings.pop("out", "") or pretrained.cache_dir() / "runs" / str(context.run_id))
+    )
     more = shlex.split(str(settings.pop("set", "")))
     config = load(None, {key.replace("-", "_"): v for key, v in settings.items() if v != ""}, more)
     refuse_simulated(config)

@@ -13,8 +13,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from corolla import factors, seeds, tree
-from corolla.aggregation import WeightedMean
+from corolla import seeds
+from corolla.aggregation.sums import WeightedMean
+from corolla.tensors import factors, tree
 from corolla.types import (
     Adapter,
     Aggregates,

@@ -10,8 +10,8 @@ from typing import ClassVar
 
 import torch
 
-from corolla import factors, tree
-from corolla.aggregation import WeightedMean
+from corolla.aggregation.sums import WeightedMean
+from corolla.tensors import factors, tree
 from corolla.types import (
     Adapter,
     Aggregates,

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from corolla import blocks, factors, tree
-from corolla.aggregation import MeanAndResidual
+from corolla.aggregation.sums import MeanAndResidual
+from corolla.tensors import blocks, factors, tree
 from corolla.types import (
     Adapter,
     Aggregates,
@@ -34,8 +34,8 @@ class FedExLora:
     FLoRA, but clients go on from trained adapters. With `residual_rank` only its best
     approximation of that rank travels (Eckart and Young): fewer bytes down, and no longer exact.
 
-    Blocks are sent once and compacted as FLoRA's are: see corolla.blocks. Every client receives
-    what single clients' factors can be recovered from.
+    Blocks are sent once and compacted as FLoRA's are: see corolla.tensors.blocks. Every client
+    receives what single clients' factors can be recovered from.
     """
 
     name: ClassVar[str] = "fedex_lora"

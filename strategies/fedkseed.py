@@ -10,9 +10,10 @@ from typing import ClassVar, Literal
 
 import torch
 
-from corolla import directions, seedlog, seeds, signs
-from corolla.aggregation import SeedSums
-from corolla.directions import GaussianPool, SignPool
+from corolla import seeds
+from corolla.aggregation.sums import SeedSums
+from corolla.directions import pools, seedlog, signs
+from corolla.directions.pools import GaussianPool, SignPool
 from corolla.types import (
     Adapter,
     Aggregates,
@@ -54,8 +55,8 @@ class FedKSeed:
     directions: Literal["gaussian", "sign"] = "gaussian"
 
     def __post_init__(self) -> None:
-        directions.check_power_of_two(self.size)
-        directions.check_kind(self.directions)
+        pools.check_power_of_two(self.size)
+        pools.check_kind(self.directions)
 
     def init(self, start: Params, seed: int) -> Payload:
         key = torch.tensor(seeds.derive(seed, "directions"))
@@ -91,4 +92,4 @@ class FedKSeed:
         return [Cost(8 * s.scalars + 4, 4 * self.size + 4, at_most=True) for s in cohort]
 
     def _pool(self, state: Payload) -> GaussianPool | SignPool:
-        return directions.pool(self.directions, self.size, int(state["sums"]["seed"]))
+        return pools.pool(self.directions, self.size, int(state["sums"]["seed"]))

@@ -11,9 +11,10 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from corolla import directions, seedlog, seeds, signs
-from corolla.aggregation import SeedSums, summed, summed_like, terms
-from corolla.directions import GaussianPool, SignPool
+from corolla import seeds
+from corolla.aggregation.sums import SeedSums, summed, summed_like, terms
+from corolla.directions import pools, seedlog, signs
+from corolla.directions.pools import GaussianPool, SignPool
 from corolla.types import (
     Adapter,
     Aggregates,
@@ -52,8 +53,8 @@ class FedKSeedPro:
     directions: Literal["gaussian", "sign"] = "gaussian"
 
     def __post_init__(self) -> None:
-        directions.check_power_of_two(self.size)
-        directions.check_kind(self.directions)
+        pools.check_power_of_two(self.size)
+        pools.check_kind(self.directions)
 
     def init(self, start: Params, seed: int) -> Payload:
         key = torch.tensor(seeds.derive(seed, "directions"))
@@ -99,7 +100,7 @@ class FedKSeedPro:
         return [Cost(8 * s.scalars + 4, 8 * self.size + 4, at_most=True) for s in cohort]
 
     def _pool(self, state: Payload) -> GaussianPool | SignPool:
-        return directions.pool(self.directions, self.size, int(state["sums"]["seed"]))
+        return pools.pool(self.directions, self.size, int(state["sums"]["seed"]))
 
 
 def probabilities(magnitudes: Tensor, counts: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from corolla import tree
-from corolla.aggregation import WeightedMean
-from corolla.directions import GaussianPool, LowRankPool, SignPool
+from corolla.aggregation.sums import WeightedMean
+from corolla.directions.pools import GaussianPool, LowRankPool, SignPool
+from corolla.tensors import tree
 from corolla.types import (
     Adapter,
     Aggregates,

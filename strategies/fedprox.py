@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from corolla import tree
-from corolla.aggregation import WeightedMean
+from corolla.aggregation.sums import WeightedMean
+from corolla.tensors import tree
 from corolla.types import (
     Adapter,
     Aggregates,

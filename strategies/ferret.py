@@ -10,8 +10,9 @@ from typing import ClassVar
 
 import torch
 
-from corolla import directions, seedlog, signs, tree
-from corolla.aggregation import WeightedMean
+from corolla.aggregation.sums import WeightedMean
+from corolla.directions import pools, seedlog, signs
+from corolla.tensors import tree
 from corolla.types import (
     Adapter,
     Aggregates,
@@ -53,7 +54,7 @@ class Ferret:
     server_lr: float = 1.0
 
     def __post_init__(self) -> None:
-        directions.check_power_of_two(self.size)
+        pools.check_power_of_two(self.size)
         if not self.server_lr > 0:
             raise ValueError(f"server_lr must be more than 0, found {self.server_lr}")
 
@@ -65,9 +66,9 @@ class Ferret:
 
     def local(self, client: Client, received: Payload) -> Update:
         at = self.adapter(received)
-        start = directions.settle(at.trained, at.moves)
+        start = pools.settle(at.trained, at.moves)
         fit = client.trainer.fit(start)
-        change, _ = directions.flatten(tree.sub(fit.params, start))
+        change, _ = pools.flatten(tree.sub(fit.params, start))
         pool = seedlog.pool(received, self.size, seedlog.next_number(received))
         sums = signs.fwht(signs.fold(change, pool.key, 0, self.size))
         gamma = torch.from_numpy(sums / self.size).float()

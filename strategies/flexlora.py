@@ -11,8 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from corolla import factors, tree
-from corolla.aggregation import ByGroup, Stack, WeightedMean
+from corolla.aggregation.sums import ByGroup, Stack, WeightedMean
+from corolla.tensors import factors, tree
 from corolla.types import (
     Adapter,
     Aggregates,

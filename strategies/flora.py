@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from corolla import blocks, factors, tree
-from corolla.aggregation import ByGroup, Stack, WeightedMean
+from corolla.aggregation.sums import ByGroup, Stack, WeightedMean
+from corolla.tensors import blocks, factors, tree
 from corolla.types import (
     Adapter,
     Aggregates,

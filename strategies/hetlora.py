@@ -11,8 +11,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from corolla import factors, tree
-from corolla.aggregation import ByGroup, WeightedMean
+from corolla.aggregation.sums import ByGroup, WeightedMean
+from corolla.tensors import factors, tree
 from corolla.types import (
     Adapter,
     Aggregates,

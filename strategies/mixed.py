@@ -13,9 +13,11 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from corolla import directions, seedlog, seeds, signs, tree
-from corolla.aggregation import summed, summed_like, terms
-from corolla.directions import SignPool
+from corolla import seeds
+from corolla.aggregation.sums import summed, summed_like, terms
+from corolla.directions import pools, seedlog, signs
+from corolla.directions.pools import SignPool
+from corolla.tensors import tree
 from corolla.types import (
     Adapter,
     Aggregates,
@@ -65,7 +67,7 @@ class Mixed:
     weights: Literal["examples", "inverse_variance"] = "examples"
 
     def __post_init__(self) -> None:
-        directions.check_power_of_two(self.size)
+        pools.check_power_of_two(self.size)
         if self.weights not in ("examples", "inverse_variance"):
             raise ValueError(
                 f"weights must be examples or inverse_variance, found {self.weights!r}"
@@ -97,19 +99,19 @@ class Mixed:
         return _TwoMeans(self.size)
 
     def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
-        flat, layout = directions.flatten(state["adapter"])
-        first, _ = directions.flatten(aggregate["adapter"]) if aggregate["adapter"] else (None, ())
+        flat, layout = pools.flatten(state["adapter"])
+        first, _ = pools.flatten(aggregate["adapter"]) if aggregate["adapter"] else (None, ())
         sums = aggregate["scalars"]["scalars"]
         n_1, n_0 = (float(n) for n in aggregate["counts"]["examples"])
         share_1, share_0 = n_1 / (n_1 + n_0), n_0 / (n_1 + n_0)
         precisions = _precisions(aggregate, len(flat))
         if self.weights == "inverse_variance" and precisions:
             share_1, share_0 = (precision / sum(precisions) for precision in precisions)
-        directions.apply(flat, 0, [Move(self._pool(state), sums, share_0)])
+        pools.apply(flat, 0, [Move(self._pool(state), sums, share_0)])
         if first is not None:
             flat += share_1 * first
         key = state["key"]["key"] + torch.tensor([0, 1])  # new signs in the next round
-        after = {"adapter": directions.unflatten(flat, layout), "key": {"key": key}}
+        after = {"adapter": pools.unflatten(flat, layout), "key": {"key": key}}
         return after, {"first_order_share": share_1, "zeroth_order_share": share_0}
 
     def adapter(self, state: Payload) -> Adapter:

@@ -10,8 +10,8 @@ from typing import ClassVar
 
 import torch
 
-from corolla import factors
-from corolla.aggregation import WeightedMean
+from corolla.aggregation.sums import WeightedMean
+from corolla.tensors import factors
 from corolla.types import (
     Adapter,
     Aggregates,

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from corolla import tree
-from corolla.aggregation import ByGroup, Sum, WeightedMean
+from corolla.aggregation.sums import ByGroup, Sum, WeightedMean
+from corolla.tensors import tree
 from corolla.types import (
     Adapter,
     Aggregates,

@@ -12,8 +12,8 @@ from typing import ClassVar, Literal
 
 import torch
 
-from corolla import directions, seedlog, signs
-from corolla.aggregation import SeedSums
+from corolla.aggregation.sums import SeedSums
+from corolla.directions import pools, seedlog, signs
 from corolla.types import (
     Adapter,
     Aggregates,
@@ -55,7 +55,7 @@ class SeedPool:
     scalars: Literal["fp16", "fp32"] = "fp16"
 
     def __post_init__(self) -> None:
-        directions.check_power_of_two(self.size)
+        pools.check_power_of_two(self.size)
         if self.scalars not in ("fp16", "fp32"):
             raise ValueError(f"scalars must be fp16 or fp32, found {self.scalars!r}")
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from corolla import bundle, bundling
-from corolla.assets import asset
+from corolla.embedded.assets import asset
+from corolla.phones import bundle, export
 
 ROOT = Path(__file__).resolve().parent.parent
 RANK, LENGTH = 8, 128
@@ -33,7 +33,7 @@ def embedded_bundle() -> tuple[Path, Path]:
     folder, key = home / "embedded", home / "publisher.key"
     with FileLock(home / "lock"):
         if not (folder / bundle.MANIFEST).is_file():
-            bundling.make("embedded", folder, key, rank=RANK, length=LENGTH)
+            export.make("embedded", folder, key, rank=RANK, length=LENGTH)
     return folder, key.with_suffix(".pub")
 
 

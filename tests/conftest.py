@@ -15,7 +15,7 @@ import transformers
 from hypothesis import settings as hypothesis_settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from corolla.config import RunConfig
+from corolla.config.run import RunConfig
 
 torch.set_num_threads(1)
 

@@ -10,19 +10,19 @@ PACKAGES = ("corolla", "server", "client", "strategies", "proto", "experiments")
 ROOTS = {
     "corolla.__init__",
     "corolla.__main__",
-    "corolla.audit",
+    "corolla.commands.audit.run",
     "corolla.auditing",
-    "corolla.cli",
-    "corolla.simulation",
-    "corolla.compare",
-    "corolla.comparison",
-    "corolla.comparison_report",
-    "corolla.flower_engine",
-    "corolla.conformance",
-    "corolla.catalogue",
-    "corolla.gateways",
-    "corolla.planning",
-    "corolla.progress",
+    "corolla.cli.app",
+    "corolla.commands.simulate.in_process",
+    "corolla.commands.compare.compare",
+    "corolla.commands.compare.results",
+    "corolla.commands.compare.report",
+    "corolla.commands.simulate.flower",
+    "corolla.commands.check.proofs",
+    "corolla.commands.catalogue",
+    "corolla.commands.gateway",
+    "corolla.commands.plan.plan",
+    "corolla.commands.simulate.progress",
 }
 
 # Layer → what of Corolla it may import. Imports point one way.
@@ -36,11 +36,11 @@ ALLOWED = {
     "experiments": {"experiments", "root", "server", "client", "strategies", "core"},
 }
 EXCEPTIONS = {
-    ("corolla.wire", "proto"): "the wire format is read and written in one place",
+    ("corolla.wire.messages", "proto"): "the wire format is read and written in one place",
     ("strategies.__init__", "strategies"): "the registry; one algorithm never imports another",
-    ("corolla.config", "strategies"): "a config names a strategy and refuses unknown options",
-    ("corolla.combinations", "strategies"): "what a strategy goes with follows from its traits",
-    ("corolla.rpc", "proto"): "the services that trainers and phones speak",
+    ("corolla.config.run", "strategies"): "a config names a strategy and refuses unknown options",
+    ("corolla.config.rules", "strategies"): "what a strategy goes with follows from its traits",
+    ("corolla.wire.rpc", "proto"): "the services that trainers and phones speak",
     ("client.relay", "proto"): "an error reply without torch, which the wire format imports",
     ("experiments.bench.mutations", "proto"): "it writes what no sender writes",
     ("experiments.bench.fuzz_targets", "proto"): "valid messages, to be mutated",
@@ -48,7 +48,13 @@ EXCEPTIONS = {
 
 # Both ends of proto/device.proto, whose messages go from hand to hand as they are.
 SPEAK_PHONES = (
-    *("corolla.calls", "client.phone", "client.downloads", "server.phones", "server.gateway"),
+    *(
+        "corolla.phones.protocol",
+        "client.phone",
+        "client.downloads",
+        "server.phones",
+        "server.gateway",
+    ),
     *("server.blobs", "server.outbound", "server.uploads", "experiments.bench.phones"),
     *("server.job", "server.natives", "server.offer", "client.policies"),
 )
@@ -63,36 +69,36 @@ LIBRARIES = {
         "client.app",
         "client.relay",
         "client.supernode",
-        "corolla.packet",
-        "corolla.flower_engine",
+        "corolla.wire.packet",
+        "corolla.commands.simulate.flower",
     },
-    "grpc": {"corolla.rpc", "client.phone", "server.phones", "proto.device_pb2_grpc"},
+    "grpc": {"corolla.wire.rpc", "client.phone", "server.phones", "proto.device_pb2_grpc"},
     "ray": set(),
     # adapters of factors, and of anything else; a contender
-    "peft": {"corolla.lora", "corolla.dense", "experiments.bench.server_step"},
-    "opacus": {"client.dpsgd", "corolla.accounting"},
-    "dp_accounting": {"corolla.accounting"},
-    "flwr_datasets": {"corolla.data"},
-    "datasets": {"corolla.data"},
+    "peft": {"corolla.models.lora", "corolla.models.dense", "experiments.bench.server_step"},
+    "opacus": {"client.dpsgd", "corolla.privacy.accounting"},
+    "dp_accounting": {"corolla.privacy.accounting"},
+    "flwr_datasets": {"corolla.data.federated"},
+    "datasets": {"corolla.data.federated"},
     "google": {
         "client.relay",
-        "corolla.calls",
-        "corolla.wire",
+        "corolla.phones.protocol",
+        "corolla.wire.messages",
         "proto.update_pb2",
         "proto.device_pb2",
         "experiments.bench.mutations",
     },
     "prometheus_client": {"server.metrics"},
-    "typer": {"corolla.cli"},
-    "lm_eval": {"corolla.harness"},
+    "typer": {"corolla.cli.app"},
+    "lm_eval": {"corolla.evaluation.harness"},
     "atheris": {"experiments.bench.fuzz_guided"},
     "tensorboard": {"corolla.trackers.tensorboard"},
     "wandb": {"corolla.trackers.wandb"},
     "mlflow": {"corolla.trackers.mlflow"},
     "trackio": {"corolla.trackers.trackio"},
-    "huggingface_hub": {"corolla.full"},
-    "executorch": {"corolla.lowering"},
-    "torchao": {"corolla.lowering"},
+    "huggingface_hub": {"corolla.models.full"},
+    "executorch": {"corolla.phones.lowering"},
+    "torchao": {"corolla.phones.lowering"},
     "pickle": set(),
 }
 
@@ -130,7 +136,7 @@ def layer(module: str) -> str:
 
 def test_the_walk_finds_the_project() -> None:
     names = modules().keys()
-    assert {"server.rounds", "client.worker", "strategies.flora", "corolla.lora"} <= names
+    assert {"server.rounds", "client.worker", "strategies.flora", "corolla.models.lora"} <= names
     assert len(names) > 30
 
 

@@ -1,5 +1,5 @@
 // The seed log that a phone follows: it keeps the weights after the last row that it knows, not the
-// rows, and checks every version on the way. As client/worker.py and corolla/seedlog.py.
+// rows, and checks every version on the way. As client/training/worker.py and corolla/directions/seedlog.py.
 #pragma once
 
 #include <filesystem>

@@ -19,7 +19,7 @@ struct Stored {
 Stored decode(std::string_view bytes);
 std::string encode(const Params& tensors, const Facts& facts);
 
-// As corolla/codec.py: tensors are named "<group>/<name>", the metadata "groups" lists the groups.
+// As corolla/wire/codec.py: tensors are named "<group>/<name>", the metadata "groups" lists the groups.
 Payload decode_payload(std::string_view bytes);
 std::string encode_payload(const Payload& payload);
 

@@ -1,4 +1,4 @@
-// Scalar groups: Scalars of proto/update.proto as tensors, and back, as corolla/wire.py.
+// Scalar groups: Scalars of proto/update.proto as tensors, and back, as corolla/wire/messages.py.
 #pragma once
 
 #include "corolla/proto/update.pb.h"

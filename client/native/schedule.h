@@ -1,5 +1,5 @@
 // How many steps a client takes in a round, on which sequences, at which rate: as
-// corolla/schedule.py.
+// corolla/config/schedule.py.
 #pragma once
 
 #include <cstdint>

@@ -5,7 +5,7 @@
 namespace corolla {
 namespace {
 
-// Of the replay below, as corolla/signs.py computes it.
+// Of the replay below, as corolla/directions/signs.py computes it.
 constexpr const char* kReplayed =
     "a30862c303d1326b72d39cc81a1ac614eeaad35226a3f68946ab50c618f4dff3";
 

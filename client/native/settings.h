@@ -16,7 +16,7 @@ struct Lora {
   double scaling() const;  // the factor of B A
 };
 
-// As corolla/config.py, for the clients of one class.
+// As corolla/config/run.py, for the clients of one class.
 struct Run {
   uint64_t seed = 0;
   std::string strategy, trainer;  // trainer: "first_order", "zeroth_order", or "" of the strategy

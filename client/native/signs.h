@@ -1,5 +1,5 @@
 // The sign stream of proto/signs-v1.md: directions of +-1 over a flat vector, by compiled loops
-// that Python has too (corolla/signs.c).
+// that Python has too (corolla/directions/signs.c).
 #pragma once
 
 #include <cstddef>

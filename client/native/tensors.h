@@ -61,7 +61,7 @@ std::vector<T> values_of(const Tensor& tensor) {
 // The tensor of a name. Throws Error, which says where it is lacking.
 const Tensor& find(const Params& params, const std::string& name, const char* where);
 
-// sha256 over names, types, shapes and bytes, in the order of names: as corolla/tree.py.
+// sha256 over names, types, shapes and bytes, in the order of names: as corolla/tensors/tree.py.
 std::string digest(const Params& params);
 // The same over the groups of a payload, in the order of their names.
 std::string digest(const Payload& payload);

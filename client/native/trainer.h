@@ -1,5 +1,5 @@
 // Local training of one client in one round: with gradients, or with forward passes alone. As
-// client/first_order.py and client/zeroth_order.py, with micro-batches of one sequence.
+// client/training/first_order.py and client/training/zeroth_order.py, with micro-batches of one sequence.
 #pragma once
 
 #include <map>

@@ -9,11 +9,16 @@ import sys
 import atheris
 
 with atheris.instrument_imports(
-    include=["corolla.wire", "corolla.codec", "corolla.compression", "corolla.server.gate"]
+    include=[
+        "corolla.wire.messages",
+        "corolla.wire.codec",
+        "corolla.wire.compression",
+        "corolla.server.rounds.gate",
+    ]
 ):
     from experiments.bench.fuzz_targets import targets
 
-from corolla.packet import Packet
+from corolla.wire.packet import Packet
 from experiments.bench.mutations import REPLY, sealed
 
 TARGETS = targets()

@@ -11,22 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corolla import calls, codec, data, models, packet, seedlog, seeds, strategies, wire
-from corolla.aggregation import summable
-from corolla.client.worker import Worker
-from corolla.compression import pipeline
-from corolla.config import RunConfig
+from corolla import seeds, strategies
+from corolla.aggregation.sums import summable
+from corolla.client.training.worker import Worker
+from corolla.config.run import RunConfig
+from corolla.data import federated as data
+from corolla.directions import seedlog
 from corolla.errors import WireError
-from corolla.lora import LoraModel
-from corolla.memory import Memory
-from corolla.packet import Packet
+from corolla.models import pretrained
+from corolla.models.lora import LoraModel
+from corolla.phones import protocol
 from corolla.proto import device_pb2 as device
 from corolla.proto import update_pb2 as update
-from corolla.server.federation import Federation
-from corolla.server.gate import Expected, Judged, judge
-from corolla.server.tasks import Traffic, make_tasks
+from corolla.server.rounds.federation import Federation
+from corolla.server.rounds.gate import Expected, Judged, judge
+from corolla.server.rounds.tasks import Traffic, make_tasks
+from corolla.storage.memory import Memory
 from corolla.types import Params, Payload
-from corolla.wire import Kind, Reply, Task, pack_bundle, pack_reply, pack_task, unpack_task
+from corolla.wire import codec, messages, packet
+from corolla.wire.compression import pipeline
+from corolla.wire.messages import Kind, Reply, Task, pack_bundle, pack_reply, pack_task, unpack_task
+from corolla.wire.packet import Packet
 from experiments.bench import mutations
 
 BOUND = 1.0
@@ -110,7 +115,7 @@ TASK = Task("ab" * 16, 3, "cd" * 32, Kind.TRAIN, "{}", model_sha256="ef" * 32)
 
 
 def _honest(payload: Payload | bytes, client: str = "ada", **changes: Any) -> Packet:
-    dense, scalars = (payload, {}) if isinstance(payload, bytes) else wire.enclose(payload)
+    dense, scalars = (payload, {}) if isinstance(payload, bytes) else messages.enclose(payload)
     echo = (TASK.run_id, TASK.round, TASK.base_version, TASK.kind)
     reply = Reply(*echo, client, 5, {"train_loss": 2.0}, dense, scalars=scalars)
     return pack_reply(replace(reply, **changes))
@@ -172,7 +177,7 @@ def mutate(rng: random.Random, target: Target) -> Packet:
     """A mutated reply; of a bundle, mostly inside one of its entries."""
     reply = target.honest
     if target.name == "bundle" and rng.random() < 0.7:
-        entries = wire.unpack_bundle(reply.payload, 9)
+        entries = messages.unpack_bundle(reply.payload, 9)
         at = rng.randrange(len(entries))
         entries[at] = mutations.reply(rng, rng.choice(entries))
         body = pack_bundle(entries)
@@ -187,7 +192,7 @@ def readers() -> Mapping[
     str, tuple[bytes, Callable[[random.Random, bytes], bytes], Callable[[bytes], object]]
 ]:
     """Reader → (valid bytes, how they are mutated, what reads them and raises WireError alone)."""
-    chunk = calls.chunk(b"x" * 50, 0, 50, "ab" * 16)
+    chunk = protocol.chunk(b"x" * 50, 0, 50, "ab" * 16)
     manifest = device.Manifest()
     for name in ("config.json", "model.safetensors"):
         file = manifest.files.add(path=name)
@@ -204,48 +209,48 @@ def readers() -> Mapping[
         return lambda rng, data: mutations.message(rng, data, kind)
 
     def parsed(kind: Any, use: Callable[[Any], object] = lambda found: found) -> Any:
-        return lambda data: use(calls.parse(kind(), data, calls.MAX_MESSAGE))
+        return lambda data: use(protocol.parse(kind(), data, protocol.MAX_MESSAGE))
 
     capable = update.Capabilities(memory_bytes=5, runtime="corolla", cores=2)
     return {
         "check-in": (
             hello.SerializeToString(),
             like(device.CheckInRequest),
-            parsed(device.CheckInRequest, lambda m: calls.check_device(m.device)),
+            parsed(device.CheckInRequest, lambda m: protocol.check_device(m.device)),
         ),
         "lease": (
             lease.SerializeToString(),
             like(device.CheckInResponse),
-            parsed(device.CheckInResponse, lambda m: (calls.check_id(m.lease.id), pause(m))),
+            parsed(device.CheckInResponse, lambda m: (protocol.check_id(m.lease.id), pause(m))),
         ),
         "chunk": (
             chunk.SerializeToString(),
             like(device.Chunk),
-            parsed(device.Chunk, lambda m: calls.check_chunk(m, 0, 50)),
+            parsed(device.Chunk, lambda m: protocol.check_chunk(m, 0, 50)),
         ),
         "blob": (
             device.Blob(sha256="12" * 32, size=5).SerializeToString(),
             like(device.Blob),
-            parsed(device.Blob, lambda m: calls.check_blob(m, 1 << 20)),
+            parsed(device.Blob, lambda m: protocol.check_blob(m, 1 << 20)),
         ),
-        "manifest": (manifest.SerializeToString(), like(device.Manifest), calls.read_manifest),
-        "task header": (work.header, like(update.Task), calls.read_task),
+        "manifest": (manifest.SerializeToString(), like(device.Manifest), protocol.read_manifest),
+        "task header": (work.header, like(update.Task), protocol.read_task),
         "reply header": (
             honest.header,
             like(update.Reply),
-            lambda data: calls.read_reply(Packet(data, b"")),
+            lambda data: protocol.read_reply(Packet(data, b"")),
         ),
-        "groups": (body, mutations.payload, lambda data: calls.join([data, beside])),
+        "groups": (body, mutations.payload, lambda data: protocol.join([data, beside])),
         "payload": (body, mutations.payload, codec.decode),
         "capabilities": (
             capable.SerializeToString(),
             like(update.Capabilities),
-            parsed(update.Capabilities, wire.load_capabilities),
+            parsed(update.Capabilities, messages.load_capabilities),
         ),
         "bundle": (
             pack_bundle([honest]),
             like(update.Bundle),
-            lambda data: wire.unpack_bundle(data, 3),
+            lambda data: messages.unpack_bundle(data, 3),
         ),
         "Flower's array": (mutations.npy("(5,)", b"12345"), mutations.payload, packet._npy_bytes),
     }
@@ -253,7 +258,7 @@ def readers() -> Mapping[
 
 def pause(answer: device.CheckInResponse) -> float:
     """How long a phone would wait, which must be a time."""
-    seconds = calls.wait(answer.retry, 0.5)
+    seconds = protocol.wait(answer.retry, 0.5)
     assert 0 <= seconds <= 86_400, f"a phone would wait for {seconds} s"
     return seconds
 
@@ -280,7 +285,7 @@ class Device:
             except WireError:
                 return "refused"
             raise AssertionError("a task that cannot be read was done") from None
-        reply = wire.unpack_reply(self.worker(self.client, mutated), 1 << 30)
+        reply = messages.unpack_reply(self.worker(self.client, mutated), 1 << 30)
         assert "\n" not in reply.error, f"more than one line: {reply.error}"
         return "missing" if reply.missing else "error" if reply.error else "done"
 
@@ -300,7 +305,7 @@ def devices(folder: Path, **settings: Any) -> dict[str, Device]:
 
 
 def _device(folder: Path, config: RunConfig) -> Device:
-    model = LoraModel(models.load(config))
+    model = LoraModel(pretrained.load(config))
     federated = data.load(config)
     worker = Worker(config, model, federated, Memory(folder))
     clients = {client: len(split.train) for client, split in federated.clients.items()}

@@ -16,15 +16,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from corolla import anatomy, footprint, models, planning, signs, trainable
-from corolla.anatomy import Anatomy
-from corolla.client.first_order import FirstOrder
-from corolla.client.zeroth_order import ZerothOrder
-from corolla.config import RunConfig, load
-from corolla.directions import SignPool
-from corolla.footprint import Batch, Estimate
-from corolla.lora import LoraModel
-from corolla.simulation import simulate
+from corolla.client.training.first_order import FirstOrder
+from corolla.client.training.zeroth_order import ZerothOrder
+from corolla.commands.plan import plan
+from corolla.commands.simulate.in_process import simulate
+from corolla.config.run import RunConfig, load
+from corolla.directions import signs
+from corolla.directions.pools import SignPool
+from corolla.models import anatomy, footprint, pretrained, trainable
+from corolla.models.anatomy import Anatomy
+from corolla.models.footprint import Batch, Estimate
+from corolla.models.lora import LoraModel
 from experiments.bench import zeroth_order
 from experiments.bench.zeroth_order import Section, command, peak, resident, sequences
 
@@ -123,8 +125,8 @@ def predicted(model: Anatomy, config: RunConfig, batch: Batch) -> Estimate:
 
 
 def _train(config: RunConfig, batch: Batch) -> None:
-    models.set_threads(config)
-    base = models.load(config)
+    pretrained.set_threads(config)
+    base = pretrained.load(config)
     model = trainable.build(config, base)
     data = sequences(base, zeroth_order.Options(batch=batch.sequences, length=batch.tokens))
     start = model.init(config.lora, 0)
@@ -141,7 +143,7 @@ def _tokenizer(options: Options, model: Anatomy) -> Measured:
     from transformers import AutoTokenizer
 
     before = resident()
-    tokenizer = AutoTokenizer.from_pretrained(models.resolve(options.model))
+    tokenizer = AutoTokenizer.from_pretrained(pretrained.resolve(options.model))
     tokenizer("A text.")
     took = resident() - before
     return {
@@ -156,7 +158,7 @@ def _simulation(options: Options) -> Measured:
     few = ["rounds=2", "clients=4", "cohort=2", f"local-steps={options.steps}", "eval-examples=16"]
     few += ["eval-clients=2", "eval-client-examples=8", f"threads={options.threads}"]
     config = load(None, given, few)
-    estimate = planning.plan(config).simulation
+    estimate = plan.plan(config).simulation
     with tempfile.TemporaryDirectory() as scratch:
         simulate(config, Path(scratch))
     return {"measured": peak(), "predicted": estimate.total, "terms": dict(estimate.terms)}
@@ -180,7 +182,7 @@ Measure = Callable[[str, Options], Measured]
 
 
 def constants(options: Options, measure: Measure = in_child) -> Section:
-    """The constants of corolla.footprint, measured again."""
+    """The constants of corolla.models.footprint, measured again."""
     found = Section(f"constants, {options.model}")
     imports = measure("imports", options)
     found.rows.append(_row("LIBRARIES, MB", imports, 1e6))

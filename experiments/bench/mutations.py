@@ -18,8 +18,8 @@ import numpy as np
 import zstandard
 from google.protobuf.message import DecodeError
 
-from corolla.packet import Packet
 from corolla.proto import update_pb2 as pb
+from corolla.wire.packet import Packet
 
 INTEGERS = [0, 1, 2, 3, -1, -15, 127, 255, 256, 65535, 65536, 10**12]
 INTEGERS += [

@@ -24,14 +24,16 @@ from typing import Any
 
 import torch
 
-from corolla import models, seeds, signs
-from corolla.client.first_order import FirstOrder
-from corolla.client.zeroth_order import ZerothOrder
-from corolla.config import RunConfig
-from corolla.directions import SignPool
-from corolla.encoding import Encoded, collate
-from corolla.lora import LoraModel
-from corolla.scoring import loss_sum
+from corolla import seeds
+from corolla.client.training.first_order import FirstOrder
+from corolla.client.training.zeroth_order import ZerothOrder
+from corolla.config.run import RunConfig
+from corolla.data.encoding import Encoded, collate
+from corolla.directions import signs
+from corolla.directions.pools import SignPool
+from corolla.evaluation.scoring import loss_sum
+from corolla.models import pretrained
+from corolla.models.lora import LoraModel
 from experiments.bench.zeroth_order import Ratio, Section, command, now, peak, sequences, since
 from experiments.native_phones import run as native_phones
 
@@ -161,8 +163,8 @@ def python_of(name: str, options: Options) -> Measured:
         alpha=2.0 * options.rank,
         optimizer="sgd",
     )
-    models.set_threads(config)
-    base = models.load(config)
+    pretrained.set_threads(config)
+    base = pretrained.load(config)
     model = LoraModel(base)
     data = sequences(base, options)  # type: ignore[arg-type]
     took: list[float] = []

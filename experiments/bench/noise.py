@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corolla import factors, seeds, strategies
-from corolla.config import RunConfig
-from corolla.privacy import ClientLevel, ClippedSum, Normal, clip_factors
+from corolla import seeds, strategies
+from corolla.config.run import RunConfig
+from corolla.privacy.client_level import ClientLevel, ClippedSum, Normal, clip_factors
+from corolla.tensors import factors
 from corolla.types import Params, Payload, Strategy
 
 CLIENTS = (10, 100, 1000)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from corolla.assets import asset
+from corolla.embedded.assets import asset
 
 SIZES = {
     # 16 million parameters: a step is long enough to measure, an export takes minutes

@@ -3,10 +3,11 @@
     python -m experiments.bench.phones --json FILE
 
 The gateway is a process of its own, as `corolla gateway` starts it, asked over its socket as a
-SuperNode's ClientApp would. Phones are threads of this process that run client/phone.py over TLS on
-loopback, each with a connection of its own; what they "train" is an array, made without torch. In
-every round each phone that gets a task vanishes with the given probability: no word to the gateway,
-its connection closed, back with the next round. README.md says how to read the table.
+SuperNode's ClientApp would. Phones are threads of this process that run client/phone/session.py
+over TLS on loopback, each with a connection of its own; what they "train" is an array, made
+without torch. In every round each phone that gets a task vanishes with the given probability: no
+word to the gateway, its connection closed, back with the next round. README.md says how to read
+the table.
 """
 
 import argparse
@@ -30,15 +31,17 @@ from typing import Any
 import numpy as np
 import psutil
 
-from corolla import calls, certs, rpc, wire
-from corolla.client.phone import Phone, Settings
-from corolla.config import RunConfig
+from corolla.client.phone.session import Phone, Settings
+from corolla.config.run import RunConfig
 from corolla.errors import StoppedError
-from corolla.packet import Packet
+from corolla.host import certificates
+from corolla.phones import protocol
 from corolla.proto import update_pb2
-from corolla.server.gateway import Settings as GatewaySettings
-from corolla.server.gateway_daemon import Order
-from corolla.wire import Kind, Task
+from corolla.server.gateway.daemon import Order
+from corolla.server.gateway.gateway import Settings as GatewaySettings
+from corolla.wire import messages, rpc
+from corolla.wire.messages import Kind, Task
+from corolla.wire.packet import Packet
 
 TOKEN = "a-token-of-the-bench-0123456789"
 RUN = "b" * 32
@@ -72,7 +75,7 @@ def run(options: Options, told: Callable[[int, Round], None] = lambda n, r: None
     """All rounds; `told` hears of each."""
     with tempfile.TemporaryDirectory(prefix="corolla-phones-") as scratch:
         folder = Path(scratch)
-        certs.make(folder / "certs", ["localhost"], ["localhost"])
+        certificates.make(folder / "certs", ["localhost"], ["localhost"])
         (folder / "tokens").write_text(TOKEN + "\n")
         with _gateway(folder) as (process, socket, address):
             memory = psutil.Process(process.pid)
@@ -93,9 +96,11 @@ def _round(
     vanishing: "_Vanishing",
 ) -> Round:
     began = time.monotonic()
-    packet = rpc.ask_trainer(socket, wire.pack_task(_task(options, number)), 2 * options.deadline)
+    packet = rpc.ask_trainer(
+        socket, messages.pack_task(_task(options, number)), 2 * options.deadline
+    )
     seconds = time.monotonic() - began
-    reply = wire.unpack_reply(packet, len(packet.payload))
+    reply = messages.unpack_reply(packet, len(packet.payload))
     gone = len([entry for entry in vanishing.gone if entry[1] == number])
     return Round(seconds, reply.clients, gone, reply.error, memory.memory_info().rss)
 
@@ -174,7 +179,7 @@ class _Trainer:
     def answer(
         self, client: str, packet: Packet, model: Path | None, wanted: Callable[[], bool]
     ) -> Packet:
-        task = calls.read_task(packet.header)
+        task = protocol.read_task(packet.header)
         if self.vanishing.strikes(self.device, task.round):
             raise _Gone
         payload = _adapter(self.options, 1e-3 * (int(self.device[1:]) + 1))
@@ -188,7 +193,7 @@ class _Trainer:
             num_examples=80,
             metrics={"train_loss": 1.0},
             payload_bytes=len(payload),
-            payload_sha256=calls.sha256(payload),
+            payload_sha256=protocol.sha256(payload),
         )
         return Packet(head.SerializeToString(), payload)
 
@@ -228,7 +233,7 @@ def _serve(
         with (
             contextlib.suppress(StoppedError, _Gone),
             rpc.tls_channel(
-                address, folder / "certs" / "ca.pem", most_bytes=calls.MAX_MESSAGE
+                address, folder / "certs" / "ca.pem", most_bytes=protocol.MAX_MESSAGE
             ) as channel,
         ):
             Phone(settings, channel, _Trainer(device, options, vanishing), stop).run()
@@ -250,7 +255,7 @@ def _gateway(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path, str]
     (folder / "gate").mkdir()
     with rpc.private_socket(folder / "gate") as socket:
         process = subprocess.Popen(
-            [sys.executable, "-m", "corolla.server.gateway_daemon", str(socket)],
+            [sys.executable, "-m", "corolla.server.gateway.daemon", str(socket)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )

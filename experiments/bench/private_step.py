@@ -15,14 +15,15 @@ from typing import Literal
 
 import torch
 
-from corolla import models, seeds, trainable
-from corolla.client import dpsgd
-from corolla.client.first_order import FirstOrder
-from corolla.config import RunConfig
-from corolla.dense import DenseModel
-from corolla.encoding import Encoded
-from corolla.lora import LoraModel
-from corolla.privacy import ExampleLevel
+from corolla import seeds
+from corolla.client.training import dpsgd
+from corolla.client.training.first_order import FirstOrder
+from corolla.config.run import RunConfig
+from corolla.data.encoding import Encoded
+from corolla.models import pretrained, trainable
+from corolla.models.dense import DenseModel
+from corolla.models.lora import LoraModel
+from corolla.privacy.client_level import ExampleLevel
 from corolla.types import Params
 from experiments.bench.zeroth_order import Section, Took, command, in_turn
 
@@ -76,7 +77,7 @@ def setting(parameters: Literal["lora", "full"], options: Options) -> Setting:
         threads=options.threads,
         device="cpu",
     )
-    model = trainable.build(config, models.load(config))
+    model = trainable.build(config, pretrained.load(config))
     if not isinstance(model, LoraModel | DenseModel):
         raise TypeError("no model with gradients")
     draw = seeds.generator(0, "bench")

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from corolla import certs
+from corolla.host import certificates
 
 CLIENTS = ("asyncio", "calendar")
 RUN = (
@@ -55,7 +55,7 @@ def run(folder: Path, rounds: int) -> None:
     """A federation in `folder` until it is done."""
     keys, out = folder / "keys", folder / "out"
     keys.mkdir()
-    certs.make(folder / "certs", [])
+    certificates.make(folder / "certs", [])
     server = f"server {RUN} --rounds {rounds} --address 127.0.0.1:0 --certs {folder / 'certs'} "
     server += f"--clients-keys {keys} --out {out}"
     with ExitStack() as stack:

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from corolla import factors, seeds
+from corolla import seeds
 from corolla.strategies.fedex_lora import FedExLora
 from corolla.strategies.flexlora import FlexLora
+from corolla.tensors import factors
 from corolla.types import Params, Payload, Strategy
 from experiments.bench.zeroth_order import (
     Section,

@@ -36,15 +36,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from corolla import directions, models, seeds, signs, trainable
-from corolla.client.first_order import FirstOrder
-from corolla.client.zeroth_order import ZerothOrder
-from corolla.config import RunConfig
-from corolla.directions import SignPool
-from corolla.encoding import Encoded, collate
-from corolla.lora import LoraModel
-from corolla.models import Base
-from corolla.scoring import loss_sum
+from corolla import seeds
+from corolla.client.training.first_order import FirstOrder
+from corolla.client.training.zeroth_order import ZerothOrder
+from corolla.config.run import RunConfig
+from corolla.data.encoding import Encoded, collate
+from corolla.directions import pools, signs
+from corolla.directions.pools import SignPool
+from corolla.evaluation.scoring import loss_sum
+from corolla.models import pretrained, trainable
+from corolla.models.lora import LoraModel
+from corolla.models.pretrained import Base
 from corolla.types import Move, Pool
 
 KEY = (1, 1)
@@ -309,7 +311,7 @@ def replay(options: Options) -> Section:
     own = torch.Generator()
 
     def signed() -> None:
-        directions.apply(weights, 0, moves)
+        pools.apply(weights, 0, moves)
 
     def in_numpy() -> None:
         with without_kernel():
@@ -332,7 +334,9 @@ def replay(options: Options) -> Section:
         _check_same_bits(moves, options)
         found.notes.append("replay, compiled and NumPy: the same bits")
     else:
-        found.notes.append("replay, compiled: skipped, the kernel of corolla.signs is not built")
+        found.notes.append(
+            "replay, compiled: skipped, the kernel of corolla.directions.signs is not built"
+        )
     times = in_turn(contenders, options.repetitions)
     drawn = options.gaussians * options.repetitions
     gaussians = f"Gaussian, {options.pool} directions"
@@ -351,7 +355,7 @@ def replay(options: Options) -> Section:
 
 @contextmanager
 def without_kernel() -> Iterator[None]:
-    """What corolla.signs does where no kernel was built."""
+    """What corolla.directions.signs does where no kernel was built."""
     kernel, signs._kernel = signs._kernel, None
     try:
         yield
@@ -362,9 +366,9 @@ def without_kernel() -> Iterator[None]:
 def _check_same_bits(moves: Sequence[Move], options: Options) -> None:
     start = torch.linspace(-1, 1, min(options.values, 3 * options.pool + 100))
     ends = [start.clone(), start.clone()]
-    directions.apply(ends[0], 0, moves)
+    pools.apply(ends[0], 0, moves)
     with without_kernel():
-        directions.apply(ends[1], 0, moves)
+        pools.apply(ends[1], 0, moves)
     if torch.equal(start, ends[0]) or not torch.equal(*ends):
         raise ValueError("the compiled replay and NumPy's differ")
 
@@ -419,7 +423,7 @@ def steps(kind: str, options: Options) -> tuple[dict[str, list[Took]], int]:
     The trainer does all its steps in one go; after each, the others have their turn.
     """
     config = settings(kind, options, options.repetitions + WARM_UP)
-    base = models.load(config)
+    base = pretrained.load(config)
     model = trainable.build(config, base)
     data = sequences(base, options)
     batch = collate(data, base.pad_id, model.device)
@@ -526,7 +530,7 @@ def memory(
 def memory_of(kind: str, options: Options) -> dict[str, float]:
     """Bytes that are resident after loading, and at most: since then, and since the beginning."""
     config = settings(kind, options, options.repetitions)
-    base = models.load(config)
+    base = pretrained.load(config)
     data = sequences(base, options)
     loaded, before = resident(), peak()
     restart_peak()

@@ -28,19 +28,22 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-from corolla import calls, certs, data, models
-from corolla.config import RunConfig
-from corolla.encoding import Encoder
-from corolla.packet import Packet
-from corolla.server.federation import Network
-from corolla.server.gateway import Gateway, Settings
-from corolla.server.observer import Silent
-from corolla.server.phones import serve_phones
-from corolla.server.run import Run, Summary
-from corolla.server.setup import set_up
-from corolla.server.tokens import read_tokens
-from corolla.student import mean
-from corolla.wire import Kind, Task, pack_task, unpack_reply
+from corolla.commands.compare.statistics import mean
+from corolla.config.run import RunConfig
+from corolla.data import federated
+from corolla.data.encoding import Encoder
+from corolla.host import certificates
+from corolla.models import pretrained
+from corolla.phones import protocol
+from corolla.server.gateway.access import read_tokens
+from corolla.server.gateway.gateway import Gateway, Settings
+from corolla.server.gateway.service import serve_phones
+from corolla.server.rounds.federation import Network
+from corolla.server.runs.observer import Silent
+from corolla.server.runs.run import Run, Summary
+from corolla.server.runs.setup import set_up
+from corolla.wire.messages import Kind, Task, pack_task, unpack_reply
+from corolla.wire.packet import Packet
 from experiments.bench.zeroth_order import machine
 
 HERE = Path(__file__).parent
@@ -157,7 +160,7 @@ def federate(
 def reported(folder: Path) -> list[Mapping[str, float]]:
     """The metrics of every reply of a run."""
     paths = sorted(folder.glob("state-*/updates/round-*.header"))
-    return [calls.read_reply(Packet(path.read_bytes(), b"")).metrics for path in paths]
+    return [protocol.read_reply(Packet(path.read_bytes(), b"")).metrics for path in paths]
 
 
 def _mean(headers: list[Mapping[str, float]], name: str) -> float:
@@ -166,8 +169,8 @@ def _mean(headers: list[Mapping[str, float]], name: str) -> float:
 
 def _write_tokens(config: RunConfig, folder: Path) -> None:
     """Each client's training sequences, as its phone reads them."""
-    federation = data.load(config)
-    encoder = Encoder(models.load(config).tokenizer, federation.labels, config.max_length)
+    federation = federated.load(config)
+    encoder = Encoder(pretrained.load(config).tokenizer, federation.labels, config.max_length)
     for phone, split in zip(PHONES, federation.clients.values(), strict=True):
         with (folder / f"{phone}.jsonl").open("w") as file:
             for number, example in enumerate(split.train):
@@ -178,7 +181,7 @@ def _write_tokens(config: RunConfig, folder: Path) -> None:
 
 @contextmanager
 def _gateway(folder: Path, bundle: Path) -> Iterator[tuple[Gateway, str]]:
-    certs.make(folder / "certs", ["localhost"], ["localhost"])
+    certificates.make(folder / "certs", ["localhost"], ["localhost"])
     (folder / "tokens").write_text(TOKEN + "\n")
     gateway = Gateway(
         Settings("gate", folder / "gate", seats=len(PHONES), retry=0.5, share_bundle=bundle)

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from corolla.compare import compare, plan
+from corolla.commands.compare.compare import compare, plan
 
 _EMBEDDED: dict[str, Any] = {"eval_examples": 128, "eval_client_examples": 8}
 _CLINC: dict[str, Any] = {

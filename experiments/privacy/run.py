@@ -30,8 +30,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 from scipy.stats import t as student
 
-from corolla.config import RunConfig
-from corolla.simulation import simulate
+from corolla.commands.simulate.in_process import simulate
+from corolla.config.run import RunConfig
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)

@@ -14,7 +14,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from corolla import certs
+from corolla.host import certificates
 
 OPTIONS = (
     "--rounds 2 --local-steps 2 --batch-size 4 --set threads=1 --set eval-examples=8 "
@@ -83,7 +83,7 @@ def running_server(
     tls, keys, out = folder / "certs", folder / "keys", folder / "out"
     keys.mkdir(parents=True, exist_ok=True)
     if not tls.exists():
-        certs.make(tls, [])
+        certificates.make(tls, [])
     log = folder / "server.log"
     place = out / "flower" / "place.json"
     place.unlink(missing_ok=True)

@@ -7,13 +7,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from corolla import calls, certs, rpc
-from corolla.children import free_port
-from corolla.client import own
-from corolla.client.phone import Phone, Settings
-from corolla.client.phone_trainer import TorchTrainer
+from corolla.client.device import settings as own
+from corolla.client.phone.session import Phone, Settings
+from corolla.client.phone.trainer import TorchTrainer
 from corolla.errors import StoppedError
-from corolla.packet import Packet
+from corolla.host import certificates
+from corolla.host.processes import free_port
+from corolla.phones import protocol
+from corolla.wire import rpc
+from corolla.wire.packet import Packet
 from tests.e2e.federation import Server, register, running
 
 TOKEN = "a-token-of-the-tests-0123456789"
@@ -37,7 +39,7 @@ def running_gateway(
 ) -> Iterator[Gateway]:
     """`corolla gateway`, its state in folder/state-NAME; its key is registered with the server."""
     state, log, tls = folder / f"state-{name}", folder / f"{name}.log", folder / f"certs-{name}"
-    certs.make(tls, [], ["localhost"])
+    certificates.make(tls, [], ["localhost"])
     token = folder / f"token-{name}"
     token.write_text(TOKEN + "\n")
     address = f"localhost:{free_port()}"
@@ -64,7 +66,7 @@ def running_phones(
         threads = []
         for device in others:
             channel = stack.enter_context(
-                rpc.tls_channel(gateway.address, gateway.ca, most_bytes=calls.MAX_MESSAGE)
+                rpc.tls_channel(gateway.address, gateway.ca, most_bytes=protocol.MAX_MESSAGE)
             )
             mine = own.load(
                 None,

@@ -9,13 +9,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from corolla import data, models
-from corolla.config import RunConfig
-from corolla.encoding import Encoder
-from corolla.packet import Packet
+from corolla.commands.simulate.in_process import InProcess
+from corolla.config.run import RunConfig
+from corolla.data import federated
+from corolla.data.encoding import Encoder
+from corolla.models import pretrained
 from corolla.proto import update_pb2
-from corolla.simulation import InProcess
-from corolla.wire import Reply, pack_reply, unpack_reply, unpack_task
+from corolla.wire.messages import Reply, pack_reply, unpack_reply, unpack_task
+from corolla.wire.packet import Packet
 from tests.e2e.gateways import Gateway
 
 
@@ -45,8 +46,8 @@ class Phone:
 
 def write_tokens(config: RunConfig, clients: Mapping[str, Path]) -> None:
     """The sequences that clients of a simulation train on, as files of native clients."""
-    federation = data.load(config)
-    encoder = Encoder(models.load(config).tokenizer, federation.labels, config.max_length)
+    federation = federated.load(config)
+    encoder = Encoder(pretrained.load(config).tokenizer, federation.labels, config.max_length)
     for client, path in clients.items():
         lines = []
         for number, example in enumerate(federation.clients[client].train):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from corolla.cli import app
+from corolla.cli.app import app
 
 RUNNER = CliRunner()
 

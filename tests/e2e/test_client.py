@@ -14,8 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
-from corolla import certs
-from corolla.client.own import identity
+from corolla.client.device.settings import identity
+from corolla.host import certificates
 from tests.e2e.federation import OPTIONS, Server, running_client, running_server
 
 pytestmark = pytest.mark.deployment
@@ -42,9 +42,9 @@ def idle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 NODE = """
 import sys
 from pathlib import Path
-from corolla.client.node import Node
-from corolla.client.own import identity
-from corolla.client.supernode import Link
+from corolla.client.device.node import Node
+from corolla.client.device.settings import identity
+from corolla.client.device.supernode import Link
 server, ca, state = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 ready = [sys.executable, "-c", "import time; print('{}', flush=True); time.sleep(600)"]
 Node(Link(server, ca, "ada", state, identity(state)[0]), ready, {}, print).run()
@@ -84,7 +84,7 @@ def test_a_key_that_is_not_registered_is_said_and_joins_once_it_is(
 
 
 def test_a_wrong_certificate_is_said(idle: Server, tmp_path: Path) -> None:
-    certs.make(tmp_path / "foreign", [])
+    certificates.make(tmp_path / "foreign", [])
     with client(tmp_path, idle, tmp_path / "foreign" / "ca.pem") as log:
         wait_for(lambda: "does not fit --root-certificates" in log.read_text(), 90, log)
 
@@ -98,7 +98,7 @@ try:
     import flwr.supercore.date as date
     now = date.now
     date.now = lambda: now() + timedelta(seconds=600)
-    import corolla.client.supernode as supernode
+    import corolla.client.device.supernode as supernode
     class Ahead(supernode.datetime):
         @classmethod
         def now(cls, tz=None):
@@ -135,7 +135,7 @@ def relays(state: Path) -> list[psutil.Process]:
     """The ClientApp of a message, if one is at work."""
     try:
         below = psutil.Process(pid_of(state, "supernode")).children(recursive=True)
-        return [p for p in below if "corolla.client.relay" in p.cmdline()]
+        return [p for p in below if "corolla.client.device.relay" in p.cmdline()]
     except (psutil.Error, OSError, ValueError):
         return []
 

@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from corolla.cli import app
+from corolla.cli.app import app
 
 RUNNER = CliRunner()
 TINY = "--rounds 2 --cohort 3 --rank 2 --local-steps 2 --batch-size 3 --seeds 2 --lrs 0.01,0.03"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from corolla.cli import app
+from corolla.cli.app import app
 
 OPTIONS = "--clients 4 --cohort 2 --rounds 3 --local-steps 2 --batch-size 4"
 QUICK = "--set threads=1 --set eval-examples=8 --set eval-client-examples=2"

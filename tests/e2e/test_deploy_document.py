@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from corolla.assets import asset
-from corolla.children import free_port
+from corolla.embedded.assets import asset
+from corolla.host.processes import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 400.0

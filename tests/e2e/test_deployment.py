@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from corolla.assets import asset
+from corolla.embedded.assets import asset
 from tests.e2e.federation import running_client, running_server
 from tests.e2e.gateways import running_gateway, running_phones, wait_for
 

@@ -25,8 +25,8 @@ OPTIONS = (
 
 RUNNER = """
 import json, os, resource, signal, sys
-import corolla.simulation, corolla.progress, corolla.trackers
-from corolla.cli import app
+import corolla.commands.simulate.in_process, corolla.commands.simulate.progress, corolla.trackers
+from corolla.cli.app import app
 
 for line in sys.stdin:
     order = json.loads(line)

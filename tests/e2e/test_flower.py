@@ -164,7 +164,7 @@ def test_the_app_bundle_holds_the_code_and_only_code(tmp_path: Path) -> None:
     (bundle,) = checkout.glob("*.fab")
     assert bundle.stat().st_size < 10_000_000
     names = set(zipfile.ZipFile(bundle).namelist())
-    wanted = {"server/app.py", "client/app.py", "corolla/lora.py", "strategies/flora.py"}
+    wanted = {"server/app.py", "client/app.py", "corolla/models/lora.py", "strategies/flora.py"}
     assert wanted | {"proto/update_pb2.py", "pyproject.toml"} <= names
     assert not any(name.endswith((".safetensors", ".so")) for name in names)
 
@@ -189,8 +189,8 @@ def test_the_wheel_holds_everything_and_runs(tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(site)
     code = (
         "import corolla, corolla.server.app, corolla.client.app\n"
-        "from corolla.assets import asset\n"
-        "from corolla.cli import app\n"
+        "from corolla.embedded.assets import asset\n"
+        "from corolla.cli.app import app\n"
         f"assert corolla.__file__.startswith({str(site)!r}), corolla.__file__\n"
         f"assert str(asset('model')).startswith({str(site)!r})\n"
         "app(['simulate', '--clients', '2', '--rounds', '1', '--local-steps', '1', '--out', 'o',"

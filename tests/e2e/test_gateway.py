@@ -9,12 +9,12 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from corolla import certs
-from corolla.assets import asset
-from corolla.cli import app
+from corolla.cli.app import app
+from corolla.embedded.assets import asset
+from corolla.host import certificates
 from tests.e2e.federation import running_server
 from tests.e2e.gateways import running_gateway, running_phones, wait_for
-from tests.server import gateways
+from tests.server.gateway import gateways
 
 PHONES = ("p1", "p2")
 RUN = (
@@ -70,7 +70,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[gateways.World]:
         (folder / "token").write_text(gateways.TOKEN)
         (folder / "wrong").write_text("a-token-of-nobody-at-all")
         (folder / "rows.jsonl").write_text('{"text": "a b c"}\n' * 9)
-        certs.make(folder / "others", [])
+        certificates.make(folder / "others", [])
         yield found
 
 

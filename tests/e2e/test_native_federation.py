@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 import torch
 
-from corolla import codec
-from corolla.assets import asset
-from corolla.client.worker import Worker
-from corolla.config import RunConfig, load
-from corolla.lora import read_adapter
-from corolla.memory import Memory
-from corolla.packet import Packet
-from corolla.server.observer import Silent
-from corolla.server.run import Run
-from corolla.server.setup import set_up
-from corolla.wire import unpack_reply
+from corolla.client.training.worker import Worker
+from corolla.config.run import RunConfig, load
+from corolla.embedded.assets import asset
+from corolla.models.lora import read_adapter
+from corolla.server.runs.observer import Silent
+from corolla.server.runs.run import Run
+from corolla.server.runs.setup import set_up
+from corolla.storage.memory import Memory
+from corolla.wire import codec
+from corolla.wire.messages import unpack_reply
+from corolla.wire.packet import Packet
 from tests.bundles import embedded_bundle
 from tests.client.native.conftest import built
 from tests.e2e import native

@@ -15,11 +15,11 @@ import pytest
 from typer.testing import CliRunner
 
 from corolla import simulate
-from corolla.cli import app
-from corolla.config import RunConfig
+from corolla.cli.app import app
+from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, DataError, RoundError, StoppedError
 from corolla.server import app as served
-from corolla.server.observer import Silent
+from corolla.server.runs.observer import Silent
 
 Settings = Callable[..., RunConfig]
 QUICK: dict[str, Any] = {"eval_clients": 1, "eval_client_examples": 2, "eval_every": 10}

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from corolla.accounting import gaussian_epsilon
-from corolla.cli import app
-from corolla.server.journal import read
+from corolla.cli.app import app
+from corolla.privacy.accounting import gaussian_epsilon
+from corolla.server.runs.journal import read
 
 OPTIONS = (
     "--clients 3 --cohort 2 --rounds 2 --local-steps 1 --batch-size 2 --strategy ffa_lora "

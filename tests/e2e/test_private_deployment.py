@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from corolla import accounting
-from corolla.accounting import Release
+from corolla.privacy import accounting
+from corolla.privacy.accounting import Release
 from tests.e2e.federation import running_client, running_server
 from tests.e2e.gateways import wait_for
 from tests.e2e.test_deployment import EDGES, lines_of, rows_of_clients

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from corolla.cli import app
-from corolla.server.journal import read
+from corolla.cli.app import app
+from corolla.server.runs.journal import read
 
 OPTIONS = "--clients 4 --cohort 2 --rounds 4 --local-steps 2 --batch-size 4 --strategy flora"
 QUICK = "--set threads=1 --set eval-examples=8 --set eval-client-examples=2"

@@ -18,9 +18,9 @@ from flwr.proto.runtime_pb2 import AcquireTaskRequest, GetNodesRequest
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.runtime import RuntimeHttpClient
 
-from corolla import certs
-from corolla.assets import asset
-from corolla.children import free_port
+from corolla.embedded.assets import asset
+from corolla.host import certificates
+from corolla.host.processes import free_port
 from tests.e2e.federation import Server, make_key, running_client, running_server
 
 pytestmark = pytest.mark.deployment
@@ -77,7 +77,7 @@ def test_control_and_runtime_fail_through_the_front(idle: Server, tmp_path: Path
     outside = control(idle, idle.address, idle.ca)
     inner = idle.out / "flower" / "tls" / "ca.pem"
     inside = control(idle, f"127.0.0.1:{idle.superlink_port()}", inner)
-    pem = certs.public_key(make_key(tmp_path, "intruder").with_suffix(".pub"))
+    pem = certificates.public_key(make_key(tmp_path, "intruder").with_suffix(".pub"))
     before = len(inside.ListNodes(ListNodesRequest()).nodes_info)
     for call in (
         lambda: outside.RegisterNode(RegisterNodeRequest(public_key=pem)),

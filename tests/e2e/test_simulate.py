@@ -17,7 +17,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from corolla.cli import app
+from corolla.cli.app import app
 
 TINY = "--clients 5 --cohort 3 --rounds 2 --local-steps 2 --batch-size 4".split()
 QUICK = "--set threads=1 --set eval-examples=12 --set eval-client-examples=2".split()

@@ -18,12 +18,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from corolla import seedlog, signs
-from corolla.cli import app
-from corolla.config import RunConfig
-from corolla.server import checkpoint
-from corolla.server.run import Run
-from corolla.server.setup import set_up
+from corolla.cli.app import app
+from corolla.config.run import RunConfig
+from corolla.directions import seedlog, signs
+from corolla.server.runs import checkpoint
+from corolla.server.runs.run import Run
+from corolla.server.runs.setup import set_up
 from corolla.types import Payload
 
 Settings = Callable[..., RunConfig]

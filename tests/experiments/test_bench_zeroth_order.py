@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from corolla import signs
+from corolla.directions import signs
 from experiments.bench import zeroth_order as bench
 
 SMALL = "--threads 1 --repetitions 2 --signs 4096 --values 10000 --pool 64 --gaussians 1".split()

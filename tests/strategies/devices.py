@@ -8,17 +8,19 @@ from typing import Any
 
 from torch import Tensor
 
-from corolla import models, seedlog, seeds
-from corolla.client.worker import Worker
-from corolla.config import RunConfig
-from corolla.full import FullModel
-from corolla.lora import LoraModel
-from corolla.memory import Memory
-from corolla.packet import Packet
-from corolla.server.federation import Federation, Held, Network
-from corolla.server.rounds import RoundResult, evaluate_clients, run_round
+from corolla import seeds
+from corolla.client.training.worker import Worker
+from corolla.config.run import RunConfig
+from corolla.directions import seedlog
+from corolla.models import pretrained
+from corolla.models.full import FullModel
+from corolla.models.lora import LoraModel
+from corolla.server.rounds.federation import Federation, Held, Network
+from corolla.server.rounds.round import RoundResult, evaluate_clients, run_round
+from corolla.storage.memory import Memory
 from corolla.types import Payload
-from corolla.wire import Reply, Task, unpack_reply, unpack_task
+from corolla.wire.messages import Reply, Task, unpack_reply, unpack_task
+from corolla.wire.packet import Packet
 from tests.strategies import tiny
 
 
@@ -55,7 +57,7 @@ class Devices(Network):
             self.tasks[client] = unpack_task(packets[client])
             self.replies[client] = unpack_reply(answer, 1 << 30)
             self.weights[client] = weights(self.model)
-            self.hashes[client] = models.fingerprint(self.model.model)
+            self.hashes[client] = pretrained.fingerprint(self.model.model)
             yield client, answer
 
     def worker(self, client: str) -> Worker:
@@ -105,7 +107,7 @@ class Run:
     def server(self) -> str:
         """The hash of the server's global model."""
         model = self.shown()
-        return models.fingerprint(model.model)
+        return pretrained.fingerprint(model.model)
 
     def shown(self) -> LoraModel | FullModel:
         """The server's own model, with its weights."""

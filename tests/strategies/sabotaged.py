@@ -7,10 +7,9 @@ from typing import ClassVar, Self, cast
 import torch
 from torch import Tensor
 
-from corolla import factors, tree
-from corolla.aggregation import ByGroup, SeedSums, Stack, WeightedMean
-from corolla.client.worker import LocalClient
-from corolla.directions import SignPool
+from corolla.aggregation.sums import ByGroup, SeedSums, Stack, WeightedMean
+from corolla.client.training.worker import LocalClient
+from corolla.directions.pools import SignPool
 from corolla.strategies.fed_sb import FedSb
 from corolla.strategies.fedavg import FedAvg
 from corolla.strategies.fedavgm import FedAvgM
@@ -28,6 +27,7 @@ from corolla.strategies.lora_fair import LoraFair
 from corolla.strategies.mixed import Mixed
 from corolla.strategies.rolora import RoLora
 from corolla.strategies.seed_pool import SeedPool
+from corolla.tensors import factors, tree
 from corolla.types import (
     Adapter,
     Aggregates,

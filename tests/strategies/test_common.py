@@ -11,17 +11,20 @@ from typing import Any
 import pytest
 import torch
 
-from corolla import codec, factors, seedlog, strategies, tree, wire
-from corolla.client.worker import Worker
-from corolla.conformance import Result, conform
+from corolla import strategies
+from corolla.client.training.worker import Worker
+from corolla.commands.check.proofs import Result, conform
+from corolla.directions import seedlog
 from corolla.errors import ConfigError
-from corolla.memory import Memory
-from corolla.packet import Packet
-from corolla.server.federation import Network
-from corolla.server.rounds import evaluate_clients
-from corolla.server.tasks import accepted_only
+from corolla.server.rounds.federation import Network
+from corolla.server.rounds.round import evaluate_clients
+from corolla.server.rounds.tasks import accepted_only
+from corolla.storage.memory import Memory
 from corolla.strategies import STRATEGIES, create
+from corolla.tensors import factors, tree
 from corolla.types import LoraSpec, Observed, Params, Payload, Strategy, Traits
+from corolla.wire import codec, messages
+from corolla.wire.packet import Packet
 from tests.strategies import tiny
 from tests.strategies.tiny import Run
 
@@ -449,8 +452,8 @@ def size_of(payload: Payload) -> int:
     for params in payload.values():
         plain = sum(t.numel() * (4 if n == "seed" else t.element_size()) for n, t in params.items())
         if "scalars" in params and "directions" not in params and not params["scalars"].all():
-            assert wire.scalar_bytes(params) <= plain
-            plain = wire.scalar_bytes(params)
+            assert messages.scalar_bytes(params) <= plain
+            plain = messages.scalar_bytes(params)
         total += plain
     return total
 
@@ -466,7 +469,7 @@ def test_upload_is_the_formula_for_each_client(name: str, run: Run) -> None:
     costs = run.federation.strategy.cost([run.federation.size(c, 2) for c in clients])
     assert len(costs) == len(clients)
     for client, cost in zip(clients, costs, strict=True):
-        assert wire.content_bytes(run.network.update(client)) == cost.up
+        assert messages.content_bytes(run.network.update(client)) == cost.up
         assert min(cost.up, cost.down, cost.once) >= 0
     result = run.done[-1]
     assert (result.cost.up, result.cost.down) == (
@@ -483,7 +486,7 @@ def test_download_is_the_formula_for_who_missed_nothing(name: str, run: Run) -> 
     costs = run.federation.strategy.cost([run.federation.size(c, 2) for c in run.network.received])
     by_client = dict(zip(run.network.received, costs, strict=True))
     for client in clients:
-        found, cost = wire.content_bytes(run.network.received[client]), by_client[client]
+        found, cost = messages.content_bytes(run.network.received[client]), by_client[client]
         assert found <= cost.down if cost.at_most else found == cost.down
         assert found > 0
 

@@ -3,9 +3,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from corolla import tree, wire
 from corolla.strategies.fed_sb import FedSb
+from corolla.tensors import tree
 from corolla.types import Cost, LoraSpec, Params, Payload, Size
+from corolla.wire import messages
 from tests.strategies import tiny
 
 SPEC = LoraSpec(3, 3.0)
@@ -97,7 +98,7 @@ def test_real_rounds_leave_a_and_b_as_they_were_and_send_them_once(tmp_path: Pat
         assert tree.digest(run.state["basis"]) == basis
         for client, received in run.network.received.items():
             assert ("basis" in received) == (round == 1)
-            assert wire.content_bytes(run.network.update(client)) == 4 * 7 * 4**2
+            assert messages.content_bytes(run.network.update(client)) == 4 * 7 * 4**2
             held = run.network.trained[client]  # with R · A in the place of A
             for name, b in run.state["basis"].items():
                 if name.endswith(".lora_B"):

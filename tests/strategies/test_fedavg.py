@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from corolla import factors
 from corolla.strategies.fedavg import FedAvg
+from corolla.tensors import factors
 from corolla.types import Cost, Params, Size
 from tests.strategies import tiny
 

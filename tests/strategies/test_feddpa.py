@@ -4,9 +4,9 @@ import pytest
 import torch
 from peft import PeftModel
 
-from corolla import tree
-from corolla.server.rounds import evaluate_clients
+from corolla.server.rounds.round import evaluate_clients
 from corolla.strategies.feddpa import FedDpa
+from corolla.tensors import tree
 from corolla.types import Cost, LoraSpec, Params, Size
 from tests.strategies import tiny
 

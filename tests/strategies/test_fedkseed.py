@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from corolla import directions, seeds, signs, tree, wire
-from corolla.directions import GaussianPool, SignPool
+from corolla import seeds
+from corolla.directions import pools, signs
+from corolla.directions.pools import GaussianPool, SignPool
 from corolla.strategies.fedkseed import FedKSeed
+from corolla.tensors import tree
 from corolla.types import Cost, Params, Payload, Pool, Size
+from corolla.wire import messages
 from tests.strategies import devices, tiny
 
 KINDS = ["gaussian", "sign"]
@@ -66,7 +69,7 @@ def test_two_rounds_by_hand(kind: str) -> None:
             assert member.asked[0]["pool"] == own
         assert state["sums"]["scalars"].tolist() == pytest.approx(sums.tolist(), rel=1e-6)
     whole = strategy.adapter(state)
-    found = flat(directions.settle(whole.trained, whole.moves))
+    found = flat(pools.settle(whole.trained, whole.moves))
     wanted = flat(START)
     for k in range(8):
         wanted = wanted + sums[k] * z(own, k, 5)
@@ -105,12 +108,12 @@ def test_a_client_and_round_is_less_than_eighteen_kilobytes() -> None:
     state: Payload = first
     for round in range(4):
         members = [client(5, 1000 * round + m, *scalars) for m in range(50)]
-        up = {wire.content_bytes(strategy.local(m, received).payload) for m in members}
+        up = {messages.content_bytes(strategy.local(m, received).payload) for m in members}
         assert up == {8 * 200 + 4}
         state = tiny.play(strategy, state, members, first)
     assert bool((state["sums"]["scalars"] != 0).all())
     broadcast = strategy.broadcast(state)
-    down = wire.content_bytes(broadcast.payload)
+    down = messages.content_bytes(broadcast.payload)
     assert down == 4 * 4096 + 4
     assert 8 * 200 + 4 + down < 18_000
     assert broadcast.log == ()

@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from corolla import signs, wire
+from corolla.directions import signs
 from corolla.strategies.fedkseed import FedKSeed
 from corolla.strategies.fedkseed_pro import FedKSeedPro, _draw, probabilities
 from corolla.types import Cost, Params, Payload, Size
+from corolla.wire import messages
 from tests.strategies import devices, tiny
 
 START: Params = {
@@ -189,10 +190,10 @@ def test_bytes_are_the_formula() -> None:
     first = strategy.init(START, 0)
     members = [client(5, m, *scalars) for m in range(60)]
     received = tiny.seen(strategy.broadcast(first), first)
-    assert {wire.content_bytes(strategy.local(m, received).payload) for m in members} == {1604}
+    assert {messages.content_bytes(strategy.local(m, received).payload) for m in members} == {1604}
     state = tiny.play(strategy, first, members, first)
     assert bool((state["sums"]["scalars"] != 0).all())
-    assert wire.content_bytes(strategy.broadcast(state).payload) == 8 * 1024 + 4
+    assert messages.content_bytes(strategy.broadcast(state).payload) == 8 * 1024 + 4
     (cost,) = strategy.cost([Size(1, 2, 3, 200, "zeroth_order")])
     assert cost == Cost(8 * 200 + 4, 8 * 1024 + 4, at_most=True)
 

@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from corolla import signs, tree
-from corolla.directions import GaussianPool, LowRankPool, SignPool
+from corolla.directions import signs
+from corolla.directions.pools import GaussianPool, LowRankPool, SignPool
 from corolla.strategies.fedmezo import FedMeZO
+from corolla.tensors import tree
 from corolla.types import Cost, Params, Payload, Pool, Size
 from tests.strategies import devices, tiny
 

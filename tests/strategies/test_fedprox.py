@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from corolla import tree
 from corolla.strategies.fedavg import FedAvg
 from corolla.strategies.fedprox import FedProx
+from corolla.tensors import tree
 from tests.strategies import tiny
 
 SGD = {"optimizer": "sgd", "clip_norm": None, "local_steps": 6}

@@ -6,12 +6,12 @@ import pytest
 import torch
 from peft import PeftModel
 
-from corolla import wire
-from corolla.client.worker import encode_all
-from corolla.encoding import Encoder
-from corolla.server.rounds import evaluate_clients
+from corolla.client.training.worker import encode_all
+from corolla.data.encoding import Encoder
+from corolla.server.rounds.round import evaluate_clients
 from corolla.strategies.fedsa_lora import FedSaLora
 from corolla.types import Cost, Params, Payload, Size
+from corolla.wire import messages
 from tests.strategies import tiny
 
 START: Params = {"m.lora_A": torch.tensor([[1.0, 2.0]]), "m.lora_B": torch.zeros(2, 1)}
@@ -66,7 +66,7 @@ def test_no_b_is_ever_sent(run: tiny.Run) -> None:
     for client, packet in run.network.sent.items():
         sent = run.network.update(client)
         assert all(name.endswith(".lora_A") for params in sent.values() for name in params)
-        assert wire.content_bytes(sent) == 4 * 4 * (6 * 32 + 48)
+        assert messages.content_bytes(sent) == 4 * 4 * (6 * 32 + 48)
         whole = packet.header + packet.payload
         trained = run.network.trained[client]
         b = [tensor for name, tensor in trained.items() if name.endswith(".lora_B")]

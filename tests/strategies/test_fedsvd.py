@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from corolla import tree
 from corolla.strategies.fedsvd import FedSvd
+from corolla.tensors import tree
 from corolla.types import Cost, LoraSpec, Params, Payload, Size
 from tests.strategies import tiny
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from corolla import directions, seedlog, seeds, signs, tree
+from corolla import seeds
+from corolla.directions import pools, seedlog, signs
 from corolla.strategies.ferret import Ferret
+from corolla.tensors import tree
 from corolla.types import Cost, Params, Payload, Size
 from tests.strategies import devices, tiny
 
@@ -39,7 +41,7 @@ def flat(params: Params) -> Tensor:
 
 def settled(strategy: Ferret, state: Payload) -> Tensor:
     whole = strategy.adapter(state)
-    return flat(directions.settle(whole.trained, whole.moves))
+    return flat(pools.settle(whole.trained, whole.moves))
 
 
 def reconstruction(size: int, moved: Tensor, seed: int, server_lr: float = 1.0) -> Tensor:

@@ -3,11 +3,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from corolla import factors, tree
-from corolla.client.first_order import FirstOrder
-from corolla.encoding import Encoded
-from corolla.lora import LoraModel
+from corolla.client.training.first_order import FirstOrder
+from corolla.data.encoding import Encoded
+from corolla.models.lora import LoraModel
 from corolla.strategies.ffa_lora import FfaLora
+from corolla.tensors import factors, tree
 from corolla.types import Cost, LoraSpec, Params, Size
 from tests.strategies import tiny
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from corolla import wire
 from corolla.strategies.flexlora import FlexLora
 from corolla.types import Cost, LoraSpec, Params, Payload, Size
+from corolla.wire import messages
 from tests.strategies import tiny
 
 SPECS = [LoraSpec(2, 4.0), LoraSpec(3, 12.0), LoraSpec(6, 3.0)]
@@ -154,8 +154,8 @@ def test_bytes_both_ways_are_those_of_a_clients_own_rank(tmp_path: Path) -> None
         run.step()
         for client in run.network.sent:
             size = 4 * one * run.federation.lora(client).rank
-            assert wire.content_bytes(run.network.received[client]) == size
-            assert wire.content_bytes(run.network.update(client)) == size
+            assert messages.content_bytes(run.network.received[client]) == size
+            assert messages.content_bytes(run.network.update(client)) == size
     assert {run.federation.lora(client).rank for client in tiny.CLIENTS} == {2, 4, 8}
 
 

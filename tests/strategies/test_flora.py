@@ -5,9 +5,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from corolla import codec, factors, models, tree
+from corolla.models import pretrained
 from corolla.strategies.flora import Flora
+from corolla.tensors import factors, tree
 from corolla.types import Cost, LoraSpec, Params, Payload, Size
+from corolla.wire import codec
 from tests.strategies import tiny
 
 MIXED = {"ranks": [4, 8, 16], "alphas": [8.0, 4.0, 64.0]}
@@ -114,10 +116,10 @@ def test_mixed_ranks_stay_exact_when_blocks_are_compacted(model: str, tmp_path: 
 
 def test_blocks_stay_apart_from_the_base(tmp_path: Path) -> None:
     run = tiny.start(tiny.config("flora", **MIXED), "gpt2", tmp_path)
-    before = models.fingerprint(tiny.base("gpt2").model)
+    before = pretrained.fingerprint(tiny.base("gpt2").model)
     for _ in range(3):
         run.step()
-    assert models.fingerprint(run.model.detach()) == before
+    assert pretrained.fingerprint(run.model.detach()) == before
 
 
 def test_a_late_joiner_gets_every_block_and_trains_as_if_it_had_been_there(

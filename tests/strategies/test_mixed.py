@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from corolla import seeds, signs, tree
+from corolla import seeds
+from corolla.directions import signs
 from corolla.errors import ConfigError
-from corolla.server.rounds import run_round
+from corolla.server.rounds.round import run_round
 from corolla.strategies.fedavg import FedAvg
 from corolla.strategies.mixed import Mixed
+from corolla.tensors import tree
 from corolla.types import Cost, Params, Payload, Size
 from tests.strategies import devices, tiny
 

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corolla import codec, seeds, strategies
-from corolla.aggregation import ByGroup, Stack, Sum, WeightedMean, summable
+from corolla import seeds, strategies
+from corolla.aggregation.sums import ByGroup, Stack, Sum, WeightedMean, summable
 from corolla.types import Params, Payload, Size, Strategy, Summable, TrainerName
+from corolla.wire import codec
 
 NEED_ALL_UPDATES = {"flora", "fedex_lora", "flexlora", "lora_fair", "hetlora"}
 LINEAR = sorted(strategies.STRATEGIES.keys() - NEED_ALL_UPDATES)

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from corolla.cli import app
-from corolla.config import validate
+from corolla.cli.app import app
+from corolla.config.run import validate
 from corolla.errors import ConfigError
 from corolla.strategies import STRATEGIES, create, find
 from corolla.strategies.fedavg import FedAvg

@@ -5,14 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from corolla import tree, wire
 from corolla.errors import RoundError
-from corolla.packet import Packet
-from corolla.server.federation import Network
-from corolla.server.rounds import run_round
+from corolla.server.rounds.federation import Network
+from corolla.server.rounds.round import run_round
 from corolla.strategies.rolora import RoLora
+from corolla.tensors import tree
 from corolla.types import Cost, LoraSpec, Params, Payload, Size
-from corolla.wire import pack_reply, unpack_reply, unpack_task
+from corolla.wire import messages
+from corolla.wire.messages import pack_reply, unpack_reply, unpack_task
+from corolla.wire.packet import Packet
 from tests.strategies import tiny
 
 SPEC = LoraSpec(2, 4.0)
@@ -148,6 +149,6 @@ def test_bytes_are_those_of_one_factor(tmp_path: Path) -> None:
     downs = []
     for up in (b, a, b):
         run.step()
-        downs.append({wire.content_bytes(own) for own in run.network.received.values()})
-        assert {wire.content_bytes(run.network.update(c)) for c in run.network.sent} == {up}
+        downs.append({messages.content_bytes(own) for own in run.network.received.values()})
+        assert {messages.content_bytes(run.network.update(c)) for c in run.network.sent} == {up}
     assert downs == [{a + b + 1}, {b + 1}, {a + 1}]

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from corolla import simulation, tree
-from corolla.config import RunConfig
+from corolla.commands.simulate import in_process
+from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
 from corolla.strategies.fedavg import FedAvg
 from corolla.strategies.scaffold import Scaffold
+from corolla.tensors import tree
 from corolla.types import Correct, Cost, Fit, Params, Payload, Size, Strategy
 from tests.strategies import tiny
 
@@ -195,10 +196,10 @@ class Killed:
 def test_controls_survive_a_killed_run(settings: Callable[..., RunConfig], tmp_path: Path) -> None:
     """Devices have staged what the server never accepted: it must not count."""
     config = settings(strategy="scaffold", optimizer="sgd", lr=0.3, rounds=4, cohort=3)
-    wanted = simulation.simulate(config, tmp_path / "straight")
+    wanted = in_process.simulate(config, tmp_path / "straight")
     with pytest.raises(StopError):
-        simulation.simulate(config, tmp_path / "killed", Killed(in_round=3))
-    found = simulation.simulate(config, tmp_path / "killed", resume=True)
+        in_process.simulate(config, tmp_path / "killed", Killed(in_round=3))
+    found = in_process.simulate(config, tmp_path / "killed", resume=True)
     assert found.adapter_hash == wanted.adapter_hash
 
 

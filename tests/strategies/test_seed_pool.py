@@ -8,13 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from corolla import codec, directions, seedlog, seeds, signs, tree, wire
+from corolla import seeds
+from corolla.directions import pools, seedlog, signs
 from corolla.errors import ConfigError, RoundError
-from corolla.server.rounds import run_round
-from corolla.server.tasks import Traffic, make_tasks
+from corolla.server.rounds.round import run_round
+from corolla.server.rounds.tasks import Traffic, make_tasks
 from corolla.strategies.seed_pool import SeedPool
+from corolla.tensors import tree
 from corolla.types import Broadcast, Cost, Params, Payload, Size, row_name
-from corolla.wire import Kind
+from corolla.wire import codec, messages
+from corolla.wire.messages import Kind
 from tests.strategies import devices, tiny
 
 SPACES = ["lora", "full"]
@@ -40,7 +43,7 @@ def client(n: int, seed: int, *scalars: float, step: float = -0.25) -> tiny.Scri
 
 def current(strategy: SeedPool, state: Payload) -> Tensor:
     whole = strategy.adapter(state)
-    return flat(directions.settle(whole.trained, whole.moves))
+    return flat(pools.settle(whole.trained, whole.moves))
 
 
 # By hand
@@ -78,7 +81,7 @@ def test_clients_start_where_the_rows_lead_on_the_signs_of_their_round() -> None
         state = tiny.play(strategy, state, [member], first)
         (asked,) = member.asked
         assert len(asked["moves"]) == round - 1
-        assert asked["pool"] == directions.SignPool(8, (seeds.derive(5, "directions"), round))
+        assert asked["pool"] == pools.SignPool(8, (seeds.derive(5, "directions"), round))
         assert asked["directions"] == signs.choices(11, 3, 8).tolist()
         assert asked["start"] is START
 
@@ -197,9 +200,9 @@ def test_a_snapshot_is_sent_where_it_is_fewer_bytes(tmp_path: Path) -> None:
     for task in run.network.tasks.values():
         assert task.log is not None
         assert (list(task.log.rows), task.log.number) == ([], 3)
-        start = wire.content(task)["start"]
+        start = messages.content(task)["start"]
         assert codec.content_bytes({"start": start}) < 3 * 4 * 4096
-        assert tiny.same(start, directions.settle(whole.trained, whole.moves))
+        assert tiny.same(start, pools.settle(whole.trained, whole.moves))
 
 
 def hold(run: devices.Run, row: int) -> None:
@@ -288,11 +291,11 @@ def test_rows_that_do_not_lead_to_the_version_are_refused(damage: str, tmp_path:
         "order": [rows[1], rows[0], rows[2]],
     }[damage]
     bad = replace(task, log=replace(task.log, rows=rows))
-    answer = run.network.worker("a")("a", wire.pack_task(bad))
-    reply = wire.unpack_reply(answer, 1 << 20)
+    answer = run.network.worker("a")("a", messages.pack_task(bad))
+    reply = messages.unpack_reply(answer, 1 << 20)
     assert "gap or a foreign row" in reply.error
-    good = run.network.worker("a")("a", wire.pack_task(task))
-    assert wire.unpack_reply(good, 1 << 20).error == ""
+    good = run.network.worker("a")("a", messages.pack_task(task))
+    assert messages.unpack_reply(good, 1 << 20).error == ""
 
 
 @pytest.mark.parametrize("space", SPACES)
@@ -359,12 +362,12 @@ def test_two_hundred_steps_travel_in_less_than_two_kilobytes() -> None:
     first = strategy.init(START, 0)
     members = [client(5, 11 * m, *scalars) for m in range(40)]
     received = tiny.seen(strategy.broadcast(first), first)
-    up = {wire.content_bytes(strategy.local(m, received).payload) for m in members}
+    up = {messages.content_bytes(strategy.local(m, received).payload) for m in members}
     assert up == {2 * 200 + 8}
     state = tiny.play(strategy, first, members, first)
     (row,) = seedlog.rows(state).values()
     assert bool((row["scalars"] != 0).all())
-    assert wire.scalar_bytes(row) == 2 * 512 + 4
+    assert messages.scalar_bytes(row) == 2 * 512 + 4
     assert 2 * 200 + 8 + 2 * 512 + 4 <= 1800
 
 
@@ -422,12 +425,12 @@ def test_a_snapshot_that_is_not_the_one_announced_is_refused(tmp_path: Path) -> 
     fill(run)
     task = make_tasks(run.federation, run.state, {}, 3, Kind.TRAIN, {"a": 1}, Traffic())["a"]
     assert task.log is not None
-    assert task.log.start == codec.content_id(wire.content(task)["start"])
+    assert task.log.start == codec.content_id(messages.content(task)["start"])
     bad = replace(task, log=replace(task.log, start="cd" * 16))
-    answer = run.network.worker("a")("a", wire.pack_task(bad))
-    assert "does not match its content id" in wire.unpack_reply(answer, 1 << 20).error
-    good = run.network.worker("a")("a", wire.pack_task(task))
-    assert wire.unpack_reply(good, 1 << 20).error == ""
+    answer = run.network.worker("a")("a", messages.pack_task(bad))
+    assert "does not match its content id" in messages.unpack_reply(answer, 1 << 20).error
+    good = run.network.worker("a")("a", messages.pack_task(task))
+    assert messages.unpack_reply(good, 1 << 20).error == ""
 
 
 def test_a_log_that_ends_at_another_number_is_refused(tmp_path: Path) -> None:
@@ -437,5 +440,5 @@ def test_a_log_that_ends_at_another_number_is_refused(tmp_path: Path) -> None:
     task = make_tasks(run.federation, run.state, {}, 4, Kind.TRAIN, {"a": 1}, Traffic())["a"]
     assert task.log is not None
     bad = replace(task, log=replace(task.log, number=4))
-    answer = run.network.worker("a")("a", wire.pack_task(bad))
-    assert "log ends at row 4, here at 3" in wire.unpack_reply(answer, 1 << 20).error
+    answer = run.network.worker("a")("a", messages.pack_task(bad))
+    assert "log ends at row 4, here at 3" in messages.unpack_reply(answer, 1 << 20).error

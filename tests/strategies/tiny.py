@@ -17,16 +17,18 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
 
-from corolla import factors, models, seedlog, seeds, strategies, wire
-from corolla.client.worker import Worker
-from corolla.config import RunConfig
-from corolla.data import Example, FederatedData, Split
-from corolla.lora import LoraModel
-from corolla.memory import Memory
-from corolla.models import Base
-from corolla.packet import Packet
-from corolla.server.federation import Federation, Held, Network
-from corolla.server.rounds import RoundResult, run_round
+from corolla import seeds, strategies
+from corolla.client.training.worker import Worker
+from corolla.config.run import RunConfig
+from corolla.data.federated import Example, FederatedData, Split
+from corolla.directions import seedlog
+from corolla.models import pretrained
+from corolla.models.lora import LoraModel
+from corolla.models.pretrained import Base
+from corolla.server.rounds.federation import Federation, Held, Network
+from corolla.server.rounds.round import RoundResult, run_round
+from corolla.storage.memory import Memory
+from corolla.tensors import factors
 from corolla.types import (
     Broadcast,
     Correct,
@@ -45,7 +47,9 @@ from corolla.types import (
     Walk,
     row_name,
 )
-from corolla.wire import unpack_reply, unpack_task
+from corolla.wire import messages
+from corolla.wire.messages import unpack_reply, unpack_task
+from corolla.wire.packet import Packet
 
 KINDS = ("llama", "gpt2", "bert")
 VOCABULARY = 64
@@ -116,7 +120,7 @@ def base(kind: str) -> Base:
                 parameter += 0.05 * noise
     model.requires_grad_(False)
     task = "classify" if kind == "bert" else "causal"
-    return Base(model, _tokenizer(), task, kind, kind, models.fingerprint(model))
+    return Base(model, _tokenizer(), task, kind, kind, pretrained.fingerprint(model))
 
 
 def lora_model(kind: str, dropout: float = 0.0) -> LoraModel:
@@ -214,7 +218,7 @@ class Tracer(Network):
 
     def update(self, client: str) -> Payload:
         """What a client of the last cohort sent."""
-        return wire.content(unpack_reply(self.sent[client], 1 << 30))
+        return messages.content(unpack_reply(self.sent[client], 1 << 30))
 
     def mean(self) -> Params:
         """Σ n_m W_m / Σ n of what the clients' models held after training, dense, in fp64."""
@@ -233,7 +237,7 @@ def delivered(packet: Packet) -> Payload:
     last = task.log.number if task.log else 0
     numbers = range(last - len(rows) + 1, last + 1)
     named = {row_name(n): row for n, row in zip(numbers, rows, strict=True)}
-    return {**wire.content(task), **named}
+    return {**messages.content(task), **named}
 
 
 @dataclass

@@ -9,14 +9,18 @@ from typing import Any
 
 import torch
 
-from corolla import codec, data, encoding, models, seedlog, seeds, trainable, wire
-from corolla.client.worker import Worker, encode_all
-from corolla.config import RunConfig
-from corolla.memory import Memory
-from corolla.packet import Packet
-from corolla.server.tasks import run_settings
+from corolla import seeds
+from corolla.client.training.worker import Worker, encode_all
+from corolla.config.run import RunConfig
+from corolla.data import encoding, federated
+from corolla.directions import seedlog
+from corolla.models import pretrained, trainable
+from corolla.server.rounds.tasks import run_settings
+from corolla.storage.memory import Memory
 from corolla.types import Payload
-from corolla.wire import Kind, Log, Reply, Task, pack_task, unpack_reply
+from corolla.wire import codec, messages
+from corolla.wire.messages import Kind, Log, Reply, Task, pack_task, unpack_reply
+from corolla.wire.packet import Packet
 
 RUN = "ab" * 16
 
@@ -85,7 +89,7 @@ class Case:
             extra["log"] = Log(versions[0], versions[since], versions[-1], rows, len(versions) - 1)
             if lacks and not since:
                 groups["first"] = self.first["start"]
-        payload, scalars = wire.enclose(groups)
+        payload, scalars = messages.enclose(groups)
         settings = {
             "lora": vars(own.config.lora),
             "class": kind,
@@ -159,7 +163,9 @@ class Case:
 
 def case(folder: Path, bundle: Path, check: Path, **changes: Any) -> Case:
     own = config(**changes)
-    worker = Worker(own, trainable.build(own, models.load(own)), data.load(own), Memory(folder))
+    worker = Worker(
+        own, trainable.build(own, pretrained.load(own)), federated.load(own), Memory(folder)
+    )
     return Case(worker, bundle, folder, check)
 
 

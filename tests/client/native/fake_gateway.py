@@ -14,13 +14,14 @@ import grpc
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from corolla import calls, rpc, wire
-from corolla.config import RunConfig
+from corolla.config.run import RunConfig
+from corolla.phones import protocol
 from corolla.proto import device_pb2 as pb
 from corolla.proto import device_pb2_grpc
 from corolla.proto import update_pb2 as updates
-from corolla.server.uploads import Upload
-from tests.server import gateways
+from corolla.server.gateway.uploads import Upload
+from corolla.wire import messages, rpc
+from tests.server.gateway import gateways
 from tests.strategies import tiny
 
 LEASE = "ab" * 16
@@ -61,7 +62,8 @@ def make_bundle(
             }
         ],
         "files": {
-            name: {"sha256": calls.sha256(data), "bytes": len(data)} for name, data in files.items()
+            name: {"sha256": protocol.sha256(data), "bytes": len(data)}
+            for name, data in files.items()
         },
         **changes,
     }
@@ -89,7 +91,7 @@ class Fake(device_pb2_grpc.PhonesServicer):
     """Leases one task after another to whoever has its bundle, without a deadline of its own."""
 
     bundle: Path
-    tasks: list[wire.Task] = field(default_factory=list)
+    tasks: list[messages.Task] = field(default_factory=list)
     cached: list[pb.Blob] = field(default_factory=list)
     policy: pb.Policy = field(default_factory=pb.Policy)
     lease_seconds: float = 5.0
@@ -120,8 +122,8 @@ class Fake(device_pb2_grpc.PhonesServicer):
         for path in sorted(bundle.iterdir()):
             data = path.read_bytes()
             chunks = b"".join(
-                hashlib.sha256(data[at : at + calls.CHUNK]).digest()
-                for at in range(0, len(data), calls.CHUNK)
+                hashlib.sha256(data[at : at + protocol.CHUNK]).digest()
+                for at in range(0, len(data), protocol.CHUNK)
             )
             blob = self.put(data)
             made.files.append(pb.Manifest.File(path=path.name, blob=blob, chunks=chunks))
@@ -129,8 +131,8 @@ class Fake(device_pb2_grpc.PhonesServicer):
 
     def put(self, data: bytes) -> pb.Blob:
         """Offer bytes."""
-        self.blobs[calls.sha256(data)] = data
-        return pb.Blob(sha256=calls.sha256(data), size=len(data))
+        self.blobs[protocol.sha256(data)] = data
+        return pb.Blob(sha256=protocol.sha256(data), size=len(data))
 
     def count(self, name: str) -> int:
         """How often a call came."""
@@ -138,7 +140,7 @@ class Fake(device_pb2_grpc.PhonesServicer):
 
     def downloads(self, path: Path) -> list[int]:
         """The offsets that were asked for of a file."""
-        name = calls.sha256(path.read_bytes())
+        name = protocol.sha256(path.read_bytes())
         return [r.offset for call, r in self.asked if call == "Download" and r.sha256 == name]
 
     def _came(self, name: str, request: Any, context: grpc.ServicerContext) -> None:
@@ -149,7 +151,7 @@ class Fake(device_pb2_grpc.PhonesServicer):
 
     def CheckIn(self, request: Any, context: Any) -> pb.CheckInResponse:  # noqa: N802
         self._came("CheckIn", request, context)
-        retry = calls.window(0.05, 0.15)
+        retry = protocol.window(0.05, 0.15)
         assignment = pb.Assignment(program="fp32", method="grad", rank=1, length=32)
         if request.manifest != self.model.sha256:
             refusal = pb.Refusal(
@@ -159,7 +161,7 @@ class Fake(device_pb2_grpc.PhonesServicer):
         if not self.tasks:
             refusal = pb.Refusal(reason=pb.Refusal.REASON_NO_TASK, text="no round")
             return pb.CheckInResponse(refusal=refusal, retry=retry, policy=self.policy)
-        packet = wire.pack_task(self.tasks[0])
+        packet = messages.pack_task(self.tasks[0])
         lease = pb.Lease(
             id=f"{self._lease:032x}",
             client=f"gate/{request.device}",
@@ -190,7 +192,7 @@ class Fake(device_pb2_grpc.PhonesServicer):
             context.abort(grpc.StatusCode.NOT_FOUND, "this blob is not offered (any more)")
             raise AssertionError
         at = request.offset
-        chunk = calls.chunk(data[at : at + calls.CHUNK], at, len(data))
+        chunk = protocol.chunk(data[at : at + protocol.CHUNK], at, len(data))
         self.spoil(chunk)
         return chunk
 
@@ -206,13 +208,13 @@ class Fake(device_pb2_grpc.PhonesServicer):
 
     def Report(self, request: Any, context: Any) -> pb.Acknowledgement:  # noqa: N802
         self._came("Report", request, context)
-        reply = calls.parse(updates.Reply(), request.reply, calls.MAX_REPLY)
+        reply = protocol.parse(updates.Reply(), request.reply, protocol.MAX_REPLY)
         self.reports.append((request.lease, reply))
         self.tasks = self.tasks[1:]
         self.next_lease()
         good = self.accept and not reply.error
         why = reply.error or ("" if good else "too good to be true")
-        return pb.Acknowledgement(accepted=good, why=why, retry=calls.window(0.05, 0.1))
+        return pb.Acknowledgement(accepted=good, why=why, retry=protocol.window(0.05, 0.1))
 
     def Heartbeat(self, request: Any, context: Any) -> pb.HeartbeatResponse:  # noqa: N802
         self._came("Heartbeat", request, context)
@@ -230,7 +232,7 @@ def offering(folder: Path, fake: Fake) -> Iterator[int]:
         own / "gateway.pem",
         own / "gateway.key",
         workers=8,
-        most_bytes=calls.MAX_MESSAGE,
+        most_bytes=protocol.MAX_MESSAGE,
     )
     device_pb2_grpc.add_PhonesServicer_to_server(fake, server)  # type: ignore[no-untyped-call]
     server.start()

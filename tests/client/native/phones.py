@@ -13,11 +13,12 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from corolla import calls, wire
+from corolla.phones import protocol
+from corolla.wire import messages
 from tests.client.native.fake_gateway import CONFIG, Fake, make_bundle, offering, public_half
-from tests.server import gateways
+from tests.server.gateway import gateways
 
-FILES = {"fp32.pte": b"a program" * 999, "base.ptd": os.urandom(3 * calls.CHUNK + 1234)}
+FILES = {"fp32.pte": b"a program" * 999, "base.ptd": os.urandom(3 * protocol.CHUNK + 1234)}
 
 
 class Running:
@@ -150,7 +151,7 @@ def world(folder: Path, build: Path, files: Mapping[str, bytes] = FILES) -> Iter
                     phone.kill()
 
 
-def a_task(round: int = 1, **changes: object) -> wire.Task:
+def a_task(round: int = 1, **changes: object) -> messages.Task:
     """One that the stub answers, whatever it says."""
     return gateways.a_task(CONFIG, seats=1, round=round, **changes)
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from corolla import codec, tree
+from corolla.tensors import tree
+from corolla.wire import codec
 from tests.client.native.core_tasks import call
 from tests.client.native.test_core_signs import PARAMS
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from corolla import wire
 from corolla.proto import update_pb2 as pb
-from corolla.wire import Kind, Task, pack_task
+from corolla.wire import messages
+from corolla.wire.messages import Kind, Task, pack_task
 from tests.client.native import core_tasks
 from tests.client.native.core_tasks import Case
 
@@ -120,7 +120,7 @@ def test_an_adapter_that_is_not_the_bundles(make: Make) -> None:
         "not finite": {**adapter, name: torch.full_like(adapter[name], float("nan"))},
     }
     for line, params in wrong.items():
-        payload, _ = wire.enclose({"adapter": params})
+        payload, _ = messages.enclose({"adapter": params})
         assert line in refused(case, replace(case.task(), payload=payload))
     assert "lacks group adapter" in refused(case, replace(case.task(), payload=b""))
     assert "cannot be read" in refused(case, replace(case.task(), payload=b"\xff" * 100))

@@ -12,8 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corolla import codec, seedlog, seeds, signs, tree
+from corolla import seeds
+from corolla.directions import seedlog, signs
+from corolla.tensors import tree
 from corolla.types import Params
+from corolla.wire import codec
 from tests.client.native.core_tasks import call
 
 ROOT = Path(__file__).parents[3]

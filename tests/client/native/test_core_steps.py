@@ -1,4 +1,4 @@
-"""Native optimisers step as torch's, schedules are Corolla's, scalars travel as in corolla.wire."""
+"""Native optimisers step as torch's, schedules are Corolla's, scalars travel as in Python."""
 
 import json
 from pathlib import Path
@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from corolla import schedule, tree, wire
-from corolla.config import RunConfig
+from corolla.config import schedule
+from corolla.config.run import RunConfig
 from corolla.errors import WireError
 from corolla.proto import update_pb2 as pb
-from corolla.server.tasks import run_settings
+from corolla.server.rounds.tasks import run_settings
+from corolla.tensors import tree
 from corolla.types import Params
+from corolla.wire import messages
 from tests.client.native.core_tasks import call, config
 
 
@@ -104,7 +106,7 @@ GROUPS: dict[str, Params] = {
 
 @pytest.mark.parametrize("name", GROUPS)
 def test_scalar_groups_travel_as_in_python(check: Path, tmp_path: Path, name: str) -> None:
-    entry = wire._dump(GROUPS[name], "group")
+    entry = messages._dump(GROUPS[name], "group")
     (tmp_path / "entry").write_bytes(entry.SerializeToString())
     found = json.loads(call(check, "scalars", tmp_path / "entry").stdout)
     assert found["digest"] == tree.digest(GROUPS[name])
@@ -130,7 +132,7 @@ def test_a_hostile_scalar_group_is_one_line(check: Path, tmp_path: Path) -> None
     ]
     for entry in hostile:
         with pytest.raises(WireError):
-            wire._load(entry, "group")
+            messages._load(entry, "group")
         (tmp_path / "entry").write_bytes(entry.SerializeToString())
         done = call(check, "scalars", tmp_path / "entry")
         assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), entry

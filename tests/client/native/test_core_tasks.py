@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from corolla import codec, directions, seedlog, signs, tree, wire
-from corolla.directions import SignPool
+from corolla.directions import pools, seedlog, signs
+from corolla.directions.pools import SignPool
+from corolla.tensors import tree
 from corolla.types import Params, Payload
-from corolla.wire import Reply
+from corolla.wire import codec, messages
+from corolla.wire.messages import Reply
 from tests.client.native import core_tasks
 from tests.client.native.core_tasks import Case, farthest
 
@@ -58,7 +60,7 @@ def test_gradient_steps_end_where_those_of_python_do(make: Make, name: str) -> N
     task = case.task()
     native, python = case.native(task, "grad"), case.python(task)
     same_words(native, python)
-    found, wanted = (wire.content(reply)["adapter"] for reply in (native, python))
+    found, wanted = (messages.content(reply)["adapter"] for reply in (native, python))
     assert max(float(tensor.abs().max()) for tensor in wanted.values()) > 1e-4
     assert farthest(found, wanted) < 1e-6
 
@@ -69,7 +71,7 @@ def test_adam_ends_where_that_of_python_does(make: Make) -> None:
     task = case.task()
     native, python = case.native(task, "grad"), case.python(task)
     same_words(native, python)
-    found, wanted = (flat(wire.content(reply)["adapter"]) for reply in (native, python))
+    found, wanted = (flat(messages.content(reply)["adapter"]) for reply in (native, python))
     apart = (found - wanted).abs()
     assert float(apart.norm() / wanted.norm()) < 1e-3
     assert float((apart > 1e-4).float().mean()) < 1e-4
@@ -85,7 +87,7 @@ def test_three_rounds_keep_to_python(make: Make) -> None:
             "python": case.python(case.task(states["python"], round)),
         }
         for name, reply in replies.items():
-            adapter = tree.add(states[name]["adapter"], wire.content(reply)["adapter"])
+            adapter = tree.add(states[name]["adapter"], messages.content(reply)["adapter"])
             states[name] = {"adapter": adapter}
     assert farthest(states["native"]["adapter"], case.first["adapter"]) > 1e-3
     assert farthest(states["native"]["adapter"], states["python"]["adapter"]) < 1e-4
@@ -134,8 +136,8 @@ def test_mixed_clients_train_as_their_class(make: Make) -> None:
         task = case.task(kind=kind)
         native, python = case.native(task, method, kind=kind), case.python(task)
         same_words(native, python)
-        for group, params in wire.content(python).items():
-            assert farthest(wire.content(native)[group], params) < 2e-3
+        for group, params in messages.content(python).items():
+            assert farthest(messages.content(native)[group], params) < 2e-3
 
 
 def log_of(case: Case, rounds: int) -> Payload:
@@ -168,7 +170,7 @@ def test_a_log_leads_to_the_bits_that_python_has(make: Make, scalars: str) -> No
         reply = case.native(case.task(partial, round=rows + 1, since=since), "loss")
         assert reply.error == ""
         moves = seedlog.moves(partial, case.worker.strategy.size)  # type: ignore[attr-defined]
-        settled = directions.settle(case.first["start"], moves)
+        settled = pools.settle(case.first["start"], moves)
         line = noted(case)[-1]
         assert line["adapter_sha256"] == tree.digest(settled)
         known = list(seedlog.rows(partial).values())
@@ -185,9 +187,7 @@ def test_steps_move_as_python_replays_them(make: Make) -> None:
     stored, _ = codec.read(str(case.folder / "state" / "checkpoint.safetensors"))
     sent = case.native(task, "loss").scalars["scalars"]
     assert stored["scalars"].equal(sent["scalars"][:2])
-    w, _ = directions.flatten(
-        directions.settle(case.first["start"], seedlog.moves(log_of(case, 1), 512))
-    )
+    w, _ = pools.flatten(pools.settle(case.first["start"], seedlog.moves(log_of(case, 1), 512)))
     pool = SignPool(512, (int(case.first["key"]["seed"]), 2))
     chosen = signs.choices(int(sent["seed"]), 2, 512).tolist()
     for k, g in zip(chosen, stored["scalars"].tolist(), strict=True):
@@ -199,16 +199,16 @@ def test_a_snapshot_is_as_good_as_its_rows(make: Make) -> None:
     case = make(strategy="seed_pool", options={"scalars": "fp32"}, local_steps=2)
     state = log_of(case, 3)
     by_rows = case.native(case.task(state, round=4), "loss", state="rows")
-    start = directions.settle(case.first["start"], seedlog.moves(state, 512))
+    start = pools.settle(case.first["start"], seedlog.moves(state, 512))
     task = case.task(state, round=4, lacks=False)
     assert task.log is not None
-    sent, _ = wire.enclose({"start": start})
+    sent, _ = messages.enclose({"start": start})
     log = replace(task.log, since=task.log.version, rows=(), start=codec.content_id(start))
     by_start = case.native(replace(task, log=log, payload=sent), "loss")
     torch.testing.assert_close(
         by_start.scalars["scalars"]["scalars"], by_rows.scalars["scalars"]["scalars"]
     )
-    other, _ = wire.enclose({"start": tree.scale(start, 2.0)})
+    other, _ = messages.enclose({"start": tree.scale(start, 2.0)})
     lying = replace(task, log=log, payload=other)
     assert "does not match" in case.native(lying, "loss", state="fresh").error
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import grpc
 import pytest
 
-from corolla import calls
+from corolla.phones import protocol
 from corolla.proto import device_pb2 as pb
 from tests.client.native.fake_gateway import Line
 from tests.client.native.phones import World, a_task
-from tests.server import gateways
+from tests.server.gateway import gateways
 
-MIB = calls.CHUNK
+MIB = protocol.CHUNK
 LONG = {"passes": 100_000}
 
 
@@ -35,7 +35,7 @@ def test_an_update_of_several_chunks_arrives_as_it_was(offered: World) -> None:
     assert lease == "0" * 32
     assert (reply.payload_bytes, reply.payload_sha256) == (
         payload.stat().st_size,
-        calls.sha256(payload.read_bytes()),
+        protocol.sha256(payload.read_bytes()),
     )
     metrics = reply.metrics
     assert 2 * MIB < metrics["device_bytes_up"] < 2.1 * MIB
@@ -326,7 +326,7 @@ def test_heartbeats_are_few_whatever_a_lease_says(
 
 
 def test_the_version_of_the_log_is_told_from_then_on(offered: World) -> None:
-    from corolla.wire import Log
+    from corolla.wire.messages import Log
 
     version = "cd" * 16
     log = Log("ab" * 16, "ab" * 16, version, (), 1)

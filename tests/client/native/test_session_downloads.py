@@ -10,13 +10,13 @@ import grpc
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from corolla import calls
+from corolla.phones import protocol
 from corolla.proto import device_pb2 as pb
 from tests.client.native.fake_gateway import Line, make_bundle, public_half
 from tests.client.native.phones import FILES, World, a_task
-from tests.server import gateways
+from tests.server.gateway import gateways
 
-MIB = calls.CHUNK
+MIB = protocol.CHUNK
 CHUNKS = [0, MIB, 2 * MIB, 3 * MIB]  # of base.ptd
 
 
@@ -106,7 +106,7 @@ def test_what_lies_there_is_checked_before_it_is_taken(offered: World) -> None:
 
 def flipped(chunk: pb.Chunk, with_checksum: bool) -> None:
     content = bytes([chunk.content[0] ^ 1]) + chunk.content[1:]
-    crc32 = calls.chunk(content, 0, 1).crc32 if with_checksum else chunk.crc32
+    crc32 = protocol.chunk(content, 0, 1).crc32 if with_checksum else chunk.crc32
     chunk.content, chunk.crc32 = content, crc32
 
 

@@ -12,7 +12,7 @@ import pytest
 from corolla.proto import device_pb2 as pb
 from tests.client.native.fake_gateway import make_bundle
 from tests.client.native.phones import FILES, World, a_task
-from tests.server import gateways
+from tests.server.gateway import gateways
 
 CASES = Path(__file__).parents[2] / "policy_cases.json"
 LONG = {"passes": 100_000}

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from corolla import certs, wire
+from corolla.host import certificates
+from corolla.wire import messages
 from tests.client.native.fake_gateway import Line
 from tests.client.native.phones import World, a_task
-from tests.server import gateways
+from tests.server.gateway import gateways
 
 LINE = "error: {}\n"
 
@@ -27,7 +28,7 @@ def real(offered: World) -> Iterator[gateways.World]:
 @pytest.fixture
 def broken(offered: World) -> World:
     """Files that are not what they should be."""
-    certs.make(offered.folder / "others", [])
+    certificates.make(offered.folder / "others", [])
     (offered.folder / "wrong").write_text("a-token-of-nobody-at-all")
     (offered.folder / "two").write_text("one two")
     (offered.folder / "empty").write_text("")
@@ -160,7 +161,7 @@ def test_a_gateway_without_a_bundle_is_asked_again_later(
 def test_a_gateway_of_another_protocol_ends_the_phone(
     offered: World, real: gateways.World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("corolla.calls.PROTOCOL", 2)
+    monkeypatch.setattr("corolla.phones.protocol.PROTOCOL", 2)
     phone = offered.start()
     assert phone.finish() == 2
     assert phone.errors == LINE.format("the gateway refuses: this gateway speaks version 2, not 1")
@@ -179,12 +180,12 @@ def test_a_real_round(offered: World, tmp_path: Path) -> None:
     """A bundle of the fake's, offered by the real gateway: it judges what the phone uploads."""
     task = a_task()
     (offered.folder / "payload").write_bytes(gateways.update_of(task, "gate/p1").payload)
-    replies: list[wire.Reply] = []
+    replies: list[messages.Reply] = []
     with gateways.serving(tmp_path / "real", seats=1, share_bundle=offered.bundle) as world:
 
         def ask() -> None:
-            packet = world.gateway.answer(wire.pack_task(task))
-            replies.append(wire.unpack_reply(packet, len(packet.payload)))
+            packet = world.gateway.answer(messages.pack_task(task))
+            replies.append(messages.unpack_reply(packet, len(packet.payload)))
 
         asking = threading.Thread(target=ask)
         asking.start()

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from corolla import simulation, trackers
-from corolla.cli import app
-from corolla.config import RunConfig
+from corolla import trackers
+from corolla.cli.app import app
+from corolla.commands.simulate import in_process
+from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
-from corolla.server import evaluate, run
-from corolla.server.observer import Many, Silent
+from corolla.server.runs import evaluate, run
+from corolla.server.runs.observer import Many, Silent
 from corolla.trackers import flat, numbers, open_trackers, tracking
 
 Settings = Callable[..., RunConfig]
@@ -155,9 +156,9 @@ def test_a_run_is_tracked_and_a_resumed_one_goes_on(
     """Stopped while the third round began, then resumed: one run, each round once."""
     folder = tmp_path / "out"
     with pytest.raises(StopError), tracking([name], folder, refuse) as watching:
-        simulation.simulate(settings(), folder, Many([*watching, Stop()]))
+        in_process.simulate(settings(), folder, Many([*watching, Stop()]))
     with tracking([name], folder, refuse) as watching:
-        summary = simulation.simulate(settings(), folder, Many(watching), resume=True)
+        summary = in_process.simulate(settings(), folder, Many(watching), resume=True)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     found = READERS[name](folder)
     for key in ("train_loss", "bytes_up", "seconds"):
@@ -177,9 +178,9 @@ def test_a_run_is_tracked_and_a_resumed_one_goes_on(
 
 
 def test_a_tracker_does_not_change_a_run(name: str, settings: Settings, tmp_path: Path) -> None:
-    plain = simulation.simulate(settings(rounds=1), tmp_path / "plain")
+    plain = in_process.simulate(settings(rounds=1), tmp_path / "plain")
     with tracking([name], tmp_path / "out", refuse) as watching:
-        tracked = simulation.simulate(settings(rounds=1), tmp_path / "out", Many(watching))
+        tracked = in_process.simulate(settings(rounds=1), tmp_path / "out", Many(watching))
     assert tracked.adapter_hash == plain.adapter_hash
     infos = [json.loads((tmp_path / f / "run.json").read_text()) for f in ("plain", "out")]
     assert infos[0]["config"] == infos[1]["config"]
@@ -194,7 +195,7 @@ def test_a_run_that_keeps_nothing_leaves_nothing(
 
     said: list[str] = []
     with pytest.raises(StopError), tracking([name], tmp_path / "out", said.append) as watching:
-        simulation.simulate(settings(), tmp_path / "out", Many([*watching, Early()]))
+        in_process.simulate(settings(), tmp_path / "out", Many([*watching, Early()]))
     assert not (tmp_path / "out").exists()
 
 
@@ -233,7 +234,7 @@ def test_a_tracker_that_fails_costs_one_warning(
 ) -> None:
     said: list[str] = []
     with tracking(["json"], tmp_path / "out", said.append) as watching:
-        summary = simulation.simulate(settings(), tmp_path / "out", Many(watching))
+        summary = in_process.simulate(settings(), tmp_path / "out", Many(watching))
     assert summary.rounds == 3
     assert said == [
         "tracker json failed and is off; the run is not affected: OSError: the disk is full"

@@ -1,0 +1,1 @@
+"""A device: its settings, its SuperNode, and the process that trains."""

@@ -1,0 +1,1 @@
+"""A phone that speaks to a gateway, in Python."""

@@ -1,0 +1,1 @@
+"""Local training: first order, zeroth order, and both under differential privacy."""

@@ -1,0 +1,348 @@
+"""Example-level differential privacy on the device: the gradients of DP-SGD.
+
+Abadi et al., "Deep Learning with Differential Privacy", CCS 2016, arXiv 1607.00133, algorithm 1:
+the gradient of each example of a Poisson sample is clipped to a norm C, the sum gets Gaussian noise
+of standard deviation z C and is divided by the expected size of the sample. What comes after that
+(corrections of a strategy, the optimiser, what is sent) only processes what is private already.
+
+An example is one record of a client, also where it became several sequences: these are clipped
+together. Its loss is the mean over its own targets. With the usual mean over a batch, an example's
+gradient would depend on the lengths of all others, and the sum could move by far more than C.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from corolla.data.encoding import IGNORE, Encoded, collate
+from corolla.errors import DataError, ModelError
+from corolla.evaluation.scoring import loss_sum, sequence_losses
+from corolla.models.trainable import Differentiable
+from corolla.privacy.client_level import ExampleLevel, clip_factors
+from corolla.types import Params
+
+_RULES = (nn.Linear, nn.LayerNorm)
+"""Layers whose gradients opacus tells apart by a formula of their own."""
+
+_SLICE = 1 << 20
+"""Values of a gradient whose norm is taken at a time: fp64 is twice as wide."""
+
+_tested: WeakKeyDictionary[nn.Module, set[tuple[frozenset[str], bool]]] = WeakKeyDictionary()
+"""Model → (trained tensors, whether in batches) whose clipped gradients have been found right."""
+
+
+class SelfTestError(ModelError):
+    """A model that failed the comparison: found without any private data, so anybody may know."""
+
+
+Example = Sequence[Encoded]
+"""All sequences that one example became."""
+
+
+def examples(data: Sequence[Encoded], counted: int) -> list[Example]:
+    """The sequences of each of a client's `counted` examples; none where no target is left.
+
+    Raises DataError when there are more than were accounted for.
+    """
+    found: dict[int, list[Encoded]] = {}
+    for i, sequence in enumerate(data):
+        own = found.setdefault(i if sequence.example is None else sequence.example, [])
+        if sequence.targets:
+            own.append(sequence)
+    if len(found) > counted:
+        raise DataError(f"privacy was accounted for {counted} examples, found {len(found)}")
+    return [*found.values(), *([] for _ in range(counted - len(found)))]
+
+
+def batches(private: ExampleLevel, known: Sequence[Example]) -> Iterator[list[Example]]:
+    """The Poisson sample of each step of a round; where it is empty the step is still made."""
+    for _ in range(private.steps):
+        yield [known[i] for i in private.draw()]
+
+
+class Clipper:
+    """Clipped gradients of the trained tensors of one resident model.
+
+    Where all of these are of linear layers or LayerNorms (LoRA, heads of classifiers, biases), and
+    the model computes in fp32, `size` sequences go through it at a time and hooks of opacus tell
+    their gradients apart, in `size` times the memory of one gradient. Anything else is trained by
+    plain backpropagation of one sequence at a time: slower, in the memory of one gradient, and
+    right for any model. In half precision, and with quantised weights, a sequence rounds otherwise
+    beside others of other lengths, so much that one example could move the sum by more than C.
+    """
+
+    def __init__(
+        self,
+        model: Differentiable,
+        trained: Mapping[str, nn.Parameter],
+        size: int,
+        seen: Callable[[Params], Params] = lambda gradients: gradients,
+    ) -> None:
+        """`seen` maps gradients by name, (n, ...), to those of what is trained in their place."""
+        self._model = model
+        self.trained = trained
+        self._seen = seen
+        alone = not (_in_fp32(model.model) and _have_rules(model.model, trained.values()))
+        self.size = 1 if alone else size
+
+    @contextmanager
+    def attached(self) -> Iterator["Clipper"]:
+        """With hooks on the model where they are of use; nothing of them is left behind."""
+        with _hooks(self._model.model) if self.size > 1 else nullcontext():
+            yield self
+
+    def __call__(self, batch: Sequence[Example], clip: float) -> dict[str, Tensor]:
+        """Σ over examples of min(1, clip / |g|) g; |g| is the joint L2 norm over all tensors.
+
+        An example with anything that is not finite adds nothing. One that does not reach a tensor
+        (an expert it was not routed to) has a gradient of zeros there. Raises ModelError when, in
+        a batch, gradients of a tensor cannot be told apart.
+        """
+        nothing = {name: p.new_zeros(1, *p.shape) for name, p in self.trained.items()}
+        total = {name: tensor[0] for name, tensor in self._seen(nothing).items()}
+        batch = [example for example in batch if example]
+        rows = [(k, sequence) for k, example in enumerate(batch) for sequence in example]
+        targets = [sum(sequence.targets for sequence in example) for example in batch]
+        begun: Params = {}  # the gradient so far of an example that goes on in the next part
+        for at in range(0, len(rows), self.size):
+            part, after = rows[at : at + self.size], rows[at + self.size :][:1]
+            weights = [1 / targets[k] for k, _ in part]
+            gradients = self.gradients([sequence for _, sequence in part], weights)
+            gradients = _by_owner(gradients, [k for k, _ in part])
+            for name, tensor in begun.items():
+                gradients[name][0] += tensor
+            begun = {}
+            if after and after[0][0] == part[-1][0]:
+                begun = {name: tensor[-1] for name, tensor in gradients.items()}
+                gradients = {name: tensor[:-1] for name, tensor in gradients.items()}
+            _add_clipped(total, gradients, clip)
+        return total
+
+    def gradients(self, part: Sequence[Encoded], weights: Sequence[float]) -> dict[str, Tensor]:
+        """Of weight · summed loss, for each sequence: name → (sequences, ...)."""
+        batch = collate(part, self._model.base.pad_id, self._model.device)
+        losses = sequence_losses(self._model.model, batch)
+        (losses @ losses.new_tensor(weights)).backward()  # type: ignore[no-untyped-call]
+        found: dict[str, Tensor] = {}
+        for name, parameter in self.trained.items():
+            held: Any = parameter
+            if self.size > 1:
+                gradient, held.grad_sample = held.grad_sample, None
+            else:
+                gradient = torch.zeros_like(held)[None] if held.grad is None else held.grad[None]
+            held.grad = None
+            if not isinstance(gradient, Tensor) or gradient.shape != (len(part), *held.shape):
+                raise ModelError(_apart(name))
+            found[name] = gradient
+        return dict(self._seen(found))
+
+
+def self_test(
+    model: Differentiable,
+    ready: Callable[[], Mapping[str, nn.Parameter]],
+    names: Collection[str],
+    size: int,
+) -> None:
+    """`compare` synthetic examples, once for a model and a set of trained tensors in a process.
+
+    `ready` makes the model train the tensors of these names, `size` sequences at a time. No private
+    example is looked at, and no chance is in it: whether a model fails tells nothing of the data.
+    """
+    this, done = (frozenset(names), size > 1), _tested.setdefault(model.model, set())
+    if this not in done:
+        compare(model, Clipper(model, ready(), size), synthetic(model))
+        done.add(this)
+
+
+def synthetic(model: Differentiable) -> list[Example]:
+    """Four examples of random tokens, always the same: of ragged lengths, one of two sequences.
+
+    One that is not of classes has a prompt that does not count.
+    """
+    draw = torch.Generator().manual_seed(0)
+    config = model.base.model.config
+    vocabulary, found = config.get_text_config().vocab_size, []
+    for i, (example, length) in enumerate(((0, 8), (1, 5), (1, 3), (2, 7), (3, 4))):
+        ids = torch.randint(vocabulary, (length,), generator=draw).tolist()
+        labels = [IGNORE, IGNORE, *ids[2:]] if example == 2 else ids
+        classes = model.base.task == "classify"
+        found.append(Encoded(ids, i % config.num_labels if classes else labels, example))
+    return examples(found, 4)
+
+
+def compare(model: Differentiable, clipper: Clipper, batch: Sequence[Example]) -> None:
+    """A clipped sum by hooks with one made by hand, example by example.
+
+    Raises SelfTestError when they differ by more than rounding: a layer mixes the examples of a
+    batch, or its tensors have more to do than hooks see. The clip is half the largest norm: what
+    cancels in the gradient of an example that the model already fits is no difference. Costs a pass
+    forward and back for each sequence, and those of a step; nothing where one sequence goes through
+    the model at a time.
+    """
+    if clipper.size == 1:
+        return
+    with _NoDropout():
+        gradients = [_by_hand(model, clipper.trained, example) for example in batch]
+        norms = [_norm(own.values()) for own in gradients]
+        clip = max((norm for norm in norms if 0 < norm < math.inf), default=2.0) / 2
+        wanted = {name: torch.zeros_like(p) for name, p in clipper.trained.items()}
+        for own, norm in zip(gradients, norms, strict=True):
+            if 0 < norm < math.inf:
+                for name, tensor in own.items():
+                    wanted[name] += tensor * min(1.0, clip / norm)
+        try:
+            with clipper.attached():
+                found = clipper(batch, clip)
+        except ModelError as error:
+            raise SelfTestError(str(error)) from error
+        except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
+            raise SelfTestError(_apart(type(error).__name__)) from error
+    scale = _norm(wanted.values())
+    for name, tensor in wanted.items():
+        if not _norm([found[name] - tensor]) <= 1e-4 * max(_norm([tensor]), scale / 10):
+            raise SelfTestError(
+                "dp=example: in a batch, the gradients of examples are not what they are alone; "
+                "the model mixes them, or hooks do not see all of it: use micro_batch_size=1"
+            )
+
+
+def lively(start: Params) -> Params:
+    """`start` with small random values where a tensor is zero, as B is at first.
+
+    Behind a factor of zeros all gradients are zero, and nothing can be compared.
+    """
+    draw = torch.Generator().manual_seed(0)
+    return {
+        name: tensor if tensor.any() else 0.02 * torch.randn(tensor.shape, generator=draw)
+        for name, tensor in start.items()
+    }
+
+
+@contextmanager
+def _hooks(model: nn.Module) -> Iterator[None]:
+    """Tensors that need a gradient get `grad_sample` (n, ...) in each backward pass of n rows."""
+    from opacus.grad_sample import GradSampleHooks  # takes a second to import
+
+    hooks = GradSampleHooks(model, loss_reduction="sum")
+    try:
+        with warnings.catch_warnings():  # of a first layer, whose input needs no gradient
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            yield
+    finally:
+        hooks.cleanup()
+        for module in model.modules():  # of a pass that was broken off
+            for left in ("activations", "max_batch_len"):
+                module.__dict__.pop(left, None)
+
+
+def _in_fp32(model: nn.Module) -> bool:
+    """Whether all weights are fp32; those of a quantised layer are whole numbers."""
+    return all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+def _have_rules(model: Any, trained: Collection[nn.Parameter]) -> bool:
+    """Whether hooks see, in each layer, one row a sequence.
+
+    The output layer of a model that generates does not: it is given only rows with a target.
+    """
+    wanted = {id(parameter) for parameter in trained}
+    output = model.get_output_embeddings()
+    return not any(
+        type(module) not in _RULES or module is output
+        for module in model.modules()
+        if any(id(parameter) in wanted for parameter in module.parameters(recurse=False))
+    )
+
+
+def _by_owner(gradients: Params, owners: Sequence[int]) -> dict[str, Tensor]:
+    """Sums over the sequences of each example; `owners` are in order, and consecutive."""
+    number = owners[-1] - owners[0] + 1
+    if number == len(owners):
+        return dict(gradients)
+    index = torch.tensor(owners) - owners[0]
+    return {
+        name: tensor.new_zeros(number, *tensor.shape[1:]).index_add_(
+            0, index.to(tensor.device), tensor
+        )
+        for name, tensor in gradients.items()
+    }
+
+
+def _add_clipped(total: Params, gradients: Params, clip: float) -> None:
+    """Add Σ_i min(1, clip / |g_i|) g_i to `total`, with nothing of a g_i that is not finite."""
+    of_each = torch.stack([_norms(tensor) for tensor in gradients.values()])
+    norms = torch.linalg.vector_norm(of_each, dim=0)
+    factors = clip_factors(norms, clip)
+    factors[factors < torch.finfo(torch.float32).tiny] = 0  # it would be rounded up too much
+    for name, tensor in gradients.items():
+        if not bool(norms.isfinite().all()):
+            tensor = tensor.nan_to_num(0, 0, 0)  # 0 · inf is no 0
+        total[name] += torch.tensordot(factors.to(tensor.dtype).to(tensor.device), tensor, 1)
+
+
+def _by_hand(
+    model: Differentiable, trained: Mapping[str, nn.Parameter], example: Example
+) -> dict[str, Tensor]:
+    """The gradient of an example's loss by plain backpropagation, in fp32."""
+    targets = sum(sequence.targets for sequence in example)
+    for sequence in example:
+        batch = collate([sequence], model.base.pad_id, model.device)
+        (loss_sum(model.model, batch) / targets).backward()  # type: ignore[no-untyped-call]
+    found: dict[str, Tensor] = {}
+    for name, parameter in trained.items():
+        found[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        parameter.grad = None
+    return found
+
+
+def _norms(rows: Tensor) -> Tensor:
+    """The L2 norm of each of (n, ...), in fp64 on the CPU: (n,).
+
+    A sum of squares in fp32 loses percents where there are many values.
+    """
+    flat = rows.detach().unsqueeze(-1).flatten(1)
+    if flat.device.type == "mps":
+        flat = flat.cpu()  # the device has no fp64
+    parts = [
+        torch.linalg.vector_norm(part, dim=1, dtype=torch.float64)
+        for part in torch.split(flat, _SLICE, dim=1)
+    ]
+    norms: Tensor = torch.linalg.vector_norm(torch.stack(parts), dim=0)
+    return norms.cpu()
+
+
+def _norm(tensors: Collection[Tensor]) -> float:
+    """Of all tensors together."""
+    return float(torch.linalg.vector_norm(torch.cat([_norms(own[None]) for own in tensors])))
+
+
+def _apart(what: str) -> str:
+    return (
+        f"dp=example needs the gradient of each example, and the model does not tell them apart "
+        f"({what}): use micro_batch_size=1"
+    )
+
+
+class _NoDropout(TorchFunctionMode):
+    """Training without dropout, which would be another in each pass."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is functional.dropout:
+            return args[0] if args else (kwargs or {})["input"]
+        if func is functional.scaled_dot_product_attention and kwargs:
+            kwargs = {**kwargs, "dropout_p": 0.0}
+        return func(*args, **(kwargs or {}))

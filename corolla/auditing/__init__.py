@@ -1,1 +1,0 @@
-"""What an audit is made of: canaries, what is guessed of them, and what that proves."""

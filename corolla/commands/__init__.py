@@ -1,0 +1,1 @@
+"""The composition roots: each brings server and client together for one command."""

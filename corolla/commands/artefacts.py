@@ -1,0 +1,183 @@
+"""What can be done with a finished adapter: score it, merge it. With plain PEFT."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from corolla.config.run import RunConfig, amended, validate
+from corolla.data import federated as data
+from corolla.data.encoding import Encoded, Encoder, collate
+from corolla.errors import ArtefactError, ConfigError
+from corolla.evaluation import answers, harness
+from corolla.evaluation.scoring import SHARES, score
+from corolla.models import lora, pretrained
+from corolla.types import Metrics
+
+
+def evaluate_adapter(
+    adapter: Path, model: str | None, dataset: str | None, settings: Sequence[str] = ()
+) -> dict[str, Metrics]:
+    """Held-out scores of the base model and of the fine-tuned one: {"base": …, "adapter": …}.
+
+    `adapter` is a PEFT adapter, or a whole model, where a run trains weights of its base. Model,
+    data and the examples are those of its run (run.json beside it) unless given.
+    """
+    config = _config(adapter, model, dataset, settings)
+    federated = data.load(config)
+    chosen = data.spread(federated.heldout, config.eval_examples)
+    answers.check(chosen, config)
+    base = pretrained.load(config, federated.labels)
+    encoder = Encoder(base.tokenizer, federated.labels, config.max_length)
+    examples = [s for example in chosen for s in encoder(example)]
+    device = pretrained.pick_device(config.device)
+
+    def measure(model: Any) -> Metrics:
+        scores = score(model, examples, base.pad_id, device)
+        return {**scores, **answers.ask(model, base, chosen, config)}
+
+    return _side_by_side(adapter, config, base, federated.labels, measure)
+
+
+def evaluate_tasks(
+    adapter: Path,
+    model: str | None,
+    tasks: Sequence[str],
+    limit: int | None = None,
+    settings: Sequence[str] = (),
+) -> dict[str, Metrics]:
+    """Scores of lm-evaluation-harness tasks, of the base model and of the fine-tuned one.
+
+    `tasks` are names or .yaml files; `limit` is how many documents of each. Raises ConfigError for
+    a classifier, which answers no prompts.
+    """
+    config = _config(adapter, model, None, settings)
+    config = config.model_copy(update={"max_length": 8})  # any: a task has its own lengths
+    if _run_info(adapter).get("labels") if _is_model(adapter) else _labels(adapter):
+        raise ConfigError(f"{adapter} is a classifier: --tasks need a language model")
+    loaded = harness.load(tasks)
+    base = pretrained.load(config)
+
+    def measure(model: Any) -> Metrics:
+        return harness.run(model, base, loaded, limit)
+
+    return _side_by_side(adapter, config, base, (), measure)
+
+
+def _side_by_side(
+    adapter: Path,
+    config: RunConfig,
+    base: pretrained.Base,
+    labels: Sequence[str],
+    measure: Callable[[Any], Metrics],
+) -> dict[str, Metrics]:
+    before = measure(base.model)
+    if _is_model(adapter):
+        whole = pretrained.load(config.model_copy(update={"model": str(adapter)}), labels)
+        return {"base": before, "model": measure(whole.model)}
+    return {"base": before, "adapter": measure(lora.load_adapter(base.model, adapter))}
+
+
+def export_merged(adapter: Path, model: str | None, folder: Path) -> float:
+    """Write base + adapter as one model; the largest difference of logits after reloading.
+
+    Merges in fp32, whatever the base's stored precision, and saves fp32: adding a small update to
+    half-precision weights would lose most of it. Raises ConfigError for a folder that is not
+    empty, ArtefactError when the reloaded model differs by more than rounding.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"--out {folder} is not empty: name a new folder")
+    if _is_model(adapter):
+        raise ConfigError(f"{adapter} is a whole model already: any tool loads it as it is")
+    config = _config(adapter, model, None, ())
+    config = config.model_copy(update={"dtype": "float32", "quantization": "none", "device": "cpu"})
+    labels = _labels(adapter)
+    base = pretrained.load(config, labels)
+    probe = _probe(base)
+    with torch.no_grad():
+        tuned = lora.load_adapter(base.model, adapter)
+        wanted = tuned(**probe).logits
+        merged = lora.merge(tuned)
+    scratch = folder.with_name(folder.name + ".part")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        merged.save_pretrained(scratch)
+        base.tokenizer.save_pretrained(scratch)
+        del merged, tuned, base
+        again = pretrained.load(config.model_copy(update={"model": str(scratch)}), labels)
+        with torch.no_grad():
+            found = again.model(**probe).logits
+        difference = float((wanted - found).abs().max())
+        if not difference <= 1e-4 * max(1.0, float(wanted.abs().max())):
+            raise ArtefactError(f"the merged model differs by {difference:.2e} in its logits")
+        if folder.is_dir():
+            folder.rmdir()
+        scratch.replace(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return difference
+
+
+def print_scores(console: Console, scores: Mapping[str, Metrics]) -> None:
+    """A table of base and adapter."""
+    table = Table("", *scores)
+    for name in next(iter(scores.values())):
+        shown = "{:.1%}" if name in SHARES else "{:.0f}" if name == "targets" else "{:.4f}"
+        table.add_row(SHARES.get(name, name), *(shown.format(m[name]) for m in scores.values()))
+    console.print(table)
+
+
+def _config(
+    adapter: Path, model: str | None, dataset: str | None, settings: Sequence[str]
+) -> RunConfig:
+    """The settings of the adapter's run (run.json beside it) or defaults, then what is given."""
+    if not (adapter / "adapter_config.json").is_file() and not _is_model(adapter):
+        raise ArtefactError(f"{adapter} is no adapter: it has no adapter_config.json")
+    run = _run_info(adapter)
+    if _is_model(adapter) and not run and model is None:
+        raise ConfigError(f"{adapter} has no run.json beside it: name its base model with --model")
+    known = {} if _is_model(adapter) else {"model": lora.base_of(adapter)}
+    stored = validate(run["config"] if run else known)
+    return amended(stored, {"model": model, "data": dataset}, settings)
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether a folder holds a whole model and no adapter."""
+    whole, adapter = folder / "config.json", folder / "adapter_config.json"
+    return whole.is_file() and not adapter.is_file()
+
+
+def _run_info(adapter: Path) -> dict[str, Any]:
+    """run.json of the run that the adapter is the result of; empty where it is not beside it."""
+    path = adapter.resolve().parent / "run.json"
+    if not path.is_file():
+        return {}
+    try:
+        info: dict[str, Any] = json.loads(path.read_text())
+        return {**info, "config": dict(info["config"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtefactError(f"{path} cannot be read: {error!r}") from error
+
+
+def _labels(adapter: Path) -> Sequence[str]:
+    """Labels of a classifier, from its run or counted from its head; empty for a causal model."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    if config.get("task_type") != "SEQ_CLS":
+        return ()
+    if labels := _run_info(adapter).get("labels"):
+        return [str(label) for label in labels]
+    head = lora.head_of(adapter)
+    return [f"LABEL_{i}" for i in range(max(len(tensor) for tensor in head.values()))]
+
+
+def _probe(base: pretrained.Base) -> dict[str, torch.Tensor]:
+    size = base.model.config.get_text_config().vocab_size
+    ids = [[(7 * i) % size for i in range(1, 17)]]
+    batch = collate([Encoded(row, row) for row in ids], base.pad_id, base.model.device)
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}

@@ -1,0 +1,1 @@
+"""`corolla audit`: attacks on a private run, and the lower bounds they show."""

@@ -1,0 +1,413 @@
+"""`corolla audit`: try to refute a claim of differential privacy on the code that makes it.
+
+A composition root, as simulation.py: it brings server and clients together on this machine. What is
+found is a lower bound on epsilon, or how well an attack does; neither is a measurement of epsilon.
+"""
+
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from corolla.client.training.worker import Worker
+from corolla.commands.audit import bound, canaries
+from corolla.commands.audit.membership import Attack, attack
+from corolla.commands.simulate.in_process import InProcess
+from corolla.config.run import RunConfig
+from corolla.data.encoding import Encoded, Encoder, collate
+from corolla.data.federated import Example, Split
+from corolla.errors import ConfigError
+from corolla.evaluation.scoring import log_likelihoods, loss_sum
+from corolla.models.dense import DenseModel
+from corolla.models.lora import LoraModel
+from corolla.models.trainable import Trainable
+from corolla.privacy.client_level import Guarantee
+from corolla.server.rounds.federation import Federation, Network
+from corolla.server.rounds.spending import Spending
+from corolla.server.runs import journal
+from corolla.server.runs.checkpoint import Checkpoint
+from corolla.server.runs.journal import Journal
+from corolla.server.runs.observer import Silent
+from corolla.server.runs.run import Run
+from corolla.server.runs.setup import Setup, set_up
+from corolla.storage.memory import Memory
+from corolla.types import Payload
+
+Unit = Literal["example", "client"]
+
+CONFIDENCE = 0.95
+"""Of everything that an audit says together."""
+
+LOUDNESS = 10.0
+"""The norm of a canary's update over the clip: what clips it is audited too."""
+
+_FEW = 8
+"""Held-out examples of the runs inside an audit, whose losses nobody looks at."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What one way to score canaries has proven."""
+
+    score: str
+    right: int
+    """Of the guesses."""
+    lower_bound: float
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The outcome of an audit in one run. Its lower bound holds with `confidence`."""
+
+    unit: Unit
+    claimed: Guarantee | None
+    """None: nothing is claimed (epsilon ∞)."""
+    canaries: int
+    included: int
+    guesses: int
+    delta: float
+    rounds: int
+    proofs: Sequence[Proof]
+    ceiling: float
+    """The largest lower bound that so many guesses can prove, all of them right."""
+    confidence: float = CONFIDENCE
+
+    @property
+    def lower_bound(self) -> float:
+        """The best of what was proven."""
+        return max(proof.lower_bound for proof in self.proofs)
+
+    @property
+    def refuted(self) -> bool:
+        """Whether more leaks than is claimed."""
+        return self.claimed is not None and self.lower_bound > self.claimed.epsilon
+
+    def to_json(self) -> dict[str, Any]:
+        claimed = self.claimed.to_json() if self.claimed else None
+        return {
+            **asdict(replace(self, claimed=None)),
+            "claimed": claimed,
+            "lower_bound": self.lower_bound,
+            "refuted": self.refuted,
+        }
+
+
+@dataclass(frozen=True)
+class Membership:
+    """An attack on a model trained as asked, and on one trained without differential privacy."""
+
+    claimed: Guarantee | None
+    attacks: Mapping[str, Attack]
+    """By how the model was trained: `dp=example` or `dp=client`, and `dp=none`."""
+    losses: Mapping[str, float]
+    """The held-out loss of the same models, and that of the `base` model."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "claimed": self.claimed.to_json() if self.claimed else None,
+            "attacks": {name: asdict(found) for name, found in self.attacks.items()},
+            "losses": dict(self.losses),
+        }
+
+
+def audit(
+    config: RunConfig, count: int = 1000, guesses: int | None = None, unit: Unit | None = None
+) -> Audit:
+    """Toss a coin for each canary, run the federation, guess the coins from what it released.
+
+    `unit` is what canaries are (default: what config.dp protects, else clients); `guesses` of how
+    many (default: a fifth of them). Raises ConfigError.
+    """
+    guesses = count // 5 if guesses is None else guesses
+    unit = unit or ("example" if config.dp == "example" else "client")
+    if not 1 <= guesses <= count:
+        raise ConfigError(f"{guesses} guesses on {count} canaries: expected 1 to {count}")
+    if config.dp not in ("none", unit):
+        raise ConfigError(f"dp={config.dp} protects each {config.dp}: canaries cannot be {unit}s")
+    included = canaries.coins(count, config.seed)
+    run = _audited_clients if unit == "client" else _audited_examples
+    scores, ran = run(config, included)
+    share = 1 - (1 - CONFIDENCE) / len(scores)  # all of them hold together (Bonferroni)
+    proofs = []
+    for name, values in scores.items():
+        right = bound.right_guesses(values, included, guesses)
+        proven = bound.lower_bound(count, guesses, right, config.delta, share)
+        proofs.append(Proof(name, right, proven))
+    most = bound.ceiling(count, guesses, config.delta, share)
+    return Audit(
+        *(unit, ran.claim, count, sum(included), guesses, config.delta),
+        *(len(ran.steps), proofs, most),
+    )
+
+
+def membership(config: RunConfig) -> Membership:
+    """Train as asked and, with differential privacy, once more without: who can be recognised?
+
+    Members are the training examples of the clients that took part, the others are held-out
+    examples of the same clients; an example is scored by how much lower its loss has become.
+    """
+    attacks: dict[str, Attack] = {}
+    losses: dict[str, float] = {}
+    claimed: Guarantee | None = None
+    for dp in dict.fromkeys((config.dp, "none")):
+        asked = config if dp == config.dp else _without_dp(config)
+        loaded = set_up(asked, None)
+        run = _run_here(asked, loaded)
+        attacks[f"dp={dp}"] = _attacked(asked, loaded, run)
+        losses |= {"base": run.base, f"dp={dp}": run.final}
+        if dp != "none":
+            claimed = run.claim
+    return Membership(claimed, attacks, losses)
+
+
+def print_audit(console: Console, found: Audit) -> None:
+    """What was claimed, what was proven, what could have been proven."""
+    said = found.claimed.line() if found.claimed else "no differential privacy: epsilon ∞"
+    console.print(f"claimed  {escape(said)}", highlight=False, soft_wrap=True)
+    table = Table("score", "right guesses", "lower bound on epsilon")
+    for proof in found.proofs:
+        table.add_row(proof.score, f"{proof.right} of {found.guesses}", f"{proof.lower_bound:.2f}")
+    console.print(table)
+    console.print(
+        f"{found.canaries} canary {found.unit}s, {found.included} of them in, {found.rounds} "
+        f"rounds; at delta {found.delta:g} and {found.confidence:.0%} confidence. With "
+        f"{found.guesses} guesses no lower bound is above {found.ceiling:.2f}.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    verdict = "the claim is not refuted, which does not prove it"
+    if found.claimed is None:
+        verdict = "nothing is claimed; the lower bound says how much leaks at least"
+    if found.refuted:
+        verdict = "[red]the claim is refuted: more leaks than it says[/]"
+    console.print(verdict, highlight=False, soft_wrap=True)
+
+
+def print_membership(console: Console, found: Membership) -> None:
+    """Both models side by side."""
+    said = found.claimed.line() if found.claimed else "no differential privacy: epsilon ∞"
+    console.print(f"claimed  {escape(said)}", highlight=False, soft_wrap=True)
+    table = Table("trained with", "AUC", "TPR at 1 % FPR", "members", "others", "held-out loss")
+    for name, own in found.attacks.items():
+        table.add_row(
+            *(name, f"{own.auc:.3f}", f"{own.tpr_at_1_fpr:.1%}", str(own.members)),
+            *(str(own.others), f"{found.losses[name]:.4f}"),
+        )
+    console.print(table)
+    console.print(
+        f"AUC 0.5 and a TPR of 1 % are guessing; the loss of the base model is "
+        f"{found.losses['base']:.4f}. A better attack may find more.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@dataclass
+class _Watched(Run):
+    """A run that leaves nothing but what it has released: (round, state before, state after)."""
+
+    steps: list[tuple[int, Payload, Payload]] = field(default_factory=list)
+    claim: Guarantee | None = None
+    """What it says itself that it has spent."""
+    events: Sequence[Mapping[str, Any]] = ()
+    base: float = math.nan
+    final: float = math.nan
+
+    def _round(
+        self, federation: Federation, at: Checkpoint, journal: Journal, account: Spending
+    ) -> tuple[Federation, Checkpoint, dict[str, Any]]:
+        done = super()._round(federation, at, journal, account)
+        self.steps.append((at.round + 1, at.state, done[1].state))
+        self.claim = account.guarantee()
+        return done
+
+    def _base(
+        self, federation: Federation, state: Payload, info: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        self.base = self._loss(federation, state)
+        return {"metrics": {"loss": self.base}, "samples": [], "clients": {}}
+
+    def _finish(self, federation: Federation, state: Payload, *rest: Any, **facts: Any) -> Any:
+        """No artefact and no report: what counts has been released."""
+        self.final = self._loss(federation, state)
+
+    def _loss(self, federation: Federation, state: Payload) -> float:
+        return self.evaluator.score(federation.strategy.adapter(state))["loss"]
+
+    @property
+    def cohorts(self) -> Mapping[int, Sequence[str]]:
+        """Round → who was asked last."""
+        return {e["round"]: list(e["cohort"]) for e in self.events if e["event"] == "planned"}
+
+
+def _run(config: RunConfig, network: Network, loaded: Setup, folder: Path) -> _Watched:
+    """The whole run, as a simulation's: sampling, gate, noise, budget, journal."""
+    folder.mkdir()
+    run = _Watched(config, network, loaded.evaluator, folder, loaded.facts, Silent())
+    run.execute()
+    run.events = journal.read(folder)
+    return run
+
+
+def _run_here(config: RunConfig, loaded: Setup) -> _Watched:
+    """A run whose clients are trained in this process."""
+    with tempfile.TemporaryDirectory(prefix="corolla-audit-") as scratch:
+        memory = Memory(Path(scratch, "memory"), Path(scratch, "clients"))
+        worker = Worker(config, loaded.model, loaded.data, memory)
+        return _run(config, InProcess(worker), loaded, Path(scratch, "run"))
+
+
+def _audited_clients(
+    config: RunConfig, included: Sequence[bool]
+) -> tuple[dict[str, list[float]], _Watched]:
+    """Scores of canary clients."""
+    clients = canaries.names(len(included))
+    config = config.model_copy(update={"eval_examples": _FEW, **_ONE_RUN})
+    loaded = set_up(config, None)
+    cohort = _cohort(config, len(loaded.data.clients), len(clients))
+    config = config.model_copy(update={"clients": None, "cohort": cohort})
+    strategy = config.build_strategy()
+    fresh = cache(lambda spec: loaded.model.init(spec, 0))
+    each = 2 * config.local_steps * config.batch_size  # more than can be used in a round
+    federation = Federation("0" * 32, config, strategy, dict.fromkeys(clients, each), fresh)
+    coins = dict(zip(clients, included, strict=True))
+    loud = min(LOUDNESS * config.clip, config.max_norm or math.inf)
+    network = canaries.CanaryClients(federation, coins, loud, config.seed)
+    with tempfile.TemporaryDirectory(prefix="corolla-audit-") as scratch:
+        run = _run(config, network, loaded, Path(scratch, "run"))
+    scores = dict.fromkeys(clients, 0.0)
+    for round, before, after in run.steps:
+        for client in run.cohorts.get(round, ()):
+            update = network.update(client, round)
+            scores[client] += canaries.traced(strategy, before, after, update)
+    return {"update · canary": list(scores.values())}, run
+
+
+def _cohort(config: RunConfig, population: int, count: int) -> int:
+    """All canaries, or as many as the rules allow; with Poisson sampling the same part as asked."""
+    cohort = count // config.separation
+    if config.participations:
+        cohort = min(cohort, count * config.participations // config.rounds)
+    if config.dp_sampling == "poisson":
+        cohort = count * min(config.cohort or 8, population) // population
+    return max(1, cohort)
+
+
+_ONE_RUN: Mapping[str, Any] = {
+    "quorum": 1e-9,  # who is not in does not answer
+    "engine": "inprocess",
+    "availability": None,
+    "max_seconds": None,
+    "target_loss": None,
+    "patience": None,
+}
+"""Of the runs inside an audit: nothing but the budget ends them."""
+
+
+def _audited_examples(
+    config: RunConfig, included: Sequence[bool]
+) -> tuple[dict[str, list[float]], _Watched]:
+    """Scores of canary examples in one client's data."""
+    config = config.model_copy(update={"cohort": 1, "eval_examples": _FEW, **_ONE_RUN})
+    loaded = set_up(config, None)
+    name, split = next(iter(loaded.data.clients.items()))
+    tokenizer, labels = loaded.model.base.tokenizer, loaded.data.labels
+    made = canaries.examples(tokenizer, labels, len(included), config.max_length, config.seed)
+    there = [example for example, coin in zip(made, included, strict=True) if coin]
+    own = Split([*split.train, *there], split.eval)
+    run = _run_here(config, replace(loaded, data=replace(loaded.data, clients={name: own})))
+    model = loaded.model
+    sequences = _encoded(config, model, labels, made)
+    before, after = (
+        _losses(config, model, state, sequences) for state in (run.steps[0][1], run.steps[-1][2])
+    )
+    scores = {"fall of the loss": [b - a for b, a in zip(before, after, strict=True)]}
+    turns = canaries.turns(config.build_strategy())
+    if isinstance(model, LoraModel | DenseModel) and not turns:
+        scores["step · gradient"] = _along(config, model, run, sequences)
+    return scores, run
+
+
+def _encoded(
+    config: RunConfig, model: Trainable, labels: Sequence[str], examples: Sequence[Example]
+) -> list[list[Encoded]]:
+    """The sequences of each example, as a worker makes them."""
+    encoder = Encoder(model.base.tokenizer, labels, config.max_length)
+    return [encoder(example) for example in examples]
+
+
+def _losses(
+    config: RunConfig, model: Trainable, state: Payload, examples: Sequence[Sequence[Encoded]]
+) -> list[float]:
+    """The loss of each example, in nats per target, under a released state."""
+    model.show(config.build_strategy().adapter(state), config.lora)
+    flat = [sequence for own in examples for sequence in own]
+    found = iter(log_likelihoods(model.model, flat, model.base.pad_id, model.device))
+    sums = [(-sum(next(found) for _ in own), sum(s.targets for s in own)) for own in examples]
+    return [total / max(1, targets) for total, targets in sums]
+
+
+def _along(
+    config: RunConfig,
+    model: LoraModel | DenseModel,
+    run: _Watched,
+    examples: Sequence[Sequence[Encoded]],
+) -> list[float]:
+    """How far all steps of the run went down the gradient of each example, of norm 1."""
+    strategy, scores = config.build_strategy(), [0.0] * len(examples)
+    for _, before, after in run.steps:
+        model.show(strategy.adapter(after), config.lora)
+        there = model.read()
+        model.show(strategy.adapter(before), config.lora)
+        here = dict(model.parameters())
+        moved = [(there[name] - own.detach().cpu()).double() for name, own in here.items()]
+        for parameter in here.values():
+            parameter.requires_grad_(True)
+        for i, own in enumerate(examples):
+            batch = collate(own, model.base.pad_id, model.device)
+            loss = loss_sum(model.model, batch)
+            gradient = torch.autograd.grad(loss, list(here.values()), materialize_grads=True)
+            down = [-g.cpu().double() for g in gradient]
+            norm = math.sqrt(math.fsum(float(g.square().sum()) for g in down))
+            dot = math.fsum(float((g * m).sum()) for g, m in zip(down, moved, strict=True))
+            scores[i] += dot / max(1e-30, norm)
+        for parameter in here.values():
+            parameter.requires_grad_(False)
+    return scores
+
+
+def _attacked(config: RunConfig, loaded: Setup, run: _Watched) -> Attack:
+    """The attack on the clients that a run asked."""
+    took = {client for cohort in run.cohorts.values() for client in cohort}
+    splits = [loaded.data.clients[client] for client in sorted(took)]
+    members = [example for split in splits for example in split.train]
+    others = [example for split in splits for example in split.eval]
+    others += [e for e in loaded.data.heldout if e.client in took]
+    first, last = run.steps[0][1], run.steps[-1][2]
+
+    def fallen(examples: Sequence[Example]) -> list[float]:
+        encoded = _encoded(config, loaded.model, loaded.data.labels, examples)
+        told = [own for own in encoded if own]
+        before, after = (_losses(config, loaded.model, s, told) for s in (first, last))
+        return [b - a for b, a in zip(before, after, strict=True)]
+
+    return attack(fallen(members), fallen(others))
+
+
+def _without_dp(config: RunConfig) -> RunConfig:
+    """The same run without any noise or clip: what belongs to dp is as it is by default."""
+    ours = ("dp", "epsilon", "noise_multiplier", "clip_quantile", "dp_sampling", "dp_mechanism")
+    return config.model_copy(
+        update={
+            key: RunConfig.model_fields[key].default
+            for key in (*ours, "participations", "separation")
+        }
+    )

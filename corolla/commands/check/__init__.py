@@ -1,0 +1,1 @@
+"""`corolla check`: proofs that a strategy aggregates what it says."""

@@ -1,0 +1,1 @@
+"""`corolla compare`: a grid of runs, their statistics, and a report."""

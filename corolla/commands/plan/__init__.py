@@ -1,0 +1,1 @@
+"""`corolla plan`: what a run will cost in bytes, memory and time."""

@@ -1,0 +1,125 @@
+"""`--engine flower`: the same ServerApp code and ClientApp on Flower's simulation engine (Ray).
+
+A composition root, apart from `simulation` because Flower and Ray are heavy to import.
+"""
+
+import importlib.util
+import logging
+import os
+import secrets
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from corolla.config.run import RunConfig
+from corolla.data import federated
+from corolla.errors import ConfigError, RoundError
+from corolla.host.processes import terminate_as_interrupt
+from corolla.models import pretrained
+from corolla.server.runs.observer import Observer
+from corolla.server.runs.run import Summary
+
+# Read when Flower and Ray are imported: no telemetry, no advice about accelerators.
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+def simulate_on_flower(
+    config: RunConfig,
+    folder: Path,
+    observer: Observer,
+    keep_updates: bool,
+    resume: bool,
+    run_id: str | None,
+) -> Summary:
+    """Run a federation on Ray: as many clients at once as there are cores for their threads.
+
+    Raises ConfigError when Ray is not installed, and what the server raises.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError("engine flower needs Ray: pip install 'corolla[simulation]'")
+    from flwr.app import Context
+    from flwr.serverapp import Grid, ServerApp
+    from flwr.simulation import run_simulation
+
+    from corolla.client import app as client
+    from corolla.server.app import serve
+
+    # A model or data set that cannot be loaded is said here, not by every process of Ray.
+    nodes = len(federated.load(config).clients)
+    pretrained.resolve(config.model)
+    stop = threading.Event()
+    done: list[Summary] = []
+    failed: list[BaseException] = []
+    server = ServerApp()
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        try:
+            done.append(
+                serve(
+                    grid,
+                    config,
+                    folder,
+                    observer,
+                    run_id or secrets.token_hex(16),
+                    nodes=nodes,
+                    keep_updates=keep_updates,
+                    resume=resume,
+                    stop=stop,
+                )
+            )
+        except BaseException as error:  # noqa: BLE001 - re-raised below; Flower would lose some
+            failed.append(error)
+
+    cores = os.cpu_count() or 1
+    backend: Any = {
+        "client_resources": {"num_cpus": min(config.threads or cores, cores), "num_gpus": 0.0},
+        "init_args": {
+            "num_cpus": cores,
+            "include_dashboard": False,
+            "log_to_driver": False,
+            "logging_level": "ERROR",
+        },
+    }
+    with tempfile.TemporaryDirectory(prefix="corolla-memory-") as memory:
+        os.environ[client.MEMORY] = memory
+        os.environ[client.KEPT] = str((folder / "clients").resolve())
+        os.environ[client.RECORD] = str((folder / "updates").resolve()) if keep_updates else ""
+        try:
+            with _quiet_flower(), terminate_as_interrupt():
+                run_simulation(
+                    server_app=server,
+                    client_app=client.app,
+                    num_supernodes=nodes,
+                    backend_config=backend,
+                )
+        finally:
+            stop.set()  # the server's thread would otherwise keep an interrupted process alive
+            del os.environ[client.MEMORY], os.environ[client.KEPT], os.environ[client.RECORD]
+    if failed:
+        raise failed[0]
+    if not done:
+        raise RoundError("Flower's simulation engine ended without a result")
+    return done[0]
+
+
+@contextmanager
+def _quiet_flower() -> Iterator[None]:
+    """Failures reach the user as errors; Flower would print each with its own stack of frames."""
+    logger = logging.getLogger("flwr")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module=r"ray\..*")
+            warnings.filterwarnings("ignore", category=ResourceWarning)
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,206 @@
+"""What a terminal shows of a run: bars for rounds and clients, tokens per second, a final table."""
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+
+from corolla.evaluation.scoring import SHARES
+from corolla.server.runs.report import human_bytes
+from corolla.server.runs.run import Summary
+
+
+class Bars:
+    """Progress bars on a terminal; one line a round where the output is a file or a pipe."""
+
+    def __init__(self, console: Console, rounds: int) -> None:
+        self.console, self.rounds = console, rounds
+        self._progress = Progress(
+            TextColumn("{task.description:<8}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            transient=True,
+        )
+        self._rounds: TaskID | None = None
+        self._clients: TaskID | None = None
+        self._busy = TaskID(-1)
+        self._tokens, self._since = 0, time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        self._busy = self._progress.add_task(
+            "loading", total=None, note="and measuring the base model"
+        )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def started(self, facts: Mapping[str, Any], first_round: int) -> None:
+        self._progress.remove_task(self._busy)
+        config = facts["config"]
+        self.console.print(
+            f"[bold]{escape(config['strategy'])}[/] on {escape(config['data'])}: "
+            f"{facts['num_clients']} clients, {facts['cohort']} a round, base model "
+            f"{escape(config['model'])}, held-out loss {facts['base']['loss']:.4f}",
+            soft_wrap=True,
+        )
+        if facts["clients_left_out"]:
+            self.console.print(
+                f"[yellow]{facts['clients_left_out']} clients left out:[/] fewer than "
+                f"min_examples={config['min_examples']} training examples"
+            )
+        if found := facts.get("privacy"):
+            self.console.print(f"privacy  {escape(_noise(found))}", soft_wrap=True, highlight=False)
+        for warning in facts.get("warnings", ()):
+            self.warned(warning)
+        if first_round > 1:
+            self.console.print(f"resumed after round {first_round - 1}")
+        self._rounds = self._progress.add_task(
+            "rounds", total=self.rounds, completed=first_round - 1, note=""
+        )
+        self._clients = self._progress.add_task("clients", total=facts["cohort"], note="")
+
+    def warned(self, text: str) -> None:
+        """Something that does not end the run."""
+        self.console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
+
+    def round_started(self, round: int, cohort: int) -> None:
+        self._tokens, self._since = 0, time.monotonic()
+        if self._clients is not None:
+            self._progress.reset(self._clients, total=cohort, note="")
+
+    def stepped(self, tokens: int) -> None:
+        """One local step has read this many tokens."""
+        self._tokens += tokens
+        rate = self._tokens / max(time.monotonic() - self._since, 1e-9)
+        if self._clients is not None:
+            self._progress.update(self._clients, note=f"{rate:,.0f} tokens/s")
+
+    def replied(self, client: str) -> None:
+        if self._clients is not None:
+            self._progress.advance(self._clients)
+
+    def round_ended(self, line: Mapping[str, Any]) -> None:
+        if self._rounds is not None:
+            self._progress.advance(self._rounds)
+        if line["round"] == self.rounds:
+            self._progress.add_task("ending", total=None, note="measuring, saving, reloading")
+        trained, held = line["train_loss"], line["eval_loss"]
+        parts = [
+            f"round {line['round']}/{self.rounds}",
+            f"training loss {trained:.4f}" if trained is not None else "",
+            f"held-out loss {held:.4f}" if held is not None else "",
+            f"clients' own {own:.4f}" if (own := line.get("personal_loss")) is not None else "",
+            f"up {human_bytes(line['bytes_up'])}, down {human_bytes(line['bytes_down'])}",
+            f"{line['seconds']:.1f} s",
+            f"simulated {line['sim_seconds']:,.1f} s" if "sim_seconds" in line else "",
+            f"epsilon {line['epsilon']:.3g}" if "epsilon" in line else "",
+            _zeros(line),
+            f"[yellow]{line['dropped']} dropped[/]" if line.get("dropped") else "",
+        ]
+        self.console.print(
+            "  ".join(part for part in parts if part), highlight=False, soft_wrap=True
+        )
+
+
+def _noise(found: Mapping[str, Any]) -> str:
+    """What is planned of differential privacy, and what is not told for its sake."""
+    z, budget = found["noise_multiplier"], found["budget"]
+    noise = f"noise multiplier {z:.4g}" if z else "each client's noise is made for the budget"
+    wanted = f"budget epsilon {budget:g}, " if budget is not None else ""
+    return (
+        f"of each {found['unit']}: {wanted}delta {found['delta']:g}, clip {found['clip']:g}, "
+        f"{noise}; not told: {found['withheld']}"
+    )
+
+
+def _zeros(line: Mapping[str, Any]) -> str:
+    """What to say when a perturbation is too small for the loss to show it."""
+    zeros, scalars = line.get("zero_scalars", 0), line.get("scalars", 0)
+    if 2 * zeros <= scalars:
+        return ""
+    return f"[yellow]{zeros:.0f} of {scalars:.0f} scalars are 0: raise eps[/]"
+
+
+def print_summary(console: Console, summary: Summary) -> None:
+    """The final table, two answers before and after, and where the artefacts are."""
+    table = Table(title="Result", title_justify="left", show_header=True)
+    table.add_column("")
+    table.add_column("base model", justify="right")
+    table.add_column("fine-tuned", justify="right")
+    base, final = summary.base, summary.final
+    table.add_row("held-out loss", f"{base['loss']:.4f}", f"[bold]{final['loss']:.4f}[/]")
+    for name, called in SHARES.items():
+        if name in base and name in final:
+            table.add_row(f"held-out {called}", f"{base[name]:.1%}", f"{final[name]:.1%}")
+    if fair := summary.fairness:
+        for key, called in (
+            ("mean", "mean"),
+            ("worst_decile", "worst tenth"),
+            ("best_decile", "best tenth"),
+        ):
+            table.add_row(
+                f"clients' own loss, {called}", *(f"{fair[w][key]:.4f}" for w in ("base", "final"))
+            )
+    table.add_section()
+    table.add_row("bytes up / down", human_bytes(summary.bytes_up), human_bytes(summary.bytes_down))
+    up, down = (f"{human_bytes(n)} ({human_bytes(f)})" for n, f in summary.per_client)
+    table.add_row("  per client and round (formula)", up, down)
+    table.add_row("time, peak memory", f"{summary.seconds:.1f} s", human_bytes(summary.peak_rss))
+    if summary.sim_seconds is not None:
+        table.add_row("simulated time", f"{summary.sim_seconds:,.1f} s", "")
+    console.print(table)
+    if summary.privacy:
+        console.print(f"privacy  {escape(summary.privacy)}", soft_wrap=True, highlight=False)
+    for before, after in zip(summary.before, summary.after, strict=True):
+        answers = Table(show_header=False, box=None, padding=(0, 1))
+        answers.add_column(style="dim", no_wrap=True)
+        answers.add_column(overflow="fold")
+        answers.add_row("prompt", escape(_short(before.prompt)))
+        answers.add_row("base model", escape(_short(before.answer) or "(nothing)"))
+        answers.add_row("fine-tuned", f"[bold]{escape(_short(after.answer) or '(nothing)')}[/]")
+        answers.add_row("data", escape(_short(before.reference)))
+        console.print(answers)
+    reader = "plain PEFT" if summary.artefact.name == "adapter" else "transformers"
+    console.print(
+        f"{summary.artefact.name} {escape(str(summary.artefact))}  "
+        f"(sha256 {summary.adapter_hash[:16]}…; "
+        f"{reader} reloads it with the server's logits within {summary.reload_difference:.1e})",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if summary.personal:
+        console.print(
+            f"personal adapters {escape(str(summary.folder / 'clients'))}/<client>/adapter  "
+            f"({summary.artefact.name}/ is only what the clients share: judge this run by the loss "
+            f"of clients)",
+            highlight=False,
+            soft_wrap=True,
+        )
+    console.print(f"report  {escape(str(summary.folder / 'report.html'))}", soft_wrap=True)
+
+
+def _short(text: str, limit: int = 240) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= limit else flat[: limit - 1] + "…"

@@ -1,0 +1,1 @@
+"""Rows of text, their clients and splits, and their encoding as token ids."""

@@ -1,0 +1,1 @@
+"""How a model is scored: losses, answers, and the tasks of lm-eval."""

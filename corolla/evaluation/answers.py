@@ -1,0 +1,178 @@
+"""What a model answers, beyond its loss: generated answers compared, given choices ranked."""
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from decimal import Decimal
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+from corolla.config.run import RunConfig
+from corolla.data.encoding import Encoded, Encoder
+from corolla.data.federated import Example
+from corolla.errors import DataError
+from corolla.evaluation.scoring import log_likelihoods
+from corolla.models.pretrained import Base
+from corolla.types import Metrics
+
+_BATCH = 16
+_NUMBER = re.compile(r"(?P<sign>(?<![\w).])[-−])?\$?(?P<rest>[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
+
+
+def ask(model: Any, base: Base, examples: Sequence[Example], config: RunConfig) -> Metrics:
+    """Scores of a model's answers to examples; empty when nothing is asked.
+
+    `exact_match` where the config has `answer`; `choice_accuracy` and `choice_accuracy_norm` where
+    the data has choices. Raises DataError for examples that cannot be asked.
+    """
+    found: dict[str, float] = {}
+    if config.answer != "none":
+        check(examples, config)
+        found["exact_match"] = exact_match(model, base, examples, config)
+    if examples and all(example.choices for example in examples):
+        found |= choice_accuracy(model, base, examples, config.max_length)
+    return found
+
+
+def check(examples: Sequence[Example], config: RunConfig) -> None:
+    """Raises DataError when `answer` asks for what the examples do not have."""
+    if config.answer == "none":
+        return
+    if any(example.prompt is None for example in examples):
+        raise DataError(
+            f"answer={config.answer} compares answers: it needs rows with prompt and response, "
+            f"{config.data} has others"
+        )
+    for example in examples:
+        if config.answer == "gsm8k" and final_number(example.text) is None:
+            raise DataError(
+                f"answer=gsm8k needs a number in every response, {config.data} has one without: "
+                f"{example.text[:60]!r}"
+            )
+
+
+def exact_match(model: Any, base: Base, examples: Sequence[Example], config: RunConfig) -> float:
+    """The part of the examples that the model answers with the response, decoding greedily."""
+    encoder = Encoder(base.tokenizer, (), config.max_length)
+    prompts = [encoder.prompt_ids(str(e.prompt))[-config.max_length :] for e in examples]
+    virtual = config.virtual_tokens if config.parameters == "prompt" else 0
+    answers = generate(model, base, prompts, config.max_new_tokens, virtual)
+    pairs = zip(answers, examples, strict=True)
+    right = sum(same(answer, example.text, config.answer) for answer, example in pairs)
+    return right / len(examples)
+
+
+def same(answer: str, reference: str, kind: str) -> bool:
+    """gsm8k: the same final number; exact: the same text but for white space and case."""
+    if kind == "gsm8k":
+        number = final_number(answer)
+        return number is not None and number == final_number(reference)
+    return answer.casefold().split() == reference.casefold().split()
+
+
+def final_number(text: str) -> Decimal | None:
+    """The number after the last `####`, else the last number; $, commas and a last dot are not it.
+
+    As answers of GSM8K are written (Cobbe et al. 2021, arXiv 2110.14168).
+    """
+    _, mark, after = text.rpartition("####")
+    found = list(_NUMBER.finditer(after))
+    if not found:
+        return None
+    number = found[0 if mark else -1]
+    size = Decimal(number["rest"].replace(",", ""))
+    return -size if number["sign"] else size
+
+
+@torch.no_grad()
+def generate(
+    model: Any, base: Base, prompts: Sequence[Sequence[int]], most: int, virtual: int = 0
+) -> list[str]:
+    """Greedy continuations of at most `most` tokens, without the prompts.
+
+    Batches are of like length, padded on the left; none outgrows the positions that the model has.
+    With `virtual` tokens of a trained prompt they are of equal length: peft puts the prompt before
+    the padding, and its model would answer something else.
+    """
+    settings = model.generation_config
+    stops = settings.eos_token_id
+    stops = set(stops) if isinstance(stops, list) else {stops}
+    stops = sorted((stops | {base.tokenizer.eos_token_id}) - {None})
+    positions = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+    found = [""] * len(prompts)
+    for rows in _batches([len(prompt) for prompt in prompts], alike=virtual > 0):
+        longest = max(1, *(len(prompts[i]) for i in rows))
+        ids = torch.full((len(rows), longest), base.pad_id)
+        mask = torch.zeros_like(ids)
+        for row, i in enumerate(rows):
+            own = prompts[i] or [base.pad_id]  # a prompt without tokens: start from any one
+            ids[row, -len(own) :] = torch.tensor(own)
+            mask[row, -len(own) :] = 1
+        room = positions - longest - virtual if positions else most
+        greedy = GenerationConfig(
+            max_new_tokens=max(1, min(most, room)),
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            temperature=1.0,
+            top_p=1.0,
+            top_k=50,
+            eos_token_id=stops or None,
+            pad_token_id=base.pad_id,
+        )
+        out = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=greedy,
+        )
+        texts = base.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
+        for i, text in zip(rows, texts, strict=True):
+            found[i] = str(text).strip()
+    return found
+
+
+def _batches(lengths: Sequence[int], alike: bool) -> Iterator[list[int]]:
+    """Indices by length, in batches; `alike`: all of a batch have the same."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    for _, group in itertools.groupby(order, key=lambda i: lengths[i] if alike else 0):
+        rows = list(group)
+        yield from (rows[start : start + _BATCH] for start in range(0, len(rows), _BATCH))
+
+
+def choice_accuracy(
+    model: Any, base: Base, examples: Sequence[Example], max_length: int
+) -> Metrics:
+    """How often the right choice is the likeliest answer to its prompt.
+
+    A choice counts as training counts it: with the end of the sequence. `choice_accuracy_norm`
+    divides ln p by the UTF-8 bytes of the choice, so that long ones are not at a disadvantage
+    (`acc_norm` of Gao et al., lm-evaluation-harness). Long prompts lose their beginning.
+    """
+    encoder = Encoder(base.tokenizer, (), 1 << 30)
+    asked = [
+        _last(encoder(replace(example, text=choice)), max_length)
+        for example in examples
+        for choice in example.choices
+    ]
+    scores = iter(log_likelihoods(model, asked, base.pad_id, model.device))
+    right = right_norm = 0
+    for example in examples:
+        own = [next(scores) for _ in example.choices]
+        each = [
+            score / len(choice.encode()) for score, choice in zip(own, example.choices, strict=True)
+        ]
+        right += example.choices[own.index(max(own))] == example.text
+        right_norm += example.choices[each.index(max(each))] == example.text
+    number = len(examples)
+    return {"choice_accuracy": right / number, "choice_accuracy_norm": right_norm / number}
+
+
+def _last(encoded: Sequence[Encoded], length: int) -> Encoded:
+    """The last tokens of one choice after its prompt."""
+    if not encoded or isinstance(encoded[0].labels, int):
+        raise DataError("a choice has no tokens that a model could predict")
+    return Encoded(encoded[0].input_ids[-length:], encoded[0].labels[-length:])

@@ -1,0 +1,150 @@
+"""How good a model is on examples: the loss that training uses, and what it means to people."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from corolla.data.encoding import IGNORE, Encoded, collate
+from corolla.types import Metrics
+
+SHARES = {
+    "accuracy": "accuracy",
+    "f1": "macro F1",
+    "exact_match": "exact match",
+    "choice_accuracy": "right choice",
+    "choice_accuracy_norm": "right choice, per byte",
+}
+"""Scores between 0 and 1, and what people call them."""
+
+
+def loss_sum(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The summed cross-entropy of a batch over its targets, in fp32.
+
+    Logits of a causal model at position t predict label t + 1; masked labels add nothing.
+    """
+    return F.cross_entropy(*_predictions(model, batch), reduction="sum")
+
+
+def sequence_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The summed cross-entropy of each sequence over its targets, in fp32, (batch,).
+
+    Each depends on its own sequence alone: what differential privacy of examples rests on.
+    """
+    logits, wanted = _predictions(model, batch)
+    losses = F.cross_entropy(logits, wanted, reduction="none")
+    labels = batch["labels"]
+    if labels.dim() == 1:
+        return losses
+    rows = (labels[:, 1:] != IGNORE).nonzero()[:, 0]
+    return losses.new_zeros(len(labels)).index_add(0, rows, losses)
+
+
+def _predictions(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(logits of the targets in fp32 (n, classes), targets (n,))."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    labels = batch["labels"]
+    if labels.dim() == 1:
+        return model(**inputs).logits.float(), labels
+    wanted = labels[:, 1:] != IGNORE
+    with _only(model, wanted):
+        logits = model(**inputs).logits
+    if logits.dim() == 3:  # a head that is not one module: the hook had nothing to hold on to
+        logits = _before(logits, wanted)[wanted]
+    return logits.float(), labels[:, 1:][wanted]
+
+
+def _before(rows: Tensor, wanted: Tensor) -> Tensor:
+    """Of (batch, time, …) the positions before those of `wanted`; virtual tokens come first."""
+    return rows[:, -1 - wanted.shape[1] : -1]
+
+
+@contextmanager
+def _only(model: Any, wanted: Tensor) -> Iterator[None]:
+    """Let the output layer see only positions with a target.
+
+    With a vocabulary of 262,144 (Gemma 3) the logits of one batch are gigabytes, most of them for
+    padding and prompts.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda module, args: (_before(args[0], wanted)[wanted],))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def score(
+    model: nn.Module,
+    data: Sequence[Encoded],
+    pad_id: int,
+    device: torch.device,
+    batch_size: int = 8,
+) -> Metrics:
+    """`loss` (nats per target), `accuracy` of the most likely target, `targets` (how many).
+
+    Of a classifier also `f1`, see `macro_f1`. Sequences are batched by length, which does not
+    change the result. NaN without targets.
+    """
+    ordered = sorted(data, key=lambda sequence: len(sequence.input_ids))
+    losses: list[float] = []
+    classes: list[tuple[int, int]] = []
+    right = targets = 0
+    for start in range(0, len(ordered), batch_size):
+        batch = collate(ordered[start : start + batch_size], pad_id, device)
+        logits, wanted = _predictions(model, batch)
+        losses.append(float(F.cross_entropy(logits, wanted, reduction="sum")))
+        guessed = logits.argmax(dim=-1)
+        right += int((guessed == wanted).sum())
+        targets += wanted.numel()
+        if batch["labels"].dim() == 1:
+            classes += zip(wanted.tolist(), guessed.tolist(), strict=True)
+    if not targets:
+        return {"loss": math.nan, "accuracy": math.nan, "targets": 0.0}
+    return {
+        "loss": math.fsum(losses) / targets,
+        "accuracy": right / targets,
+        **({"f1": macro_f1(classes)} if classes else {}),
+        "targets": float(targets),
+    }
+
+
+def macro_f1(pairs: Sequence[tuple[int, int]]) -> float:
+    """The mean over classes of F1 = 2 TP / (2 TP + FP + FN), from pairs (wanted, guessed).
+
+    Classes that are neither wanted nor guessed do not count, as in scikit-learn.
+    """
+    hits = Counter(wanted for wanted, guessed in pairs if wanted == guessed)
+    seen = Counter(name for pair in pairs for name in pair)
+    return math.fsum(2 * hits[name] / seen[name] for name in seen) / len(seen)
+
+
+@torch.no_grad()
+def log_likelihoods(
+    model: nn.Module,
+    data: Sequence[Encoded],
+    pad_id: int,
+    device: torch.device,
+    batch_size: int = 8,
+) -> list[float]:
+    """The log-likelihood of each sequence's targets, given what comes before them, in nats."""
+    order = sorted(range(len(data)), key=lambda i: len(data[i].input_ids))
+    found = [0.0] * len(data)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = collate([data[i] for i in rows], pad_id, device)
+        logits, wanted = _predictions(model, batch)
+        surprises = iter(F.cross_entropy(logits, wanted, reduction="none").tolist())
+        for i in rows:
+            found[i] = -math.fsum(islice(surprises, data[i].targets))
+    return found

@@ -1,0 +1,1 @@
+"""Files, text, processes, logs and certificates of one machine; nothing here knows of learning."""

@@ -1,0 +1,277 @@
+"""What a model is made of, from config.json and file headers: its weights are never read."""
+
+import json
+import math
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from corolla.embedded.assets import asset
+from corolla.errors import ModelError
+from corolla.tensors import factors
+from corolla.types import LoraSpec
+
+Shape = tuple[int, ...]
+
+_OUTSIDE = re.compile(r"embed|emb\b|wte|wpe|lm_head|shared|score|classifier|rel_attn|norm|ln_")
+"""Names of 2-D weights that are no linear layers of a block."""
+
+_IN_OUT = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
+"""Families whose linear layers are Conv1D: (in, out)."""
+
+_SAME = {  # as families call it: what is meant
+    "hidden": ("hidden_size", "n_embd", "d_model", "dim"),
+    "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "heads": ("num_attention_heads", "n_head", "n_heads"),
+    "intermediate": ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim", "d_ff"),
+    "positions": ("max_position_embeddings", "n_positions", "n_ctx"),
+}
+
+_GGUF_NAMES = {
+    **{"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj"},
+    **{"attn_output": "self_attn.o_proj", "attn_qkv": "self_attn.qkv_proj"},
+    **{"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"},
+}
+
+_LONGEST_HEADER = 1 << 28
+_GGUF_TOKENIZER = 5
+"""The tokenizer.json of a GGUF file is so many times as long as its header (Gemma 3: 33 MB)."""
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Sizes of a decoder or encoder. `tensors`: name → shape as (out, in), as transformers has."""
+
+    name: str
+    family: str
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    positions: int | None
+    tensors: Mapping[str, Shape]
+    tokenizer_bytes: int
+    tokenizer: Path | None = None
+    """tokenizer.json, where there is one."""
+
+    @property
+    def values(self) -> int:
+        """Parameters of the model; a tied output layer counts once."""
+        return sum(math.prod(shape) for shape in self.tensors.values())
+
+    @property
+    def norms(self) -> int:
+        """Norm layers in a block, those of queries and keys not counted."""
+        found = [n for n in self._block() if "norm" in n or "ln_" in n or "LayerNorm" in n]
+        return len([n for n in found if n.endswith("weight") and "q_" not in n and "k_" not in n])
+
+    @property
+    def head_norms(self) -> bool:
+        """Queries and keys have norms of their own."""
+        return any("q_norm" in name or "attn_q_norm" in name for name in self._block())
+
+    def linear(self, targets: Sequence[str] | None = None) -> dict[str, tuple[int, int]]:
+        """(out, in) of the linear layers by name; of those that are meant by `targets`.
+
+        Raises ModelError for a target that matches none.
+        """
+        found = {
+            name.removesuffix(".weight"): (shape[0], shape[1])
+            for name, shape in self.tensors.items()
+            if len(shape) == 2 and name.endswith(".weight") and not _OUTSIDE.search(name)
+        }
+        if not targets:
+            return found
+        for target in targets:
+            if not any(_meant(name, target) for name in found):
+                raise ModelError(f"target modules {target} match nothing in {self.name}")
+        return {n: s for n, s in found.items() if any(_meant(n, target) for target in targets)}
+
+    def adapter(self, spec: LoraSpec, targets: Sequence[str] | None = None) -> dict[str, Shape]:
+        """Shapes of the factors of a LoRA adapter."""
+        shapes: dict[str, Shape] = {}
+        for name, (out, into) in self.linear(targets).items():
+            if spec.rank > min(out, into):
+                raise ModelError(f"rank {spec.rank} is larger than module {name} ({out} x {into})")
+            shapes[name + factors.A], shapes[name + factors.B] = (
+                (spec.rank, into),
+                (out, spec.rank),
+            )
+        return shapes
+
+    def _block(self) -> list[str]:
+        return [name for name in self.tensors if ".0." in name]
+
+
+def _meant(name: str, target: str) -> bool:
+    return name == target or name.endswith("." + target)
+
+
+def read(name: str) -> Anatomy:
+    """The anatomy of a model by name, as `corolla simulate` takes it.
+
+    Raises ModelError where there is no such model, or its files do not say enough.
+    """
+    try:
+        path = locate(name)
+        return _of_gguf(path, name) if path.suffix == ".gguf" else _of_folder(path, name)
+    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ModelError(f"cannot tell what {name} is made of: {reason}") from error
+
+
+def locate(name: str) -> Path:
+    """The folder or .gguf file of a model; nothing is downloaded or converted.
+
+    Raises ModelError when it is not on this machine.
+    """
+    if name == "embedded":
+        return asset("model")
+    from corolla.models import full, pretrained  # takes a second
+
+    path = pretrained.packaged(name) if name in pretrained.PACKAGED else Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        folder = pretrained.converted(path)
+        return folder if folder.is_dir() else path
+    if path.suffix != ".gguf" and not path.exists() and not name.startswith((".", "/", "~")):
+        path = full.folder_of(name)
+    if not (path / "config.json").is_file():
+        raise ModelError(
+            f"model {name!r} is not on this machine: expected a folder with config.json, a .gguf "
+            f"file, or a hub name that has been downloaded"
+        )
+    return path
+
+
+# --- a folder of safetensors ----------------------------------------------------------------------
+
+
+def _of_folder(folder: Path, name: str) -> Anatomy:
+    told: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    told = {**told, **told.get("text_config", {})}
+    tensors: dict[str, Shape] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= _header(path)
+    if not tensors:
+        raise ModelError(f"model {name} has no .safetensors file: its size is not known")
+    family = str(told.get("model_type", ""))
+    if family in _IN_OUT:
+        tensors = {n: s[::-1] if not _OUTSIDE.search(n) else s for n, s in tensors.items()}
+    sizes = {key: _first(told, names) for key, names in _SAME.items()}
+    hidden, heads = sizes["hidden"] or 0, sizes["heads"] or 1
+    tokenizer = folder / "tokenizer.json"
+    return Anatomy(
+        name=name,
+        family=family,
+        layers=sizes["layers"] or 1,
+        hidden=hidden,
+        intermediate=sizes["intermediate"] or 4 * hidden,
+        heads=heads,
+        kv_heads=int(told.get("num_key_value_heads") or heads),
+        head_dim=int(told.get("head_dim") or hidden // heads),
+        vocabulary=int(told["vocab_size"]),
+        positions=sizes["positions"],
+        tensors=tensors,
+        tokenizer_bytes=tokenizer.stat().st_size if tokenizer.is_file() else 0,
+        tokenizer=tokenizer if tokenizer.is_file() else None,
+    )
+
+
+def _first(told: Mapping[str, Any], names: Sequence[str]) -> int | None:
+    return next((int(told[name]) for name in names if told.get(name)), None)
+
+
+def _header(path: Path) -> dict[str, Shape]:
+    """Shapes of the tensors in a safetensors file, by name."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(_LONGEST_HEADER, path.stat().st_size):
+            raise ValueError(f"{path.name} is no safetensors file")
+        header: dict[str, Any] = json.loads(file.read(length))
+    return {n: tuple(entry["shape"]) for n, entry in header.items() if n != "__metadata__"}
+
+
+# --- a GGUF file ----------------------------------------------------------------------------------
+
+_FIXED = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+
+
+def _of_gguf(path: Path, name: str) -> Anatomy:
+    """The package gguf reads all entries of a vocabulary, for half a minute; this skips them."""
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ValueError(f"{path.name} is no GGUF file")
+        (_, tensors, entries) = struct.unpack("<IQQ", file.read(20))
+        told: dict[str, Any] = {}
+        for _ in range(entries):
+            key = _string(file)
+            told[key] = _value(file, _number(file, "I"))
+        shapes = dict(_gguf_tensor(file) for _ in range(tensors))
+        length = file.tell()
+    family = str(told["general.architecture"])
+    own = {k.removeprefix(family + "."): v for k, v in told.items() if k.startswith(family + ".")}
+    heads, hidden = int(own["attention.head_count"]), int(own["embedding_length"])
+    return Anatomy(
+        name=name,
+        family=family,
+        layers=int(own["block_count"]),
+        hidden=hidden,
+        intermediate=int(own["feed_forward_length"]),
+        heads=heads,
+        kv_heads=int(own.get("attention.head_count_kv", heads)),
+        head_dim=int(own.get("attention.key_length", hidden // heads)),
+        vocabulary=int(told["tokenizer.ggml.tokens"]),
+        positions=int(own["context_length"]) if "context_length" in own else None,
+        tensors=shapes,
+        tokenizer_bytes=_GGUF_TOKENIZER * length,
+    )
+
+
+def _gguf_tensor(file: BinaryIO) -> tuple[str, Shape]:
+    """(name as transformers has it, shape); dimensions are written from the last to the first."""
+    name = _string(file)
+    shape = tuple(_number(file, "Q") for _ in range(_number(file, "I")))[::-1]
+    file.seek(12, 1)  # type and place
+    name = name.replace("blk.", "model.layers.", 1).replace("token_embd", "embed_tokens")
+    if name == "output.weight":
+        return "lm_head.weight", shape
+    for short, long in _GGUF_NAMES.items():
+        name = name.replace(f".{short}.weight", f".{long}.weight")
+    return name, shape
+
+
+def _number(file: BinaryIO, kind: str) -> Any:
+    return struct.unpack("<" + kind, file.read(struct.calcsize("<" + kind)))[0]
+
+
+def _string(file: BinaryIO) -> str:
+    length = _number(file, "Q")
+    if length > _LONGEST_HEADER:
+        raise ValueError("a text in the header is too long")
+    return bytes(file.read(length)).decode("utf-8", "replace")
+
+
+def _value(file: BinaryIO, kind: int) -> Any:
+    """One value of the header; of an array how many it has."""
+    if kind in _FIXED:
+        return _number(file, _FIXED[kind])
+    if kind == _STRING:
+        return _string(file)
+    if kind != _ARRAY:
+        raise ValueError(f"the header has a value of the unknown kind {kind}")
+    inner, count = _number(file, "I"), _number(file, "Q")
+    if inner in _FIXED:
+        file.seek(count * struct.calcsize("<" + _FIXED[inner]), 1)
+    elif inner == _STRING:
+        for _ in range(count):
+            file.seek(_number(file, "Q"), 1)
+    else:
+        raise ValueError(f"the header has an array of the unknown kind {inner}")
+    return count

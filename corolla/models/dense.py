@@ -1,0 +1,331 @@
+"""A chosen set of tensors of a model, trained and averaged as they are: no factors, no ranks.
+
+What FedPEFT (Sun et al., "Conquering the Communication Constraints to Enable Large Pre-Trained
+Models in Federated Learning", arXiv 2210.01708) calls the choice of what travels:
+
+bias     all bias vectors (BitFit: Ben Zaken et al., ACL 2022, arXiv 2106.10199)
+ia3      vectors that scale keys, values and feed-forward activations ((IA)³: Liu et al., NeurIPS
+         2022, arXiv 2205.05638)
+prompt   embeddings of virtual tokens before the text (Lester et al., EMNLP 2021, arXiv 2104.08691)
+head     the output layer, or the head of a classifier
+full     all parameters
+
+A classifier's head is trained with each of them. Tensors keep their names in the base model; new
+ones are `<module>.ia3` and `prompt.weight`. Behind a prompt the first token of a text is no target
+either (it is one to peft): losses are those of the same tokens whatever is trained.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import IA3Config, PeftModel, PromptTuningConfig, TaskType, get_peft_model
+from peft.tuners.ia3 import IA3Layer
+from peft.utils import constants
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from corolla import seeds
+from corolla.directions import pools
+from corolla.errors import ModelError
+from corolla.models import full, lora
+from corolla.models.pretrained import Base, heads_of
+from corolla.models.space import Beside, Space
+from corolla.types import Adapter, LoraSpec, Move, Params
+from corolla.wire import codec
+
+Role = Literal["ia3", "prompt", "bias", "head", "full"]
+
+_NAME = "default"
+_IA3, _PROMPT = ".ia3", "prompt.weight"
+
+
+class DenseModel:
+    """One resident model of which the tensors of one role are trained.
+
+    They are views of one flat fp32 vector; a model in half precision computes with roundings of
+    it. `write` sets all of them and every buffer, so nothing of the client before survives.
+    """
+
+    drifts = False
+    frozen: tuple[Params, ...] = ()
+
+    def __init__(
+        self,
+        base: Base,
+        role: Role,
+        targets: Sequence[str] | None = None,
+        virtual_tokens: int = 20,
+    ) -> None:
+        """`targets` (ia3): suffixes of module names; None: what peft scales in such a model.
+
+        Raises ModelError for a model that has no such tensors, or not apart from others.
+        """
+        self.base = base
+        self.model: Any = base.model
+        self.device, self._dtype = base.model.device, base.model.dtype
+        self.targets: list[str] = []
+        self._leaves = {n: _leaf(base.model, p) for n, p in _chosen(base, role).items()}
+        self._start = {n: leaf.detach().cpu().clone() for n, leaf in self._leaves.items()}
+        self._config: IA3Config | PromptTuningConfig | None = None
+        if role == "ia3":
+            self.targets = list(targets or _scaled(base))
+            self._config = _ia3(base, self.targets)
+        elif role == "prompt":
+            self._config = _prompt(base, virtual_tokens)
+        self.artefact = "adapter" if self._config else "model"
+        if self._config:
+            with torch.random.fork_rng(devices=[]), lora.peft_speaks_to_transformers():
+                model = get_peft_model(base.model, self._config, adapter_name=_NAME)
+            self.model = lora.quiet(model)
+            self._leaves |= _added(self.model)
+        self.model.eval().requires_grad_(False)
+        self._leaves = dict(sorted(self._leaves.items()))
+        self._buffers = {n: b.detach().clone() for n, b in self.model.named_buffers()}
+        sizes = [leaf.numel() for leaf in self._leaves.values()]
+        # One vector for all of them: a zeroth-order step is one pass over it.
+        self._flat = torch.zeros(sum(sizes), device=self.device)
+        for leaf, part in zip(self._leaves.values(), torch.split(self._flat, sizes), strict=True):
+            leaf.data = part.view(leaf.shape).copy_(leaf.detach())
+        self._settle = pools.Settled()
+
+    def check_rank(self, spec: LoraSpec) -> None:
+        """Any: there is no rank."""
+
+    def init(self, spec: LoraSpec, seed: int) -> Params:
+        """The base model's own tensors, scales of one, a prompt of tokens drawn by `seed`.
+
+        Words of the vocabulary are a better start of a prompt than noise (Lester et al.).
+        """
+        new = {name: leaf for name, leaf in self._leaves.items() if name not in self._start}
+        fresh = {name: tensor.clone() for name, tensor in self._start.items()}
+        fresh |= {n: torch.ones(leaf.shape) for n, leaf in new.items() if n.endswith(_IA3)}
+        if _PROMPT in new:
+            embed = self.model.get_input_embeddings()
+            known = min(len(self.base.tokenizer), embed.num_embeddings)
+            draw = seeds.generator(seed, "prompt")
+            ids = torch.randint(known, new[_PROMPT].shape[:1], generator=draw)
+            fresh[_PROMPT] = embed(ids.to(self.device)).detach().float().cpu()
+        return fresh
+
+    def write(self, params: Params, spec: LoraSpec, frozen: Sequence[Params] = ()) -> None:
+        """Set every trained tensor and every buffer; nothing is left as it was.
+
+        Raises ValueError when a tensor is missing, unknown or of a wrong shape, and for frozen
+        low-rank blocks, which have no place here.
+        """
+        if params.keys() != self._leaves.keys():
+            odd = sorted(params.keys() ^ self._leaves.keys())
+            raise ValueError(f"update differs from the model in {len(odd)} tensors, first {odd[0]}")
+        if frozen:
+            raise ValueError("frozen low-rank blocks go with parameters=lora")
+        for name, leaf in self._leaves.items():
+            if leaf.shape != params[name].shape:
+                raise ValueError(f"tensor {name} has shape {tuple(params[name].shape)}")
+        for name, leaf in self._leaves.items():
+            leaf.requires_grad_(False)
+            leaf.grad = None
+            leaf.copy_(params[name])
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(self._buffers[name])
+
+    def show(self, adapter: Adapter, spec: LoraSpec) -> None:
+        """Write a global model."""
+        blocks = (*adapter.frozen, *adapter.residuals)
+        self.write(self._settle(adapter.trained, adapter.moves), spec, blocks)
+
+    def enter(self, start: Params, spec: LoraSpec, moves: Sequence[Move]) -> Space:
+        """Write `start` after `moves`; the space of the trained tensors, standing there."""
+        self.write(self._settle(start, moves), spec)
+        return Beside(self._flat)
+
+    def read(self) -> Params:
+        """A copy of all trained tensors, on the CPU."""
+        return {name: leaf.detach().cpu().clone() for name, leaf in self._leaves.items()}
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All trained tensors by name, in the order of names."""
+        return iter(self._leaves.items())
+
+    def save(self, folder: Path, adapter: Adapter, spec: LoraSpec) -> None:
+        """Write a global model: a PEFT adapter (ia3, prompt), or the whole model in its type."""
+        self.show(adapter, spec)
+        if self._config is None:
+            full.write_model(folder, self.model, self._shown())
+        else:
+            classify = self.base.task == "classify"
+            saved = {
+                **self._config.to_dict(),
+                "task_type": TaskType.SEQ_CLS if classify else TaskType.CAUSAL_LM,
+                "inference_mode": True,
+                "auto_mapping": None,
+                "base_model_name_or_path": self.base.path,
+                **({"modules_to_save": heads_of(self.base)} if classify else {}),
+            }
+            lora.write_adapter(folder, type(self._config)(**saved), self._shown())
+
+    def distance_to(self, folder: Path, spec: LoraSpec) -> float:
+        """‖saved - shown‖ / ‖shown‖ in fp64: of an adapter's tensors, or of the whole model."""
+        shown = self._shown()
+        if self._config is None:
+            return full.distance(folder, shown)
+        saved, _ = codec.read(str(folder / "adapter_model.safetensors"))
+        if saved.keys() != shown.keys():
+            return math.inf
+        lost = sum(float((saved[n].double() - t.double()).square().sum()) for n, t in shown.items())
+        return math.sqrt(lost / sum(float(t.double().square().sum()) for t in shown.values()))
+
+    def reload(self, folder: Path) -> PreTrainedModel | PeftModel:
+        """A saved model as other tools load it, with plain peft or transformers.
+
+        Ends this object: there is never room for two models.
+        """
+        if self._config is None:
+            self._flat, self._leaves, self._start = torch.empty(0), {}, {}
+            return full.reload(folder, self.model, self._dtype)
+        if isinstance(self._config, IA3Config):
+            self.model.unload()
+        for name, tensor in self._start.items():  # a classifier's head
+            _give_back(self.base.model, name, tensor.to(self.device, self._dtype))
+        return lora.load_adapter(self.base.model, folder)
+
+    def digest(self, folder: Path) -> str:
+        """sha256 of the tensors of a saved adapter, or of the weight files of a saved model."""
+        return full.digest(folder) if self._config is None else lora.adapter_hash(folder)
+
+    def _shown(self) -> dict[str, Tensor]:
+        """What is shown, by the names of peft (the trained tensors) or of transformers (all).
+
+        As transformers loads it, a whole model is in its own type; tied tensors stay one.
+        """
+        if self._config is not None:
+            return {_peft_name(name): tensor for name, tensor in self.read().items()}
+        shown: dict[str, Tensor] = {}
+        rounded: dict[int, Tensor] = {}
+        for name, tensor in self.model.state_dict().items():
+            plain = name.replace(".parametrizations.", ".").removesuffix(".original")
+            if plain != name:
+                tensor = rounded.setdefault(tensor.data_ptr(), tensor.to(self._dtype))
+            shown[plain] = tensor
+        return shown
+
+
+def _chosen(base: Base, role: Role) -> dict[str, nn.Parameter]:
+    """The parameters of the base model that are trained, by name. Raises ModelError."""
+    named = dict(base.model.named_parameters())
+    heads = heads_of(base)
+    chosen = [name for name in named if name.partition(".")[0] in heads]
+    if role == "full":
+        chosen = list(named)
+    elif role == "bias":
+        biases = [name for name in named if name.rpartition(".")[2] == "bias"]
+        if not biases:
+            raise ModelError(
+                f"parameters=bias: {base.name} has no bias vectors; use lora, ia3 or prompt"
+            )
+        chosen = sorted({*chosen, *biases})
+    elif role == "head" and not heads:
+        output = base.model.get_output_embeddings()
+        if output.weight is base.model.get_input_embeddings().weight:
+            raise ModelError(
+                f"parameters=head: the output layer of {base.name} is tied to its input "
+                f"embeddings and cannot be trained alone; use lora, ia3, prompt or full"
+            )
+        own = {id(parameter) for parameter in output.parameters()}
+        chosen = [name for name, parameter in named.items() if id(parameter) in own]
+    elif role == "prompt" and heads:
+        raise ModelError(
+            f"parameters=prompt is for models that generate: {base.name} is a classifier, which "
+            f"reads its answer where virtual tokens would stand; use ia3, bias or head"
+        )
+    odd = [name for name in chosen if not named[name].is_floating_point()]
+    if odd:
+        raise ModelError(f"parameters={role} needs a base that is not quantised: see {odd[0]}")
+    return {name: named[name] for name in chosen}
+
+
+class _Rounded(nn.Module):
+    """A parametrization: the weight that is used is the fp32 one, rounded."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, master: Tensor) -> Tensor:
+        return master.to(self.dtype)
+
+
+def _leaf(model: PreTrainedModel, parameter: nn.Parameter) -> nn.Parameter:
+    """The fp32 tensor that is trained in place of a parameter, wherever it is used."""
+    if parameter.dtype == torch.float32:
+        return parameter
+    leaf = nn.Parameter(parameter.detach().float(), requires_grad=False)
+    for module in list(model.modules()):
+        for name, own in list(module._parameters.items()):
+            if own is parameter:
+                rounded = _Rounded(parameter.dtype)
+                parametrize.register_parametrization(module, name, rounded, unsafe=True)
+                module.parametrizations[name].original = leaf
+    return leaf
+
+
+def _give_back(model: PreTrainedModel, name: str, tensor: Tensor) -> None:
+    """Set a parameter that was trained, without a parametrization."""
+    path, _, last = name.rpartition(".")
+    module = model.get_submodule(path)
+    if parametrize.is_parametrized(module, last):
+        parametrize.remove_parametrizations(module, last, leave_parametrized=False)
+    module.get_parameter(last).data = tensor
+
+
+def _scaled(base: Base) -> list[str]:
+    """The modules that (IA)³ scales in a model of this architecture. Raises ModelError."""
+    kind = base.model.config.get_text_config().model_type
+    known = constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+    if kind not in known:
+        raise ModelError(
+            f"parameters=ia3: which layers to scale in a {kind} model is not known; name them "
+            f"with --set target-modules=[...]"
+        )
+    return list(known[kind])
+
+
+def _ia3(base: Base, targets: Sequence[str]) -> IA3Config:
+    """Scales of the inputs of what peft knows as feed-forward, of the outputs of all others."""
+    shapes = lora.targeted(base, targets)
+    kind = base.model.config.get_text_config().model_type
+    known = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(kind, [])
+    return IA3Config(
+        # A classifier's head is trained where it is: told of the task, peft would copy it.
+        task_type=TaskType.CAUSAL_LM if base.task == "causal" else None,
+        target_modules=list(targets),
+        feedforward_modules=[target for target in targets if target in known],
+        exclude_modules=heads_of(base) or None,
+        fan_in_fan_out=any(isinstance(base.model.get_submodule(n), Conv1D) for n in shapes),
+    )
+
+
+def _prompt(base: Base, virtual_tokens: int) -> PromptTuningConfig:
+    return PromptTuningConfig(
+        task_type=TaskType.CAUSAL_LM,
+        num_virtual_tokens=virtual_tokens,
+        token_dim=base.model.get_input_embeddings().embedding_dim,
+    )
+
+
+def _added(model: Any) -> Mapping[str, nn.Parameter]:
+    """The tensors that peft has added, by our names."""
+    if isinstance(model.active_peft_config, PromptTuningConfig):
+        return {_PROMPT: model.prompt_encoder[_NAME].embedding.weight}
+    layers = model.base_model.model.named_modules()
+    return {name + _IA3: m.ia3_l[_NAME] for name, m in layers if isinstance(m, IA3Layer)}
+
+
+def _peft_name(name: str) -> str:
+    if name == _PROMPT:
+        return "prompt_embeddings"
+    return lora.PREFIX + (name + "_l" if name.endswith(_IA3) else name)

@@ -1,0 +1,302 @@
+"""The memory and the arithmetic of training a model, by formula: nothing is loaded.
+
+Peak resident memory is what lies there all the time plus what the worst moment adds. Every term has
+a name; `experiments/bench/memory.py` measures LIBRARIES, TOKENIZER, WORK and HEAP and holds the sum
+against real processes. Activations are counted layer by layer: what autograd keeps of a transformer
+block for the backward pass (Korthikanti et al., "Reducing Activation Recomputation in Large
+Transformer Models", arXiv 2205.05198, section 4, without dropout and with an attention that does
+not keep its matrix), and what LoRA adds to it.
+"""
+
+import ctypes
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from corolla.config.run import RunConfig
+from corolla.models.anatomy import Anatomy, Shape
+from corolla.types import TrainerName
+
+LIBRARIES = 421_000_000
+"""Python with torch (CPU build), transformers and peft imported; a CUDA build takes more."""
+TOKENIZER = 9.1
+"""Bytes that a tokenizer takes for each byte of its tokenizer.json."""
+WORK = 20_000_000
+"""The autograd engine, buffers of matrix products, code that is first run in training."""
+HEAP = 1.9
+"""Bytes that the heap takes for each byte of activations: glibc cannot use all that was freed."""
+MAPPED = 32 << 20
+"""Blocks of at least this are mapped from the system and go back to it (M_MMAP_THRESHOLD_MAX)."""
+
+_SPARING = 256 << 10
+_WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
+_QUANTISED = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
+"""Bytes a weight of linear layers; NF4 has a number of fp32 for each 64."""
+_TRANSIENT = 5
+"""The widest tensors of a block that a forward pass without gradients has at a time."""
+_PROBE = 4
+"""Sequences whose logits are compared at the end of a run, with four copies of them."""
+
+Blocks = Sequence[tuple[float, float]]
+"""(how many, bytes of each)."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What goes through the model at a time: sequences padded to `tokens`, `targets` in all."""
+
+    sequences: int
+    tokens: int
+    targets: int
+    padded: bool = True
+    """Some are shorter: attention needs a mask, and keys and values as wide as queries."""
+
+    @property
+    def positions(self) -> int:
+        """Tokens with the padding."""
+        return self.sequences * self.tokens
+
+    def limited(self, sequences: int) -> "Batch":
+        """A part of it, of at most so many sequences; targets in proportion."""
+        if sequences >= self.sequences:
+            return self
+        targets = math.ceil(self.targets * sequences / self.sequences)
+        return replace(self, sequences=sequences, targets=targets)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The peak of resident memory: name of a term → bytes."""
+
+    terms: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        """Bytes at the worst moment."""
+        return sum(self.terms.values())
+
+
+def client(
+    anatomy: Anatomy,
+    config: RunConfig,
+    trainer: TrainerName,
+    batch: Batch,
+    evaluated: Batch | None = None,
+    messages: int | None = None,
+    labels: int = 0,
+    kept: int | None = None,
+) -> Estimate:
+    """A process that trains one client after another with `config`.
+
+    `batch` is the largest it trains on, `evaluated` the largest it scores; `messages`: bytes of a
+    task and its reply (default: the trained values twice). With `kept` it is a whole simulation,
+    which has so many bytes of state and updates, and verifies the saved model at the end.
+    """
+    values = trained(anatomy, config, labels)
+    in_place = config.parameters == "full" and trainer == "zeroth_order"
+    batch = batch.limited(config.micro_batch_size or config.batch_size)
+    batch = replace(batch, tokens=batch.tokens + _virtual(config))
+    sparing = config.gradient_checkpointing and trainer == "first_order"
+    if trainer == "first_order":
+        activations = _kept(anatomy, config, batch)
+        logits = _logits(anatomy, config, batch, 3, labels)
+    else:
+        activations = _passing(anatomy, config, batch)
+        logits = _logits(anatomy, config, batch, 2, labels)
+    steps = {"adamw": 3, "sgd": 1}[config.optimizer] if trainer == "first_order" else 1
+    terms = {
+        "libraries": LIBRARIES,
+        "tokenizer": TOKENIZER * anatomy.tokenizer_bytes,
+        "weights": weights(anatomy, config),
+        "trained values, at the start and now": 0 if in_place else 8 * values,
+        "gradients and optimiser": 0 if in_place else 4 * steps * values,
+        "gradients of each example": _apart(config, trainer, batch, values),
+        "messages": messages if messages is not None else (0 if in_place else 8 * values),
+        "activations": _resident(activations, sparing),
+        "logits": _resident(logits, sparing),
+        "work": WORK,
+    }
+    if kept is not None:
+        terms["state and updates"] = kept
+    if evaluated:
+        if kept is None:  # a client scores as it trains; a server does not know its limits
+            evaluated = evaluated.limited(config.micro_batch_size or evaluated.sequences)
+        moments = _evaluating(anatomy, config, evaluated, labels, verified=kept is not None)
+        terms["evaluation, beyond training"] = max(
+            _beyond([*activations, *logits], moment, sparing) for moment in moments
+        )
+    return Estimate({name: round(size) for name, size in terms.items() if size})
+
+
+def server(
+    anatomy: Anatomy, config: RunConfig, evaluated: Batch, kept: int = 0, labels: int = 0
+) -> Estimate:
+    """A process that evaluates and verifies the global model, and keeps `kept` bytes of state."""
+    scored, verified = _evaluating(anatomy, config, evaluated, labels, verified=True)
+    terms = {
+        "libraries": LIBRARIES,
+        "tokenizer": TOKENIZER * anatomy.tokenizer_bytes,
+        "weights": weights(anatomy, config),
+        "state and updates": kept,
+        "evaluation": _resident(scored, sparing=False),
+        "verification, beyond evaluation": _beyond(scored, verified, sparing=False),
+        "work": WORK,
+    }
+    return Estimate({name: round(size) for name, size in terms.items() if size})
+
+
+def trained(anatomy: Anatomy, config: RunConfig, labels: int = 0) -> int:
+    """How many values are trained."""
+    return sum(math.prod(shape) for shape in trained_shapes(anatomy, config, labels).values())
+
+
+def trained_shapes(anatomy: Anatomy, config: RunConfig, labels: int = 0) -> dict[str, Shape]:
+    """Shapes of the tensors that are trained, by name."""
+    head: dict[str, Shape] = {"score.weight": (labels, anatomy.hidden)} if labels else {}
+    if config.parameters == "lora":
+        return {**anatomy.adapter(config.lora, config.target_modules), **head}
+    if config.parameters == "prompt":
+        return {"prompt.weight": (config.virtual_tokens, anatomy.hidden), **head}
+    if config.parameters == "ia3":
+        found = anatomy.linear(config.target_modules or ("k_proj", "v_proj", "down_proj"))
+        sides = {n: s[1] if n.endswith("down_proj") else s[0] for n, s in found.items()}
+        return {**{f"{name}.ia3": (side,) for name, side in sides.items()}, **head}
+    if config.parameters == "bias":
+        return {**{n: s for n, s in anatomy.tensors.items() if n.endswith("bias")}, **head}
+    if config.parameters == "head":
+        return head or {n: s for n, s in anatomy.tensors.items() if n.startswith("lm_head")}
+    return {**anatomy.tensors, **head}
+
+
+def weights(anatomy: Anatomy, config: RunConfig) -> float:
+    """Bytes of the base model; its linear layers may be quantised."""
+    width = _WIDTH[config.dtype]
+    if config.quantization == "none":
+        return float(width * anatomy.values)
+    linear = sum(math.prod(shape) for shape in anatomy.linear().values())
+    return width * (anatomy.values - linear) + _QUANTISED[config.quantization] * linear
+
+
+def operations(anatomy: Anatomy, config: RunConfig, trainer: TrainerName, batch: Batch) -> float:
+    """Floating-point operations of a step: products with weights, as all else is little.
+
+    A pass forward is 2 for each weight and position (Kaplan et al., arXiv 2001.08361); gradients of
+    the inputs take the same again, those of the weights only where these are trained.
+    """
+    linear = sum(math.prod(shape) for shape in anatomy.linear().values())
+    forward = 2.0 * linear * batch.positions
+    forward += 2.0 * anatomy.vocabulary * anatomy.hidden * batch.targets
+    if trainer == "zeroth_order":
+        return 2 * config.queries * forward
+    return forward * (2 + (config.parameters == "full") + config.gradient_checkpointing)
+
+
+def spare_memory() -> None:
+    """Have freed activations go back to the system: less memory, exactly as counted, more time.
+
+    Without it, the heap of glibc keeps so much of what gradient checkpointing frees that little is
+    gained. Costs page faults: small models take notably longer. For the whole process; no effect
+    without glibc.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt:
+            mallopt(-3, _SPARING)  # M_MMAP_THRESHOLD
+
+
+# --- the worst moment -----------------------------------------------------------------------------
+
+
+def _apart(config: RunConfig, trainer: TrainerName, batch: Batch, values: int) -> float:
+    """Tells a batch's examples apart under example-level privacy (client/training/dpsgd.py)."""
+    if config.dp != "example" or trainer != "first_order":
+        return 0.0
+    exact = config.dtype == "float32" and config.quantization == "none"
+    hooked = exact and config.parameters in ("lora", "bias", "head")  # else one sequence at a time
+    return 4.0 * values * (batch.sequences if hooked else 1)
+
+
+def _kept(anatomy: Anatomy, config: RunConfig, batch: Batch) -> Blocks:
+    """What autograd keeps of all layers until the backward pass.
+
+    From the code of transformers and peft: the inputs of norms, adapters and activation functions,
+    and of attention its inputs and its output.
+    """
+    layer = _layer(anatomy, config, batch)
+    if not config.gradient_checkpointing:
+        return [(anatomy.layers * count, size) for count, size in layer]
+    inputs = _WIDTH[config.dtype] * batch.positions * anatomy.hidden
+    return [(anatomy.layers + 1, inputs), *layer]
+
+
+def _layer(anatomy: Anatomy, config: RunConfig, batch: Batch) -> Blocks:
+    width, positions = _WIDTH[config.dtype], batch.positions
+    queries = anatomy.heads * anatomy.head_dim
+    keys = anatomy.kv_heads * anatomy.head_dim
+    shown = queries if batch.padded else keys
+    fed = 4 if _gated(anatomy) else 2
+    blocks: list[tuple[float, float]] = [
+        (anatomy.norms + 2, width * positions * anatomy.hidden),
+        (2, width * positions * queries),
+        (2, width * positions * shown),
+        (fed, width * positions * anatomy.intermediate),
+    ]
+    if anatomy.head_norms:
+        blocks += [(1, width * positions * queries), (1, width * positions * keys)]
+    if config.parameters == "lora":
+        modules = anatomy.linear(config.target_modules)
+        each = len(modules) / anatomy.layers
+        blocks.append((each, 4 * positions * config.lora.rank))
+        if width < 4:  # adapters compute in fp32 on a copy of their input; norms do as well
+            inputs = sum(into for _, into in modules.values()) / anatomy.layers
+            blocks.append((1, 4 * positions * inputs))
+            blocks.append((anatomy.norms, 4 * positions * anatomy.hidden))
+    return blocks
+
+
+def _gated(anatomy: Anatomy) -> bool:
+    wide = [n for n, s in anatomy.linear().items() if ".0." in n and anatomy.intermediate in s]
+    return len(wide) > 2
+
+
+def _passing(anatomy: Anatomy, config: RunConfig, batch: Batch) -> Blocks:
+    """The tensors of one layer in a forward pass that keeps nothing."""
+    widest = max(anatomy.intermediate, anatomy.heads * anatomy.head_dim, anatomy.hidden)
+    return [(_TRANSIENT, _WIDTH[config.dtype] * batch.positions * widest)]
+
+
+def _logits(
+    anatomy: Anatomy, config: RunConfig, batch: Batch, copies: int, labels: int = 0
+) -> Blocks:
+    """Logits of the targets in fp32 and their log-softmax; in a backward pass its gradient too."""
+    classes, rows = (labels, batch.sequences) if labels else (anatomy.vocabulary, batch.targets)
+    half = _WIDTH[config.dtype] * rows * classes if config.dtype != "float32" else 0
+    return [(copies, 4.0 * rows * classes), (1, half)]
+
+
+def _evaluating(
+    anatomy: Anatomy, config: RunConfig, batch: Batch, labels: int, verified: bool
+) -> list[Blocks]:
+    """What scoring takes, and verifying: all logits of a few sequences, of two models, copied."""
+    scored = [*_passing(anatomy, config, batch), *_logits(anatomy, config, batch, 2, labels)]
+    rows = min(_PROBE, batch.sequences) * (1 if labels else batch.tokens)
+    size = 4.0 * rows * (labels or anatomy.vocabulary)
+    return [scored, [(4, size)]] if verified else [scored]
+
+
+def _resident(blocks: Blocks, sparing: bool) -> float:
+    factor = 1.0 if sparing else HEAP
+    return sum(n * size * (1 if size >= MAPPED else factor) for n, size in blocks)
+
+
+def _beyond(first: Blocks, then: Blocks, sparing: bool) -> float:
+    """What `then` adds to the peak of `first`: the heap stays, mapped blocks have gone."""
+    factor = 1.0 if sparing else HEAP
+    heaps = [factor * sum(n * s for n, s in blocks if s < MAPPED) for blocks in (first, then)]
+    mapped = [sum(n * s for n, s in blocks if s >= MAPPED) for blocks in (first, then)]
+    return max(0.0, max(heaps) + max(mapped) - heaps[0] - mapped[0])
+
+
+def _virtual(config: RunConfig) -> int:
+    return config.virtual_tokens if config.parameters == "prompt" else 0

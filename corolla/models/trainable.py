@@ -1,0 +1,80 @@
+"""A model that clients train and servers evaluate: an adapter on it, or some of its tensors."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from corolla.config.run import RunConfig
+from corolla.models.dense import DenseModel
+from corolla.models.full import FullModel
+from corolla.models.lora import LoraModel
+from corolla.models.pretrained import Base
+from corolla.models.space import Space
+from corolla.types import Adapter, LoraSpec, Move, Params
+
+
+class Trainable(Protocol):
+    """What workers and evaluators ask of a resident model."""
+
+    artefact: str
+    base: Base
+    model: Any
+    device: torch.device
+    targets: list[str]
+
+    @property
+    def drifts(self) -> bool:
+        """Whether weights that are moved in place lose small moves by rounding."""
+
+    @property
+    def frozen(self) -> tuple[Params, ...]:
+        """The frozen blocks in use."""
+
+    def check_rank(self, spec: LoraSpec) -> None:
+        """Raises ModelError for a rank larger than a module can have."""
+
+    def init(self, spec: LoraSpec, seed: int) -> Params:
+        """A fresh adapter; empty when all parameters are trained."""
+
+    def show(self, adapter: Adapter, spec: LoraSpec) -> None:
+        """Set every weight to those of a global model."""
+
+    def enter(self, start: Params, spec: LoraSpec, moves: Sequence[Move]) -> Space:
+        """The space of the trained tensors, standing at `start` after `moves`."""
+
+    def read(self) -> Params:
+        """A copy of all tensors of the adapter, on the CPU."""
+
+    def save(self, folder: Path, adapter: Adapter, spec: LoraSpec) -> None:
+        """Write a global model so that other tools load it."""
+
+    def distance_to(self, folder: Path, spec: LoraSpec) -> float:
+        """How far a saved model is from the one that is shown: relative, in fp64."""
+
+    def reload(self, folder: Path) -> Any:
+        """A saved model as other tools load it. Ends this object."""
+
+    def digest(self, folder: Path) -> str:
+        """sha256 of the tensors of a saved model."""
+
+
+class Differentiable(Trainable, Protocol):
+    """A resident model whose trained tensors can have gradients."""
+
+    def write(self, params: Params, spec: LoraSpec, frozen: Sequence[Params] = ()) -> None:
+        """Set every trained tensor, every buffer and the frozen blocks, from nothing else."""
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All trained tensors by name, in the order of names."""
+
+
+def build(config: RunConfig, base: Base) -> LoraModel | FullModel | DenseModel:
+    """The resident model of a run. Raises ModelError when the base cannot carry what is asked."""
+    if config.parameters == "lora":
+        return LoraModel(base, config.target_modules, config.dropout)
+    if config.parameters == "full" and config.build_strategy().full:
+        return FullModel(base)  # moved in place: no second copy, no gradients
+    return DenseModel(base, config.parameters, config.target_modules, config.virtual_tokens)

@@ -1,0 +1,73 @@
+"""`corolla tokens`: text as the token ids that a native client trains on.
+
+One line per sequence: `input_ids`, `labels` (−100 where masked; absent: all ids count) and
+`example`, the row that it comes from, so that windows of one long text count once.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from corolla.data import federated
+from corolla.data.encoding import Encoded, Encoder
+from corolla.errors import ConfigError, DataError, ModelError
+from corolla.models import pretrained
+from corolla.phones import bundle
+
+
+def write(model: str, source: str, out: Path, max_length: int) -> tuple[int, int]:
+    """(sequences, examples) written to `out` from a .jsonl file of a device's own rows.
+
+    `model` is a name, a model's folder or a bundle: its tokenizer is used. Rows for validation or
+    test are left out, nothing else is. Raises DataError where nothing is left to train on.
+    """
+    if max_length < 2:
+        raise ConfigError(f"--max-length {max_length}: a sequence has at least 2 tokens")
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out {out}: there is no folder {out.parent}")
+    rows, _ = federated.read(source)
+    if any(row.label is not None for row in rows):
+        raise DataError(f"{source} has labels: native clients train on text, not on classes")
+    encoder = Encoder(_tokenizer(model), (), max_length)
+    scratch = out.with_name(out.name + ".part")
+    sequences, examples = 0, set()
+    try:
+        with scratch.open("w", encoding="utf-8") as file:
+            for encoded in encode(rows, encoder):
+                file.write(json.dumps(_line(encoded), separators=(",", ":")) + "\n")
+                sequences += 1
+                examples.add(encoded.example)
+        if not sequences:
+            raise DataError(f"{source} leaves no sequence with a target: raise --max-length")
+        scratch.replace(out)
+    finally:
+        scratch.unlink(missing_ok=True)
+    return sequences, len(examples)
+
+
+def encode(rows: list[federated.Example], encoder: Encoder) -> Iterator[Encoded]:
+    """The sequences of the rows that are for training, with the number of their row among these."""
+    training = [row for row in rows if row.split in (None, "train")]
+    for number, row in enumerate(training):
+        for encoded in encoder(row):
+            yield replace(encoded, example=number)
+
+
+def _line(encoded: Encoded) -> dict[str, object]:
+    ids = list(encoded.input_ids)
+    labels = {} if encoded.labels == encoded.input_ids else {"labels": encoded.labels}
+    return {"input_ids": ids, **labels, "example": encoded.example}
+
+
+def _tokenizer(model: str) -> PreTrainedTokenizerBase:
+    path = model if (Path(model) / bundle.MANIFEST).is_file() else pretrained.resolve(model)
+    try:
+        with pretrained.Quiet():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"cannot load the tokenizer of {model!r}: {reason}") from error
+    return tokenizer

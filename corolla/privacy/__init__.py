@@ -1,0 +1,1 @@
+"""Differential privacy: accounting, noise, clipping, and the ledger of what was spent."""

@@ -1,0 +1,1 @@
+"""Arithmetic on named tensors and on the factors of LoRA."""

@@ -1,0 +1,602 @@
+"""Messages between server and client: a protobuf header (proto/update.proto) and a payload.
+
+The same packets travel in process and through Flower. A receiver checks schema, run, round,
+version, sizes and checksum before it decodes a payload.
+
+Scalars of seeded directions travel in the header. A scalar group is Params with these tensors:
+  scalars     (n,) float32 or float16, n at most 65536;
+  directions  (n,) int32, optional: the direction of each scalar in the order of the steps, with
+              repeats, each in [0, 65536); without it, scalar i is of direction i;
+  seed        () int64 in [0, 2³²), optional;
+  step        () float32, finite, optional.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from google.protobuf.message import DecodeError
+
+from corolla.errors import SchemaError, WireError
+from corolla.proto import update_pb2 as pb
+from corolla.types import Metrics, Params, Payload
+from corolla.wire import codec
+from corolla.wire.packet import Packet, check_count
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+SCHEMA = 3
+MAX_HEADER = 8 << 20
+MAX_REPLY_HEADER = 1 << 20
+MAX_CACHED = 4096
+MAX_SCALARS = 1 << 16
+MAX_GROUPS = 64
+MAX_ROWS = 1 << 16
+MAX_LOG_SCALARS = 1 << 24
+MAX_METRICS = 256
+MAX_METRIC = 1e30
+MAX_NAME = 128
+MAX_ERROR = 2000
+MAX_EXAMPLES = 1 << 40
+MAX_SEATS = 1 << 20
+MAX_BUNDLE = 1 << 16
+
+_KEYS = ("scalars", "directions", "seed", "step")
+_LOG_LIMIT = f"at most {MAX_ROWS} of {MAX_LOG_SCALARS}"
+
+
+class Kind(IntEnum):
+    """What a task asks for."""
+
+    HELLO = 1
+    TRAIN = 2
+    EVALUATE = 3
+
+
+@dataclass(frozen=True)
+class Log:
+    """What happened since a version, one scalar group a round, oldest first.
+
+    Versions are 32 hexadecimal characters. `origin` is that of the start, before any round: base
+    model and start adapter; `since` is the one that `rows` continue; `version` the one after the
+    last row, which is row `number` of the run, from 1. At most MAX_ROWS rows, of MAX_LOG_SCALARS
+    scalars in all when written out dense. `start` is the content id of a snapshot that is sent
+    instead of rows.
+    """
+
+    origin: str
+    since: str
+    version: str
+    rows: Sequence[Params] = ()
+    number: int = 0
+    start: str = ""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Server → client. `cached` maps every group the client must hold to its content id.
+
+    `scalars` holds scalar groups: they travel in the header. `model_sha256` is of the base model
+    that the client must have ("": not checked); `seats`, of a gateway, how many updates it is asked
+    for (0: the client's own).
+    """
+
+    run_id: str
+    round: int
+    base_version: str
+    kind: Kind
+    config: str
+    cached: Mapping[str, str] = field(default_factory=dict)
+    payload: bytes = b""
+    scalars: Payload = field(default_factory=dict)
+    log: Log | None = None
+    model_sha256: str = ""
+    seats: int = 0
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a device says of itself; 0 and "" stand for unknown (see proto/update.proto)."""
+
+    memory_bytes: int = 0
+    cores: int = 0
+    accelerator: str = ""
+    accelerator_bytes: int = 0
+    runtime: str = ""
+    battery_percent: int = 100
+    charging: bool = True
+    metered: bool = False
+    idle: bool = True
+    storage_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Client → server. An error has no payload; `missing` names cached groups to send again.
+
+    `scalars` holds scalar groups, at most 1 MiB with the rest of the header. Those of a client
+    need not be finite: who folds them in checks.
+
+    Of a gateway: `clients` is how many updates these are (0: the client's own), `bundle` whether
+    the payload is a bundle of them (see pack_bundle) or their sum; `seats`, in a hello, how many
+    devices it can ask at a time.
+    """
+
+    run_id: str
+    round: int
+    base_version: str
+    kind: Kind
+    client: str
+    num_examples: int = 0
+    metrics: Metrics = field(default_factory=dict)
+    payload: bytes = b""
+    error: str = ""
+    missing: Sequence[str] = ()
+    scalars: Payload = field(default_factory=dict)
+    clients: int = 0
+    bundle: bool = False
+    seats: int = 0
+    model_sha256: str = ""
+    capabilities: Capabilities | None = None
+
+
+def is_scalars(params: Params) -> bool:
+    """Whether a group is a scalar group: it has a tensor named "scalars"."""
+    return "scalars" in params
+
+
+def split(payload: Payload) -> tuple[Payload, Payload]:
+    """The dense groups of a payload and its scalar groups, each in the order of the payload."""
+    dense = {group: params for group, params in payload.items() if not is_scalars(params)}
+    return dense, {group: params for group, params in payload.items() if is_scalars(params)}
+
+
+def scalar_bytes(params: Params) -> int:
+    """Bytes of a scalar group as it is sent: values, directions, 4 for a seed, 4 for a step.
+
+    The tags and lengths of protobuf are framing and do not count. Raises ValueError when `params`
+    is not a scalar group.
+    """
+    entry = _dump(params)
+    content = (entry.fp32, entry.fp16, entry.fixed32, entry.varint, entry.bitmap)
+    return sum(map(len, content)) + 4 * entry.HasField("seed") + 4 * entry.HasField("step")
+
+
+def enclose(payload: Payload) -> tuple[bytes, Payload]:
+    """What a message carries of a payload: (dense groups as bytes, scalar groups)."""
+    dense, scalars = split(payload)
+    return codec.encode(dense) if dense else b"", scalars
+
+
+def content(message: Task | Reply, max_header: int | None = None) -> Payload:
+    """The payload of a message. Raises WireError when its bytes cannot be read.
+
+    Of a bundle there is none: see unpack_bundle. `max_header` is that of codec.decode.
+    """
+    dense = codec.decode(message.payload, max_header) if message.payload else {}
+    twice = dense.keys() & message.scalars.keys()
+    if twice:
+        raise WireError(f"group {min(twice)!r} is there as tensors and as scalars")
+    return {**dense, **message.scalars}
+
+
+def content_bytes(payload: Payload) -> int:
+    """Bytes of the values of a payload, as sent: what the formulas of papers count."""
+    dense, scalars = split(payload)
+    return codec.content_bytes(dense) + sum(scalar_bytes(params) for params in scalars.values())
+
+
+def pack_task(task: Task) -> Packet:
+    """The packet of a task.
+
+    Raises ValueError when a scalar group is not one, a log has a value that is not finite, or
+    there is more of them than a header takes.
+    """
+    header = pb.Task(
+        schema=SCHEMA,
+        run_id=task.run_id,
+        round=task.round,
+        base_version=task.base_version,
+        kind=pb.Kind.Name(task.kind),
+        config=task.config,
+        payload_bytes=len(task.payload),
+        payload_sha256=_sha256(task.payload),
+        cached=[pb.CachedGroup(group=g, id=i) for g, i in task.cached.items()],
+        scalars=_dump_groups(task.scalars),
+        log=None if task.log is None else _dump_log(task.log),
+        model_sha256=task.model_sha256,
+        seats=task.seats,
+    )
+    return _pack(header, task.payload, MAX_HEADER)
+
+
+def unpack_task(packet: Packet) -> Task:
+    """The task of a packet. Raises WireError when the header and the payload do not agree."""
+    head = pb.Task()
+    _parse(head, packet, MAX_HEADER)
+    if len(head.cached) > MAX_CACHED:
+        raise WireError(f"task names {len(head.cached)} cached groups, at most {MAX_CACHED}")
+    return Task(
+        run_id=_hex(head.run_id, 32),
+        round=head.round,
+        base_version=head.base_version,
+        kind=_kind(head.kind),
+        config=head.config,
+        cached={entry.group: _hex(entry.id, 32) for entry in head.cached},
+        payload=packet.payload,
+        scalars=_load_groups(head.scalars),
+        log=_load_log(head.log) if head.HasField("log") else None,
+        model_sha256=_hex(head.model_sha256, 64) if head.model_sha256 else "",
+        seats=_at_most(head.seats, MAX_SEATS, "seats"),
+    )
+
+
+def pack_reply(reply: Reply) -> Packet:
+    """The packet of a reply; metrics that are not finite are left out.
+
+    Raises ValueError when a scalar group is not one, or a header does not take them all.
+    """
+    header = pb.Reply(
+        schema=SCHEMA,
+        run_id=reply.run_id,
+        round=reply.round,
+        base_version=reply.base_version,
+        kind=pb.Kind.Name(reply.kind),
+        client=reply.client,
+        num_examples=reply.num_examples,
+        metrics={k: float(v) for k, v in reply.metrics.items() if math.isfinite(v)},
+        payload_bytes=len(reply.payload),
+        payload_sha256=_sha256(reply.payload),
+        error=reply.error[:MAX_ERROR],
+        missing=reply.missing,
+        scalars=_dump_groups(reply.scalars),
+        clients=reply.clients,
+        bundle=reply.bundle,
+        seats=reply.seats,
+        model_sha256=reply.model_sha256,
+        capabilities=pb.Capabilities(**vars(reply.capabilities)) if reply.capabilities else None,
+    )
+    return _pack(header, reply.payload, MAX_REPLY_HEADER)
+
+
+def pack_bundle(packets: Sequence[Packet]) -> bytes:
+    """Replies of devices behind a gateway, as the payload of its own reply."""
+    entries = [pb.Bundle.Entry(header=p.header, payload=p.payload) for p in packets]
+    return pb.Bundle(entries=entries).SerializeToString()
+
+
+def unpack_bundle(data: bytes, most: int) -> list[Packet]:
+    """The packets of a bundle, at most `most`: nothing of them is checked. Raises WireError."""
+    check_count(data, min(most, MAX_BUNDLE))
+    bundle = pb.Bundle()
+    try:
+        bundle.ParseFromString(data)
+    except DecodeError as error:
+        raise WireError("bundle cannot be parsed") from error
+    return [Packet(entry.header, entry.payload) for entry in bundle.entries]
+
+
+def peek_client(packet: Packet) -> str:
+    """Who a reply says it is from, before anything else of it is checked; "" where it says none."""
+    head = pb.Reply()
+    try:
+        head.ParseFromString(packet.header[:MAX_REPLY_HEADER])
+    except DecodeError:
+        return ""
+    return head.client if len(head.client) <= MAX_NAME else ""
+
+
+def unpack_reply(packet: Packet, max_payload: int) -> Reply:
+    """The reply of a packet whose payload may have at most `max_payload` bytes.
+
+    Raises WireError when it is too large, or header and payload do not agree. Metrics that are
+    not finite or absurd are dropped: they must not cost a round its tensors.
+    """
+    if len(packet.payload) > max_payload:
+        raise WireError(f"payload has {len(packet.payload)} bytes, at most {max_payload}")
+    head = pb.Reply()
+    _parse(head, packet, MAX_REPLY_HEADER)
+    if len(head.metrics) > MAX_METRICS or any(len(name) > MAX_NAME for name in head.metrics):
+        raise WireError(f"reply has {len(head.metrics)} metrics, at most {MAX_METRICS}")
+    if head.num_examples > MAX_EXAMPLES:
+        raise WireError(f"reply claims {head.num_examples} examples")
+    return Reply(
+        run_id=head.run_id,
+        round=head.round,
+        base_version=head.base_version,
+        kind=_kind(head.kind),
+        client=head.client,
+        num_examples=head.num_examples,
+        # NaN fails the comparison too.
+        metrics={name: value for name, value in head.metrics.items() if abs(value) <= MAX_METRIC},
+        payload=packet.payload,
+        error=one_line(head.error),
+        missing=list(head.missing[:MAX_CACHED]),
+        scalars=_load_groups(head.scalars),
+        clients=_at_most(head.clients, MAX_SEATS, "clients"),
+        bundle=head.bundle,
+        seats=_at_most(head.seats, MAX_SEATS, "seats"),
+        model_sha256=_hex(head.model_sha256, 64) if head.model_sha256 else "",
+        capabilities=(
+            load_capabilities(head.capabilities) if head.HasField("capabilities") else None
+        ),
+    )
+
+
+def load_capabilities(told: pb.Capabilities) -> Capabilities:
+    """What a device says of itself, fit for a log."""
+    return Capabilities(
+        memory_bytes=told.memory_bytes,
+        cores=told.cores,
+        accelerator=one_line(told.accelerator[:MAX_NAME]),
+        accelerator_bytes=told.accelerator_bytes,
+        runtime=one_line(told.runtime[:MAX_NAME]),
+        battery_percent=min(told.battery_percent, 100),
+        charging=told.charging,
+        metered=told.metered,
+        idle=told.idle,
+        storage_bytes=told.storage_bytes,
+    )
+
+
+def one_line(text: str) -> str:
+    """What a peer says, fit for a terminal and a log: printable, one line, bounded."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text[:MAX_ERROR]).split())
+
+
+def _pack(head: pb.Task | pb.Reply, payload: bytes, limit: int) -> Packet:
+    header = head.SerializeToString()
+    if len(header) > limit:
+        raise ValueError(f"header has {len(header)} bytes, at most {limit}")
+    return Packet(header, payload)
+
+
+def _parse(head: pb.Task | pb.Reply, packet: Packet, limit: int) -> None:
+    if len(packet.header) > limit:
+        raise WireError(f"header has {len(packet.header)} bytes, at most {limit}")
+    try:
+        head.ParseFromString(packet.header)
+    except DecodeError as error:
+        raise WireError("header cannot be parsed") from error
+    if head.schema != SCHEMA:
+        raise SchemaError(f"message has schema {head.schema}, this version reads {SCHEMA}")
+    if head.payload_bytes != len(packet.payload):
+        raise WireError(f"payload has {len(packet.payload)} bytes, header {head.payload_bytes}")
+    if head.payload_sha256 != _sha256(packet.payload):
+        raise WireError("payload does not match its checksum")
+
+
+def _kind(value: int) -> Kind:
+    try:
+        return Kind(value)
+    except ValueError as error:
+        raise WireError(f"unknown kind of message {value}") from error
+
+
+def _hex(text: str, length: int) -> str:
+    """Ids become file names on the device: nothing but hexadecimal characters passes."""
+    if len(text) != length or not all(c in "0123456789abcdef" for c in text):
+        raise WireError(f"id of {len(text)} characters is not {length} hexadecimal ones")
+    return text
+
+
+def _at_most(value: int, most: int, what: str) -> int:
+    if value > most:
+        raise WireError(f"message has {value} {what}, at most {most}")
+    return value
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _dump_groups(groups: Payload) -> list[pb.Scalars]:
+    if len(groups) > MAX_GROUPS:
+        raise ValueError(f"message has {len(groups)} scalar groups, at most {MAX_GROUPS}")
+    for group in groups:
+        if not 0 < len(group) <= MAX_NAME:
+            raise ValueError(
+                f"name of a scalar group has {len(group)} characters, not 1–{MAX_NAME}"
+            )
+    return [_dump(params, group) for group, params in groups.items()]
+
+
+def _load_groups(entries: Sequence[pb.Scalars]) -> Payload:
+    if len(entries) > MAX_GROUPS:
+        raise WireError(f"message has {len(entries)} scalar groups, at most {MAX_GROUPS}")
+    groups: dict[str, Params] = {}
+    for entry in entries:
+        name = entry.group
+        if not 0 < len(name) <= MAX_NAME:
+            raise WireError(f"name of a scalar group has {len(name)} characters, not 1–{MAX_NAME}")
+        if name in groups:
+            raise WireError(f"scalar group {name!r} is there twice")
+        groups[name] = _load(entry, f"scalar group {name!r}")
+    return groups
+
+
+def _dump_log(log: Log) -> pb.Log:
+    rows = [_dump(row) for row in log.rows]
+    total = sum(row.size for row in rows)
+    if len(rows) > MAX_ROWS or total > MAX_LOG_SCALARS:
+        raise ValueError(f"log has {len(rows)} rows of {total} scalars: {_LOG_LIMIT}")
+    for number, row in enumerate(log.rows):
+        if not row["scalars"].isfinite().all():
+            raise ValueError(f"log row {number} has a value that is not finite")
+    return pb.Log(
+        origin=log.origin,
+        since=log.since,
+        version=log.version,
+        rows=rows,
+        number=log.number,
+        start=log.start,
+    )
+
+
+def _load_log(log: pb.Log) -> Log:
+    total = sum(row.size for row in log.rows)
+    if len(log.rows) > MAX_ROWS or total > MAX_LOG_SCALARS:
+        raise WireError(f"log has {len(log.rows)} rows of {total} scalars: {_LOG_LIMIT}")
+    rows = []
+    for number, entry in enumerate(log.rows):
+        where = f"log row {number}"
+        if entry.group:
+            raise WireError(f"{where} has the name of a group")
+        row = _load(entry, where)
+        if not np.isfinite(row["scalars"].numpy()).all():
+            raise WireError(f"{where} has a value that is not finite")
+        rows.append(row)
+    if log.number < len(rows):
+        raise WireError(f"log ends at row {log.number} and has {len(rows)} rows")
+    ids = (_hex(log.origin, 32), _hex(log.since, 32), _hex(log.version, 32))
+    return Log(*ids, rows, log.number, _hex(log.start, 32) if log.start else "")
+
+
+def _dump(params: Params, group: str = "") -> pb.Scalars:
+    """The message of a scalar group. Raises ValueError when it is not one."""
+    if "scalars" not in params or not set(params) <= set(_KEYS):
+        raise ValueError(f"scalar group has {sorted(params)}: only {', '.join(_KEYS)}")
+    scalars = params["scalars"]
+    n = scalars.numel()
+    _expect("scalars", scalars, (n,), torch.float32, torch.float16)
+    if n > MAX_SCALARS:
+        raise ValueError(f"scalar group has {n} scalars, at most {MAX_SCALARS}")
+    half = scalars.dtype == torch.float16
+    bits = _numpy(scalars).view(np.uint16 if half else np.uint32)
+    entry = pb.Scalars(group=group, size=n)
+    if "directions" in params:
+        _expect("directions", params["directions"], (n,), torch.int32)
+        directions = _numpy(params["directions"])
+        if n and not 0 <= directions.min() <= directions.max() < MAX_SCALARS:
+            raise ValueError(f"direction is not in [0, {MAX_SCALARS})")
+        entry.fixed32 = directions.astype("<u4").tobytes()
+    else:
+        bits = _shortest(entry, bits)
+    if half:
+        entry.fp16 = bits.astype("<u2").tobytes()
+    else:
+        entry.fp32 = bits.astype("<u4").tobytes()
+    if "seed" in params:
+        _expect("seed", params["seed"], (), torch.int64)
+        if not 0 <= params["seed"].item() < 1 << 32:
+            raise ValueError(f"seed {params['seed'].item()} is not in [0, 2**32)")
+        entry.seed = int(params["seed"].item())
+    if "step" in params:
+        _expect("step", params["step"], (), torch.float32)
+        if not math.isfinite(params["step"].item()):
+            raise ValueError(f"step {params['step'].item()} is not finite")
+        entry.step = params["step"].item()
+    return entry
+
+
+def _load(entry: pb.Scalars, where: str) -> Params:
+    """The scalar group of a message. Raises WireError, which starts with `where`."""
+    size, form = entry.size, entry.WhichOneof("directions")
+    if size > MAX_SCALARS:
+        raise WireError(f"{where} has size {size}, at most {MAX_SCALARS}")
+    kind: np.dtype[Any]
+    match entry.WhichOneof("values"):
+        case "fp32":
+            data, stored, kind = entry.fp32, "<u4", np.dtype(np.float32)
+        case "fp16":
+            data, stored, kind = entry.fp16, "<u2", np.dtype(np.float16)
+        case _:
+            raise WireError(f"{where} has no values")
+    indices = None
+    if form == "bitmap":
+        indices = _from_bitmap(entry.bitmap, size, where)
+    elif form == "varint":
+        indices = _from_gaps(entry.varint, size, where)
+    count = size if indices is None else len(indices)
+    if len(data) != count * kind.itemsize:
+        raise WireError(f"{where} has {len(data)} bytes of values, {count} are {kind.name}")
+    # Bits, not numbers: a NaN keeps its payload.
+    bits = np.zeros(size, dtype=f"u{kind.itemsize}")
+    bits[slice(None) if indices is None else indices] = np.frombuffer(data, stored)
+    params = {"scalars": torch.from_numpy(bits.view(kind))}
+    if form == "fixed32":
+        if len(entry.fixed32) != 4 * size:
+            raise WireError(f"{where} has {len(entry.fixed32)} bytes of directions for {size}")
+        directions = np.frombuffer(entry.fixed32, "<u4")
+        if size and directions.max() >= MAX_SCALARS:
+            raise WireError(f"{where} has direction {directions.max()}, at most {MAX_SCALARS - 1}")
+        params["directions"] = torch.from_numpy(directions.astype(np.int32))
+    if entry.HasField("seed"):
+        params["seed"] = torch.tensor(entry.seed, dtype=torch.int64)
+    if entry.HasField("step"):
+        if not math.isfinite(entry.step):
+            raise WireError(f"{where} has step {entry.step}, not a finite one")
+        params["step"] = torch.tensor(entry.step, dtype=torch.float32)
+    return params
+
+
+def _shortest(entry: pb.Scalars, bits: "NDArray[Any]") -> "NDArray[Any]":
+    """Choose the form of a dense vector with the fewest bytes; returns the values to send."""
+    kept = np.flatnonzero(bits)
+    dropped = (len(bits) - len(kept)) * bits.itemsize
+    if dropped == 0:
+        return bits
+    gaps, bitmap = _to_gaps(kept), np.packbits(bits != 0, bitorder="little").tobytes()
+    if dropped <= min(len(gaps), len(bitmap)):
+        return bits
+    if len(bitmap) <= len(gaps):
+        entry.bitmap = bitmap
+    else:
+        entry.varint = gaps
+    return bits[kept]
+
+
+def _from_bitmap(data: bytes, size: int, where: str) -> "NDArray[Any]":
+    if len(data) != (size + 7) // 8:
+        raise WireError(f"{where} has a bitmap of {len(data)} bytes for size {size}")
+    indices = np.flatnonzero(np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little"))
+    if len(indices) and indices[-1] >= size:
+        raise WireError(f"{where} has direction {indices[-1]} in a bitmap of size {size}")
+    return indices
+
+
+def _to_gaps(indices: "NDArray[Any]") -> bytes:
+    """Ascending indices below 2²¹ as unsigned LEB128: the first, then differences."""
+    gaps = np.diff(indices, prepend=0)[:, None]
+    more = gaps >= np.array([1 << 7, 1 << 14, 1 << 21])
+    parts = (gaps >> np.array([0, 7, 14])) & 127 | more << 7
+    used = np.hstack([np.ones_like(more[:, :1]), more[:, :2]])
+    return bytes(parts[used].astype(np.uint8))
+
+
+def _from_gaps(data: bytes, size: int, where: str) -> "NDArray[Any]":
+    if len(data) > 5 * size:
+        raise WireError(f"{where} has {len(data)} bytes of varints for size {size}")
+    parts = np.frombuffer(data, np.uint8)
+    if not len(parts):
+        return np.zeros(0, dtype=np.int64)
+    if parts[-1] > 127:
+        raise WireError(f"{where} has a truncated varint")
+    ends = np.flatnonzero(parts <= 127) + 1
+    starts = np.concatenate([[0], ends[:-1]])
+    if (ends - starts).max() > 5:
+        raise WireError(f"{where} has a varint of {(ends - starts).max()} bytes, at most 5")
+    shifts = 7 * (np.arange(len(parts)) - np.repeat(starts, ends - starts))
+    gaps = np.add.reduceat((parts & 127).astype(np.int64) << shifts, starts)
+    if not gaps[1:].all():
+        raise WireError(f"{where} has a direction twice")
+    indices = np.cumsum(gaps)
+    if indices[-1] >= size:
+        raise WireError(f"{where} has direction {indices[-1]}, its size is {size}")
+    return indices
+
+
+def _expect(name: str, tensor: torch.Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
+    if tensor.dtype not in dtypes or tuple(tensor.shape) != shape:
+        found = f"{tensor.dtype} {tuple(tensor.shape)}"
+        raise ValueError(f"{name} is {found}, not {' or '.join(map(str, dtypes))} {shape}")
+
+
+def _numpy(tensor: torch.Tensor) -> "NDArray[Any]":
+    return np.ascontiguousarray(tensor.detach().cpu().numpy())

@@ -1,0 +1,198 @@
+"""gRPC in one place: a trainer on a unix socket, phones over TLS. Imports neither torch nor flwr.
+
+A trainer is whatever answers packets: a daemon with a model, a gateway with its phones. It serves
+on a socket that its own user alone can open.
+"""
+
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from corolla.errors import ConfigError, CorollaError, PeerError
+from corolla.proto import device_pb2, device_pb2_grpc
+from corolla.wire.packet import Packet
+
+LONGEST_PATH = 103
+"""Bytes of a socket's path that every system takes (Linux 107, macOS 103)."""
+
+_UNLIMITED = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
+"""Beyond the usual 4 MB: both ends of the socket are processes of one user."""
+
+_QUICK = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000))
+"""A trainer that starts again is found within a second."""
+
+Wanted = Callable[[], bool]
+"""Whether the caller still waits: it may be dead, or its time over."""
+
+
+@dataclass(frozen=True)
+class Waits:
+    """Wanted, of a caller that waits until `deadline` (of time.monotonic) at most."""
+
+    is_active: Wanted = lambda: True
+    deadline: float = math.inf
+
+    def __call__(self) -> bool:
+        return self.is_active()
+
+    def left(self) -> float:
+        """Seconds that it still waits."""
+        return self.deadline - time.monotonic()
+
+
+FOREVER = Waits()
+
+
+def serve_trainer(
+    answer: Callable[[Packet, Waits], Packet], path: Path, workers: int = 1
+) -> grpc.Server:
+    """Answer packets on a socket, `workers` at a time; the others wait. Stop it with `stop`.
+
+    A CorollaError that `answer` raises reaches the caller as PeerError. Raises ConfigError when
+    there can be no such socket.
+    """
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="trainer")
+    server = grpc.server(pool, options=_UNLIMITED)
+    add = device_pb2_grpc.add_TrainerServicer_to_server
+    add(_Trainer(answer), server)  # type: ignore[no-untyped-call]
+    path.unlink(missing_ok=True)  # of one that was killed
+    try:
+        server.add_insecure_port(f"unix:{path}")
+    except RuntimeError as error:
+        raise ConfigError(f"cannot serve on {path}: {error}") from error
+    server.start()
+    path.chmod(0o600)
+    return server
+
+
+def ask_trainer(path: Path, packet: Packet, seconds: float) -> Packet:
+    """The answer of the trainer at a socket, which may still be starting.
+
+    Raises PeerError, with `gone` when it was not there or ended before it had answered.
+    """
+    deadline = time.monotonic() + seconds
+    with grpc.insecure_channel(f"unix:{path}", options=(*_UNLIMITED, *_QUICK)) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=seconds)
+        except grpc.FutureTimeoutError:
+            raise PeerError(f"no trainer answers after {seconds:.0f} s", gone=True) from None
+        request = device_pb2.Packet(header=packet.header, payload=packet.payload)
+        stub = device_pb2_grpc.TrainerStub(channel)  # type: ignore[no-untyped-call]
+        left = max(0.01, deadline - time.monotonic())
+        try:
+            found = stub.Answer(request, timeout=left)
+        except grpc.RpcError as error:
+            raise _peer_error(error, seconds) from error
+    return Packet(found.header, found.payload)
+
+
+@contextmanager
+def private_socket(folder: Path, name: str = "trainer.sock") -> Iterator[Path]:
+    """A path for a socket in a folder that only this user can enter; the socket is removed again.
+
+    It lies in `folder`, or where that path is too long for a socket, in a new temporary folder.
+    Raises ConfigError when that is too long as well.
+    """
+    inner = folder / "run"
+    if len(os.fsencode(inner / name)) > LONGEST_PATH:
+        with tempfile.TemporaryDirectory(prefix="corolla-") as short:  # mode 0700
+            if len(os.fsencode(Path(short, name))) > LONGEST_PATH:
+                raise ConfigError(f"{short} is too long for a socket: set TMPDIR to a short folder")
+            yield Path(short, name)
+        return
+    inner.mkdir(mode=0o700, parents=True, exist_ok=True)
+    inner.chmod(0o700)
+    try:
+        yield inner / name
+    finally:
+        (inner / name).unlink(missing_ok=True)
+
+
+def tls_server(
+    address: str,
+    certificate: Path,
+    key: Path,
+    *,
+    workers: int,
+    most_bytes: int,
+    most_calls: int | None = None,
+    interceptors: Sequence[grpc.ServerInterceptor] = (),
+) -> tuple[grpc.Server, int]:
+    """(a server that is not yet started, its port); a message has at most `most_bytes`.
+
+    Of more than `most_calls` at a time the rest are refused at once.
+
+    Raises ConfigError when the address is taken or the files cannot be used.
+    """
+    options = (
+        ("grpc.max_receive_message_length", most_bytes),
+        ("grpc.max_send_message_length", most_bytes),
+        ("grpc.so_reuseport", 0),  # or two servers would share a port, and half the calls be lost
+        ("grpc.keepalive_time_ms", 20_000),  # or calls of a peer that vanished would stay
+        ("grpc.keepalive_timeout_ms", 10_000),
+    )
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="rpc")
+    server = grpc.server(
+        pool, interceptors=list(interceptors), options=options, maximum_concurrent_rpcs=most_calls
+    )
+    try:
+        pair = (key.read_bytes(), certificate.read_bytes())
+        port = server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+    except OSError as error:
+        raise ConfigError(f"cannot read {error.filename}: {error.strerror}") from error
+    except RuntimeError as error:
+        raise ConfigError(
+            f"cannot serve at {address}: taken, or no address of this host"
+        ) from error
+    return server, port
+
+
+def tls_channel(address: str, ca: Path | None, *, most_bytes: int) -> grpc.Channel:
+    """A channel to a server whose certificate `ca` has signed (None: the system's)."""
+    try:
+        roots = ca.read_bytes() if ca else None
+    except OSError as error:
+        raise ConfigError(f"cannot read {ca}: {error.strerror}") from error
+    options = (
+        ("grpc.max_receive_message_length", most_bytes),
+        ("grpc.max_send_message_length", most_bytes),
+        ("grpc.max_reconnect_backoff_ms", 10_000),
+    )
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(roots), options=options)
+
+
+class _Trainer(device_pb2_grpc.TrainerServicer):
+    def __init__(self, answer: Callable[[Packet, Waits], Packet]) -> None:
+        self._answer = answer
+
+    def Answer(  # noqa: N802 - its name in device.proto
+        self, request: device_pb2.Packet, context: grpc.ServicerContext
+    ) -> device_pb2.Packet:
+        if not context.is_active():  # it waited for another, and its caller is gone
+            return device_pb2.Packet()
+        left = context.time_remaining()
+        waits = Waits(context.is_active, math.inf if left is None else time.monotonic() + left)
+        try:
+            found = self._answer(Packet(request.header, request.payload), waits)
+        except CorollaError as error:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        return device_pb2.Packet(header=found.header, payload=found.payload)
+
+
+def _peer_error(error: grpc.RpcError, seconds: float) -> PeerError:
+    code, details = error.code(), error.details()
+    if code == grpc.StatusCode.DEADLINE_EXCEEDED:
+        return PeerError(f"the trainer is busy: no answer after {seconds:.0f} s")
+    if code == grpc.StatusCode.UNAVAILABLE:
+        return PeerError("the trainer ended before it had answered", gone=True)
+    if code == grpc.StatusCode.INVALID_ARGUMENT:
+        return PeerError(details or "the trainer refuses the task")
+    return PeerError(f"the trainer failed: {code.name}")  # its details may hold data

@@ -1,0 +1,279 @@
+"""The only door to the outside: TLS, and nothing but what a SuperNode asks of the Fleet API.
+
+Flower serves Fleet, Control and Runtime on one port, Control without any authentication: whoever
+reaches it can register a key and run code on every client. So the SuperLink is bound to loopback
+and this reverse proxy passes the calls in FLEET alone; all others are 404 and never travel on.
+deploy/nginx.conf is the same door for many nodes: it limits connections by address as well.
+"""
+
+import asyncio
+import base64
+import hashlib
+import logging
+import socket
+import ssl
+import threading
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import httpx
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from corolla.errors import ConfigError
+from corolla.host import logs
+from corolla.host.supervised import open_files
+
+FLEET = frozenset(
+    "register-node activate-node deactivate-node unregister-node send-node-heartbeat pull-messages "
+    "push-messages get-run get-fab push-object pull-object confirm-message-received".split()
+)
+MAX_BODY = 16 << 20
+"""Bytes of one call: Flower cuts arrays into 5 MiB; a header of ours has 8 MiB at most."""
+_CONNECTIONS = 1024
+"""At most; and a third of the files that may be open: a call has two sockets, the rest is ours."""
+_HEAD = 10.0
+"""Seconds in which the head of a request must be there: who sends none keeps no connection."""
+_WHOLE = 60.0
+"""Seconds in which its body must be there."""
+_TIMEOUT = httpx.Timeout(60.0, connect=5.0)
+_SKEW = 300.0
+"""Seconds that Flower lets a node's clock be behind; 5 ahead."""
+_REQUEST = ("content-type", "content-length", "accept", "traceparent")
+_WINDOW, _LINES = 60.0, 60
+"""Seconds, and refusals that are logged in them: headers are the caller's choice."""
+
+_log = logs.logger("front")
+_uvicorn = logging.getLogger("uvicorn")  # its words would go to the terminal
+_uvicorn.addHandler(logging.NullHandler())
+_uvicorn.propagate = False
+
+
+class _TooLargeError(Exception):
+    """A body that was not declared and is larger than MAX_BODY."""
+
+
+class _Hurried(H11Protocol):
+    """Closes a connection that is one too many, and one that brings no request in time.
+
+    The timer of uvicorn itself starts after an answer and ends with the next byte.
+    """
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if self.limit_concurrency and len(self.connections) > self.limit_concurrency:
+            transport.abort()
+        else:
+            self._late = self.loop.call_later(_HEAD, transport.abort)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle and not self.cycle.response_complete:
+            self._in_time()
+        elif self._late is None:
+            self._late = self.loop.call_later(_HEAD, self.transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._in_time()
+        super().connection_lost(exc)
+
+    def _in_time(self) -> None:
+        if self._late:
+            self._late.cancel()
+        self._late = None
+
+
+class Front:
+    """Serves in a thread of its own until `stop`."""
+
+    def __init__(self, door: socket.socket, certs: Path, port: int, ca: Path) -> None:
+        """TLS at `door` with server.pem of `certs`; calls go on to loopback `port`, whose
+        certificate `ca` must have signed. Raises ConfigError for files that cannot be used.
+        """
+        self._socket = door
+        host, bound = self._socket.getsockname()[:2]
+        self.address = f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
+        connections = min(_CONNECTIONS, open_files() // 3)
+        config = uvicorn.Config(
+            _application(f"https://127.0.0.1:{port}", ca, connections),
+            http=_Hurried,
+            ws="none",
+            ssl_certfile=str(certs / "server.pem"),
+            ssl_keyfile=str(certs / "server.key"),
+            limit_concurrency=connections,
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=2,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+        )
+        self._server = uvicorn.Server(config)
+        try:
+            config.load()
+        except (OSError, ssl.SSLError) as error:
+            self._socket.close()
+            raise ConfigError(f"cannot serve with {certs / 'server.pem'}: {error}") from error
+        self._thread = threading.Thread(
+            target=self._server.run, kwargs={"sockets": [self._socket]}, name="front", daemon=True
+        )
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        if self._thread.ident:
+            self._thread.join(10)
+        self._socket.close()
+
+
+def listen(address: str) -> socket.socket:
+    """HOST:PORT, held from now on. Raises ConfigError when it cannot be had."""
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(f"--address {address!r}: expected HOST:PORT")
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, int(port)), family=family, backlog=512)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"--address {address} cannot be had: {reason}; name another") from error
+
+
+def _application(upstream: str, ca: Path, connections: int) -> Starlette:
+    context = ssl.create_default_context(cafile=str(ca))
+    limits = httpx.Limits(max_connections=connections)
+    # Not a client: that would follow redirects, and keep cookies of one node for the next.
+    transport = httpx.AsyncHTTPTransport(verify=context, limits=limits, trust_env=False)
+    refused = _Refused()
+
+    async def fleet(request: Request) -> Response:
+        call = request.path_params["call"]
+        if call not in FLEET:
+            return PlainTextResponse("not found", 404)
+        if int(request.headers.get("content-length") or 0) > MAX_BODY:
+            return PlainTextResponse("too large", 413)
+        passed = {
+            name: value
+            for name, value in request.headers.items()
+            if name.startswith("flwr-") or name in _REQUEST
+        }
+        passed["host"] = upstream.removeprefix("https://")
+        onward = httpx.Request(
+            "POST",
+            f"{upstream}/v1/fleet/{call}",
+            headers=passed,
+            content=_limited(request),
+            extensions={"timeout": _TIMEOUT.as_dict()},
+        )
+        try:
+            answer = await transport.handle_async_request(onward)
+        except _TooLargeError:
+            return PlainTextResponse("too large", 413)
+        except TimeoutError:
+            return PlainTextResponse("too slow", 408, {"connection": "close"})
+        except ClientDisconnect:
+            return PlainTextResponse("", 400)
+        except httpx.TransportError:  # the SuperLink is away: SuperNodes try again after a 502
+            return PlainTextResponse("the SuperLink is away", 502)
+        if answer.status_code >= 400:
+            refused.note(request, call, answer.status_code)
+        kept = {k: v for k, v in answer.headers.items() if k in ("content-type", "content-length")}
+        return StreamingResponse(_body(answer), answer.status_code, kept)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        async with transport:
+            yield
+
+    return Starlette(routes=[Route("/v1/fleet/{call}", fleet, methods=["POST"])], lifespan=lifespan)
+
+
+async def _limited(request: Request) -> AsyncIterator[bytes]:
+    size, stream = 0, request.stream()
+    deadline = asyncio.get_running_loop().time() + _WHOLE
+    while True:
+        async with asyncio.timeout_at(deadline):  # around what is awaited here, and not the `yield`
+            chunk = await anext(stream, None)
+        if chunk is None:
+            return
+        size += len(chunk)
+        if size > MAX_BODY:
+            raise _TooLargeError
+        yield chunk
+
+
+async def _body(answer: httpx.Response) -> AsyncIterator[bytes]:
+    try:
+        async for chunk in answer.aiter_raw():
+            yield chunk
+    finally:
+        await answer.aclose()
+
+
+class _Refused:
+    """Says why the SuperLink refuses a node: once a minute for each, in _LINES lines at most."""
+
+    def __init__(self) -> None:
+        self._began, self._more = time.monotonic(), 0
+        self._told: set[tuple[str, int]] = set()
+
+    def note(self, request: Request, call: str, status: int) -> None:
+        key = fingerprint(_shown_key(request))
+        now = time.monotonic()
+        if now - self._began >= _WINDOW:
+            if self._more:
+                _log.warning("refused", why=f"and {self._more} more")
+            self._told.clear()
+            self._began, self._more = now, 0
+        if (key, status) in self._told:
+            return
+        if len(self._told) >= _LINES:
+            self._more += 1
+            return
+        self._told.add((key, status))
+        _log.warning("refused", key=key, call=call, status=status, why=_why(request, status))
+
+
+def fingerprint(public_key: bytes) -> str:
+    """A short name for a node's key, given in PEM."""
+    return hashlib.sha256(public_key.strip()).hexdigest()[:16]
+
+
+def _shown_key(request: Request) -> bytes:
+    """The key in a call's header, or the header where that holds none."""
+    text = request.headers.get("flwr-public-key", "")
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError:
+        return text.encode()
+
+
+def _why(request: Request, status: int) -> str:
+    if status == 412:
+        return "its key is not registered, or its last connection still counts as online"
+    if status != 401:
+        return f"Flower answered {status}"
+    try:
+        signed = datetime.fromisoformat(request.headers["flwr-timestamp"])
+        age = (datetime.now(UTC) - signed).total_seconds()
+    except (KeyError, ValueError, TypeError):
+        return "the call is not signed as a SuperNode signs it"
+    if not -5 < age < _SKEW + 5:
+        behind = "behind" if age > 0 else "ahead"
+        return f"the node's clock is {abs(age):.0f} s {behind} of this one: set it"
+    return "its key is not registered, or the signature is not of that key"

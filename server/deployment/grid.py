@@ -1,0 +1,321 @@
+"""The clients of a run behind a Flower Grid: who they are, who is online, how they are asked."""
+
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+from typing import TypeVar
+
+import httpx
+from flwr.app import Message
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid
+
+from corolla.errors import RoundError, StoppedError, WireError
+from corolla.host import logs
+from corolla.server.deployment.limits import Limits
+from corolla.server.deployment.pulling import bound
+from corolla.server.runs.checkpoint import write_atomic
+from corolla.wire import messages as wire
+from corolla.wire.messages import Kind, Reply, Task, pack_reply, pack_task, unpack_task
+from corolla.wire.packet import Packet, from_flower, to_flower
+
+POLL = 0.2
+SETTLE = 2.0
+"""Seconds without a new node after which those that are there are the federation."""
+_LARGEST = 1 << 40
+HELLO = 120.0
+"""Seconds in which a node must say who it is; a device loads its model first."""
+AWAY = 1.0
+"""Seconds between calls of a SuperLink that is away."""
+_AGAIN = 60.0
+"""Seconds after which a node that did not say so is asked again, doubled up to 16 times this."""
+_SEATS = 300.0
+"""Seconds after which a gateway is asked again: its phones come and go, and its seats with them."""
+
+_log = logs.logger("grid")
+_T = TypeVar("_T")
+
+
+class GridNetwork:
+    """Nodes behind a Flower Grid, asked in our own loop: it has a deadline, no reply can end it.
+
+    A node is known by its key, a client by its name: the first key that uses a name keeps it
+    (`names`: a file that outlives the process). A SuperLink that is away costs a round, not a run.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        hello: Task,
+        deadline: float,
+        stop: threading.Event,
+        *,
+        nodes: int = 1,
+        clients: int = 0,
+        wait: float | None = None,
+        names: Path | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        """`nodes` must be online before anything begins, and have said who they are; with `clients`
+        so many of them must have data. Waits for `wait` seconds; as long as a round without it.
+        `limits` are for devices of other people.
+        """
+        self.grid, self.hello, self.deadline, self.stop = grid, hello, deadline, stop
+        self._least, self._nodes = clients, nodes
+        self._wait = deadline if wait is None else wait
+        self._names, self._limits = names, limits or Limits()
+        self._bounded = bound(grid, stop) if limits else None
+        self._keys: dict[str, str] = _stored(names)
+        self._members: dict[str, tuple[int, int, int]] = {}  # name → node, examples, seats
+        self._asked: dict[str, tuple[int, float]] = {}  # message of a hello → node, until when
+        self._again: dict[int, tuple[float, float]] = {}  # node → when to ask again, pause
+        self._reasons: dict[int, str] = {}
+        self._begun = False
+        invoker = getattr(grid, "_retry_invoker", None)
+        if invoker is not None:  # Flower would try for ever and in its own time: we have a deadline
+            invoker.max_tries = 1
+        self._poll = POLL if invoker else POLL / 4  # a call over TLS, or in this process
+
+    def clients(self) -> Mapping[str, int]:
+        """Everyone that is known. At first waits until enough are.
+
+        Raises RoundError when they are too few, StoppedError when they were waited for.
+        """
+        deadline = time.monotonic() + self._wait
+        while not self._begun:
+            online = len(self._greet())
+            all_said = not self._asked and online >= max(1, self._nodes)
+            if all_said and len(self._members) >= max(1, self._least):
+                self._begun = True
+            elif time.monotonic() > deadline or (all_said and not self._least):
+                raise (StoppedError if self._least else RoundError)(self._too_few(online))
+            else:
+                self._pause()
+        return {name: examples for name, (_, examples, _) in self._members.items()}
+
+    def online(self) -> AbstractSet[str]:
+        """Clients that can be asked now. Nodes that are new, or back with another id, are greeted;
+        their answers are read at the next call.
+        """
+        if self.stop.is_set():
+            raise StoppedError("stopped")
+        nodes = self._greet()
+        return {name for name, (node, _, _) in self._members.items() if node in nodes}
+
+    def seats(self) -> Mapping[str, int]:
+        return {name: seats for name, (_, _, seats) in self._members.items() if seats}
+
+    def ask(self, packets: Mapping[str, Packet]) -> Iterator[tuple[str, Packet | None]]:
+        known = {c: p for c, p in packets.items() if c in self._members}
+        yield from ((client, None) for client in packets if client not in known)
+        clients = {self._members[client][0]: client for client in known}
+        asked = {self._members[client][0]: packet for client, packet in known.items()}
+        yield from self._exchange(clients, asked)
+
+    def _exchange(
+        self, clients: Mapping[int, str], packets: Mapping[int, Packet]
+    ) -> Iterator[tuple[str, Packet | None]]:
+        """Send to nodes, yield (client, reply) as they come until all have or time is over.
+
+        Flower's own failures become error replies, as what is no packet does.
+        """
+        deadline = time.monotonic() + self.deadline
+        messages = {node: self._message(node, packets[node], self.deadline) for node in packets}
+        sent = self._push(list(messages.values()), deadline) if messages else set()
+        waiting: dict[str, int] = {}
+        for node, message in messages.items():
+            if message.metadata.message_id in sent:
+                waiting[message.metadata.message_id] = node
+            else:
+                yield clients[node], None
+        while waiting and time.monotonic() < deadline:
+            for sent_id, found in self._pull({m: self._seats(n) for m, n in waiting.items()}):
+                answered = waiting.pop(sent_id)
+                yield clients[answered], _packet(found, packets[answered], clients[answered])
+            if waiting:
+                self._pause()
+        yield from ((clients[node], None) for node in waiting.values())
+
+    def _greet(self) -> set[int]:
+        """Ask nodes that are not known who they are, read what has come; the nodes online."""
+        now = time.monotonic()
+        infos: list[NodeInfo] = self._call(lambda: list(self.grid.get_nodes()), [])
+        keys = {int(info.node_id): bytes(info.public_key) for info in infos}
+        busy = {node for node, _ in self._asked.values()}
+        # Of a gateway, what it has said is old after a while.
+        known = {node for node, _, seats in self._members.values() if not seats} | busy
+        new = [n for n in sorted(keys) if n not in known and now >= self._again.get(n, (0, 0))[0]]
+        if new:
+            messages = {n: self._message(n, pack_task(self.hello), HELLO) for n in new}
+            sent = self._push(list(messages.values()), now)
+            for node, message in messages.items():
+                if message.metadata.message_id in sent:
+                    self._asked[message.metadata.message_id] = (node, now + HELLO)
+        for sent_id, found in self._pull({m: self._seats(n) for m, (n, _) in self._asked.items()}):
+            node, _ = self._asked.pop(sent_id)
+            self._learn(node, _packet(found, pack_task(self.hello), ""), keys)
+        for late in [m for m, (_, until) in self._asked.items() if now > until]:
+            self._refuse(self._asked.pop(late)[0], "no answer to hello")
+        return set(keys)
+
+    def _learn(self, node: int, packet: Packet, keys: Mapping[int, bytes]) -> None:
+        try:
+            reply = wire.unpack_reply(packet, 0)
+        except WireError as error:
+            return self._refuse(node, str(error))
+        name = reply.client
+        if reply.error or not name:
+            return self._refuse(node, reply.error or "it has no name")
+        if why := self._limits.refuse(reply, deployed=self._names is not None):
+            return self._refuse(node, why)
+        if any(own == node and known != name for known, (own, _, _) in self._members.items()):
+            return self._refuse(node, f"it has another name now, {name!r}")
+        other = self._members.get(name)
+        key = hashlib.sha256(keys.get(node, b"")).hexdigest()
+        if self._keys.get(name, key) != key:
+            return self._refuse(node, f"two nodes say they are client {name!r}: the first keeps it")
+        if other and other[0] != node and other[0] in keys:
+            return self._refuse(node, f"two nodes say they are client {name!r}")
+        if self._names and name not in self._keys:
+            self._keys[name] = key
+            write_atomic(self._names, json.dumps(self._keys, indent=2).encode())
+        found = node, reply.num_examples, min(reply.seats, self._limits.seats)
+        if found != other:
+            _log.info("joined", client=name, examples=found[1], seats=found[2])
+        self._members[name] = found
+        self._again.pop(node, None)
+        self._reasons.pop(node, None)
+        if reply.seats:
+            self._again[node] = (time.monotonic() + _SEATS, _AGAIN / 2)
+        return None
+
+    def _refuse(self, node: int, why: str) -> None:
+        pause = min(2 * self._again.get(node, (0.0, _AGAIN / 2))[1], 16 * _AGAIN)
+        self._again[node] = (time.monotonic() + pause, pause)
+        if self._seats(node):  # a gateway that is busy, or has no phones now: it keeps its place
+            return
+        if self._reasons.get(node) != why:
+            _log.warning("left out", node=str(node), why=why)
+        self._reasons[node] = why
+
+    def _too_few(self, online: int) -> str:
+        why = "".join(f"; one says: {reason}" for reason in list(self._reasons.values())[:1])
+        needed = f"{self._least} clients" if self._least else f"{self._nodes} nodes"
+        return f"{online} nodes are online, {len(self._members)} as clients; needed: {needed}{why}"
+
+    def _message(self, node: int, packet: Packet, ttl: float) -> Message:
+        return Message(to_flower(packet), node, "train", ttl=ttl)
+
+    def _push(self, messages: list[Message], deadline: float) -> set[str]:
+        """Ids of the messages that the SuperLink has taken; tried until the deadline.
+
+        A message that is sent twice, because the answer to the first call was lost, is refused the
+        second time: it counts as taken.
+        """
+        again = False
+        while True:
+            ids = self._call(lambda: list(self.grid.push_messages(messages)), None)
+            if ids is not None:
+                taken = {str(i) for i in ids if i}
+                return {m.metadata.message_id for m in messages} if again else taken
+            if time.monotonic() > deadline:
+                return set()
+            again = True
+            self._pause(AWAY)
+
+    def _pull(self, ids: Mapping[str, int]) -> Iterator[tuple[str, Message | WireError]]:
+        """What has come of messages (id → seats of who was asked): which it answers, and what.
+
+        One by one: the SuperLink forgets what it has handed over, also when it dies before the rest
+        arrives. Whatever Flower cannot read is the error of who has sent it.
+        """
+        away: Exception | None = None
+        for sent, seats in ids.items():
+            if self.stop.is_set():
+                raise StoppedError("stopped")
+            if self._bounded:
+                self._bounded.most = self._limits.reply(seats)
+            try:
+                messages = list(self.grid.pull_messages([sent]))
+            except httpx.HTTPStatusError as error:  # of this message, it may be: others are heard
+                away = error
+            except (httpx.HTTPError, OSError) as error:
+                away = error
+                break
+            except StoppedError:
+                raise
+            except WireError as error:
+                yield sent, error
+            except Exception as error:  # noqa: BLE001 - it depends on a client's bytes
+                yield sent, WireError(f"not a packet: Flower raised {type(error).__name__}")
+            else:
+                yield from ((sent, message) for message in messages[:1])
+        if away:
+            self._away(away)
+
+    def _call(self, what: Callable[[], _T], otherwise: _T) -> _T:
+        """A call of the Grid; `otherwise` when the SuperLink is away."""
+        try:
+            return what()
+        except (httpx.HTTPError, OSError) as error:
+            self._away(error)
+            return otherwise
+
+    def _away(self, error: Exception) -> None:
+        _log.warning("the SuperLink is away", why=repr(error))
+        self._pause(AWAY)
+
+    def _seats(self, node: int) -> int:
+        return next((seats for own, _, seats in self._members.values() if own == node), 0)
+
+    def _pause(self, seconds: float = 0.0) -> None:
+        if self.stop.wait(seconds or self._poll):
+            raise StoppedError("stopped")
+
+
+def count_nodes(grid: Grid, stop: threading.Event, wait: float) -> int:
+    """How many nodes are there once none has come for SETTLE seconds. Raises RoundError."""
+    found, since = 0, time.monotonic()
+    deadline = since + wait
+    while time.monotonic() < deadline:
+        if (now := len(list(grid.get_node_ids()))) != found:
+            found, since = now, time.monotonic()
+        if found and time.monotonic() - since > SETTLE:
+            return found
+        if stop.wait(POLL):
+            raise StoppedError("stopped")
+    raise RoundError("no node has come")
+
+
+def _stored(path: Path | None) -> dict[str, str]:
+    try:
+        loaded: dict[str, str] = json.loads(path.read_text()) if path else {}
+    except (OSError, ValueError):
+        return {}
+    return loaded
+
+
+def _packet(message: Message | WireError, asked: Packet, client: str) -> Packet:
+    """The packet of a reply; what is no packet becomes an error reply to the task it answers."""
+    try:
+        if isinstance(message, WireError):
+            raise message
+        if not message.has_error():
+            return from_flower(message.content, _LARGEST)
+        lines = (message.error.reason or "").strip().splitlines() or ["no reason given"]
+        reason = f"Flower error {message.error.code}: {lines[-1]}"
+    except WireError as error:
+        reason = str(error)
+    task = unpack_task(asked)
+    return pack_reply(
+        Reply(task.run_id, task.round, task.base_version, task.kind, client, error=reason)
+    )
+
+
+def hello(run_id: str, settings: Mapping[str, object], model_sha256: str = "") -> Task:
+    """The task that asks a node who it is."""
+    return Task(run_id, 0, "", Kind.HELLO, json.dumps(settings), model_sha256=model_sha256)

@@ -1,0 +1,1 @@
+"""The gateway between a run and phones."""

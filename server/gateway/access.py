@@ -1,0 +1,113 @@
+"""Who may call a gateway: a file of tokens, one a line, each of any device or of the one named."""
+
+import hashlib
+import hmac
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from corolla.errors import ConfigError, WireError
+from corolla.host import logs
+from corolla.phones import protocol
+
+SHORTEST = 16
+LONGEST = 256
+_BEARER = "Bearer "
+_log = logs.logger("tokens")
+
+
+@dataclass(frozen=True)
+class Token:
+    """One line of the file. `owner` names it without telling it; `device`: "" for any."""
+
+    owner: str
+    device: str
+    secret: str
+
+
+def read_tokens(path: Path) -> Mapping[str, Token]:
+    """Owner → token, of lines `TOKEN` or `TOKEN DEVICE`; # begins a comment. Raises ConfigError."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise ConfigError(f"cannot read the tokens {path}: {reason}") from error
+    found: dict[str, Token] = {}
+    for number, line in enumerate(lines, 1):
+        secret, *device = line.partition("#")[0].split()[:3] or [""]
+        if not secret:
+            continue
+        where = f"{path}, line {number}"
+        if not SHORTEST <= len(secret) <= LONGEST or not secret.isascii():
+            raise ConfigError(
+                f"{where}: a token has {SHORTEST} to {LONGEST} characters, found {len(secret)}: "
+                f"make one with openssl rand -hex 32"
+            )
+        if len(device) > 1:
+            raise ConfigError(f"{where}: expected TOKEN or TOKEN DEVICE")
+        try:
+            name = protocol.check_device(device[0]) if device else ""
+        except WireError as error:
+            raise ConfigError(f"{where}: {error}") from error
+        owner = _owner(secret)
+        if owner in found:
+            raise ConfigError(f"{where}: this token is there twice")
+        found[owner] = Token(owner, name, secret)
+    if not found:
+        raise ConfigError(f"{path} has no token: write one a line, made with openssl rand -hex 32")
+    return found
+
+
+class TokenFile(Mapping[str, Token]):
+    """The tokens of a file as it is now; while what is written there is wrong, as it was before."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ConfigError."""
+        self._path, self._seen = path, _written(path)
+        self._tokens = read_tokens(path)
+
+    def __getitem__(self, owner: str) -> Token:
+        self._read_again()
+        return self._tokens[owner]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tokens)
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def _read_again(self) -> None:
+        now = _written(self._path)
+        if now == self._seen:
+            return
+        self._seen = now
+        try:
+            self._tokens = read_tokens(self._path)
+        except ConfigError as error:
+            _log.warning("tokens left as they were", why=str(error))
+
+
+def who(tokens: Mapping[str, Token], authorization: str) -> Token | None:
+    """Whose "Bearer <token>" this is; None for nobody's.
+
+    Found by its hash, which an attacker cannot approach bit by bit, then compared in constant time.
+    """
+    if not authorization.startswith(_BEARER) or len(authorization) > LONGEST + len(_BEARER):
+        return None
+    secret = authorization.removeprefix(_BEARER)
+    token = tokens.get(_owner(secret))
+    matches = hmac.compare_digest(secret.encode(), (token.secret if token else "").encode())
+    return token if matches else None
+
+
+def _owner(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()[:32]
+
+
+def _written(path: Path) -> tuple[int, int]:
+    """When a file was written, and its size; a file that is gone: zeros."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return 0, 0
+    return stat.st_mtime_ns, stat.st_size

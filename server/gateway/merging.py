@@ -1,0 +1,128 @@
+"""From phones' replies to their gateway's: each passed by the gate, then summed or bundled."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from corolla import seeds, strategies
+from corolla.aggregation import robust
+from corolla.config import schedule
+from corolla.config.run import RunConfig, validate
+from corolla.errors import WireError
+from corolla.server.rounds.federation import merges
+from corolla.server.rounds.gate import Expected, Judged, judge
+from corolla.server.rounds.round import mean_metrics
+from corolla.tensors import factors
+from corolla.types import Params, Strategy
+from corolla.wire import codec, compression, messages
+from corolla.wire.messages import Reply, Task, pack_reply
+from corolla.wire.packet import Packet
+
+
+@dataclass(frozen=True)
+class Merging:
+    """What a gateway must know of a task to judge and to merge the replies to it."""
+
+    task: Task
+    config: RunConfig
+    strategy: Strategy
+    kind: str
+    """The class of the gateway and of its phones, "" without classes."""
+    fresh: Params
+    """An adapter of theirs, without values that mean anything."""
+
+    def expected(self, phone: str, examples: int, kind: str | None = None) -> Expected:
+        """What a valid reply is like of a phone that has so many training examples.
+
+        `kind` is the class of a native phone, which may be another than the gateway's.
+        """
+        name = self.kind if kind is None else kind
+        own = self.config.of_class(name)
+        round, steps = self.task.round, schedule.steps_per_round(own, examples)
+        size = replace(
+            factors.size(self.fresh),
+            scalars=steps * own.queries,
+            trainer=self.config.trainer_of(name),
+            seed=seeds.derive(self.config.seed, "client", phone, round),
+            round=round,
+            step=schedule.step_size(own, round, examples),
+        )
+        return Expected(
+            self.strategy.update_like(self.fresh, size),
+            self.config.uplink,
+            min(examples, steps * own.batch_size),
+            self.config.max_norm,
+            space=robust.space_of(strategies.traits(self.strategy)),
+        )
+
+    def judge(self, packet: Packet, phone: str, examples: int, kind: str | None = None) -> Judged:
+        """The verdict on a phone's reply."""
+        return judge(packet, phone, self.task, self.expected(phone, examples, kind))
+
+    def merge(self, gateway: str, replies: Iterable[tuple[str, int, str | None, Packet]]) -> Packet:
+        """The gateway's reply, of (phone, its examples, its class, packet) that are judged valid.
+
+        They are folded in the order given, one in memory at a time; a bundle holds them all.
+        """
+        blank = Reply(
+            self.task.run_id, self.task.round, self.task.base_version, self.task.kind, gateway
+        )
+        aggregator = merges(self.config, self.strategy)
+        packets: list[Packet] = []
+        examples: dict[str, int] = {}
+        metrics: dict[str, Mapping[str, float]] = {}
+        for phone, own, kind, packet in replies:
+            judged = self.judge(packet, phone, own, kind)
+            if judged.reply is None or not judged.verdict.accepted:
+                continue  # its file was damaged in the meantime
+            reply = judged.reply
+            if aggregator is None:
+                packets.append(packet)
+            else:
+                aggregator.add(judged.update, reply.num_examples)
+            examples[phone], metrics[phone] = reply.num_examples, reply.metrics
+        return pack_reply(
+            replace(
+                blank,
+                num_examples=sum(examples.values()),
+                metrics=mean_metrics(_common(metrics), examples),
+                payload=messages.pack_bundle(packets)
+                if aggregator is None
+                else codec.encode(aggregator.sums()),
+                clients=len(examples),
+                bundle=aggregator is None,
+            )
+        )
+
+
+def _common(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str, float]]:
+    """Metrics under the names that most phones report: one phone's own names crowd none out."""
+    counts = Counter(name for own in metrics.values() for name in own)
+    names = [name for name in sorted(counts) if 2 * counts[name] > len(metrics)]
+    kept = frozenset(sorted(names, key=lambda name: -counts[name])[: messages.MAX_METRICS])
+    return {
+        phone: {name: value for name, value in own.items() if name in kept}
+        for phone, own in metrics.items()
+    }
+
+
+def prepare(task: Task, allow: Iterable[str] = ()) -> Merging:
+    """What a gateway must know of its task. Raises ConfigError or WireError in one line."""
+    try:
+        told: dict[str, Any] = json.loads(task.config)
+        run = dict(told["run"])
+        if "strategy" in run:  # before anything imports it
+            run["strategy"] = strategies.allowed(str(run["strategy"]), allow, "gateway")
+        config = validate(run)
+        kind = str(told["class"])
+        form = compression.blank(told["fresh"])["adapter"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise WireError(f"the task's settings cannot be read: {type(error).__name__}") from error
+    config.of_class(kind)
+    fresh = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in form.items()}
+    bare = replace(task, payload=b"", scalars={}, log=None, seats=0)
+    return Merging(bare, config, config.build_strategy(), kind, fresh)

@@ -1,0 +1,253 @@
+"""Who is asked in a round, and what comes back: read, timed, and passed by the gate."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from corolla.errors import RoundError, WireError
+from corolla.server.rounds import buffer, simulated_time
+from corolla.server.rounds.buffer import Flight
+from corolla.server.rounds.federation import Federation, Held, Network
+from corolla.server.rounds.gate import Code, Expected, Judged, Verdict, judge
+from corolla.server.rounds.ordering import in_order
+from corolla.server.rounds.spending import Spending
+from corolla.server.rounds.tasks import Traffic, accepted_only, make_tasks
+from corolla.tensors import tree
+from corolla.types import Payload
+from corolla.wire.messages import Kind, Task, pack_task, unpack_reply
+from corolla.wire.packet import Packet
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who is about to be asked: known before anything is sent."""
+
+    round: int
+    attempt: int
+    cohort: Mapping[str, int]
+    """Member → how many updates it is asked for; of Poisson sampling also who is away."""
+    base_version: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of one task. `content` are the ids that its member now holds."""
+
+    task: Task
+    client: str
+    content: frozenset[str]
+    expected: Expected
+    judged: Judged
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """The answers a round is made of, at best `wanted` valid updates, and the server's memory."""
+
+    answers: Iterable[Answer]
+    wanted: int
+    probability: float
+    memory: Payload
+
+
+@dataclass(frozen=True)
+class Asking:
+    """What is needed to ask members in a round."""
+
+    federation: Federation
+    state: Payload
+    held: Held
+    round: int
+    network: Network
+    on_reply: Callable[[str], None]
+    on_plan: Callable[[Plan], None]
+    attempt: int
+    traffic: Traffic
+    spending: Spending
+
+    def __call__(
+        self,
+        members: Mapping[str, int],
+        kind: Kind = Kind.TRAIN,
+        cohort: Mapping[str, int] | None = None,
+    ) -> Iterator[tuple[Task, str, Packet | None]]:
+        """What each member answers, in the order of `members`; nothing is sent before `next`.
+
+        They are all of a cohort, or those of `cohort` that can be asked.
+        """
+        tasks = make_tasks(
+            self.federation, self.state, self.held, self.round, kind, members, self.traffic
+        )
+        if kind == Kind.TRAIN:
+            drawn, seed = members if cohort is None else cohort, self.federation.config.seed
+            versions = {task.base_version for task in tasks.values()}
+            version = next(iter(versions or [tree.digest_all(self.state)]))
+            self.on_plan(Plan(self.round, self.attempt, drawn, version, seed))
+        if not tasks:
+            return
+        for client, packet in _packets(self, tasks):
+            self.on_reply(client)
+            yield tasks[client], client, packet
+
+
+def synchronous(asking: Asking, memory: Payload, cohort: Mapping[str, int] | None) -> Gathering:
+    """All answers of a new cohort, each as soon as it can be folded in."""
+    federation, round, spending = asking.federation, asking.round, asking.spending
+    present = federation.present(round, asking.network.online())
+    if cohort is None:
+        cohort = spending.draw(federation, present, round, asking.attempt)
+    if strangers := cohort.keys() - federation.clients.keys():
+        raise RoundError(
+            f"round {round}: {min(strangers)!r} of its cohort is not in the federation"
+        )
+    able = set(spending.able(federation, cohort, round))  # without whom a kill has cost its turn
+    if spending.poisson:
+        able &= set(present)
+    members = {member: number for member, number in cohort.items() if member in able}
+    if cohort and not members and not spending.poisson:
+        raise RoundError(f"round {round}: nobody of its cohort may take part once more")
+    if not members and not spending.poisson:
+        raise _nobody(federation, round)
+    wanted, seats = sum(members.values()), sum(map(federation.room, present))
+    answers = (answer_of(asking, *answer) for answer in asking(members, cohort=cohort))
+    chance = spending.probability or wanted / max(wanted, seats)
+    return Gathering(answers, wanted, chance, memory)
+
+
+def buffered(asking: Asking, memory: Payload) -> Gathering:
+    """The first valid updates that arrive in simulated time, as many as the buffer holds.
+
+    Places of the cohort that are free are filled with clients that start from the state: at first
+    those of the last round's updates, then those of clients that give none.
+    """
+    federation, round, traffic = asking.federation, asking.round, asking.traffic
+    wanted = federation.config.buffer or 0
+    began, flights = buffer.recall(memory)
+    now, landed, valid, draw = began, list[Answer](), 0, asking.attempt << 16
+    while valid < wanted:
+        busy = {flight.client for flight in flights} | {answer.client for answer in landed}
+        free = federation.cohort_size - len(flights) - valid
+        there = asking.spending.able(federation, federation.present(round), round)
+        others = [client for client in there if client not in busy]
+        if members := federation.sample(others, free, round, draw):
+            flights += [_flight(asking, *answer, now) for answer in asking(members)]
+            draw += 1
+        if not flights:
+            break
+        flight = min(flights, key=lambda flight: (flight.arrival, flight.client))
+        flights.remove(flight)
+        task = Task(federation.run_id, flight.round, flight.base_version, Kind.TRAIN, "")
+        answer = answer_of(asking, task, flight.client, flight.packet)
+        landed.append(replace(answer, content=flight.content))
+        now = flight.arrival
+        traffic.took[flight.client] = now - began
+        valid += answer.judged.verdict.accepted
+    if not landed:
+        raise _nobody(federation, round)
+    return Gathering(
+        sorted(landed, key=lambda answer: answer.client),
+        wanted,
+        federation.cohort_size / len(federation.clients),
+        {**memory, **buffer.remember(now, flights)},
+    )
+
+
+def _flight(asking: Asking, task: Task, client: str, packet: Packet | None, now: float) -> Flight:
+    """A reply that is known already and arrives when its time has come; it is read then."""
+    sent = asking.traffic.sent
+    trial = replace(asking, traffic=Traffic(sent=sent))
+    answer = answer_of(trial, task, client, packet)
+    took = trial.traffic.took.get(client, asking.federation.seconds(client, sent[client], 0))
+    return Flight(client, task.round, task.base_version, answer.content, now + took, packet)
+
+
+def _nobody(federation: Federation, round: int) -> RoundError:
+    availability = federation.config.availability
+    return RoundError(
+        f"round {round}: none of {len(federation.clients)} clients can be reached"
+        + (f": see {availability}" if availability else "")
+    )
+
+
+def _packets(asking: Asking, tasks: Mapping[str, Task]) -> Iterator[tuple[str, Packet | None]]:
+    """What each member answers, in the order of `tasks`; None for no answer.
+
+    Clients that have lost cached groups are asked once more, with everything, when all others have
+    answered: a device may forget, and however many say so, a round takes two deadlines at most.
+    """
+    yield from in_order(_answers(asking, tasks), list(tasks))
+
+
+def _answers(asking: Asking, tasks: Mapping[str, Task]) -> Iterator[tuple[str, Packet | None]]:
+    """As Network.ask, without strangers and second answers."""
+    packets = {client: pack_task(task) for client, task in tasks.items()}
+    waiting, forgot = set(tasks), dict[str, int]()
+    for client, packet in _ask(asking.federation, tasks, packets, asking.network):
+        if client not in waiting:
+            continue
+        waiting.remove(client)
+        if packet is not None and _forgot(packet):
+            asking.traffic.framing_up += len(packet.header)
+            forgot[client] = tasks[client].seats
+        else:
+            yield client, packet
+    if forgot:
+        held = {client: accepted_only(asking.held, client) for client in forgot}
+        round, kind = asking.round, tasks[next(iter(forgot))].kind
+        full = make_tasks(
+            asking.federation, asking.state, held, round, kind, forgot, asking.traffic
+        )
+        yield from asking.network.ask({client: pack_task(task) for client, task in full.items()})
+
+
+def _ask(
+    federation: Federation,
+    tasks: Mapping[str, Task],
+    packets: Mapping[str, Packet],
+    network: Network,
+) -> Iterator[tuple[str, Packet | None]]:
+    """As Network.ask; clients that are simulated to be silent are not asked to train."""
+    asked = dict(packets)
+    for client, task in tasks.items():
+        name = federation.class_of(client)
+        if task.kind == Kind.TRAIN and simulated_time.silent(
+            federation.config, name, client, task.round
+        ):
+            del asked[client]
+            yield client, None
+    yield from network.ask(asked)
+
+
+def _forgot(packet: Packet) -> bool:
+    """Whether a reply says that cached groups are missing; it has no payload then."""
+    try:
+        return bool(unpack_reply(packet, 0).missing)
+    except WireError:
+        return False
+
+
+def answer_of(asking: Asking, task: Task, client: str, packet: Packet | None) -> Answer:
+    """An answer that has passed the gate, or not; counts its bytes and its simulated time."""
+    federation, traffic = asking.federation, asking.traffic
+    content = frozenset([*task.cached.values(), *([task.log.version] if task.log else [])])
+    expect = federation.expected(client, task.kind, task.round, task.seats)
+    judged = judge(packet, client, task, expect)
+    if packet is not None and judged.verdict.accepted and _late(asking, task, client, judged):
+        took, deadline = traffic.took.pop(client), federation.config.deadline_simulated
+        why = f"late: {took:.4g} simulated seconds, the deadline is {deadline:g}"
+        judged = Judged(Verdict(Code.LATE, why))
+    if packet is not None and judged.verdict.code in (Code.ACCEPTED, Code.CLIENT_ERROR):
+        traffic.up += judged.content
+        traffic.framing_up += len(packet.header) + len(packet.payload) - judged.content
+    return Answer(task, client, content, expect, judged)
+
+
+def _late(asking: Asking, task: Task, client: str, judged: Judged) -> bool:
+    """Whether a reply comes after the simulated deadline; notes when it comes."""
+    federation, traffic = asking.federation, asking.traffic
+    if task.kind != Kind.TRAIN or not federation.config.simulates_time:
+        return False
+    took = federation.seconds(client, traffic.sent.get(client, 0), judged.content)
+    traffic.took[client] = took
+    deadline = federation.config.deadline_simulated
+    return deadline is not None and took > deadline

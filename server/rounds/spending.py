@@ -1,0 +1,197 @@
+"""What differential privacy lets a run ask of its clients, and what that has cost so far."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from corolla.config.run import RunConfig
+from corolla.errors import ConfigError
+from corolla.privacy.client_level import NOISE, ClientLevel, Guarantee
+from corolla.server.rounds.federation import Federation
+from corolla.server.runs.checkpoint import Checkpoint
+from corolla.server.runs.journal import Past
+from corolla.types import Metrics
+
+_MEASURED = "what clients measure, their losses"
+_LOOKS = f"{_MEASURED}, numbers of examples, what is refused and why, simulated seconds, answers"
+
+WITHHELD = {
+    "example": _MEASURED,
+    "client": f"{_LOOKS}; bytes are those planned",
+    "poisson": f"{_LOOKS}, how many are asked and answer; clients and bytes are those planned",
+}
+"""dp, or poisson with dp=client → what no line of metrics tells: no noise covers it."""
+
+
+@dataclass
+class Spending:
+    """The account of a run, over all its processes. Without dp everything is allowed.
+
+    `level` is that of dp=client. With dp=example each client keeps its own account, on its disk:
+    here is what they say, and how often the server has asked each.
+    """
+
+    config: RunConfig
+    level: ClientLevel | None = None
+    asked: Counter[str] = field(default_factory=Counter)
+    most: float = 0.0
+    """The largest epsilon that a client has told."""
+    who: set[str] = field(default_factory=set)
+    """The clients that have told one."""
+
+    @property
+    def poisson(self) -> bool:
+        """Whether a cohort is drawn from all clients by secret chance: it may be empty."""
+        return self.level is not None and self.config.dp_sampling == "poisson"
+
+    @property
+    def withheld(self) -> str:
+        """What no line of metrics, no report and no warning tells; "" without dp."""
+        return WITHHELD.get("poisson" if self.poisson else self.config.dp, "")
+
+    @property
+    def probability(self) -> float | None:
+        """Of each client, to be in a cohort, where secret chance decides."""
+        return self.level.sampling_probability if self.level and self.poisson else None
+
+    def able(self, federation: Federation, members: Iterable[str], round: int) -> list[str]:
+        """Those of `members` that may be asked in a round. Devices of a gateway are not known."""
+        if self.level:
+            return self.level.able(members, round)
+        most = self.config.participations
+        return [m for m in members if not most or m in federation.seats or self.asked[m] < most]
+
+    def draw(
+        self, federation: Federation, present: Iterable[str], round: int, draw: int
+    ) -> dict[str, int]:
+        """A cohort: member → how many updates to ask it for; of Poisson sampling also who is away.
+
+        Drawn of those that are present from the run's seed, or of all by secret chance.
+        """
+        if self.level and self.poisson:
+            return dict.fromkeys(sorted(self.level.draw(sorted(federation.clients))), 1)
+        size = federation.cohort_size
+        size = min(size, self.level.cohort) if self.level else size
+        return federation.sample(self.able(federation, present, round), size, round, draw)
+
+    def refusal(self, client: str, round: int) -> str:
+        """Why what a client sent may not be folded in; "" if it may."""
+        return self.level.refusal(client, round) if self.level else ""
+
+    def hear(self, epsilons: Mapping[str, float]) -> Mapping[str, Any]:
+        """What clients say that they have spent on their examples; what there is to note of it."""
+        self.who |= epsilons.keys()
+        self.most = max([self.most, *epsilons.values()])
+        return {"unit": "example", "epsilon": self.most, "clients": sorted(epsilons)}
+
+    def ended(self, federation: Federation, round: int) -> str:
+        """Why a round may not be: its cost, or too few who may still take part; "" if it may.
+
+        Devices that separation bars for a while come back when others have joined.
+        """
+        config = self.config
+        if self.level and config.epsilon is not None:
+            after = self.level.next_epsilon(round)
+            if after > config.epsilon:
+                return (
+                    f"privacy budget: with round {round}, epsilon would be {after:.4g} of "
+                    f"{config.epsilon:g}"
+                )
+        needed = federation.quorum(min(federation.cohort_size, federation.population))
+
+        def able(at: int) -> int:
+            return sum(map(federation.room, self.able(federation, federation.clients, at)))
+
+        now = able(round)
+        if now >= min(needed, federation.population):
+            return ""
+        barred = able(round + config.separation) >= needed
+        if barred and federation.own_devices:
+            return ""
+        return (
+            f"{'separation' if barred else 'participations'}: {now} clients may still take part in "
+            f"round {round}, {needed} are needed"
+        )
+
+    def forgotten(self, at: Checkpoint) -> Checkpoint:
+        """Without what takes noise off: of no use when there is no round to come."""
+        memory = {g: own for g, own in at.memory.items() if not g.startswith(NOISE)}
+        return replace(at, memory=memory) if len(memory) < len(at.memory) else at
+
+    def guarantee(self) -> Guarantee | None:
+        """What has been spent so far; None without differential privacy."""
+        if self.level:
+            return self.level.guarantee()
+        if self.config.dp == "none":
+            return None
+        how = f"Poisson sampling of examples; the most that one of {len(self.who)} clients says"
+        return Guarantee("example", self.most, self.config.delta, self.config.epsilon, how)
+
+    def to_json(self) -> dict[str, Any] | None:
+        """For run.json: the guarantee, in a line too, and the mechanism behind it."""
+        guarantee, config = self.guarantee(), self.config
+        if guarantee is None:
+            return None
+        return {
+            **guarantee.to_json(),
+            "line": guarantee.line(),
+            "noise_multiplier": (self.level or config).noise_multiplier,
+            "clip": config.clip,
+            "mechanism": config.dp_mechanism,
+            "withheld": self.withheld,
+        }
+
+
+def begin(federation: Federation, past: Past) -> Spending:
+    """The account of a run with what its earlier processes have spent.
+
+    Raises ConfigError where that would be no protection, and for cohorts that can never be.
+    """
+    config, events = federation.config, past.privacy
+    population = past.population or federation.population
+    if config.dp == "none":
+        return Spending(config)
+    cohort = min(config.cohort or 8, population)
+    if not federation.own_devices:  # of those, others may join
+        _refuse_rounds(federation, population, cohort)
+    if config.dp == "example":
+        _refuse_delta(federation)
+        most = max((float(event["epsilon"]) for event in events), default=0.0)
+        who = {client for event in events for client in event["clients"]}
+        return Spending(config, None, Counter(past.asked), most, who)
+    if federation.own_devices:
+        cohort = config.cohort or cohort
+    elif (apart := cohort * config.separation) > population:
+        raise ConfigError(
+            f"separation={config.separation} with cohorts of {cohort} needs {apart} clients, found "
+            f"{population}: lower one of them"
+        )
+    return Spending(config, ClientLevel(config, population, cohort, events))
+
+
+def _refuse_rounds(federation: Federation, population: int, cohort: int) -> None:
+    """More rounds than all turns of all clients can fill, were each as small as it may be."""
+    config, needed = federation.config, federation.quorum(cohort)
+    turns = (config.participations or config.rounds) * population
+    if turns < needed * config.rounds:
+        raise ConfigError(
+            f"rounds={config.rounds} with participations={config.participations} need "
+            f"{needed * config.rounds} turns of clients, {needed} a round, and {population} "
+            f"clients have {turns}: set rounds to {turns // needed} or less, or more participations"
+        )
+
+
+def _refuse_delta(federation: Federation) -> None:
+    """The largest client's share of delta; devices of others refuse for themselves."""
+    most = max((n for m, n in federation.clients.items() if m not in federation.seats), default=0)
+    if not federation.own_devices and most * federation.config.delta >= 1:
+        raise ConfigError(
+            f"delta={federation.config.delta:g} is no protection among {most} training examples of "
+            f"a client: set less than {1 / most:.3g}"
+        )
+
+
+def told(metrics: Mapping[str, Metrics]) -> dict[str, float]:
+    """Client → the epsilon it says."""
+    return {client: own["epsilon"] for client, own in metrics.items() if "epsilon" in own}

@@ -1,0 +1,244 @@
+"""What a server sends to each client of a round, and what that costs by formula."""
+
+import json
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+
+from corolla import seeds
+from corolla.config.run import RunConfig
+from corolla.directions import seedlog
+from corolla.errors import RoundError
+from corolla.server.rounds.federation import Federation, Held
+from corolla.tensors import tree
+from corolla.types import Broadcast, Cost, LoraSpec, Payload
+from corolla.wire import codec, compression, messages
+from corolla.wire.compression import Pipeline
+from corolla.wire.messages import Kind, Log, Task, pack_task
+
+_LONGEST_LOG = messages.MAX_HEADER // 2
+"""Bytes of rows that surely fit a message."""
+
+_ACCEPTED = "accepted-"
+
+_OWN = (
+    *("model", "data", "engine", "device", "threads"),
+    *("availability", "public", "public_examples", "start"),
+)
+"""Settings of a server that are nothing to devices that have their own."""
+
+
+@dataclass
+class Traffic:
+    """What travelled in a round, counted as it is sent and read."""
+
+    up: int = 0
+    down: int = 0
+    framing_up: int = 0
+    framing_down: int = 0
+    sent: dict[str, int] = field(default_factory=dict)
+    """Payload bytes of each member's task; not what is sent again to who forgot."""
+    took: dict[str, float] = field(default_factory=dict)
+    """Simulated seconds until each reply."""
+
+
+def make_tasks(
+    federation: Federation,
+    state: Payload,
+    held: Held,
+    round: int,
+    kind: Kind,
+    members: Mapping[str, int],
+    traffic: Traffic,
+) -> dict[str, Task]:
+    """The task of each member: the broadcast, with only what it does not hold of cached groups.
+
+    `members` says how many updates each is asked for. Of a log it gets the rows after the version
+    it holds, or a snapshot where that is less.
+    """
+    broadcast = federation.strategy.broadcast(state)
+    if broadcast.snapshot is not None:
+        broadcast = replace(broadcast, snapshot=cache(broadcast.snapshot))
+    cached = {group: codec.content_id(params) for group, params in broadcast.cached.items()}
+    rows = broadcast.log
+    versions = seedlog.versions(federation.origin, rows) if rows is not None else []
+    version = tree.digest_all(state)
+    sent: dict[object, tuple[bytes, Payload, Log | None, int, Mapping[str, object]]] = {}
+    tasks: dict[str, Task] = {}
+    run = run_settings(federation.config, federation.own_devices)
+    for client, seats in members.items():
+        known = held.get(client, frozenset())
+        lacks = frozenset(g for g, i in cached.items() if i not in known)
+        since = next((v for v in reversed(versions) if v in known), federation.origin)
+        lora = federation.lora(client)
+        form = (lacks, since, lora if broadcast.fitted else None)
+        if form not in sent:
+            log, extra = _log(broadcast, versions, since, state)
+            packed, described = _packed(federation, broadcast, lora, round)
+            payload = {**packed, **{g: broadcast.cached[g] for g in lacks}, **extra}
+            content = messages.content_bytes(payload)
+            content += sum(messages.scalar_bytes(row) for row in (log.rows if log else ()))
+            sent[form] = (*messages.enclose(payload), log, content, described)
+        data, scalars, log, content, described = sent[form]
+        settings = {
+            "lora": vars(lora),
+            "class": federation.class_of(client),
+            "population": federation.population,
+            "accepted": _last_accepted(known),
+            **described,
+            **({"labels": list(federation.labels)} if federation.own_devices else {}),
+            **_for_gateway(federation, client),
+            "run": run,
+        }
+        tasks[client] = Task(
+            run_id=federation.run_id,
+            round=round,
+            base_version=version,
+            kind=kind,
+            config=json.dumps(settings),
+            cached=cached,
+            payload=data,
+            scalars=scalars,
+            log=log,
+            model_sha256=federation.model_sha256,
+            seats=seats if client in federation.seats else 0,
+        )
+        try:
+            header = len(pack_task(tasks[client]).header)
+        except ValueError as error:
+            raise RoundError(f"round {round}: a task does not fit a message: {error}") from error
+        traffic.sent.setdefault(client, content)
+        traffic.down += content
+        traffic.framing_down += len(data) + header - content
+    return tasks
+
+
+def run_settings(config: RunConfig, own_devices: bool) -> Mapping[str, object]:
+    """The settings of the run as a client gets them; devices of their own get no folder of ours.
+
+    What follows from a setting that stays here is written out: the learning rate of each class.
+    """
+    run = config.model_dump(mode="json")
+    if not own_devices:
+        return run
+    classes = {c: {**own, "lr": config.of_class(c).lr} for c, own in run["classes"].items()}
+    ours = {key: value for key, value in run.items() if key not in _OWN}
+    return {**ours, "strategy": Path(config.strategy).name, "classes": classes}
+
+
+def _for_gateway(federation: Federation, member: str) -> Mapping[str, object]:
+    """A gateway has no model: it is told what an adapter of its phones looks like."""
+    if member not in federation.seats:
+        return {}
+    return {"fresh": compression.form({"adapter": federation.fresh(federation.lora(member))})}
+
+
+def _packed(
+    federation: Federation, broadcast: Broadcast, lora: LoraSpec, round: int
+) -> tuple[Payload, Mapping[str, object]]:
+    """What travels of a broadcast in each round, and what its receiver must know of its form."""
+    config, payload = federation.config, _of_each_round(broadcast, lora)
+    if not config.codec_down:
+        return payload, {}
+    dense, scalars = messages.split(payload)
+    packed = config.downlink.pack(dense, seeds.derive(config.seed, "broadcast", round))
+    return {**packed, **scalars}, {"form": compression.form(dense)}
+
+
+def _of_each_round(broadcast: Broadcast, lora: LoraSpec) -> Payload:
+    """What a client gets each time; the rest of a broadcast it gets once."""
+    return {**broadcast.payload, **(broadcast.fitted(lora) if broadcast.fitted else {})}
+
+
+def _log(
+    broadcast: Broadcast, versions: Sequence[str], since: str, state: Payload
+) -> tuple[Log | None, Payload]:
+    """What a client at a version needs to reach the last: (rows, or a snapshot as a payload)."""
+    if broadcast.log is None:
+        return None, {}
+    number, last = len(broadcast.log), versions[-1]
+    rows = broadcast.log[versions.index(since) :]
+    size = sum(messages.scalar_bytes(row) for row in rows)
+    if broadcast.snapshot is not None and size > min(
+        messages.content_bytes({"start": state["start"]}), _LONGEST_LOG
+    ):
+        start = broadcast.snapshot()
+        return Log(versions[0], last, last, (), number, codec.content_id(start)), {"start": start}
+    return Log(versions[0], since, last, rows, number), {}
+
+
+def accepted_note(round: int) -> str:
+    """How Held notes the last round whose update of a client was accepted."""
+    return f"{_ACCEPTED}{round}"
+
+
+def _last_accepted(known: AbstractSet[str]) -> int:
+    return max(
+        (int(i.removeprefix(_ACCEPTED)) for i in known if i.startswith(_ACCEPTED)), default=0
+    )
+
+
+def accepted_only(held: Held, client: str) -> frozenset[str]:
+    """What the server must remember even of a client whose memory it does not count on."""
+    return frozenset(i for i in held.get(client, ()) if i.startswith(_ACCEPTED))
+
+
+def costs(
+    federation: Federation, state: Payload, round: int, updates: Mapping[str, int]
+) -> list[Cost]:
+    """The strategy's formula for each member, with the codec's for what that compresses.
+
+    `updates` says how many came from each: a gateway gets one broadcast for all, and sends a
+    partial aggregate, or as many updates as it has.
+    """
+    config, strategy = federation.config, federation.strategy
+    sizes = [federation.size(client, round) for client in updates]
+    costs = list(strategy.cost(sizes))
+    broadcast = strategy.broadcast(state) if config.codec_down else Broadcast({})
+    for i, (client, count) in enumerate(updates.items()):
+        lora = federation.lora(client)
+        like = strategy.update_like(federation.fresh(lora), sizes[i])
+        if config.codec:
+            saved, at_most = _saved(config.uplink, like)
+            at_most = at_most or costs[i].at_most
+            costs[i] = replace(costs[i], up=costs[i].up - saved, at_most=at_most)
+        if config.codec_down:
+            payload = _of_each_round(broadcast, lora)
+            saved, at_most = _saved(config.downlink, payload)
+            at_most = at_most or costs[i].at_most
+            costs[i] = replace(costs[i], down=costs[i].down - saved, at_most=at_most)
+        if client in federation.seats:
+            costs[i] = _of_gateway(federation, client, round, count, costs[i])
+    return costs
+
+
+def _of_gateway(federation: Federation, gateway: str, round: int, count: int, one: Cost) -> Cost:
+    """What `count` updates of phones cost that one update of the gateway's own class costs `one`.
+
+    Phones may be of other classes: at most the dearest, as which of them came is not said here.
+    """
+    names = federation.classes_of(gateway)
+    at_most = one.at_most or len(names) > 1
+    if federation.partial:
+        joined = federation.expected(gateway, Kind.TRAIN, round).sums or {}
+        return replace(one, up=messages.content_bytes(joined), at_most=at_most)
+    sizes = [federation.size(gateway, round, kind=name) for name in names[1:]]
+    others = [cost.up for size in sizes for cost in federation.strategy.cost([size])]
+    return replace(one, up=count * max([one.up, *others]), at_most=at_most)
+
+
+def _saved(pipeline: Pipeline, payload: Payload) -> tuple[int, bool]:
+    """Bytes that a codec saves on a payload, at least or exactly."""
+    dense, _ = messages.split(payload)
+    if not dense:
+        return 0, False
+    size, at_most = pipeline.content_bytes(dense)
+    return codec.content_bytes(dense) - size, at_most
+
+
+def formula(costs: Sequence[Cost]) -> Cost:
+    """The sum over a cohort."""
+    up, down = sum(cost.up for cost in costs), sum(cost.down for cost in costs)
+    return Cost(up, down, at_most=any(cost.at_most for cost in costs))

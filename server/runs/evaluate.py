@@ -1,0 +1,174 @@
+"""What the server measures: held-out loss, answers, and whether the saved adapter is right."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from corolla.config.run import RunConfig
+from corolla.data.encoding import Encoded, Encoder, collate
+from corolla.data.federated import Example, spread
+from corolla.errors import ArtefactError, DataError
+from corolla.evaluation import answers
+from corolla.evaluation.scoring import score
+from corolla.models.trainable import Trainable
+from corolla.types import Adapter, Metrics
+
+_ANSWER_TOKENS = 64
+_SAMPLES = 2
+
+
+def fairness(clients: Mapping[str, Mapping[str, Metrics]]) -> dict[str, Metrics]:
+    """How evenly clients are served, before and after: {"base": …, "final": …}, or empty.
+
+    Over the losses of clients that were measured both times, each counting once: their `mean` and
+    `std`, and the means of the worst and the best tenth (at least one client), as in q-FFL (Li et
+    al., ICLR 2020, arXiv 1905.10497).
+    """
+    both = [c for c in clients.values() if "loss" in c["base"] and "loss" in c["final"]]
+    return {when: _spread([c[when]["loss"] for c in both]) for when in ("base", "final") if both}
+
+
+def _spread(losses: Sequence[float]) -> Metrics:
+    ordered = sorted(losses)
+    tenth = max(1, len(ordered) // 10)
+    return {
+        "clients": float(len(ordered)),
+        "mean": statistics.fmean(ordered),
+        "std": statistics.pstdev(ordered),
+        "best_decile": statistics.fmean(ordered[:tenth]),
+        "worst_decile": statistics.fmean(ordered[-tenth:]),
+    }
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A held-out prompt, what the data says, and what a model says."""
+
+    prompt: str
+    reference: str
+    answer: str
+
+
+class Evaluator:
+    """Scores global models on the held-out set, on a model of its own or a shared one."""
+
+    def __init__(
+        self, config: RunConfig, model: Trainable, heldout: Sequence[Example], labels: Sequence[str]
+    ) -> None:
+        self.config, self.model, self.labels = config, model, labels
+        self._encoder = Encoder(model.base.tokenizer, labels, config.max_length)
+        self._chosen = chosen = spread(heldout, config.eval_examples)
+        answers.check(chosen, config)
+        encoded = [self._encoder(example) for example in chosen]
+        self._data = [sequence for sequences in encoded for sequence in sequences]
+        self.skipped = sum(not sequences for sequences in encoded)
+        """Held-out examples without a target left, e.g. a prompt as long as max_length."""
+        if not self._data:
+            raise DataError(
+                f"none of {len(chosen)} held-out examples has a target left within "
+                f"max_length={config.max_length}: raise it"
+            )
+        short = [e for e in heldout if len(e.text) < 400]
+        telling = [e for e in short if e.prompt or labels or len(e.text) > 40]
+        self._samples = spread(telling or short, _SAMPLES)
+
+    @property
+    def probe(self) -> dict[str, torch.Tensor]:
+        """A batch of up to four held-out sequences."""
+        return collate(self._data[:4], self.model.base.pad_id, self.model.device)
+
+    def score(self, adapter: Adapter) -> Metrics:
+        """Loss and accuracy on the held-out examples."""
+        self.model.show(adapter, self.config.lora)
+        return score(self.model.model, self._data, self.model.base.pad_id, self.model.device)
+
+    def examine(self, adapter: Adapter) -> Metrics:
+        """All scores: also of answers and choices, which take longer than a loss."""
+        scores = self.score(adapter)
+        asked = answers.ask(self.model.model, self.model.base, self._chosen, self.config)
+        return {**scores, **asked}
+
+    def samples(self, adapter: Adapter) -> list[Sample]:
+        """Greedy answers, or predicted labels, for a few held-out examples."""
+        self.model.show(adapter, self.config.lora)
+        return [self._answer(example) for example in self._samples]
+
+    def save(self, adapter: Adapter, folder: Path) -> None:
+        """Write a global model, an adapter or a whole one, with its tokenizer."""
+        self.model.save(folder, adapter, self.config.lora)
+        self.model.base.tokenizer.save_pretrained(str(folder))
+
+    def verify(self, adapter: Adapter, folder: Path) -> float:
+        """Load the saved model with plain peft (all parameters: with transformers).
+
+        Returns the largest difference from the server's logits. Also compares the effective updates
+        themselves, in fp64, because logits of a half-precision or quantised base say little. Ends
+        this evaluator: its base model is handed to peft. Raises
+        ArtefactError when a difference is more than rounding.
+        """
+        inputs = {name: self.probe[name] for name in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            self.model.show(adapter, self.config.lora)
+            mask = inputs["attention_mask"].bool()
+            ours = self.model.model(**inputs).logits.float()
+            apart = self.model.distance_to(folder, self.config.lora)
+            reloaded = self.model.reload(folder)
+            theirs = reloaded(**inputs).logits.float()
+        if ours.dim() == 3:  # virtual tokens come first
+            ours, theirs = (logits[:, -mask.shape[1] :][mask] for logits in (ours, theirs))
+        if not apart <= 1e-6:
+            raise ArtefactError(
+                f"{folder} as saved is another update than the server's: {apart:.2e} apart"
+            )
+        difference = float((ours - theirs).abs().max())
+        scale = max(1.0, float(ours.abs().max()))
+        # fp32: sums in another order; a half-precision base also rounds each layer's output.
+        tolerance = scale * (1e-5 if self.config.dtype == "float32" else 0.1)
+        if self.config.quantization != "none":
+            tolerance = scale * 0.1
+        if not difference <= tolerance:
+            raise ArtefactError(
+                f"{folder} reloaded differs from the server's model by {difference:.2e} in "
+                f"the logits (allowed {tolerance:.0e}): do not use it"
+            )
+        return difference
+
+    def _answer(self, example: Example) -> Sample:
+        tokenizer, model = self.model.base.tokenizer, self.model
+        if self.labels:
+            logits = self._logits(self._encoder(example)[0])
+            return Sample(example.text, str(example.label), self.labels[int(logits.argmax())])
+        if example.prompt is not None:
+            prompt, reference = example.prompt, example.text
+            ids = self._encoder.prompt_ids(prompt)
+        else:
+            words = example.text.split(" ")
+            cut = max(1, len(words) // 3)
+            prompt, reference = " ".join(words[:cut]), " ".join(words[cut:])
+            ids = list(tokenizer(prompt)["input_ids"])
+            ids = ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+            ids = ids or [model.base.pad_id]  # a prompt without tokens: start from any one
+        start = torch.tensor([ids[-self.config.max_length :]], device=model.device)
+        with torch.no_grad():
+            out = model.model.generate(
+                input_ids=start,
+                attention_mask=torch.ones_like(start),
+                max_new_tokens=_ANSWER_TOKENS,
+                do_sample=False,
+                top_p=None,
+                top_k=None,
+                temperature=None,
+                pad_token_id=model.base.pad_id,
+            )
+        answer = tokenizer.decode(out[0, start.shape[1] :], skip_special_tokens=True)
+        return Sample(prompt, reference, str(answer).strip())
+
+    @torch.no_grad()
+    def _logits(self, sequence: Encoded) -> torch.Tensor:
+        batch = collate([sequence], self.model.base.pad_id, self.model.device)
+        del batch["labels"]
+        logits: torch.Tensor = self.model.model(**batch).logits[0]
+        return logits

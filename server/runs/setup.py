@@ -1,0 +1,118 @@
+"""What a server loads before the first round, whichever engine carries the messages."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from corolla.config.run import RunConfig
+from corolla.data import federated
+from corolla.data.federated import FederatedData
+from corolla.directions.pools import SignPool
+from corolla.evaluation.scoring import loss_sum
+from corolla.models import pretrained, trainable
+from corolla.models.full import FullModel
+from corolla.models.trainable import Trainable
+from corolla.server.rounds.cohort import read_trace
+from corolla.server.runs.evaluate import Evaluator
+
+_UNMOVED = 0.1
+_KEPT = 1 << 24
+_SAFE_EPS = 1e-4
+"""In fp32 no model's loss is rounded as much as it changes over this distance."""
+_DIRECTIONS = 4
+_FURTHER = 2
+"""So near that curvature hardly shows; where rounding swallows both, the slopes differ by this."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Data, the model with its evaluator, and the facts that identify them in run.json."""
+
+    data: FederatedData
+    model: Trainable
+    evaluator: Evaluator
+    facts: Mapping[str, Any]
+
+
+def set_up(config: RunConfig, run_id: str | None, deployed: bool = False) -> Setup:
+    """Load data and model. Raises CorollaError for whatever is wrong with them.
+
+    `deployed`: clients are devices with data of their own, the server has what it measures on.
+    """
+    trace = read_trace(Path(config.availability)) if config.availability else None
+    dataset = federated.load_heldout(config) if deployed else federated.load(config)
+    pretrained.set_threads(config)
+    base = pretrained.load(config, dataset.labels)
+    facts: dict[str, Any] = {
+        "run_id": run_id,
+        "model_sha256": base.fingerprint,
+        "data_sha256": dataset.fingerprint,
+        "clients_left_out": dataset.left_out,
+        **({"availability_sha256": trace.sha256} if trace else {}),
+    }
+    model = trainable.build(config, base)
+    evaluator = Evaluator(config, model, dataset.heldout, dataset.labels)
+    facts["warnings"] = [*_of_model(model), *_of_eps(config, evaluator)]
+    bounded = config.max_norm is not None or config.robust != "none" or config.dp == "client"
+    if deployed and not bounded:
+        facts["warnings"].append(
+            "no max-norm and no robust rule: one client can move the model as far as it likes"
+        )
+    return Setup(dataset, model, evaluator, facts)
+
+
+def _of_eps(config: RunConfig, evaluator: Evaluator) -> list[str]:
+    """Warnings about perturbations so small that what is measured is rounding."""
+    found = []
+    names = [n for n in config.classes or ("",) if config.trainer_of(n) == "zeroth_order"]
+    for eps in sorted({config.of_class(name).eps for name in names}):
+        if isinstance(evaluator.model, FullModel):
+            unmoved = evaluator.model.unmoved(eps)
+            if unmoved > _UNMOVED:
+                found.append(
+                    f"eps={eps:g} leaves {unmoved:.0%} of the {config.dtype} weights as they are, "
+                    f"by rounding: raise eps, or use dtype=float32"
+                )
+        if config.dtype == "float32" and eps >= _SAFE_EPS:
+            continue
+        near, far = _slopes(config, evaluator, eps), _slopes(config, evaluator, _FURTHER * eps)
+        apart = float((near - far).square().mean().sqrt())
+        typical = float(far.square().mean().sqrt())
+        if not apart < typical / 2:
+            found.append(
+                f"slopes measured at eps={eps:g} and at {_FURTHER} eps differ by {apart:.2g}, and "
+                f"are of size {typical:.2g}: they are rounding in {config.dtype}; raise eps"
+                + ("" if config.dtype == "float32" else ", or use dtype=float32")
+            )
+    return found
+
+
+@torch.no_grad()
+def _slopes(config: RunConfig, evaluator: Evaluator, eps: float) -> Tensor:
+    """(L(w + eps z) - L(w - eps z)) / (2 eps) of summed losses, for a few directions."""
+    model, batch = evaluator.model, evaluator.probe
+    space = model.enter(model.init(config.lora, 0), config.lora, ())
+    pool = SignPool(_DIRECTIONS, (0, 0))
+    slopes = []
+    for k in range(_DIRECTIONS):
+        space.look(pool, {k: eps})
+        above = float(loss_sum(model.model, batch))
+        space.look(pool, {k: -eps})
+        slopes.append((above - float(loss_sum(model.model, batch))) / (2 * eps))
+    space.look(pool, {})
+    return torch.tensor(slopes, dtype=torch.float64)
+
+
+def _of_model(model: Trainable) -> list[str]:
+    """Warnings about memory."""
+    found = []
+    if isinstance(model, FullModel) and model.kept_bytes > _KEPT:
+        found.append(
+            f"{model.kept_bytes / 1e6:.0f} MB of weights are in no .safetensors file of the model "
+            f"and are kept in memory twice"
+        )
+    return found

@@ -1,0 +1,148 @@
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from corolla.data.encoding import IGNORE, Encoded, collate
+from corolla.evaluation.scoring import log_likelihoods, loss_sum, macro_f1, score
+
+CPU = torch.device("cpu")
+DATA = [
+    Encoded([40, 41, 42, 43, 44], [40, 41, 42, 43, 44]),
+    Encoded([50, 51], [50, 51]),
+    Encoded([60, 61, 62, 0], [IGNORE, IGNORE, IGNORE, 0]),
+    Encoded([70, 71, 72], [IGNORE, 71, 72]),
+]
+
+
+class Fixed(nn.Module):
+    """Logits that are given, whatever the input."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.logits[: len(input_ids), : input_ids.shape[1]])
+
+    def get_output_embeddings(self) -> None:
+        return None
+
+
+@pytest.fixture
+def model(tiny_model: Path) -> transformers.PreTrainedModel:
+    loaded: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(
+        tiny_model
+    )
+    return loaded.eval()
+
+
+def test_the_loss_of_given_logits_by_hand() -> None:
+    """Vocabulary of two; p(1) is 3/4, then 1/2 and 1/5."""
+    logits = torch.log(torch.tensor([[[0.25, 0.75], [0.5, 0.5], [0.8, 0.2], [0.5, 0.5]]]))
+    batch = collate([Encoded([0, 1, 0, 1], [0, 1, 0, 1])], 0, CPU)
+    wanted = -math.log(0.75) - math.log(0.5) - math.log(0.2)
+    assert float(loss_sum(Fixed(logits), batch)) == pytest.approx(wanted, rel=1e-6)
+    masked = collate([Encoded([0, 1, 0, 1], [0, IGNORE, IGNORE, 1])], 0, CPU)
+    assert float(loss_sum(Fixed(logits), masked)) == pytest.approx(-math.log(0.2), rel=1e-6)
+
+
+def test_half_precision_logits_are_summed_in_fp32() -> None:
+    logits = torch.randn(1, 9, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    batch = collate([Encoded(range(9), range(9))], 0, CPU)
+    wanted = nn.functional.cross_entropy(
+        logits[0, :-1].double(), torch.arange(1, 9), reduction="sum"
+    )
+    found = loss_sum(Fixed(logits), batch)
+    assert found.dtype == torch.float32
+    assert float(found) == pytest.approx(float(wanted), rel=1e-6)
+
+
+def test_the_loss_is_that_of_transformers(model: transformers.PreTrainedModel) -> None:
+    batch = collate(DATA, 1, CPU)
+    with torch.no_grad():
+        assert float(loss_sum(model, batch)) / 8 == pytest.approx(
+            float(model(**batch).loss), rel=1e-6
+        )
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_a_score_does_not_depend_on_batches(model: transformers.PreTrainedModel, size: int) -> None:
+    with torch.no_grad():
+        losses, right = 0.0, 0
+        for sequence in DATA:  # one at a time, without any padding
+            ids, labels = torch.tensor([sequence.input_ids]), torch.tensor([sequence.labels])
+            out = model(input_ids=ids, labels=labels)
+            kept = labels[0, 1:] != IGNORE
+            losses += float(out.loss) * int(kept.sum())
+            right += int((out.logits[0, :-1].argmax(-1) == labels[0, 1:])[kept].sum())
+    found = score(model, list(reversed(DATA)), 1, CPU, size)
+    assert found["loss"] == pytest.approx(losses / 8, rel=1e-5)
+    assert found["accuracy"] == right / 8
+    assert found["targets"] == 8.0
+
+
+def test_accuracy_by_hand() -> None:
+    logits = torch.tensor([[[0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [9.0, 0.0]]])
+    found = score(Fixed(logits), [Encoded([0, 1, 1, 1], [0, 1, 1, 1])], 0, CPU)
+    assert found["accuracy"] == pytest.approx(2 / 3)
+
+
+def test_classes_are_scored_one_a_row() -> None:
+    logits = torch.log(torch.tensor([[0.7, 0.2, 0.1], [0.3, 0.6, 0.1]]))
+
+    class Classifier(nn.Module):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
+            return SimpleNamespace(logits=logits)
+
+    found = score(Classifier(), [Encoded([5], 0), Encoded([6], 2)], 0, CPU)
+    assert found["loss"] == pytest.approx(-(math.log(0.7) + math.log(0.1)) / 2, rel=1e-6)
+    assert (found["accuracy"], found["targets"]) == (0.5, 2.0)
+    # of class 0: one hit, one false alarm; of class 2: one miss; nobody said 1
+    assert found["f1"] == pytest.approx((2 / 3 + 0) / 2)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_macro_f1_is_that_of_scikit_learn(seed: int) -> None:
+    metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed")
+    noise = torch.Generator().manual_seed(seed)
+    wanted = torch.randint(0, 4, (30,), generator=noise).tolist()
+    guessed = torch.randint(1, 6, (30,), generator=noise).tolist()
+    found = macro_f1(list(zip(wanted, guessed, strict=True)))
+    assert found == pytest.approx(metrics.f1_score(wanted, guessed, average="macro"))
+
+
+def test_macro_f1_by_hand() -> None:
+    """Three of the first class right and one missed; the second is guessed once, rightly not."""
+    assert macro_f1([(0, 0), (0, 0), (0, 0), (0, 1)]) == pytest.approx((6 / 7 + 0) / 2)
+    assert macro_f1([(3, 3), (5, 5)]) == 1.0
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_log_likelihoods_keep_the_order_of_the_data(
+    model: transformers.PreTrainedModel, size: int
+) -> None:
+    wanted = []
+    for sequence in DATA:
+        ids, labels = torch.tensor([sequence.input_ids]), torch.tensor([sequence.labels])
+        with torch.no_grad():
+            wanted.append(-float(model(input_ids=ids, labels=labels).loss) * sequence.targets)
+    assert log_likelihoods(model, DATA, 1, CPU, size) == pytest.approx(wanted, rel=1e-5)
+    assert log_likelihoods(model, [], 1, CPU, size) == []
+
+
+def test_nothing_to_score_is_not_a_number(model: transformers.PreTrainedModel) -> None:
+    for data in ([], [Encoded([5, 6], [5, IGNORE])]):
+        found = score(model, data, 1, CPU)
+        assert math.isnan(found["loss"])
+        assert math.isnan(found["accuracy"])
+        assert found["targets"] == 0.0
+
+
+def test_a_score_leaves_no_gradients(model: transformers.PreTrainedModel) -> None:
+    score(model, DATA, 1, CPU)
+    assert all(parameter.grad is None for parameter in model.parameters())

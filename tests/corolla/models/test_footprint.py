@@ -1,0 +1,113 @@
+"""The formulas against counts made by hand and by autograd, on real modules."""
+
+import pytest
+import torch
+
+from corolla import seeds
+from corolla.config.run import RunConfig, validate
+from corolla.data.encoding import Encoded, collate
+from corolla.evaluation.scoring import loss_sum
+from corolla.models import anatomy, footprint, lora, pretrained
+from corolla.models.footprint import HEAP, MAPPED, Batch
+
+
+def config(**changes: object) -> RunConfig:
+    return validate({"device": "cpu", "max_length": 64, **changes})
+
+
+@pytest.mark.parametrize("rank", [4, 16])
+def test_what_autograd_keeps(rank: int) -> None:
+    """The sum of all tensors that a real backward pass needs and the model does not own."""
+    own = config(rank=rank, alpha=2.0 * rank)
+    model = lora.LoraModel(pretrained.load(own))
+    model.write(model.init(own.lora, 0), own.lora)
+    for _, parameter in model.parameters():
+        parameter.requires_grad_(True)
+    drawn = torch.randint(2048, (4, 64), generator=seeds.generator(0, "tokens")).tolist()
+    batch = collate([Encoded(row, row) for row in drawn], 0, model.device)
+    tensors = [*model.model.parameters(), *model.model.buffers()]
+    owned = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = loss_sum(model.model, batch)
+    assert loss.requires_grad
+    known = anatomy.read("embedded")
+    counted = Batch(4, 64, 4 * 63, padded=False)
+    formula = sum(n * size for n, size in footprint._kept(known, own, counted))
+    formula += 4 * counted.targets * known.vocabulary  # one of the three copies: the log-softmax
+    assert sum(kept.values()) == pytest.approx(formula, rel=0.02)
+
+
+def test_terms_of_the_embedded_model_by_hand() -> None:
+    known, own = anatomy.read("embedded"), config(batch_size=2)
+    found = footprint.client(known, own, "first_order", Batch(2, 10, 18)).terms
+    assert found["weights"] == 4 * 1_000_576
+    assert found["trained values, at the start and now"] == 8 * 74_752
+    assert found["gradients and optimiser"] == 12 * 74_752
+    assert found["logits"] == round(HEAP * 3 * 4 * 18 * 2048)
+    sgd = footprint.client(
+        known, config(batch_size=2, optimizer="sgd"), "first_order", Batch(2, 10, 18)
+    )
+    assert sgd.terms["gradients and optimiser"] == 4 * 74_752
+
+
+def test_zeroth_order_keeps_nothing_for_a_backward_pass() -> None:
+    known, batch = anatomy.read("embedded"), Batch(8, 64, 8 * 63)
+    first = footprint.client(known, config(), "first_order", batch).terms
+    zeroth = config(strategy="seed_pool")
+    forward = footprint.client(known, zeroth, "zeroth_order", batch).terms
+    assert forward["activations"] == round(HEAP * 5 * 4 * 8 * 64 * 352)
+    assert forward["activations"] < first["activations"] / 4
+    assert forward["logits"] == pytest.approx(first["logits"] * 2 / 3, abs=1)
+    full = config(strategy="seed_pool", parameters="full")
+    in_place = footprint.client(known, full, "zeroth_order", batch).terms
+    assert not {"gradients and optimiser", "trained values, at the start and now"} & in_place.keys()
+
+
+def test_blocks_that_are_mapped_count_once() -> None:
+    blocks = [(2, MAPPED - 1.0), (3, float(MAPPED))]
+    assert footprint._resident(blocks, sparing=False) == HEAP * 2 * (MAPPED - 1) + 3 * MAPPED
+    assert footprint._resident(blocks, sparing=True) == 2 * (MAPPED - 1) + 3 * MAPPED
+
+
+def test_more_of_anything_takes_more() -> None:
+    known = anatomy.read("embedded")
+
+    def total(batch: Batch, **changes: object) -> int:
+        return footprint.client(known, config(**changes), "first_order", batch).total
+
+    usual = total(Batch(8, 64, 504))
+    assert total(Batch(8, 128, 1016)) > usual
+    assert total(Batch(8, 64, 504), rank=16, alpha=32.0) > usual
+    assert total(Batch(8, 64, 504), micro_batch_size=2) < usual
+    assert total(Batch(8, 64, 504), gradient_checkpointing=True) < usual
+    quantised = config(quantization="8bit")
+    assert footprint.weights(known, quantised) < footprint.weights(known, config()) / 2
+
+
+def test_operations_by_hand() -> None:
+    known, batch = anatomy.read("embedded"), Batch(1, 10, 9)
+    linear = 4 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 352 * 128)
+    forward = 2 * (linear * 10 + 2048 * 128 * 9)
+    assert footprint.operations(known, config(), "first_order", batch) == 2 * forward
+    zeroth = config(strategy="seed_pool", queries=3)
+    assert footprint.operations(known, zeroth, "zeroth_order", batch) == 6 * forward
+
+
+def test_scoring_and_verifying_add_to_a_simulation() -> None:
+    known, own = anatomy.read("embedded"), config(batch_size=1)
+    small, large = Batch(1, 8, 7), Batch(8, 500, 8 * 499)
+    alone = footprint.client(known, own, "first_order", small).total
+    scored = footprint.client(known, own, "first_order", small, large).total
+    whole = footprint.client(known, own, "first_order", small, large, kept=1000).total
+    assert alone < scored < whole
+    served = footprint.server(known, own, large, 1000)
+    assert served.terms["state and updates"] == 1000
+    assert served.total < whole

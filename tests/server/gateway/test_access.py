@@ -1,0 +1,90 @@
+"""The file of tokens, and whose a token is."""
+
+from pathlib import Path
+
+import pytest
+
+from corolla.errors import ConfigError
+from corolla.server.gateway.access import TokenFile, read_tokens, who
+
+A, B = "a" * 32, "b" * 32
+
+
+def test_a_token_is_of_any_device_or_of_one(tmp_path: Path) -> None:
+    path = tmp_path / "tokens"
+    path.write_text(f"# ours\n{A}   # all\n\n{B} p2\n")
+    tokens = read_tokens(path)
+    for secret, device in ((A, ""), (B, "p2")):
+        found = who(tokens, f"Bearer {secret}")
+        assert found
+        assert found.device == device
+        assert secret not in found.owner
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "",
+        "Bearer ",
+        "Bearer",
+        f"bearer {A}",
+        f"Basic {A}",
+        f"Bearer  {A}",
+        f"Bearer {A} ",
+        A,
+        f"Bearer {A[:-1]}",
+        f"Bearer {A}a",
+        "Bearer " + "x" * 100000,
+        "Bearer é" + "a" * 20,
+    ],
+)
+def test_nothing_else_is_anybodys(said: str, tmp_path: Path) -> None:
+    path = tmp_path / "tokens"
+    path.write_text(A)
+    assert who(read_tokens(path), said) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has no token"),
+        ("# nothing\n", "has no token"),
+        ("short\n", "line 1: a token has 16 to 256 characters, found 5"),
+        (f"{A}\n{A} p1\n", "line 2: this token is there twice"),
+        (f"{A} p1 p2\n", "line 1: expected TOKEN or TOKEN DEVICE"),
+        (f"{A} p/1\n", "line 1: a device's name"),
+        ("ä" * 20, "line 1"),
+    ],
+)
+def test_what_is_wrong_with_the_file_is_said_in_one_line(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "tokens"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_tokens(path)
+    assert "\n" not in str(caught.value)
+    assert A not in str(caught.value)
+
+
+def test_a_file_that_is_not_there_or_is_no_text(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        read_tokens(tmp_path / "tokens")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(ConfigError, match="it is no text"):
+        read_tokens(tmp_path / "binary")
+
+
+def test_a_file_that_changes_is_read_again_and_a_wrong_one_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "tokens"
+    path.write_text("a" * 16 + "\n")
+    tokens = TokenFile(path)
+    assert who(tokens, "Bearer " + "a" * 16)
+    assert who(tokens, "Bearer " + "b" * 20) is None
+    path.write_text("b" * 20 + "\n")
+    assert who(tokens, "Bearer " + "a" * 16) is None
+    assert who(tokens, "Bearer " + "b" * 20)
+    path.write_text("short\n")
+    assert who(tokens, "Bearer " + "b" * 20)
+    path.unlink()
+    assert who(tokens, "Bearer " + "b" * 20)

@@ -1,0 +1,433 @@
+"""Rounds with differential privacy of clients, on updates that are known: nobody trains here.
+
+The oracle is numpy in fp64: each update clipped by hand, their sum, noise that the test has drawn.
+Numbers are those of the fault matrix (docs/deploy.md).
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from corolla.config.run import RunConfig
+from corolla.errors import ConfigError, RoundError
+from corolla.privacy.accounting import gaussian_epsilon
+from corolla.privacy.client_level import ClientLevel
+from corolla.server.rounds import spending
+from corolla.server.rounds.asking import Plan
+from corolla.server.rounds.federation import Federation, merges
+from corolla.server.rounds.gate import Code
+from corolla.server.rounds.round import RoundResult, mean_metrics, run_round
+from corolla.server.rounds.spending import Spending
+from corolla.server.runs.journal import Past, past
+from corolla.tensors import tree
+from corolla.types import Payload
+from corolla.wire import codec
+from corolla.wire.messages import pack_reply, unpack_reply
+from corolla.wire.packet import Packet
+from tests.server.rounds.lying import EXAMPLES, FRESH, Array, Fault, Lying, tensor
+
+CLIP, Z = 0.05, 2.0
+
+
+@dataclass
+class Private:
+    """A run with dp=client, round after round, whose noise the test decides."""
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    noise: float = 0.0
+    """Every value of it."""
+    drawn: Sequence[float] = ()
+    """Uniform numbers, one a client: who is drawn by chance."""
+    last: bool = False
+    """Whether no other attempt follows."""
+    events: list[Mapping[str, Any]] = field(default_factory=list)
+    plans: list[Plan] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        given = {"cohort": 4, "noise_multiplier": Z, "clip": CLIP, **self.settings}
+        config = RunConfig(rank=2, local_steps=1, batch_size=8, dp="client", **given)
+        made = config.build_strategy()
+        self.federation = Federation("ab" * 16, config, made, EXAMPLES, lambda spec: FRESH)
+        self.state = made.init(FRESH, 0)
+        self.memory: Payload = {}
+        self.round = 1
+        level = ClientLevel(
+            config, 4, config.cohort or 4, normal=self.normal, uniform=lambda n: self.uniform(n)
+        )
+        self.spending = Spending(config, level)
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        assert len(self.events) == self.round, "noise is drawn after its event is on disk"
+        return torch.full(tuple(shape), self.noise, dtype=torch.float64)
+
+    def uniform(self, n: int) -> Tensor:
+        assert n == len(self.drawn)
+        return torch.tensor(self.drawn, dtype=torch.float64)
+
+    def step(self, **faults: Fault) -> RoundResult:
+        found = run_round(
+            self.federation,
+            self.state,
+            {},
+            self.round,
+            Lying("fedavg", faults),
+            memory=self.memory,
+            on_plan=self.plans.append,
+            spending=self.spending,
+            note=self.events.append,
+            last=self.last,
+        )
+        self.state, self.memory = found.state, found.memory
+        self.round += 1
+        return found
+
+    def moved(self) -> Array:
+        """The whole model, which began at 0."""
+        return flat(self.state["adapter"])
+
+
+def flat(params: Mapping[str, Tensor]) -> Array:
+    return np.concatenate([params[name].double().numpy().ravel() for name in sorted(FRESH)])
+
+
+def clipped(client: str, round: int = 1, factor: float = 1.0) -> Array:
+    own = factor * flat({name: tensor(client, round, name) for name in FRESH})
+    return np.asarray(own * min(1.0, CLIP / float(np.linalg.norm(own))))
+
+
+def times(factor: float) -> Fault:
+    """The update of a client, so many times as large."""
+
+    def fault(packet: Packet) -> Iterator[Packet | None]:
+        payload = codec.decode(packet.payload)
+        larger = {g: {n: factor * t for n, t in own.items()} for g, own in payload.items()}
+        yield pack_reply(replace(unpack_reply(packet, 1 << 30), payload=codec.encode(larger)))
+
+    return fault
+
+
+def silent(packet: Packet) -> list[Packet | None]:
+    return [None]
+
+
+def test_clipped_updates_are_added_up_with_noise_over_the_planned_number() -> None:
+    private = Private(noise=1.0)
+    private.step(ada=times(100.0), ben=times(1e-3))
+    factors = {"ada": 100.0, "ben": 1e-3}
+    wanted = sum(clipped(c, 1, factors.get(c, 1.0)) for c in EXAMPLES) + Z * CLIP
+    np.testing.assert_allclose(private.moved(), wanted / 4, rtol=1e-6, atol=1e-9)
+
+
+def test_26_two_of_ten_replies_keep_their_noise() -> None:
+    """As many as answer: the divisor and the noise are those of the plan."""
+    private = Private({"quorum": 0.5}, noise=1.0)
+    found = private.step(ada=silent, dot=silent)
+    wanted = (clipped("ben") + clipped("cyd") + Z * CLIP) / 4
+    np.testing.assert_allclose(private.moved(), wanted, rtol=1e-6, atol=1e-9)
+    assert private.events[0]["clients"] == ["ben", "cyd"]
+    assert found.metrics["noise_std"] == pytest.approx(Z * CLIP / 4)
+
+
+def test_26_an_update_of_zeros_is_legal() -> None:
+    private = Private()
+    private.step(**dict.fromkeys(EXAMPLES, times(0.0)))
+    assert not private.moved().any()
+    assert private.events[0]["clients"] == sorted(EXAMPLES)
+
+
+def test_06_fewer_than_the_quorum_spend_nothing() -> None:
+    private = Private({"quorum": 0.75})
+    before = tree.digest_all(private.state)
+    with pytest.raises(RoundError, match=r"^round 1: too few clients gave a valid update$"):
+        private.step(ada=silent, dot=silent)
+    assert private.events == []
+    assert tree.digest_all(private.state) == before
+    assert private.spending.level is not None and private.spending.level.guarantee().epsilon == 0
+
+
+def test_09_what_is_not_finite_is_refused_before_it_is_clipped() -> None:
+    private = Private()
+    found = private.step(cyd=times(math.inf))
+    assert found.verdicts["cyd"].code == Code.NOT_FINITE
+    assert private.events[0]["clients"] == ["ada", "ben", "dot"]
+    wanted = sum(clipped(c) for c in ("ada", "ben", "dot")) / 4
+    np.testing.assert_allclose(private.moved(), wanted, rtol=1e-6, atol=1e-9)
+
+
+def test_a_disk_that_is_full_releases_nothing() -> None:
+    private = Private()
+
+    class FullError(Exception):
+        pass
+
+    class Full(list[Mapping[str, Any]]):
+        def append(self, event: Mapping[str, Any]) -> None:
+            raise FullError
+
+    private.events = Full()
+    before = tree.digest_all(private.state)
+    with pytest.raises(FullError):
+        private.step()
+    assert tree.digest_all(private.state) == before
+
+
+def test_what_clients_measure_does_not_leave_the_server() -> None:
+    private = Private()
+    found = private.step(cyd=silent)
+    assert (found.num_examples, found.client_loss) == ({}, {})
+    assert set(found.metrics) == {"clip", "noise_std", "epsilon"}
+    assert found.dropped == {"cyd": ""}
+    assert found.metrics["epsilon"] == pytest.approx(gaussian_epsilon(1 / Z, 1e-5))
+    event = private.events[0]
+    assert event["epsilon"] == found.metrics["epsilon"]
+    assert (event["unit"], event["noise_multiplier"], event["clip"]) == ("client", Z, CLIP)
+
+
+def test_who_has_had_its_turns_is_neither_asked_nor_folded_in() -> None:
+    private = Private({"cohort": 2, "participations": 1, "rounds": 3})
+    for _ in range(2):
+        private.step()
+    cohorts = [set(plan.cohort) for plan in private.plans]
+    assert cohorts[0] | cohorts[1] == set(EXAMPLES)
+    why = private.spending.ended(private.federation, 3)
+    assert why == "participations: 0 clients may still take part in round 3, 1 are needed"
+    with pytest.raises(RoundError, match="none of 4 clients"):
+        private.step()
+
+
+def test_a_reply_of_who_may_not_take_part_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gateway's devices are known only when they have answered."""
+    private = Private({"participations": 1, "quorum": 0.1})
+    private.step()
+    account = private.spending
+    monkeypatch.setattr(account, "able", lambda federation, members, number: list(members))
+    with pytest.raises(RoundError) as raised:
+        private.step()
+    assert {verdict.code for verdict in raised.value.verdicts.values()} == {Code.BUDGET}
+    assert "has trained in 1 rounds" in raised.value.verdicts["ada"].why
+    assert len(private.events) == 1
+
+
+def test_poisson_asks_those_that_chance_has_drawn() -> None:
+    private = Private({"cohort": 2, "dp_sampling": "poisson"}, drawn=(0.4, 0.6, 0.1, 0.5))
+    found = private.step(cyd=silent)
+    assert private.plans[0].cohort == {"ada": 1, "cyd": 1}
+    assert private.events[0]["clients"] == ["ada"]
+    assert private.events[0]["sampling_probability"] == found.sampling_probability == 0.5
+    np.testing.assert_allclose(private.moved(), clipped("ada") / 2, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("nobody", ["drawn", "answers", "online"])
+def test_a_round_of_nobody_is_one_of_noise(nobody: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = (0.9,) * 4 if nobody == "drawn" else (0.0,) * 4
+    private = Private({"cohort": 2, "dp_sampling": "poisson"}, noise=1.0, drawn=drawn)
+    if nobody == "online":
+        monkeypatch.setattr(Lying, "online", lambda self: set())
+    found = private.step(**dict.fromkeys(EXAMPLES, silent))
+    assert (found.updates, private.events[0]["clients"]) == (0, [])
+    assert private.plans[0].cohort == ({} if nobody == "drawn" else dict.fromkeys(EXAMPLES, 1))
+    np.testing.assert_allclose(private.moved(), Z * CLIP / 2, rtol=1e-6)
+
+
+def test_errors_of_all_that_were_drawn_are_no_round() -> None:
+    """But in the last attempt, for who is drawn is not drawn again: they count as absent."""
+
+    def broken(packet: Packet) -> list[Packet | None]:
+        return [pack_reply(replace(unpack_reply(packet, 1 << 30), error="no", payload=b""))]
+
+    private = Private({"cohort": 2, "dp_sampling": "poisson"}, drawn=(0.0,) * 4)
+    faults = dict.fromkeys(EXAMPLES, broken)
+    with pytest.raises(RoundError, match=r"too few clients gave a valid update$"):
+        private.step(**faults)
+    assert private.events == []
+    private.last = True
+    found = private.step(**faults)
+    assert (found.updates, found.answered, private.events[0]["clients"]) == (0, 4, [])
+
+
+def test_a_kept_draw_is_asked_again() -> None:
+    private = Private({"cohort": 2, "dp_sampling": "poisson"}, drawn=(0.9,) * 4)
+    found = run_round(
+        private.federation,
+        private.state,
+        {},
+        1,
+        Lying("fedavg"),
+        cohort={"ben": 1},
+        on_plan=private.plans.append,
+        spending=private.spending,
+        note=private.events.append,
+    )
+    assert (found.updates, private.plans[0].cohort) == (1, {"ben": 1})
+
+
+def test_adaptive_clip_goes_on_from_the_memory_of_the_run() -> None:
+    """C ← C exp(-0.2 (b - quantile)); nothing is within 1e-3, so b = 0 without noise."""
+    private = Private({"clip": 1e-3, "clip_quantile": 0.5})
+    first = private.step().metrics["clip"]
+    second = private.step().metrics["clip"]
+    assert first == 1e-3
+    assert second == pytest.approx(1e-3 * math.exp(0.1))
+
+
+def test_gateways_send_every_update() -> None:
+    config = RunConfig(dp="client", noise_multiplier=1.0)
+    assert merges(config, config.build_strategy()) is None
+    assert merges(RunConfig(dp="example", epsilon=1), config.build_strategy()) is not None
+
+
+# The account
+
+
+def begun(
+    clients: Mapping[str, int] = EXAMPLES, before: Past | None = None, **given: Any
+) -> Spending:
+    config = RunConfig(**{"cohort": 2, "rounds": 4, **given})
+    strategy = config.build_strategy()
+    federation = Federation("ab" * 16, config, strategy, clients, lambda spec: FRESH)
+    return spending.begin(federation, before or Past())
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"dp": "client", "participations": 1, "quorum": 0.5}, ""),
+        (
+            {"dp": "client", "participations": 1, "rounds": 5},
+            "rounds=5 with participations=1 need 5 turns of clients, 1 a round, and 4 clients have "
+            "4: set rounds to 4 or less",
+        ),
+        (
+            {"dp": "example", "participations": 2, "quorum": 1.0, "rounds": 5},
+            "need 10 turns of clients, 2 a round, and 4 clients have 8: set rounds to 4 or less",
+        ),
+        ({"dp": "client", "delta": 0.05}, ""),
+        ({"dp": "client", "delta": 0.05, "clients": 20}, "delta=0.05 is no protection among 20"),
+        ({"dp": "example", "delta": 0.05}, ""),
+        ({"dp": "example", "delta": 0.0999, "examples": 11}, "among 11 training examples"),
+        ({"dp": "client", "separation": 2}, ""),
+        ({"dp": "client", "separation": 3}, "cohorts of 2 needs 6 clients, found 4"),
+    ],
+)
+def test_a_run_that_could_protect_nobody_is_refused(given: dict[str, Any], why: str) -> None:
+    clients = {f"c{i}": EXAMPLES["ada"] for i in range(given.pop("clients", 4))}
+    clients["c0"] = given.pop("examples", 5)
+    if not why:
+        begun(clients, epsilon=8.0, **given)
+        return
+    with pytest.raises(ConfigError, match=why):
+        begun(clients, epsilon=8.0, **given)
+
+
+def events(*clients: Sequence[str]) -> Past:
+    """The past of a run whose rounds had these clients, none of which is committed."""
+    return past(
+        [
+            {"event": "started", "round": 0, "roster": dict(EXAMPLES), "seats": {}},
+            *(
+                {
+                    "event": "privacy",
+                    "round": 1,
+                    "attempt": 0,
+                    "unit": "client",
+                    "clients": list(own),
+                    "noise_multiplier": begun(dp="client", epsilon=8.0).to_json()[
+                        "noise_multiplier"
+                    ],  # type: ignore[index]
+                    "sampling_probability": 1.0,
+                    "clip": 1.0,
+                    "mechanism": "gaussian",
+                }
+                for own in clients
+            ),
+        ]
+    )
+
+
+def test_the_journal_goes_on_being_the_account() -> None:
+    before = events(["ada", "ben"], ["ada", "cyd"])
+    account = begun(before=before, dp="client", epsilon=8.0)
+    z = account.level.noise_multiplier if account.level else 0.0
+    found = account.guarantee()
+    assert found and found.epsilon == pytest.approx(gaussian_epsilon(math.sqrt(2) / z, 1e-5))
+    federation = Federation(
+        "ab" * 16, account.config, account.config.build_strategy(), EXAMPLES, lambda spec: FRESH
+    )
+    assert account.ended(federation, 2) == ""
+    spent = begun(before=events(*[["ada"]] * 4), dp="client", epsilon=8.0)
+    why = spent.ended(federation, 5)
+    assert why.startswith("privacy budget: with round 5, epsilon would be 9") and "of 8" in why
+
+
+def test_the_population_is_that_of_the_start() -> None:
+    grown = past(
+        [
+            {"event": "started", "round": 0, "roster": {"ada": 4, "gate": 0}, "seats": {"gate": 7}},
+            {"event": "joined", "roster": {"ben": 3}, "seats": {}},
+        ]
+    )
+    assert grown.population == 8
+    account = begun(before=grown, dp="client", epsilon=8.0, dp_sampling="poisson")
+    assert account.level and account.level.sampling_probability == 2 / 8
+
+
+def test_clients_say_what_their_examples_have_cost() -> None:
+    account = begun(dp="example", epsilon=8.0)
+    assert account.hear({"ada": 1.5, "ben": 0.5})["epsilon"] == 1.5
+    assert account.hear({"ben": 0.7}) == {"unit": "example", "epsilon": 1.5, "clients": ["ben"]}
+    found = account.guarantee()
+    assert found and (found.unit, found.epsilon, found.budget) == ("example", 1.5, 8.0)
+    assert "2 clients" in found.line()
+
+
+def test_a_client_is_asked_as_often_as_it_may_train_on_its_examples() -> None:
+    federation = Federation(
+        "ab" * 16,
+        RunConfig(dp="example", epsilon=8, participations=2, cohort=4, rounds=4),
+        RunConfig().build_strategy(),
+        EXAMPLES,
+        lambda spec: FRESH,
+    )
+    plan = {"event": "planned", "round": 1, "attempt": 0, "cohort": {"ada": 1, "ben": 1}}
+    account = spending.begin(federation, past([plan, {**plan, "attempt": 1}]))
+    assert account.able(federation, EXAMPLES, 2) == ["cyd", "dot"]
+    assert account.ended(federation, 2) == ""
+    account.asked.update({"cyd": 2})
+    assert "1 clients may still take part" in account.ended(federation, 2)
+
+
+def test_devices_that_separation_bars_wait_for_others() -> None:
+    """Unless they have had all their turns; and of clients that are all there the run ends."""
+    account = begun(dp="client", epsilon=8.0, cohort=2, separation=2, participations=2)
+    config = account.config
+    own = Federation(
+        "ab" * 16, config, config.build_strategy(), EXAMPLES, lambda spec: FRESH, own_devices=True
+    )
+    assert account.level is not None
+    event = {"clients": list(EXAMPLES), "noise_multiplier": 1.0}
+    account.level._charge(1, event)
+    assert account.able(own, EXAMPLES, 2) == []
+    assert account.ended(own, 2) == ""
+    why = account.ended(replace(own, own_devices=False), 2)
+    assert why == "separation: 0 clients may still take part in round 2, 1 are needed"
+    account.level._charge(3, event)
+    assert account.ended(own, 4).startswith("participations: 0 clients may still take part")
+
+
+def test_without_privacy_there_is_no_account() -> None:
+    account = begun()
+    assert (account.guarantee(), account.to_json(), account.probability) == (None, None, None)
+
+
+def test_of_epsilon_the_largest_counts() -> None:
+    metrics = {
+        "ada": {"epsilon": 1.0, "local_steps": 2.0},
+        "ben": {"epsilon": 3.0, "local_steps": 2.0},
+    }
+    assert mean_metrics(metrics, EXAMPLES) == {"epsilon": 3.0, "local_steps": 4.0}

@@ -1,0 +1,394 @@
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from corolla.client.training.worker import Worker
+from corolla.commands.simulate import in_process
+from corolla.config.run import RunConfig
+from corolla.errors import ArtefactError, ConfigError, CorollaError, DataError
+from corolla.server.runs import checkpoint, evaluate, report, run
+from corolla.server.runs.run import Summary, prepare_folder, stored_run
+from corolla.server.runs.setup import set_up
+from corolla.storage.memory import Memory
+from corolla.types import Metrics
+from corolla.wire import codec
+from corolla.wire.messages import pack_reply, unpack_reply
+from corolla.wire.packet import Packet
+
+Settings = Callable[..., RunConfig]
+
+
+class StopError(Exception):
+    """As if the process had been killed."""
+
+
+@dataclass
+class Watch:
+    """An observer that remembers, and stops a run at a point of its third round."""
+
+    stop_at: tuple[str, object] | None = None
+    events: list[tuple[str, object]] = field(default_factory=list)
+
+    def _saw(self, event: str, value: object) -> None:
+        self.events.append((event, value))
+        if self.stop_at == (event, value) and ("ended", 2) in self.events:
+            raise StopError
+
+    def started(self, facts: Mapping[str, Any], first_round: int) -> None:
+        self._saw("started", first_round)
+
+    def warned(self, text: str) -> None:
+        self._saw("warned", text)
+
+    def round_started(self, round: int, cohort: int) -> None:
+        self._saw("round", round)
+
+    def replied(self, client: str) -> None:
+        self._saw("replied", client)
+
+    def round_ended(self, line: Mapping[str, Any]) -> None:
+        self._saw("ended", line["round"])
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers of two tokens, no charts: most of the time of a tiny run."""
+    monkeypatch.setattr(evaluate, "_ANSWER_TOKENS", 2)
+    monkeypatch.setattr(run, "write_report", lambda path, info, lines: None)
+
+
+@pytest.fixture
+def with_report(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "write_report", report.write_report)
+
+
+def simulate(config: RunConfig, folder: Path, **options: Any) -> Summary:
+    return in_process.simulate(config, folder, options.pop("observer", Watch()), **options)
+
+
+def strict(text: str) -> Any:
+    """JSON as other languages read it: without NaN and Infinity."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [strict(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_its_artefacts(settings: Settings, tmp_path: Path, with_report: None) -> None:
+    watch = Watch()
+    summary = simulate(settings(), tmp_path / "out", observer=watch)
+    folder = tmp_path / "out"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("adapter", "checkpoint", "journal.jsonl", "metrics.jsonl", "report.html", "run.json")
+    ]
+    found = lines(folder)
+    assert [line["round"] for line in found] == [1, 2, 3]
+    contract = {
+        *("round", "train_loss", "eval_loss", "bytes_up", "bytes_down", "seconds", "clients"),
+        *("dropped", "peak_rss"),
+    }
+    assert all(contract <= line.keys() for line in found)
+    assert all((line["clients"], line["dropped"]) == (4, 0) for line in found)
+    info = strict((folder / "run.json").read_text())
+    assert info["status"] == "done"
+    assert info["config"] == settings().model_dump(mode="json")
+    assert info["final"]["loss"] == found[-1]["eval_loss"] == summary.final["loss"]
+    assert info["bytes_up"] == sum(line["bytes_up"] for line in found)
+    assert info["adapter_sha256"] == summary.adapter_hash
+    assert summary.final["loss"] < summary.base["loss"]
+    replies = [("replied", c) for c in ("ada", "ben", "cyd", "dot")]
+    assert watch.events == [
+        ("started", 1),
+        *[e for r in (1, 2, 3) for e in (("round", r), *replies, ("ended", r))],
+    ]
+
+
+def test_a_run_is_decided_by_its_seed(settings: Settings, tmp_path: Path) -> None:
+    hashes = []
+    for i, (seed, noise) in enumerate([(0, 1), (0, 2), (1, 1)]):
+        torch.manual_seed(noise)
+        summary = simulate(settings(seed=seed, dropout=0.2), tmp_path / str(i))
+        hashes.append(summary.adapter_hash)
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"strategy": "fedavg"},
+        {"strategy": "ffa_lora"},
+        {"strategy": "ffa_lora", "eval_clients": 0},
+        {"strategy": "flora"},
+        {"strategy": "flora", "cohort": 2},
+        {"strategy": "fedavg", "schedule": "cosine", "warmup_rounds": 0.5, "dropout": 0.2},
+    ],
+    ids=lambda changes: " ".join(str(value) for value in changes.values()),
+)
+def test_a_resumed_run_ends_in_the_same_adapter(
+    settings: Settings, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """Killed while the third round was under way."""
+    config = settings(**changes)
+    whole = simulate(config, tmp_path / "whole")
+    amid: tuple[str, object] = ("replied", "ben") if config.cohort == 4 else ("round", 3)
+    with pytest.raises(StopError):
+        simulate(config, tmp_path / "parts", observer=Watch(amid))
+    watch = Watch()
+    resumed = simulate(config, tmp_path / "parts", observer=watch, resume=True)
+    assert resumed.adapter_hash == whole.adapter_hash
+    assert watch.events[0] == ("started", 3)
+    losses = [[line["eval_loss"] for line in lines(tmp_path / f)] for f in ("whole", "parts")]
+    assert losses[0] == losses[1]
+
+
+def test_a_damaged_checkpoint_costs_one_round(settings: Settings, tmp_path: Path) -> None:
+    config = settings()
+    whole = simulate(config, tmp_path / "whole")
+    with pytest.raises(StopError):
+        simulate(config, tmp_path / "parts", observer=Watch(("round", 3)))
+    newest = tmp_path / "parts" / "checkpoint" / "round-000002.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    watch = Watch()
+    resumed = simulate(config, tmp_path / "parts", observer=watch, resume=True)
+    assert watch.events[0] == ("started", 2)
+    assert resumed.adapter_hash == whole.adapter_hash
+    assert [line["round"] for line in lines(tmp_path / "parts")] == [1, 2, 3]
+
+
+def test_metrics_of_a_round_that_was_not_committed_are_dropped(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """A crash between metrics and checkpoint."""
+    with pytest.raises(StopError):
+        simulate(settings(), tmp_path / "out", observer=Watch(("round", 3)))
+    for path in (tmp_path / "out" / "checkpoint").glob("round-000002*"):
+        path.unlink()
+    simulate(settings(), tmp_path / "out", resume=True)
+    assert [line["round"] for line in lines(tmp_path / "out")] == [1, 2, 3]
+
+
+def test_a_finished_run_can_be_resumed(settings: Settings, tmp_path: Path) -> None:
+    first = simulate(settings(), tmp_path / "out")
+    watch = Watch()
+    again = simulate(settings(), tmp_path / "out", observer=watch, resume=True)
+    assert again.adapter_hash == first.adapter_hash
+    assert watch.events == [("started", 4)]
+    assert len(lines(tmp_path / "out")) == 3
+
+
+def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = checkpoint.write_atomic
+
+    def full(path: Path, data: bytes) -> None:
+        if path.name.startswith("round-000002"):
+            raise OSError(28, "No space left on device")
+        real(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_atomic", full)
+        with pytest.raises((CorollaError, OSError), match="No space") as caught:
+            simulate(settings(), tmp_path / "out")
+    found = checkpoint.load(tmp_path / "out" / "checkpoint")
+    assert found is not None
+    assert found.round == 1
+    whole = simulate(settings(), tmp_path / "whole")
+    resumed = simulate(settings(), tmp_path / "out", resume=True)
+    assert resumed.adapter_hash == whole.adapter_hash
+    assert isinstance(caught.value, CorollaError), "a user is told in one line, not in a traceback"
+
+
+@pytest.fixture
+def reporting(monkeypatch: pytest.MonkeyPatch) -> Callable[[Metrics], None]:
+    """Lets the client `cyd` report metrics of its own choice."""
+    real = in_process.InProcess.ask
+
+    def install(metrics: Metrics) -> None:
+        def ask(
+            self: in_process.InProcess, packets: Mapping[str, Packet]
+        ) -> Iterator[tuple[str, Packet | None]]:
+            for client, packet in real(self, packets):
+                if client == "cyd" and packet and packet.payload:
+                    reply = unpack_reply(packet, 1 << 30)
+                    packet = pack_reply(replace(reply, metrics={**reply.metrics, **metrics}))
+                yield client, packet
+
+        monkeypatch.setattr(in_process.InProcess, "ask", ask)
+
+    return install
+
+
+def test_a_client_cannot_rewrite_what_the_server_measures(
+    settings: Settings, tmp_path: Path, reporting: Callable[[Metrics], None]
+) -> None:
+    config = settings(rounds=1)
+    simulate(config, tmp_path / "honest")
+    (honest,) = lines(tmp_path / "honest")
+    measured = [name for name in honest if name not in ("train_loss", "client_loss")]
+    names = [n for n in measured if n not in ("seconds", "peak_rss", "local_steps", "skipped")]
+    reporting(dict.fromkeys(honest, 12345.0))
+    simulate(config, tmp_path / "hostile")
+    (found,) = lines(tmp_path / "hostile")
+    kept = [n for n in names if n not in ("target_tokens", "framing_up")]
+    assert {n: found[n] for n in kept} == {n: honest[n] for n in kept}
+
+
+def test_a_client_cannot_make_metrics_unreadable(
+    settings: Settings, tmp_path: Path, reporting: Callable[[Metrics], None]
+) -> None:
+    reporting({"train_loss": 1.7e308, "skipped": 1.7e308})
+    simulate(settings(rounds=2), tmp_path / "out")
+    assert len(lines(tmp_path / "out")) == 2
+
+
+def test_dropped_clients_are_named(settings: Settings, tmp_path: Path) -> None:
+    """One whose only rows are longer than max_length gives no update."""
+    path = tmp_path / "data.jsonl"
+    rows = [
+        {"client_id": c, "prompt": f"{c}{i}" * (40 if c == "long" else 1), "response": "yes"}
+        for c in ("long", "ada", "ben")
+        for i in range(6)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    simulate(settings(data=str(path), cohort=3, rounds=1), tmp_path / "out")
+    (line,) = lines(tmp_path / "out")
+    assert (line["clients"], line["dropped"]) == (2, 1)
+    assert "no example with a target" in line["dropped_why"]["long"]
+
+
+def test_kept_updates_let_anybody_check_the_mean(settings: Settings, tmp_path: Path) -> None:
+    simulate(settings(local_epochs=1, rounds=2), tmp_path / "out", keep_updates=True)
+    folder = tmp_path / "out"
+
+    def read(path: Path) -> dict[str, torch.Tensor]:
+        return dict(codec.read(str(path / "adapter_model.safetensors"))[0])
+
+    assert sorted(p.name for p in (folder / "global").iterdir()) == [
+        *("round-000", "round-001", "round-002")
+    ]
+    for round in ("round-001", "round-002"):
+        clients = sorted((folder / "updates" / round).iterdir())
+        assert [path.name for path in clients] == ["ada", "ben", "cyd", "dot"]
+        facts = [json.loads((path / "update.json").read_text()) for path in clients]
+        assert [fact["num_examples"] for fact in facts] == [4, 7, 10, 5]
+        assert [fact["weight"] for fact in facts] == [4 / 26, 7 / 26, 10 / 26, 5 / 26]
+        after = read(folder / "global" / round)
+        own = [read(path) for path in clients]
+        for name, tensor in after.items():
+            mean = sum(f["weight"] * p[name].double() for f, p in zip(facts, own, strict=True))
+            torch.testing.assert_close(tensor.double(), mean, rtol=1e-5, atol=1e-7)
+    final = read(folder / "adapter")
+    assert all(torch.equal(final[n], t) for n, t in read(folder / "global" / "round-002").items())
+
+
+@pytest.mark.parametrize("hostile", ["../x", "a/b", "..", "日本", "<script>alert(1)</script>", ""])
+def test_names_of_clients_stay_inside_the_folder(
+    settings: Settings, tmp_path: Path, with_report: None, hostile: str
+) -> None:
+    path = tmp_path / "data.jsonl"
+    rows = [
+        {"client_id": c, "prompt": f"{i}?", "response": f"{c} {i}"}
+        for c in (hostile, "ada")
+        for i in range(6)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "deep" / "out"
+    simulate(settings(data=str(path), cohort=2, rounds=1), out, keep_updates=True)
+    assert {p.name for p in tmp_path.iterdir()} == {"data.jsonl", "deep"}
+    assert {p.name for p in out.parent.iterdir()} == {"out"}
+    assert {p.name for p in (out / "updates").iterdir()} == {"round-001"}
+    notes = list((out / "updates" / "round-001").glob("*/update.json"))
+    facts = [json.loads(note.read_text()) for note in notes]
+    assert {fact["client"] for fact in facts} == {hostile, "ada"}
+    assert sum(fact["weight"] for fact in facts) == pytest.approx(1.0)
+    assert "<script>" not in (out / "report.html").read_text()
+
+
+def test_a_run_that_cannot_begin_leaves_nothing(settings: Settings, tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        simulate(settings(data=str(tmp_path / "none.jsonl")), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cohort_needs_its_clients(settings: Settings, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cohort 9 is larger than the 4 clients"):
+        simulate(settings(cohort=9), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rank_that_no_module_has_is_refused(settings: Settings, tmp_path: Path) -> None:
+    with pytest.raises(CorollaError, match="rank 9 is larger than module"):
+        simulate(settings(rank=9), tmp_path / "out")
+
+
+def test_folders_are_prepared(tmp_path: Path) -> None:
+    prepare_folder(tmp_path / "new" / "deep", resume=False)
+    assert (tmp_path / "new" / "deep").is_dir()
+    prepare_folder(tmp_path / "new" / "deep", resume=False)  # empty is as good as new
+
+
+def test_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("")
+    for name, resume, reason in (
+        ("file", False, "is a file"),
+        ("file", True, "is a file"),
+        ("full", False, "not empty"),
+        ("full", True, "no run.json"),
+        ("none", True, "no run.json"),
+        ("file/below", False, "cannot make|is a file"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            prepare_folder(tmp_path / name, resume=resume)
+    assert not (tmp_path / "none").exists()
+    assert (tmp_path / "full" / "mine.txt").exists()
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "null", "{}", '{"config": {}}', '{"run_id": 1}']
+)
+def test_a_damaged_note_of_a_run_is_said(tmp_path: Path, content: str) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ArtefactError, match="cannot be read"):
+        stored_run(tmp_path)
+
+
+def test_a_run_knows_its_config_and_id(settings: Settings, tmp_path: Path) -> None:
+    with pytest.raises(StopError):
+        simulate(settings(), tmp_path / "out", observer=Watch(("round", 3)))
+    found, run_id, _ = stored_run(tmp_path / "out")
+    assert found == settings()
+    assert len(run_id) == 32
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(ArtefactError):
+        stored_run(tmp_path / "out")
+
+
+def test_of_devices_only_the_global_adapters_are_kept(settings: Settings, tmp_path: Path) -> None:
+    """Their updates are in no folder of the server."""
+    config = settings(rounds=2)
+    loaded = set_up(config, None)
+    worker = Worker(config, loaded.model, loaded.data, Memory(tmp_path / "memory"))
+    network, folder = in_process.InProcess(worker), tmp_path / "out"
+    prepare_folder(folder, resume=False)
+    run.Run(
+        *(config, network, loaded.evaluator, folder, loaded.facts, Watch()),
+        keep_updates=True,
+        own_devices=True,
+    ).execute()
+    kept = sorted(path.name for path in (folder / "global").iterdir())
+    assert kept == ["round-000", "round-001", "round-002"]
+    assert not (folder / "updates").exists()
