@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from corolla.errors import ConfigError
+from corolla.interfaces import Strategy, Traits
 from corolla.strategies.fed_sb import FedSb
 from corolla.strategies.fedavg import FedAvg
 from corolla.strategies.fedavgm import FedAvgM
@@ -34,7 +35,6 @@ from corolla.strategies.mixed import Mixed
 from corolla.strategies.rolora import RoLora
 from corolla.strategies.scaffold import Scaffold
 from corolla.strategies.seed_pool import SeedPool
-from corolla.types import Strategy, Traits
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "fedavg": FedAvg,
@@ -98,7 +98,7 @@ def find(name: str) -> type[Strategy]:
     missing = sorted(part for part in _PARTS if not hasattr(found, part))
     if missing:
         raise ConfigError(
-            f"strategy {name!r} lacks {', '.join(missing)} (see corolla.types.Strategy)"
+            f"strategy {name!r} lacks {', '.join(missing)} (see corolla.interfaces.Strategy)"
         )
     return found
 

@@ -211,8 +211,8 @@ def plan(
         "clip": clip,
     }
     with _user_errors():
-        from corolla.client.device.settings import parse_bytes
         from corolla.config.run import load
+        from corolla.host.text import parse_bytes
 
         try:
             budget = parse_bytes(memory) if memory is not None else None

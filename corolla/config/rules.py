@@ -9,8 +9,9 @@ from corolla import strategies
 from corolla.aggregation import robust
 from corolla.aggregation.sums import ByGroup, SeedSums, WeightedMean
 from corolla.errors import ConfigError
+from corolla.interfaces import Aggregator, Strategy
 from corolla.tensors import factors
-from corolla.types import Aggregator, LoraSpec, Params, Size, Strategy, TrainerName
+from corolla.types import LoraSpec, Params, Size, TrainerName
 
 if TYPE_CHECKING:
     from corolla.config.run import RunConfig

@@ -14,7 +14,8 @@ from corolla.aggregation import robust
 from corolla.aggregation.robust import Rule, Space
 from corolla.config import rules
 from corolla.errors import ConfigError
-from corolla.types import LoraSpec, Strategy, TrainerName
+from corolla.interfaces import Strategy
+from corolla.types import LoraSpec, TrainerName
 from corolla.wire import compression
 from corolla.wire.compression import Pipeline
 

@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corolla import seeds, strategies
-from corolla.aggregation.sums import ByGroup, Stack, Sum, WeightedMean, summable
-from corolla.types import Params, Payload, Size, Strategy, Summable, TrainerName
+from corolla.aggregation.stacks import Stack
+from corolla.aggregation.sums import ByGroup, Sum, WeightedMean, summable
+from corolla.interfaces import Strategy, Summable
+from corolla.types import Params, Payload, Size, TrainerName
 from corolla.wire import codec
 
 NEED_ALL_UPDATES = {"flora", "fedex_lora", "flexlora", "lora_fair", "hetlora"}

@@ -8,11 +8,11 @@ from typer.testing import CliRunner
 from corolla.cli.app import app
 from corolla.config.run import validate
 from corolla.errors import ConfigError
+from corolla.interfaces import Strategy
 from corolla.strategies import STRATEGIES, create, find
 from corolla.strategies.fedavg import FedAvg
 from corolla.strategies.ffa_lora import FfaLora
 from corolla.strategies.flora import Flora
-from corolla.types import Strategy
 from tests.strategies.sabotaged import Own
 
 OWN = "tests.strategies.sabotaged:"

@@ -24,7 +24,8 @@ from corolla.models import pretrained
 from corolla.models.dense import DenseModel
 from corolla.models.lora import LoraModel
 from corolla.models.pretrained import Base
-from corolla.privacy.client_level import ExampleLevel, clip_factors
+from corolla.privacy.example_level import ExampleLevel
+from corolla.privacy.randomness import clip_factors
 from corolla.types import LoraSpec, Params
 from tests.conftest import byte_tokenizer
 

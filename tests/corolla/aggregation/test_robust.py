@@ -22,11 +22,13 @@ from corolla.aggregation.robust import (
     squared_distances,
     squared_norms,
 )
-from corolla.aggregation.sums import ByGroup, SeedSums, Stack, Sum, WeightedMean
+from corolla.aggregation.stacks import Stack
+from corolla.aggregation.sums import ByGroup, SeedSums, Sum, WeightedMean
 from corolla.config import run
 from corolla.errors import ConfigError
+from corolla.interfaces import Aggregator, Traits
 from corolla.tensors import factors
-from corolla.types import Aggregator, Params, Payload, Traits
+from corolla.types import Params, Payload
 
 RULES: tuple[Rule, ...] = ("median", "trimmed_mean", "norm_clip", "krum", "multi_krum")
 OUT, IN, RANK = 24, 20, 4
