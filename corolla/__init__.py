@@ -11,6 +11,8 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from corolla.version import __version__
+
 if TYPE_CHECKING:
     from corolla.commands.check.proofs import conform
     from corolla.commands.simulate.in_process import simulate
@@ -25,8 +27,6 @@ logging.getLogger("torchao").setLevel(logging.ERROR)
 logging.getLogger("torch.utils._pytree").addFilter(
     lambda record: "register_constant" not in record.getMessage()
 )
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Adapter",

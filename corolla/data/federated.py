@@ -91,7 +91,7 @@ def load_device(
         raise DataError(f"{unknown} of {len(rows)} rows have no label of this run's {len(labels)}")
     else:
         given = frozenset(row.split for row in rows if row.split not in (None, "train"))
-        split, _ = split(rows, given, config, name)
+        split, _ = split_client(rows, given, config, name)
     if len(split.train) < config.min_examples:
         raise DataError(
             f"{len(split.train)} of {len(rows)} rows are left to train on, the run asks for "

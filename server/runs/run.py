@@ -15,7 +15,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import corolla
 from corolla import seeds
 from corolla.config.run import RunConfig, validate
 from corolla.directions import seedlog
@@ -44,6 +43,7 @@ from corolla.storage import folders
 from corolla.strategies import traits
 from corolla.tensors import tree
 from corolla.types import Adapter, Aggregates, Metrics, Payload
+from corolla.version import __version__
 
 _log = logs.logger("run")
 
@@ -350,7 +350,7 @@ class Run:
         packages = ("flwr", "torch", "peft", "transformers", "safetensors")
         return {
             **self.facts,
-            "corolla": corolla.__version__,
+            "corolla": __version__,
             "run_id": federation.run_id,
             "keep_updates": self.keep_updates,
             "config": self.config.model_dump(mode="json"),

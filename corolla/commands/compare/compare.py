@@ -24,7 +24,6 @@ from typing import Any
 import psutil
 import tomli_w
 
-import corolla
 from corolla import strategies
 from corolla.commands.compare import results as comparison
 from corolla.commands.compare.report import write_comparison
@@ -35,6 +34,7 @@ from corolla.errors import ConfigError, CorollaError, StoppedError
 from corolla.host.files import write_atomic
 from corolla.host.processes import Child, stop, stoppable
 from corolla.models import adapter_files, devices
+from corolla.version import __version__
 
 FACTORS = (1 / 3, 1.0, 3.0)
 """Learning rates that are tried without --lrs, relative to each strategy's usual one."""
@@ -262,7 +262,7 @@ def _prepare(wanted: Plan, folder: Path, resume: bool) -> None:
     packages = ("flwr", "torch", "peft", "transformers", "safetensors")
     begun = {
         "plan": wanted.to_json(),
-        "corolla": corolla.__version__,
+        "corolla": __version__,
         "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
         "platform": platform.platform(),
         "cores": _cores(),
