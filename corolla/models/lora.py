@@ -150,7 +150,9 @@ class LoraModel:
 
     def show(self, adapter: Adapter, spec: LoraSpec) -> None:
         """Write a global model; factors it does not have are a zero update."""
-        zero = self.init(spec, 0) if adapter.trained.keys() != self._names() else {}
+        zero = (
+            self.init(spec, 0) if adapter.trained.keys() != dict(self.parameters()).keys() else {}
+        )
         start = {**zero, **adapter.trained}
         self.write(self._settle(start, adapter.moves), spec, _blocks(adapter, spec))
 
@@ -262,9 +264,6 @@ class LoraModel:
     def digest(self, folder: Path) -> str:
         """sha256 of the tensors of a saved adapter."""
         return adapter_hash(folder)
-
-    def _names(self) -> set[str]:
-        return {name for name, _ in self.parameters()}
 
     def _head_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for module, head in self._heads.items():

@@ -1,18 +1,14 @@
 """Sums of updates, each clipped to a joint norm: their sensitivity to one client is known."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 
 from corolla.errors import ConfigError
 from corolla.interfaces import Aggregator
-from corolla.privacy.randomness import clip_factors, joint_norm
+from corolla.privacy import randomness
 from corolla.types import Payload
-
-if TYPE_CHECKING:
-    pass
-
 
 CLIP_GROUP = "privacy-clip"
 
@@ -50,8 +46,8 @@ class ClippedSum:
         own = self._contribution(payload)
         if _shapes(own) != _shapes(self.total):  # broadcasting would multiply a value
             raise ValueError("an update does not have the form of the others")
-        norm = joint_norm(own)
-        factor = float(clip_factors(norm, self.clip))
+        norm = randomness.joint_norm(own)
+        factor = float(randomness.clip_factors(norm, self.clip))
         self.clients += 1
         self.within += bool(norm <= self.clip)
         if factor:  # 0 · inf is no 0

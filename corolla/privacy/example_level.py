@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from corolla.privacy import accounting
+from corolla.privacy import accounting, randomness
 from corolla.privacy.accounting import Release
 from corolla.privacy.calibration import noise_multiplier_for, refuse_delta
 from corolla.privacy.guarantee import Guarantee
-from corolla.privacy.randomness import SLICE, Normal, Uniform, os_normal, os_uniform
+from corolla.privacy.randomness import Normal, Uniform, os_normal, os_uniform
 
 if TYPE_CHECKING:
     from corolla.config.run import RunConfig
@@ -56,7 +56,7 @@ class ExampleLevel:
         found: dict[str, Tensor] = {}
         for name, total in sorted(clipped_sums.items()):
             noisy = total.detach().to("cpu", copy=True).reshape(-1)  # some devices have no fp64
-            for part in torch.split(noisy, SLICE):
+            for part in torch.split(noisy, randomness.SLICE):
                 part.copy_((part.double() + std * self.normal(part.shape)) / expected)
             found[name] = noisy.reshape(total.shape).to(total.device)
         return found

@@ -3,17 +3,12 @@
 import math
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from corolla.types import Payload
-
-if TYPE_CHECKING:
-    pass
-
 
 Normal = Callable[[Sequence[int]], Tensor]
 """Shape → independent N(0, 1), fp64."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from corolla.privacy import banded, client_level, randomness
+from corolla.privacy import banded, randomness
 from corolla.privacy.client_level import ClientLevel
 from corolla.privacy.clipped_sum import ClippedSum
 from corolla.privacy.example_level import ExampleLevel
@@ -68,7 +68,7 @@ def no_clip(patch: pytest.MonkeyPatch) -> None:
 def clip_that_lets_nan_pass(patch: pytest.MonkeyPatch) -> None:
     """As min(1, C / norm) does where a norm is NaN."""
     patch.setattr(
-        *(client_level, "clip_factors"),
+        *(randomness, "clip_factors"),
         lambda norms, clip: torch.ones_like(norms) if norms.isnan() else clip / norms.clamp(clip),
     )
 
@@ -85,7 +85,7 @@ def clip_of_each_tensor(patch: pytest.MonkeyPatch) -> None:
 def clip_that_skips_single_values(patch: pytest.MonkeyPatch) -> None:
     real = randomness.joint_norm
     patch.setattr(
-        *(client_level, "joint_norm"),
+        *(randomness, "joint_norm"),
         lambda payload: real(
             {g: {n: t for n, t in own.items() if t.dim()} for g, own in payload.items()}
         ),
