@@ -12,7 +12,6 @@ from corolla.client.training.worker import Worker
 from corolla.commands.simulate import in_process
 from corolla.config.run import RunConfig
 from corolla.errors import ArtefactError, ConfigError, CorollaError, DataError
-from corolla.host import files
 from corolla.server.runs import checkpoint, evaluate, report, run
 from corolla.server.runs.run import Summary, prepare_folder, stored_run
 from corolla.server.runs.setup import set_up
@@ -191,7 +190,7 @@ def test_a_finished_run_can_be_resumed(settings: Settings, tmp_path: Path) -> No
 def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = files.write_atomic
+    real = checkpoint.write_atomic
 
     def full(path: Path, data: bytes) -> None:
         if path.name.startswith("round-000002"):
@@ -199,7 +198,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint(
         real(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "write_atomic", full)
+        patch.setattr(checkpoint, "write_atomic", full)
         with pytest.raises((CorollaError, OSError), match="No space") as caught:
             simulate(settings(), tmp_path / "out")
     found = checkpoint.load(tmp_path / "out" / "checkpoint")
