@@ -99,35 +99,11 @@ class WeightedMean:
         sums[name] = sums[name] + value if name in sums else value
 
 
-class Sum:
+class Sum(WeightedMean):
     """Σ x_m of every tensor, in fp64: weights do not count."""
 
-    linear = True
-
-    def __init__(self) -> None:
-        self._sums: dict[str, dict[str, Tensor]] = {}
-        self._dtypes: dict[tuple[str, str], torch.dtype] = {}
-
     def add(self, payload: Payload, weight: float) -> None:
-        for group, params in payload.items():
-            sums = self._sums.setdefault(group, {})
-            for name, tensor in params.items():
-                self._dtypes[group, name] = tensor.dtype
-                sums[name] = sums.get(name, 0) + tensor.double()
-
-    def merge(self, other: Self) -> None:
-        self._fold(other._sums)
-        self._dtypes.update(other._dtypes)
-
-    def sums(self) -> Payload:
-        return summed(self._sums)
-
-    def sums_like(self, like: Payload) -> Payload:
-        return summed_like(like)
-
-    def absorb(self, sums: Payload, weight: float, like: Payload) -> None:
-        self._fold(terms(sums))
-        self._dtypes.update({(g, n): t.dtype for g, own in like.items() for n, t in own.items()})
+        super().add(payload, 1.0)
 
     def finalise(self) -> Payload:
         if not self._sums:
@@ -137,11 +113,9 @@ class Sum:
             for group, params in self._sums.items()
         }
 
-    def _fold(self, sums: Payload) -> None:
-        for group, params in sums.items():
-            own = self._sums.setdefault(group, {})
-            for name, tensor in params.items():
-                own[name] = own.get(name, 0) + tensor
+    def _accumulate(self, group: str, name: str, value: Tensor) -> None:
+        sums = self._sums[group]
+        sums[name] = sums.get(name, 0) + value  # from 0, so that no -0.0 is left of one client
 
 
 class SeedSums:
