@@ -353,13 +353,31 @@ def test_leaving_an_example_out_moves_the_sum_by_at_most_the_clip(data: list[Enc
     check_sensitivity(data)
 
 
-def test_leaving_a_long_example_out_in_half_precision() -> None:
-    assert sensitivity(CROWD, "qwen2", torch.bfloat16, [0]) <= 1 + 1e-5
+def uneven() -> transformers.PreTrainedModel:
+    """Qwen2 on kernels that are one place of bf16 higher where rows are longer than four.
+
+    What those of a processor make of other shapes is theirs alone.
+    """
+    model = FAMILIES["qwen2"]()
+
+    def higher(module: nn.Module, inputs: Any, found: Tensor) -> Tensor:
+        return found * (1 + 2**-7) if found.dim() == 3 and found.shape[1] > 4 else found
+
+    for name, module in model.named_modules():
+        if not list(module.children()) and "rotary" not in name:
+            module.register_forward_hook(higher)
+    return model
+
+
+def test_leaving_a_long_example_out_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "uneven", uneven)
+    assert sensitivity(CROWD, "uneven", torch.bfloat16, [0]) <= 1 + 1e-5
 
 
 def test_the_check_of_half_precision_finds_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "uneven", uneven)
     monkeypatch.setattr(dpsgd, "_in_fp32", lambda model: True)
-    assert sensitivity(CROWD, "qwen2", torch.bfloat16, [0]) > 1.05
+    assert sensitivity(CROWD, "uneven", torch.bfloat16, [0]) > 1.05
 
 
 def mean_of_the_batch(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
