@@ -878,14 +878,15 @@ def test_an_expert_that_an_example_was_not_sent_to(settings: Settings) -> None:
         batch = {"input_ids": torch.tensor([list(s.input_ids)])}
         labels = torch.tensor([list(s.labels)])  # type: ignore[arg-type]
         loss = model.model(**batch, labels=labels).loss
-        found = torch.autograd.grad(loss, list(trained.values()), materialize_grads=True)
-        alone.append(dict(zip(trained, found, strict=True)))
+        own = torch.autograd.grad(loss, list(trained.values()), materialize_grads=True)
+        alone.append(dict(zip(trained, own, strict=True)))
     reached = [bool(g["model.layers.1.mlp.inner.gate_proj.lora_A"].any()) for g in alone]
     assert any(reached)
     assert not all(reached)
     clip = sorted(norm(g) for g in alone)[2]
     wanted = clipped_by_hand(alone, clip)
-    assert apart(Clipper(model, trained, 1)([[s] for s in data], clip), wanted) <= 1e-6
+    found = Clipper(model, trained, 1)([[s] for s in data], clip)
+    assert apart(found, wanted) <= 2e-6 * norm(wanted)
     model.model.zero_grad(set_to_none=True)
     fit = local(model, data, level(), settings, micro_batch_size=1).fit(alive(model))
     assert fit.num_examples == 6
