@@ -28,8 +28,8 @@ from corolla.server.deployment.order import (
     FOLDER,
     LAST_WORDS,
     PROCESS,
-    Order,
     Outcome,
+    RunOrder,
     read_order,
     refuse_simulated,
 )
@@ -108,7 +108,7 @@ def _leave(outcome: Outcome, folder: Path) -> None:
         print(f"{LAST_WORDS}{why}", file=sys.stderr, flush=True)
 
 
-def _run(grid: Grid, folder: Path, order: Order, stop: threading.Event) -> None:
+def _run(grid: Grid, folder: Path, order: RunOrder, stop: threading.Event) -> None:
     config = validate(order.config)
     loaded = set_up(config, order.run_id, deployed=True)
     told = {"run": run_settings(config, own_devices=True), "labels": list(loaded.evaluator.labels)}
@@ -136,7 +136,7 @@ def _run(grid: Grid, folder: Path, order: Order, stop: threading.Event) -> None:
     ).execute()
 
 
-def _limits(config: RunConfig, order: Order, model: Trainable) -> Limits:
+def _limits(config: RunConfig, order: RunOrder, model: Trainable) -> Limits:
     try:
         rules.refuse_gateways(config, config.build_strategy())
         no_gateways = ""

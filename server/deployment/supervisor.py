@@ -31,8 +31,8 @@ from corolla.server.deployment.order import (
     LAST_WORDS,
     OUTCOME,
     PROCESS,
-    Order,
-    Settings,
+    RunOrder,
+    ServerSettings,
     read_order,
     read_outcome,
     refuse_simulated,
@@ -64,7 +64,7 @@ class Supervisor:
     """Runs until the run is done. `say` tells the user a line."""
 
     folder: Path
-    settings: Settings
+    settings: ServerSettings
     say: Callable[[str], None]
     _keys: dict[Path, float] = field(default_factory=dict)
     """Files that have been looked at, and when they were written."""
@@ -81,7 +81,7 @@ class Supervisor:
     _tries: int = 0
     _committed: int = 0
 
-    def run(self, order: Order, door: socket.socket | None) -> None:
+    def run(self, order: RunOrder, door: socket.socket | None) -> None:
         """Raises StoppedError after a signal, and CorollaError for what ends the run."""
         folder = self.folder
         for name in ("flower", "logs"):
@@ -341,7 +341,7 @@ class _only_one:  # noqa: N801 - a context manager
 def begin(
     config: RunConfig,
     folder: Path,
-    settings: Settings,
+    settings: ServerSettings,
     *,
     keep_updates: bool,
     resume: bool,
@@ -365,7 +365,7 @@ def begin(
         door = ends.enter_context(listen(settings.address)) if settings.address else None
         if not resume:
             prepare_folder(folder, resume=False)
-            order = Order(
+            order = RunOrder(
                 secrets.token_hex(16),
                 config.model_dump(mode="json"),
                 keep_updates,

@@ -11,7 +11,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 from corolla.errors import CorollaError, WireError
@@ -24,11 +24,12 @@ from corolla.server.gateway.access import Token
 from corolla.server.gateway.blobs import Blobs, manifest
 from corolla.server.gateway.budget import Assignment
 from corolla.server.gateway.job import Job
-from corolla.server.gateway.leases import Lease, Phase, Policy, Round, Seen
+from corolla.server.gateway.leases import Lease, OfferRound, Phase, Seen
 from corolla.server.gateway.merging import prepare
 from corolla.server.gateway.natives import Denied, Natives
-from corolla.server.gateway.offer import Offer, run_as, to_message
 from corolla.server.gateway.outbound import take_in
+from corolla.server.gateway.programs import Programs, run_as, to_message
+from corolla.server.gateway.settings import GatewaySettings
 from corolla.server.rounds.gate import Code
 from corolla.storage.memory import Memory
 from corolla.wire import messages
@@ -48,32 +49,12 @@ _ENDS = {Code.ACCEPTED: Phase.VALID, Code.MISSING: Phase.LOST, Code.CLIENT_ERROR
 _log = logs.logger("gateway")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What the owner of a gateway decides. `seats` 0: as many as eligible phones were seen."""
-
-    name: str
-    state: Path
-    policy: Policy = field(default_factory=Policy)
-    over_select: float = 1.3
-    seats: int = 0
-    retry: float = 10.0
-    """Seconds between two check-ins of a phone, on average."""
-    lease: float = 60.0
-    """Seconds that a phone may be silent."""
-    share_model: Path | None = None
-    share_bundle: Path | None = None
-    publisher: Path | None = None
-    """The public key that the bundle must be signed with; None: phones alone look at that."""
-    allow: Sequence[str] = ()
-
-
 class Gateway:
     """Answers the server's packets with what its phones make of them. Thread-safe."""
 
     def __init__(
         self,
-        settings: Settings,
+        settings: GatewaySettings,
         clock: Callable[[], float] = time.monotonic,
         known: Callable[[str], bool] = lambda owner: True,
     ) -> None:
@@ -96,7 +77,7 @@ class Gateway:
             self._blobs.share(self._model.sha256, path, len(data))
         bundle = settings.share_bundle
         self._natives = Natives(
-            Offer(bundle, settings.publisher, self._blobs, settings.state) if bundle else None,
+            Programs(bundle, settings.publisher, self._blobs, settings.state) if bundle else None,
             self._blobs,
         )
         self._policy = pb.Policy(**vars(settings.policy))
@@ -104,7 +85,7 @@ class Gateway:
         self._seen: dict[str, Seen] = {}
         self._job: Job | None = None
         self._last: tuple[str, Packet] | None = None
-        self._before: Round | None = None
+        self._before: OfferRound | None = None
         self._cached: Sequence[pb.Blob] = ()
         self._memory: tuple[str, Memory] | None = None
         self._starting = threading.Lock()
@@ -217,7 +198,7 @@ class Gateway:
         parcel = replace(parcel, first=first)
         self._blobs.keep(parcel.names)
         now, seconds = self._clock(), max(0.0, min(merging.config.deadline, left))
-        round = Round(
+        round = OfferRound(
             task.seats,
             now + seconds - margin(seconds),
             self.settings.lease,
@@ -315,7 +296,7 @@ class Gateway:
         return now - holder.at < _FORGET and self._known(holder.owner)
 
     def _lease(
-        self, job: Job, round: Round, lease: Lease, request: pb.CheckInRequest, now: float
+        self, job: Job, round: OfferRound, lease: Lease, request: pb.CheckInRequest, now: float
     ) -> pb.Lease:
         header, cached = job.told(lease, request.log_version)
         return pb.Lease(

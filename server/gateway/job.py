@@ -7,7 +7,7 @@ from pathlib import Path
 
 from corolla.proto import device_pb2 as pb
 from corolla.server.gateway.budget import Demand
-from corolla.server.gateway.leases import Lease, Phase, Round
+from corolla.server.gateway.leases import Lease, OfferRound, Phase
 from corolla.server.gateway.merging import Merging
 from corolla.server.gateway.outbound import Parcel
 from corolla.server.gateway.uploads import Upload
@@ -25,7 +25,7 @@ class Job:
     digest: str
     parcel: Parcel
     merging: Merging
-    round: Round
+    round: OfferRound
     demand: Demand | str = NO_PROGRAMS
     """Of native phones, or why none of them can do this task."""
     uploads: dict[str, Upload] = field(default_factory=dict)

@@ -12,7 +12,7 @@ from corolla.client.phone.policies import Entry, Limits
 from corolla.errors import ConfigError
 from corolla.phones import protocol
 from corolla.proto import device_pb2 as pb
-from corolla.server.gateway.leases import Policy
+from corolla.server.gateway.settings import Policy
 from tests.client.phone.test_session import CONFIG, Scripted, a_phone, ask
 from tests.server.gateway import gateways
 from tests.server.gateway.gateways import World

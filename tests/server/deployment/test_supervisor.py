@@ -18,7 +18,7 @@ from corolla.errors import ConfigError, RoundError
 from corolla.host import certificates
 from corolla.server import app
 from corolla.server.deployment import superlink, supervisor
-from corolla.server.deployment.order import OUTCOME, PROCESS, Outcome, Settings
+from corolla.server.deployment.order import OUTCOME, PROCESS, Outcome, ServerSettings
 from corolla.server.deployment.supervisor import Supervisor, begin
 from tests.e2e.federation import make_key
 
@@ -35,7 +35,7 @@ def taken() -> Iterator[str]:
         yield f"127.0.0.1:{held.getsockname()[1]}"
 
 
-def refused(folder: Path, settings: Settings, resume: bool = False, **options: Any) -> str:
+def refused(folder: Path, settings: ServerSettings, resume: bool = False, **options: Any) -> str:
     """What is said, in one line, before a process is started."""
     config = load(None, options)
     with pytest.raises(ConfigError) as caught:
@@ -48,14 +48,14 @@ def test_each_mistake_is_one_line_and_leaves_no_run_behind(
     tmp_path: Path, tls: Path, taken: str
 ) -> None:
     out = tmp_path / "out"
-    good = Settings(address="127.0.0.1:0", certs=tls)
-    assert "--certs DIR is missing" in refused(out, Settings())
-    assert "cannot read" in refused(out, Settings(certs=tmp_path / "nowhere"))
+    good = ServerSettings(address="127.0.0.1:0", certs=tls)
+    assert "--certs DIR is missing" in refused(out, ServerSettings())
+    assert "cannot read" in refused(out, ServerSettings(certs=tmp_path / "nowhere"))
     keys = good.model_copy(update={"clients_keys": tmp_path / "none"})
     assert "is no folder" in refused(out, keys)
     assert "use corolla simulate" in refused(out, good, step_seconds=1.0)
     assert "nothing to resume" in refused(out, good, resume=True)
-    assert "Address already in use" in refused(out, Settings(address=taken, certs=tls))
+    assert "Address already in use" in refused(out, ServerSettings(address=taken, certs=tls))
     assert not out.exists()
     (tmp_path / "file").write_text("")
     assert "is a file" in refused(tmp_path / "file", good)
@@ -68,7 +68,7 @@ def test_another_release_of_flower_is_refused(
     superlink.check_version()
     for found in ("1.42.0", "1.4.1", "2.0"):
         monkeypatch.setattr(superlink, "version", lambda _, found=found: found)
-        said = refused(tmp_path / "out", Settings(certs=tls))
+        said = refused(tmp_path / "out", ServerSettings(certs=tls))
         assert (
             said == f"flwr {found} is installed, the server needs 1.41: pip install 'flwr==1.41.*'"
         )
@@ -107,7 +107,7 @@ def test_keys_are_registered_once_when_they_come_and_again_when_they_change(
     said: list[str] = []
     keys = tmp_path / "keys"
     keys.mkdir()
-    made = Supervisor(tmp_path, Settings(clients_keys=keys), said.append)
+    made = Supervisor(tmp_path, ServerSettings(clients_keys=keys), said.append)
     registry: Any = Registry()
     make_key(tmp_path, "a", keys)
     (keys / "bad.pub").write_text("hello")
@@ -127,7 +127,7 @@ def test_keys_are_registered_once_when_they_come_and_again_when_they_change(
 
 def test_what_a_serverapp_says_ends_the_server_or_not(tmp_path: Path) -> None:
     (tmp_path / "flower").mkdir()
-    made = Supervisor(tmp_path, Settings(), print)
+    made = Supervisor(tmp_path, ServerSettings(), print)
     assert not made._ended()
     Outcome("stopped", "by whoever", 1).write(tmp_path)
     assert not made._ended()
@@ -150,7 +150,7 @@ def test_on_a_full_disk_the_one_line_of_the_serverapp_is_what_ends_the_server(
     (tmp_path / "logs").mkdir()
     log = tmp_path / "logs" / "superexec.log"
     log.write_text("corolla failed: of an earlier one\n")
-    made = Supervisor(tmp_path, Settings(), print)
+    made = Supervisor(tmp_path, ServerSettings(), print)
 
     class Control:
         def submit(self) -> int:
@@ -175,7 +175,7 @@ def test_on_a_full_disk_the_one_line_of_the_serverapp_is_what_ends_the_server(
 def test_a_serverapp_that_never_begins_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = Supervisor(tmp_path, Settings(), print)
+    made = Supervisor(tmp_path, ServerSettings(), print)
 
     class Control:
         def submit(self) -> int:
@@ -197,7 +197,7 @@ def test_a_folder_of_keys_that_cannot_be_listed_is_said_once_and_ends_nothing(
     said: list[str] = []
     keys = tmp_path / "keys"
     keys.mkdir()
-    made = Supervisor(tmp_path, Settings(clients_keys=keys), said.append)
+    made = Supervisor(tmp_path, ServerSettings(clients_keys=keys), said.append)
     registry: Any = Registry()
     make_key(tmp_path, "a", keys)
 
@@ -258,7 +258,7 @@ def test_what_a_killed_server_has_half_made_is_made_again(tmp_path: Path, half: 
 
 def test_rounds_are_told_once_each(tmp_path: Path) -> None:
     said: list[str] = []
-    made = Supervisor(tmp_path, Settings(), said.append)
+    made = Supervisor(tmp_path, ServerSettings(), said.append)
     made._tell_rounds()
     line = {"round": 1, "clients": 2, "dropped": 1, "seconds": 3.21, "eval_loss": 4.0}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
@@ -275,7 +275,7 @@ def test_rounds_are_told_once_each(tmp_path: Path) -> None:
 
 def test_a_run_that_fails_without_a_round_is_given_up(tmp_path: Path) -> None:
     said: list[str] = []
-    made = Supervisor(tmp_path, Settings(), said.append)
+    made = Supervisor(tmp_path, ServerSettings(), said.append)
 
     class Control:
         def submit(self) -> int:

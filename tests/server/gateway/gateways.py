@@ -23,8 +23,9 @@ from corolla.errors import StoppedError
 from corolla.host import certificates as certs
 from corolla.phones import bundle, protocol
 from corolla.server.gateway.access import Token, read_tokens
-from corolla.server.gateway.gateway import Gateway, Settings
+from corolla.server.gateway.gateway import Gateway
 from corolla.server.gateway.service import serve_phones
+from corolla.server.gateway.settings import GatewaySettings
 from corolla.server.rounds.federation import Federation, Held, Network
 from corolla.server.rounds.round import RoundResult, run_round
 from corolla.storage.memory import Memory
@@ -71,7 +72,7 @@ def serving(folder: Path, **changes: Any) -> Iterator[World]:
     """A gateway called "gate" that phones reach over TLS; impatient, as tests are."""
     own = certificates(folder / "certs") if not (folder / "certs").exists() else folder / "certs"
     usual: dict[str, Any] = {"retry": 0.05, "lease": 5.0}
-    settings = Settings("gate", folder / "gate", **{**usual, **changes})
+    settings = GatewaySettings("gate", folder / "gate", **{**usual, **changes})
     gateway = Gateway(settings)
     server, port = serve_phones(
         gateway, tokens(folder), "localhost:0", own / "gateway.pem", own / "gateway.key"

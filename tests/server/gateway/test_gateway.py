@@ -23,9 +23,9 @@ from corolla.proto import device_pb2_grpc, update_pb2
 from corolla.server.gateway import outbound
 from corolla.server.gateway.access import Token
 from corolla.server.gateway.gateway import Gateway
-from corolla.server.gateway.gateway import Settings as GatewaySettings
 from corolla.server.gateway.job import Job
 from corolla.server.gateway.merging import prepare
+from corolla.server.gateway.settings import GatewaySettings
 from corolla.storage.memory import Memory
 from corolla.tensors import tree
 from corolla.wire import messages

@@ -23,10 +23,11 @@ from corolla.proto import device_pb2 as pb
 from corolla.proto import update_pb2
 from corolla.server.gateway.blobs import Blobs
 from corolla.server.gateway.budget import Demand
-from corolla.server.gateway.gateway import Gateway, Settings
+from corolla.server.gateway.gateway import Gateway
 from corolla.server.gateway.merging import prepare
 from corolla.server.gateway.natives import Natives
-from corolla.server.gateway.offer import Offer
+from corolla.server.gateway.programs import Programs
+from corolla.server.gateway.settings import GatewaySettings
 from corolla.storage.memory import Memory
 from corolla.tensors import tree
 from corolla.wire import codec, messages
@@ -309,7 +310,7 @@ def test_a_bundle_that_is_none_is_one_line(
     gateways.a_bundle(folder, FRESH)
     change(folder)
     publisher = folder / "publisher.pub"
-    settings = Settings("gate", tmp_path, share_bundle=folder, publisher=publisher)
+    settings = GatewaySettings("gate", tmp_path, share_bundle=folder, publisher=publisher)
     with pytest.raises(ConfigError, match=text) as caught:
         Gateway(settings)
     assert "\n" not in str(caught.value)
@@ -361,7 +362,7 @@ def test_epochs_bound_the_examples_and_the_time_of_a_phone(tmp_path: Path) -> No
     config = CONFIG.model_copy(update={"local_epochs": 3, "batch_size": 8, "local_steps": 1})
     merging = prepare(gateways.a_task(config))
     assert merging.expected("gate/p1", 50).most_examples == 50
-    demand = Offer(tmp_path / "bundle", None, blobs, tmp_path).demand(merging)
+    demand = Programs(tmp_path / "bundle", None, blobs, tmp_path).demand(merging)
     assert isinstance(demand, Demand)
     assert demand.passes["grad"](50) == 21
 
@@ -582,10 +583,10 @@ def test_the_first_state_of_a_run_is_built_once(tmp_path: Path) -> None:
     sha256 = tiny.lora_model("llama").base.fingerprint
     task = a_logged_task(config, behind.federation.origin, sha256)
     blobs = Blobs(tmp_path / "blobs")
-    offer = Offer(a_bundle_of(config, tmp_path / "bundle"), None, blobs, tmp_path)
-    built, natives = [], Natives(offer, blobs)
-    first = offer.first
-    offer.first = lambda *of: built.append(of) or first(*of)  # type: ignore[method-assign,func-returns-value]
+    programs = Programs(a_bundle_of(config, tmp_path / "bundle"), None, blobs, tmp_path)
+    built, natives = [], Natives(programs, blobs)
+    first = programs.first
+    programs.first = lambda *of: built.append(of) or first(*of)  # type: ignore[method-assign,func-returns-value]
     blob_of = [natives.begin(prepare(own), own)[1] for own in (task, replace(task, round=2))]
     assert blob_of[0] == blob_of[1] is not None
     assert len(built) == 1
@@ -597,7 +598,7 @@ def test_the_first_state_of_a_run_is_built_once(tmp_path: Path) -> None:
 def test_manifests_of_an_earlier_bundle_are_deleted(tmp_path: Path) -> None:
     for name in ("one", "two"):
         gateways.a_bundle(tmp_path / name, FRESH)  # each signed with a key of its own
-        Offer(tmp_path / name, None, Blobs(tmp_path / "blobs"), tmp_path)
+        Programs(tmp_path / name, None, Blobs(tmp_path / "blobs"), tmp_path)
         assert len(list(tmp_path.glob("manifest-*"))) == 2  # of fp32 and of q4
 
 

@@ -24,7 +24,8 @@ from corolla.errors import WireError
 from corolla.phones import protocol
 from corolla.proto import device_pb2, update_pb2
 from corolla.server.gateway.access import Token
-from corolla.server.gateway.gateway import Gateway, Settings
+from corolla.server.gateway.gateway import Gateway
+from corolla.server.gateway.settings import GatewaySettings
 from corolla.server.rounds.federation import Federation
 from corolla.server.rounds.gate import Code, judge, most_bytes
 from corolla.server.rounds.tasks import Traffic, make_tasks
@@ -171,7 +172,7 @@ def test_mutated_calls_of_a_phone_end_neither_a_gateway_nor_its_round(tmp_path: 
     fedavg, seats = config.build_strategy(), {"gate": 1}
     federation = Federation("ab" * 16, config, fedavg, {"gate": 9}, lambda spec: FRESH, seats=seats)
     asked = make_tasks(federation, fedavg.init(FRESH, 0), {}, 1, Kind.TRAIN, seats, Traffic())
-    gateway = Gateway(Settings("gate", tmp_path, retry=0.01, over_select=2.0))
+    gateway = Gateway(GatewaySettings("gate", tmp_path, retry=0.01, over_select=2.0))
     given: list[Packet] = []
     ask = pack_task(asked["gate"])
     serving = Thread(target=lambda: given.append(gateway.answer(ask)), daemon=True)

@@ -28,7 +28,7 @@ _MOST_TOKENS = 1 << 20
 _MANIFEST = "manifest-"
 
 
-class Offer:
+class Programs:
     """A bundle, each of its programs with its files as native phones download them."""
 
     def __init__(self, folder: Path, publisher: Path | None, blobs: Blobs, state: Path) -> None:
