@@ -173,25 +173,6 @@ class OfferRound:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What is known of a phone between rounds."""
-
-    owner: str
-    examples: int
-    at: float
-    eligible: bool
-
-
-def seats(seen: Mapping[str, Seen], now: float, within: float) -> dict[str, int]:
-    """The phones that were eligible when they last checked in, not long ago, and their examples."""
-    return {
-        device: own.examples
-        for device, own in seen.items()
-        if own.eligible and now - own.at <= within
-    }
-
-
-@dataclass(frozen=True)
 class Bucket:
     """Calls that a peer may make: `burst` at once, `rate` a second after that."""
 

@@ -64,3 +64,7 @@ class GatewaySettings:
     publisher: Path | None = None
     """The public key that the bundle must be signed with; None: phones alone look at that."""
     allow: Sequence[str] = ()
+
+    def client(self, device: str) -> str:
+        """The name that a phone of this gateway has as a client of its server."""
+        return f"{self.name}/{device}"

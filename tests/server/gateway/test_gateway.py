@@ -143,7 +143,7 @@ def asked(world: World, task: Task) -> Iterator["Future[Reply]"]:
 
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(answer)
-        gateways.until(lambda: world.gateway._job or future.done())
+        gateways.until(lambda: world.gateway.rounds.job or future.done())
         yield future
 
 
@@ -608,7 +608,7 @@ def test_a_name_goes_to_the_token_that_is_of_it_and_is_free_when_its_token_is_go
             "own_model": True,
         }
         request = pb.CheckInRequest(device=name, **values)
-        return gateway.check_in(request, Token(owner, device, "")).refusal.text
+        return gateway.check_ins.answer(request, Token(owner, device, "")).refusal.text
 
     taken = "another device is called 'p9'"
     assert [text("a"), text("b"), text("c", "p9"), text("a")] == ["no round", taken] * 2
@@ -648,7 +648,7 @@ def test_the_upload_of_a_phone_that_vanished_is_dropped(tmp_path: Path) -> None:
         first, second = Caller(world, "p1"), Caller(world, "p2")
         with first.channel, second.channel, asked(world, task):
             assert first.upload(first.lease(), b"abc").received == 3
-            job = world.gateway._job
+            job = world.gateway.rounds.job
             assert job
             (upload,) = job.uploads.values()
             time.sleep(0.3)
@@ -667,7 +667,7 @@ def test_a_task_that_cannot_be_told_to_a_phone_takes_no_seat(
     with asked(world, gateways.a_task(config)):
         monkeypatch.setattr(outbound.Parcel, "header", too_long)
         refusal = caller().check_in().refusal
-        job = world.gateway._job
+        job = world.gateway.rounds.job
         assert job
         assert not job.round.leases
     assert refusal.reason == pb.Refusal.REASON_NO_TASK

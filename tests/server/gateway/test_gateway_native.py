@@ -206,14 +206,14 @@ def test_a_phone_that_no_program_is_for_is_not_eligible(
         refusal = own.check_in(native=native(**changes)).refusal
     assert refusal.reason == pb.Refusal.REASON_NOT_ELIGIBLE
     assert text in refusal.text
-    assert not offering.gateway._seen["p1"].eligible
+    assert not offering.gateway.roster.seen["p1"].eligible
 
 
 def test_seats_are_counted_of_phones_that_have_something_to_run(offering: World) -> None:
     with phone(offering, "p1", memory=10) as small, phone(offering, "p2") as large:
         assert "loss of q4 at 16 tokens needs 12 MB, found 6 MB" in small.check_in().refusal.text
         large.check_in()
-    assert {name: own.eligible for name, own in offering.gateway._seen.items()} == {
+    assert {name: own.eligible for name, own in offering.gateway.roster.seen.items()} == {
         "p1": False,
         "p2": True,
     }

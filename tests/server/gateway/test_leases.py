@@ -4,9 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corolla.server.gateway import leases
 from corolla.server.gateway.budget import Assignment
-from corolla.server.gateway.leases import Bucket, Lease, OfferRound, Phase, Seen
+from corolla.server.gateway.leases import Bucket, Lease, OfferRound, Phase
 
 
 def a_round(seats: int = 2, over_select: float = 1.3) -> OfferRound:
@@ -171,15 +170,6 @@ def test_after_the_deadline_nothing_counts() -> None:
 def test_an_unknown_lease_is_of_an_earlier_round() -> None:
     assert a_round().report("x", 0)[1] == "the lease is of an earlier round"
     assert a_round().heartbeat("x", 0)[1] == 0
-
-
-def test_seats_are_the_eligible_phones_seen_not_long_ago() -> None:
-    seen = {
-        "p": Seen("o", 5, at=90, eligible=True),
-        "q": Seen("o", 7, at=90, eligible=False),
-        "r": Seen("o", 9, at=10, eligible=True),
-    }
-    assert leases.seats(seen, now=100, within=30) == {"p": 5}
 
 
 def test_a_bucket_gives_a_burst_and_then_a_rate() -> None:
