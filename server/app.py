@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from corolla.host.processes import note_process
 from corolla.models import pretrained
 from corolla.models.trainable import Trainable
 from corolla.server.deployment.grid import GridNetwork, count_nodes, hello
-from corolla.server.deployment.limits import Limits
+from corolla.server.deployment.limits import Admission, Limits
 from corolla.server.deployment.order import (
     FOLDER,
     LAST_WORDS,
@@ -41,31 +42,39 @@ from corolla.server.runs.setup import set_up
 app = ServerApp()  # without annotation: `flwr build` looks for the bare assignment
 
 
-def serve(
-    grid: Grid,
-    config: RunConfig,
-    folder: Path,
-    observer: Observer,
-    run_id: str,
-    *,
-    nodes: int = 0,
-    keep_updates: bool = False,
-    resume: bool = False,
-    stop: threading.Event | None = None,
-) -> Summary:
-    """Run a simulated federation over a Grid and leave its artefacts in `folder`.
+@dataclass(frozen=True)
+class SimulatedRun:
+    """A run of simulated clients: what it does, and the folder for its artefacts."""
 
-    `nodes` is how many to wait for; 0: until none has joined for a while.
-    """
-    stop = stop or threading.Event()
+    config: RunConfig
+    folder: Path
+    run_id: str
+    nodes: int = 0
+    """Nodes to wait for; 0: until none has joined for a while."""
+    keep_updates: bool = False
+    resume: bool = False
+
+
+def serve(
+    grid: Grid, run: SimulatedRun, observer: Observer, stop: threading.Event | None = None
+) -> Summary:
+    """Do a simulated run over a Grid, until it is done or stopped."""
+    config, nodes, stop = run.config, run.nodes, stop or threading.Event()
     if not nodes:
         nodes = count_nodes(grid, stop, config.deadline)
         config = config.model_copy(update={"clients": config.clients or nodes})
-    task = hello(run_id, {"run": config.model_dump(mode="json")})
-    network = GridNetwork(grid, task, config.deadline, stop, nodes=nodes)
-    loaded = set_up(config, run_id)
+    task = hello(run.run_id, {"run": config.model_dump(mode="json")})
+    network = GridNetwork(grid, task, config.deadline, stop, Admission(nodes))
+    loaded = set_up(config, run.run_id)
     return Run(
-        config, network, loaded.evaluator, folder, loaded.facts, observer, keep_updates, resume
+        config,
+        network,
+        loaded.evaluator,
+        run.folder,
+        loaded.facts,
+        observer,
+        run.keep_updates,
+        run.resume,
     ).execute()
 
 
@@ -117,10 +126,12 @@ def _run(grid: Grid, folder: Path, order: RunOrder, stop: threading.Event) -> No
         hello(order.run_id, told, loaded.facts["model_sha256"]),
         config.deadline,
         stop,
-        clients=order.min_clients,
-        wait=config.wait,
-        names=folder / "flower" / "names.json",
-        limits=_limits(config, order, loaded.model),
+        Admission(
+            clients=order.min_clients,
+            wait=config.wait,
+            names=folder / "flower" / "names.json",
+            limits=_limits(config, order, loaded.model),
+        ),
     )
     resume = (folder / "run.json").is_file()
     Run(
@@ -157,7 +168,7 @@ def _simulated(grid: Grid, context: Context) -> None:
     config = load(None, {key.replace("-", "_"): v for key, v in settings.items() if v != ""}, more)
     refuse_simulated(config)
     prepare_folder(folder, resume=False)
-    summary = serve(grid, config, folder, _Log(), f"{context.run_id:032x}"[:32])
+    summary = serve(grid, SimulatedRun(config, folder, f"{context.run_id:032x}"[:32]), _Log())
     log(
         INFO,
         "held-out loss %.4f -> %.4f; adapter %s (sha256 %s)",

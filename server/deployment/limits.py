@@ -1,6 +1,7 @@
 """What devices of other people may claim to be, before they are members of a run."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from corolla.wire import messages
 from corolla.wire.messages import Reply
@@ -43,3 +44,19 @@ class Limits:
                 f"{self.examples}"
             )
         return ""
+
+
+@dataclass(frozen=True)
+class Admission:
+    """Who becomes a member of a run, and how many members it begins with."""
+
+    nodes: int = 1
+    """Nodes that must be online and have said who they are."""
+    clients: int = 0
+    """Members that must have data; 0: whoever of the nodes has some."""
+    wait: float | None = None
+    """Seconds to wait for them; None: as long as for a round."""
+    names: Path | None = None
+    """The file of which key has which name: it outlives the process."""
+    limits: Limits | None = None
+    """For devices of other people; None: those of a simulation."""
