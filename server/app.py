@@ -200,7 +200,7 @@ class _Log(Silent):
 
 
 class _Lines(Silent):
-    """Tells the log of the server what Run does not, with round and client."""
+    """Writes what happens in a run to the log of the server, with round and client."""
 
     def __init__(self) -> None:
         self._log, self._round = logs.logger("server"), 0

@@ -9,12 +9,12 @@ from corolla.wire.messages import Reply
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one member, and of the memory that a reply of it takes."""
+    """Bounds on what a joining member may claim, and on the memory that its replies take."""
 
     seats: int = messages.MAX_SEATS
-    """Of one gateway; those above are not used."""
+    """Seats of one gateway that are used; those above are not."""
     examples: int | None = None
-    """Of one client, whose weight they are where it trains on all of them."""
+    """Examples that one client may claim: its weight, where it trains on all of them."""
     no_gateways: str = ""
     """Why the run takes none; "": it does."""
     update: int = 1 << 28
@@ -25,7 +25,7 @@ class Limits:
         return (1 << 26) + (messages.MAX_REPLY_HEADER + 4 * self.update) * max(1, seats)
 
     def refuse(self, reply: Reply, deployed: bool) -> str:
-        """Why who says this of itself cannot be a member, in one line; "" when it can.
+        """The reason to refuse a member with this answer to hello, in one line; "" to accept it.
 
         In a simulation names come from the data, and may be any.
         """

@@ -53,7 +53,7 @@ _log = logs.logger("supervisor")
 
 
 class Supervisor:
-    """Runs until the run is done."""
+    """Keeps the processes of a run going until it is done, and tells the user of its rounds."""
 
     def __init__(self, folder: Path, settings: ServerSettings, say: Callable[[str], None]) -> None:
         """`say` tells the user a line."""

@@ -14,7 +14,7 @@ from corolla.server.gateway.settings import GatewaySettings
 from corolla.server.rounds.gate import Code
 
 _LATER = 10.0
-"""How many times as long a phone stays away whose reply was of no use."""
+"""Factor on the pause of a phone whose reply was of no use."""
 _ENDS = {Code.ACCEPTED: Phase.VALID, Code.MISSING: Phase.LOST, Code.CLIENT_ERROR: Phase.GIVEN_UP}
 
 _log = logs.logger("gateway")

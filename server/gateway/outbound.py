@@ -26,7 +26,7 @@ _OURS = ("fresh",)
 
 @dataclass(frozen=True)
 class Parcel:
-    """A task for phones. `versions` leads to that of the log, whose rows and snapshot these are.
+    """A task for phones. Row by row, its log leads through `versions`, from that of `snapshot` on.
 
     `first` is the adapter that a run with a log began from, which native phones cannot make. They
     need it where there is no snapshot.

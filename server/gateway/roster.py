@@ -8,11 +8,11 @@ from corolla.proto import device_pb2 as pb
 from corolla.server.gateway.access import Token
 
 _CHECK_INS = 200
-"""A second, at most: with more phones than that they are asked to stay away for longer."""
+"""Check-ins a second, at most: with many phones each is asked to stay away for longer."""
 _FORGET = 86_400.0
 """Seconds after which a phone that does not come any more is forgotten."""
 _PRESENT = 3
-"""Pauses between two check-ins after which a phone that does not come is counted no more."""
+"""Pauses after which a phone that has not checked in again no longer counts as present."""
 _MOST_PHONES = 1 << 16
 
 
