@@ -264,7 +264,7 @@ def test_phones_with_and_without_a_runtime_get_each_their_own_files(tmp_path: Pa
     gateways.a_bundle(tmp_path / "bundle", FRESH)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    both = {"share_bundle": tmp_path / "bundle", "share_model": tmp_path / "model"}
+    both: dict[str, Any] = {"share_bundle": tmp_path / "bundle", "share_model": tmp_path / "model"}
     with gateways.serving(tmp_path, seats=1, **both) as world, phone(world) as own:
         python = Caller(world, "p2")
         with python.channel:
