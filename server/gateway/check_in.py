@@ -16,7 +16,7 @@ from corolla.server.gateway.natives import Denied, Natives
 from corolla.server.gateway.programs import run_as, to_message
 from corolla.server.gateway.roster import Roster, Seen
 from corolla.server.gateway.settings import GatewaySettings
-from corolla.wire import messages
+from corolla.wire import limits, messages
 
 _log = logs.logger("gateway")
 
@@ -158,4 +158,4 @@ def _unheard(request: pb.CheckInRequest, token: Token) -> Denied | None:
 
 
 def _examples(request: pb.CheckInRequest) -> int:
-    return min(request.num_examples, messages.MAX_EXAMPLES)
+    return min(request.num_examples, limits.MAX_EXAMPLES)
