@@ -28,7 +28,7 @@ STALLED = 120.0
 
 @dataclass
 class Count:
-    """Of the objects of one reply, of whose arrays `most` bytes are allowed."""
+    """Counts the bytes of the objects of one reply; its arrays may have `most`."""
 
     most: int
     records: int = 0

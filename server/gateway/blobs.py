@@ -48,6 +48,15 @@ class Blobs:
         with self._lock:
             self._shared[name] = (path, size)
 
+    def share_all(self, data: bytes, files: Mapping[str, Path], path: Path) -> pb.Blob:
+        """Offer files (sha256 → file) and the Manifest of them, which is kept at `path`."""
+        for name, file in files.items():
+            self.share(name, file, file.stat().st_size)
+        blob = pb.Blob(sha256=protocol.sha256(data), size=len(data))
+        write_atomic(path, data)
+        self.share(blob.sha256, path, len(data))
+        return blob
+
     def keep(self, names: Collection[str]) -> None:
         """Offer no other blobs that were put; shared files stay."""
         with self._lock:

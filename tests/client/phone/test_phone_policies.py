@@ -12,7 +12,7 @@ from corolla.client.phone.policies import Entry, Limits
 from corolla.errors import ConfigError
 from corolla.phones import protocol
 from corolla.proto import device_pb2 as pb
-from corolla.server.gateway.leases import Policy
+from corolla.server.gateway.settings import Policy
 from tests.client.phone.test_session import CONFIG, Scripted, a_phone, ask
 from tests.server.gateway import gateways
 from tests.server.gateway.gateways import World
@@ -41,11 +41,11 @@ def test_the_policy_of_the_last_answer_is_kept_and_holds_before_the_next_call(
         first.visit()
         now.update(idle=False, thermal=3)
         gateway = world.gateway
-        world.gateway._seen.clear()
+        world.gateway.roster.seen.clear()
         assert 0 < first.visit() < 1.0  # the window that the gateway gave
         first.visit()
     assert said == ["waiting: no round", "waiting: not idle, too warm"]
-    assert not gateway._seen  # it was not even asked
+    assert not gateway.roster.seen  # it was not even asked
     assert first.policy().thermal == 2
     again = a_phone(world, Scripted(gateways.a_task(CONFIG)), conditions=lambda: now)
     with again.channel:
@@ -72,7 +72,7 @@ def test_a_contribution_is_noted_and_the_next_one_comes_not_too_soon(
         with monkeypatch.context() as patch:
             patch.setattr(phone, "_assemble", lambda *_: pytest.fail("its model was fetched"))
             phone.run(once=True)
-        job = world.gateway._job
+        job = world.gateway.rounds.job
         assert job
         (lease,) = job.round.leases.values()
         assert (lease.phase, lease.why) == ("given_up", "policy: it contributed a few rounds ago")
@@ -94,12 +94,12 @@ def test_charge_that_is_spent_is_noted_and_a_low_battery_ends_the_work(world: Wo
         now.update(charging=False, battery_percent=10)
         gateways.until(lambda: not wanted(), 2)
 
-    world.gateway._policy.charging = False  # or that would be what it says
+    world.gateway.check_ins.policy.charging = False  # or that would be what it says
     asked = ask(world, task)
     phone = a_phone(world, Scripted(task, during=drain), conditions=lambda: now)
     with phone.channel:
         phone.run(once=True)
-    job = world.gateway._job
+    job = world.gateway.rounds.job
     assert job
     assert [own.why for own in job.round.leases.values()] == ["given up: the battery is low"]
     (entry,) = noted(world)
@@ -147,4 +147,4 @@ def test_a_history_that_cannot_be_read_stops_nobody(world: World) -> None:
         phone.visit()
     assert said == ["waiting: no round"]
     kept = protocol.parse(pb.Policy(), (folder / "policy").read_bytes(), 1000)
-    assert kept == world.gateway._policy
+    assert kept == world.gateway.check_ins.policy

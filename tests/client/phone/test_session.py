@@ -68,7 +68,7 @@ def test_a_phone_that_has_no_torch_checks_in_and_reports(tmp_path: Path) -> None
     with gateways.serving(tmp_path, seats=1) as world:
         answering = threading.Thread(target=lambda: world.gateway.answer(messages.pack_task(task)))
         answering.start()
-        gateways.until(lambda: world.gateway._job)
+        gateways.until(lambda: world.gateway.rounds.job)
         ca = tmp_path / "certs" / "ca.pem"
         arguments = [str(tmp_path / "state"), world.address, str(ca), gateways.TOKEN]
         done = subprocess.run(
@@ -278,7 +278,7 @@ def ask(world: World, task: Task) -> Asked:
 
     thread = threading.Thread(target=run)
     thread.start()
-    gateways.until(lambda: world.gateway._job or replies)
+    gateways.until(lambda: world.gateway.rounds.job or replies)
     return Asked(thread, replies)
 
 
@@ -322,7 +322,7 @@ def test_a_phone_stops_within_a_step_once_nobody_wants_its_result(world: World) 
     with slow.channel, fast.channel:
         threads = [threading.Thread(target=slow.visit)]
         threads[0].start()
-        gateways.until(lambda: world.gateway._job and world.gateway._job.round.leases)
+        gateways.until(lambda: world.gateway.rounds.job and world.gateway.rounds.job.round.leases)
         fast.run(rounds=1)
         threads[0].join(5)
     assert ended.is_set()
@@ -355,7 +355,7 @@ def test_a_phone_whose_conditions_lapse_gives_up_and_says_so(
     asked = ask(world, task)
     with phone.channel:
         phone.run(once=True)
-        job = world.gateway._job
+        job = world.gateway.rounds.job
         assert job
         (lease,) = job.round.leases.values()
         assert (lease.phase, lease.why) == ("given_up", why)
@@ -444,7 +444,7 @@ def test_a_phone_that_is_stopped_says_so_to_the_gateway(world: World) -> None:
     phone.trainer = Scripted(task, during=stop)
     with phone.channel, suppress(StoppedError):
         phone.run()
-    job = world.gateway._job
+    job = world.gateway.rounds.job
     assert job
     assert [own.why for own in job.round.leases.values()] == ["given up: the device was stopped"]
     asked.result()
@@ -462,7 +462,7 @@ def test_what_is_wrong_with_its_data_is_said_to_the_owner_alone(world: World) ->
     phone.say = said.append
     with phone.channel:
         phone.run(once=True)
-    job = world.gateway._job
+    job = world.gateway.rounds.job
     assert job
     (found,) = [own.why for own in job.round.leases.values()]
     assert found == "this device's data cannot be used"
