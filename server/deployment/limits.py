@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from corolla.wire import limits as limits_
+from corolla.wire.limits import MAX_NAME, MAX_REPLY_HEADER, MAX_SEATS
 from corolla.wire.messages import Reply
 
 
@@ -11,7 +11,7 @@ from corolla.wire.messages import Reply
 class Limits:
     """Bounds on what a joining member may claim, and on the memory that its replies take."""
 
-    seats: int = limits_.MAX_SEATS
+    seats: int = MAX_SEATS
     """Seats of one gateway that are used; those above are not."""
     examples: int | None = None
     """Examples that one client may claim: its weight, where it trains on all of them."""
@@ -22,7 +22,7 @@ class Limits:
 
     def reply(self, seats: int) -> int:
         """Bytes of a reply: twice the parameters, in twice their precision, of each phone."""
-        return (1 << 26) + (limits_.MAX_REPLY_HEADER + 4 * self.update) * max(1, seats)
+        return (1 << 26) + (MAX_REPLY_HEADER + 4 * self.update) * max(1, seats)
 
     def refuse(self, reply: Reply, deployed: bool) -> str:
         """The reason to refuse a member with this answer to hello, in one line; "" to accept it.
@@ -30,8 +30,8 @@ class Limits:
         In a simulation names come from the data, and may be any.
         """
         name = reply.client
-        if deployed and (len(name) > limits_.MAX_NAME or not name.isprintable()):
-            return f"its name is not printable, or longer than {limits_.MAX_NAME} characters"
+        if deployed and (len(name) > MAX_NAME or not name.isprintable()):
+            return f"its name is not printable, or longer than {MAX_NAME} characters"
         if deployed and "/" in name:
             return f"its name {name!r} has a /, as those of phones behind a gateway"
         if reply.seats:

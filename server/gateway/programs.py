@@ -10,7 +10,6 @@ from corolla.config import schedule
 from corolla.config.run import RunConfig
 from corolla.directions import seedlog
 from corolla.errors import ArtefactError, ConfigError, WireError
-from corolla.host.files import write_atomic
 from corolla.phones import bundle, protocol
 from corolla.phones.bundle import Manifest
 from corolla.proto import device_pb2 as pb
