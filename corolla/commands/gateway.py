@@ -5,8 +5,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from corolla.client.device.identity import identity
 from corolla.client.device.node import Node, Say, only_one
-from corolla.client.device.settings import identity, parse_bytes
+from corolla.client.device.settings import parse_bytes
 from corolla.client.device.supernode import Link
 from corolla.errors import ConfigError, WireError
 from corolla.host import certificates
