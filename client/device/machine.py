@@ -114,7 +114,7 @@ def _battery() -> tuple[int, bool]:
 
 @cache
 def _runtime() -> str:
-    """Versions, without importing what they are of."""
+    """The versions of packages from their metadata, without importing them."""
     found = [f"python {platform.python_version()}"]
     for name in ("corolla", "torch"):
         with suppress(PackageNotFoundError):

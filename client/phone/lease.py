@@ -27,10 +27,10 @@ class PhoneTrainer(Protocol):
     """What trains on a phone: torch, or a native runtime."""
 
     def examples(self) -> int:
-        """How many it may train on, at most."""
+        """The number of examples that it may train on, at most."""
 
     def missing(self, run_id: str, groups: Mapping[str, str]) -> Sequence[str]:
-        """Of the cached groups of a run (group → content id) those that are not held here."""
+        """The cached groups of a run (group → content id) that are not held here."""
 
     def answer(
         self, client: str, packet: Packet, model: Path | None, wanted: Callable[[], bool]

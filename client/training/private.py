@@ -108,7 +108,7 @@ def spend(ledger: Ledger, limit: Limit | None, task: Task, private: ExampleLevel
 
 
 def once(private: ExampleLevel) -> ExampleLevel:
-    """The same, for as many steps as were written down: who trains twice pays twice."""
+    """An ExampleLevel that refuses more steps than the ledger was charged for."""
     left = iter(range(private.steps))
 
     def uniform(count: int) -> Tensor:

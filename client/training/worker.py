@@ -357,7 +357,7 @@ class Worker:
 
 
 def _of_memory(error: Exception) -> bool:
-    """A GPU's has a type in torch; on the CPU it is a plain RuntimeError of its allocator."""
+    """Whether memory ran out: torch has a type for a GPU's, a RuntimeError's text for the CPU's."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
