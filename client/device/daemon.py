@@ -39,7 +39,7 @@ from corolla.errors import (
 )
 from corolla.host import logs
 from corolla.host.processes import when_orphaned
-from corolla.models import pretrained, trainable
+from corolla.models import devices, pretrained, trainable
 from corolla.models.pretrained import Base
 from corolla.models.trainable import Trainable
 from corolla.privacy import ledger
@@ -82,7 +82,7 @@ class Trainer:
         spent = own.state / ledger.NAME
         if own.epsilon and not spent.exists() and any(self._runs.glob("*")):
             _log.warning("no ledger of earlier runs: their cost is not counted", missing=spent)
-        pretrained.set_threads(plain)
+        devices.set_threads(plain)
         self._first: tuple[str, Base] | None = None
         base = self._load(plain, [])
         self.model_sha256 = base.fingerprint
@@ -151,7 +151,7 @@ class Trainer:
         self, config: RunConfig, labels: Sequence[str]
     ) -> tuple[RunConfig, Trainable, FederatedData]:
         own = self._data(config, labels)
-        pretrained.set_threads(config)
+        devices.set_threads(config)
         base = self._load(config, labels)
         model = trainable.build(config, base)
         _log.info("model ready", model=base.fingerprint[:12], strategy=config.strategy)

@@ -13,7 +13,7 @@ from corolla.config.run import RunConfig
 from corolla.data.encoding import Encoded
 from corolla.errors import DataError, DivergedError
 from corolla.models.trainable import Differentiable
-from corolla.privacy.client_level import ExampleLevel
+from corolla.privacy.example_level import ExampleLevel
 from corolla.types import Correct, Fit, LoraSpec, Params
 
 

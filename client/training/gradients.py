@@ -19,7 +19,7 @@ from corolla.data.encoding import Encoded, collate, examples_of
 from corolla.errors import DivergedError
 from corolla.evaluation.scoring import loss_sum
 from corolla.models.trainable import Differentiable
-from corolla.privacy.client_level import ExampleLevel
+from corolla.privacy.example_level import ExampleLevel
 from corolla.types import Fit, Params
 
 

@@ -13,9 +13,10 @@ from corolla.client.training.dpsgd import SelfTestError
 from corolla.config.run import RunConfig
 from corolla.errors import ArtefactError, ConfigError, CorollaError, RoundError, StoppedError
 from corolla.host import logs
-from corolla.privacy.client_level import ExampleLevel
+from corolla.interfaces import Client, ForwardTrainer, LocalTrainer
+from corolla.privacy.example_level import ExampleLevel
 from corolla.privacy.ledger import Ledger, Limit
-from corolla.types import Client, ForwardTrainer, LocalTrainer, Update
+from corolla.types import Update
 from corolla.wire.messages import Kind, Task
 
 _PUBLIC = ("local_steps",)

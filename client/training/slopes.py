@@ -17,7 +17,8 @@ from corolla.config.run import RunConfig
 from corolla.data.encoding import Encoded, examples_of
 from corolla.directions.pools import SignPool
 from corolla.errors import DivergedError
-from corolla.privacy.client_level import ExampleLevel, clip_factors
+from corolla.privacy.example_level import ExampleLevel
+from corolla.privacy.randomness import clip_factors
 from corolla.types import Move, Params, Walk
 
 Batch = Sequence[Sequence[Encoded]]

@@ -15,17 +15,19 @@ from corolla.client.training.first_order import FirstOrder
 from corolla.client.training.zeroth_order import ZerothOrder
 from corolla.config.run import RunConfig
 from corolla.data.encoding import Encoded, Encoder
-from corolla.data.federated import Example, FederatedData
+from corolla.data.federated import FederatedData
+from corolla.data.rows import Example
 from corolla.directions import seedlog
 from corolla.errors import ConfigError, CorollaError, ModelError, WireError
 from corolla.evaluation.scoring import score
 from corolla.models.dense import DenseModel
 from corolla.models.lora import LoraModel
-from corolla.models.records import client_folder, round_folder, write_update
+from corolla.models.records import write_update
 from corolla.models.trainable import Trainable
-from corolla.privacy import client_level, ledger
-from corolla.privacy.client_level import ExampleLevel
+from corolla.privacy import example_level, ledger
+from corolla.privacy.example_level import ExampleLevel
 from corolla.privacy.ledger import Ledger, Limit
+from corolla.storage.folders import client_folder, round_folder
 from corolla.storage.memory import Memory
 from corolla.types import LoraSpec, Payload, TrainerName, Update, row_name
 from corolla.wire import codec, compression, messages
@@ -305,7 +307,7 @@ class Worker:
             member, skipped = self._member(client, task, received, config, seed)
             update = self.strategy.local(member, received.groups)
             return replace(update, metrics={**update.metrics, "skipped": float(skipped)})
-        level = client_level.example_level(config, len(self.data.clients[client].train))
+        level = example_level.example_level(config, len(self.data.clients[client].train))
         path = self.device.ledger or self.memory.kept_folder(client) / ledger.NAME
         spent = private.spend(Ledger(path), self.device.limit, task, level)
         with private.withheld():

@@ -25,7 +25,7 @@ from corolla.errors import DataError
 from corolla.evaluation.scoring import loss_sum
 from corolla.models.space import Space
 from corolla.models.trainable import Trainable
-from corolla.privacy.client_level import ExampleLevel
+from corolla.privacy.example_level import ExampleLevel
 from corolla.types import LoraSpec, Move, Params, Pool, Walk
 
 _RESYNC = 10

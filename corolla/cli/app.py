@@ -14,8 +14,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-import corolla
 from corolla.errors import ConfigError, CorollaError
+from corolla.version import __version__
 
 # Before anything imports them: no telemetry, no update check, no advice of tokenizers on forks.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -57,7 +57,7 @@ def _user_errors() -> Iterator[None]:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        out.print(f"corolla {corolla.__version__}", highlight=False)
+        out.print(f"corolla {__version__}", highlight=False)
         raise typer.Exit
 
 
@@ -211,8 +211,8 @@ def plan(
         "clip": clip,
     }
     with _user_errors():
-        from corolla.client.device.settings import parse_bytes
         from corolla.config.run import load
+        from corolla.host.text import parse_bytes
 
         try:
             budget = parse_bytes(memory) if memory is not None else None
