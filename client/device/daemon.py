@@ -25,7 +25,7 @@ from typing import Any
 from corolla import strategies
 from corolla.client.device import machine
 from corolla.client.device.settings import Own
-from corolla.client.training.worker import Worker
+from corolla.client.training.worker import Device, Worker
 from corolla.config.run import RunConfig, validate
 from corolla.data import federated
 from corolla.data.federated import FederatedData
@@ -142,17 +142,8 @@ class Trainer:
             memory = Memory(folder)
             config, model, own = self._resident
             limit = Limit(self.own.epsilon, self.own.delta) if self.own.epsilon else None
-            worker = Worker(
-                config,
-                model,
-                own,
-                memory,
-                None,
-                self._step,
-                self.capabilities,
-                self.own.state / ledger.NAME,
-                limit,
-            )
+            device = Device(self.capabilities, self.own.state / ledger.NAME, limit)
+            worker = Worker(config, model, own, memory, on_step=self._step, device=device)
             self._worker = (task.run_id, worker)
         os.utime(self._runs / task.run_id)
         return self._worker[1]

@@ -19,7 +19,8 @@ from pathlib import Path
 from threading import Event
 
 from corolla.client.device import supernode
-from corolla.client.device.settings import Own, identity
+from corolla.client.device.identity import identity
+from corolla.client.device.settings import Own
 from corolla.client.device.supernode import Link
 from corolla.errors import ConfigError, CorollaError
 from corolla.host import logs, processes

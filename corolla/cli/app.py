@@ -711,7 +711,9 @@ def client(
         from corolla.client.device import settings as own
 
         if make_key:
-            key = own.make_key(config, options)
+            from corolla.client.device import identity
+
+            key = identity.make_key(config, options)
             out.print(f"{escape(str(key.public))} {key.fingerprint}", soft_wrap=True)
             return
         from corolla.client.device.node import begin

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from corolla import seeds, strategies
-from corolla.client.device.machine import Choice, choose
+from corolla.client.device.machine import Choice, Workload, choose
 from corolla.config import schedule
 from corolla.config.run import RunConfig
 from corolla.data import federated
@@ -177,7 +177,7 @@ def plan(config: RunConfig, budget: int | None = None) -> Plan:
     if budget is not None:
         worst = max(range(len(each)), key=lambda i: alone[i].total)
         own, kind = each[worst]
-        choice = choose(budget, model, own, batch, trainer=kind, evaluated=evaluated, labels=labels)
+        choice = choose(budget, Workload(model, batch, evaluated, labels), own, trainer=kind)
     at_a_time = batch.limited(config.micro_batch_size or config.batch_size)
     flops = throughput(model, at_a_time, config.threads)
     usual = _typical(drawn, config)

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from corolla import seeds
-from corolla.client.training.worker import LocalClient, Worker
+from corolla.client.training.worker import Device, LocalClient, Worker
 from corolla.config.run import RunConfig
 from corolla.data import federated
 from corolla.data.federated import FederatedData
@@ -537,7 +537,7 @@ def test_of_an_unforeseen_error_only_the_type_is_told(
     make: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
 ) -> None:
     worker = make()
-    worker.capabilities = Capabilities()  # as a device
+    worker.device = Device(Capabilities())
     packet = task(worker)
 
     def fail(*_: object) -> None:
@@ -547,7 +547,7 @@ def test_of_an_unforeseen_error_only_the_type_is_told(
     found = ask(worker, "ada", packet).error
     assert found.startswith(told)
     assert "secret" not in found
-    worker.capabilities = None  # on one machine: to the author of the strategy
+    worker.device = Device()  # on one machine: to the author of the strategy
     assert ("secret" in ask(worker, "ada", packet).error) == ("secret" in str(error))
 
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import pytest
 from scipy.stats import norm
 
-from corolla.client.training.worker import Worker
+from corolla.client.training.worker import Device, Worker
 from corolla.commands.simulate.in_process import simulate
 from corolla.config.run import RunConfig
 from corolla.data import federated
@@ -55,7 +55,8 @@ def make(settings: Settings, tmp_path: Path) -> Callable[..., Worker]:
         model = trainable.build(config, pretrained.load(config))
         own = federation or federated.load(config)
         memory = Memory(tmp_path / "memory")
-        return Worker(config, model, own, memory, record, None, None, ledger, limit)
+        device = Device(ledger=ledger, limit=limit)
+        return Worker(config, model, own, memory, record, device=device)
 
     return worker
 

@@ -96,15 +96,14 @@ class World:
 
 
 @contextmanager
-def serving(folder: Path, clock: Clock | None = None, **changes: Any) -> Iterator[World]:
-    """A gateway called "gate" that phones reach over TLS; impatient, as tests are.
-
-    Its clock is the machine's unless another is given.
-    """
+def serving(
+    folder: Path, clock: Callable[[], float] = time.monotonic, **changes: Any
+) -> Iterator[World]:
+    """A gateway called "gate" that phones reach over TLS; impatient, as tests are."""
     own = certificates(folder / "certs") if not (folder / "certs").exists() else folder / "certs"
     usual: dict[str, Any] = {"retry": 0.05, "lease": 5.0}
-    settings = GatewaySettings("gate", folder / "gate", **{**usual, **changes})
-    gateway = Gateway(settings, clock or time.monotonic)
+    settings = Settings("gate", folder / "gate", **{**usual, **changes})
+    gateway = Gateway(settings, clock=clock)
     server, port = serve_phones(
         gateway, tokens(folder), "localhost:0", own / "gateway.pem", own / "gateway.key"
     )
