@@ -9,8 +9,9 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from corolla.client.device.settings import state_of, write_atomic
+from corolla.client.device.settings import state_of
 from corolla.errors import ConfigError, CorollaError
+from corolla.host.files import write_atomic
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def identity(state: Path) -> tuple[Identity, bool]:
         )
         content = line + f" {found.name}\n".encode()
         if not public.exists() or public.read_bytes() != content:  # a full disk stops no client
-            write_atomic(public, content)
+            write_atomic(public, content, private=True)
     except OSError as error:  # it may pass: no error of the settings, which would end a service
         raise CorollaError(f"cannot use {error.filename or state}: {error.strerror}") from error
     except (ValueError, UnsupportedAlgorithm) as error:
@@ -76,4 +77,4 @@ def _make(path: Path) -> None:
         serialization.PrivateFormat.OpenSSH,
         serialization.NoEncryption(),
     )
-    write_atomic(path, data)
+    write_atomic(path, data, private=True)

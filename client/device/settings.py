@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from corolla.errors import ConfigError
+from corolla.host.text import parse_bytes
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _ADDRESS = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
@@ -121,25 +122,6 @@ def state_of(file: Path | None, options: Mapping[str, object]) -> Path:
     """The state folder of a device that need not have data or a server yet. Raises ConfigError."""
     state = options.get("state") or (_read(file) if file else {}).get("state") or state_folder()
     return Path(str(state)).expanduser().absolute()
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes of "2GB", "512 MiB", "1.5g". Raises ValueError."""
-    found = _BYTES.fullmatch(text.strip())
-    if not found:
-        raise ValueError("expected a size such as 2GB or 512MiB")
-    step = 1024 if found[3] else 1000
-    return int(float(found[1]) * step ** " kmgt".index(found[2].lower() or " "))
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """All of a file or nothing, readable by its owner alone."""
-    scratch = path.with_name(f"{path.name}.part")
-    scratch.unlink(missing_ok=True)
-    with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(data)
-        os.fsync(file.fileno())
-    scratch.replace(path)
 
 
 def _read(file: Path) -> dict[str, Any]:

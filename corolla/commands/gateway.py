@@ -13,9 +13,8 @@ from corolla.host import certificates
 from corolla.host.text import parse_bytes
 from corolla.phones import protocol
 from corolla.server.gateway.access import read_tokens
-from corolla.server.gateway.daemon import Order
-from corolla.server.gateway.gateway import Settings
-from corolla.server.gateway.leases import Policy
+from corolla.server.gateway.daemon import GatewayOrder
+from corolla.server.gateway.settings import GatewaySettings, Policy
 from corolla.wire.limits import MAX_EXAMPLES
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}

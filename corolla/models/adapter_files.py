@@ -1,7 +1,6 @@
 """Adapter folders in the form of peft: written whole, read back, merged and told apart."""
 
 import json
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from corolla.errors import ArtefactError, WireError
+from corolla.host.files import making_folder
 from corolla.tensors import factors, tree
 from corolla.types import LoraSpec, Params
 from corolla.wire import codec
@@ -24,13 +24,9 @@ PREFIX = "base_model.model."
 
 def write_adapter(folder: Path, config: PeftConfig, tensors: Params) -> None:
     """An adapter folder, whole or not at all; `tensors` by the names that peft gives them."""
-    scratch = folder.with_name(folder.name + ".part")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    config.save_pretrained(str(scratch))
-    codec.write(str(scratch / "adapter_model.safetensors"), tensors, {"format": "pt"})
-    shutil.rmtree(folder, ignore_errors=True)
-    scratch.replace(folder)
+    with making_folder(folder) as scratch:
+        config.save_pretrained(str(scratch))
+        codec.write(str(scratch / "adapter_model.safetensors"), tensors, {"format": "pt"})
 
 
 def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:

@@ -7,7 +7,6 @@ are set, tensor by tensor, so that memory stays that of inference.
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel
 
 from corolla.directions import moving
 from corolla.errors import ArtefactError, ModelError
+from corolla.host.files import making_folder
 from corolla.models.folders import folder_of
 from corolla.models.pretrained import Base, Quiet
 from corolla.models.space import InPlace, Space
@@ -138,16 +138,12 @@ def write_model(
 
     Its type, in config.json, is that of the first tensor.
     """
-    scratch = folder.with_name(folder.name + ".part")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    with Quiet():
-        model.save_pretrained(scratch, state_dict=dict(tensors) if tensors else None)
-    if tensors:
-        model.config.dtype = next(iter(tensors.values())).dtype
-        model.config.save_pretrained(scratch)
-    shutil.rmtree(folder, ignore_errors=True)
-    scratch.replace(folder)
+    with making_folder(folder) as scratch:
+        with Quiet():
+            model.save_pretrained(scratch, state_dict=dict(tensors) if tensors else None)
+        if tensors:
+            model.config.dtype = next(iter(tensors.values())).dtype
+            model.config.save_pretrained(scratch)
 
 
 def distance(folder: Path, shown: Mapping[str, Tensor]) -> float:

@@ -6,13 +6,12 @@ that Flower gives up is submitted again and goes on from its last committed roun
 its journal and its checkpoints are those of the ServerApp (server/app.py).
 """
 
-import fcntl
 import json
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from threading import Event
 
@@ -22,7 +21,7 @@ import psutil
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, RoundError, StoppedError
 from corolla.host import certificates, logs, supervised
-from corolla.host.files import write_atomic
+from corolla.host.files import only_one, write_atomic
 from corolla.host.processes import end, free_port, note_process, noted_process, stoppable
 from corolla.host.supervised import Process
 from corolla.server.deployment import superlink
@@ -70,7 +69,11 @@ class Supervisor:
         for name in ("flower", "logs"):
             (folder / name).mkdir(exist_ok=True)
         with ExitStack() as ends:
-            ends.enter_context(_locked(folder))
+            lock, busy = (
+                folder / "flower" / "lock",
+                f"another corolla server is at work in {folder}",
+            )
+            ends.enter_context(only_one(lock, busy))
             stop = ends.enter_context(stoppable())
             logs.configure(folder / "logs" / "supervisor.jsonl", order.run_id)
             ends.callback(logs.unconfigure)
@@ -205,17 +208,6 @@ class Supervisor:
 
     def _kept(self) -> str:
         return f"stopped{how_to_go_on(self.folder)}"
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """A lock that ends with the process. Raises ConfigError when another server has the folder."""
-    with (folder / "flower" / "lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"another corolla server is at work in {folder}") from None
-        yield
 
 
 def begin(

@@ -9,7 +9,7 @@ import pytest
 
 from corolla.client.device import settings
 from corolla.errors import ConfigError
-from corolla.host import text as text_
+from corolla.host.text import parse_bytes
 
 
 @pytest.fixture
@@ -101,13 +101,13 @@ def test_a_mistake_in_the_file_is_one_line(options: dict[str, Any], tmp_path: Pa
     ],
 )
 def test_sizes(text: str, wanted: int) -> None:
-    assert text_.parse_bytes(text) == wanted
+    assert parse_bytes(text) == wanted
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "1e9", "2 XB", "2GBit"])
 def test_no_sizes(text: str) -> None:
     with pytest.raises(ValueError, match="size"):
-        text_.parse_bytes(text)
+        parse_bytes(text)
 
 
 def command(*words: str) -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,7 @@ from tests.server.gateway.gateways import World
 
 
 def lease_of(world: World) -> Any:
-    job = world.gateway._job
+    job = world.gateway.rounds.job
     assert job
     (lease,) = job.round.leases.values()
     return lease

@@ -13,7 +13,7 @@ from corolla.client.phone.policies import Entry, Limits
 from corolla.errors import ConfigError
 from corolla.phones import protocol
 from corolla.proto import device_pb2 as pb
-from corolla.server.gateway.leases import Policy
+from corolla.server.gateway.settings import Policy
 from tests.client.phone.standing import Standing
 from tests.client.phone.test_session import CONFIG, LONG, Scripted, a_phone, ask
 from tests.server.gateway import gateways
@@ -47,7 +47,7 @@ def test_the_policy_of_the_last_answer_is_kept_and_holds_before_the_next_call(
         assert 0 < first.visit() < 1.0  # the window that the gateway gave
         first.visit()
     assert said == ["waiting: no round", "waiting: not idle, too warm"]
-    assert not gateway._seen  # it was not even asked
+    assert not gateway.roster.seen  # it was not even asked
     assert first.kept.policy().thermal == 2
     again = a_phone(world, Scripted(gateways.a_task(CONFIG)), conditions=lambda: now)
     with again.channel:

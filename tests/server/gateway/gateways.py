@@ -99,16 +99,25 @@ class World:
 def serving(
     folder: Path, clock: Callable[[], float] = time.monotonic, **changes: Any
 ) -> Iterator[World]:
-    """A gateway called "gate" that phones reach over TLS; impatient, as tests are."""
+    """A gateway called "gate" that phones reach over TLS; impatient, as tests are.
+
+    Its clock is the machine's unless another is given.
+    """
     own = certificates(folder / "certs") if not (folder / "certs").exists() else folder / "certs"
     usual: dict[str, Any] = {"retry": 0.05, "lease": 5.0}
-    settings = Settings("gate", folder / "gate", **{**usual, **changes})
+    settings = GatewaySettings("gate", folder / "gate", **{**usual, **changes})
     gateway = Gateway(settings, clock=clock)
     server, port = serve_phones(
         gateway, tokens(folder), "localhost:0", own / "gateway.pem", own / "gateway.key"
     )
     try:
-        yield World(gateway, f"localhost:{port}", folder, server, clock)
+        yield World(
+            gateway,
+            f"localhost:{port}",
+            folder,
+            server,
+            clock if isinstance(clock, Clock) else None,
+        )
     finally:
         server.stop(None).wait()
 
