@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import corolla
-from corolla.strategies import STRATEGIES
+from corolla.strategies.registry import STRATEGIES
 from corolla.types import Strategy
 
 

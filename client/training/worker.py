@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from corolla import seeds, strategies
+from corolla import seeds
 from corolla.client.training.dpsgd import SelfTestError
 from corolla.client.training.first_order import FirstOrder
 from corolla.client.training.zeroth_order import ZerothOrder
@@ -37,6 +37,7 @@ from corolla.privacy import client_level, ledger
 from corolla.privacy.client_level import ExampleLevel
 from corolla.privacy.ledger import Ledger, Limit
 from corolla.storage.memory import Memory
+from corolla.strategies import registry
 from corolla.types import (
     Client,
     ForwardTrainer,
@@ -170,7 +171,7 @@ class Worker:
         self.record = record
         self.on_step = on_step
         self.strategy = config.build_strategy()
-        self.traits = strategies.traits(self.strategy)
+        self.traits = registry.traits(self.strategy)
         self._encoder = Encoder(model.base.tokenizer, data.labels, config.max_length)
         self._encoded: OrderedDict[str, tuple[list[Encoded], int]] = OrderedDict()
 

@@ -312,7 +312,7 @@ def check(
     """Prove strategies on effective model weights; exit code 1 when one fails."""
     with _user_errors():
         from corolla.commands.check.proofs import conform, print_findings
-        from corolla.strategies import STRATEGIES
+        from corolla.strategies.registry import STRATEGIES
 
         results = conform(list(strategies or STRATEGIES), _spinner(as_json))
         if as_json:

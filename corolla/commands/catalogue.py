@@ -12,7 +12,7 @@ from rich.table import Table
 
 from corolla.config.rules import not_noised
 from corolla.server.runs.report import human_bytes
-from corolla.strategies import STRATEGIES, traits
+from corolla.strategies.registry import STRATEGIES, traits
 from corolla.types import Aggregates, Cost, Size, Strategy, TrainerName, Traits
 
 COHORT = 8

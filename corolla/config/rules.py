@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from corolla import strategies
 from corolla.aggregation import robust
 from corolla.aggregation.sums import ByGroup, SeedSums, WeightedMean
 from corolla.errors import ConfigError
+from corolla.strategies import registry
 from corolla.tensors import factors
 from corolla.types import Aggregator, LoraSpec, Params, Size, Strategy, TrainerName
 
@@ -29,34 +29,34 @@ _EMBEDDINGS = ("embed", "wte", "wpe")
 def refuse(config: "RunConfig", strategy: Strategy) -> None:
     """Raises ConfigError for settings that the strategy does not go with."""
     if len(set(config.loras)) > 1 and not strategy.mixed_ranks:
-        able = [n for n, c in strategies.STRATEGIES.items() if c.mixed_ranks]
+        able = [n for n, c in registry.STRATEGIES.items() if c.mixed_ranks]
         raise ConfigError(
             f"strategy {config.strategy} needs one rank and alpha for all clients, found "
             f"ranks {[spec.rank for spec in config.loras]}, "
             f"alphas {[spec.alpha for spec in config.loras]}: use {' or '.join(able)}"
         )
-    if config.buffer and not strategies.traits(strategy).stale:
-        known = strategies.STRATEGIES.items()
-        able = [name for name, cls in known if strategies.traits(cls).stale]
+    if config.buffer and not registry.traits(strategy).stale:
+        known = registry.STRATEGIES.items()
+        able = [name for name, cls in known if registry.traits(cls).stale]
         raise ConfigError(
             f"buffer applies updates made from older states, and those of strategy "
             f"{config.strategy} count only for the state they were made from (its base, phase "
             f"or directions change): use {' or '.join(able)}"
         )
     if config.parameters != "lora" and not _without_factors(strategy):
-        known = strategies.STRATEGIES.items()
+        known = registry.STRATEGIES.items()
         raise ConfigError(
             f"strategy {config.strategy} trains LoRA factors, found "
             f"parameters={config.parameters}: use "
             f"{' or '.join(name for name, cls in known if _without_factors(cls))}"
         )
-    usable = strategies.traits(strategy).optimizers
+    usable = registry.traits(strategy).optimizers
     if config.optimizer not in usable:
         raise ConfigError(
             f"strategy {config.strategy} is derived for {' or '.join(usable)}, found optimizer "
             f"{config.optimizer}: set optimizer={usable[0]} and its lr"
         )
-    if strategies.traits(strategy).personal and not config.eval_clients:
+    if registry.traits(strategy).personal and not config.eval_clients:
         raise ConfigError(
             f"strategy {config.strategy} has personal models, which clients evaluate and save: "
             f"found eval-clients=0, raise it"
@@ -94,25 +94,25 @@ def refuse(config: "RunConfig", strategy: Strategy) -> None:
 
 def _refuse_codecs(config: "RunConfig", strategy: Strategy) -> None:
     """Raises ConfigError for codecs that are none, or would change what updates mean."""
-    up, down, updates = config.uplink, config.downlink, strategies.traits(strategy).updates
+    up, down, updates = config.uplink, config.downlink, registry.traits(strategy).updates
     given = f"strategy {config.strategy} sends {updates}"
     if updates == "scalars" and (config.codec or config.codec_down):
         raise ConfigError(f"{given}: there is nothing to compress, leave codec and codec-down out")
     if up.needs_differences and updates != "differences":
         raise ConfigError(f"{given}: codec top_k is for differences, where 0 means no change")
-    if up.needs_differences and strategies.traits(strategy).rebases:
+    if up.needs_differences and registry.traits(strategy).rebases:
         raise ConfigError(
             f"strategy {config.strategy} has new coordinates in each round: what codec top_k "
             f"leaves out cannot be added to a later update; use int8 or int4"
         )
-    if up.lossy and not up.needs_differences and strategies.traits(strategy).mirrors:
+    if up.lossy and not up.needs_differences and registry.traits(strategy).mirrors:
         raise ConfigError(
             f"strategy {config.strategy} sums up what its clients keep, so nothing may be lost on "
             f"the way: add top_k to codec, which sends the rest later, or use zstd alone"
         )
     if up.needs_factors and updates != "factors":
         able = [
-            n for n, c in strategies.STRATEGIES.items() if strategies.traits(c).updates == "factors"
+            n for n, c in registry.STRATEGIES.items() if registry.traits(c).updates == "factors"
         ]
         raise ConfigError(
             f"{given}: codec rank keeps the products of factors, use {' or '.join(able)}"
@@ -133,7 +133,7 @@ def _refuse_robust(config: "RunConfig", strategy: Strategy, used: Collection[Tra
         )
     if rule == "none":
         return
-    if strategies.traits(strategy).mirrors:
+    if registry.traits(strategy).mirrors:
         raise ConfigError(
             f"robust={rule} does not fit strategy {config.strategy}: the server sums up what its "
             f"clients keep, and a rule would leave parts out"
@@ -143,7 +143,7 @@ def _refuse_robust(config: "RunConfig", strategy: Strategy, used: Collection[Tra
         for spec in set(config.loras)
         for trainer in used
     ]
-    traits = strategies.traits(strategy)
+    traits = registry.traits(strategy)
     reason = robust.refusal(rule, config.compared_in(strategy), traits, likes)
     if reason:
         raise ConfigError(f"robust={rule} does not fit strategy {config.strategy}: {reason}")
@@ -266,7 +266,7 @@ def refuse_private(config: "RunConfig", strategy: Strategy) -> None:
     """Raises ConfigError for a strategy, or settings of its training, that dp does not go with."""
     if config.dp == "none":
         return
-    if strategies.traits(strategy).personal:
+    if registry.traits(strategy).personal:
         raise ConfigError(
             f"dp={config.dp} forbids measuring models on clients' examples, and those of strategy "
             f"{config.strategy} are personal and measured there: use {_PRIVATE_STRATEGIES}"
@@ -276,7 +276,7 @@ def refuse_private(config: "RunConfig", strategy: Strategy) -> None:
             f"dp=client does not fit strategy {config.strategy}: {why}; use {_PRIVATE_STRATEGIES}, "
             f"or dp=example"
         )
-    if config.dp_mechanism == "banded" and strategies.traits(strategy).rebases:
+    if config.dp_mechanism == "banded" and registry.traits(strategy).rebases:
         raise ConfigError(
             f"dp-mechanism=banded takes back noise of earlier rounds, and that of strategy "
             f"{config.strategy} lies along directions which are new in each round: use "
@@ -289,7 +289,7 @@ _PRIVATE_STRATEGIES = "ffa_lora, fed_sb, fedsvd, rolora, fedavg or seed_pool"
 
 def not_noised(strategy: Strategy) -> str:
     """Why noise on a sum of clipped updates would not make a strategy private; "" if it does."""
-    traits = strategies.traits(strategy)
+    traits = registry.traits(strategy)
     if traits.mirrors:
         return "the server sums up what its clients keep, and neither may be clipped nor noised"
     if traits.individual or not strategy.aggregator().linear:
@@ -319,7 +319,7 @@ def refuse_kept_updates(config: "RunConfig") -> None:
 def _refuse_start(config: "RunConfig", strategy: Strategy) -> None:
     """Raises ConfigError for a start that the strategy would not follow."""
     if config.start == "gradient" and not takes_start(strategy):
-        known = strategies.STRATEGIES.items()
+        known = registry.STRATEGIES.items()
         raise ConfigError(
             f"start=gradient is an adapter that the server hands out, and clients of strategy "
             f"{config.strategy} begin from another: use "
@@ -329,7 +329,7 @@ def _refuse_start(config: "RunConfig", strategy: Strategy) -> None:
 
 def refuse_gateways(config: "RunConfig", strategy: Strategy) -> None:
     """Raises ConfigError for settings that gateways do not go with."""
-    traits = strategies.traits(strategy)
+    traits = registry.traits(strategy)
     for wrong, why in (
         (
             traits.keeps or traits.mirrors or traits.personal,
@@ -386,4 +386,4 @@ def takes_start(strategy: Strategy) -> bool:
 
 def _without_factors(strategy: Strategy | type[Strategy]) -> bool:
     """Whether it can train other tensors than LoRA factors."""
-    return strategy.full or strategies.traits(strategy).dense
+    return strategy.full or registry.traits(strategy).dense

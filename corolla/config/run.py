@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from corolla import strategies
 from corolla.aggregation import robust
 from corolla.aggregation.robust import Rule, Space
 from corolla.config import rules
 from corolla.errors import ConfigError
+from corolla.strategies import files, registry
 from corolla.types import LoraSpec, Strategy, TrainerName
 from corolla.wire import compression
 from corolla.wire.compression import Pipeline
@@ -286,7 +286,7 @@ class RunConfig(BaseModel):
         if values.get("dp") == "example":  # what is noised is clipped already
             values = {"clip_norm": None, **values}
         try:
-            known = strategies.find(str(values.get("strategy", "fedavg")))
+            known = registry.find(str(values.get("strategy", "fedavg")))
         except ConfigError:  # said when the strategy is built
             known = None
         embedded = values.get("model", "embedded") == "embedded"
@@ -303,7 +303,7 @@ class RunConfig(BaseModel):
     @classmethod
     def _absolute_file(cls, name: str) -> str:
         """As paths of model and data: FILE.py:Class must mean the same from another folder."""
-        return strategies.absolute(name)
+        return files.absolute(name)
 
     @field_validator("model", "data", "availability", "public")
     @classmethod
@@ -351,7 +351,7 @@ class RunConfig(BaseModel):
 
     def build_strategy(self) -> Strategy:
         """The strategy with its options. Raises ConfigError; also for what it does not go with."""
-        strategy = strategies.create(self.strategy, self.options)
+        strategy = registry.create(self.strategy, self.options)
         rules.refuse(self, strategy)
         return strategy
 
@@ -367,7 +367,7 @@ class RunConfig(BaseModel):
 
     def compared_in(self, strategy: Strategy) -> Space:
         """The space of the rule that `robust` names."""
-        own = robust.space_of(strategies.traits(strategy))
+        own = robust.space_of(registry.traits(strategy))
         return own if self.robust_space == "auto" else self.robust_space
 
     def class_of(self, index: int) -> str:
@@ -384,7 +384,7 @@ class RunConfig(BaseModel):
         given = self.classes[name].model_dump(
             include=set(RunConfig.model_fields), exclude_none=True
         )
-        usual = strategies.find(self.strategy).trainers[0]
+        usual = registry.find(self.strategy).trainers[0]
         if self.trainer_of(name) == "zeroth_order" != usual and "lr" not in given:
             given["lr"] = _lr_zeroth_order(self.parameters, self.model == "embedded")
         changed = self.model_copy(update=given)
@@ -396,7 +396,7 @@ class RunConfig(BaseModel):
     def trainer_of(self, name: str) -> TrainerName:
         """How the clients of a class train."""
         wanted = self.classes[name].trainer if name else None
-        return wanted or strategies.find(self.strategy).trainers[0]
+        return wanted or registry.find(self.strategy).trainers[0]
 
     @property
     def simulates_time(self) -> bool:
@@ -538,8 +538,8 @@ def _assign(
         for name, entry in value.items():
             _assign(values, tables, f"{key}.{name}", entry, source)
     elif dot:
-        if table not in strategies.STRATEGIES and table != "strategy":
-            raise _unknown(table, ["strategy", *strategies.STRATEGIES], source)
+        if table not in registry.STRATEGIES and table != "strategy":
+            raise _unknown(table, ["strategy", *registry.STRATEGIES], source)
         tables.setdefault(table, {})[field.replace("-", "_")] = value
     elif key not in RunConfig.model_fields:
         raise _unknown(key, list(RunConfig.model_fields), source)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corolla import seeds, strategies
+from corolla import seeds
 from corolla.aggregation.sums import summable
 from corolla.client.training.worker import Worker
 from corolla.config.run import RunConfig
@@ -27,6 +27,7 @@ from corolla.server.rounds.federation import Federation
 from corolla.server.rounds.gate import Expected, Judged, judge
 from corolla.server.rounds.tasks import Traffic, make_tasks
 from corolla.storage.memory import Memory
+from corolla.strategies import registry
 from corolla.types import Params, Payload
 from corolla.wire import codec, messages, packet
 from corolla.wire.compression import pipeline
@@ -60,7 +61,7 @@ class Target:
         if not judged.verdict.accepted:
             assert (judged.reply, judged.update, judged.members) == (None, {}, {})
             return judged, 0.0
-        aggregator = strategies.create(self.strategy).aggregator()
+        aggregator = registry.create(self.strategy).aggregator()
         reply = judged.reply
         assert reply is not None
         if self.expect.sums is not None:
@@ -154,7 +155,7 @@ def targets() -> list[Target]:
         sent = _honest(made.pack(adapter, 1))
         found.append(Target("+".join(steps), sent, TASK, replace(expect, codec=made), "fedavg"))
     seated = replace(TASK, seats=3)
-    mean = strategies.create("fedavg").aggregator()
+    mean = registry.create("fedavg").aggregator()
     for weight in (2, 5):
         mean.add(adapter, weight)
     partial = summable(mean)

@@ -38,7 +38,7 @@ from corolla.server.runs.evaluate import Evaluator, Sample, fairness
 from corolla.server.runs.journal import Journal, Past, fail_point
 from corolla.server.runs.observer import Observer
 from corolla.server.runs.report import write_report
-from corolla.strategies import traits
+from corolla.strategies.registry import traits
 from corolla.tensors import tree
 from corolla.types import Adapter, Aggregates, Metrics, Payload, Strategy
 

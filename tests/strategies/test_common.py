@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from corolla import strategies
 from corolla.client.training.worker import Worker
 from corolla.commands.check.proofs import Result, conform
 from corolla.directions import seedlog
@@ -20,7 +19,8 @@ from corolla.server.rounds.federation import Network
 from corolla.server.rounds.round import evaluate_clients
 from corolla.server.rounds.tasks import accepted_only
 from corolla.storage.memory import Memory
-from corolla.strategies import STRATEGIES, create
+from corolla.strategies import registry
+from corolla.strategies.registry import STRATEGIES, create
 from corolla.tensors import factors, tree
 from corolla.types import LoraSpec, Observed, Params, Payload, Strategy, Traits
 from corolla.wire import codec, messages
@@ -58,7 +58,7 @@ def classes(name: str) -> dict[str, Any]:
 
 
 def traits(name: str) -> Traits:
-    return strategies.traits(STRATEGIES[name])
+    return registry.traits(STRATEGIES[name])
 
 
 def rounding(name: str) -> float:
@@ -96,7 +96,7 @@ def aggregate(strategy: Strategy, parts: Sequence[tuple[Payload, float]]) -> Pay
 def weights(run: Run, state: Payload) -> Params:
     """The effective weights of a state, by peft; where clients keep a factor, the other one."""
     strategy = run.federation.strategy
-    if strategies.traits(strategy).personal and strategy.aggregates == "other":
+    if registry.traits(strategy).personal and strategy.aggregates == "other":
         return {n: tensor.double() for n, tensor in strategy.adapter(state).trained.items()}
     run.model.show(strategy.adapter(state), run.federation.config.lora)
     return tiny.effective(run.model)

@@ -8,10 +8,10 @@ from typer.testing import CliRunner
 from corolla.cli.app import app
 from corolla.config.run import validate
 from corolla.errors import ConfigError
-from corolla.strategies import STRATEGIES, create, find
 from corolla.strategies.fedavg import FedAvg
 from corolla.strategies.ffa_lora import FfaLora
 from corolla.strategies.flora import Flora
+from corolla.strategies.registry import STRATEGIES, create, find
 from corolla.types import Strategy
 from tests.strategies.sabotaged import Own
 

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
 
-from corolla import seeds, strategies
+from corolla import seeds
 from corolla.client.training.worker import Worker
 from corolla.config.run import RunConfig
 from corolla.data.federated import Example, FederatedData, Split
@@ -28,6 +28,7 @@ from corolla.models.pretrained import Base
 from corolla.server.rounds.federation import Federation, Held, Network
 from corolla.server.rounds.round import RoundResult, run_round
 from corolla.storage.memory import Memory
+from corolla.strategies import registry
 from corolla.tensors import factors
 from corolla.types import (
     Broadcast,
@@ -165,7 +166,7 @@ def data(kind: str) -> FederatedData:
 
 def config(strategy: str, **changes: Any) -> RunConfig:
     """Three of four clients a round, two steps each."""
-    traits = strategies.traits(strategies.find(strategy))
+    traits = registry.traits(registry.find(strategy))
     values = {
         "strategy": strategy,
         "rank": 4,

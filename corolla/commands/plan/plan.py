@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from corolla import seeds, strategies
+from corolla import seeds
 from corolla.client.device.machine import Choice, choose
 from corolla.config import schedule
 from corolla.config.run import RunConfig
@@ -32,6 +32,7 @@ from corolla.server.rounds.federation import Federation
 from corolla.server.rounds.tasks import costs
 from corolla.server.runs.journal import Past
 from corolla.server.runs.report import human_bytes
+from corolla.strategies import registry
 from corolla.types import LoraSpec, Params
 
 _SCORED = 8
@@ -155,7 +156,7 @@ def plan(config: RunConfig, budget: int | None = None) -> Plan:
     rounds = _rounds(federation)
     members = [cost for _, paid in rounds for cost in paid]
     messages = max(c.up + c.down + c.once for c in members)
-    alike = strategies.traits(federation.strategy).individual
+    alike = registry.traits(federation.strategy).individual
     sent = max(sum(c.up for c in paid) for _, paid in rounds)
     kept = (sent if alike else 2 * max(c.up for c in members)) + max(c.down for c in members)
     lengths = Lengths(model, config, labels)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from corolla import seeds, strategies
+from corolla import seeds
 from corolla.aggregation.robust import (
     Robust,
     Rule,
@@ -25,6 +25,7 @@ from corolla.aggregation.robust import (
 from corolla.aggregation.sums import ByGroup, SeedSums, Stack, Sum, WeightedMean
 from corolla.config import run
 from corolla.errors import ConfigError
+from corolla.strategies import registry
 from corolla.tensors import factors
 from corolla.types import Aggregator, Params, Payload, Traits
 
@@ -676,9 +677,9 @@ def lookalike(like: Payload, number: int) -> Payload:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("name", strategies.STRATEGIES)
+@pytest.mark.parametrize("name", registry.STRATEGIES)
 def test_a_rule_and_a_strategy_work_together_or_are_refused(name: str, rule: Rule) -> None:
-    traits = strategies.traits(strategies.find(name))
+    traits = registry.traits(registry.find(name))
     values: dict[str, Any] = {"strategy": name, "optimizer": traits.optimizers[0], "robust": rule}
     if name == "mixed":
         values["classes"] = {t: {"trainer": t} for t in ("first_order", "zeroth_order")}

@@ -16,7 +16,7 @@ from corolla.errors import ConfigError, DataError, ModelError
 from corolla.models.lora import LoraModel, read_adapter
 from corolla.models.pretrained import Base
 from corolla.server.runs import gradient_start
-from corolla.strategies import STRATEGIES, create
+from corolla.strategies.registry import STRATEGIES, create
 from corolla.tensors import tree
 from corolla.types import Params
 from tests.conftest import Settings
