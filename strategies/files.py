@@ -112,4 +112,3 @@ def _load(path: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
-

@@ -102,4 +102,3 @@ def traits(strategy: Strategy | type[Strategy]) -> Traits:
     fields = dataclasses.fields(Traits)
     said: dict[str, Any] = {f.name: getattr(strategy, f.name, f.default) for f in fields}
     return Traits(**said)
-

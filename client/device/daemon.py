@@ -26,7 +26,8 @@ from corolla import __version__
 from corolla.client.device import machine
 from corolla.client.device.settings import Own
 from corolla.client.training.worker import Worker
-from corolla.config.run import RunConfig, validate
+from corolla.config.load import validate
+from corolla.config.run import RunConfig
 from corolla.data import federated
 from corolla.data.federated import FederatedData
 from corolla.errors import (

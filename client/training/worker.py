@@ -14,6 +14,7 @@ from corolla import seeds
 from corolla.client.training.dpsgd import SelfTestError
 from corolla.client.training.first_order import FirstOrder
 from corolla.client.training.zeroth_order import ZerothOrder
+from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.data.encoding import Encoded, Encoder
 from corolla.data.federated import Example, FederatedData
@@ -170,7 +171,7 @@ class Worker:
         self.memory = memory
         self.record = record
         self.on_step = on_step
-        self.strategy = config.build_strategy()
+        self.strategy = build_strategy(config)
         self.traits = registry.traits(self.strategy)
         self._encoder = Encoder(model.base.tokenizer, data.labels, config.max_length)
         self._encoded: OrderedDict[str, tuple[list[Encoded], int]] = OrderedDict()

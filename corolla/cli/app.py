@@ -128,7 +128,7 @@ def simulate(
         "clip": clip,
     }
     with _user_errors():
-        from corolla.config.run import load, resumed
+        from corolla.config.load import load, resumed
 
         if resume and out_dir is None:
             raise ConfigError("--resume needs --out: the folder of the run to go on with")
@@ -212,7 +212,7 @@ def plan(
     }
     with _user_errors():
         from corolla.client.device.settings import parse_bytes
-        from corolla.config.run import load
+        from corolla.config.load import load
 
         try:
             budget = parse_bytes(memory) if memory is not None else None
@@ -377,7 +377,7 @@ def audit(
         "clip": clip,
     }
     with _user_errors():
-        from corolla.config.run import load
+        from corolla.config.load import load
 
         run_config = load(config, options, settings or ())
         from corolla.commands.audit import run as auditing
@@ -633,7 +633,7 @@ def server(
         "min_clients": min_clients,
     }
     with _user_errors():
-        from corolla.config.run import load, unchanged, validate
+        from corolla.config.load import load, unchanged, validate
         from corolla.server.deployment.order import read_order, read_settings
 
         chosen = read_settings(config, own)

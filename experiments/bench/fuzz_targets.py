@@ -14,6 +14,7 @@ from torch import Tensor
 from corolla import seeds
 from corolla.aggregation.sums import summable
 from corolla.client.training.worker import Worker
+from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.data import federated as data
 from corolla.directions import seedlog
@@ -310,7 +311,7 @@ def _device(folder: Path, config: RunConfig) -> Device:
     federated = data.load(config)
     worker = Worker(config, model, federated, Memory(folder))
     clients = {client: len(split.train) for client, split in federated.clients.items()}
-    strategy = config.build_strategy()
+    strategy = build_strategy(config)
     start = model.init(config.lora, seeds.derive(config.seed, "init"))
     state = strategy.init(start, config.seed)
     origin = seedlog.origin(model.base.fingerprint, state)

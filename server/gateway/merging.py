@@ -11,7 +11,9 @@ import torch
 from corolla import seeds
 from corolla.aggregation import robust
 from corolla.config import schedule
-from corolla.config.run import RunConfig, validate
+from corolla.config.build import build_strategy
+from corolla.config.load import validate
+from corolla.config.run import RunConfig
 from corolla.errors import WireError
 from corolla.server.rounds.federation import merges
 from corolla.server.rounds.gate import Expected, Judged, judge
@@ -126,4 +128,4 @@ def prepare(task: Task, allow: Iterable[str] = ()) -> Merging:
     config.of_class(kind)
     fresh = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in form.items()}
     bare = replace(task, payload=b"", scalars={}, log=None, seats=0)
-    return Merging(bare, config, config.build_strategy(), kind, fresh)
+    return Merging(bare, config, build_strategy(config), kind, fresh)

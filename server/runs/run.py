@@ -18,7 +18,9 @@ from typing import Any, Literal
 
 import corolla
 from corolla import seeds
-from corolla.config.run import RunConfig, validate
+from corolla.config.build import build_strategy
+from corolla.config.load import validate
+from corolla.config.run import RunConfig
 from corolla.directions import seedlog
 from corolla.errors import ArtefactError, ConfigError, RoundError, StoppedError
 from corolla.host import logs
@@ -180,7 +182,7 @@ class Run:
         return summary
 
     def _federation(self, past: Past) -> Federation:
-        strategy = self.config.build_strategy()
+        strategy = build_strategy(self.config)
         # Who is known keeps its place; who is not there now may come back.
         clients = {**past.roster, **dict(sorted(self.network.clients().items()))}
         if not clients:

@@ -13,6 +13,7 @@ import torch
 
 from corolla.client.training.worker import Worker
 from corolla.commands.check.proofs import Result, conform
+from corolla.config.build import build_strategy
 from corolla.directions import seedlog
 from corolla.errors import ConfigError
 from corolla.server.rounds.federation import Network
@@ -128,21 +129,21 @@ def test_names_its_paper_and_keeps_no_state(name: str) -> None:
 def test_mixed_ranks_are_accepted_exactly_when_declared(name: str) -> None:
     settings = tiny.config(name, ranks=[2, 4], **classes(name))
     if STRATEGIES[name].mixed_ranks:
-        settings.build_strategy()
+        build_strategy(settings)
         return
     with pytest.raises(ConfigError, match="needs one rank and alpha for all clients"):
-        settings.build_strategy()
-    assert tiny.config(name, ranks=[2, 2], **classes(name)).build_strategy() is not None
+        build_strategy(settings)
+    assert build_strategy(tiny.config(name, ranks=[2, 2], **classes(name))) is not None
 
 
 @pytest.mark.parametrize("role", ["bias", "full"])
 def test_other_tensors_are_trained_exactly_when_declared(name: str, role: str) -> None:
     settings = tiny.config(name, parameters=role)
     if STRATEGIES[name].full or getattr(STRATEGIES[name], "dense", False):
-        settings.build_strategy()
+        build_strategy(settings)
         return
     with pytest.raises(ConfigError, match="trains LoRA factors"):
-        settings.build_strategy()
+        build_strategy(settings)
 
 
 @pytest.mark.parametrize("trainer", ["first_order", "zeroth_order"])
@@ -151,20 +152,20 @@ def test_clients_train_as_declared_and_in_no_other_way(name: str, trainer: str) 
     settings = tiny.config(name, classes={"phone": {"trainer": trainer}, **known})
     assert settings.trainer_of("") == STRATEGIES[name].trainers[0]
     if trainer in STRATEGIES[name].trainers:
-        settings.build_strategy()
+        build_strategy(settings)
         assert settings.trainer_of("phone") == trainer
         return
     with pytest.raises(ConfigError, match=f"class phone has trainer {trainer}, but"):
-        settings.build_strategy()
+        build_strategy(settings)
 
 
 def test_more_than_one_way_to_train_needs_all_of_them(name: str) -> None:
     if len(STRATEGIES[name].trainers) == 1:
-        tiny.config(name).build_strategy()
+        build_strategy(tiny.config(name))
         return
     for trainer in STRATEGIES[name].trainers:
         with pytest.raises(ConfigError, match=f"found {trainer}: set classes.NAME.trainer"):
-            tiny.config(name, classes={"all": {"trainer": trainer}}).build_strategy()
+            build_strategy(tiny.config(name, classes={"all": {"trainer": trainer}}))
 
 
 # Proofs on effective weights

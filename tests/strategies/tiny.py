@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from corolla import seeds
 from corolla.client.training.worker import Worker
+from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.data.federated import Example, FederatedData, Split
 from corolla.directions import seedlog
@@ -268,7 +269,7 @@ class Run:
 def start(settings: RunConfig, kind: str, folder: Path, *, reverse: bool = False) -> Run:
     """A federation before its first round."""
     model = lora_model(kind, settings.dropout)
-    strategy = settings.build_strategy()
+    strategy = build_strategy(settings)
     worker = Worker(settings, model, data(kind), Memory(folder))
     first = strategy.init(
         model.init(settings.lora, seeds.derive(settings.seed, "init")), settings.seed

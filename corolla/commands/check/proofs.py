@@ -25,6 +25,7 @@ from tokenizers.models import WordLevel
 
 from corolla import seeds
 from corolla.client.training.worker import Worker
+from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.data.federated import Example, FederatedData, Split
 from corolla.directions import seedlog
@@ -183,7 +184,7 @@ class _Probe:
         )
         self.labels = ["no", "perhaps", "yes"] if kind == "bert" else []
         self.data = _data(self.labels)
-        self.strategy = self.config.build_strategy()
+        self.strategy = build_strategy(self.config)
 
     def findings(self, rounds: int) -> Iterator[Finding]:
         """Run rounds and compare each with what the clients' models say."""

@@ -28,7 +28,8 @@ import corolla
 from corolla.commands.compare import results as comparison
 from corolla.commands.compare.report import write_comparison
 from corolla.commands.compare.results import Cell
-from corolla.config.run import RunConfig, load
+from corolla.config.load import load
+from corolla.config.run import RunConfig
 from corolla.data import federated
 from corolla.errors import ConfigError, CorollaError, StoppedError
 from corolla.host.processes import Child, stop, stoppable

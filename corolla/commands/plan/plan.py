@@ -18,6 +18,7 @@ from rich.table import Table
 from corolla import seeds
 from corolla.client.device.machine import Choice, choose
 from corolla.config import schedule
+from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.data import federated
 from corolla.data.federated import Example, FederatedData
@@ -251,7 +252,7 @@ def _privacy(federation: Federation) -> Privacy | None:
 
 
 def _federation(config: RunConfig, model: Anatomy, known: FederatedData, labels: int) -> Federation:
-    strategy = config.build_strategy()
+    strategy = build_strategy(config)
 
     def fresh(spec: LoraSpec) -> Params:
         own = config.model_copy(update={"rank": spec.rank, "ranks": [], "classes": {}})

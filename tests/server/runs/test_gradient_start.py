@@ -11,7 +11,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from corolla.commands.simulate.in_process import simulate
-from corolla.config.run import RunConfig, validate
+from corolla.config.load import validate
+from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, DataError, ModelError
 from corolla.models.lora import LoraModel, read_adapter
 from corolla.models.pretrained import Base
