@@ -62,7 +62,7 @@ def takes(**tables: Table) -> Callable[[Callable[..., None]], Callable[..., None
             }
             command(**given, **values)
 
-        del run.__wrapped__  # type: ignore[attr-defined] # typer would look for its signature
+        del run.__wrapped__  # typer would take the signature of that
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         return run

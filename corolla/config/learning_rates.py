@@ -22,7 +22,7 @@ LR_ZEROTH_ORDER = {
 
 
 def zeroth_order(parameters: object, embedded: bool) -> float:
-    """Of LR_ZEROTH_ORDER: what is neither all parameters nor LoRA is as small as LoRA."""
+    """The rate of LR_ZEROTH_ORDER; what is neither all parameters nor LoRA takes that of LoRA."""
     return LR_ZEROTH_ORDER["full" if parameters == "full" else "lora", embedded]
 
 
