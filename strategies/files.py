@@ -10,7 +10,7 @@ from types import ModuleType
 
 from corolla.errors import ConfigError
 from corolla.host.text import nearest
-from corolla.types import Strategy
+from corolla.interfaces import Strategy
 
 _PARTS = (
     "name",
@@ -56,7 +56,7 @@ def find(name: str) -> type[Strategy]:
     missing = sorted(part for part in _PARTS if not hasattr(found, part))
     if missing:
         raise ConfigError(
-            f"strategy {name!r} lacks {', '.join(missing)} (see corolla.types.Strategy)"
+            f"strategy {name!r} lacks {', '.join(missing)} (see corolla.interfaces.Strategy)"
         )
     return found
 

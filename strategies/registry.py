@@ -6,6 +6,7 @@ from typing import Any
 
 from corolla.errors import ConfigError
 from corolla.host.text import nearest
+from corolla.interfaces import Strategy, Traits
 from corolla.strategies import files
 from corolla.strategies.fed_sb import FedSb
 from corolla.strategies.fedavg import FedAvg
@@ -29,7 +30,6 @@ from corolla.strategies.mixed import Mixed
 from corolla.strategies.rolora import RoLora
 from corolla.strategies.scaffold import Scaffold
 from corolla.strategies.seed_pool import SeedPool
-from corolla.types import Strategy, Traits
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "fedavg": FedAvg,

@@ -22,7 +22,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from corolla import __version__
 from corolla.client.device import machine
 from corolla.client.device.settings import Own
 from corolla.client.training.worker import Worker
@@ -40,13 +39,14 @@ from corolla.errors import (
 )
 from corolla.host import logs
 from corolla.host.processes import when_orphaned
-from corolla.models import pretrained, trainable
+from corolla.models import devices, pretrained, trainable
 from corolla.models.pretrained import Base
 from corolla.models.trainable import Trainable
 from corolla.privacy import ledger
 from corolla.privacy.ledger import Limit
 from corolla.storage.memory import Memory
 from corolla.strategies import files
+from corolla.version import __version__
 from corolla.wire import rpc
 from corolla.wire.messages import Capabilities, Reply, Task, pack_reply, unpack_reply, unpack_task
 from corolla.wire.packet import Packet
@@ -84,7 +84,7 @@ class Trainer:
         spent = own.state / ledger.NAME
         if own.epsilon and not spent.exists() and any(self._runs.glob("*")):
             _log.warning("no ledger of earlier runs: their cost is not counted", missing=spent)
-        pretrained.set_threads(plain)
+        devices.set_threads(plain)
         self._first: tuple[str, Base] | None = None
         base = self._load(plain, [])
         self.model_sha256 = base.fingerprint
@@ -162,7 +162,7 @@ class Trainer:
         self, config: RunConfig, labels: Sequence[str]
     ) -> tuple[RunConfig, Trainable, FederatedData]:
         own = self._data(config, labels)
-        pretrained.set_threads(config)
+        devices.set_threads(config)
         base = self._load(config, labels)
         model = trainable.build(config, base)
         _log.info("model ready", model=base.fingerprint[:12], strategy=config.strategy)

@@ -19,11 +19,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from corolla.errors import ConfigError, CorollaError
-from corolla.host.text import nearest
+from corolla.host.text import nearest, parse_bytes
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _ADDRESS = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
-_BYTES = re.compile(r"([0-9]+(?:\.[0-9]+)?) *([kmgt]?)(i?)b?", re.IGNORECASE)
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -120,15 +119,6 @@ def load(file: Path | None, options: Mapping[str, object]) -> Own:
             raise ConfigError(f"{option} is missing") from error
         message = str(first["msg"]).removeprefix("Value error, ")
         raise ConfigError(f"{option}: {message}; found {first['input']!r}") from error
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes of "2GB", "512 MiB", "1.5g". Raises ValueError."""
-    found = _BYTES.fullmatch(text.strip())
-    if not found:
-        raise ValueError("expected a size such as 2GB or 512MiB")
-    step = 1024 if found[3] else 1000
-    return int(float(found[1]) * step ** " kmgt".index(found[2].lower() or " "))
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from corolla.data.encoding import IGNORE, Encoded, collate
 from corolla.errors import DataError, ModelError
 from corolla.evaluation.scoring import loss_sum, sequence_losses
 from corolla.models.trainable import Differentiable
-from corolla.privacy.client_level import ExampleLevel, clip_factors
+from corolla.privacy.example_level import ExampleLevel
+from corolla.privacy.randomness import clip_factors
 from corolla.types import Params
 
 _RULES = (nn.Linear, nn.LayerNorm)

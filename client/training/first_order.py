@@ -17,7 +17,7 @@ from corolla.data.encoding import Encoded, collate, examples_of
 from corolla.errors import DataError, DivergedError
 from corolla.evaluation.scoring import loss_sum
 from corolla.models.trainable import Differentiable
-from corolla.privacy.client_level import ExampleLevel
+from corolla.privacy.example_level import ExampleLevel
 from corolla.tensors import factors
 from corolla.types import Correct, Fit, LoraSpec, Params
 

@@ -17,7 +17,8 @@ from corolla.client.training.zeroth_order import ZerothOrder
 from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.data.encoding import Encoded, Encoder
-from corolla.data.federated import Example, FederatedData
+from corolla.data.federated import FederatedData
+from corolla.data.rows import Example
 from corolla.directions import seedlog
 from corolla.errors import (
     ArtefactError,
@@ -30,24 +31,18 @@ from corolla.errors import (
 )
 from corolla.evaluation.scoring import score
 from corolla.host import logs
+from corolla.interfaces import Client, ForwardTrainer, LocalTrainer
 from corolla.models.dense import DenseModel
 from corolla.models.lora import LoraModel
-from corolla.models.records import client_folder, round_folder, write_update
+from corolla.models.records import write_update
 from corolla.models.trainable import Trainable
-from corolla.privacy import client_level, ledger
-from corolla.privacy.client_level import ExampleLevel
+from corolla.privacy import example_level, ledger
+from corolla.privacy.example_level import ExampleLevel
 from corolla.privacy.ledger import Ledger, Limit
+from corolla.storage.folders import client_folder, round_folder
 from corolla.storage.memory import Memory
 from corolla.strategies import registry
-from corolla.types import (
-    Client,
-    ForwardTrainer,
-    LocalTrainer,
-    LoraSpec,
-    Payload,
-    TrainerName,
-    row_name,
-)
+from corolla.types import LoraSpec, Payload, TrainerName, row_name
 from corolla.wire import codec, compression, messages
 from corolla.wire.messages import Capabilities, Kind, Log, Reply, Task, pack_reply, unpack_task
 from corolla.wire.packet import Packet
@@ -293,7 +288,7 @@ class Worker:
         count = len(self.data.clients[client].train)
         private, spent = None, 0.0
         if config.dp == "example":
-            private = client_level.example_level(config, count)
+            private = example_level.example_level(config, count)
             spent = self._spend(client, task, private)
         with _withheld() if private else nullcontext():
             data, skipped = self._tokens(client)

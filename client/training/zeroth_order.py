@@ -25,7 +25,8 @@ from corolla.directions.pools import SignPool
 from corolla.errors import DataError, DivergedError
 from corolla.evaluation.scoring import loss_sum
 from corolla.models.trainable import Trainable
-from corolla.privacy.client_level import ExampleLevel, clip_factors
+from corolla.privacy.example_level import ExampleLevel
+from corolla.privacy.randomness import clip_factors
 from corolla.types import LoraSpec, Move, Params, Pool, Walk
 
 _RESYNC = 10

@@ -13,10 +13,10 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-import corolla
 from corolla.cli import deployment, local
 from corolla.cli.screen import out
 from corolla.errors import CorollaError
+from corolla.version import __version__
 
 # Before anything imports them: no telemetry, no update check, no advice of tokenizers on forks.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -66,7 +66,7 @@ def _guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        out.print(f"corolla {corolla.__version__}", highlight=False)
+        out.print(f"corolla {__version__}", highlight=False)
         raise typer.Exit
 
 

@@ -87,8 +87,8 @@ def plan(
     settings: Set = None,
 ) -> None:
     """Say what a run will cost before anything is loaded: bytes, memory, time, privacy."""
-    from corolla.client.device.settings import parse_bytes
     from corolla.config.load import load
+    from corolla.host.text import parse_bytes
 
     try:
         budget = parse_bytes(memory) if memory is not None else None

@@ -2,8 +2,8 @@
 
 from corolla.config import rules
 from corolla.config.run import RunConfig
+from corolla.interfaces import Strategy
 from corolla.strategies import registry
-from corolla.types import Strategy
 
 
 def build_strategy(config: RunConfig) -> Strategy:

@@ -8,8 +8,8 @@ from corolla.aggregation import robust
 from corolla.aggregation.robust import Rule, Space
 from corolla.config.section import Positive
 from corolla.config.subject import Subject
+from corolla.interfaces import Strategy
 from corolla.strategies import registry
-from corolla.types import Strategy
 
 
 class Defence(Subject):

@@ -11,9 +11,10 @@ from corolla.aggregation.sums import ByGroup, SeedSums, WeightedMean
 from corolla.config.rule import Rule, refusal
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
+from corolla.interfaces import Aggregator, Strategy, Traits
 from corolla.strategies import registry
 from corolla.tensors import factors
-from corolla.types import Aggregator, LoraSpec, Params, Size, Strategy, TrainerName, Traits
+from corolla.types import LoraSpec, Params, Size, TrainerName
 from corolla.wire.compression import PLAIN, Pipeline
 
 

@@ -24,10 +24,13 @@ from torch import Tensor
 
 from corolla import seeds
 from corolla.config.run import RunConfig
-from corolla.privacy.client_level import ClientLevel, ClippedSum, Normal, clip_factors
+from corolla.interfaces import Strategy
+from corolla.privacy.client_level import ClientLevel
+from corolla.privacy.clipped_sum import ClippedSum
+from corolla.privacy.randomness import Normal, clip_factors
 from corolla.strategies import registry
 from corolla.tensors import factors
-from corolla.types import Params, Payload, Strategy
+from corolla.types import Params, Payload
 
 CLIENTS = (10, 100, 1000)
 NOISE = (1.0, 4.0)

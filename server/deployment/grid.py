@@ -16,9 +16,9 @@ from flwr.serverapp import Grid
 
 from corolla.errors import RoundError, StoppedError, WireError
 from corolla.host import logs
+from corolla.host.files import write_atomic
 from corolla.server.deployment.limits import Limits
 from corolla.server.deployment.pulling import bound
-from corolla.server.runs.checkpoint import write_atomic
 from corolla.wire import messages as wire
 from corolla.wire.messages import Kind, Reply, Task, pack_reply, pack_task, unpack_task
 from corolla.wire.packet import Packet, from_flower, to_flower

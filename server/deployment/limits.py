@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from corolla.wire import messages
+from corolla.wire import limits
 from corolla.wire.messages import Reply
 
 
@@ -10,7 +10,7 @@ from corolla.wire.messages import Reply
 class Limits:
     """Of one member, and of the memory that a reply of it takes."""
 
-    seats: int = messages.MAX_SEATS
+    seats: int = limits.MAX_SEATS
     """Of one gateway; those above are not used."""
     examples: int | None = None
     """Of one client, whose weight they are where it trains on all of them."""
@@ -21,7 +21,7 @@ class Limits:
 
     def reply(self, seats: int) -> int:
         """Bytes of a reply: twice the parameters, in twice their precision, of each phone."""
-        return (1 << 26) + (messages.MAX_REPLY_HEADER + 4 * self.update) * max(1, seats)
+        return (1 << 26) + (limits.MAX_REPLY_HEADER + 4 * self.update) * max(1, seats)
 
     def refuse(self, reply: Reply, deployed: bool) -> str:
         """Why who says this of itself cannot be a member, in one line; "" when it can.
@@ -29,8 +29,8 @@ class Limits:
         In a simulation names come from the data, and may be any.
         """
         name = reply.client
-        if deployed and (len(name) > messages.MAX_NAME or not name.isprintable()):
-            return f"its name is not printable, or longer than {messages.MAX_NAME} characters"
+        if deployed and (len(name) > limits.MAX_NAME or not name.isprintable()):
+            return f"its name is not printable, or longer than {limits.MAX_NAME} characters"
         if deployed and "/" in name:
             return f"its name {name!r} has a /, as those of phones behind a gateway"
         if reply.seats:

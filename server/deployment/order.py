@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from corolla.config.load import SERVER, server_table
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
-from corolla.server.runs.checkpoint import write_atomic
+from corolla.host.files import write_atomic
 from corolla.server.runs.journal import ORDER
-from corolla.wire.messages import MAX_SEATS
+from corolla.wire.limits import MAX_SEATS
 
 FOLDER = "COROLLA_SERVER"
 """The environment variable that names the folder: no path of the server enters the app bundle."""

@@ -28,11 +28,11 @@ from flwr.proto.control_pb2 import (
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.fab import Fab
 
-import corolla
 from corolla.errors import ConfigError, RoundError
 from corolla.host import certificates
 from corolla.host.supervised import Process
 from corolla.server.deployment.order import FOLDER
+from corolla.version import __version__
 
 FLWR = "1.41"
 """Control and Fleet change between releases; SuperLink and SuperNodes must share this one."""
@@ -43,7 +43,7 @@ _BUNDLE = {
     "pyproject.toml": f"""\
 [project]
 name = "corolla-run"
-version = "{corolla.__version__}"
+version = "{__version__}"
 description = "Imports the Corolla that is installed where it runs"
 license = "Apache-2.0"
 dependencies = []

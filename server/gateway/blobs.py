@@ -6,10 +6,10 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from corolla.errors import ConfigError
+from corolla.host.files import write_atomic
 from corolla.phones import protocol
 from corolla.phones.protocol import CHUNK, INLINE
 from corolla.proto import device_pb2 as pb
-from corolla.server.runs.checkpoint import write_atomic
 
 _RESIDENT = 1 << 18
 """Bytes of a blob that stay in memory; larger ones lie on disk."""

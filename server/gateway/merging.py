@@ -15,13 +15,14 @@ from corolla.config.build import build_strategy
 from corolla.config.load import validate
 from corolla.config.run import RunConfig
 from corolla.errors import WireError
+from corolla.interfaces import Strategy
 from corolla.server.rounds.federation import merges
 from corolla.server.rounds.gate import Expected, Judged, judge
 from corolla.server.rounds.round import mean_metrics
 from corolla.strategies import files, registry
 from corolla.tensors import factors
-from corolla.types import Params, Strategy
-from corolla.wire import codec, compression, messages
+from corolla.types import Params
+from corolla.wire import codec, compression, limits, messages
 from corolla.wire.messages import Reply, Task, pack_reply
 from corolla.wire.packet import Packet
 
@@ -106,7 +107,7 @@ def _common(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str
     """Metrics under the names that most phones report: one phone's own names crowd none out."""
     counts = Counter(name for own in metrics.values() for name in own)
     names = [name for name in sorted(counts) if 2 * counts[name] > len(metrics)]
-    kept = frozenset(sorted(names, key=lambda name: -counts[name])[: messages.MAX_METRICS])
+    kept = frozenset(sorted(names, key=lambda name: -counts[name])[: limits.MAX_METRICS])
     return {
         phone: {name: value for name, value in own.items() if name in kept}
         for phone, own in metrics.items()

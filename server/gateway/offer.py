@@ -10,6 +10,7 @@ from corolla.config import schedule
 from corolla.config.run import RunConfig
 from corolla.directions import seedlog
 from corolla.errors import ArtefactError, ConfigError, WireError
+from corolla.host.files import write_atomic
 from corolla.phones import bundle, protocol
 from corolla.phones.bundle import Manifest
 from corolla.proto import device_pb2 as pb
@@ -18,7 +19,6 @@ from corolla.server.gateway.blobs import Blobs, manifest_of
 from corolla.server.gateway.budget import TRAINERS, Able, Assignment, Demand, Timing
 from corolla.server.gateway.merging import Merging
 from corolla.server.rounds.federation import classes_behind
-from corolla.server.runs.checkpoint import write_atomic
 from corolla.tensors import factors
 from corolla.types import Params
 from corolla.wire.messages import Log

@@ -14,7 +14,8 @@ from corolla.server.gateway.blobs import Blobs
 from corolla.storage.memory import Memory
 from corolla.types import Params, Payload
 from corolla.wire import codec
-from corolla.wire.messages import MAX_ROWS, Log, Task, pack_task
+from corolla.wire.limits import MAX_ROWS
+from corolla.wire.messages import Log, Task, pack_task
 
 _LONGEST_LOG = 4 << 20
 """Bytes of rows: half of a header."""

@@ -13,11 +13,12 @@ from corolla.aggregation.sums import summable
 from corolla.config import rules, schedule
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
+from corolla.interfaces import Strategy, Summable, Tallied
 from corolla.server.rounds import cohort, simulated_time
 from corolla.server.rounds.gate import Expected
 from corolla.strategies import registry
 from corolla.tensors import factors
-from corolla.types import LoraSpec, Params, Payload, Size, Strategy, Summable, Tallied, TrainerName
+from corolla.types import LoraSpec, Params, Payload, Size, TrainerName
 from corolla.wire.messages import Kind
 from corolla.wire.packet import Packet
 

@@ -16,6 +16,7 @@ from corolla.commands.check.proofs import Result, conform
 from corolla.config.build import build_strategy
 from corolla.directions import seedlog
 from corolla.errors import ConfigError
+from corolla.interfaces import Observed, Strategy, Traits
 from corolla.server.rounds.federation import Network
 from corolla.server.rounds.round import evaluate_clients
 from corolla.server.rounds.tasks import accepted_only
@@ -23,8 +24,8 @@ from corolla.storage.memory import Memory
 from corolla.strategies import registry
 from corolla.strategies.registry import STRATEGIES, create
 from corolla.tensors import factors, tree
-from corolla.types import LoraSpec, Observed, Params, Payload, Strategy, Traits
-from corolla.wire import codec, messages
+from corolla.types import LoraSpec, Params, Payload
+from corolla.wire import codec, messages, scalar_groups
 from corolla.wire.packet import Packet
 from tests.strategies import tiny
 from tests.strategies.tiny import Run
@@ -453,8 +454,8 @@ def size_of(payload: Payload) -> int:
     for params in payload.values():
         plain = sum(t.numel() * (4 if n == "seed" else t.element_size()) for n, t in params.items())
         if "scalars" in params and "directions" not in params and not params["scalars"].all():
-            assert messages.scalar_bytes(params) <= plain
-            plain = messages.scalar_bytes(params)
+            assert scalar_groups.scalar_bytes(params) <= plain
+            plain = scalar_groups.scalar_bytes(params)
         total += plain
     return total
 

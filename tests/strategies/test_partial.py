@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corolla import seeds
-from corolla.aggregation.sums import ByGroup, Stack, Sum, WeightedMean, summable
+from corolla.aggregation.stacks import Stack
+from corolla.aggregation.sums import ByGroup, Sum, WeightedMean, summable
+from corolla.interfaces import Strategy, Summable
 from corolla.strategies import registry
-from corolla.types import Params, Payload, Size, Strategy, Summable, TrainerName
+from corolla.types import Params, Payload, Size, TrainerName
 from corolla.wire import codec
 
 NEED_ALL_UPDATES = {"flora", "fedex_lora", "flexlora", "lora_fair", "hetlora"}

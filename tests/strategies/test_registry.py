@@ -9,11 +9,11 @@ from corolla.cli.app import app
 from corolla.config.build import build_strategy
 from corolla.config.load import validate
 from corolla.errors import ConfigError
+from corolla.interfaces import Strategy
 from corolla.strategies.fedavg import FedAvg
 from corolla.strategies.ffa_lora import FfaLora
 from corolla.strategies.flora import Flora
 from corolla.strategies.registry import STRATEGIES, create, find
-from corolla.types import Strategy
 from tests.strategies.sabotaged import Own
 
 OWN = "tests.strategies.sabotaged:"

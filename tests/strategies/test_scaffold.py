@@ -10,10 +10,11 @@ from corolla.commands.simulate import in_process
 from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
+from corolla.interfaces import Strategy
 from corolla.strategies.fedavg import FedAvg
 from corolla.strategies.scaffold import Scaffold
 from corolla.tensors import tree
-from corolla.types import Correct, Cost, Fit, Params, Payload, Size, Strategy
+from corolla.types import Correct, Cost, Fit, Params, Payload, Size
 from tests.strategies import tiny
 
 

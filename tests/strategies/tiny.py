@@ -21,8 +21,11 @@ from corolla import seeds
 from corolla.client.training.worker import Worker
 from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
-from corolla.data.federated import Example, FederatedData, Split
+from corolla.data.federated import FederatedData
+from corolla.data.partition import Split
+from corolla.data.rows import Example
 from corolla.directions import seedlog
+from corolla.interfaces import ForwardTrainer, LocalTrainer, Observed, Strategy
 from corolla.models import pretrained
 from corolla.models.lora import LoraModel
 from corolla.models.pretrained import Base
@@ -35,15 +38,11 @@ from corolla.types import (
     Broadcast,
     Correct,
     Fit,
-    ForwardTrainer,
-    LocalTrainer,
     LoraSpec,
     Move,
-    Observed,
     Params,
     Payload,
     Pool,
-    Strategy,
     TrainerName,
     Update,
     Walk,

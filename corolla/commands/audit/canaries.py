@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from corolla import seeds
-from corolla.data.federated import Example
+from corolla.data.rows import Example
+from corolla.interfaces import Strategy
 from corolla.server.rounds.federation import Federation, Network
 from corolla.strategies import registry
 from corolla.tensors import factors
-from corolla.types import Params, Payload, Strategy
-from corolla.wire import messages
+from corolla.types import Params, Payload
+from corolla.wire import messages, scalar_groups
 from corolla.wire.messages import Kind, Reply, pack_reply, unpack_task
 from corolla.wire.packet import Packet
 
@@ -172,7 +173,11 @@ def _moved(before: Payload, after: Payload) -> Params:
     for group, params in after.items():
         if params is before.get(group):
             continue
-        step = params["step"].double() if messages.is_scalars(params) and "step" in params else 1.0
+        step = (
+            params["step"].double()
+            if scalar_groups.is_scalars(params) and "step" in params
+            else 1.0
+        )
         for name, tensor in params.items():
             if tensor.is_floating_point() and tensor.dim():
                 old = before.get(group, {}).get(name)

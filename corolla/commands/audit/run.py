@@ -24,13 +24,14 @@ from corolla.commands.simulate.in_process import InProcess
 from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.data.encoding import Encoded, Encoder, collate
-from corolla.data.federated import Example, Split
+from corolla.data.partition import Split
+from corolla.data.rows import Example
 from corolla.errors import ConfigError
 from corolla.evaluation.scoring import log_likelihoods, loss_sum
 from corolla.models.dense import DenseModel
 from corolla.models.lora import LoraModel
 from corolla.models.trainable import Trainable
-from corolla.privacy.client_level import Guarantee
+from corolla.privacy.guarantee import Guarantee
 from corolla.server.rounds.federation import Federation, Network
 from corolla.server.rounds.spending import Spending
 from corolla.server.runs import journal

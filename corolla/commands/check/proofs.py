@@ -27,9 +27,12 @@ from corolla import seeds
 from corolla.client.training.worker import Worker
 from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
-from corolla.data.federated import Example, FederatedData, Split
+from corolla.data.federated import FederatedData
+from corolla.data.partition import Split
+from corolla.data.rows import Example
 from corolla.directions import seedlog
-from corolla.models import lora
+from corolla.interfaces import Observed, Strategy
+from corolla.models import adapter_files
 from corolla.models.lora import LoraModel
 from corolla.models.pretrained import Base
 from corolla.server.rounds.federation import Federation, Held, Network
@@ -38,7 +41,7 @@ from corolla.server.rounds.tasks import accepted_only
 from corolla.storage.memory import Memory
 from corolla.strategies import registry
 from corolla.tensors import factors, tree
-from corolla.types import Observed, Params, Payload, Strategy
+from corolla.types import Params, Payload
 from corolla.wire import messages
 from corolla.wire.messages import unpack_reply
 from corolla.wire.packet import Packet
@@ -413,7 +416,7 @@ class _Probe:
         ids = torch.arange(3, 3 + 24).reshape(2, 12)
         with torch.no_grad():
             ours = model.model(input_ids=ids).logits
-            theirs = lora.load_adapter(model.detach(), folder)(input_ids=ids).logits
+            theirs = adapter_files.load_adapter(model.detach(), folder)(input_ids=ids).logits
         return Finding("saved and reloaded", self.kind, float((ours - theirs).abs().max()), LOGITS)
 
 

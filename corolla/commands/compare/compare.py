@@ -24,7 +24,6 @@ from typing import Any
 import psutil
 import tomli_w
 
-import corolla
 from corolla.commands.compare import results as comparison
 from corolla.commands.compare.report import write_comparison
 from corolla.commands.compare.results import Cell
@@ -32,10 +31,11 @@ from corolla.config.load import load
 from corolla.config.run import RunConfig
 from corolla.data import federated
 from corolla.errors import ConfigError, CorollaError, StoppedError
+from corolla.host.files import write_atomic
 from corolla.host.processes import Child, stop, stoppable
-from corolla.models import lora, pretrained
-from corolla.server.runs.checkpoint import write_atomic
+from corolla.models import adapter_files, devices
 from corolla.strategies import files, registry
+from corolla.version import __version__
 
 FACTORS = (1 / 3, 1.0, 3.0)
 """Learning rates that are tried without --lrs, relative to each strategy's usual one."""
@@ -198,7 +198,7 @@ def compare(
     federated.load(
         wanted.methods[0].config
     )  # a mistake in the data is said once, not by every cell
-    alone = jobs == 0 and pretrained.pick_device(wanted.methods[0].config.device).type != "cpu"
+    alone = jobs == 0 and devices.pick_device(wanted.methods[0].config.device).type != "cpu"
     most = 1 if alone else jobs or _cores()
     _prepare(wanted, folder, resume)
     runner = _Runner(wanted, folder, most, fixed=jobs > 0, watch=watch)
@@ -263,7 +263,7 @@ def _prepare(wanted: Plan, folder: Path, resume: bool) -> None:
     packages = ("flwr", "torch", "peft", "transformers", "safetensors")
     begun = {
         "plan": wanted.to_json(),
-        "corolla": corolla.__version__,
+        "corolla": __version__,
         "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
         "platform": platform.platform(),
         "cores": _cores(),
@@ -415,7 +415,7 @@ class _Runner:
         }
         if job.keep:
             costs["aggregation_errors"] = comparison.aggregation_errors(run)
-            costs["initial_sha256"] = lora.adapter_hash(run / "global" / "round-000")
+            costs["initial_sha256"] = adapter_files.adapter_hash(run / "global" / "round-000")
         _write(self.folder / f"{job.name}.json", costs)
         self._read(job)
         if cell := self._cells.get(job.name):

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from corolla.client.device import settings
 from corolla.errors import ConfigError, CorollaError
 from corolla.host.certificates import public_key
+from corolla.host.text import parse_bytes
 
 
 @pytest.fixture
@@ -104,13 +105,13 @@ def test_a_mistake_in_the_file_is_one_line(options: dict[str, Any], tmp_path: Pa
     ],
 )
 def test_sizes(text: str, wanted: int) -> None:
-    assert settings.parse_bytes(text) == wanted
+    assert parse_bytes(text) == wanted
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "1e9", "2 XB", "2GBit"])
 def test_no_sizes(text: str) -> None:
     with pytest.raises(ValueError, match="size"):
-        settings.parse_bytes(text)
+        parse_bytes(text)
 
 
 def test_a_key_is_made_once_and_for_its_owner_alone(tmp_path: Path) -> None:

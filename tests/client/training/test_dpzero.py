@@ -20,7 +20,7 @@ from corolla.directions.pools import GaussianPool, SignPool
 from corolla.errors import DivergedError
 from corolla.models import pretrained, trainable
 from corolla.models.lora import LoraModel
-from corolla.privacy.client_level import ExampleLevel
+from corolla.privacy.example_level import ExampleLevel
 from corolla.types import Params, Pool, Walk
 from tests.client.training.dense import SPEC, plain_loss
 

@@ -11,8 +11,10 @@ from corolla import seeds
 from corolla.client.training.worker import LocalClient, Worker
 from corolla.config.run import RunConfig
 from corolla.data import federated
-from corolla.data.federated import Example, FederatedData, Split
-from corolla.directions import pools, seedlog
+from corolla.data.federated import FederatedData
+from corolla.data.partition import Split
+from corolla.data.rows import Example
+from corolla.directions import moving, pools, seedlog
 from corolla.errors import ConfigError
 from corolla.models import pretrained, trainable
 from corolla.storage.memory import Memory
@@ -301,14 +303,14 @@ def test_a_log_is_replayed_on_the_first_state(make: Callable[..., Worker]) -> No
     reply = ask(worker, "ada", task(worker, Kind.EVALUATE, state=state))
     assert reply.error == ""
     found = worker.model.read()
-    flat, layout = pools.flatten(first(worker)["start"])
+    flat, layout = moving.flatten(first(worker)["start"])
     key = int(state["key"]["seed"])
     for number, row in seedlog.rows(state).items():
         for k in range(8):  # one direction after the other, in fp64: no transform, no fusion
             z = torch.zeros(len(flat))
             pools.SignPool(8, (key, number)).add(z, 0, [(k, 1.0)])
             flat = flat.double() + float(row["scalars"][k]) * float(row["step"]) * z.double()
-    wanted = pools.unflatten(flat.float(), layout)
+    wanted = moving.unflatten(flat.float(), layout)
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-7)

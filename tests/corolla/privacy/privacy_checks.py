@@ -14,8 +14,9 @@ from scipy.stats import binom, chi2
 from torch import Tensor
 
 from corolla.config.run import RunConfig
-from corolla.privacy import client_level
-from corolla.privacy.client_level import ClientLevel, ExampleLevel
+from corolla.privacy import randomness
+from corolla.privacy.client_level import ClientLevel
+from corolla.privacy.example_level import ExampleLevel
 from corolla.strategies import registry
 from corolla.types import Metrics, Params, Payload, Size
 
@@ -293,5 +294,5 @@ def noise_is_of_the_operating_system() -> None:
         like: Payload = {"adapter": {"w": torch.zeros(1, dtype=torch.float64)}}
         seen.add(float(release(level(), [], like)[0]["adapter"]["w"]))
         seen.add(float(examples().noised({"w": torch.zeros(1, dtype=torch.float64)})["w"]))
-        seen.add(float(client_level.os_uniform(1)))
+        seen.add(float(randomness.os_uniform(1)))
     assert len(seen) == 6

@@ -17,20 +17,13 @@ from corolla.aggregation.sums import WeightedMean
 from corolla.config.rules import not_noised
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
-from corolla.privacy import accounting, client_level
+from corolla.privacy import accounting, randomness
 from corolla.privacy.accounting import Release
-from corolla.privacy.client_level import (
-    ClientLevel,
-    ExampleLevel,
-    Guarantee,
-    Normal,
-    client_plan,
-    clip_factors,
-    example_level,
-    os_normal,
-    os_uniform,
-    planned_rounds,
-)
+from corolla.privacy.calibration import client_plan, planned_rounds
+from corolla.privacy.client_level import ClientLevel
+from corolla.privacy.example_level import ExampleLevel, example_level
+from corolla.privacy.guarantee import Guarantee
+from corolla.privacy.randomness import Normal, clip_factors, os_normal, os_uniform
 from corolla.strategies import registry
 from corolla.strategies.fedavg import FedAvg
 from corolla.types import Payload
@@ -665,10 +658,10 @@ def test_a_delta_that_would_allow_to_publish_an_example() -> None:
 
 def test_nothing_of_it_follows_a_seed_of_the_run() -> None:
     """The defaults are the operating system's, in both levels."""
-    assert ExampleLevel(1, 1, 1.0, 1.0, 0.1, 1).normal is client_level.os_normal
-    assert ExampleLevel(1, 1, 1.0, 1.0, 0.1, 1).uniform is client_level.os_uniform
-    assert level()._normal is client_level.os_normal
-    assert level()._uniform is client_level.os_uniform
+    assert ExampleLevel(1, 1, 1.0, 1.0, 0.1, 1).normal is randomness.os_normal
+    assert ExampleLevel(1, 1, 1.0, 1.0, 0.1, 1).uniform is randomness.os_uniform
+    assert level()._normal is randomness.os_normal
+    assert level()._uniform is randomness.os_uniform
 
 
 def test_large_tensors_get_their_noise_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -679,7 +672,7 @@ def test_large_tensors_get_their_noise_in_slices(monkeypatch: pytest.MonkeyPatch
     )
     sums = {"a": torch.ones(3, 5), "b": torch.tensor(2.0)}
     expected = whole.noised(sums)
-    monkeypatch.setattr(client_level, "_SLICE", 4)
+    monkeypatch.setattr(randomness, "SLICE", 4)
     found = sliced.noised(sums)
     for name, tensor in sums.items():
         assert found[name].shape == tensor.shape

@@ -28,7 +28,7 @@ from corolla.server.gateway.job import Job
 from corolla.server.gateway.merging import prepare
 from corolla.storage.memory import Memory
 from corolla.tensors import tree
-from corolla.wire import messages
+from corolla.wire import limits, messages
 from corolla.wire.messages import Kind, Reply, Task
 from corolla.wire.packet import Packet
 from corolla.wire.rpc import Waits
@@ -414,7 +414,7 @@ def test_hello_tells_the_seats_and_needs_a_phone(tmp_path: Path) -> None:
                 stack.enter_context(own.channel)
                 idle = device != "p3"
                 can = update_pb2.Capabilities(charging=True, idle=idle)
-                own.check_in(capabilities=can, num_examples=messages.MAX_EXAMPLES)
+                own.check_in(capabilities=can, num_examples=limits.MAX_EXAMPLES)
         found = messages.unpack_reply(world.gateway.answer(packet), 0)
     assert (found.client, found.seats, found.num_examples, found.error) == ("gate", 2, 2, "")
 
@@ -569,7 +569,7 @@ def test_one_phones_own_metrics_do_not_spoil_the_gateways_reply(
     world: World, caller: Callable[..., Caller]
 ) -> None:
     task = gateways.a_task(CONFIG, seats=3)
-    many = {f"own{number}": 1.0 for number in range(messages.MAX_METRICS)}
+    many = {f"own{number}": 1.0 for number in range(limits.MAX_METRICS)}
     with asked(world, task) as reply:
         for device, metrics in (("p1", many), ("p2", {"loss": 2.0}), ("p3", {"loss": 4.0})):
             own, plain = caller(device), gateways.update_of(task, f"gate/{device}", 1.0, 1)

@@ -203,7 +203,8 @@ def test_updates_are_taken_as_they_arrive_and_count_less_the_older_they_are(powe
         stale = [round - base for _, base in taken]
         assert found.metrics["staleness"] == sum(stale) / 2
         assert found.metrics["staleness_max"] == max(stale)
-        assert run.weight == pytest.approx(weights[-1], rel=1e-6)
+        # In float32: what is added up is as large as the goals, whatever is left of it.
+        assert run.weight == pytest.approx(weights[-1], abs=1e-6 * max(GOALS.values()))
         assert found.bytes_up == 2 * BYTES
         assert found.bytes_down == (4 if round == 1 else 2) * BYTES
 

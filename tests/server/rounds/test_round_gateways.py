@@ -15,7 +15,8 @@ from corolla.aggregation.sums import summable
 from corolla.client.training.worker import Worker
 from corolla.config.build import build_strategy
 from corolla.config.load import validate
-from corolla.data.federated import FederatedData, Split
+from corolla.data.federated import FederatedData
+from corolla.data.partition import Split
 from corolla.directions import seedlog
 from corolla.errors import RoundError
 from corolla.privacy.client_level import ClientLevel

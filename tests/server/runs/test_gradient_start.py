@@ -14,7 +14,8 @@ from corolla.commands.simulate.in_process import simulate
 from corolla.config.load import validate
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, DataError, ModelError
-from corolla.models.lora import LoraModel, read_adapter
+from corolla.models.adapter_files import read_adapter
+from corolla.models.lora import LoraModel
 from corolla.models.pretrained import Base
 from corolla.server.runs import gradient_start
 from corolla.strategies.registry import STRATEGIES, create

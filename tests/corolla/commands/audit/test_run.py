@@ -19,8 +19,10 @@ from corolla.commands.audit import canaries, run
 from corolla.commands.audit.run import Audit, Proof
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
-from corolla.privacy import client_level
-from corolla.privacy.client_level import ClientLevel, ClippedSum, ExampleLevel
+from corolla.privacy import guarantee, randomness
+from corolla.privacy.client_level import ClientLevel
+from corolla.privacy.clipped_sum import ClippedSum
+from corolla.privacy.example_level import ExampleLevel
 from corolla.server.rounds import spending
 from corolla.server.rounds.federation import Federation
 from corolla.strategies import registry
@@ -87,7 +89,7 @@ def no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_clip(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_level, "clip_factors", lambda norms, clip: torch.ones_like(norms))
+    monkeypatch.setattr(randomness, "clip_factors", lambda norms, clip: torch.ones_like(norms))
 
 
 def weight_of_five(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +272,7 @@ def test_without_dp_a_model_is_attacked_once(settings: Settings) -> None:
 
 
 def _found(lower_bound: float, claimed: float | None = 1.0) -> Audit:
-    claim = client_level.Guarantee("client", claimed, 1e-5, None, "once") if claimed else None
+    claim = guarantee.Guarantee("client", claimed, 1e-5, None, "once") if claimed else None
     proofs = [Proof("a", 10, lower_bound), Proof("b", 9, 0.1)]
     return Audit("client", claim, 20, 11, 10, 1e-5, 1, proofs, 1.2)
 

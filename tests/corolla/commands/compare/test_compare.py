@@ -170,7 +170,7 @@ def small(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(comparing, "stop", lambda children: None)
     monkeypatch.setattr(comparing, "_BEAT", 0.0)
     monkeypatch.setattr(comparing, "write_comparison", lambda folder, results: None)
-    monkeypatch.setattr("corolla.models.lora.adapter_hash", lambda folder: "same")
+    monkeypatch.setattr("corolla.models.adapter_files.adapter_hash", lambda folder: "same")
     monkeypatch.setattr(comparing, "_cores", lambda: 2)
     for name, value in (("started", []), ("most", 0), ("alive", 0), ("fails", {}), ("peak", 1000)):
         monkeypatch.setattr(Fake, name, value)
