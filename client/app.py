@@ -11,7 +11,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from corolla.client.training.worker import Worker
-from corolla.config.run import validate
+from corolla.config.load import validate
 from corolla.data import federated
 from corolla.errors import CorollaError, WireError
 from corolla.models import devices, pretrained, trainable

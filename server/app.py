@@ -17,7 +17,9 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
 from corolla.config import rules
-from corolla.config.run import RunConfig, load, validate
+from corolla.config.build import build_strategy
+from corolla.config.load import load, validate
+from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, CorollaError, StoppedError
 from corolla.host import logs
 from corolla.host.processes import note_process
@@ -149,7 +151,7 @@ def _run(grid: Grid, folder: Path, order: RunOrder, stop: threading.Event) -> No
 
 def _limits(config: RunConfig, order: RunOrder, model: Trainable) -> Limits:
     try:
-        rules.refuse_gateways(config, config.build_strategy())
+        rules.refuse_gateways(config, build_strategy(config))
         no_gateways = ""
     except ConfigError as error:
         no_gateways = str(error)

@@ -22,11 +22,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from corolla import strategies
 from corolla.client.device import machine
 from corolla.client.device.settings import Own
-from corolla.client.training.worker import Device, Worker
-from corolla.config.run import RunConfig, validate
+from corolla.client.training.worker import Worker
+from corolla.config.load import validate
+from corolla.config.run import RunConfig
 from corolla.data import federated
 from corolla.data.federated import FederatedData
 from corolla.errors import (
@@ -45,6 +45,7 @@ from corolla.models.trainable import Trainable
 from corolla.privacy import ledger
 from corolla.privacy.ledger import Limit
 from corolla.storage.memory import Memory
+from corolla.strategies import files
 from corolla.version import __version__
 from corolla.wire import rpc
 from corolla.wire.messages import Capabilities, Reply, Task, pack_reply, unpack_reply, unpack_task
@@ -168,7 +169,7 @@ class Trainer:
         own = self.own
         values = {
             **run,
-            "strategy": strategies.allowed(str(run.get("strategy", "fedavg")), own.allow, "device"),
+            "strategy": files.allowed(str(run.get("strategy", "fedavg")), own.allow, "device"),
             "data": own.data,
             "engine": "inprocess",
             "device": own.device,

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 
+from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
 from corolla.models import anatomy, footprint
@@ -224,7 +225,7 @@ def _ways(config: RunConfig, trainer: TrainerName, alone: bool) -> Iterator[dict
     )
     if spare:
         yield from ({**spare, **way} for way in micro)
-    strategy = config.build_strategy()
+    strategy = build_strategy(config)
     if alone:
         return
     if strategy.mixed_ranks and config.parameters == "lora":

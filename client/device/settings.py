@@ -4,7 +4,7 @@ A server's settings decide how it trains; these decide on what, and with how muc
 They come from options and from a TOML file with the same names.
 """
 
-import difflib
+import hashlib
 import os
 import re
 import tomllib
@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from corolla.errors import ConfigError
-from corolla.host.text import parse_bytes
+from corolla.errors import ConfigError, CorollaError
+from corolla.host.text import nearest, parse_bytes
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _ADDRESS = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
@@ -104,8 +104,7 @@ def load(file: Path | None, options: Mapping[str, object]) -> Own:
     given = {k: v for k, v in options.items() if v or isinstance(v, float)}
     values = {**(_read(file) if file else {}), **given}
     for key in values.keys() - Own.model_fields.keys():
-        near = difflib.get_close_matches(key, Own.model_fields, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(Own.model_fields)}"
+        hint = nearest(key, Own.model_fields) or f"known are {', '.join(Own.model_fields)}"
         raise ConfigError(f"unknown key {key!r} in {file}: {hint}")
     try:
         return Own.model_validate(values)

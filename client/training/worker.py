@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from corolla import seeds, strategies
-from corolla.client.training import private
+from corolla import seeds
+from corolla.client.training.dpsgd import SelfTestError
 from corolla.client.training.first_order import FirstOrder
 from corolla.client.training.zeroth_order import ZerothOrder
+from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.data.encoding import Encoded, Encoder
 from corolla.data.federated import FederatedData
@@ -29,7 +30,8 @@ from corolla.privacy.example_level import ExampleLevel
 from corolla.privacy.ledger import Ledger, Limit
 from corolla.storage.folders import client_folder, round_folder
 from corolla.storage.memory import Memory
-from corolla.types import LoraSpec, Payload, TrainerName, Update, row_name
+from corolla.strategies import registry
+from corolla.types import LoraSpec, Payload, TrainerName, row_name
 from corolla.wire import codec, compression, messages
 from corolla.wire.messages import Capabilities, Kind, Log, Reply, Task, pack_reply, unpack_task
 from corolla.wire.packet import Packet
@@ -158,8 +160,8 @@ class Worker:
         self.memory = memory
         self.record = record
         self.on_step = on_step
-        self.strategy = config.build_strategy()
-        self.traits = strategies.traits(self.strategy)
+        self.strategy = build_strategy(config)
+        self.traits = registry.traits(self.strategy)
         self._encoder = Encoder(model.base.tokenizer, data.labels, config.max_length)
         self._encoded: OrderedDict[str, tuple[list[Encoded], int]] = OrderedDict()
 

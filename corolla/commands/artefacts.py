@@ -10,7 +10,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from corolla.config.run import RunConfig, amended, validate
+from corolla.config.load import amended, validate
+from corolla.config.run import RunConfig
 from corolla.data import federated as data
 from corolla.data.encoding import Encoded, Encoder, collate
 from corolla.errors import ArtefactError, ConfigError

@@ -13,7 +13,7 @@ from rich.table import Table
 from corolla.config.rules import not_noised
 from corolla.host.text import human_bytes
 from corolla.interfaces import Strategy, Traits
-from corolla.strategies import STRATEGIES, traits
+from corolla.strategies.registry import STRATEGIES, traits
 from corolla.types import Aggregates, Cost, Size, TrainerName
 
 COHORT = 8

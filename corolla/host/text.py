@@ -1,6 +1,8 @@
 """Texts for people: one line, sizes in bytes, the nearest of known names."""
 
+import difflib
 import re
+from collections.abc import Iterable
 
 _BYTES = re.compile(r"([0-9]+(?:\.[0-9]+)?) *([kmgt]?)(i?)b?", re.IGNORECASE)
 
@@ -26,3 +28,12 @@ def parse_bytes(text: str) -> int:
         raise ValueError("expected a size such as 2GB or 512MiB")
     step = 1024 if found[3] else 1000
     return int(float(found[1]) * step ** " kmgt".index(found[2].lower() or " "))
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The question `did you mean 'NAME'?` with the most similar known name; "" if none is similar.
+
+    `cutoff`: how similar it has to be, from 0 (anything) to 1 (the same).
+    """
+    near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+    return f"did you mean {near[0]!r}?" if near else ""

@@ -16,7 +16,6 @@ in the order of (group, name). Names and shapes do not travel: the receiver know
 single values and scalar groups (see wire.py) stay as they are.
 """
 
-import difflib
 import functools
 import math
 import re
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from corolla import seeds
 from corolla.errors import ConfigError, NotFiniteError, WireError
+from corolla.host.text import nearest
 from corolla.tensors import factors, tree
 from corolla.types import Params, Payload
 from corolla.wire import codec, packing, scalar_groups
@@ -253,8 +253,7 @@ def pipeline(steps: Sequence[str]) -> Pipeline:
     for step in steps:
         name, colon, text = step.partition(":")
         if name not in _PLACES:
-            near = difflib.get_close_matches(name, _PLACES, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(_PLACES)}"
+            hint = nearest(name, _PLACES, cutoff=0.5) or f"known are {', '.join(_PLACES)}"
             raise ConfigError(f"unknown codec step {step!r}: {hint}")
         if _PLACES[name] <= place:
             raise ConfigError(

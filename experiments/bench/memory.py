@@ -20,7 +20,8 @@ from corolla.client.training.first_order import FirstOrder
 from corolla.client.training.zeroth_order import ZerothOrder
 from corolla.commands.plan import plan
 from corolla.commands.simulate.in_process import simulate
-from corolla.config.run import RunConfig, load
+from corolla.config.load import load
+from corolla.config.run import RunConfig
 from corolla.directions import signs
 from corolla.directions.pools import SignPool
 from corolla.models import anatomy, devices, footprint, pretrained, trainable

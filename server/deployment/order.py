@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from corolla.config.run import SERVER, RunConfig, server_table
+from corolla.config.load import SERVER, server_table
+from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
 from corolla.host.files import write_atomic
 from corolla.server.runs.journal import ORDER

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from corolla import seeds
-from corolla.config.run import RunConfig, validate
+from corolla.config.build import build_strategy
+from corolla.config.load import validate
+from corolla.config.run import RunConfig
 from corolla.directions import seedlog
 from corolla.errors import ArtefactError, ConfigError, RoundError, StoppedError
 from corolla.host import logs
@@ -40,7 +42,7 @@ from corolla.server.runs.journal import Journal, Past, fail_point
 from corolla.server.runs.observer import Observer
 from corolla.server.runs.report import write_report
 from corolla.storage import folders
-from corolla.strategies import traits
+from corolla.strategies.registry import traits
 from corolla.tensors import tree
 from corolla.types import Adapter, Aggregates, Metrics, Payload
 from corolla.version import __version__
@@ -183,7 +185,7 @@ class Run:
         return summary
 
     def _federation(self, past: Past) -> Federation:
-        strategy = self.config.build_strategy()
+        strategy = build_strategy(self.config)
         # Who is known keeps its place; who is not there now may come back.
         clients = {**past.roster, **dict(sorted(self.network.clients().items()))}
         if not clients:

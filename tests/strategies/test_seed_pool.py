@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from corolla import seeds
+from corolla.config.build import build_strategy
 from corolla.directions import moving, pools, seedlog, signs
 from corolla.errors import ConfigError, RoundError
 from corolla.server.rounds.round import run_round
@@ -122,22 +123,22 @@ def test_the_cost_is_the_formula() -> None:
 
 
 def test_more_scalars_than_a_message_takes_are_refused_before_training() -> None:
-    tiny.config("seed_pool", local_steps=256, queries=256).build_strategy()
+    build_strategy(tiny.config("seed_pool", local_steps=256, queries=256))
     with pytest.raises(ConfigError, match="local-steps 257 times queries 256 is more than"):
-        tiny.config("seed_pool", local_steps=257, queries=256).build_strategy()
+        build_strategy(tiny.config("seed_pool", local_steps=257, queries=256))
     classes = {"pc": {}, "phone": {"trainer": "zeroth_order", "queries": 7000}}
     with pytest.raises(ConfigError, match="queries 7000 is more than"):
-        tiny.config("mixed", local_steps=10, classes=classes).build_strategy()
+        build_strategy(tiny.config("mixed", local_steps=10, classes=classes))
     # Of first-order clients they are no scalars.
-    tiny.config("fedavg", local_steps=70_000).build_strategy()
+    build_strategy(tiny.config("fedavg", local_steps=70_000))
 
 
 def test_epochs_are_refused_for_clients_that_send_scalars() -> None:
     with pytest.raises(ConfigError, match="use local-steps"):
-        tiny.config("seed_pool", local_epochs=1).build_strategy()
+        build_strategy(tiny.config("seed_pool", local_epochs=1))
     classes = {"pc": {}, "phone": {"trainer": "zeroth_order"}}
     with pytest.raises(ConfigError, match="use local-steps"):
-        tiny.config("mixed", local_epochs=1, classes=classes).build_strategy()
+        build_strategy(tiny.config("mixed", local_epochs=1, classes=classes))
 
 
 # Real rounds, every client a device of its own

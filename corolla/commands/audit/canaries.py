@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corolla import seeds, strategies
+from corolla import seeds
 from corolla.data.rows import Example
 from corolla.interfaces import Strategy
 from corolla.server.rounds.federation import Federation, Network
+from corolla.strategies import registry
 from corolla.tensors import factors
 from corolla.types import Params, Payload
 from corolla.wire import messages, scalar_groups
@@ -124,7 +125,7 @@ def traced(strategy: Strategy, before: Payload, after: Payload, update: Payload)
 
 def turns(strategy: Strategy) -> bool:
     """Whether factors turn from round to round: only their products tell what has changed."""
-    own = strategies.traits(strategy)
+    own = registry.traits(strategy)
     return own.rebases and own.updates != "scalars"
 
 

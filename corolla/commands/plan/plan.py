@@ -15,9 +15,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from corolla import seeds, strategies
-from corolla.client.device.machine import Choice, Workload, choose
+from corolla import seeds
+from corolla.client.device.machine import Choice, choose
 from corolla.config import schedule
+from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.data import federated
 from corolla.data.federated import FederatedData
@@ -33,6 +34,7 @@ from corolla.server.rounds import spending
 from corolla.server.rounds.federation import Federation
 from corolla.server.rounds.tasks import costs
 from corolla.server.runs.journal import Past
+from corolla.strategies import registry
 from corolla.types import LoraSpec, Params
 
 _SCORED = 8
@@ -156,7 +158,7 @@ def plan(config: RunConfig, budget: int | None = None) -> Plan:
     rounds = _rounds(federation)
     members = [cost for _, paid in rounds for cost in paid]
     messages = max(c.up + c.down + c.once for c in members)
-    alike = strategies.traits(federation.strategy).individual
+    alike = registry.traits(federation.strategy).individual
     sent = max(sum(c.up for c in paid) for _, paid in rounds)
     kept = (sent if alike else 2 * max(c.up for c in members)) + max(c.down for c in members)
     lengths = Lengths(model, config, labels)
@@ -251,7 +253,7 @@ def _privacy(federation: Federation) -> Privacy | None:
 
 
 def _federation(config: RunConfig, model: Anatomy, known: FederatedData, labels: int) -> Federation:
-    strategy = config.build_strategy()
+    strategy = build_strategy(config)
 
     def fresh(spec: LoraSpec) -> Params:
         own = config.model_copy(update={"rank": spec.rank, "ranks": [], "classes": {}})

@@ -7,8 +7,8 @@ import psutil
 import pytest
 
 from corolla.client.device import machine
-from corolla.client.device.machine import Workload
-from corolla.config.run import RunConfig, validate
+from corolla.config.load import validate
+from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, ModelError
 from corolla.models import anatomy, footprint
 from corolla.models.footprint import Batch

@@ -12,7 +12,6 @@ from opacus.grad_sample import GradSampleHooks
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
-from corolla import strategies
 from corolla.client.training import dpsgd
 from corolla.client.training.dpsgd import Clipper
 from corolla.client.training.first_order import FirstOrder
@@ -26,6 +25,7 @@ from corolla.models.lora import LoraModel
 from corolla.models.pretrained import Base
 from corolla.privacy.example_level import ExampleLevel
 from corolla.privacy.randomness import clip_factors
+from corolla.strategies import registry
 from corolla.types import LoraSpec, Params
 from tests.conftest import byte_tokenizer
 
@@ -715,14 +715,14 @@ def test_cores_are_clipped_by_their_own_norm(settings: Settings) -> None:
     assert all(torch.equal(found.params[n], t) for n, t in start.items())
 
 
-FIRST_ORDER = [n for n, c in strategies.STRATEGIES.items() if c.trainers[0] == "first_order"]
+FIRST_ORDER = [n for n, c in registry.STRATEGIES.items() if c.trainers[0] == "first_order"]
 
 
 @pytest.mark.parametrize("name", FIRST_ORDER)
 def test_every_strategy_sends_what_it_always_sends(name: str, settings: Settings) -> None:
     """Two rounds by its own halves: nothing measured, frozen tensors frozen, all finite."""
     model, data = LoraModel(base("llama")), sequences()
-    strategy = strategies.create(name, {})
+    strategy = registry.create(name, {})
     state = strategy.init(alive(model), 0)
     kept: Mapping[str, Params] = {}
     for round in (1, 2):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from corolla import seeds, strategies
+from corolla import seeds
 from corolla.aggregation.robust import (
     Robust,
     Rule,
@@ -24,9 +24,11 @@ from corolla.aggregation.robust import (
 )
 from corolla.aggregation.stacks import Stack
 from corolla.aggregation.sums import ByGroup, SeedSums, Sum, WeightedMean
-from corolla.config import run
+from corolla.config.build import build_strategy
+from corolla.config.load import validate
 from corolla.errors import ConfigError
 from corolla.interfaces import Aggregator, Traits
+from corolla.strategies import registry
 from corolla.tensors import factors
 from corolla.types import Params, Payload
 
@@ -674,7 +676,7 @@ def test_updates_of_two_kinds_cannot_be_compared() -> None:
 )
 def test_configs_say_what_does_not_fit(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        run.validate(values)
+        validate(values)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -693,19 +695,19 @@ def lookalike(like: Payload, number: int) -> Payload:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("name", strategies.STRATEGIES)
+@pytest.mark.parametrize("name", registry.STRATEGIES)
 def test_a_rule_and_a_strategy_work_together_or_are_refused(name: str, rule: Rule) -> None:
-    traits = strategies.traits(strategies.find(name))
+    traits = registry.traits(registry.find(name))
     values: dict[str, Any] = {"strategy": name, "optimizer": traits.optimizers[0], "robust": rule}
     if name == "mixed":
         values["classes"] = {t: {"trainer": t} for t in ("first_order", "zeroth_order")}
     try:
-        checked = run.validate(values)
+        checked = validate(values)
     except ConfigError as error:
         assert f"robust={rule} does not fit strategy {name}: " in str(error)
         assert rule != "norm_clip" or name in ("mixed", "hetlora", "scaffold")
         return
-    strategy = checked.build_strategy()
+    strategy = build_strategy(checked)
     start = {"m.lora_A": torch.randn(8, IN, generator=seeds.generator(0, "start")),
              "m.lora_B": torch.zeros(OUT, 8), "head": torch.zeros(3)}  # fmt: skip
     state = strategy.init(start, 0)

@@ -21,6 +21,7 @@ from corolla.cli.app import app
 from corolla.client.training.first_order import FirstOrder
 from corolla.client.training.worker import Worker
 from corolla.commands import artefacts
+from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.data.encoding import Encoded, Encoder
 from corolla.directions.pools import SignPool
@@ -466,7 +467,7 @@ def round_of(
     own = tiny.base(kind)
     model = trainable.build(config, own)
     network = Devices(Worker(config, model, tiny.data(kind), Memory(folder)), reverse)
-    strategy = config.build_strategy()
+    strategy = build_strategy(config)
     state = strategy.init(model.init(SPEC, 0), 0)
     fresh = cache(lambda spec: model.init(spec, 0))
     federation = Federation("0" * 32, config, strategy, tiny.CLIENTS, fresh)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from corolla.config.run import load
+from corolla.config.load import load
 from corolla.errors import ConfigError
 from corolla.server.deployment.order import (
     Outcome,

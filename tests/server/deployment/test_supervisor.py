@@ -12,7 +12,7 @@ import httpx
 import pytest
 from flwr.cli.build import build_fab_from_files
 
-from corolla.config.run import load
+from corolla.config.load import load
 from corolla.errors import ConfigError, RoundError
 from corolla.host import certificates
 from corolla.server.deployment import superlink

@@ -13,7 +13,9 @@ import torch
 
 from corolla import seeds
 from corolla.client.training.worker import Worker
-from corolla.config.run import LR_ZEROTH_ORDER, RunConfig
+from corolla.config.build import build_strategy
+from corolla.config.learning_rates import LR_ZEROTH_ORDER
+from corolla.config.run import RunConfig
 from corolla.data import federated
 from corolla.directions import seedlog
 from corolla.errors import RoundError
@@ -100,7 +102,7 @@ def setup(settings: Settings, tmp_path: Path) -> Callable[..., Setting]:
         model = LoraModel(pretrained.load(config))
         worker = Worker(config, model, federated.load(config), Memory(tmp_path / "memory"))
         clients = {c: len(s.train) for c, s in worker.data.clients.items()}
-        strategy = config.build_strategy()
+        strategy = build_strategy(config)
         start = model.init(config.lora, seeds.derive(config.seed, "init"))
         state = strategy.init(start, config.seed)
         origin = seedlog.origin(model.base.fingerprint, state)
@@ -469,7 +471,7 @@ def _answer(task: Task, client: str, examples: int, sent: Params, metrics: Metri
 
 def crowd(network: Counting, **changes: Any) -> tuple[Federation, Payload]:
     config = RunConfig(rank=1, local_steps=1, batch_size=7, **changes)
-    strategy = config.build_strategy()
+    strategy = build_strategy(config)
     state = strategy.init(FRESH, 0)
     return Federation("ab" * 16, config, strategy, network.clients(), lambda spec: FRESH), state
 

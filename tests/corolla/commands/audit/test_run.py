@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from corolla import seeds, strategies
+from corolla import seeds
 from corolla.cli.app import app
 from corolla.commands.audit import canaries, run
 from corolla.commands.audit.run import Audit, Proof
@@ -25,6 +25,7 @@ from corolla.privacy.clipped_sum import ClippedSum
 from corolla.privacy.example_level import ExampleLevel
 from corolla.server.rounds import spending
 from corolla.server.rounds.federation import Federation
+from corolla.strategies import registry
 from corolla.types import LoraSpec, Payload
 from tests.strategies import tiny
 
@@ -207,7 +208,7 @@ def _network(config: RunConfig) -> canaries.CanaryClients:
     federation = Federation(
         "0" * 32,
         config,
-        strategies.create(config.strategy),
+        registry.create(config.strategy),
         dict.fromkeys(canaries.names(3), 1000),
         lambda spec: model.init(LoraSpec(spec.rank, spec.alpha), 0),
     )

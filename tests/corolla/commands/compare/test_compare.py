@@ -12,7 +12,8 @@ import pytest
 
 from corolla.commands.compare import compare as comparing
 from corolla.commands.compare.compare import QUICK, Plan, compare, learning_rates, plan
-from corolla.config.run import RunConfig, load
+from corolla.config.load import load
+from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, CorollaError, StoppedError
 
 Settings = Callable[..., RunConfig]
