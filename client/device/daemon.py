@@ -24,7 +24,7 @@ from typing import Any
 
 from corolla.client.device import machine
 from corolla.client.device.settings import Own
-from corolla.client.training.worker import Worker
+from corolla.client.training.worker import Device, Worker
 from corolla.config.load import validate
 from corolla.config.run import RunConfig
 from corolla.data import federated

@@ -4,7 +4,6 @@ A server's settings decide how it trains; these decide on what, and with how muc
 They come from options and from a TOML file with the same names.
 """
 
-import hashlib
 import os
 import re
 import tomllib
@@ -14,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from corolla.errors import ConfigError, CorollaError
+from corolla.errors import ConfigError
 from corolla.host.text import nearest, parse_bytes
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from corolla import seeds
-from corolla.client.training.dpsgd import SelfTestError
+from corolla.client.training import private
 from corolla.client.training.first_order import FirstOrder
 from corolla.client.training.zeroth_order import ZerothOrder
 from corolla.config.build import build_strategy
@@ -31,7 +31,7 @@ from corolla.privacy.ledger import Ledger, Limit
 from corolla.storage.folders import client_folder, round_folder
 from corolla.storage.memory import Memory
 from corolla.strategies import registry
-from corolla.types import LoraSpec, Payload, TrainerName, row_name
+from corolla.types import LoraSpec, Payload, TrainerName, Update, row_name
 from corolla.wire import codec, compression, messages
 from corolla.wire.messages import Capabilities, Kind, Log, Reply, Task, pack_reply, unpack_task
 from corolla.wire.packet import Packet

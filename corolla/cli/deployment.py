@@ -116,15 +116,15 @@ def client(
     ] = False,
 ) -> None:
     """Train on this device's own data in a federation, until told to stop."""
-    from corolla.client.device import settings as own
+    from corolla.client.device import identity, settings
 
     if make_key:
-        key = own.make_key(config, device)
+        key = identity.make_key(config, device)
         out.print(f"{escape(str(key.public))} {key.fingerprint}", soft_wrap=True)
         return
     from corolla.client.device.node import begin
 
-    begin(own.load(config, device), say)
+    begin(settings.load(config, device), say)
 
 
 @takes(asked=GATEWAY)
@@ -150,14 +150,14 @@ def phone(
     once: Annotated[bool, typer.Option("--once", help="End after one check-in.")] = False,
 ) -> None:
     """Train on this device's own data for a gateway, whenever it asks, until told to stop."""
-    from corolla.client.device import settings as own
+    from corolla.client.device import settings
     from corolla.client.phone import trainer
     from corolla.phones import protocol
 
     name, token_file = device.pop("name"), device.pop("token_file")
     device["server"] = protocol.check_address("--gateway", device.pop("gateway"))
-    device["state"] = device["state"] or own.state_folder() / "phone"
-    mine = own.load(None, device)
+    device["state"] = device["state"] or settings.state_folder() / "phone"
+    mine = settings.load(None, device)
     limits = trainer.limits(daily_data, daily_seconds)
     has_model = device["model"] is not None
     chosen = trainer.settings(mine, name, token_file, has_model, conditions, limits)

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from corolla import seeds
-from corolla.client.device.machine import Choice, choose
+from corolla.client.device.machine import Choice, Workload, choose
 from corolla.config import schedule
 from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig

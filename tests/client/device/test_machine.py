@@ -7,6 +7,7 @@ import psutil
 import pytest
 
 from corolla.client.device import machine
+from corolla.client.device.machine import Workload
 from corolla.config.load import validate
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, ModelError
