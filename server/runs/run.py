@@ -25,12 +25,12 @@ from corolla.host import logs
 from corolla.host.processes import uninterrupted
 from corolla.models import records
 from corolla.privacy.client_level import NEIGHBOURS
-from corolla.server.rounds import spending
 from corolla.server.rounds.cohort import read_trace
 from corolla.server.rounds.federation import Federation, Held, Network
 from corolla.server.rounds.round import RoundResult, evaluate_clients
 from corolla.server.rounds.spending import Spending
 from corolla.server.runs import checkpoint, gradient_start
+from corolla.server.runs.account import open_account
 from corolla.server.runs.attempts import Attempts, Done, how_to_go_on
 from corolla.server.runs.checkpoint import Checkpoint, write_atomic
 from corolla.server.runs.ending import ended
@@ -117,7 +117,7 @@ class Run:
     def _execute(self, journal: Journal) -> Summary:
         began = time.monotonic()
         federation = self._federation(journal.past)
-        account = spending.begin(federation, journal.past)
+        account = open_account(federation, journal.past)
         committed = journal.past.committed
         found = checkpoint.load(self.folder / "checkpoint", committed) if self.resume else None
         model, seed = self.evaluator.model, self.config.seed
@@ -163,12 +163,12 @@ class Run:
                 break  # its attempts have spent what was left
             lines.append(line)
             if why := over():
-                at = account.forgotten(at)
+                at = _public(at, account)
             with uninterrupted():
                 self._commit(at, lines, journal)
             self.observer.round_ended(line)
             _log.info("committed", round=at.round, seconds=line["seconds"], loss=line["eval_loss"])
-        if (public := account.forgotten(at)) is not at:  # no round was the last one
+        if (public := _public(at, account)) is not at:  # no round was the last one
             self._commit(public, lines, journal)
         seconds = time.monotonic() - began
         info |= {"ended": why, **_privacy(account)}
@@ -439,6 +439,12 @@ def _privacy(account: Spending) -> dict[str, Any]:
     """The object of run.json, where there is differential privacy."""
     found = account.to_json()
     return {"privacy": found} if found else {}
+
+
+def _public(at: Checkpoint, account: Spending) -> Checkpoint:
+    """The checkpoint without what takes noise off; the same one where it has nothing such."""
+    memory = account.forgotten(at.memory)
+    return replace(at, memory=memory) if len(memory) < len(at.memory) else at
 
 
 def _budget(config: RunConfig) -> dict[str, Any]:

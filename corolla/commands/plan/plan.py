@@ -27,9 +27,9 @@ from corolla.models.anatomy import Anatomy
 from corolla.models.footprint import Batch, Estimate
 from corolla.privacy import client_level
 from corolla.privacy.client_level import Guarantee
-from corolla.server.rounds import spending
 from corolla.server.rounds.federation import Federation
 from corolla.server.rounds.tasks import costs
+from corolla.server.runs.account import open_account
 from corolla.server.runs.journal import Past
 from corolla.server.runs.report import human_bytes
 from corolla.types import LoraSpec, Params
@@ -218,7 +218,7 @@ def _privacy(federation: Federation) -> Privacy | None:
     config = federation.config
     if config.dp == "none":
         return None
-    account = spending.begin(federation, Past())
+    account = open_account(federation, Past())
     if why := account.ended(federation, 1):
         raise ConfigError(why)
     if account.level:
