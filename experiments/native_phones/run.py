@@ -38,7 +38,7 @@ from corolla.phones import protocol
 from corolla.server.gateway.access import read_tokens
 from corolla.server.gateway.gateway import Gateway, Settings
 from corolla.server.gateway.service import serve_phones
-from corolla.server.rounds.federation import Network
+from corolla.server.rounds.network import Network
 from corolla.server.runs.observer import Silent
 from corolla.server.runs.run import Run, Summary
 from corolla.server.runs.setup import set_up

@@ -25,8 +25,10 @@ from corolla.host import logs
 from corolla.host.processes import uninterrupted
 from corolla.models import records
 from corolla.privacy.client_level import NEIGHBOURS
+from corolla.server.rounds.call import RoundCall
 from corolla.server.rounds.cohort import read_trace
-from corolla.server.rounds.federation import Federation, Held, Network
+from corolla.server.rounds.federation import Federation, Held
+from corolla.server.rounds.network import Network
 from corolla.server.rounds.round import RoundResult, evaluate_clients
 from corolla.server.rounds.spending import Spending
 from corolla.server.runs import checkpoint, gradient_start
@@ -243,7 +245,9 @@ class Run:
         if round % self.config.eval_every == 0 or round == self.config.rounds:
             scores = self.evaluator.score(federation.strategy.adapter(result.state))
             if traits(federation.strategy).personal:
-                own = evaluate_clients(federation, result.state, result.held, round, self.network)
+                own = evaluate_clients(
+                    RoundCall(federation, result.state, result.held, round), self.network
+                )
                 scores = {**scores, "personal_loss": _mean_loss(own)} if own else scores
         return _line(round, done, scores, account)
 
@@ -268,7 +272,7 @@ class Run:
         """Scores and answers of the untouched model: `state` is one of a zero update."""
         adapter = federation.strategy.adapter(state)
         metrics = self.evaluator.examine(adapter)
-        clients = evaluate_clients(federation, state, {}, 0, self.network)
+        clients = evaluate_clients(RoundCall(federation, state, {}, 0), self.network)
         return {"metrics": metrics, "samples": self._samples(adapter), "clients": clients}
 
     def _samples(self, adapter: Adapter) -> Sequence[Sample]:
@@ -288,7 +292,9 @@ class Run:
         adapter = federation.strategy.adapter(state)
         folder = self.folder / self.evaluator.model.artefact
         final = self.evaluator.examine(adapter)
-        clients = evaluate_clients(federation, state, held, self.config.rounds + 1, self.network)
+        clients = evaluate_clients(
+            RoundCall(federation, state, held, self.config.rounds + 1), self.network
+        )
         after = self._samples(adapter)
         unproven = folder.with_name(folder.name + ".unproven")
         peak = peak_rss()  # of training: to reload a whole model may take more
@@ -516,10 +522,10 @@ def _line(round: int, done: Done, scores: Metrics, account: Spending) -> dict[st
 def _counted(result: RoundResult) -> dict[str, Any]:
     """Who took part in a round, and what that has moved."""
     return {
-        "bytes_up": result.bytes_up,
-        "bytes_down": result.bytes_down,
-        "framing_up": result.framing_up,
-        "framing_down": result.framing_down,
+        "bytes_up": result.traffic.up,
+        "bytes_down": result.traffic.down,
+        "framing_up": result.traffic.framing_up,
+        "framing_down": result.traffic.framing_down,
         **({"sim_seconds": result.sim_seconds} if result.sim_seconds is not None else {}),
         "clients": result.updates,
         "dropped": max(len(result.dropped), result.asked - result.updates),

@@ -30,7 +30,8 @@ from corolla.models.dense import DenseModel
 from corolla.models.lora import LoraModel
 from corolla.models.trainable import Trainable
 from corolla.privacy.client_level import Guarantee
-from corolla.server.rounds.federation import Federation, Network
+from corolla.server.rounds.federation import Federation
+from corolla.server.rounds.network import Network
 from corolla.server.rounds.spending import Spending
 from corolla.server.runs import journal
 from corolla.server.runs.checkpoint import Checkpoint

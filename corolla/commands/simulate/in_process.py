@@ -12,7 +12,7 @@ from corolla.config.rules import refuse_kept_updates
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, StoppedError, WireError
 from corolla.host.processes import terminate_as_interrupt
-from corolla.server.rounds.federation import Network
+from corolla.server.rounds.network import Network
 from corolla.server.runs.attempts import how_to_go_on
 from corolla.server.runs.observer import Observer, Silent
 from corolla.server.runs.run import Run, Summary, prepare_folder, stored_run

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from corolla import seeds
 from corolla.config.run import RunConfig
-from corolla.server.rounds.federation import Federation, Network
+from corolla.server.rounds.call import RoundCall
+from corolla.server.rounds.federation import Federation
+from corolla.server.rounds.network import Network
 from corolla.server.rounds.round import RoundResult, run_round
 from corolla.types import Params, Payload
 from corolla.wire import codec
@@ -92,7 +94,8 @@ class Server:
         """The next round, which is committed."""
         network = Lying(self.strategy, faults, self.order)
         found = run_round(
-            self.federation, self.state, self.held, self.round, network, memory=self.memory
+            RoundCall(self.federation, self.state, self.held, self.round, memory=self.memory),
+            network,
         )
         self.state, self.held, self.memory = found.state, found.held, found.memory
         self.round += 1

@@ -11,7 +11,7 @@ import torch
 from corolla.aggregation.sums import summable, summed_like
 from corolla.config.run import ClientClass, RunConfig
 from corolla.errors import ConfigError
-from corolla.server.rounds import cohort
+from corolla.server.rounds import cohort, expectations
 from corolla.server.rounds.federation import Federation, classes_behind, merges
 from corolla.server.rounds.gate import judge
 from corolla.types import LoraSpec, Params
@@ -121,15 +121,15 @@ def test_gateways_are_not_evaluated() -> None:
 
 
 def test_a_gateway_is_expected_to_send_sums_where_sums_are_enough() -> None:
-    found = federation().expected("gate", Kind.TRAIN, 1, 5)
+    found = expectations.expected(federation(), "gate", Kind.TRAIN, 1, 5)
     like = {"adapter": fresh(LoraSpec(2, 16.0))}
     assert found.most_clients == 5
     assert found.sums is not None
     assert found.sums.keys() == summed_like(like).keys()
     assert found.most_examples == 6
-    client = federation().expected("ann", Kind.TRAIN, 1)
+    client = expectations.expected(federation(), "ann", Kind.TRAIN, 1)
     assert (client.most_clients, client.sums, client.most_examples) == (0, None, 5)
-    assert federation().expected("ann", Kind.EVALUATE, 1).like is None
+    assert expectations.expected(federation(), "ann", Kind.EVALUATE, 1).like is None
 
 
 @pytest.mark.parametrize("changes", [{"strategy": "flora"}, {"robust": "median"}])
@@ -137,23 +137,25 @@ def test_a_gateway_is_expected_to_send_all_updates_where_they_are_needed(
     changes: dict[str, Any],
 ) -> None:
     found = federation(**changes)
-    assert found.expected("gate", Kind.TRAIN, 1, 5).sums is None
+    assert expectations.expected(found, "gate", Kind.TRAIN, 1, 5).sums is None
     assert merges(found.config, found.strategy) is None
 
 
 def test_each_phone_has_a_seed_of_its_own() -> None:
-    found = federation(strategy="seed_pool").expected("gate", Kind.TRAIN, 3, 8)
+    found = expectations.expected(federation(strategy="seed_pool"), "gate", Kind.TRAIN, 3, 8)
     assert found.member is not None
     likes = [found.member(f"gate/p{i}")[0].like for i in range(8)]
     assert len({int(like["scalars"]["seed"]) for like in likes if like}) == 8
-    flat = federation({}, {"gate/p0": 9}, strategy="seed_pool").expected("gate/p0", Kind.TRAIN, 3)
+    flat = expectations.expected(
+        federation({}, {"gate/p0": 9}, strategy="seed_pool"), "gate/p0", Kind.TRAIN, 3
+    )
     assert flat.like is not None
     assert likes[0] is not None
     assert int(flat.like["scalars"]["seed"]) == int(likes[0]["scalars"]["seed"])
 
 
 def test_a_network_inherits_that_all_are_there(tmp_path: Path) -> None:
-    from corolla.server.rounds.federation import Network
+    from corolla.server.rounds.network import Network
 
     class Two(Network):
         def clients(self) -> dict[str, int]:
@@ -203,7 +205,7 @@ def test_phones_of_another_rank_than_their_gateways_do_not_come() -> None:
 def test_a_gateway_of_a_mixed_federation_may_send_what_either_class_sends() -> None:
     """ann is strong, bob weak, the gateway weaker: 50 steps of 2 examples."""
     found = federation(strategy="mixed", classes=CLASSES)
-    expected = found.expected("gate", Kind.TRAIN, 1, 5)
+    expected = expectations.expected(found, "gate", Kind.TRAIN, 1, 5)
     assert expected.like is not None
     assert expected.like.keys() == {"adapter", "scalars"}
     assert len(expected.like["scalars"]["scalars"]) == 50
@@ -213,12 +215,12 @@ def test_a_gateway_of_a_mixed_federation_may_send_what_either_class_sends() -> N
         frozenset({"scalars", "counts"}): 100,
         frozenset({"adapter", "counts"}): 6,
     }
-    assert expected.most_examples == found.most_examples("gate") == 100
+    assert expected.most_examples == expectations.most_examples(found, "gate") == 100
     assert expected.member is not None
     weaker, strong = expected.member("gate/p1")
     assert (weaker.most_examples, strong.most_examples) == (100, 6)
     for client, groups in (("ann", {"adapter"}), ("bob", {"scalars"})):
-        single = found.expected(client, Kind.TRAIN, 1)
+        single = expectations.expected(found, client, Kind.TRAIN, 1)
         assert single.like is not None
         assert single.like.keys() == groups
 
@@ -248,13 +250,13 @@ def test_one_phone_cannot_claim_to_be_many() -> None:
 def told_by_a_gateway(first: list[int], zeroth: list[int], clients: int) -> str:
     """The verdict on sums of updates of so many examples, of so many clients by their word."""
     found = federation(strategy="mixed", classes=CLASSES)
-    expected = found.expected("gate", Kind.TRAIN, 1, 5)
+    expected = expectations.expected(found, "gate", Kind.TRAIN, 1, 5)
     sent = summable(found.strategy.aggregator())
     assert sent is not None
     for examples in first:
         sent.add({"adapter": fresh(found.lora("gate"))}, examples)
     for number, examples in enumerate(zeroth):
-        like = found.like("gate", 1, "weaker", f"gate/p{number}")
+        like = expectations.like(found, "gate", 1, "weaker", f"gate/p{number}")
         sent.add(like, examples)
     task = Task(found.run_id, 1, "v1", Kind.TRAIN, "{}", seats=5)
     payload = codec.encode(sent.sums())
@@ -266,6 +268,6 @@ def told_by_a_gateway(first: list[int], zeroth: list[int], clients: int) -> str:
 def test_a_gateway_of_one_trainer_may_send_its_own_form_alone() -> None:
     classes = {"a": {"local_steps": 1}, "b": {"local_steps": 9}}
     found = federation(classes=classes)
-    expected = found.expected("gate", Kind.TRAIN, 1, 5)
+    expected = expectations.expected(found, "gate", Kind.TRAIN, 1, 5)
     assert expected.most_examples == 2  # the gateway is the third in turn: of class a
     assert expected.parts == {frozenset({"adapter"}): 2}

@@ -25,6 +25,7 @@ from corolla.phones import protocol
 from corolla.proto import device_pb2, update_pb2
 from corolla.server.gateway.access import Token
 from corolla.server.gateway.gateway import Gateway, Settings
+from corolla.server.rounds import expectations
 from corolla.server.rounds.federation import Federation
 from corolla.server.rounds.gate import Code, judge, most_bytes
 from corolla.server.rounds.tasks import Traffic, make_tasks
@@ -229,6 +230,6 @@ def test_mutated_calls_of_a_phone_end_neither_a_gateway_nor_its_round(tmp_path: 
         told = gateway.report(device_pb2.ReportRequest(lease=good.id, reply=reply.header), anyone)
         assert told.accepted, told.why
     serving.join(60)
-    expected = federation.expected("gate", Kind.TRAIN, 1, 1)
+    expected = expectations.expected(federation, "gate", Kind.TRAIN, 1, 1)
     judged = judge(given[0], "gate", asked["gate"], expected)
     assert judged.verdict.accepted, judged.verdict

@@ -12,7 +12,7 @@ from corolla.client.training.worker import Worker
 from corolla.commands.simulate.in_process import InProcess
 from corolla.config.run import RunConfig
 from corolla.errors import RoundError, StoppedError
-from corolla.server.rounds.federation import Network
+from corolla.server.rounds.network import Network
 from corolla.server.runs import checkpoint
 from corolla.server.runs.observer import Silent
 from corolla.server.runs.run import Run, Summary

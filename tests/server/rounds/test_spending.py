@@ -18,10 +18,11 @@ from corolla.config.run import RunConfig
 from corolla.errors import RoundError
 from corolla.privacy.accounting import gaussian_epsilon
 from corolla.privacy.client_level import ClientLevel
-from corolla.server.rounds.asking import Plan
+from corolla.server.rounds.call import Plan, RoundCall, RoundEvents
 from corolla.server.rounds.federation import Federation, merges
 from corolla.server.rounds.gate import Code
-from corolla.server.rounds.round import RoundResult, mean_metrics, run_round
+from corolla.server.rounds.metrics import mean_metrics
+from corolla.server.rounds.round import RoundResult, run_round
 from corolla.server.rounds.spending import Spending
 from corolla.tensors import tree
 from corolla.types import Payload
@@ -70,16 +71,12 @@ class Private:
 
     def step(self, **faults: Fault) -> RoundResult:
         found = run_round(
-            self.federation,
-            self.state,
-            {},
-            self.round,
+            RoundCall(
+                self.federation, self.state, {}, self.round, memory=self.memory, last=self.last
+            ),
             Lying("fedavg", faults),
-            memory=self.memory,
-            on_plan=self.plans.append,
             spending=self.spending,
-            note=self.events.append,
-            last=self.last,
+            events=RoundEvents(on_plan=self.plans.append, note=self.events.append),
         )
         self.state, self.memory = found.state, found.memory
         self.round += 1
@@ -252,15 +249,10 @@ def test_errors_of_all_that_were_drawn_are_no_round() -> None:
 def test_a_kept_draw_is_asked_again() -> None:
     private = Private({"cohort": 2, "dp_sampling": "poisson"}, drawn=(0.9,) * 4)
     found = run_round(
-        private.federation,
-        private.state,
-        {},
-        1,
+        RoundCall(private.federation, private.state, {}, 1, cohort={"ben": 1}),
         Lying("fedavg"),
-        cohort={"ben": 1},
-        on_plan=private.plans.append,
         spending=private.spending,
-        note=private.events.append,
+        events=RoundEvents(on_plan=private.plans.append, note=private.events.append),
     )
     assert (found.updates, private.plans[0].cohort) == (1, {"ben": 1})
 
