@@ -29,7 +29,7 @@ from corolla.server.gateway.merging import prepare
 from corolla.server.gateway.natives import Denied, Natives
 from corolla.server.gateway.offer import Offer, run_as, to_message
 from corolla.server.gateway.outbound import take_in
-from corolla.server.rounds.gate import Code
+from corolla.server.rounds.verdicts import Code
 from corolla.storage.memory import Memory
 from corolla.wire import messages
 from corolla.wire.messages import Kind, Reply, Task, pack_reply, unpack_task

@@ -14,8 +14,9 @@ from corolla.config import schedule
 from corolla.config.run import RunConfig, validate
 from corolla.errors import WireError
 from corolla.server.rounds.federation import merges
-from corolla.server.rounds.gate import Expected, Judged, judge
+from corolla.server.rounds.gate import judge
 from corolla.server.rounds.metrics import mean_metrics
+from corolla.server.rounds.verdicts import Expected, Judged
 from corolla.tensors import factors
 from corolla.types import Params, Strategy
 from corolla.wire import codec, compression, messages

@@ -8,11 +8,12 @@ from corolla.server.rounds import buffer, expectations, simulated_time
 from corolla.server.rounds.buffer import Flight
 from corolla.server.rounds.call import Plan, RoundCall, RoundEvents
 from corolla.server.rounds.federation import Federation, Held
-from corolla.server.rounds.gate import Code, Expected, Judged, Verdict, judge
+from corolla.server.rounds.gate import judge
 from corolla.server.rounds.network import Network
 from corolla.server.rounds.ordering import in_order
 from corolla.server.rounds.spending import Spending
 from corolla.server.rounds.tasks import Traffic, accepted_only, make_tasks
+from corolla.server.rounds.verdicts import Code, Expected, Judged, Verdict
 from corolla.tensors import tree
 from corolla.types import Payload
 from corolla.wire.messages import Kind, Task, pack_task, unpack_reply

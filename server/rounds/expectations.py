@@ -6,7 +6,7 @@ from dataclasses import replace
 from corolla import strategies
 from corolla.aggregation import robust
 from corolla.server.rounds.federation import Federation
-from corolla.server.rounds.gate import Expected
+from corolla.server.rounds.verdicts import Expected
 from corolla.types import Payload, Summable, Tallied
 from corolla.wire.messages import Kind
 

@@ -12,9 +12,9 @@ from corolla.server.rounds.asking import Answer
 from corolla.server.rounds.call import RoundCall
 from corolla.server.rounds.defence import defence_of
 from corolla.server.rounds.federation import Held
-from corolla.server.rounds.gate import Code, Judged, Verdict
 from corolla.server.rounds.spending import Spending
 from corolla.server.rounds.tasks import accepted_note, accepted_only
+from corolla.server.rounds.verdicts import Code, Judged, Verdict
 from corolla.types import Aggregator, Metrics
 
 

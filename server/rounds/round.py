@@ -10,11 +10,11 @@ from corolla.server.rounds.call import RoundCall, RoundEvents
 from corolla.server.rounds.defence import norms_after
 from corolla.server.rounds.federation import Held
 from corolla.server.rounds.fold import Fold, empty_fold
-from corolla.server.rounds.gate import Code, Verdict
 from corolla.server.rounds.metrics import mean_metrics, simulated_seconds, staleness
 from corolla.server.rounds.network import Network
 from corolla.server.rounds.spending import Spending, told
 from corolla.server.rounds.tasks import Traffic, costs, formula
+from corolla.server.rounds.verdicts import Code, Verdict
 from corolla.tensors import tree
 from corolla.types import Cost, Metrics, Payload
 from corolla.wire.messages import Kind

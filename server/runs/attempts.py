@@ -11,10 +11,10 @@ from corolla.errors import ConfigError, RoundError, StoppedError
 from corolla.host import logs
 from corolla.server.rounds.call import Plan, RoundCall, RoundEvents
 from corolla.server.rounds.federation import Federation
-from corolla.server.rounds.gate import Verdict
 from corolla.server.rounds.network import Network
 from corolla.server.rounds.round import RoundResult, run_round
 from corolla.server.rounds.spending import Spending
+from corolla.server.rounds.verdicts import Verdict
 from corolla.server.runs.checkpoint import Checkpoint
 from corolla.server.runs.journal import Entry, Journal, fail_point, past, read
 from corolla.server.runs.observer import Observer

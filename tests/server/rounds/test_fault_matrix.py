@@ -22,8 +22,8 @@ from torch import Tensor
 from corolla.errors import RoundError, WireError
 from corolla.proto import update_pb2 as pb
 from corolla.server.rounds.call import RoundCall
-from corolla.server.rounds.gate import Code
 from corolla.server.rounds.round import RoundResult, run_round
+from corolla.server.rounds.verdicts import Code
 from corolla.tensors import tree
 from corolla.wire import codec
 from corolla.wire.messages import pack_reply, unpack_reply

@@ -27,8 +27,9 @@ from corolla.server.gateway.access import Token
 from corolla.server.gateway.gateway import Gateway, Settings
 from corolla.server.rounds import expectations
 from corolla.server.rounds.federation import Federation
-from corolla.server.rounds.gate import Code, judge, most_bytes
+from corolla.server.rounds.gate import judge, most_bytes
 from corolla.server.rounds.tasks import Traffic, make_tasks
+from corolla.server.rounds.verdicts import Code
 from corolla.wire import codec
 from corolla.wire.messages import Kind, Reply, pack_reply, pack_task, unpack_task
 from corolla.wire.packet import Packet

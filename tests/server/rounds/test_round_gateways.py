@@ -21,10 +21,10 @@ from corolla.privacy.client_level import ClientLevel
 from corolla.server.rounds import expectations
 from corolla.server.rounds.call import Plan, RoundCall, RoundEvents
 from corolla.server.rounds.federation import Federation, Held
-from corolla.server.rounds.gate import Code
 from corolla.server.rounds.network import Network
 from corolla.server.rounds.round import RoundResult, evaluate_clients, run_round
 from corolla.server.rounds.spending import Spending
+from corolla.server.rounds.verdicts import Code
 from corolla.storage.memory import Memory
 from corolla.tensors import tree
 from corolla.types import Payload

@@ -20,10 +20,10 @@ from corolla.privacy.accounting import gaussian_epsilon
 from corolla.privacy.client_level import ClientLevel
 from corolla.server.rounds.call import Plan, RoundCall, RoundEvents
 from corolla.server.rounds.federation import Federation, merges
-from corolla.server.rounds.gate import Code
 from corolla.server.rounds.metrics import mean_metrics
 from corolla.server.rounds.round import RoundResult, run_round
 from corolla.server.rounds.spending import Spending
+from corolla.server.rounds.verdicts import Code
 from corolla.tensors import tree
 from corolla.types import Payload
 from corolla.wire import codec
