@@ -25,8 +25,8 @@ from corolla.server.rounds import round as rounds
 from corolla.server.runs import account, attempts, checkpoint, evaluate, report, run
 from corolla.server.runs.journal import read
 from corolla.server.runs.observer import Silent
-from corolla.server.runs.run import Summary
 from corolla.server.runs.status import status
+from corolla.server.runs.summary import Summary
 from corolla.wire import codec
 from corolla.wire.messages import pack_reply, unpack_reply
 from corolla.wire.packet import Packet

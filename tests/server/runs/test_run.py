@@ -13,8 +13,9 @@ from corolla.commands.simulate import in_process
 from corolla.config.run import RunConfig
 from corolla.errors import ArtefactError, ConfigError, CorollaError, DataError
 from corolla.server.runs import checkpoint, evaluate, report, run
-from corolla.server.runs.run import Summary, prepare_folder, stored_run
+from corolla.server.runs.folder import prepare_folder, stored_run
 from corolla.server.runs.setup import set_up
+from corolla.server.runs.summary import Summary
 from corolla.storage.memory import Memory
 from corolla.types import Metrics
 from corolla.wire import codec
