@@ -115,9 +115,7 @@ class Fold:
 
 
 def empty_fold(call: RoundCall, spending: Spending) -> Fold:
-    """The aggregator of a round before the first answer: as the strategy, the robust rule and
-    differential privacy have it.
-    """
+    """Nothing is folded in yet: the aggregator is as strategy, robust rule and privacy have it."""
     strategy = call.federation.strategy
     defence, clipped = defence_of(call), None
     if spending.level is not None:

@@ -20,7 +20,6 @@ from corolla.privacy.accounting import gaussian_epsilon
 from corolla.privacy.client_level import ClientLevel
 from corolla.server.rounds.call import Plan, RoundCall, RoundEvents
 from corolla.server.rounds.federation import Federation, merges
-from corolla.server.rounds.metrics import mean_metrics
 from corolla.server.rounds.round import RoundResult, run_round
 from corolla.server.rounds.spending import Spending
 from corolla.server.rounds.verdicts import Code
@@ -270,11 +269,3 @@ def test_gateways_send_every_update() -> None:
     config = RunConfig(dp="client", noise_multiplier=1.0)
     assert merges(config, config.build_strategy()) is None
     assert merges(RunConfig(dp="example", epsilon=1), config.build_strategy()) is not None
-
-
-def test_of_epsilon_the_largest_counts() -> None:
-    metrics = {
-        "ada": {"epsilon": 1.0, "local_steps": 2.0},
-        "ben": {"epsilon": 3.0, "local_steps": 2.0},
-    }
-    assert mean_metrics(metrics, EXAMPLES) == {"epsilon": 3.0, "local_steps": 4.0}
