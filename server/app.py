@@ -16,11 +16,13 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
 from corolla.config import rules
-from corolla.config.run import RunConfig, load, validate
+from corolla.config.build import build_strategy
+from corolla.config.load import load, validate
+from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, CorollaError, StoppedError
 from corolla.host import logs
 from corolla.host.processes import note_process
-from corolla.models import pretrained
+from corolla.models import folders
 from corolla.models.trainable import Trainable
 from corolla.server.deployment.grid import GridNetwork, count_nodes, hello
 from corolla.server.deployment.limits import Limits
@@ -140,7 +142,7 @@ def _run(grid: Grid, folder: Path, order: Order, stop: threading.Event) -> None:
 
 def _limits(config: RunConfig, order: Order, model: Trainable) -> Limits:
     try:
-        rules.refuse_gateways(config, config.build_strategy())
+        rules.refuse_gateways(config, build_strategy(config))
         no_gateways = ""
     except ConfigError as error:
         no_gateways = str(error)
@@ -153,7 +155,7 @@ def _simulated(grid: Grid, context: Context) -> None:
     """Started by `flwr run`: settings come from the run config of the app."""
     settings = dict(context.run_config)
     folder = Path(
-        str(settings.pop("out", "") or pretrained.cache_dir() / "runs" / str(context.run_id))
+        str(settings.pop("out", "") or folders.cache_dir() / "runs" / str(context.run_id))
     )
     more = shlex.split(str(settings.pop("set", "")))
     config = load(None, {key.replace("-", "_"): v for key, v in settings.items() if v != ""}, more)

@@ -23,6 +23,7 @@ import psutil
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, CorollaError, RoundError, StoppedError
 from corolla.host import certificates, logs, supervised
+from corolla.host.files import write_atomic
 from corolla.host.processes import end, free_port, note_process, noted_process, stoppable
 from corolla.host.supervised import Process
 from corolla.server.deployment import superlink
@@ -41,7 +42,6 @@ from corolla.server.deployment.order import (
 from corolla.server.deployment.superlink import Control, Place
 from corolla.server.runs import exporter
 from corolla.server.runs.attempts import how_to_go_on
-from corolla.server.runs.checkpoint import write_atomic
 from corolla.server.runs.folder import prepare_folder
 
 _POLL = 0.25

@@ -31,7 +31,7 @@ from corolla.server.gateway.offer import Offer, run_as, to_message
 from corolla.server.gateway.outbound import take_in
 from corolla.server.rounds.verdicts import Code
 from corolla.storage.memory import Memory
-from corolla.wire import messages
+from corolla.wire import limits, messages
 from corolla.wire.messages import Kind, Reply, Task, pack_reply, unpack_task
 from corolla.wire.packet import Packet
 from corolla.wire.rpc import FOREVER, Waits
@@ -259,7 +259,7 @@ class Gateway:
             return refuse(reason.REASON_NAME, f"this token is of device {token.device!r}")
         able = messages.load_capabilities(request.capabilities)
         lacks = settings.policy.lacks(able)
-        examples, least = min(request.num_examples, messages.MAX_EXAMPLES), settings.policy.examples
+        examples, least = min(request.num_examples, limits.MAX_EXAMPLES), settings.policy.examples
         enough = examples >= max(1, least)
         with self._changed:
             known = self._seen.get(device)

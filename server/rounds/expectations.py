@@ -3,11 +3,12 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from corolla import strategies
 from corolla.aggregation import robust
+from corolla.interfaces import Summable, Tallied
 from corolla.server.rounds.federation import Federation
 from corolla.server.rounds.verdicts import Expected
-from corolla.types import Payload, Summable, Tallied
+from corolla.strategies import registry
+from corolla.types import Payload
 from corolla.wire.messages import Kind
 
 
@@ -59,7 +60,7 @@ def _of_class(
         federation.config.uplink,
         _most_examples(federation, member, name),
         federation.config.max_norm,
-        space=robust.space_of(strategies.traits(federation.strategy)),
+        space=robust.space_of(registry.traits(federation.strategy)),
     )
 
 

@@ -6,14 +6,16 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from corolla import seeds, strategies
+from corolla import seeds
 from corolla.aggregation.sums import summable
 from corolla.config import rules, schedule
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
+from corolla.interfaces import Strategy, Summable
 from corolla.server.rounds import cohort, simulated_time
+from corolla.strategies import registry
 from corolla.tensors import factors
-from corolla.types import LoraSpec, Params, Size, Strategy, Summable, TrainerName
+from corolla.types import LoraSpec, Params, Size, TrainerName
 
 Held = Mapping[str, frozenset[str]]
 """Member → content ids of the cached groups it is known to hold."""
@@ -162,7 +164,7 @@ class Federation:
         if self.config.dp != "none":
             return []
         able = set(self.clients)
-        if self.config.eval_participants or strategies.traits(self.strategy).personal:
+        if self.config.eval_participants or registry.traits(self.strategy).personal:
             rounds = range(1, self.config.rounds + 1)
             able = {c for r in rounds for c in self.sample(self.present(r), self.cohort_size, r)}
         able -= self.seats.keys()

@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from corolla import strategies
 from corolla.aggregation.robust import Robust
 from corolla.aggregation.sums import summable
-from corolla.privacy.client_level import ClippedSum
+from corolla.interfaces import Aggregator
+from corolla.privacy.clipped_sum import ClippedSum
 from corolla.server.rounds import buffer, expectations
 from corolla.server.rounds.asking import Answer
 from corolla.server.rounds.call import RoundCall
@@ -15,7 +15,8 @@ from corolla.server.rounds.federation import Held
 from corolla.server.rounds.spending import Spending
 from corolla.server.rounds.tasks import accepted_note, accepted_only
 from corolla.server.rounds.verdicts import Code, Judged, Verdict
-from corolla.types import Aggregator, Metrics
+from corolla.strategies import registry
+from corolla.types import Metrics
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Fold:
     def add_all(self, answers: Iterable[Answer]) -> Held:
         """Fold in all answers: who holds what afterwards."""
         federation = self.call.federation
-        traits, uplink = strategies.traits(federation.strategy), federation.config.uplink
+        traits, uplink = registry.traits(federation.strategy), federation.config.uplink
         keeps = traits.keeps or uplink.needs_differences
         held = dict(self.call.held)
         for answer in answers:

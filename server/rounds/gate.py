@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from corolla.errors import NotFiniteError, SchemaError, WireError
+from corolla.host import text
 from corolla.server.rounds import gate_checks
 from corolla.server.rounds.gate_checks import RefusedError
 from corolla.server.rounds.verdicts import Code, Expected, Judged, Verdict
 from corolla.types import Payload
-from corolla.wire import messages
+from corolla.wire import limits, messages
 from corolla.wire.compression import PLAIN, Pipeline
 from corolla.wire.messages import Reply, Task
 from corolla.wire.packet import Packet
@@ -57,7 +58,7 @@ def most_bytes(expect: Expected) -> int:
 def _judged(packet: Packet, client: str, task: Task, expect: Expected) -> Judged:
     limit = most_bytes(expect)
     for part, size, most in (
-        ("header", len(packet.header), messages.MAX_REPLY_HEADER),
+        ("header", len(packet.header), limits.MAX_REPLY_HEADER),
         ("payload", len(packet.payload), limit),
     ):
         if size > most:
@@ -128,4 +129,4 @@ def _framing(like: Payload) -> int:
 
 
 def _refused(code: Code, why: str) -> Judged:
-    return Judged(Verdict(code, messages.one_line(why)[:_WHY]))
+    return Judged(Verdict(code, text.one_line(why)[:_WHY]))

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from corolla.config.run import RunConfig
-from corolla.privacy.client_level import NOISE, ClientLevel, Guarantee
+from corolla.privacy.client_level import ClientLevel
+from corolla.privacy.guarantee import Guarantee
+from corolla.privacy.randomness import NOISE
 from corolla.server.rounds.federation import Federation
 from corolla.types import Metrics, Payload
 

@@ -6,7 +6,7 @@ from enum import StrEnum, auto
 
 from corolla.aggregation.robust import Space
 from corolla.types import Payload
-from corolla.wire import messages
+from corolla.wire import limits
 from corolla.wire.compression import PLAIN, Pipeline
 from corolla.wire.messages import Reply
 
@@ -72,7 +72,7 @@ class Expected:
 
     like: Payload | None
     codec: Pipeline = PLAIN
-    most_examples: int = messages.MAX_EXAMPLES
+    most_examples: int = limits.MAX_EXAMPLES
     max_norm: float | None = None
     sums: Payload | None = None
     most_clients: int = 0

@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from corolla.config.run import RunConfig, validate
+from corolla.config.load import validate
+from corolla.config.run import RunConfig
 from corolla.errors import ArtefactError, ConfigError
-from corolla.server.runs.checkpoint import write_atomic
+from corolla.host.files import write_atomic
 
 
 def prepare_folder(folder: Path, resume: bool) -> None:

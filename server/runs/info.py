@@ -5,14 +5,15 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
-import corolla
 from corolla.config.run import RunConfig
-from corolla.privacy.client_level import NEIGHBOURS
+from corolla.interfaces import Strategy
+from corolla.privacy.guarantee import NEIGHBOURS
 from corolla.server.rounds.federation import Federation
 from corolla.server.rounds.spending import Spending
 from corolla.server.runs.evaluate import Evaluator
-from corolla.strategies import traits
-from corolla.types import Aggregates, Strategy
+from corolla.strategies.registry import traits
+from corolla.types import Aggregates
+from corolla.version import __version__
 
 
 def run_info(
@@ -26,7 +27,7 @@ def run_info(
     packages = ("flwr", "torch", "peft", "transformers", "safetensors")
     return {
         **facts,
-        "corolla": corolla.__version__,
+        "corolla": __version__,
         "run_id": federation.run_id,
         "keep_updates": keep_updates,
         "config": federation.config.model_dump(mode="json"),

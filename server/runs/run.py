@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from corolla import seeds
+from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.directions import seedlog
 from corolla.errors import ArtefactError, ConfigError, RoundError, StoppedError
@@ -36,7 +37,8 @@ from corolla.server.runs.metrics_line import metrics_line, peak_rss
 from corolla.server.runs.observer import Observer
 from corolla.server.runs.report import write_report
 from corolla.server.runs.summary import Summary
-from corolla.strategies import traits
+from corolla.storage import folders
+from corolla.strategies.registry import traits
 from corolla.tensors import tree
 from corolla.types import Adapter, Metrics, Payload
 
@@ -174,7 +176,7 @@ class Run:
 
     def _federation(self, past: Past) -> Federation:
         """Who takes part, with those that the journal knows; ConfigError where none can."""
-        strategy = self.config.build_strategy()
+        strategy = build_strategy(self.config)
         # Who is known keeps its place; who is not there now may come back.
         clients = {**past.roster, **dict(sorted(self.network.clients().items()))}
         if not clients:
@@ -221,7 +223,7 @@ class Run:
         if self.keep_updates:
             self._keep_global(federation, result.state, round)
             if not self.own_devices:  # whose updates nobody wrote down
-                folder = records.round_folder(self.folder / "updates", round)
+                folder = folders.round_folder(self.folder / "updates", round)
                 records.write_weights(folder, result.num_examples)
         scores: Metrics = {}
         if round % self.config.eval_every == 0 or round == self.config.rounds:
@@ -306,7 +308,7 @@ class Run:
         return folder, difference
 
     def _keep_global(self, federation: Federation, state: Payload, round: int) -> None:
-        folder = records.round_folder(self.folder / "global", round)
+        folder = folders.round_folder(self.folder / "global", round)
         self.evaluator.model.save(folder, federation.strategy.adapter(state), self.config.lora)
 
 

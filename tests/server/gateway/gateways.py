@@ -16,6 +16,7 @@ from corolla import seeds
 from corolla.client.phone.session import Phone
 from corolla.client.phone.session import Settings as PhoneSettings
 from corolla.client.training.worker import Worker
+from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.data.federated import FederatedData
 from corolla.directions import seedlog
@@ -223,7 +224,7 @@ class Course:
 def course(config: RunConfig, network: Network, seats: Mapping[str, int]) -> Course:
     """A federation of tiny models before its first round."""
     model = tiny.lora_model("llama")
-    strategy = config.build_strategy()
+    strategy = build_strategy(config)
     first = strategy.init(model.init(config.lora, seeds.derive(config.seed, "init")), config.seed)
     origin = seedlog.origin(model.base.fingerprint, first)
     federation = Federation(

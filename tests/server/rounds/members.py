@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.server.rounds.federation import Federation
 from corolla.types import LoraSpec, Params
@@ -25,5 +26,5 @@ def fresh(spec: LoraSpec) -> Params:
 def federation(seats: Any = SEATS, clients: Any = CLIENTS, **changes: Any) -> Federation:
     own = {key: changes.pop(key) for key in ("roster", "trace") if key in changes}
     config = RunConfig(**{"rank": 2, "local_steps": 3, "batch_size": 2, **changes})
-    strategy = config.build_strategy()
+    strategy = build_strategy(config)
     return Federation("ab" * 16, config, strategy, clients, fresh, seats=seats, **own)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.errors import RoundError
 from corolla.server.rounds import buffer
@@ -86,7 +87,7 @@ class Server:
 def server(trace: Trace | None = None, wrong: str = "", **settings: Any) -> Server:
     values = {"rank": 1, "local_steps": 4, "batch_size": 8, "cohort": 4, **settings}
     config = RunConfig.model_validate(values)
-    strategy = config.build_strategy()
+    strategy = build_strategy(config)
     federation = Federation("ab" * 16, config, strategy, EXAMPLES, lambda spec: FRESH, trace=trace)
     state = strategy.init(FRESH, 0)
     network = Devices(wrong=frozenset(wrong), codec=config.codec)

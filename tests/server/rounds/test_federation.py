@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from corolla.config.run import ClientClass, RunConfig
+from corolla.config.groups import ClientClass
+from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
 from corolla.server.rounds import cohort
 from corolla.server.rounds.federation import classes_behind

@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.errors import WireError
 from corolla.phones import protocol
@@ -170,7 +171,7 @@ def test_nesting_and_numbers_that_no_server_sends_get_one_line(
 def test_mutated_calls_of_a_phone_end_neither_a_gateway_nor_its_round(tmp_path: Path) -> None:
     """What it sends up in the end passes the server's gate, whoever's update it is."""
     config = RunConfig(strategy="fedavg", rank=2, local_steps=1, batch_size=8, max_norm=LENGTH)
-    fedavg, seats = config.build_strategy(), {"gate": 1}
+    fedavg, seats = build_strategy(config), {"gate": 1}
     federation = Federation("ab" * 16, config, fedavg, {"gate": 9}, lambda spec: FRESH, seats=seats)
     asked = make_tasks(federation, fedavg.init(FRESH, 0), {}, 1, Kind.TRAIN, seats, Traffic())
     gateway = Gateway(Settings("gate", tmp_path, retry=0.01, over_select=2.0))

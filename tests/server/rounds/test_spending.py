@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.errors import RoundError
 from corolla.privacy.accounting import gaussian_epsilon
@@ -50,7 +51,7 @@ class Private:
     def __post_init__(self) -> None:
         given = {"cohort": 4, "noise_multiplier": Z, "clip": CLIP, **self.settings}
         config = RunConfig(rank=2, local_steps=1, batch_size=8, dp="client", **given)
-        made = config.build_strategy()
+        made = build_strategy(config)
         self.federation = Federation("ab" * 16, config, made, EXAMPLES, lambda spec: FRESH)
         self.state = made.init(FRESH, 0)
         self.memory: Payload = {}
@@ -267,5 +268,5 @@ def test_adaptive_clip_goes_on_from_the_memory_of_the_run() -> None:
 
 def test_gateways_send_every_update() -> None:
     config = RunConfig(dp="client", noise_multiplier=1.0)
-    assert merges(config, config.build_strategy()) is None
-    assert merges(RunConfig(dp="example", epsilon=1), config.build_strategy()) is not None
+    assert merges(config, build_strategy(config)) is None
+    assert merges(RunConfig(dp="example", epsilon=1), build_strategy(config)) is not None

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
 from corolla.privacy.accounting import gaussian_epsilon
@@ -21,7 +22,7 @@ def begun(
     clients: Mapping[str, int] = EXAMPLES, before: Past | None = None, **given: Any
 ) -> Spending:
     config = RunConfig(**{"cohort": 2, "rounds": 4, **given})
-    strategy = config.build_strategy()
+    strategy = build_strategy(config)
     federation = Federation("ab" * 16, config, strategy, clients, lambda spec: FRESH)
     return open_account(federation, before or Past())
 
@@ -89,7 +90,7 @@ def test_the_journal_goes_on_being_the_account() -> None:
     found = account.guarantee()
     assert found and found.epsilon == pytest.approx(gaussian_epsilon(math.sqrt(2) / z, 1e-5))
     federation = Federation(
-        "ab" * 16, account.config, account.config.build_strategy(), EXAMPLES, lambda spec: FRESH
+        "ab" * 16, account.config, build_strategy(account.config), EXAMPLES, lambda spec: FRESH
     )
     assert account.ended(federation, 2) == ""
     spent = begun(before=events(*[["ada"]] * 4), dp="client", epsilon=8.0)
@@ -122,7 +123,7 @@ def test_a_client_is_asked_as_often_as_it_may_train_on_its_examples() -> None:
     federation = Federation(
         "ab" * 16,
         RunConfig(dp="example", epsilon=8, participations=2, cohort=4, rounds=4),
-        RunConfig().build_strategy(),
+        build_strategy(RunConfig()),
         EXAMPLES,
         lambda spec: FRESH,
     )
@@ -139,7 +140,7 @@ def test_devices_that_separation_bars_wait_for_others() -> None:
     account = begun(dp="client", epsilon=8.0, cohort=2, separation=2, participations=2)
     config = account.config
     own = Federation(
-        "ab" * 16, config, config.build_strategy(), EXAMPLES, lambda spec: FRESH, own_devices=True
+        "ab" * 16, config, build_strategy(config), EXAMPLES, lambda spec: FRESH, own_devices=True
     )
     assert account.level is not None
     event = {"clients": list(EXAMPLES), "noise_multiplier": 1.0}
