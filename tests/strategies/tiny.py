@@ -29,7 +29,9 @@ from corolla.interfaces import ForwardTrainer, LocalTrainer, Observed, Strategy
 from corolla.models import pretrained
 from corolla.models.lora import LoraModel
 from corolla.models.pretrained import Base
-from corolla.server.rounds.federation import Federation, Held, Network
+from corolla.server.rounds.call import RoundCall
+from corolla.server.rounds.federation import Federation, Held
+from corolla.server.rounds.network import Network
 from corolla.server.rounds.round import RoundResult, run_round
 from corolla.storage.memory import Memory
 from corolla.strategies import registry
@@ -259,7 +261,9 @@ class Run:
 
     def step(self) -> RoundResult:
         """One round."""
-        result = run_round(self.federation, self.state, self.held, len(self.done) + 1, self.network)
+        result = run_round(
+            RoundCall(self.federation, self.state, self.held, len(self.done) + 1), self.network
+        )
         self.state, self.held = result.state, result.held
         self.done.append(result)
         return result

@@ -32,13 +32,14 @@ from corolla.models.dense import DenseModel
 from corolla.models.lora import LoraModel
 from corolla.models.trainable import Trainable
 from corolla.privacy.guarantee import Guarantee
-from corolla.server.rounds.federation import Federation, Network
+from corolla.server.rounds.federation import Federation
+from corolla.server.rounds.network import Network
 from corolla.server.rounds.spending import Spending
 from corolla.server.runs import journal
 from corolla.server.runs.checkpoint import Checkpoint
 from corolla.server.runs.journal import Journal
 from corolla.server.runs.observer import Silent
-from corolla.server.runs.run import Run
+from corolla.server.runs.run import Course, Run
 from corolla.server.runs.setup import Setup, set_up
 from corolla.storage.memory import Memory
 from corolla.types import Payload
@@ -237,9 +238,9 @@ class _Watched(Run):
         self.base = self._loss(federation, state)
         return {"metrics": {"loss": self.base}, "samples": [], "clients": {}}
 
-    def _finish(self, federation: Federation, state: Payload, *rest: Any, **facts: Any) -> Any:
+    def _finish(self, course: Course, seconds: float) -> Any:
         """No artefact and no report: what counts has been released."""
-        self.final = self._loss(federation, state)
+        self.final = self._loss(course.federation, course.at.state)
 
     def _loss(self, federation: Federation, state: Payload) -> float:
         return self.evaluator.score(federation.strategy.adapter(state))["loss"]

@@ -35,7 +35,9 @@ from corolla.interfaces import Observed, Strategy
 from corolla.models import adapter_files
 from corolla.models.lora import LoraModel
 from corolla.models.pretrained import Base
-from corolla.server.rounds.federation import Federation, Held, Network
+from corolla.server.rounds.call import RoundCall
+from corolla.server.rounds.federation import Federation, Held
+from corolla.server.rounds.network import Network
 from corolla.server.rounds.round import RoundResult, run_round
 from corolla.server.rounds.tasks import accepted_only
 from corolla.storage.memory import Memory
@@ -203,7 +205,7 @@ class _Probe:
                 before = state, held
                 kept = Path(scratch) / f"kept-{round}"  # what devices keep, as it was before
                 shutil.copytree(network.worker.memory.folder, kept)
-                result = run_round(federation, state, held, round, network)
+                result = run_round(RoundCall(federation, state, held, round), network)
                 observed.append(self._observed(federation, state, result, network))
                 state, held = result.state, result.held
                 error, inexact = self._error(model, network, result, observed)
@@ -326,7 +328,7 @@ class _Probe:
     ) -> Finding:
         """The last round again, on another model, clients in reverse order: the same bytes."""
         accepted = {client: accepted_only(before[1], client) for client in before[1]}
-        run_round(federation, before[0], accepted, round, again)
+        run_round(RoundCall(federation, before[0], accepted, round), again)
         differ = [c for c, sent in network.sent.items() if again.sent.get(c) != sent]
         note = (
             f"{', '.join(differ)}: update depends on which client trained before" if differ else ""
@@ -368,7 +370,7 @@ class _Probe:
         """With a cohort of one, the global model is that client's model."""
         alone = self.config.model_copy(update={"cohort": 1})
         state = self._fresh(network)
-        result = run_round(replace(federation, config=alone), state, {}, 1, network)
+        result = run_round(RoundCall(replace(federation, config=alone), state, {}, 1), network)
         (client,) = result.num_examples
         model.show(self.strategy.adapter(result.state), self.config.lora)
         error = _relative(model.deltas(), network.deltas[client])
@@ -386,9 +388,9 @@ class _Probe:
         members = list(result.num_examples)
         costs = self.strategy.cost([federation.size(client, round) for client in members])
         formula = sum(cost.up for cost in costs)
-        off = abs(result.bytes_up - formula)
+        off = abs(result.traffic.up - formula)
         if any(cost.at_most for cost in costs):
-            off = max(0, result.bytes_up - formula)
+            off = max(0, result.traffic.up - formula)
         yield Finding(
             "bytes up = formula", self.kind, float(off), 0.0, f"{formula} bytes" if off else ""
         )
@@ -397,13 +399,13 @@ class _Probe:
         state: Payload = self._fresh(network)
         held: Held = {}
         for number in (1, 2):  # in the second round of full participation everything cached is held
-            done = run_round(full, state, held, number, network)
+            done = run_round(RoundCall(full, state, held, number), network)
             state, held = done.state, done.held
         costs = self.strategy.cost([full.size(client, 2) for client in done.num_examples])
         formula = sum(cost.down for cost in costs)
-        off = abs(done.bytes_down - formula)
+        off = abs(done.traffic.down - formula)
         if any(cost.at_most for cost in costs):
-            off = max(0, done.bytes_down - formula)
+            off = max(0, done.traffic.down - formula)
         yield Finding(
             "bytes down = formula", self.kind, float(off), 0.0, f"{formula} bytes" if off else ""
         )

@@ -30,9 +30,9 @@ from corolla.models.anatomy import Anatomy
 from corolla.models.footprint import Batch, Estimate
 from corolla.privacy import calibration, example_level
 from corolla.privacy.guarantee import Guarantee
-from corolla.server.rounds import spending
 from corolla.server.rounds.federation import Federation
 from corolla.server.rounds.tasks import costs
+from corolla.server.runs.account import open_account
 from corolla.server.runs.journal import Past
 from corolla.strategies import registry
 from corolla.types import LoraSpec, Params
@@ -221,7 +221,7 @@ def _privacy(federation: Federation) -> Privacy | None:
     config = federation.config
     if config.dp == "none":
         return None
-    account = spending.begin(federation, Past())
+    account = open_account(federation, Past())
     if why := account.ended(federation, 1):
         raise ConfigError(why)
     if account.level:

@@ -21,7 +21,7 @@ from corolla.errors import ConfigError, RoundError
 from corolla.host.processes import terminate_as_interrupt
 from corolla.models import pretrained
 from corolla.server.runs.observer import Observer
-from corolla.server.runs.run import Summary
+from corolla.server.runs.summary import Summary
 
 # Read when Flower and Ray are imported: no telemetry, no advice about accelerators.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from corolla.evaluation.scoring import SHARES
 from corolla.host.text import human_bytes
-from corolla.server.runs.run import Summary
+from corolla.server.runs.summary import Summary
 
 
 class Bars:
