@@ -288,15 +288,16 @@ def compare(
     with _user_errors():
         with out.status("loading"):
             from corolla.commands.compare import compare as comparing
-            from corolla.commands.compare.report import CellBars, print_comparison
+            from corolla.commands.compare.grid import learning_rates, make_grid
+            from corolla.commands.compare.screen import CellBars, print_comparison
 
-        tried = comparing.learning_rates(lrs)
-        wanted = comparing.plan(
+        tried = learning_rates(lrs)
+        grid = make_grid(
             strategies, config, options, settings or (), seeds=seeds, lrs=tried, jobs=jobs
         )
         bars = CellBars(out)
         with bars.progress:
-            results = comparing.compare(wanted, out_dir, jobs=jobs, resume=resume, watch=bars)
+            results = comparing.compare(grid, out_dir, jobs=jobs, resume=resume, watch=bars)
         print_comparison(out, results, out_dir)
         if results["failed"]:
             raise typer.Exit(1)
