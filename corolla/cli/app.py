@@ -312,7 +312,8 @@ def check(
 ) -> None:
     """Prove strategies on effective model weights; exit code 1 when one fails."""
     with _user_errors():
-        from corolla.commands.check.proofs import conform, print_findings
+        from corolla.commands.check.proofs import conform
+        from corolla.commands.check.screen import print_findings
         from corolla.strategies import STRATEGIES
 
         results = conform(list(strategies or STRATEGIES), _spinner(as_json))

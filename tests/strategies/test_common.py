@@ -13,7 +13,8 @@ import torch
 
 from corolla import strategies
 from corolla.client.training.worker import Worker
-from corolla.commands.check.proofs import Result, conform
+from corolla.commands.check.findings import Result
+from corolla.commands.check.proofs import conform
 from corolla.directions import seedlog
 from corolla.errors import ConfigError
 from corolla.server.rounds.federation import Network
