@@ -383,19 +383,20 @@ def audit(
 
         run_config = load(config, options, settings or ())
         from corolla.commands.audit import run as auditing
+        from corolla.commands.audit.screen import print_audit, print_membership
 
         if membership:
             attacked = auditing.membership(run_config)
             if as_json:
                 print(json.dumps(attacked.to_json(), indent=2))
             else:
-                auditing.print_membership(out, attacked)
+                print_membership(out, attacked)
             return
         found = auditing.audit(run_config, canaries, guesses, unit)
         if as_json:
             print(json.dumps(found.to_json(), indent=2))
         else:
-            auditing.print_audit(out, found)
+            print_audit(out, found)
         if found.refuted:
             raise typer.Exit(1)
 
