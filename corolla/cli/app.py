@@ -220,12 +220,13 @@ def plan(
             raise ConfigError(f"--memory: {error}; found {memory!r}") from error
         run_config = load(config, options, settings or ())
         from corolla.commands.plan import plan as planning
+        from corolla.commands.plan.screen import print_plan
 
-        found = planning.plan(run_config, budget)
+        estimate = planning.plan(run_config, budget)
         if as_json:
-            print(json.dumps(found.to_json(), indent=2))
+            print(json.dumps(estimate.to_json(), indent=2))
         else:
-            planning.print_plan(out, found, budget)
+            print_plan(out, estimate, budget)
 
 
 @app.command()
