@@ -770,9 +770,9 @@ def gateway(
 ) -> None:
     """Be one member of a federation for many phones: choose them, merge their updates."""
     with _user_errors():
-        from corolla.commands.gateway import begin, order
+        from corolla.commands.gateway import GatewayOptions, begin, order
 
-        wanted = order(
+        options = GatewayOptions(
             name=name,
             state=state,
             listen=listen,
@@ -789,7 +789,7 @@ def gateway(
             lease=lease,
             allow=allow or (),
         )
-        begin(server, root_certificates, wanted, _say)
+        begin(server, root_certificates, order(options), _say)
 
 
 @app.command()

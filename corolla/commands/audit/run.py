@@ -39,7 +39,7 @@ LOUDNESS = 10.0
 """Norm of a canary's update, as a multiple of the clip: what clips it is audited too."""
 
 _FEW = 8
-"""Held-out examples of the runs inside an audit, whose losses nobody looks at."""
+"""Number of held-out examples where nobody looks at the losses of a run."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Proof:
 
     score: str
     right: int
-    """Of the guesses."""
+    """Number of guesses that were right."""
     lower_bound: float
 
 

@@ -39,7 +39,7 @@ class Watched(Run):
 
     steps: list[tuple[int, Payload, Payload]] = field(default_factory=list)
     claim: Guarantee | None = None
-    """What it says itself that it has spent."""
+    """The guarantee that the run itself states."""
     events: Sequence[Mapping[str, Any]] = ()
     base: float = math.nan
     final: float = math.nan
@@ -67,7 +67,7 @@ class Watched(Run):
 
     @property
     def cohorts(self) -> Mapping[int, Sequence[str]]:
-        """Round → who was asked last."""
+        """Round → the clients that were asked in its last attempt."""
         return {e["round"]: list(e["cohort"]) for e in self.events if e["event"] == "planned"}
 
 

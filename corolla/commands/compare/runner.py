@@ -27,7 +27,7 @@ _BEAT = 0.1
 """Seconds between two looks at the children."""
 
 Watch = Callable[[int, int, Sequence[str], str], None]
-"""Told of cells done, of all, names of those running, and a line worth printing or nothing."""
+"""Called with the numbers of cells done and of all, names of those running, and a note or ""."""
 
 
 class Runner:
