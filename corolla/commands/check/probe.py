@@ -76,7 +76,8 @@ class Probe:
 
     def rounds(self, number: int) -> Iterator[Round]:
         """Run rounds from a fresh state, each when it is asked for."""
-        state, held = self.fresh(), {}
+        state: Payload = self.fresh()
+        held: Held = {}
         for round in range(1, number + 1):
             kept = self.folder / f"kept-{round}"
             shutil.copytree(self.network.worker.memory.folder, kept)
