@@ -14,8 +14,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-import corolla
 from corolla.errors import ConfigError, CorollaError
+from corolla.version import __version__
 
 # Before anything imports them: no telemetry, no update check, no advice of tokenizers on forks.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -57,7 +57,7 @@ def _user_errors() -> Iterator[None]:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        out.print(f"corolla {corolla.__version__}", highlight=False)
+        out.print(f"corolla {__version__}", highlight=False)
         raise typer.Exit
 
 
@@ -128,7 +128,7 @@ def simulate(
         "clip": clip,
     }
     with _user_errors():
-        from corolla.config.run import load, resumed
+        from corolla.config.load import load, resumed
 
         if resume and out_dir is None:
             raise ConfigError("--resume needs --out: the folder of the run to go on with")
@@ -211,8 +211,8 @@ def plan(
         "clip": clip,
     }
     with _user_errors():
-        from corolla.client.device.settings import parse_bytes
-        from corolla.config.run import load
+        from corolla.config.load import load
+        from corolla.host.text import parse_bytes
 
         try:
             budget = parse_bytes(memory) if memory is not None else None
@@ -315,7 +315,7 @@ def check(
     with _user_errors():
         from corolla.commands.check.proofs import conform
         from corolla.commands.check.screen import print_findings
-        from corolla.strategies import STRATEGIES
+        from corolla.strategies.registry import STRATEGIES
 
         results = conform(list(strategies or STRATEGIES), _spinner(as_json))
         if as_json:
@@ -380,7 +380,7 @@ def audit(
         "clip": clip,
     }
     with _user_errors():
-        from corolla.config.run import load
+        from corolla.config.load import load
 
         run_config = load(config, options, settings or ())
         from corolla.commands.audit import run as auditing
@@ -637,7 +637,7 @@ def server(
         "min_clients": min_clients,
     }
     with _user_errors():
-        from corolla.config.run import load, unchanged, validate
+        from corolla.config.load import load, unchanged, validate
         from corolla.server.deployment.order import read_order, read_settings
 
         chosen = read_settings(config, own)

@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from corolla.client.device.node import Node, Say, only_one
-from corolla.client.device.settings import identity, parse_bytes
+from corolla.client.device.settings import identity
 from corolla.client.device.supernode import Link
 from corolla.errors import ConfigError, WireError
 from corolla.host import certificates
+from corolla.host.text import parse_bytes
 from corolla.phones import protocol
 from corolla.server.gateway.access import read_tokens
 from corolla.server.gateway.daemon import Order
 from corolla.server.gateway.gateway import Settings
 from corolla.server.gateway.leases import Policy
-from corolla.wire.messages import MAX_EXAMPLES
+from corolla.wire.limits import MAX_EXAMPLES
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 """Unit of a time in --policy → seconds."""

@@ -5,7 +5,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from corolla.commands.audit.run import Audit, Membership
-from corolla.privacy.client_level import Guarantee
+from corolla.privacy.guarantee import Guarantee
 
 
 def print_audit(console: Console, audit: Audit) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from corolla.client.training.worker import Worker
 from corolla.commands.simulate.in_process import InProcess
 from corolla.config.run import RunConfig
-from corolla.privacy.client_level import Guarantee
+from corolla.privacy.guarantee import Guarantee
 from corolla.server.rounds.federation import Federation, Network
 from corolla.server.rounds.spending import Spending
 from corolla.server.runs import journal

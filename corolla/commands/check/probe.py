@@ -13,19 +13,24 @@ from typing import Any
 
 import torch
 
-from corolla import seeds, strategies
+from corolla import seeds
 from corolla.client.training.worker import Worker
 from corolla.commands.check import tiny_models
+from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
-from corolla.data.federated import Example, FederatedData, Split
+from corolla.data.federated import FederatedData
+from corolla.data.partition import Split
+from corolla.data.rows import Example
 from corolla.directions import seedlog
+from corolla.interfaces import Observed
 from corolla.models.lora import LoraModel
 from corolla.models.pretrained import Base
 from corolla.server.rounds.federation import Federation, Held, Network
 from corolla.server.rounds.round import RoundResult, run_round
 from corolla.storage.memory import Memory
+from corolla.strategies import registry
 from corolla.tensors import factors
-from corolla.types import Observed, Params, Payload
+from corolla.types import Params, Payload
 from corolla.wire.messages import unpack_reply
 from corolla.wire.packet import Packet
 
@@ -58,7 +63,7 @@ class Probe:
         self.config = _config(name, kind)
         self.labels = list(_LABELS) if kind == "bert" else []
         self.data = _data(self.labels)
-        self.strategy = self.config.build_strategy()
+        self.strategy = build_strategy(self.config)
         self.network = self.network_on(folder / "a")
         self.model = self.network.model
         self.federation = self._federation()
@@ -145,13 +150,13 @@ def shares(examples: Mapping[str, int]) -> dict[str, float]:
 
 def _config(name: str, kind: str) -> RunConfig:
     """Three of four clients a round, with mixed ranks and trainers where the strategy allows."""
-    cls = strategies.find(name)
+    cls = registry.find(name)
     spec: dict[str, Any] = {"rank": 4, "alpha": 8.0, "rslora": kind == "gpt2"}
     if cls.mixed_ranks:
         spec |= {"ranks": [4, 8, 16], "alphas": [8.0, 4.0, 64.0]}
     if len(cls.trainers) > 1:
         spec["classes"] = {trainer: {"trainer": trainer, "lr": 1e-2} for trainer in cls.trainers}
-    optimizer = strategies.traits(cls).optimizers[0]
+    optimizer = registry.traits(cls).optimizers[0]
     return RunConfig(
         strategy=name,
         cohort=3,

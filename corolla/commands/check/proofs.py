@@ -12,16 +12,17 @@ from pathlib import Path
 
 import torch
 
-from corolla import strategies
 from corolla.commands.check import tiny_models
 from corolla.commands.check.findings import Finding, Result
 from corolla.commands.check.probe import CLIENTS, MOST_BYTES, Probe, Round, shares
-from corolla.models import lora
+from corolla.interfaces import Observed
+from corolla.models import adapter_files
 from corolla.server.rounds.federation import Held
 from corolla.server.rounds.round import run_round
 from corolla.server.rounds.tasks import accepted_only
+from corolla.strategies import registry
 from corolla.tensors import factors, tree
-from corolla.types import Cost, Observed, Params, Payload
+from corolla.types import Cost, Params, Payload
 from corolla.wire import messages
 from corolla.wire.messages import unpack_reply
 
@@ -42,7 +43,7 @@ def conform(
     Raises ConfigError for an unknown strategy. A strategy that raises fails; it does not stop
     the others.
     """
-    classes = {name: strategies.find(name) for name in names}
+    classes = {name: registry.find(name) for name in names}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # several would mostly wait for each other on models as small
     results = []
@@ -119,7 +120,7 @@ def _error_of_expected(probe: Probe, state: Payload, observed: Sequence[Observed
     if expect is None:
         return 0.0 if all(tree.finite(params) for params in state.values()) else math.inf
     expected: Params = expect(observed)
-    if strategies.traits(probe.strategy).personal:
+    if registry.traits(probe.strategy).personal:
         trained = probe.strategy.adapter(state).trained
         return _relative({n: trained[n] for n in expected}, expected)
     scaling = probe.config.lora.scaling
@@ -255,7 +256,7 @@ def _reloaded(probe: Probe, state: Payload) -> Finding:
     ids = torch.arange(3, 3 + 24).reshape(2, 12)
     with torch.no_grad():
         ours = model.model(input_ids=ids).logits
-        theirs = lora.load_adapter(model.detach(), folder)(input_ids=ids).logits
+        theirs = adapter_files.load_adapter(model.detach(), folder)(input_ids=ids).logits
     return Finding("saved and reloaded", probe.kind, float((ours - theirs).abs().max()), LOGITS)
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import psutil
 
-import corolla
 from corolla.client.device.machine import cores
 from corolla.commands.compare.grid import ComparisonGrid
 from corolla.commands.compare.report import write_comparison
@@ -21,9 +20,10 @@ from corolla.commands.compare.results import results
 from corolla.commands.compare.runner import Runner, Watch
 from corolla.data import federated
 from corolla.errors import ConfigError, CorollaError
+from corolla.host.files import write_atomic
 from corolla.host.processes import stoppable
-from corolla.models import pretrained
-from corolla.server.runs.checkpoint import write_atomic
+from corolla.models import devices
+from corolla.version import __version__
 
 
 def compare(
@@ -42,7 +42,7 @@ def compare(
     """
     first = grid.methods[0].config
     federated.load(first)  # a mistake in the data is said once, not by every cell
-    alone = jobs == 0 and pretrained.pick_device(first.device).type != "cpu"
+    alone = jobs == 0 and devices.pick_device(first.device).type != "cpu"
     most = 1 if alone else jobs or cores()
     _prepare(grid, folder, resume)
     runner = Runner(grid, folder, most, fixed=jobs > 0, watch=watch)
@@ -95,7 +95,7 @@ def _prepare(grid: ComparisonGrid, folder: Path, resume: bool) -> None:
     packages = ("flwr", "torch", "peft", "transformers", "safetensors")
     begun = {
         "plan": grid.to_json(),
-        "corolla": corolla.__version__,
+        "corolla": __version__,
         "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
         "platform": platform.platform(),
         "cores": cores(),

@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from corolla import strategies
-from corolla.config.run import RunConfig, load
+from corolla.config.load import load
+from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
+from corolla.strategies import files, registry
 
 FACTORS = (1 / 3, 1.0, 3.0)
 """Learning rates that are tried without --lrs, relative to each strategy's usual one."""
@@ -30,12 +31,12 @@ class Method:
 
     def describe(self) -> dict[str, Any]:
         """What results say of the method: its strategy, what it aggregates, how clients train."""
-        cls = strategies.find(self.config.strategy)
+        cls = registry.find(self.config.strategy)
         approximate = self.config.robust != "none" or self.config.uplink.lossy
         return {
             "label": self.label,
             "strategy": self.config.strategy,
-            "personal": strategies.traits(cls).personal,
+            "personal": registry.traits(cls).personal,
             "aggregates": "other" if approximate else cls.aggregates,
             "trainers": list(cls.trainers),
         }
@@ -84,7 +85,7 @@ class ComparisonGrid:
                 "label": m.label,
                 "lrs": list(m.lrs),
                 "config": m.config.model_dump(mode="json"),
-                "file": strategies.digest(m.config.strategy),
+                "file": files.digest(m.config.strategy),
             }
             for m in self.methods
         ]
@@ -121,13 +122,13 @@ def make_grid(
         _method(name, load(file, {**(options or {}), "strategy": name}, settings), lrs, jobs)
         for name in names
     ]
-    if any(strategies.traits(strategies.find(m.config.strategy)).personal for m in methods):
+    if any(registry.traits(registry.find(m.config.strategy)).personal for m in methods):
         # Personal models are those of clients that train: all methods are measured on these.
         participants = {"eval_participants": True}
         methods = [replace(m, config=m.config.model_copy(update=participants)) for m in methods]
     labels = [method.label for method in methods]
     if not labels:
-        raise ConfigError(f"name strategies to compare: {', '.join(strategies.STRATEGIES)}")
+        raise ConfigError(f"name strategies to compare: {', '.join(registry.STRATEGIES)}")
     if twice := next((label for label in labels if labels.count(label) > 1), None):
         raise ConfigError(f"{twice} is named twice: each strategy once, classes by different names")
     first = methods[0].config

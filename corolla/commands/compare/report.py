@@ -12,8 +12,8 @@ import jinja2
 from corolla.commands.compare import plots
 from corolla.commands.compare.plots import Entry
 from corolla.embedded.assets import asset
-from corolla.server.runs.checkpoint import write_atomic
-from corolla.server.runs.report import human_bytes
+from corolla.host.files import write_atomic
+from corolla.host.text import human_bytes
 
 
 def write_comparison(folder: Path, results: Mapping[str, Any]) -> None:

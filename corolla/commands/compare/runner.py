@@ -19,9 +19,9 @@ from corolla.commands.compare.grid import ComparisonGrid, Job, Method
 from corolla.commands.compare.results import best_lr
 from corolla.config.run import RunConfig
 from corolla.errors import StoppedError
+from corolla.host.files import write_atomic
 from corolla.host.processes import Child, stop
-from corolla.models import lora
-from corolla.server.runs.checkpoint import write_atomic
+from corolla.models import adapter_files
 
 _BEAT = 0.1
 """Seconds between two looks at the children."""
@@ -126,7 +126,7 @@ class Runner:
         }
         if job.keep:
             costs["aggregation_errors"] = aggregation_errors(run)
-            costs["initial_sha256"] = lora.adapter_hash(run / "global" / "round-000")
+            costs["initial_sha256"] = adapter_files.adapter_hash(run / "global" / "round-000")
         stored = json.dumps(costs, indent=2) + "\n"
         write_atomic(self.folder / f"{job.name}.json", stored.encode())
         self._read(job)

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from corolla.commands.compare.plots import Entry
 from corolla.commands.compare.report import interval, number, sentences
-from corolla.server.runs.report import human_bytes
+from corolla.host.text import human_bytes
 
 
 class CellBars:

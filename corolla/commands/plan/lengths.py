@@ -11,7 +11,8 @@ from corolla import seeds
 from corolla.config import schedule
 from corolla.config.run import RunConfig
 from corolla.data import federated
-from corolla.data.federated import Example, FederatedData
+from corolla.data.federated import FederatedData
+from corolla.data.rows import Example
 from corolla.models.anatomy import Anatomy
 from corolla.models.footprint import Batch
 from corolla.server.rounds.federation import Federation

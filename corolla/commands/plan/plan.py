@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from corolla import strategies
 from corolla.client.device.machine import Choice, choose
 from corolla.commands.plan import lengths
 from corolla.commands.plan.lengths import Batches
 from corolla.commands.plan.throughput import throughput
 from corolla.config import schedule
+from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.data import federated
 from corolla.data.federated import FederatedData
@@ -24,12 +24,13 @@ from corolla.errors import ConfigError
 from corolla.models import anatomy, footprint
 from corolla.models.anatomy import Anatomy
 from corolla.models.footprint import Estimate
-from corolla.privacy import client_level
-from corolla.privacy.client_level import Guarantee
+from corolla.privacy import calibration, example_level
+from corolla.privacy.guarantee import Guarantee
 from corolla.server.rounds import spending
 from corolla.server.rounds.federation import Federation
 from corolla.server.rounds.tasks import costs
 from corolla.server.runs.journal import Past
+from corolla.strategies import registry
 from corolla.types import LoraSpec, Params, TrainerName
 
 _POINTS = 10
@@ -191,7 +192,7 @@ def traffic(federation: Federation) -> Traffic:
     members = [cost for _, paid in rounds for cost in paid]
     up, down = [cost.up for cost in members], [cost.down for cost in members]
     once = max(cost.once for cost in members)
-    individual = strategies.traits(federation.strategy).individual
+    individual = registry.traits(federation.strategy).individual
     updates = max(sum(c.up for c in paid) for _, paid in rounds) if individual else 2 * max(up)
     return Traffic(
         up=(min(up), max(up)),
@@ -273,15 +274,15 @@ def privacy(federation: Federation) -> Privacy | None:
         raise ConfigError(why)
     if account.level:
         cohort = account.level.cohort
-        planned = client_level.client_plan(config, federation.population, cohort)
-        rounds = client_level.planned_rounds(config.rounds)
+        planned = calibration.client_plan(config, federation.population, cohort)
+        rounds = calibration.planned_rounds(config.rounds)
         z = account.level.noise_multiplier
         return Privacy(dict(zip(rounds, planned, strict=True)), (z, z))
     sizes: dict[str, set[int]] = {}
     for client, examples in federation.clients.items():
         sizes.setdefault(federation.class_of(client), set()).add(examples)
     levels = [
-        client_level.example_level(config.of_class(name), examples)
+        example_level.example_level(config.of_class(name), examples)
         for name, own in sizes.items()
         for examples in sorted({min(own), max(own)})
     ]
@@ -290,14 +291,14 @@ def privacy(federation: Federation) -> Privacy | None:
         number: max(
             (own.guarantee(min(often, number)) for own in levels), key=lambda own: own.epsilon
         )
-        for number in client_level.planned_rounds(config.rounds, _POINTS)
+        for number in calibration.planned_rounds(config.rounds, _POINTS)
     }
     noises = [own.noise_multiplier for own in levels]
     return Privacy(after, (min(noises), max(noises)))
 
 
 def _federation(config: RunConfig, model: Anatomy, data: FederatedData, labels: int) -> Federation:
-    strategy = config.build_strategy()
+    strategy = build_strategy(config)
 
     def fresh(spec: LoraSpec) -> Params:
         own = config.model_copy(update={"rank": spec.rank, "ranks": [], "classes": {}})

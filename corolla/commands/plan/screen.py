@@ -7,8 +7,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from corolla.commands.plan.plan import CostEstimate, Privacy
+from corolla.host.text import human_bytes
 from corolla.models.footprint import Estimate
-from corolla.server.runs.report import human_bytes
 
 _SHOWN = 5
 """Rounds whose epsilon the table tells."""

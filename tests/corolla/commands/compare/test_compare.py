@@ -14,7 +14,8 @@ from corolla.commands.compare import compare as module
 from corolla.commands.compare import runner
 from corolla.commands.compare.compare import compare
 from corolla.commands.compare.grid import ComparisonGrid, Method, make_grid
-from corolla.config.run import RunConfig, load
+from corolla.config.load import load
+from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, CorollaError, StoppedError
 
 Settings = Callable[..., RunConfig]
@@ -84,7 +85,7 @@ def small(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(runner, "stop", lambda children: None)
     monkeypatch.setattr(runner, "_BEAT", 0.0)
     monkeypatch.setattr(module, "write_comparison", lambda folder, results: None)
-    monkeypatch.setattr("corolla.models.lora.adapter_hash", lambda folder: "same")
+    monkeypatch.setattr("corolla.models.adapter_files.adapter_hash", lambda folder: "same")
     monkeypatch.setattr(module, "cores", lambda: 2)
     for name, value in (("started", []), ("most", 0), ("alive", 0), ("fails", {}), ("peak", 1000)):
         monkeypatch.setattr(Fake, name, value)
