@@ -18,7 +18,7 @@ from typing import Any
 
 from corolla.client.training.first_order import FirstOrder
 from corolla.client.training.zeroth_order import ZerothOrder
-from corolla.commands.plan import plan
+from corolla.commands.plan.plan import plan
 from corolla.commands.simulate.in_process import simulate
 from corolla.config.load import load
 from corolla.config.run import RunConfig
@@ -159,7 +159,7 @@ def _simulation(options: Options) -> Measured:
     few = ["rounds=2", "clients=4", "cohort=2", f"local-steps={options.steps}", "eval-examples=16"]
     few += ["eval-clients=2", "eval-client-examples=8", f"threads={options.threads}"]
     config = load(None, given, few)
-    estimate = plan.plan(config).simulation
+    estimate = plan(config).memory.simulation
     with tempfile.TemporaryDirectory() as scratch:
         simulate(config, Path(scratch))
     return {"measured": peak(), "predicted": estimate.total, "terms": dict(estimate.terms)}

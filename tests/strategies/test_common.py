@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from corolla.client.training.worker import Worker
-from corolla.commands.check.proofs import Result, conform
+from corolla.commands.check.findings import Result
+from corolla.commands.check.proofs import conform
 from corolla.config.build import build_strategy
 from corolla.directions import seedlog
 from corolla.errors import ConfigError

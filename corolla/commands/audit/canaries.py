@@ -29,11 +29,11 @@ from corolla.wire.messages import Kind, Reply, pack_reply, unpack_task
 from corolla.wire.packet import Packet
 
 _TOKENS = 24
-"""Of a canary example, at most: long enough to be like no other."""
+"""The most tokens of a canary example: enough to be like no other."""
 
 
 def names(count: int) -> list[str]:
-    """Of canary clients, in the order of their names."""
+    """The names of canary clients, in an order that sorting keeps."""
     width = len(str(count - 1))
     return [f"canary-{i:0{width}d}" for i in range(count)]
 
