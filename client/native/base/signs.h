@@ -56,10 +56,6 @@ void add(void* out, const void* source, Type type, uint64_t offset, size_t count
 void replay(void* out, const void* source, Type type, uint64_t offset, size_t count,
             const std::vector<Round>& rounds);
 
-// Known answers of the stream, and a replay of three rounds. Throws Error naming the first that
-// differs: such a device must not take part.
-void check_signs();
-
 bool is_pool(uint64_t size);  // a power of two of at most 65536
 
 }  // namespace corolla

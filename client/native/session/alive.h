@@ -9,7 +9,7 @@
 
 #include "session/channel.h"
 #include "session/policy.h"
-#include "training/task.h"
+#include "training/conditions.h"
 
 namespace corolla {
 
@@ -23,7 +23,7 @@ class Alive : public Conditions {
   ~Alive() override;
 
   std::string lapsed() override;
-  // Calls `write` every few seconds of work: a process that is killed can tell nobody what it spent.
+  // Calls `write` every few seconds of work: a process that is killed cannot tell what it spent.
   void keep_diary(std::function<void()> write);
 
   // Whether what has lapsed may hold again: neither the end of the round nor a limit of a day.

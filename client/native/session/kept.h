@@ -5,8 +5,8 @@
 #include <optional>
 #include <string>
 
+#include "corolla/proto/update.pb.h"
 #include "session/history.h"
-#include "training/task.h"
 
 namespace corolla {
 

@@ -3,6 +3,7 @@
 #include "base/hash.h"
 #include "base/json.h"
 #include "base/safetensors.h"
+#include "tools/measure.h"
 #include "tools/testbench.h"
 #include "training/engine.h"
 #include "training/layout.h"
@@ -14,7 +15,7 @@ namespace {
 
 using nlohmann::json;
 
-// Lapses after so many passes.
+// Conditions that lapse after so many passes.
 class Counted : public Conditions {
  public:
   explicit Counted(int64_t passes) : left_(passes) {}

@@ -3,8 +3,11 @@
 #include <nlohmann/json.hpp>
 
 #include "base/files.h"
+#include "tools/measure.h"
+#include "tools/selfcheck.h"
 #include "tools/serve.h"
 #include "training/data.h"
+#include "training/strategies.h"
 #include "training/task.h"
 
 namespace corolla {

@@ -1,11 +1,14 @@
+#include "tools/measure.h"
+
 #include <algorithm>
 #include <thread>
 
+#include "base/error.h"
 #include "base/meter.h"
+#include "base/signs.h"
 #include "training/engine.h"
 #include "training/layout.h"
 #include "training/optimizer.h"
-#include "training/task.h"
 
 namespace corolla {
 namespace {

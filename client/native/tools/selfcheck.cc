@@ -1,3 +1,8 @@
+#include "tools/selfcheck.h"
+
+#include <string>
+#include <vector>
+
 #include "base/error.h"
 #include "base/hash.h"
 #include "base/signs.h"

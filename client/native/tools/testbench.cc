@@ -1,6 +1,6 @@
 // corolla-native-check: what the tests ask of the parts of the native client, on a terminal.
 //
-//   vectors FILE                    all vectors of proto/signs-v1.json; names the first that differs
+//   vectors FILE                    all of proto/signs-v1.json; names the first that differs
 //   self                            the known answers that a device checks before it takes part
 //   derive JSON                     the seed of [run seed, part of a purpose, ...]
 //   permutation SEED N [TIMES]      orders as torch.randperm draws them, one JSON list a line
@@ -37,6 +37,7 @@
 #include "base/safetensors.h"
 #include "base/seeds.h"
 #include "base/signs.h"
+#include "tools/selfcheck.h"
 #include "tools/testbench.h"
 #include "training/optimizer.h"
 #include "training/schedule.h"

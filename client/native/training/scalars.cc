@@ -10,7 +10,8 @@ namespace {
 
 constexpr uint32_t kMostScalars = 65536;
 
-std::vector<uint32_t> from_bitmap(const std::string& data, uint32_t size, const std::string& where) {
+std::vector<uint32_t> from_bitmap(const std::string& data, uint32_t size,
+                                  const std::string& where) {
   if (data.size() != (size + 7) / 8) throw Error(where + " has a bitmap of a wrong length");
   std::vector<uint32_t> indices;
   for (uint32_t i = 0; i < 8 * data.size(); i++)

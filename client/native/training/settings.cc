@@ -77,7 +77,8 @@ Lora lora(const json& table) {
 Run settings_of(const json& table) {
   Run run;
   const auto seed = table.find("seed");
-  if (seed == table.end() || !seed->is_number_unsigned()) throw Error("the task has no usable seed");
+  if (seed == table.end() || !seed->is_number_unsigned())
+    throw Error("the task has no usable seed");
   run.seed = seed->get<uint64_t>();
   run.strategy = text(table, "strategy");
   run.trainer = text(table, "trainer");

@@ -47,7 +47,8 @@ bool in_half(const Run& run) {
 }  // namespace
 
 std::vector<std::string> strategies() {
-  return {"fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "ffa_lora", "mixed", "seed_pool"};
+  return {"fedavg",     "fedavgm",  "fedadam", "fedyogi",
+          "fedadagrad", "ffa_lora", "mixed",   "seed_pool"};
 }
 
 std::string trainer_of(const Run& run) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "base/tensors.h"
 #include "training/trainer.h"
@@ -14,6 +15,9 @@ struct Update {
   uint64_t examples = 0;
   Metrics metrics;
 };
+
+// The strategies whose client half is here.
+std::vector<std::string> strategies();
 
 // How the clients of a run's class train. Throws Error for a strategy without a client half here.
 std::string trainer_of(const Run& run);

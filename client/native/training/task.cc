@@ -23,7 +23,7 @@ constexpr int kCheckpoint = 1;  // version of what a checkpoint holds
 constexpr int kMostCached = 4096, kMostScalarGroups = 64;
 constexpr size_t kLongestError = 2000;
 constexpr uintmax_t kLongestLog = 1 << 20;
-constexpr unsigned kThreads = 2;  // more heat a phone and hardly help
+constexpr unsigned kThreads = 2;  // more threads heat the phone without a speed-up
 
 v1::Reply blank(const v1::Task& task, const std::string& client) {
   v1::Reply reply;
@@ -93,7 +93,9 @@ std::string data_digest(const std::vector<View>& data) {
   return sha.hex();
 }
 
-int threads() { return static_cast<int>(std::clamp(std::thread::hardware_concurrency(), 1u, kThreads)); }
+int threads() {
+  return static_cast<int>(std::clamp(std::thread::hardware_concurrency(), 1u, kThreads));
+}
 
 // All groups that a task brings or names; those that are lacking go into `missing`.
 Payload received(const v1::Task& task, const std::string& payload, const Shelf& shelf,
@@ -141,7 +143,10 @@ void lacking(v1::Reply& reply, const std::vector<std::string>& missing) {
 
 Trainer::Trainer(const Manifest& manifest, std::filesystem::path bundle, Data data,
                  std::filesystem::path state)
-    : manifest_(manifest), bundle_(std::move(bundle)), data_(std::move(data)), state_(std::move(state)) {
+    : manifest_(manifest),
+      bundle_(std::move(bundle)),
+      data_(std::move(data)),
+      state_(std::move(state)) {
   for (const Sequence& own : data_.sequences)  // a program reads what lies beyond its embeddings
     for (const auto* tokens : {&own.ids, &own.labels})
       for (const int32_t token : *tokens)

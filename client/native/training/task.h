@@ -7,10 +7,9 @@
 #include <string>
 #include <vector>
 
-#include "base/error.h"
-#include "base/signs.h"
 #include "corolla/proto/update.pb.h"
 #include "training/bundle.h"
+#include "training/conditions.h"
 #include "training/data.h"
 
 namespace corolla {
@@ -20,14 +19,6 @@ struct Assignment {
   std::string kind, program, method;
   int rank = 0;
   int length = 0;
-};
-
-// Asked between two passes of one sequence each.
-class Conditions {
- public:
-  virtual ~Conditions() = default;
-  // "" while the work is wanted; else why not, in one line.
-  virtual std::string lapsed() = 0;
 };
 
 // The header is complete, with the size and the sha256 of the payload.
@@ -68,23 +59,5 @@ class Trainer {
 // and payload_sha256 of the task are set anew. Throws Error when one of them cannot be read.
 std::string with_groups(v1::Task& task, const std::string& payload,
                         const std::vector<std::string>& groups);
-
-// The strategies whose client half is here.
-std::vector<std::string> strategies();
-
-// What steps of training cost on this device.
-struct Measured {
-  double step_ms_p50 = 0, step_ms_p95 = 0, step_ms_min = 0;
-  double perturb_share = 0;  // of a zeroth-order step: all passes over the adapter
-  double loss_first = 0, loss_last = 0;
-  uint64_t peak_rss_bytes = 0;
-};
-
-// `steps` steps of one sequence each with a fresh adapter: SGD for "grad", two-sided differences
-// for "loss". Without data, the sequence is of `length` tokens that count up. 0 threads: two, or as
-// many as there are.
-Measured measure(const Manifest& manifest, const std::filesystem::path& bundle,
-                 const std::string& program, const std::string& method, int length, int steps,
-                 int threads, const Data* data);
 
 }  // namespace corolla

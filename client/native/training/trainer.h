@@ -8,10 +8,10 @@
 
 #include "base/signs.h"
 #include "training/checkpoint.h"
+#include "training/conditions.h"
 #include "training/engine.h"
 #include "training/layout.h"
 #include "training/settings.h"
-#include "training/task.h"
 
 namespace corolla {
 
