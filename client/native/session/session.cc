@@ -25,23 +25,25 @@ Session::Session(Owner owner, Channel& channel, Pauses pauses, Platform& platfor
       stop_(stop),
       say_(std::move(say)),
       bundles_(owner_.state / "bundles", owner_.publisher),
-      kept_(owner_.state, owner_.keep_updates),
       history_(owner_.state / "history.jsonl"),
+      delivery_(owner_.state, owner_.keep_updates, caller_, history_,
+                [this](const std::string& line) { tell(line); }),
       timings_(owner_.state / "timings") {}
 
 void Session::run(uint64_t rounds, bool once) {
-  while (!rounds || done_ < rounds) {
+  while (!rounds || delivery_.accepted() < rounds) {
     refused_.clear();
     double pause = visit();
     if (once && !refused_.empty()) throw Error(refused_);
     if (once) return;
-    if (!rounds || done_ < rounds) stop_.wait(pause);
+    if (!rounds || delivery_.accepted() < rounds) stop_.wait(pause);
   }
 }
 
 double Session::visit() {
   try {
-    if (deliver_kept()) return pause(retry_);
+    bool metered = policy().unmetered() && platform_.read().metered;
+    if (delivery_.deliver_left(metered, retry_)) return pause(retry_);
     Spent today = spent_today(history_.read(unix_now()), unix_now());
     Lacks lacks = before_check_in(policy(), platform_.read(), owner_.examples, today);
     if (lacks.empty()) return check_in();
@@ -62,7 +64,7 @@ double Session::visit() {
 double Session::check_in() {
   auto found = caller_.call(&Channel::Stub::CheckIn, request());
   learn(found);
-  report_left(found.lease().id());
+  delivery_.report_left(found.lease().id());
   if (found.has_lease()) {
     try {
       retry_ = serve(found.lease());

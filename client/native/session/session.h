@@ -12,8 +12,9 @@
 
 #include "session/alive.h"
 #include "session/channel.h"
+#include "session/delivery.h"
 #include "session/download.h"
-#include "session/kept.h"
+#include "session/history.h"
 #include "session/timings.h"
 #include "training/task.h"
 
@@ -63,24 +64,18 @@ class Session {
   void run(uint64_t rounds, bool once);
 
  private:
+  struct Service;
+
   double visit();  // seconds until the next
   double check_in();
   double get_bundle(const v1::Refusal& refusal);
   v1::CheckInRequest request();
   v1::RetryWindow serve(const v1::Lease& lease);
-  Answer train(const v1::Lease& lease, const v1::Task& task, Alive& alive, Moment deadline);
-  Answer work(const v1::Lease& lease, const v1::Task& task, Alive& alive, Moment deadline);
+  Answer begin(Service& service);
+  Answer train(const v1::Task& task, Service& service);
+  Answer work(const v1::Task& task, Service& service);
   Assignment allowed(const v1::Assignment& told, const Manifest& manifest) const;
-  void wait_unmetered(const v1::Policy& policy, const Alive& alive);
-  void keep(const Begun& begun, const std::string& payload);
-  v1::Acknowledgement deliver(const Begun& begun, const std::string& payload, Moment deadline);
-  v1::RetryWindow end(const Begun& begun, const v1::Acknowledgement& answer);
-  bool deliver_kept();
-  void report_left(const std::string& lease);
-  void drop(const Begun& begun, const std::string& why);
-  void note(Contribution work);
-  void note_left(const std::string& lease);
-  void interrupted(Begun begun);
+  void wait_unmetered(const Service& service);
 
   std::string fetch(const v1::Blob& blob, uint64_t most, Moment deadline);
   v1::Chunk download(const v1::DownloadRequest& request, Moment deadline);
@@ -96,15 +91,14 @@ class Session {
   Stop& stop_;
   Say say_;
   Bundles bundles_;
-  Kept kept_;
   History history_;
+  Delivery delivery_;
   Timings timings_;
   std::unique_ptr<Worker> worker_;
   std::string hired_for_;  // name of the bundle that the worker has
   v1::RetryWindow retry_;  // the gateway's last word
   uint64_t room_ = 0;      // bytes of memory, as it was told to the gateway
   std::string told_, refused_;
-  uint64_t done_ = 0;
 };
 
 }  // namespace corolla

@@ -3,7 +3,6 @@
 #include <set>
 
 #include "base/files.h"
-#include "base/hash.h"
 #include "session/messages.h"
 #include "session/session.h"
 
@@ -13,6 +12,7 @@ namespace {
 constexpr uint64_t kMostHeader = 1 << 20;
 constexpr uint64_t kMostCopies = 8;      // of an adapter, that a task may need
 constexpr uint64_t kExtra = 1 << 20;     // bytes beside them
+constexpr double kLook = 0.5;            // seconds between two looks at the network
 
 // The most tokens, up to those `wanted`, whose plan fits into `memory`; 0: none.
 int fitting(const std::map<int, uint64_t>& planned, int64_t wanted, uint64_t memory) {
@@ -54,85 +54,129 @@ void check_groups(const v1::Lease& lease, const v1::Task& task, int64_t paramete
                     std::to_string(most));
 }
 
+// Traffic of a lease, from its check-in on: what is small came with the answer to that.
+class Traffic {
+ public:
+  Traffic(const Channel& channel, const v1::Lease& lease)
+      : channel_(channel),
+        up_(channel.bytes_up()),
+        down_(channel.bytes_down() - lease.ByteSizeLong()) {}
+
+  uint64_t up() const { return channel_.bytes_up() - up_; }
+  uint64_t down() const { return channel_.bytes_down() - down_; }
+
+ private:
+  const Channel& channel_;
+  uint64_t up_, down_;
+};
+
 }  // namespace
+
+// A lease while it is served. `today`: what the device had spent before.
+struct Session::Service {
+  Service(const Session& own, Channel& channel, const v1::Lease& lease, Spent today)
+      : lease(lease),
+        deadline(in_seconds(lease.deadline_seconds())),
+        policy(stricter(lease.policy(), own.owner_.limits)),
+        traffic(channel, lease),
+        alive(channel, lease, policy, own.platform_, own.stop_, today, deadline) {
+    begun.lease = lease.id();
+  }
+
+  // Notes what the work has cost so far.
+  void charge() {
+    begun.work.seconds = alive.seconds_at_work();
+    begun.work.bytes = static_cast<double>(traffic.up() + traffic.down());
+    begun.work.battery = alive.battery_spent();
+  }
+
+  // The record of a reply, whose header is told what it has cost.
+  Begun finished(Answer& answer) {
+    charge();
+    uint64_t reply = answer.payload.size() + answer.header.ByteSizeLong();
+    begun.work.bytes += static_cast<double>(reply);
+    if (answer.header.error().empty()) {
+      auto& metrics = *answer.header.mutable_metrics();
+      metrics["device_bytes_up"] = static_cast<double>(traffic.up() + reply);
+      metrics["device_bytes_down"] = static_cast<double>(traffic.down());
+      metrics["device_battery_spent"] = alive.battery_spent();
+      metrics["device_thermal_max"] = alive.thermal_max();
+    }
+    Begun done = begun;
+    done.header = answer.header;
+    done.done = true;
+    return done;
+  }
+
+  const v1::Lease& lease;
+  Moment deadline;
+  v1::Policy policy;
+  Traffic traffic;
+  Alive alive;
+  Begun begun;
+};
 
 v1::RetryWindow Session::serve(const v1::Lease& lease) {
   check_id(lease.id());
   if (!ends_with(lease.client(), "/" + owner_.device))
     throw WireError("the lease is of another device");
-  Moment deadline = in_seconds(lease.deadline_seconds());
-  v1::Policy policy = stricter(lease.policy(), owner_.limits);
-  note_left(lease.id());
-  auto today = spent_today(history_.read(unix_now()), unix_now());
-  Channel& channel = caller_.channel();
-  uint64_t up = channel.bytes_up();
-  uint64_t down = channel.bytes_down() - lease.ByteSizeLong();  // what is small came with it
-  Alive alive(channel, lease, policy, platform_, stop_, today, deadline);
-  Begun begun;
-  begun.lease = lease.id();
-  auto spent = [&] {
-    begun.work.seconds = alive.seconds_at_work();
-    begun.work.bytes = static_cast<double>(channel.bytes_up() - up + channel.bytes_down() - down);
-    begun.work.battery = alive.battery_spent();
-  };
+  delivery_.count_left(lease.id());
+  Spent today = spent_today(history_.read(unix_now()), unix_now());
+  Service service(*this, caller_.channel(), lease, today);
   drop_parts(owner_.state, offered(lease));
   Begun done;
   v1::Acknowledgement acknowledged;
   try {
-    v1::Task task;
-    std::string unread;
-    try {
-      task = read_task(fetch(lease.task(), kMaxTask, deadline));
-    } catch (const WireError& error) {
-      unread = std::string("the task cannot be read: ") + error.what();
-    }
-    begun.log = task.log().version();
-    begun.header = given_up(task, lease.client(), "given up: the process ended before it was done");
-    begun.work.run = task.run_id();
-    begun.work.round = task.round();
-    kept_.begin(begun);
-    alive.keep_diary([&] {
-      spent();
-      keep(begun, "");
-    });
-    Answer answer = unread.empty() ? train(lease, task, alive, deadline)
-                                   : Answer{given_up(task, lease.client(), unread), ""};
-    spent();
-    uint64_t reply = answer.payload.size() + answer.header.ByteSizeLong();
-    begun.work.bytes += static_cast<double>(reply);
-    auto& metrics = *answer.header.mutable_metrics();
-    if (answer.header.error().empty()) {
-      metrics["device_bytes_up"] = static_cast<double>(channel.bytes_up() - up + reply);
-      metrics["device_bytes_down"] = static_cast<double>(channel.bytes_down() - down);
-      metrics["device_battery_spent"] = alive.battery_spent();
-      metrics["device_thermal_max"] = alive.thermal_max();
-    }
-    done = begun;
-    done.header = answer.header;
-    done.done = true;
-    keep(done, answer.payload);
-    if (answer.header.error().empty()) wait_unmetered(policy, alive);
-    acknowledged = deliver(done, answer.payload, deadline);
+    Answer answer = begin(service);
+    done = service.finished(answer);
+    delivery_.keep(done, answer.payload);
+    if (answer.header.error().empty()) wait_unmetered(service);
+    acknowledged = delivery_.deliver(done, answer.payload, service.deadline);
   } catch (const Over& over) {
-    spent();
-    drop(begun, over.what());
+    service.charge();
+    delivery_.drop(service.begun, over.what());
     return retry_;
   } catch (...) {
-    spent();
-    interrupted(begun);
+    service.charge();
+    delivery_.interrupted(service.begun);
     throw;
   }
-  return end(done, acknowledged);
+  return delivery_.end(done, acknowledged);
 }
 
-// The reply of who trains, or one that says why there is none.
-Answer Session::train(const v1::Lease& lease, const v1::Task& task, Alive& alive, Moment deadline) {
+// Reads the task, keeps on disk that it was begun, and has it done.
+Answer Session::begin(Service& service) {
+  const v1::Lease& lease = service.lease;
+  v1::Task task;
+  std::string unread;
+  try {
+    task = read_task(fetch(lease.task(), kMaxTask, service.deadline));
+  } catch (const WireError& error) {
+    unread = std::string("the task cannot be read: ") + error.what();
+  }
+  Begun& begun = service.begun;
+  begun.log = task.log().version();
+  begun.header = given_up(task, lease.client(), "given up: the process ended before it was done");
+  begun.work.run = task.run_id();
+  begun.work.round = task.round();
+  delivery_.begin(begun);
+  service.alive.keep_diary([this, &service] {
+    service.charge();
+    delivery_.keep(service.begun, "");
+  });
+  if (!unread.empty()) return {given_up(task, lease.client(), unread), ""};
+  return train(task, service);
+}
+
+// The reply of the worker, or one that says why there is none.
+Answer Session::train(const v1::Task& task, Service& service) {
+  const v1::Lease& lease = service.lease;
   std::string why;
   try {
-    Lacks soon = with_lease(stricter(lease.policy(), owner_.limits), history_.read(unix_now()),
-                            task.run_id(), task.round(), unix_now());
+    Lacks soon = with_lease(service.policy, history_.read(unix_now()), task.run_id(), task.round(),
+                            unix_now());
     if (!soon.empty()) return {given_up(task, lease.client(), "policy: " + in_words(soon)), ""};
-    Answer answer = work(lease, task, alive, deadline);
+    Answer answer = work(task, service);
     if (answer.payload.size() > lease.max_upload_bytes())
       why = "the update is larger than is taken";
     else if (answer.header.ByteSizeLong() > kMostHeader)
@@ -157,7 +201,9 @@ Answer Session::train(const v1::Lease& lease, const v1::Task& task, Alive& alive
 }
 
 // Fetches what the task lacks and trains, with rests while conditions do not hold.
-Answer Session::work(const v1::Lease& lease, const v1::Task& task, Alive& alive, Moment deadline) {
+Answer Session::work(const v1::Task& task, Service& service) {
+  const v1::Lease& lease = service.lease;
+  Alive& alive = service.alive;
   const Bundle* bundle = bundles_.current();
   if (!bundle) throw WireError("the bundle of this device is not whole any more");
   if (!worker_ || hired_for_ != bundle->name) worker_ = hire_(*bundle);
@@ -167,11 +213,11 @@ Answer Session::work(const v1::Lease& lease, const v1::Task& task, Alive& alive,
   std::map<std::string, std::string> wanted;
   for (const auto& blob : lease.cached()) wanted[blob.group()] = blob.content();
   auto lacking = worker_->missing(task.run_id(), wanted);
-  std::string payload = fetch(lease.payload(), kMaxPayload, deadline);
+  std::string payload = fetch(lease.payload(), kMaxPayload, service.deadline);
   std::vector<std::string> groups;
   for (const auto& blob : lease.cached())
     if (std::find(lacking.begin(), lacking.end(), blob.group()) != lacking.end())
-      groups.push_back(fetch(blob, kMaxPayload, deadline));
+      groups.push_back(fetch(blob, kMaxPayload, service.deadline));
   while (true) {
     alive.works();
     try {
@@ -190,6 +236,15 @@ Answer Session::work(const v1::Lease& lease, const v1::Task& task, Alive& alive,
       alive.rests();
       throw;
     }
+  }
+}
+
+// Heartbeats go on meanwhile. Throws Over when the result is not wanted any more.
+void Session::wait_unmetered(const Service& service) {
+  while (service.policy.unmetered() && platform_.read().metered) {
+    tell("waiting: not on an unmetered network");
+    stop_.wait(kLook);
+    if (auto why = service.alive.ended(); !why.empty()) throw Over(why);
   }
 }
 

@@ -1,37 +1,45 @@
-// What becomes of a session's work: it is kept, delivered, counted.
+#include "session/delivery.h"
+
+#include <chrono>
+#include <system_error>
+
 #include "base/files.h"
 #include "base/hash.h"
 #include "session/messages.h"
-#include "session/session.h"
 
 namespace corolla {
 namespace {
 
 constexpr uint64_t kSmallest = 1 << 16;  // bytes of a chunk on the slowest line
 constexpr int kMostStuck = 10;
-constexpr double kLook = 0.5;            // seconds between two looks at the network
 constexpr std::chrono::seconds kLastMinute{60};  // for a report after the deadline
 
 }  // namespace
 
-// What cannot be kept, as on a full disk, does not stop the work: the reply is still in memory.
-void Session::keep(const Begun& begun, const std::string& payload) {
+Delivery::Delivery(std::filesystem::path state, bool keep_updates, Caller& caller, History& history,
+                   std::function<void(const std::string&)> tell)
+    : version_(state / "version"),
+      kept_(std::move(state), keep_updates),
+      caller_(caller),
+      history_(history),
+      tell_(std::move(tell)) {}
+
+void Delivery::keep(const Begun& begun, const std::string& payload) {
   try {
     if (begun.done) kept_.finish(begun, payload);
     else kept_.begin(begun);
   } catch (const DiskError& error) {
-    tell(std::string("this device fails: ") + error.what());
+    tell_(std::string("this device fails: ") + error.what());
   }
 }
 
 // Work counts against the limits of its day, whatever comes of it.
-void Session::note(Contribution work) {
+void Delivery::note(Contribution work) {
   work.at = unix_now();
   if (work.seconds > 0 || work.bytes > 0) history_.add(work);
 }
 
-// The session of this lease that a process left which was killed.
-void Session::note_left(const std::string& lease) {
+void Delivery::count_left(const std::string& lease) {
   auto left = kept_.begun();
   if (!left || left->lease != lease) return;
   note(left->work);
@@ -39,8 +47,7 @@ void Session::note_left(const std::string& lease) {
   keep(*left, "");
 }
 
-// A session that ends without its reply being delivered, and may be gone on with.
-void Session::interrupted(Begun begun) {
+void Delivery::interrupted(Begun begun) {
   auto left = kept_.begun();
   if (left && left->done) return;  // it is counted when it is delivered
   note(begun.work);
@@ -48,18 +55,8 @@ void Session::interrupted(Begun begun) {
   if (left) keep(begun, "");
 }
 
-// Heartbeats go on meanwhile. Throws Over when the result is not wanted any more.
-void Session::wait_unmetered(const v1::Policy& policy, const Alive& alive) {
-  while (policy.unmetered() && platform_.read().metered) {
-    tell("waiting: not on an unmetered network");
-    stop_.wait(kLook);
-    if (auto why = alive.ended(); !why.empty()) throw Over(why);
-  }
-}
-
-// Uploads and reports, until there is an answer or the round is long over.
-v1::Acknowledgement Session::deliver(const Begun& begun, const std::string& payload,
-                                     Moment deadline) {
+v1::Acknowledgement Delivery::deliver(const Begun& begun, const std::string& payload,
+                                      Moment deadline) {
   uint64_t size = payload.size(), at = 0, most = kChunk, sent = 0;
   int stuck = 0;
   while (at < size) {
@@ -86,45 +83,41 @@ v1::Acknowledgement Session::deliver(const Begun& begun, const std::string& payl
   return caller_.call(&Channel::Stub::Report, request, last);
 }
 
-// The gateway's last word on a reply.
-v1::RetryWindow Session::end(const Begun& begun, const v1::Acknowledgement& answer) {
+v1::RetryWindow Delivery::end(const Begun& begun, const v1::Acknowledgement& answer) {
   Contribution work = begun.work;
   work.at = unix_now();
   work.accepted = answer.accepted() && begun.header.error().empty();
   history_.add(work);
   kept_.clear();
-  if (work.accepted) ++done_;
-  if (work.accepted && is_hex(begun.log, 32)) write_file(owner_.state / "version", begun.log);
+  if (work.accepted) ++accepted_;
+  if (work.accepted && is_hex(begun.log, 32)) write_file(version_, begun.log);
   if (!answer.accepted() && begun.header.missing_size()) {  // this device has forgotten something
     std::error_code absent;
-    std::filesystem::remove(owner_.state / "version", absent);
+    std::filesystem::remove(version_, absent);
   }
-  tell("round " + std::to_string(work.round) + " as " + one_line(begun.header.client()) + ": " +
+  tell_("round " + std::to_string(work.round) + " as " + one_line(begun.header.client()) + ": " +
        (answer.accepted() ? "accepted" : "not accepted: " + one_line(answer.why())));
   return answer.retry();
 }
 
-void Session::drop(const Begun& begun, const std::string& why) {
+void Delivery::drop(const Begun& begun, const std::string& why) {
   note(begun.work);
   kept_.clear();
-  tell("dropped: " + why);
+  tell_("dropped: " + why);
 }
 
-// Of a process that died since. Without a connection it waits on: nothing else can be done either.
-bool Session::deliver_kept() {
+bool Delivery::deliver_left(bool metered, v1::RetryWindow& retry) {
   auto begun = kept_.begun();
-  bool metered = policy().unmetered() && platform_.read().metered;
   if (!begun || !begun->done || metered) return false;
   try {
-    retry_ = end(*begun, deliver(*begun, kept_.payload(), kForever));
+    retry = end(*begun, deliver(*begun, kept_.payload(), kForever));
   } catch (const Over& over) {
     drop(*begun, over.what());
   }
   return true;
 }
 
-// A session that was begun by a process that died, and that is not the one to go on with now.
-void Session::report_left(const std::string& lease) {
+void Delivery::report_left(const std::string& lease) {
   auto begun = kept_.begun();
   if (!begun || begun->lease == lease) return;
   try {
