@@ -17,6 +17,7 @@ import pytest
 from corolla.client.device.settings import Own
 from corolla.client.phone import session
 from corolla.client.phone.clock import Clock
+from corolla.client.phone.delivery import deliver
 from corolla.client.phone.session import Phone, Settings
 from corolla.client.phone.trainer import TorchTrainer
 from corolla.errors import ConfigError, DataError, StoppedError, WireError
@@ -173,7 +174,6 @@ def test_a_phone_keeps_its_lease_while_it_uploads(
 ) -> None:
     task = gateways.a_task(LONG, seats=1)
     asked, phone = ask(standing, task), a_phone(standing, Scripted(task), clock=clock)
-    deliver = session.deliver
 
     def slowly(*values: Any) -> Any:
         clock.outlast(standing, 3)
