@@ -17,7 +17,10 @@ from corolla.phones import bundle, export
 
 ROOT = Path(__file__).resolve().parent.parent
 RANK, LENGTH = 8, 128
-SOURCES = ("bundle", "bundling", "lowering", "selftest", "lora", "models")
+SOURCES = (
+    *("phones/bundle", "phones/export", "phones/lowering", "phones/selftest"),
+    *("models/lora", "models/pretrained"),
+)
 LIBRARIES = ("executorch", "torchao", "torch", "transformers", "peft")
 
 needs_executorch = pytest.mark.skipif(
