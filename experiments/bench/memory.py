@@ -26,7 +26,7 @@ from corolla.directions import signs
 from corolla.directions.pools import SignPool
 from corolla.models import anatomy, devices, footprint, pretrained, trainable
 from corolla.models.anatomy import Anatomy
-from corolla.models.footprint import Batch, Estimate
+from corolla.models.footprint import Batch, Estimate, Workload
 from corolla.models.lora import LoraModel
 from experiments.bench import zeroth_order
 from experiments.bench.zeroth_order import Section, command, peak, resident, sequences
@@ -122,7 +122,7 @@ def settings(case: Case, options: Options) -> tuple[RunConfig, Batch]:
 
 def predicted(model: Anatomy, config: RunConfig, batch: Batch) -> Estimate:
     """What `corolla plan` would say of a client, without messages, which this one has not."""
-    return footprint.client(model, config, config.trainer_of(""), batch, messages=0)
+    return footprint.client(Workload(model, batch), config, config.trainer_of(""), messages=0)
 
 
 def _train(config: RunConfig, batch: Batch) -> None:

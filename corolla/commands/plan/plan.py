@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from corolla.client.device.machine import Choice, Workload, choose
+from corolla.client.device.machine import Choice, choose
 from corolla.commands.plan import lengths
 from corolla.commands.plan.lengths import Batches
 from corolla.commands.plan.throughput import throughput
@@ -23,7 +23,7 @@ from corolla.data.federated import FederatedData
 from corolla.errors import ConfigError
 from corolla.models import anatomy, footprint
 from corolla.models.anatomy import Anatomy
-from corolla.models.footprint import Estimate
+from corolla.models.footprint import Estimate, Workload
 from corolla.privacy import calibration, example_level
 from corolla.privacy.guarantee import Guarantee
 from corolla.server.rounds.federation import Federation
@@ -216,11 +216,10 @@ def memory(
     budget: int | None,
 ) -> PeakMemory:
     """The peak memory of clients, the server and a simulation. Raises ConfigError as `choose`."""
+    workload = Workload(model, batches.largest, batches.evaluated, labels)
 
     def of_client(own: RunConfig, trainer: TrainerName, stored: int | None = None) -> Estimate:
-        return footprint.client(
-            model, own, trainer, batches.largest, batches.evaluated, sent.exchange, labels, stored
-        )
+        return footprint.client(workload, own, trainer, sent.exchange, stored)
 
     classes = _classes(config)
     alone = [of_client(own, trainer) for own, trainer in classes]
@@ -228,7 +227,6 @@ def memory(
     choice = None
     if budget is not None:
         own, trainer = classes[worst]
-        workload = Workload(model, batches.largest, batches.evaluated, labels)
         choice = choose(budget, workload, own, trainer=trainer)
     together = [of_client(own, trainer, sent.stored) for own, trainer in classes]
     return PeakMemory(
