@@ -1,20 +1,19 @@
-"""The same round code on Flower: its simulation engine, `flwr run`, and the app bundle."""
+"""The same round code on Flower: its simulation engine and `flwr run`."""
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.e2e import checkout
+
 BIN = Path(sys.executable).parent
 OPTIONS = "--clients 3 --cohort 2 --rounds 2 --local-steps 2 --batch-size 4"
 QUICK = "--set threads=1 --set eval-examples=8 --set eval-client-examples=2"
@@ -131,7 +130,7 @@ def test_flwr_run_from_the_checkout(superlink: dict[str, str], tmp_path: Path) -
     )
     federation = "num-supernodes=2 client-resources-num-cpus=1 init-args-num-cpus=2"
     started = flwr(
-        *("run", str(_copy(tmp_path)), "sim"),
+        *("run", str(checkout.sources(tmp_path)), "sim"),
         *("--run-config", settings, "--federation-config", federation),
     )
     assert started["success"], started
@@ -153,67 +152,3 @@ def test_flwr_run_from_the_checkout(superlink: dict[str, str], tmp_path: Path) -
     assert status == "finished:completed", log
     assert json.loads((out / "run.json").read_text())["status"] == "done"
     assert (out / "adapter" / "adapter_model.safetensors").is_file()
-
-
-def test_the_app_bundle_holds_the_code_and_only_code(tmp_path: Path) -> None:
-    checkout = _copy(tmp_path)
-    done = subprocess.run(
-        [str(BIN / "flwr"), "build"], cwd=checkout, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    (bundle,) = checkout.glob("*.fab")
-    assert bundle.stat().st_size < 10_000_000
-    names = set(zipfile.ZipFile(bundle).namelist())
-    wanted = {"server/app.py", "client/app.py", "corolla/models/lora.py", "strategies/flora.py"}
-    assert wanted | {"proto/update_pb2.py", "pyproject.toml"} <= names
-    assert not any(name.endswith((".safetensors", ".so")) for name in names)
-
-
-def test_the_wheel_holds_everything_and_runs(tmp_path: Path) -> None:
-    checkout = _copy(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q"],
-        cwd=checkout,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = checkout.glob("*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
-    wanted = {"corolla/server/app.py", "corolla/client/worker.py", "corolla/proto/update.proto"}
-    wanted |= {"corolla/embedded/model/model.safetensors", "corolla/embedded/report.html.j2"}
-    assert wanted | {"corolla/py.typed", "corolla/embedded/data.jsonl"} <= names
-    assert not any(name.startswith(("proto/", "server/", "tests/")) for name in names)
-    site = tmp_path / "site"
-    zipfile.ZipFile(wheel).extractall(site)
-    code = (
-        "import corolla, corolla.server.app, corolla.client.app\n"
-        "from corolla.embedded.assets import asset\n"
-        "from corolla.cli.app import app\n"
-        f"assert corolla.__file__.startswith({str(site)!r}), corolla.__file__\n"
-        f"assert str(asset('model')).startswith({str(site)!r})\n"
-        "app(['simulate', '--clients', '2', '--rounds', '1', '--local-steps', '1', '--out', 'o',"
-        " '--set', 'eval-examples=4', '--set', 'eval-clients=0', '--set', 'threads=1'])"
-    )
-    ran = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(site)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert (tmp_path / "o" / "adapter").is_dir()
-
-
-def _copy(folder: Path) -> Path:
-    """A clean copy of the checkout: building leaves files behind. Letters and digits for Flower."""
-    target = folder / "checkout"
-    names = ["corolla", "server", "client", "strategies", "proto"]
-    for name in names:
-        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, target / name)
-    return target
