@@ -17,8 +17,8 @@ everything else (a classifier head) keeps its name in the base model."""
 Payload = Mapping[str, Params]
 """Group name → Params: what travels, and what a server keeps between rounds.
 
-A group with a tensor "scalars" holds what was measured along seeded directions (see wire.py for
-its form): it travels in kilobytes, in the header of a message.
+A group with a tensor "scalars" holds what was measured along seeded directions (see
+wire/scalar_groups.py): it travels in kilobytes, in the header of a message.
 """
 
 Metrics = Mapping[str, float]

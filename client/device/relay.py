@@ -61,7 +61,7 @@ def carry(packet: Packet, socket: Path, seconds: float, name: str) -> Packet:
 
 
 def error_reply(packet: Packet, why: str, name: str) -> Packet:
-    """A reply of client `name` that echoes the task's header, as wire.pack_reply would make it."""
+    """A reply of client `name` that echoes the task's header, as pack_reply would make it."""
     task = update_pb2.Task()
     try:
         task.ParseFromString(packet.header)

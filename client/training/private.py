@@ -42,7 +42,7 @@ class _Forward:
 
 
 class Guarded:
-    """A client under dp=example as its strategy sees it: the members of `types.Client` alone.
+    """A client under dp=example as its strategy sees it: the members of `interfaces.Client` alone.
 
     A strategy of a user's own so does not come across examples, or a trainer without privacy, by
     accident. It is no sandbox: code of the same process that means to find them will.

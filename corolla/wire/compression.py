@@ -13,7 +13,7 @@ A pipeline is a list of steps, each optional, in this order:
 On the wire all tensors are one uint8 tensor: the peaks (4 bytes a tensor), the support (int32
 indices or a bitmap, whichever is less; nothing when all is sent) and the numbers, little-endian,
 in the order of (group, name). Names and shapes do not travel: the receiver knows them. Integers,
-single values and scalar groups (see wire.py) stay as they are.
+single values and scalar groups (see wire/scalar_groups.py) stay as they are.
 """
 
 import functools

@@ -148,7 +148,7 @@ class Federation:
         return f"{member}/" if member in self.seats else member
 
     def seconds(self, client: str, down: int, up: int) -> float:
-        """Simulated seconds of one client's task (see clock.seconds)."""
+        """Simulated seconds of one client's task (see simulated_time.seconds)."""
         name = self.class_of(client)
         steps = schedule.steps_per_round(self.config.of_class(name), self.clients[client])
         return simulated_time.seconds(self.config, name, steps, down, up)

@@ -1,6 +1,6 @@
 """What the mechanisms of differential privacy must do, as functions that raise AssertionError.
 
-test_privacy.py calls them on the code as it is, test_privacy_mutations.py on code that it has
+test_client_level.py calls them on the code as it is, test_mutations.py on code that it has
 broken: each must notice. They go through the public interface alone, with the operating system's
 randomness where the randomness matters. False alarms have a probability of at most 1e-9.
 """
