@@ -29,6 +29,9 @@ SETTLE = 2.0
 _LARGEST = 1 << 40
 HELLO = 120.0
 """Seconds in which a node must say who it is; a device loads its model first."""
+_FIRST_HELLO = 600.0
+"""The same where no node joins later: one that says nothing ends the run. The workers of Flower's
+engine import everything, all at once, before one of them answers."""
 AWAY = 1.0
 """Seconds between calls of a SuperLink that is away."""
 _AGAIN = 60.0
@@ -67,6 +70,7 @@ class GridNetwork:
         self.grid, self.hello, self.deadline, self.stop = grid, hello, deadline, stop
         self._least, self._nodes = clients, nodes
         self._wait = deadline if wait is None else wait
+        self._hello = HELLO if clients else _FIRST_HELLO
         self._names, self._limits = names, limits or Limits()
         self._bounded = bound(grid, stop) if limits else None
         self._keys: dict[str, str] = _stored(names)
@@ -150,11 +154,11 @@ class GridNetwork:
         known = {node for node, _, seats in self._members.values() if not seats} | busy
         new = [n for n in sorted(keys) if n not in known and now >= self._again.get(n, (0, 0))[0]]
         if new:
-            messages = {n: self._message(n, pack_task(self.hello), HELLO) for n in new}
+            messages = {n: self._message(n, pack_task(self.hello), self._hello) for n in new}
             sent = self._push(list(messages.values()), now)
             for node, message in messages.items():
                 if message.metadata.message_id in sent:
-                    self._asked[message.metadata.message_id] = (node, now + HELLO)
+                    self._asked[message.metadata.message_id] = (node, now + self._hello)
         for sent_id, found in self._pull({m: self._seats(n) for m, (n, _) in self._asked.items()}):
             node, _ = self._asked.pop(sent_id)
             self._learn(node, _packet(found, pack_task(self.hello), ""), keys)
