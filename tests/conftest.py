@@ -1,7 +1,12 @@
-"""What all tests share: no network, one thread, a tiny random model and a tiny federation."""
+"""What all tests share: no network, one thread, a tiny random model and a tiny federation.
+
+And the order in which workers of pytest-xdist take them: see `pytest_collection_modifyitems`.
+"""
 
 import json
 import os
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +23,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from corolla.config.run import RunConfig
 
 torch.set_num_threads(1)
+if threading.current_thread() is threading.main_thread():
+    # A background job of a shell, as CI may be, starts with SIGINT ignored, and so do its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples on every machine; a fixture is built once for all examples of a test.
 hypothesis_settings.register_profile(
@@ -26,6 +34,43 @@ hypothesis_settings.register_profile(
 hypothesis_settings.load_profile("corolla")
 
 Settings = Callable[..., RunConfig]
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = (
+    "tests/client/native/",
+    "tests/e2e/",
+    "tests/experiments/",
+    "tests/corolla/phones/test_l",
+)
+"""Where the tests start processes, compile or train for a while."""
+LONGEST: tuple[str, ...] = ()
+"""Groups that take longest, the longest first."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One worker runs a whole file, whose fixtures are made once; the longest files come first.
+
+    A file whose tests have groups of their own, with `xdist_group`, may be on several. A test that
+    is marked as nothing else is a `unit`.
+    """
+    for item in items:
+        path = item.path.relative_to(ROOT).as_posix()
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(
+                pytest.mark.xdist_group(path.removeprefix("tests/").removesuffix(".py"))
+            )
+        if not any(item.get_closest_marker(kind) for kind in ("command", "deployment")):
+            item.add_marker("command" if path.startswith(COMMANDS) else "unit")
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(group(item), len(places)))
+
+
+def group(item: pytest.Item) -> str:
+    """The name of the tests that one worker runs together."""
+    mark = item.get_closest_marker("xdist_group")
+    assert mark
+    return str(mark.args[0])
 
 
 def byte_tokenizer(pad: str = "<pad>") -> transformers.PreTrainedTokenizerBase:
