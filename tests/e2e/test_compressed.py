@@ -1,4 +1,4 @@
-"""A run with compressed messages: its bytes, killed and resumed. test_flower.py runs it on Flower."""
+"""A run with compressed messages: its bytes, killed and resumed. On Flower: test_flower.py."""
 
 import json
 import os

@@ -29,9 +29,10 @@ def lacking() -> str:
         return f"no {', '.join(tools)} here"
     if find_spec("executorch") is None:
         return "executorch is not installed"
-    libraries = ["pkg-config", "--exists", "grpc++", "protobuf-lite", "libcrypto"]
+    names = ("grpc++", "protobuf-lite", "libcrypto", "nlohmann_json", "zlib")
+    libraries = ["pkg-config", "--exists", *names]
     if not shutil.which("pkg-config") or subprocess.run(libraries, check=False).returncode:
-        return "no gRPC, protobuf or OpenSSL for C++ here"
+        return "no gRPC, protobuf, OpenSSL, JSON or zlib for C++ here"
     return ""
 
 
