@@ -30,7 +30,6 @@ phone-headers:
 TWO := -q -n 2 --dist loadgroup --no-loadscope-reorder
 
 test: $(STAMPS)/dev
-	@echo "installed after $$(( $$(date +%s) - $(BEGAN) )) s"
 	$(RUN)/python -m pytest $(TWO) -m "not deployment" -rs
 
 unit: $(STAMPS)/dev
@@ -92,4 +91,5 @@ $(STAMPS)/phones: $(STAMPS)/base
 
 $(STAMPS)/dev: $(STAMPS)/phones
 	$(INSTALL) -e '.[dev,simulation]'
+	@echo "installed in $$(( $$(date +%s) - $(BEGAN) )) s"
 	touch $@

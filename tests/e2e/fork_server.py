@@ -35,8 +35,11 @@ PRELOADED = (
 )
 
 
-def serve(path: str) -> None:
-    """Fork a command for each connection until standard input ends."""
+def serve(path: str, told: dict[str, str]) -> None:
+    """Fork a command for each connection until standard input ends.
+
+    `told` is what the imports have put into the environment where nothing was said.
+    """
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(path)
     listener.listen(64)
@@ -49,11 +52,11 @@ def serve(path: str) -> None:
         connection, _ = listener.accept()
         if os.fork() == 0:
             listener.close()
-            _attend(connection)
+            _attend(connection, told)
         connection.close()
 
 
-def _attend(connection: socket.socket) -> NoReturn:
+def _attend(connection: socket.socket, told: dict[str, str]) -> NoReturn:
     """Run one command: says its process id, sends on signals, says its exit code.
 
     Whoever asked and is gone, killed, takes the command along.
@@ -61,6 +64,7 @@ def _attend(connection: socket.socket) -> NoReturn:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     size, streams, _, _ = socket.recv_fds(connection, 8, 3)
     order = json.loads(_read(connection, int.from_bytes(size, "big")))
+    order["environment"] = {**told, **order["environment"]}
     command = os.fork()
     if command == 0:
         connection.close()
@@ -125,6 +129,7 @@ def _become(order: dict[str, Any]) -> NoReturn:
 
 def main() -> None:
     """Import, see that this process may be forked, serve."""
+    given = dict(os.environ)
     importlib.import_module("corolla.cli.app")
     for name in PRELOADED:
         importlib.import_module(name)
@@ -134,7 +139,7 @@ def main() -> None:
     threads = len(list(Path("/proc/self/task").iterdir()))
     if threads != 1:
         raise SystemExit(f"{threads} threads after the imports: a fork would lose all but one")
-    serve(sys.argv[1])
+    serve(sys.argv[1], {k: v for k, v in os.environ.items() if k not in given})
 
 
 if __name__ == "__main__":
