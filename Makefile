@@ -50,7 +50,7 @@ format: $(STAMPS)/dev
 	$(RUN)/ruff check --fix .
 
 types: $(STAMPS)/dev
-	$(RUN)/python tests/typecheck.py
+	$(RUN)/python -m mypy
 
 proto: $(STAMPS)/dev
 	$(RUN)/python -m grpc_tools.protoc -Icorolla/proto=proto --python_out=$(VENV) --pyi_out=$(VENV) --grpc_python_out=$(VENV) corolla/proto/update.proto corolla/proto/device.proto

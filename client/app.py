@@ -11,10 +11,10 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from corolla.client.training.worker import Worker
-from corolla.config.run import validate
+from corolla.config.load import validate
 from corolla.data import federated
 from corolla.errors import CorollaError, WireError
-from corolla.models import pretrained, trainable
+from corolla.models import devices, pretrained, trainable
 from corolla.storage.memory import Memory
 from corolla.wire.messages import Reply, pack_reply, unpack_task
 from corolla.wire.packet import Packet, from_flower, to_flower
@@ -55,7 +55,7 @@ def _worker(settings: str, run_id: str) -> Worker:
     """The resident model and data of one run: Flower's simulation keeps its processes."""
     config = validate(json.loads(settings))
     dataset = federated.load(config)
-    pretrained.set_threads(config)
+    devices.set_threads(config)
     model = trainable.build(config, pretrained.load(config, dataset.labels))
     # Local settings of this machine; a server cannot say where a device writes.
     record = os.environ.get(RECORD)

@@ -11,12 +11,15 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from corolla.version import __version__
+
 if TYPE_CHECKING:
     from corolla.commands.check.proofs import conform
     from corolla.commands.simulate.in_process import simulate
     from corolla.config.run import RunConfig
     from corolla.errors import CorollaError
-    from corolla.types import Adapter, Broadcast, Client, Cost, Params, Payload, Strategy, Update
+    from corolla.interfaces import Client, Strategy
+    from corolla.types import Adapter, Broadcast, Cost, Params, Payload, Update
 
 # Where the extra `phones` is installed, transformers imports torchao, which warns of its CUDA
 # libraries, and has torch warn of how it registers its types. Nobody here can act on either.
@@ -24,8 +27,6 @@ logging.getLogger("torchao").setLevel(logging.ERROR)
 logging.getLogger("torch.utils._pytree").addFilter(
     lambda record: "register_constant" not in record.getMessage()
 )
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Adapter",
@@ -48,8 +49,10 @@ if (_root / "server" / "app.py").is_file():  # a checkout or an app bundle
     __path__.insert(0, str(_root))
 
 _HOME = {
+    "Client": "corolla.interfaces",
     "CorollaError": "corolla.errors",
     "RunConfig": "corolla.config.run",
+    "Strategy": "corolla.interfaces",
     "conform": "corolla.commands.check.proofs",
     "simulate": "corolla.commands.simulate.in_process",
 }

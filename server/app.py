@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
 from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,22 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
 from corolla.config import rules
-from corolla.config.run import RunConfig, load, validate
+from corolla.config.build import build_strategy
+from corolla.config.load import load, validate
+from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, CorollaError, StoppedError
 from corolla.host import logs
 from corolla.host.processes import note_process
-from corolla.models import pretrained
+from corolla.models import folders
 from corolla.models.trainable import Trainable
 from corolla.server.deployment.grid import GridNetwork, count_nodes, hello
-from corolla.server.deployment.limits import Limits
+from corolla.server.deployment.limits import Admission, Limits
 from corolla.server.deployment.order import (
     FOLDER,
     LAST_WORDS,
     PROCESS,
-    Order,
     Outcome,
+    RunOrder,
     read_order,
     refuse_simulated,
 )
@@ -41,31 +44,39 @@ from corolla.server.runs.setup import set_up
 app = ServerApp()  # without annotation: `flwr build` looks for the bare assignment
 
 
-def serve(
-    grid: Grid,
-    config: RunConfig,
-    folder: Path,
-    observer: Observer,
-    run_id: str,
-    *,
-    nodes: int = 0,
-    keep_updates: bool = False,
-    resume: bool = False,
-    stop: threading.Event | None = None,
-) -> Summary:
-    """Run a simulated federation over a Grid and leave its artefacts in `folder`.
+@dataclass(frozen=True)
+class SimulatedRun:
+    """A run of simulated clients: what it does, and the folder for its artefacts."""
 
-    `nodes` is how many to wait for; 0: until none has joined for a while.
-    """
-    stop = stop or threading.Event()
+    config: RunConfig
+    folder: Path
+    run_id: str
+    nodes: int = 0
+    """Nodes to wait for; 0: until none has joined for a while."""
+    keep_updates: bool = False
+    resume: bool = False
+
+
+def serve(
+    grid: Grid, run: SimulatedRun, observer: Observer, stop: threading.Event | None = None
+) -> Summary:
+    """Do a simulated run over a Grid, until it is done or stopped."""
+    config, nodes, stop = run.config, run.nodes, stop or threading.Event()
     if not nodes:
         nodes = count_nodes(grid, stop, config.deadline)
         config = config.model_copy(update={"clients": config.clients or nodes})
-    task = hello(run_id, {"run": config.model_dump(mode="json")})
-    network = GridNetwork(grid, task, config.deadline, stop, nodes=nodes)
-    loaded = set_up(config, run_id)
+    task = hello(run.run_id, {"run": config.model_dump(mode="json")})
+    network = GridNetwork(grid, task, config.deadline, stop, Admission(nodes))
+    loaded = set_up(config, run.run_id)
     return Run(
-        config, network, loaded.evaluator, folder, loaded.facts, observer, keep_updates, resume
+        config,
+        network,
+        loaded.evaluator,
+        run.folder,
+        loaded.facts,
+        observer,
+        run.keep_updates,
+        run.resume,
     ).execute()
 
 
@@ -108,7 +119,7 @@ def _leave(outcome: Outcome, folder: Path) -> None:
         print(f"{LAST_WORDS}{why}", file=sys.stderr, flush=True)
 
 
-def _run(grid: Grid, folder: Path, order: Order, stop: threading.Event) -> None:
+def _run(grid: Grid, folder: Path, order: RunOrder, stop: threading.Event) -> None:
     config = validate(order.config)
     loaded = set_up(config, order.run_id, deployed=True)
     told = {"run": run_settings(config, own_devices=True), "labels": list(loaded.evaluator.labels)}
@@ -117,10 +128,12 @@ def _run(grid: Grid, folder: Path, order: Order, stop: threading.Event) -> None:
         hello(order.run_id, told, loaded.facts["model_sha256"]),
         config.deadline,
         stop,
-        clients=order.min_clients,
-        wait=config.wait,
-        names=folder / "flower" / "names.json",
-        limits=_limits(config, order, loaded.model),
+        Admission(
+            clients=order.min_clients,
+            wait=config.wait,
+            names=folder / "flower" / "names.json",
+            limits=_limits(config, order, loaded.model),
+        ),
     )
     resume = (folder / "run.json").is_file()
     Run(
@@ -136,9 +149,9 @@ def _run(grid: Grid, folder: Path, order: Order, stop: threading.Event) -> None:
     ).execute()
 
 
-def _limits(config: RunConfig, order: Order, model: Trainable) -> Limits:
+def _limits(config: RunConfig, order: RunOrder, model: Trainable) -> Limits:
     try:
-        rules.refuse_gateways(config, config.build_strategy())
+        rules.refuse_gateways(config, build_strategy(config))
         no_gateways = ""
     except ConfigError as error:
         no_gateways = str(error)
@@ -151,13 +164,13 @@ def _simulated(grid: Grid, context: Context) -> None:
     """Started by `flwr run`: settings come from the run config of the app."""
     settings = dict(context.run_config)
     folder = Path(
-        str(settings.pop("out", "") or pretrained.cache_dir() / "runs" / str(context.run_id))
+        str(settings.pop("out", "") or folders.cache_dir() / "runs" / str(context.run_id))
     )
     more = shlex.split(str(settings.pop("set", "")))
     config = load(None, {key.replace("-", "_"): v for key, v in settings.items() if v != ""}, more)
     refuse_simulated(config)
     prepare_folder(folder, resume=False)
-    summary = serve(grid, config, folder, _Log(), f"{context.run_id:032x}"[:32])
+    summary = serve(grid, SimulatedRun(config, folder, f"{context.run_id:032x}"[:32]), _Log())
     log(
         INFO,
         "held-out loss %.4f -> %.4f; adapter %s (sha256 %s)",
@@ -189,7 +202,7 @@ class _Log(Silent):
 
 
 class _Lines(Silent):
-    """Tells the log of the server what Run does not, with round and client."""
+    """Writes what happens in a run to the log of the server, with round and client."""
 
     def __init__(self) -> None:
         self._log, self._round = logs.logger("server"), 0

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from corolla import seeds
 from corolla.aggregation.sums import WeightedMean
+from corolla.interfaces import Client
 from corolla.tensors import factors, tree
 from corolla.types import (
     Adapter,
     Aggregates,
     Broadcast,
-    Client,
     Cost,
     Metrics,
     Params,

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from corolla.aggregation.sums import MeanAndResidual
+from corolla.aggregation.stacks import MeanAndResidual
+from corolla.interfaces import Client
 from corolla.tensors import blocks, factors, tree
 from corolla.types import (
     Adapter,
     Aggregates,
     Broadcast,
-    Client,
     Cost,
     Metrics,
     Params,

@@ -10,12 +10,12 @@ from typing import ClassVar, Literal
 
 from corolla.aggregation.sums import WeightedMean
 from corolla.directions.pools import GaussianPool, LowRankPool, SignPool
+from corolla.interfaces import Client
 from corolla.tensors import tree
 from corolla.types import (
     Adapter,
     Aggregates,
     Broadcast,
-    Client,
     Cost,
     Metrics,
     Params,

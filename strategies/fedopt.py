@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 from corolla.aggregation.sums import WeightedMean
+from corolla.interfaces import Client, Observed
 from corolla.tensors import factors, tree
 from corolla.types import (
     Adapter,
     Aggregates,
     Broadcast,
-    Client,
     Cost,
     Metrics,
-    Observed,
     Params,
     Payload,
     Size,

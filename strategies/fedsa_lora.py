@@ -9,15 +9,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from corolla.aggregation.sums import WeightedMean
+from corolla.interfaces import Client, Observed
 from corolla.tensors import factors, tree
 from corolla.types import (
     Adapter,
     Aggregates,
     Broadcast,
-    Client,
     Cost,
     Metrics,
-    Observed,
     Params,
     Payload,
     Size,

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from corolla.aggregation.sums import WeightedMean
+from corolla.interfaces import Client
 from corolla.tensors import factors, tree
 from corolla.types import (
     Adapter,
     Aggregates,
     Broadcast,
-    Client,
     Cost,
     Metrics,
     Params,

@@ -11,13 +11,13 @@ from typing import ClassVar
 import torch
 
 from corolla.aggregation.sums import WeightedMean
-from corolla.directions import pools, seedlog, signs
+from corolla.directions import moving, pools, seedlog, signs
+from corolla.interfaces import Client
 from corolla.tensors import tree
 from corolla.types import (
     Adapter,
     Aggregates,
     Broadcast,
-    Client,
     Cost,
     Metrics,
     Params,
@@ -66,9 +66,9 @@ class Ferret:
 
     def local(self, client: Client, received: Payload) -> Update:
         at = self.adapter(received)
-        start = pools.settle(at.trained, at.moves)
+        start = moving.settle(at.trained, at.moves)
         fit = client.trainer.fit(start)
-        change, _ = pools.flatten(tree.sub(fit.params, start))
+        change, _ = moving.flatten(tree.sub(fit.params, start))
         pool = seedlog.pool(received, self.size, seedlog.next_number(received))
         sums = signs.fwht(signs.fold(change, pool.key, 0, self.size))
         gamma = torch.from_numpy(sums / self.size).float()

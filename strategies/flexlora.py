@@ -11,17 +11,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from corolla.aggregation.sums import ByGroup, Stack, WeightedMean
+from corolla.aggregation.stacks import Stack
+from corolla.aggregation.sums import ByGroup, WeightedMean
+from corolla.interfaces import Client, Observed
 from corolla.tensors import factors, tree
 from corolla.types import (
     Adapter,
     Aggregates,
     Broadcast,
-    Client,
     Cost,
     LoraSpec,
     Metrics,
-    Observed,
     Params,
     Payload,
     Size,

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from corolla.aggregation.sums import ByGroup, Stack, WeightedMean
+from corolla.aggregation.stacks import Stack
+from corolla.aggregation.sums import ByGroup, WeightedMean
+from corolla.interfaces import Client
 from corolla.tensors import blocks, factors, tree
 from corolla.types import (
     Adapter,
     Aggregates,
     Broadcast,
-    Client,
     Cost,
     Metrics,
     Params,

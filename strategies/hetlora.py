@@ -12,17 +12,16 @@ import torch
 from torch import Tensor
 
 from corolla.aggregation.sums import ByGroup, WeightedMean
+from corolla.interfaces import Client, Observed
 from corolla.tensors import factors, tree
 from corolla.types import (
     Adapter,
     Aggregates,
     Broadcast,
-    Client,
     Correct,
     Cost,
     LoraSpec,
     Metrics,
-    Observed,
     Params,
     Payload,
     Size,

@@ -10,16 +10,15 @@ from typing import ClassVar
 
 import torch
 
-from corolla.aggregation.sums import MeanAndResidual
+from corolla.aggregation.stacks import MeanAndResidual
+from corolla.interfaces import Client, Observed
 from corolla.tensors import factors, tree
 from corolla.types import (
     Adapter,
     Aggregates,
     Broadcast,
-    Client,
     Cost,
     Metrics,
-    Observed,
     Params,
     Payload,
     Size,

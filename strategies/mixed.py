@@ -15,14 +15,14 @@ from torch import Tensor
 
 from corolla import seeds
 from corolla.aggregation.sums import summed, summed_like, terms
-from corolla.directions import pools, seedlog, signs
+from corolla.directions import moving, pools, seedlog, signs
 from corolla.directions.pools import SignPool
+from corolla.interfaces import Client
 from corolla.tensors import tree
 from corolla.types import (
     Adapter,
     Aggregates,
     Broadcast,
-    Client,
     Cost,
     Metrics,
     Move,
@@ -99,19 +99,19 @@ class Mixed:
         return _TwoMeans(self.size)
 
     def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
-        flat, layout = pools.flatten(state["adapter"])
-        first, _ = pools.flatten(aggregate["adapter"]) if aggregate["adapter"] else (None, ())
+        flat, layout = moving.flatten(state["adapter"])
+        first, _ = moving.flatten(aggregate["adapter"]) if aggregate["adapter"] else (None, ())
         sums = aggregate["scalars"]["scalars"]
         n_1, n_0 = (float(n) for n in aggregate["counts"]["examples"])
         share_1, share_0 = n_1 / (n_1 + n_0), n_0 / (n_1 + n_0)
         precisions = _precisions(aggregate, len(flat))
         if self.weights == "inverse_variance" and precisions:
             share_1, share_0 = (precision / sum(precisions) for precision in precisions)
-        pools.apply(flat, 0, [Move(self._pool(state), sums, share_0)])
+        moving.apply(flat, 0, [Move(self._pool(state), sums, share_0)])
         if first is not None:
             flat += share_1 * first
         key = state["key"]["key"] + torch.tensor([0, 1])  # new signs in the next round
-        after = {"adapter": pools.unflatten(flat, layout), "key": {"key": key}}
+        after = {"adapter": moving.unflatten(flat, layout), "key": {"key": key}}
         return after, {"first_order_share": share_1, "zeroth_order_share": share_0}
 
     def adapter(self, state: Payload) -> Adapter:

@@ -11,12 +11,12 @@ from typing import ClassVar
 import torch
 
 from corolla.aggregation.sums import WeightedMean
+from corolla.interfaces import Client
 from corolla.tensors import factors
 from corolla.types import (
     Adapter,
     Aggregates,
     Broadcast,
-    Client,
     Cost,
     Metrics,
     Params,

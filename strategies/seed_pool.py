@@ -14,11 +14,11 @@ import torch
 
 from corolla.aggregation.sums import SeedSums
 from corolla.directions import pools, seedlog, signs
+from corolla.interfaces import Client
 from corolla.types import (
     Adapter,
     Aggregates,
     Broadcast,
-    Client,
     Cost,
     Metrics,
     Params,

@@ -5,8 +5,8 @@ import subprocess
 import sys
 
 import corolla
-from corolla.strategies import STRATEGIES
-from corolla.types import Strategy
+from corolla.interfaces import Strategy
+from corolla.strategies.registry import STRATEGIES
 
 
 def test_every_public_name_loads() -> None:

@@ -22,11 +22,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from corolla import __version__, strategies
 from corolla.client.device import machine
 from corolla.client.device.settings import Own
-from corolla.client.training.worker import Worker
-from corolla.config.run import RunConfig, validate
+from corolla.client.training.worker import Device, Worker
+from corolla.config.load import validate
+from corolla.config.run import RunConfig
 from corolla.data import federated
 from corolla.data.federated import FederatedData
 from corolla.errors import (
@@ -39,12 +39,14 @@ from corolla.errors import (
 )
 from corolla.host import logs
 from corolla.host.processes import when_orphaned
-from corolla.models import pretrained, trainable
+from corolla.models import devices, pretrained, trainable
 from corolla.models.pretrained import Base
 from corolla.models.trainable import Trainable
 from corolla.privacy import ledger
 from corolla.privacy.ledger import Limit
 from corolla.storage.memory import Memory
+from corolla.strategies import files
+from corolla.version import __version__
 from corolla.wire import rpc
 from corolla.wire.messages import Capabilities, Reply, Task, pack_reply, unpack_reply, unpack_task
 from corolla.wire.packet import Packet
@@ -82,7 +84,7 @@ class Trainer:
         spent = own.state / ledger.NAME
         if own.epsilon and not spent.exists() and any(self._runs.glob("*")):
             _log.warning("no ledger of earlier runs: their cost is not counted", missing=spent)
-        pretrained.set_threads(plain)
+        devices.set_threads(plain)
         self._first: tuple[str, Base] | None = None
         base = self._load(plain, [])
         self.model_sha256 = base.fingerprint
@@ -141,17 +143,8 @@ class Trainer:
             memory = Memory(folder)
             config, model, own = self._resident
             limit = Limit(self.own.epsilon, self.own.delta) if self.own.epsilon else None
-            worker = Worker(
-                config,
-                model,
-                own,
-                memory,
-                None,
-                self._step,
-                self.capabilities,
-                self.own.state / ledger.NAME,
-                limit,
-            )
+            device = Device(self.capabilities, self.own.state / ledger.NAME, limit)
+            worker = Worker(config, model, own, memory, on_step=self._step, device=device)
             self._worker = (task.run_id, worker)
         os.utime(self._runs / task.run_id)
         return self._worker[1]
@@ -160,7 +153,7 @@ class Trainer:
         self, config: RunConfig, labels: Sequence[str]
     ) -> tuple[RunConfig, Trainable, FederatedData]:
         own = self._data(config, labels)
-        pretrained.set_threads(config)
+        devices.set_threads(config)
         base = self._load(config, labels)
         model = trainable.build(config, base)
         _log.info("model ready", model=base.fingerprint[:12], strategy=config.strategy)
@@ -176,7 +169,7 @@ class Trainer:
         own = self.own
         values = {
             **run,
-            "strategy": strategies.allowed(str(run.get("strategy", "fedavg")), own.allow, "device"),
+            "strategy": files.allowed(str(run.get("strategy", "fedavg")), own.allow, "device"),
             "data": own.data,
             "engine": "inprocess",
             "device": own.device,

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 
+from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
 from corolla.models import anatomy, footprint
@@ -114,7 +115,7 @@ def _battery() -> tuple[int, bool]:
 
 @cache
 def _runtime() -> str:
-    """Versions, without importing what they are of."""
+    """The versions of packages from their metadata, without importing them."""
     found = [f"python {platform.python_version()}"]
     for name in ("corolla", "torch"):
         with suppress(PackageNotFoundError):
@@ -146,15 +147,25 @@ class Choice:
         return {name: own for name in names if (own := getattr(self, name)) is not None}
 
 
+@dataclass(frozen=True)
+class Workload:
+    """What a client computes, however its settings spread it over memory and time."""
+
+    model: Anatomy
+    batch: Batch
+    """The largest batch of training."""
+    evaluated: Batch | None = None
+    """The largest batch of evaluation; None: it does not evaluate."""
+    labels: int = 0
+    """Classes of a classifier; 0: the model generates."""
+
+
 def choose(
     budget: int,
-    model: Anatomy,
+    work: Workload,
     config: RunConfig,
-    batch: Batch,
     *,
     trainer: TrainerName | None = None,
-    evaluated: Batch | None = None,
-    labels: int = 0,
     alone: bool = False,
 ) -> Choice:
     """The way that costs least and fits into `budget` bytes.
@@ -171,14 +182,16 @@ def choose(
             update={key: value for key, value in choice.items() if key != "trainer"}
         )
         kind = choice.get("trainer", first)
-        estimate = footprint.client(model, changed, kind, batch, evaluated, labels=labels)
+        estimate = footprint.client(
+            work.model, changed, kind, work.batch, work.evaluated, labels=work.labels
+        )
         if estimate.total <= budget:
             return Choice(estimate, **choice)
         tried.append(estimate)
     least = min(tried, key=lambda estimate: estimate.total)
     raise ConfigError(
-        f"{_size(budget)} of memory is too little for {config.strategy} on {model.name}: the least "
-        f"is {_size(least.total)}, of which weights {_size(least.terms['weights'])}; lower "
+        f"{_size(budget)} of memory is too little for {config.strategy} on {work.model.name}: the "
+        f"least is {_size(least.total)}, of which weights {_size(least.terms['weights'])}; lower "
         f"max-length ({config.max_length}), or take a smaller model"
     )
 
@@ -195,7 +208,7 @@ def fit(
     longest = min(config.max_length, known.positions or config.max_length)
     batch = Batch(config.batch_size, longest, config.batch_size * (longest - 1))
     scored = Batch(8, longest, 8 * (longest - 1))
-    choice = choose(budget, known, config, batch, evaluated=scored, labels=labels, alone=True)
+    choice = choose(budget, Workload(known, batch, scored, labels), config, alone=True)
     return choice.overrides, choice.estimate
 
 
@@ -212,7 +225,7 @@ def _ways(config: RunConfig, trainer: TrainerName, alone: bool) -> Iterator[dict
     )
     if spare:
         yield from ({**spare, **way} for way in micro)
-    strategy = config.build_strategy()
+    strategy = build_strategy(config)
     if alone:
         return
     if strategy.mixed_ranks and config.parameters == "lora":

@@ -4,7 +4,6 @@ Whatever ends one of the two, it starts again, each time a little later, until t
 to stop. What the owner of the device can do something about is said in one line.
 """
 
-import fcntl
 import json
 import os
 import secrets
@@ -13,16 +12,17 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from threading import Event
 
 from corolla.client.device import supernode
-from corolla.client.device.settings import Own, identity
+from corolla.client.device.identity import identity
+from corolla.client.device.settings import Own
 from corolla.client.device.supernode import Link
 from corolla.errors import ConfigError, CorollaError
-from corolla.host import logs, processes
+from corolla.host import files, logs, processes
 from corolla.host.processes import stoppable
 from corolla.wire import rpc
 
@@ -260,17 +260,10 @@ def begin(own: Own, say: Say) -> None:
         Node(link, trainer, order, say).run()
 
 
-@contextmanager
-def only_one(state: Path) -> Iterator[None]:
+def only_one(state: Path) -> AbstractContextManager[None]:
     """A lock that ends with the process. Raises ConfigError when another client has the folder."""
-    with (state / "lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(
-                f"another corolla client is at work in {state}: give this one its own --state"
-            ) from None
-        yield
+    busy = f"another corolla client is at work in {state}: give this one its own --state"
+    return files.only_one(state / "lock", busy)
 
 
 def _last_words(child: Child, code: int) -> str:

@@ -1,29 +1,23 @@
-"""What belongs to a device and not to a run: its data, model, limits and key.
+"""What belongs to a device and not to a run: its data, its model and its limits.
 
 A server's settings decide how it trains; these decide on what, and with how much of the machine.
 They come from options and from a TOML file with the same names.
 """
 
-import difflib
-import hashlib
 import os
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from corolla.errors import ConfigError, CorollaError
+from corolla.errors import ConfigError
+from corolla.host.text import nearest, parse_bytes
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _ADDRESS = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
-_BYTES = re.compile(r"([0-9]+(?:\.[0-9]+)?) *([kmgt]?)(i?)b?", re.IGNORECASE)
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -109,8 +103,7 @@ def load(file: Path | None, options: Mapping[str, object]) -> Own:
     given = {k: v for k, v in options.items() if v or isinstance(v, float)}
     values = {**(_read(file) if file else {}), **given}
     for key in values.keys() - Own.model_fields.keys():
-        near = difflib.get_close_matches(key, Own.model_fields, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(Own.model_fields)}"
+        hint = nearest(key, Own.model_fields) or f"known are {', '.join(Own.model_fields)}"
         raise ConfigError(f"unknown key {key!r} in {file}: {hint}")
     try:
         return Own.model_validate(values)
@@ -123,90 +116,10 @@ def load(file: Path | None, options: Mapping[str, object]) -> Own:
         raise ConfigError(f"{option}: {message}; found {first['input']!r}") from error
 
 
-def parse_bytes(text: str) -> int:
-    """Bytes of "2GB", "512 MiB", "1.5g". Raises ValueError."""
-    found = _BYTES.fullmatch(text.strip())
-    if not found:
-        raise ValueError("expected a size such as 2GB or 512MiB")
-    step = 1024 if found[3] else 1000
-    return int(float(found[1]) * step ** " kmgt".index(found[2].lower() or " "))
-
-
-@dataclass(frozen=True)
-class Identity:
-    """A client's key: `private` for flower-supernode, `public` for the server's owner."""
-
-    private: Path
-    public: Path
-    fingerprint: str
-    """16 hexadecimal characters, as the server's logs show it."""
-
-    @property
-    def name(self) -> str:
-        """What the client is called when its owner gives it no name."""
-        return f"client-{self.fingerprint}"
-
-
-def make_key(file: Path | None, options: Mapping[str, object]) -> Identity:
-    """The key of a client that need not have data or a server yet. Raises CorollaError."""
+def state_of(file: Path | None, options: Mapping[str, object]) -> Path:
+    """The state folder of a device that need not have data or a server yet. Raises ConfigError."""
     state = options.get("state") or (_read(file) if file else {}).get("state") or state_folder()
-    return identity(Path(str(state)).expanduser().absolute())[0]
-
-
-def identity(state: Path) -> tuple[Identity, bool]:
-    """(the key in a state folder, whether it has just been made).
-
-    Raises ConfigError for a file that is no key, CorollaError for a disk that fails.
-
-    P-384, in the format of OpenSSH: the one that flower-supernode reads. Whoever has the private
-    key is this client: it is readable by its owner alone.
-    """
-    private, public = state / "client.key", state / "client.pub"
-    made = not private.exists()
-    try:
-        state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if made:
-            _make(private)
-        key = serialization.load_ssh_private_key(private.read_bytes(), None)
-        if not isinstance(key, ec.EllipticCurvePrivateKey):
-            raise ValueError("a key of another kind")
-        pem = key.public_key().public_bytes(
-            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-        )
-        found = Identity(private, public, hashlib.sha256(pem.strip()).hexdigest()[:16])
-        line = key.public_key().public_bytes(
-            serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
-        )
-        content = line + f" {found.name}\n".encode()
-        if not public.exists() or public.read_bytes() != content:  # a full disk stops no client
-            write_atomic(public, content)
-    except OSError as error:  # it may pass: no error of the settings, which would end a service
-        raise CorollaError(f"cannot use {error.filename or state}: {error.strerror}") from error
-    except (ValueError, UnsupportedAlgorithm) as error:
-        raise ConfigError(
-            f"{private} is no private key of a client: move it away for a new one"
-        ) from error
-    return found, made
-
-
-def _make(path: Path) -> None:
-    """The whole key or none: a key cut short would lock the client out."""
-    data = ec.generate_private_key(ec.SECP384R1()).private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.OpenSSH,
-        serialization.NoEncryption(),
-    )
-    write_atomic(path, data)
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """All of a file or nothing, readable by its owner alone."""
-    scratch = path.with_name(f"{path.name}.part")
-    scratch.unlink(missing_ok=True)
-    with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(data)
-        os.fsync(file.fileno())
-    scratch.replace(path)
+    return Path(str(state)).expanduser().absolute()
 
 
 def _read(file: Path) -> dict[str, Any]:

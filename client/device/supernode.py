@@ -23,7 +23,7 @@ from email.utils import parsedate_to_datetime
 from http.client import HTTPException, HTTPSConnection
 from pathlib import Path
 
-from corolla.client.device.settings import Identity
+from corolla.client.device.identity import Identity
 from corolla.host.processes import when_orphaned
 
 _AHEAD, _BEHIND = 5.0, 300.0

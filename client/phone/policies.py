@@ -15,9 +15,9 @@ from corolla.proto import device_pb2 as pb
 _DAY = 86_400.0
 _OLDEST = 30 * _DAY
 _AHEAD = _DAY
-"""What is noted for later than this from now, the clock was wrong then."""
+"""Seconds: entries dated further ahead are ignored, because the clock was wrong."""
 _MOST_BYTES = 1 << 20
-"""Of a history that are looked at: what is before them is old, or a mistake."""
+"""Bytes of a history that are read, its last ones: what is before them is old, or a mistake."""
 
 _WORDS = {
     "charging": "not charging",

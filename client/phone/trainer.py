@@ -10,13 +10,14 @@ from pathlib import Path
 from corolla.client.device.daemon import Trainer
 from corolla.client.device.machine import probe
 from corolla.client.device.node import only_one
-from corolla.client.device.settings import Own, parse_bytes
+from corolla.client.device.settings import Own
 from corolla.client.phone.policies import NO_LIMITS, Limits
 from corolla.client.phone.session import Phone, Settings
-from corolla.data import federated
+from corolla.data.rows import read_rows
 from corolla.errors import ConfigError, StoppedError, WireError
 from corolla.host import logs
 from corolla.host.processes import stoppable
+from corolla.host.text import parse_bytes
 from corolla.phones import protocol
 from corolla.storage.memory import Memory
 from corolla.wire import rpc
@@ -34,7 +35,7 @@ class TorchTrainer:
         `say` tells the owner why a task is not done.
         """
         self._own, self._say = own, say
-        self._rows = len(federated.read(own.data)[0])
+        self._rows = len(read_rows(own.data)[0])
         self._trainer: Trainer | None = None
 
     def examples(self) -> int:

@@ -26,7 +26,8 @@ from corolla.data.encoding import IGNORE, Encoded, collate
 from corolla.errors import DataError, ModelError
 from corolla.evaluation.scoring import loss_sum, sequence_losses
 from corolla.models.trainable import Differentiable
-from corolla.privacy.client_level import ExampleLevel, clip_factors
+from corolla.privacy.example_level import ExampleLevel
+from corolla.privacy.randomness import clip_factors
 from corolla.types import Params
 
 _RULES = (nn.Linear, nn.LayerNorm)
@@ -127,7 +128,7 @@ class Clipper:
         return total
 
     def gradients(self, part: Sequence[Encoded], weights: Sequence[float]) -> dict[str, Tensor]:
-        """Of weight · summed loss, for each sequence: name → (sequences, ...)."""
+        """Gradients of weight · summed loss, by sequence: name → (sequences, ...)."""
         batch = collate(part, self._model.base.pad_id, self._model.device)
         losses = sequence_losses(self._model.model, batch)
         (losses @ losses.new_tensor(weights)).backward()  # type: ignore[no-untyped-call]
@@ -320,7 +321,7 @@ def _norms(rows: Tensor) -> Tensor:
 
 
 def _norm(tensors: Collection[Tensor]) -> float:
-    """Of all tensors together."""
+    """The joint L2 norm of all tensors."""
     return float(torch.linalg.vector_norm(torch.cat([_norms(own[None]) for own in tensors])))
 
 

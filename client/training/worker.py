@@ -2,50 +2,36 @@
 
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from corolla import seeds, strategies
-from corolla.client.training.dpsgd import SelfTestError
+from corolla import seeds
+from corolla.client.training import private
 from corolla.client.training.first_order import FirstOrder
 from corolla.client.training.zeroth_order import ZerothOrder
+from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.data.encoding import Encoded, Encoder
-from corolla.data.federated import Example, FederatedData
+from corolla.data.federated import FederatedData
+from corolla.data.rows import Example
 from corolla.directions import seedlog
-from corolla.errors import (
-    ArtefactError,
-    ConfigError,
-    CorollaError,
-    ModelError,
-    RoundError,
-    StoppedError,
-    WireError,
-)
+from corolla.errors import ConfigError, CorollaError, ModelError, WireError
 from corolla.evaluation.scoring import score
-from corolla.host import logs
 from corolla.models.dense import DenseModel
 from corolla.models.lora import LoraModel
-from corolla.models.records import client_folder, round_folder, write_update
+from corolla.models.records import write_update
 from corolla.models.trainable import Trainable
-from corolla.privacy import client_level, ledger
-from corolla.privacy.client_level import ExampleLevel
+from corolla.privacy import example_level, ledger
+from corolla.privacy.example_level import ExampleLevel
 from corolla.privacy.ledger import Ledger, Limit
+from corolla.storage.folders import client_folder, round_folder
 from corolla.storage.memory import Memory
-from corolla.types import (
-    Client,
-    ForwardTrainer,
-    LocalTrainer,
-    LoraSpec,
-    Payload,
-    TrainerName,
-    row_name,
-)
+from corolla.strategies import registry
+from corolla.types import LoraSpec, Payload, TrainerName, Update, row_name
 from corolla.wire import codec, compression, messages
 from corolla.wire.messages import Capabilities, Kind, Log, Reply, Task, pack_reply, unpack_task
 from corolla.wire.packet import Packet
@@ -57,11 +43,6 @@ _OUT_OF_MEMORY = "out of memory: lower micro_batch_size or max_length"
 
 _OWED = "owed-"
 """Prefix of the groups that hold what a codec has left out of the updates so far."""
-
-_PUBLIC = ("local_steps",)
-"""Metrics of training that are not measured on data."""
-
-_log = logs.logger("worker")
 
 
 @dataclass(frozen=True)
@@ -84,68 +65,82 @@ class LocalClient:
     def trainer(self) -> FirstOrder:
         if not isinstance(self.model, LoraModel | DenseModel):
             raise ConfigError(f"{self.config.strategy}: no first-order training of all parameters")
-        return FirstOrder(self.model, *self._rest)
+        return FirstOrder(
+            self.model,
+            lora=self.lora,
+            data=self.data,
+            config=self.config,
+            seed=self.seed,
+            round=self.round,
+            on_step=self.on_step,
+            private=self.private,
+        )
 
     @property
     def forward(self) -> ZerothOrder:
-        return ZerothOrder(self.model, *self._rest)
+        return ZerothOrder(
+            self.model,
+            lora=self.lora,
+            data=self.data,
+            config=self.config,
+            seed=self.seed,
+            round=self.round,
+            on_step=self.on_step,
+            private=self.private,
+        )
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a worker has of the device it works on; a simulation has nothing of the kind."""
+
+    capabilities: Capabilities | None = None
+    """What the device says of itself when it is greeted. With it, what goes wrong in the code of a
+    strategy is told by its type alone: the text may be of the data."""
+    ledger: Path | None = None
+    """File of what the examples have cost in privacy; None: beside what the client keeps."""
+    limit: Limit | None = None
+    """What the owner allows the examples to cost over all runs; then the device takes part in runs
+    with dp=example alone."""
+
+
+SIMULATED = Device()
+
+
+@dataclass(frozen=True)
+class Received:
+    """What local work starts from: a task's settings, and all groups that it needs."""
+
+    settings: Mapping[str, Any]
+    groups: Payload
+    """What the strategy's halves read: what was sent, and what was held here."""
+    kept: Payload
+    """What the strategy keeps on this device, as of the last update that was accepted."""
+    owed: Payload
+    """What the codec has left out of the updates so far."""
 
     @property
-    def _rest(self) -> tuple[Any, ...]:
-        """What both trainers take beside the model, in their order."""
-        own = self.lora, self.data, self.config, self.seed, self.round
-        return *own, self.on_step, self.private
+    def lora(self) -> LoraSpec:
+        return LoraSpec(**self.settings["lora"])
 
 
-class _Trainer:
-    """The methods of a `LocalTrainer` alone."""
+class _NotHeldError(Exception):
+    """A task names groups that are not held here. Never leaves this module."""
 
-    def __init__(self, whole: LocalTrainer) -> None:
-        self.init = whole.init
-        self.fit = whole.fit
-
-
-class _Forward:
-    """What a `ForwardTrainer` has, alone."""
-
-    def __init__(self, whole: ForwardTrainer) -> None:
-        self.queries = whole.queries
-        self.walk = whole.walk
-
-
-class _Guarded:
-    """A client under dp=example as its strategy sees it: the members of `types.Client` alone.
-
-    A strategy of a user's own so does not come across examples, or a trainer without privacy, by
-    accident. It is no sandbox: code of the same process that means to find them will.
-    """
-
-    def __init__(self, whole: Client) -> None:
-        self.seed, self.lora, self.population = whole.seed, whole.lora, whole.population
-        self.kept, self.kind = whole.kept, whole.kind
-        self._trainer: Callable[[], LocalTrainer] = lambda: _Trainer(whole.trainer)
-        self._forward: Callable[[], ForwardTrainer] = lambda: _Forward(whole.forward)
-
-    @property
-    def trainer(self) -> LocalTrainer:
-        return self._trainer()
-
-    @property
-    def forward(self) -> ForwardTrainer:
-        return self._forward()
+    def __init__(self, groups: Sequence[str]) -> None:
+        super().__init__(f"{', '.join(groups)}: not held here")
+        self.groups = groups
 
 
 class Worker:
     """Answers tasks for the clients whose data it holds.
 
-    `record` (simulation only) is a folder for each client's adapter after local training;
-    `capabilities` is what a device says of itself when it is greeted; with it, what goes wrong in
-    the code of a strategy is told by its type alone: the text may be of the data.
+    `record` (simulation only) is a folder for each client's adapter after local training; `on_step`
+    is told the tokens of each local step.
 
     Under dp=example a client writes in its ledger what a round costs before it trains, and answers
-    with an update that is private and what is known without its data. `ledger` is where a device
-    keeps that (default: beside what the client keeps), `limit` what its owner allows over all runs:
-    then it takes part in nothing else. A strategy sees no more of such a client than `Client` has.
+    with an update that is private and what is known without its data. A strategy sees no more of
+    such a client than `Client` has.
     """
 
     def __init__(
@@ -156,21 +151,17 @@ class Worker:
         memory: Memory,
         record: Path | None = None,
         on_step: Callable[[int], None] | None = None,
-        capabilities: Capabilities | None = None,
-        ledger: Path | None = None,
-        limit: Limit | None = None,
+        device: Device = SIMULATED,
     ) -> None:
         self.config = config
-        self.capabilities = capabilities
-        self.limit = limit
-        self._ledger = ledger
+        self.device = device
         self.model = model
         self.data = data
         self.memory = memory
         self.record = record
         self.on_step = on_step
-        self.strategy = config.build_strategy()
-        self.traits = strategies.traits(self.strategy)
+        self.strategy = build_strategy(config)
+        self.traits = registry.traits(self.strategy)
         self._encoder = Encoder(model.base.tokenizer, data.labels, config.max_length)
         self._encoded: OrderedDict[str, tuple[list[Encoded], int]] = OrderedDict()
 
@@ -184,7 +175,7 @@ class Worker:
             reply = replace(blank, error=str(error))
         # A task that does not fit this model, or numbers and nesting that no server sends.
         except (LookupError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:
-            text = "" if self.capabilities else f": {error}"
+            text = "" if self.device.capabilities else f": {error}"
             why = f"task cannot be done here: {type(error).__name__}{text}"
             reply = replace(blank, error=_OUT_OF_MEMORY if _of_memory(error) else why)
         except MemoryError:
@@ -201,13 +192,29 @@ class Worker:
                 f"give it the same one, in the same number type"
             )
         if task.kind == Kind.HELLO:
-            return replace(
-                blank,
-                num_examples=len(self.data.clients[client].train),
-                model_sha256=own,
-                capabilities=self.capabilities,
-            )
-        self._refuse(task.kind)
+            return self._hello(client, blank)
+        private.refuse(self.config, self.device.limit, task.kind)
+        try:
+            received = self._receive(client, task)
+        except _NotHeldError as lacking:
+            return replace(blank, missing=lacking.groups, error=str(lacking))
+        if task.kind == Kind.EVALUATE:
+            return self._evaluate(client, received, blank)
+        return self._train(client, task, received, blank)
+
+    def _hello(self, client: str, blank: Reply) -> Reply:
+        return replace(
+            blank,
+            num_examples=len(self.data.clients[client].train),
+            model_sha256=self.model.base.fingerprint,
+            capabilities=self.device.capabilities,
+        )
+
+    def _receive(self, client: str, task: Task) -> Received:
+        """Keep what a task brings, and add to it what is held here already.
+
+        Raises _NotHeldError when that is not all it names; what came with it is kept all the same.
+        """
         settings = json.loads(task.config)
         sent = messages.content(task)
         if "form" in settings:
@@ -217,15 +224,11 @@ class Worker:
         missing = self.memory.missing(task.cached)
         followed = self._follow(task.log, sent) if task.log else {}
         if missing or followed is None:
-            missing = missing or ["log"]
-            return replace(blank, missing=missing, error=f"{', '.join(missing)}: not held here")
+            raise _NotHeldError(missing or ["log"])
         self.memory.prune(task.cached)
-        received = {**followed, **sent, **self.memory.recall(task.cached)}
+        groups = {**followed, **sent, **self.memory.recall(task.cached)}
         kept, owed = self._kept(client, settings["accepted"], commit=task.kind == Kind.TRAIN)
-        if task.kind == Kind.EVALUATE:
-            lora = LoraSpec(**settings["lora"])
-            return self._evaluate(client, lora, {**received, **kept}, blank)
-        return self._train(client, task, settings, received, kept, owed, blank)
+        return Received(settings, groups, kept, owed)
 
     def _follow(self, log: Log, sent: Payload) -> Payload | None:
         """The first state and all rows up to the task's version; None when some are missing.
@@ -274,55 +277,17 @@ class Worker:
         owed = {g.removeprefix(_OWED): p for g, p in kept.items() if g.startswith(_OWED)}
         return {g: params for g, params in kept.items() if not g.startswith(_OWED)}, owed
 
-    def _train(
-        self,
-        client: str,
-        task: Task,
-        settings: Mapping[str, Any],
-        received: Payload,
-        kept: Payload,
-        owed: Payload,
-        blank: Reply,
-    ) -> Reply:
-        lora, name = LoraSpec(**settings["lora"]), settings["class"]
+    def _train(self, client: str, task: Task, received: Received, blank: Reply) -> Reply:
+        lora = received.lora
         self.model.check_rank(lora)
-        config = self.config.of_class(name)
         seed = seeds.derive(self.config.seed, "client", client, task.round)
-        count = len(self.data.clients[client].train)
-        private, spent = None, 0.0
-        if config.dp == "example":
-            private = client_level.example_level(config, count)
-            spent = self._spend(client, task, private)
-        with _withheld() if private else nullcontext():
-            data, skipped = self._tokens(client)
-            member: Client = LocalClient(
-                self.model,
-                lora,
-                data,
-                config,
-                seed,
-                task.round,
-                self.config.trainer_of(name),
-                settings["population"],
-                kept,
-                self.on_step,
-                private and _once(private),
-            )
-            if private:
-                member = _Guarded(member)
-            update = self.strategy.local(member, received)
-        if private:
-            known = {name: update.metrics[name] for name in _PUBLIC if name in update.metrics}
-            most = min(count, private.steps * private.batch)
-            update = replace(update, num_examples=most, metrics={**known, "epsilon": spent})
-        else:
-            update = replace(update, metrics={**update.metrics, "skipped": float(skipped)})
+        update = self._update(client, task, received, seed)
         if self.record:
             folder = client_folder(round_folder(self.record, task.round), client)
             write_update(folder, self.model, lora, update, client)
         uplink, keep = self.config.uplink, update.keep
         if uplink.needs_differences:
-            payload, owed = compression.feedback(uplink, update.payload, owed, seed)
+            payload, owed = compression.feedback(uplink, update.payload, received.owed, seed)
             keep = {**keep, **{_OWED + group: params for group, params in owed.items()}}
         else:
             payload = uplink.pack(update.payload, seed)
@@ -337,54 +302,46 @@ class Worker:
             scalars=scalars,
         )
 
-    def _refuse(self, kind: Kind) -> None:
-        """Raises ConfigError for what would tell of single examples more than was agreed on."""
-        if self.limit and self.config.dp != "example":
-            raise ConfigError(
-                f"this device gives at most epsilon {self.limit.epsilon:g} of its examples: it "
-                f"takes part in runs with dp=example alone, found dp={self.config.dp}"
-            )
-        if kind == Kind.EVALUATE and self.config.dp != "none":
-            raise ConfigError(f"dp={self.config.dp}: nothing is measured on this device's examples")
+    def _update(self, client: str, task: Task, received: Received, seed: int) -> Update:
+        """What the strategy makes of a client's examples; under dp=example it is paid for first."""
+        config = self.config.of_class(received.settings["class"])
+        if config.dp != "example":
+            member, skipped = self._member(client, task, received, config, seed)
+            update = self.strategy.local(member, received.groups)
+            return replace(update, metrics={**update.metrics, "skipped": float(skipped)})
+        level = example_level.example_level(config, len(self.data.clients[client].train))
+        path = self.device.ledger or self.memory.kept_folder(client) / ledger.NAME
+        spent = private.spend(Ledger(path), self.device.limit, task, level)
+        with private.withheld():
+            member, _ = self._member(client, task, received, config, seed)
+            guarded = private.Guarded(replace(member, private=private.once(level)))
+            update = self.strategy.local(guarded, received.groups)
+        return private.published(update, level, spent)
 
-    def _spend(self, client: str, task: Task, private: ExampleLevel) -> float:
-        """Write down what a round costs; what this run has cost with it.
+    def _member(
+        self, client: str, task: Task, received: Received, config: RunConfig, seed: int
+    ) -> tuple[LocalClient, int]:
+        """A client as a strategy sees it, and how many of its examples have no target left."""
+        data, skipped = self._tokens(client)
+        member = LocalClient(
+            model=self.model,
+            lora=received.lora,
+            data=data,
+            config=config,
+            seed=seed,
+            round=task.round,
+            kind=self.config.trainer_of(received.settings["class"]),
+            population=received.settings["population"],
+            kept=received.kept,
+            on_step=self.on_step,
+        )
+        return member, skipped
 
-        Raises ConfigError when that is more than the run or the owner allows, or the owner's delta
-        protects nobody; RoundError when the ledger cannot be read or written.
-        """
-        path = self._ledger or self.memory.kept_folder(client) / ledger.NAME
-        own, release = Ledger(path), private.release
-        if self.limit and self.limit.delta * private.examples >= 1:
-            _log.error("no privacy limit", delta=self.limit.delta, examples=private.examples)
-            raise ConfigError(
-                "the delta of this device's own privacy limit is no protection among its examples: "
-                "its owner has to set one below 1 / examples"
-            )
-        try:
-            run = own.epsilon(private.delta, task.run_id, [release])
-            if private.budget is not None and run > private.budget:
-                raise ConfigError(
-                    f"privacy budget: this round would bring the run to epsilon {run:.4g} of "
-                    f"{private.budget:g} at delta {private.delta:g} for this client's examples"
-                )
-            if self.limit:
-                life = own.epsilon(self.limit.delta, more=[release])
-                if life > self.limit.epsilon:  # by how much tells of runs of others
-                    _log.error("privacy limit", epsilon=life, limit=vars(self.limit))
-                    raise ConfigError("this round would exceed this device's own privacy limit")
-            own.spend(task.run_id, task.round, release)
-        except ArtefactError as error:  # names a file: for the owner
-            _log.error("no privacy ledger", why=str(error))
-            raise RoundError(
-                "this device's privacy ledger cannot be used; its own log says why"
-            ) from error
-        return run
-
-    def _evaluate(self, client: str, lora: LoraSpec, known: Payload, blank: Reply) -> Reply:
+    def _evaluate(self, client: str, received: Received, blank: Reply) -> Reply:
+        lora = received.lora
         examples = self.data.clients[client].eval[: self.config.eval_client_examples]
         data, _ = encode_all(self._encoder, examples)
-        adapter = self.strategy.adapter(known)
+        adapter = self.strategy.adapter({**received.groups, **received.kept})
         self.model.show(adapter, lora)
         if self.traits.personal:
             self.model.save(self.memory.kept_folder(client) / "adapter", adapter, lora)
@@ -403,40 +360,8 @@ class Worker:
         return self._encoded[client]
 
 
-def _once(private: ExampleLevel) -> ExampleLevel:
-    """The same, for as many steps as were written down: who trains twice pays twice."""
-    left = iter(range(private.steps))
-
-    def uniform(count: int) -> torch.Tensor:
-        if next(left, None) is None:
-            raise ConfigError(
-                f"dp=example: the strategy takes more than the {private.steps} steps of a round"
-            )
-        return private.uniform(count)
-
-    return replace(private, uniform=uniform)
-
-
-@contextmanager
-def _withheld() -> Iterator[None]:
-    """What goes wrong while an update is made from examples is for the log of their owner.
-
-    Raises RoundError in place of any error but those of settings, of who stops, and of the
-    comparison before the first step, which looks at no example.
-    """
-    try:
-        yield
-    except (ConfigError, SelfTestError, StoppedError):
-        raise
-    except Exception as error:
-        # The text of an error of other code may be of the data.
-        why = str(error) if isinstance(error, CorollaError) else type(error).__name__
-        _log.error("not trained", why=why)
-        raise RoundError("this device could not train; its own log says why") from error
-
-
 def _of_memory(error: Exception) -> bool:
-    """A GPU's has a type in torch; on the CPU it is a plain RuntimeError of its allocator."""
+    """Whether memory ran out: torch has a type for a GPU's, a RuntimeError's text for the CPU's."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 

@@ -8,24 +8,24 @@ Backpropagation", ICML 2024, arXiv 2310.09639; Tang et al., "Private Fine-tuning
 Models with Zeroth-order Optimization", arXiv 2401.04343.
 """
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from corolla.client.training import dpsgd
+from corolla.client.training.slopes import Batch, PlainSlopes, PrivateSlopes, Scalars, Slopes
 from corolla.config import schedule
 from corolla.config.run import RunConfig
-from corolla.data.encoding import Encoded, collate, examples_of
+from corolla.data.encoding import Encoded, collate
 from corolla.directions import signs
 from corolla.directions.pools import SignPool
-from corolla.errors import DataError, DivergedError
+from corolla.errors import DataError
 from corolla.evaluation.scoring import loss_sum
+from corolla.models.space import Space
 from corolla.models.trainable import Trainable
-from corolla.privacy.client_level import ExampleLevel, clip_factors
+from corolla.privacy.example_level import ExampleLevel
 from corolla.types import LoraSpec, Move, Params, Pool, Walk
 
 _RESYNC = 10
@@ -44,12 +44,8 @@ class ZerothOrder:
     and moves w by -lr / queries · Σ g z, at one learning rate within a round. With `estimator`
     "kerzoo" it looks at distance r eps and multiplies g by `kernel(r)`.
 
-    With `private`, L is the mean over the targets of one example of a Poisson sample: the vector of
-    an example's slopes in a step is clipped to a norm C, their sum gets noise of standard deviation
-    z C in each query and is divided by the expected size of the sample. The directions are public,
-    so that these scalars are all there is to protect; what is made of them is private as they are.
-    Each example is measured by itself: beside others of other lengths its loss would round
-    differently, and divided by 2 eps that is no longer nothing.
+    With `private`, L is the mean over the targets of one example of a Poisson sample, and slopes
+    are clipped and noised (see slopes.py).
     """
 
     model: Trainable
@@ -63,7 +59,8 @@ class ZerothOrder:
 
     @property
     def queries(self) -> int:
-        return schedule.steps_per_round(self.config, self._counted) * self.config.queries
+        counted = self._slopes.counted
+        return schedule.steps_per_round(self.config, counted) * self.config.queries
 
     @torch.no_grad()
     def walk(
@@ -76,94 +73,45 @@ class ZerothOrder:
     ) -> Walk:
         if not (self.data or self.private):
             raise DataError("client has no example with a target left")
-        config, per_step = self.config, self.config.queries
-        steps = schedule.steps_per_round(config, self._counted)
-        step_size = schedule.step_size(config, self.round, self._counted)
+        config, per_step, source = self.config, self.config.queries, self._slopes
+        steps = schedule.steps_per_round(config, source.counted)
+        step_size = schedule.step_size(config, self.round, source.counted)
         space = self.model.enter(start, self.lora, moves)
         eps, reach = self._reach(steps * per_step)
-        scalars = torch.zeros(steps * per_step, dtype=dtype)
-        losses: list[Tensor] = []
-        skipped = tokens = 0
-        for step, batch in enumerate(self._batches()):
+        scalars = Scalars(steps * per_step, dtype, directions, step_size)
+        for step, batch in enumerate(source.batches()):
             queries = range(step * per_step, (step + 1) * per_step)
-            slopes: list[Tensor] = []
+            losses, slopes = list[Tensor](), list[Tensor]()
             for query in queries:
-                k = int(directions[query])
                 distance, factor = reach[query]
-                space.look(pool, {k: distance})
-                above = self._losses(batch)
-                space.look(pool, {k: -distance})
-                below = self._losses(batch)
+                above, below = self._pair(space, pool, int(directions[query]), distance, batch)
                 losses += [above, below]
                 slopes.append(factor * (above - below) / (2 * eps))
-            released = self._released(torch.stack(slopes)).float().to(dtype)
-            update: dict[int, float] = {}
-            for query, g in zip(queries, released, strict=True):
-                if not bool(torch.isfinite(g)):  # one NaN in a log would be there for ever
-                    skipped += 1
-                    continue
-                scalars[query] = g
-                k = int(directions[query])
-                update[k] = update.get(k, 0.0) + step_size * float(g)
-            if not all(math.isfinite(scale) and abs(scale) < 1e30 for scale in update.values()):
-                raise DivergedError(f"a step of {max(update.values(), key=abs):.1e}: lower lr")
-            space.move(pool, update)
+            source.note(batch, losses)
+            space.move(pool, scalars.take(queries, source.released(torch.stack(slopes))))
             if self.model.drifts and isinstance(pool, SignPool) and (step + 1) % _RESYNC == 0:
-                own = _so_far(pool, directions, scalars, step_size)
-                space = self.model.enter(start, self.lora, [*moves, own])
-            tokens += sum(sequence.targets for part in batch for sequence in part)
+                space = self.model.enter(start, self.lora, [*moves, scalars.so_far(pool)])
             if self.on_step:
                 length = sum(len(sequence.input_ids) for part in batch for sequence in part)
                 self.on_step(2 * per_step * length)
         space.look(pool, {})
-        if 2 * skipped > len(scalars):
-            raise DivergedError(
-                f"{skipped} of {len(scalars)} scalars are not finite in {dtype}: lower lr or "
-                f"raise eps"
-            )
-        if self.private:
-            return Walk(
-                scalars,
-                step_size,
-                self.model.read(),
-                min(self.private.examples, steps * self.private.batch),
-                {"local_steps": float(steps)},
-            )
-        used = [i for at in schedule.batches(config, len(self.data), self.seed) for i in at]
-        finite = [loss for loss in torch.cat(losses).tolist() if math.isfinite(loss)]
-        metrics = {
-            "train_loss": math.fsum(finite) / len(finite),
-            "target_tokens": float(tokens),
-            "local_steps": float(steps),
-            "skipped_scalars": float(skipped),
-            "zero_scalars": float((scalars == 0).sum()) - skipped,
-            "scalars": float(len(scalars)),
-        }
-        seen = examples_of(self.data, used)
-        return Walk(scalars, step_size, self.model.read(), len(seen), metrics)
+        scalars.check()
+        return source.outcome(scalars, self.model.read(), steps)
 
     @property
-    def _counted(self) -> int:
-        """What epochs are counted in: sequences, or examples where privacy keeps the former."""
-        return self.private.examples if self.private else len(self.data)
-
-    def _batches(self) -> Iterator[list[Sequence[Encoded]]]:
-        """The parts of each step's batch whose slopes are told apart."""
+    def _slopes(self) -> Slopes:
         if self.private:
-            known = dpsgd.examples(self.data, self.private.examples)
-            for drawn in dpsgd.batches(self.private, known):
-                yield [own for own in drawn if own]
-        else:
-            for indices in schedule.batches(self.config, len(self.data), self.seed):
-                yield [[self.data[i] for i in indices]]
+            return PrivateSlopes(self.data, self.private)
+        return PlainSlopes(self.data, self.config, self.seed)
 
-    def _released(self, slopes: Tensor) -> Tensor:
-        """(queries,) of (queries, parts): under privacy clipped, summed and noised."""
-        if not self.private:
-            return slopes[:, 0]
-        factors = clip_factors(slopes.norm(dim=0), self.private.clip)
-        clipped = torch.where(factors > 0, factors * slopes, 0.0)  # 0 · NaN is NaN
-        return self.private.noised({"slopes": clipped.sum(1)})["slopes"]
+    def _pair(
+        self, space: Space, pool: Pool, k: int, distance: float, batch: Batch
+    ) -> tuple[Tensor, Tensor]:
+        """The losses of a batch at both sides of the point, so far along direction `k`."""
+        space.look(pool, {k: distance})
+        above = self._losses(batch)
+        space.look(pool, {k: -distance})
+        return above, self._losses(batch)
 
     def _reach(self, count: int) -> tuple[float, list[tuple[float, float]]]:
         """Eps as it is used, and (distance from the point, factor of the difference) by query."""
@@ -176,7 +124,7 @@ class ZerothOrder:
         drawn = 2.0 * (words * 2.0**-53) - 1.0
         return eps, [(eps * float(r), kernel(float(r))) for r in drawn]
 
-    def _losses(self, parts: Sequence[Sequence[Encoded]]) -> Tensor:
+    def _losses(self, parts: Batch) -> Tensor:
         """The loss of each part of a batch, in fp64."""
         return torch.tensor([self._loss(part) for part in parts], dtype=torch.float64)
 
@@ -189,13 +137,6 @@ class ZerothOrder:
             part = collate(batch[start : start + size], pad, device)
             total += float(loss_sum(self.model.model, part))
         return total / sum(sequence.targets for sequence in batch)
-
-
-def _so_far(pool: SignPool, directions: Sequence[int], scalars: Tensor, step: float) -> Move:
-    """A client's own steps in this round, as one move."""
-    sums = torch.zeros(pool.size, dtype=torch.float64)
-    sums.index_add_(0, torch.tensor(directions), scalars.double())
-    return Move(pool, sums, step)
 
 
 def kernel(r: float) -> float:

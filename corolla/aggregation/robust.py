@@ -23,9 +23,10 @@ from typing import Literal, Self, get_args
 import torch
 from torch import Tensor
 
+from corolla.interfaces import Aggregator, Traits
 from corolla.tensors import factors, tree
 from corolla.tensors.factors import A, B
-from corolla.types import Aggregator, Metrics, Params, Payload, Traits
+from corolla.types import Metrics, Params, Payload
 
 Rule = Literal["median", "trimmed_mean", "norm_clip", "krum", "multi_krum"]
 Space = Literal["tensors", "products"]

@@ -1,7 +1,7 @@
 """Aggregators: monoids that fold the updates of a round. Sums run in fp64 and are rounded once.
 
-The linear ones can travel (see corolla.types.Summable): what a gateway has summed, a server absorbs
-as if it had folded in the updates itself, up to the order of additions in fp64.
+The linear ones can travel (see corolla.interfaces.Summable): what a gateway has summed, a server
+absorbs as if it had folded in the updates itself, up to the order of additions in fp64.
 """
 
 from collections.abc import Mapping
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from corolla.directions import seedlog
-from corolla.tensors import factors
-from corolla.types import Aggregator, Params, Payload, Summable
+from corolla.interfaces import Aggregator, Summable
+from corolla.types import Params, Payload
 
 _SUM = "sum."
 """Before the name of a tensor that is a sum: one called "scalars" would travel as scalars do."""
@@ -99,63 +99,11 @@ class WeightedMean:
         sums[name] = sums[name] + value if name in sums else value
 
 
-class Stack:
-    """Concatenates factors so that the product of the result is Σ p_m B_m A_m, exactly.
-
-    p_m = w_m / Σ w goes into A alone. Keeps every client's factors: individual updates are
-    visible to the server and to every receiver of the result, so secure sums do not apply.
-    """
-
-    linear = False
-
-    def __init__(self) -> None:
-        self._parts: list[tuple[Payload, float]] = []
-
-    def add(self, payload: Payload, weight: float) -> None:
-        self._parts.append((payload, weight))
-
-    def merge(self, other: Self) -> None:
-        self._parts.extend(other._parts)
-
-    def finalise(self) -> Payload:
-        total = sum(weight for _, weight in self._parts)
-        if not total > 0:
-            raise ValueError("nothing to stack: the weights sum to 0")
-        return {
-            group: factors.stack([factors.bake(p[group], w / total) for p, w in self._parts])
-            for group in self._parts[0][0]
-        }
-
-
-class Sum:
+class Sum(WeightedMean):
     """Σ x_m of every tensor, in fp64: weights do not count."""
 
-    linear = True
-
-    def __init__(self) -> None:
-        self._sums: dict[str, dict[str, Tensor]] = {}
-        self._dtypes: dict[tuple[str, str], torch.dtype] = {}
-
     def add(self, payload: Payload, weight: float) -> None:
-        for group, params in payload.items():
-            sums = self._sums.setdefault(group, {})
-            for name, tensor in params.items():
-                self._dtypes[group, name] = tensor.dtype
-                sums[name] = sums.get(name, 0) + tensor.double()
-
-    def merge(self, other: Self) -> None:
-        self._fold(other._sums)
-        self._dtypes.update(other._dtypes)
-
-    def sums(self) -> Payload:
-        return summed(self._sums)
-
-    def sums_like(self, like: Payload) -> Payload:
-        return summed_like(like)
-
-    def absorb(self, sums: Payload, weight: float, like: Payload) -> None:
-        self._fold(terms(sums))
-        self._dtypes.update({(g, n): t.dtype for g, own in like.items() for n, t in own.items()})
+        super().add(payload, 1.0)
 
     def finalise(self) -> Payload:
         if not self._sums:
@@ -165,53 +113,9 @@ class Sum:
             for group, params in self._sums.items()
         }
 
-    def _fold(self, sums: Payload) -> None:
-        for group, params in sums.items():
-            own = self._sums.setdefault(group, {})
-            for name, tensor in params.items():
-                own[name] = own.get(name, 0) + tensor
-
-
-class MeanAndResidual:
-    """The weighted means of the group "adapter", and what their product lacks, as factors.
-
-    With p_m = w_m / Σ w and the means Ā, B̄ of M clients of one rank r,
-
-        Σ p_m B_m A_m - B̄ Ā = Σ_{m<M} (B_m - B_M) · p_m (A_m - Ā),
-
-    a product of rank (M - 1) r, here without any decomposition. Differences from a common start
-    give the same residual. Keeps every client's factors.
-    """
-
-    linear = False
-
-    def __init__(self) -> None:
-        self._mean = WeightedMean()
-        self._parts: list[tuple[Params, float]] = []
-
-    def add(self, payload: Payload, weight: float) -> None:
-        self._mean.add(payload, weight)
-        own = factors.select(payload["adapter"], factors.is_a, factors.is_b)
-        self._parts.append((own, weight))
-
-    def merge(self, other: Self) -> None:
-        self._mean.merge(other._mean)
-        self._parts.extend(other._parts)
-
-    def finalise(self) -> Payload:
-        aggregate = self._mean.finalise()
-        total = sum(weight for _, weight in self._parts)
-        last, _ = self._parts[-1]
-        means = aggregate["adapter"]
-        blocks = [_residual(part, last, means, w / total) for part, w in self._parts[:-1]]
-        blocks = blocks or [{n: t[:0] if factors.is_a(n) else t[:, :0] for n, t in last.items()}]
-        return {**aggregate, "residual": factors.stack(blocks)}
-
-
-def _residual(part: Params, last: Params, means: Params, share: float) -> Params:
-    """(B_m - B_M) and p_m (A_m - Ā)."""
-    block = {n: t.double() - (means if factors.is_a(n) else last)[n] for n, t in part.items()}
-    return {n: t.to(part[n].dtype) for n, t in factors.bake(block, share).items()}
+    def _accumulate(self, group: str, name: str, value: Tensor) -> None:
+        sums = self._sums[group]
+        sums[name] = sums.get(name, 0) + value  # from 0, so that no -0.0 is left of one client
 
 
 class SeedSums:

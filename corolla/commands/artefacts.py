@@ -10,13 +10,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from corolla.config.run import RunConfig, amended, validate
+from corolla.config.load import amended, validate
+from corolla.config.run import RunConfig
 from corolla.data import federated as data
 from corolla.data.encoding import Encoded, Encoder, collate
 from corolla.errors import ArtefactError, ConfigError
 from corolla.evaluation import answers, harness
 from corolla.evaluation.scoring import SHARES, score
-from corolla.models import lora, pretrained
+from corolla.models import adapter_files, devices, pretrained
 from corolla.types import Metrics
 
 
@@ -35,7 +36,7 @@ def evaluate_adapter(
     base = pretrained.load(config, federated.labels)
     encoder = Encoder(base.tokenizer, federated.labels, config.max_length)
     examples = [s for example in chosen for s in encoder(example)]
-    device = pretrained.pick_device(config.device)
+    device = devices.pick_device(config.device)
 
     def measure(model: Any) -> Metrics:
         scores = score(model, examples, base.pad_id, device)
@@ -80,7 +81,7 @@ def _side_by_side(
     if _is_model(adapter):
         whole = pretrained.load(config.model_copy(update={"model": str(adapter)}), labels)
         return {"base": before, "model": measure(whole.model)}
-    return {"base": before, "adapter": measure(lora.load_adapter(base.model, adapter))}
+    return {"base": before, "adapter": measure(adapter_files.load_adapter(base.model, adapter))}
 
 
 def export_merged(adapter: Path, model: str | None, folder: Path) -> float:
@@ -100,9 +101,9 @@ def export_merged(adapter: Path, model: str | None, folder: Path) -> float:
     base = pretrained.load(config, labels)
     probe = _probe(base)
     with torch.no_grad():
-        tuned = lora.load_adapter(base.model, adapter)
+        tuned = adapter_files.load_adapter(base.model, adapter)
         wanted = tuned(**probe).logits
-        merged = lora.merge(tuned)
+        merged = adapter_files.merge(tuned)
     scratch = folder.with_name(folder.name + ".part")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -142,7 +143,7 @@ def _config(
     run = _run_info(adapter)
     if _is_model(adapter) and not run and model is None:
         raise ConfigError(f"{adapter} has no run.json beside it: name its base model with --model")
-    known = {} if _is_model(adapter) else {"model": lora.base_of(adapter)}
+    known = {} if _is_model(adapter) else {"model": adapter_files.base_of(adapter)}
     stored = validate(run["config"] if run else known)
     return amended(stored, {"model": model, "data": dataset}, settings)
 
@@ -172,7 +173,7 @@ def _labels(adapter: Path) -> Sequence[str]:
         return ()
     if labels := _run_info(adapter).get("labels"):
         return [str(label) for label in labels]
-    head = lora.head_of(adapter)
+    head = adapter_files.head_of(adapter)
     return [f"LABEL_{i}" for i in range(max(len(tensor) for tensor in head.values()))]
 
 

@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from corolla.config.rules import not_noised
-from corolla.server.runs.report import human_bytes
-from corolla.strategies import STRATEGIES, traits
-from corolla.types import Aggregates, Cost, Size, Strategy, TrainerName, Traits
+from corolla.host.text import human_bytes
+from corolla.interfaces import Strategy, Traits
+from corolla.strategies.registry import STRATEGIES, traits
+from corolla.types import Aggregates, Cost, Size, TrainerName
 
 COHORT = 8
 QUERIES = 50

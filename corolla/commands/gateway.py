@@ -5,17 +5,17 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from corolla.client.device.identity import identity
 from corolla.client.device.node import Node, Say, only_one
-from corolla.client.device.settings import identity, parse_bytes
 from corolla.client.device.supernode import Link
 from corolla.errors import ConfigError, WireError
 from corolla.host import certificates
+from corolla.host.text import parse_bytes
 from corolla.phones import protocol
 from corolla.server.gateway.access import read_tokens
-from corolla.server.gateway.daemon import Order
-from corolla.server.gateway.gateway import Settings
-from corolla.server.gateway.leases import Policy
-from corolla.wire.messages import MAX_EXAMPLES
+from corolla.server.gateway.daemon import GatewayOrder
+from corolla.server.gateway.settings import GatewaySettings, Policy
+from corolla.wire.limits import MAX_EXAMPLES
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 
@@ -75,7 +75,7 @@ def order(
     retry: float,
     lease: float,
     allow: Sequence[str],
-) -> Order:
+) -> GatewayOrder:
     """The options of `corolla gateway`, checked. Raises ConfigError."""
     try:
         protocol.check_device(name)
@@ -87,7 +87,7 @@ def order(
     files = [path.expanduser().absolute() for path in (certificate, key, tokens)]
     certificates.check_pair(*files[:2])
     read_tokens(files[2])
-    settings = Settings(
+    settings = GatewaySettings(
         name=name,
         state=state.expanduser().absolute(),
         policy=read_policy(policy),
@@ -100,7 +100,7 @@ def order(
         publisher=_absolute(publisher),
         allow=tuple(allow),
     )
-    return Order(settings, listen, *files)
+    return GatewayOrder(settings, listen, *files)
 
 
 def read_policy(text: str) -> Policy:
@@ -126,7 +126,7 @@ def _absolute(path: Path | None) -> Path | None:
     return path.expanduser().absolute() if path else None
 
 
-def begin(server: str, root_certificates: Path | None, order: Order, say: Say) -> None:
+def begin(server: str, root_certificates: Path | None, order: GatewayOrder, say: Say) -> None:
     """Be a gateway until a signal. Raises CorollaError for what its owner must change first."""
     protocol.check_address("--server", server)
     own = order.gateway

@@ -1,295 +1,374 @@
-"""Which settings go together: unsafe or meaningless combinations are refused with the reason."""
+"""Which settings go with which strategy: what would be unsafe or mean nothing is refused."""
 
-from collections.abc import Collection
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
-from corolla import strategies
 from corolla.aggregation import robust
 from corolla.aggregation.sums import ByGroup, SeedSums, WeightedMean
+from corolla.config.rule import Rule, refusal
+from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
+from corolla.interfaces import Aggregator, Strategy, Traits
+from corolla.strategies import registry
 from corolla.tensors import factors
-from corolla.types import Aggregator, LoraSpec, Params, Size, Strategy, TrainerName
-
-if TYPE_CHECKING:
-    from corolla.config.run import RunConfig
-
-_BOTH, _CLIENT = ("example", "client"), ("client",)
-_OF_PRIVACY = {
-    **dict.fromkeys(("epsilon", "delta", "clip", "noise_multiplier", "participations"), _BOTH),
-    **dict.fromkeys(("clip_quantile", "dp_sampling", "dp_mechanism", "separation"), _CLIENT),
-}
-"""Setting → the values of dp with which it says something."""
-
-_EMBEDDINGS = ("embed", "wte", "wpe")
-"""Of layers whose input is numbers of tokens: parts of their names."""
+from corolla.types import LoraSpec, Params, Size, TrainerName
+from corolla.wire.compression import PLAIN, Pipeline
 
 
-def refuse(config: "RunConfig", strategy: Strategy) -> None:
-    """Raises ConfigError for settings that the strategy does not go with."""
-    if len(set(config.loras)) > 1 and not strategy.mixed_ranks:
-        able = [n for n, c in strategies.STRATEGIES.items() if c.mixed_ranks]
-        raise ConfigError(
-            f"strategy {config.strategy} needs one rank and alpha for all clients, found "
-            f"ranks {[spec.rank for spec in config.loras]}, "
-            f"alphas {[spec.alpha for spec in config.loras]}: use {' or '.join(able)}"
-        )
-    if config.buffer and not strategies.traits(strategy).stale:
-        known = strategies.STRATEGIES.items()
-        able = [name for name, cls in known if strategies.traits(cls).stale]
-        raise ConfigError(
-            f"buffer applies updates made from older states, and those of strategy "
-            f"{config.strategy} count only for the state they were made from (its base, phase "
-            f"or directions change): use {' or '.join(able)}"
-        )
-    if config.parameters != "lora" and not _without_factors(strategy):
-        known = strategies.STRATEGIES.items()
-        raise ConfigError(
-            f"strategy {config.strategy} trains LoRA factors, found "
-            f"parameters={config.parameters}: use "
-            f"{' or '.join(name for name, cls in known if _without_factors(cls))}"
-        )
-    usable = strategies.traits(strategy).optimizers
-    if config.optimizer not in usable:
-        raise ConfigError(
-            f"strategy {config.strategy} is derived for {' or '.join(usable)}, found optimizer "
-            f"{config.optimizer}: set optimizer={usable[0]} and its lr"
-        )
-    if strategies.traits(strategy).personal and not config.eval_clients:
-        raise ConfigError(
-            f"strategy {config.strategy} has personal models, which clients evaluate and save: "
-            f"found eval-clients=0, raise it"
-        )
-    _refuse_codecs(config, strategy)
-    _refuse_start(config, strategy)
-    used = {config.trainer_of(name) for name in config.classes or ("",)}
-    _refuse_robust(config, strategy, used)
-    refuse_private(config, strategy)
-    if config.local_epochs is not None and "zeroth_order" in used:
-        raise ConfigError(
-            "local-epochs is for first-order clients: how many scalars a zeroth-order one "
-            "sends must be known beforehand, use local-steps"
-        )
-    if len(strategy.trainers) > 1 and used != set(strategy.trainers):
-        raise ConfigError(
-            f"strategy {config.strategy} needs classes of clients with trainers "
-            f"{' and '.join(strategy.trainers)}, found {' and '.join(sorted(used))}: set "
-            f"classes.NAME.trainer for at least two"
-        )
-    for name in config.classes or ("",):
-        own = config.of_class(name)
-        if config.trainer_of(name) == "zeroth_order" and own.local_steps * own.queries > 1 << 16:
-            raise ConfigError(
-                f"local-steps {own.local_steps} times queries {own.queries} is more than the "
-                f"65536 scalars that an update holds: lower one, and take more rounds"
-            )
-    for name, wanted in config.classes.items():
-        if wanted.trainer and wanted.trainer not in strategy.trainers:
-            raise ConfigError(
-                f"class {name} has trainer {wanted.trainer}, but clients of strategy "
-                f"{config.strategy} train with {' or '.join(strategy.trainers)}"
-            )
+@dataclass(frozen=True)
+class Asked:
+    """A config and the strategy that it names, with what the rules look at."""
 
+    config: RunConfig
+    strategy: Strategy
 
-def _refuse_codecs(config: "RunConfig", strategy: Strategy) -> None:
-    """Raises ConfigError for codecs that are none, or would change what updates mean."""
-    up, down, updates = config.uplink, config.downlink, strategies.traits(strategy).updates
-    given = f"strategy {config.strategy} sends {updates}"
-    if updates == "scalars" and (config.codec or config.codec_down):
-        raise ConfigError(f"{given}: there is nothing to compress, leave codec and codec-down out")
-    if up.needs_differences and updates != "differences":
-        raise ConfigError(f"{given}: codec top_k is for differences, where 0 means no change")
-    if up.needs_differences and strategies.traits(strategy).rebases:
-        raise ConfigError(
-            f"strategy {config.strategy} has new coordinates in each round: what codec top_k "
-            f"leaves out cannot be added to a later update; use int8 or int4"
-        )
-    if up.lossy and not up.needs_differences and strategies.traits(strategy).mirrors:
-        raise ConfigError(
-            f"strategy {config.strategy} sums up what its clients keep, so nothing may be lost on "
-            f"the way: add top_k to codec, which sends the rest later, or use zstd alone"
-        )
-    if up.needs_factors and updates != "factors":
-        able = [
-            n for n, c in strategies.STRATEGIES.items() if strategies.traits(c).updates == "factors"
+    @cached_property
+    def traits(self) -> Traits:
+        """What the strategy says of itself."""
+        return registry.traits(self.strategy)
+
+    @property
+    def subject(self) -> str:
+        """The strategy in a sentence."""
+        return f"strategy {self.config.strategy}"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes of clients; "" alone where all are alike."""
+        return tuple(self.config.classes) or ("",)
+
+    @cached_property
+    def trainers(self) -> set[TrainerName]:
+        """How clients of this run train."""
+        return {self.config.trainer_of(name) for name in self.classes}
+
+    @cached_property
+    def pipelines(self) -> tuple[Pipeline, Pipeline]:
+        """Of updates and of broadcasts. Raises ConfigError for codecs that are none."""
+        return self.config.uplink, self.config.downlink
+
+    @property
+    def up(self) -> Pipeline:
+        """How updates are compressed."""
+        return self.pipelines[0]
+
+    @property
+    def down(self) -> Pipeline:
+        """How broadcasts are compressed."""
+        return self.pipelines[1]
+
+    @property
+    def cohort(self) -> int:
+        """Updates of a round."""
+        run = self.config
+        return run.buffer or run.cohort or min(8, run.clients or 8)
+
+    @property
+    def hostile(self) -> int:
+        """Updates of a round that may be hostile."""
+        return robust.hostile(self.cohort, self.config.byzantine)
+
+    @property
+    def least(self) -> int:
+        """Updates that the rule of robust aggregation needs; 0 without one."""
+        rule = self.config.robust
+        return 0 if rule == "none" else robust.least(rule, self.hostile)
+
+    @cached_property
+    def unfit_for_robust(self) -> str:
+        """Why updates of this strategy cannot be defended by the rule; "" if they can."""
+        run = self.config
+        if run.robust == "none":
+            return ""
+        likes = [
+            self.strategy.update_like(_one_module(run, spec), Size(1, 1, scalars=1, trainer=how))
+            for spec in set(run.loras)
+            for how in self.trainers
         ]
-        raise ConfigError(
-            f"{given}: codec rank keeps the products of factors, use {' or '.join(able)}"
-        )
-    if down.needs_factors or down.needs_differences or down.number == "int4":
-        raise ConfigError(
-            f"codec-down {', '.join(config.codec_down)}: a broadcast holds weights, not their "
-            f"changes; use fp16, bf16 or int8, and zstd"
-        )
+        return robust.refusal(run.robust, run.compared_in(self.strategy), self.traits, likes) or ""
+
+    @cached_property
+    def overfull(self) -> list[RunConfig]:
+        """Settings of classes whose updates would hold too many scalars."""
+        zeroth = [n for n in self.classes if self.config.trainer_of(n) == "zeroth_order"]
+        settings = [self.config.of_class(name) for name in zeroth]
+        return [own for own in settings if own.local_steps * own.queries > 1 << 16]
+
+    @property
+    def misfits(self) -> list[str]:
+        """Classes whose clients train as the strategy does not."""
+        usable = self.strategy.trainers
+        classes = self.config.classes.items()
+        return [name for name, own in classes if own.trainer and own.trainer not in usable]
 
 
-def _refuse_robust(config: "RunConfig", strategy: Strategy, used: Collection[TrainerName]) -> None:
-    """Raises ConfigError for a rule that does not fit the strategy or the size of its cohorts."""
-    rule = config.robust
-    if config.byzantine and rule not in robust.COUNTING:
-        raise ConfigError(
-            f"byzantine is for robust={' or '.join(robust.COUNTING)}, found robust={rule}"
-        )
-    if rule == "none":
-        return
-    if strategies.traits(strategy).mirrors:
-        raise ConfigError(
-            f"robust={rule} does not fit strategy {config.strategy}: the server sums up what its "
-            f"clients keep, and a rule would leave parts out"
-        )
-    likes = [
-        strategy.update_like(_one_module(config, spec), Size(1, 1, scalars=1, trainer=trainer))
-        for spec in set(config.loras)
-        for trainer in used
-    ]
-    traits = strategies.traits(strategy)
-    reason = robust.refusal(rule, config.compared_in(strategy), traits, likes)
-    if reason:
-        raise ConfigError(f"robust={rule} does not fit strategy {config.strategy}: {reason}")
-    size = config.buffer or config.cohort or min(8, config.clients or 8)
-    hostile = robust.hostile(size, config.byzantine)
-    if size < (needed := robust.least(rule, hostile)):
-        raise ConfigError(
-            f"robust={rule} needs {needed} clients a round where {hostile} may be hostile, "
-            f"found {size}: raise cohort"
-        )
+def _able(fits: Callable[[type[Strategy]], object]) -> str:
+    """Names of all strategies that fit."""
+    return " or ".join(name for name, cls in registry.STRATEGIES.items() if fits(cls))
 
 
-def _one_module(config: "RunConfig", spec: LoraSpec) -> Params:
-    """The smallest adapter of a rank: the form of updates follows from it."""
-    a, b = torch.zeros(spec.rank, 1), torch.zeros(1, spec.rank)
-    return {"m" + factors.A: a, "m" + factors.B: b} if config.parameters == "lora" else {}
-
-
-def refuse_public(config: "RunConfig") -> None:
-    """Raises ValueError for public rows without a use, or a start that cannot be made of them."""
-    if config.start == "random":
-        if config.public:
-            raise ValueError(f"public={config.public} is for start=gradient: leave it out")
-        return
-    if not config.public:
-        raise ValueError("start=gradient needs public=FILE.jsonl: rows that belong to no client")
-    if config.public == config.data:
-        raise ValueError("public rows belong to no client: found the file of the clients' data")
-    if config.parameters != "lora" or config.quantization != "none":
-        raise ValueError(
-            f"start=gradient makes an adapter from gradients of the base: found parameters="
-            f"{config.parameters}, quantization={config.quantization}"
-        )
-
-
-def refuse_privacy(config: "RunConfig") -> None:
-    """Raises ValueError for settings of differential privacy that say nothing, or too much."""
-    level = config.dp
-    for key, levels in _OF_PRIVACY.items():
-        value = getattr(config, key)
-        if level not in levels and value != type(config).model_fields[key].default:
-            raise ValueError(
-                f"{key.replace('_', '-')}={value} is for dp={' or dp='.join(levels)}, "
-                f"found dp={level}: add it, or leave {key.replace('_', '-')} out"
-            )
-    if level == "none":
-        return
-    if config.epsilon and config.noise_multiplier:
-        raise ValueError(
-            f"epsilon={config.epsilon:g} decides the noise, and so does noise-multiplier="
-            f"{config.noise_multiplier:g}: give one of them"
-        )
-    if not config.epsilon and not config.noise_multiplier:
-        raise ValueError(
-            f"dp={level} needs epsilon, the budget of the run, or noise-multiplier; found neither"
-        )
-    for wrong, why in _PRIVATE[level](config):
-        if wrong:
-            raise ValueError(f"dp={level} {why}")
-
-
-def _of_clients(config: "RunConfig") -> list[tuple[bool, str]]:
-    banded, poisson = config.dp_mechanism == "banded", config.dp_sampling == "poisson"
-    return [
-        (
-            config.robust != "none",
-            f"puts noise on a sum, and robust={config.robust} makes none: clip bounds what a "
-            f"hostile client can do, leave robust out",
+_STATE: tuple[Rule[Asked], ...] = (
+    Rule(
+        when=lambda asked: len(set(asked.config.loras)) > 1 and not asked.strategy.mixed_ranks,
+        why=lambda asked: (
+            f"{asked.subject} needs one rank and alpha for all clients, found "
+            f"ranks {[spec.rank for spec in asked.config.loras]}, "
+            f"alphas {[spec.alpha for spec in asked.config.loras]}"
         ),
-        (
-            bool(config.buffer),
-            "counts rounds, each with its own cohort, and buffer has none: leave buffer out",
+        instead=lambda asked: f"use {_able(lambda cls: cls.mixed_ranks)}",
+    ),
+    Rule(
+        when=lambda asked: asked.config.buffer and not asked.traits.stale,
+        why=lambda asked: (
+            f"buffer applies updates made from older states, and those of {asked.subject} count "
+            f"only for the state they were made from (its base, phase or directions change)"
         ),
-        (
-            config.selection == "weighted",
-            "counts each client alike: use selection=uniform",
+        instead=lambda asked: f"use {_able(lambda cls: registry.traits(cls).stale)}",
+    ),
+    Rule(
+        when=lambda asked: (
+            asked.config.parameters != "lora" and not _without_factors(asked.strategy)
         ),
-        (
-            config.max_norm is not None,
-            "clips updates instead of refusing them, for who is refused would tell of them: leave "
-            "max-norm out, clip does its work",
+        why=lambda asked: (
+            f"{asked.subject} trains LoRA factors, found parameters={asked.config.parameters}"
         ),
-        (
-            poisson and (banded or bool(config.participations) or config.separation > 1),
-            "with dp-sampling=poisson draws clients by chance alone: leave participations, "
-            "separation and dp-mechanism=banded out, or use dp-sampling=fixed",
+        instead=lambda asked: f"use {_able(_without_factors)}",
+    ),
+    Rule(
+        when=lambda asked: asked.config.optimizer not in asked.traits.optimizers,
+        why=lambda asked: (
+            f"{asked.subject} is derived for {' or '.join(asked.traits.optimizers)}, found "
+            f"optimizer {asked.config.optimizer}"
         ),
-        (
-            banded and config.separation < 2,
-            "with dp-mechanism=banded takes noise back over as many rounds as a client stays away: "
-            "set separation to 2 or more",
-        ),
-        (
-            banded and config.clip_quantile is not None,
-            "with dp-mechanism=banded has one clip in all rounds: leave clip-quantile out",
-        ),
-    ]
+        instead=lambda asked: f"set optimizer={asked.traits.optimizers[0]} and its lr",
+    ),
+    Rule(
+        when=lambda asked: asked.traits.personal and not asked.config.eval_clients,
+        why=lambda asked: f"{asked.subject} has personal models, which clients evaluate and save",
+        instead="found eval-clients=0, raise it",
+    ),
+)
 
-
-def _of_examples(config: "RunConfig") -> list[tuple[bool, str]]:
-    inputs = [m for m in config.target_modules or () if any(e in m.lower() for e in _EMBEDDINGS)]
-    return [
-        (
-            config.parameters in ("prompt", "ia3"),
-            f"needs the gradient of each example, which parameters={config.parameters} adds up "
-            f"before anything can clip it: use parameters=lora",
+_CODECS: tuple[Rule[Asked], ...] = (
+    Rule(
+        when=lambda asked: asked.pipelines != (PLAIN, PLAIN) and asked.traits.updates == "scalars",
+        why=lambda asked: f"{asked.subject} sends scalars",
+        instead="there is nothing to compress, leave codec and codec-down out",
+    ),
+    Rule(
+        when=lambda asked: asked.up.needs_differences and asked.traits.updates != "differences",
+        why=lambda asked: f"{asked.subject} sends {asked.traits.updates}",
+        instead="codec top_k is for differences, where 0 means no change",
+    ),
+    Rule(
+        when=lambda asked: asked.up.needs_differences and asked.traits.rebases,
+        why=lambda asked: f"{asked.subject} has new coordinates in each round",
+        instead="what codec top_k leaves out cannot be added to a later update; use int8 or int4",
+    ),
+    Rule(
+        when=lambda asked: (
+            asked.up.lossy and not asked.up.needs_differences and asked.traits.mirrors
         ),
-        (
-            bool(inputs),
-            f"needs the gradient of each example, which adapters of embeddings do not give: leave "
-            f"{', '.join(inputs)} out of target-modules",
+        why=lambda asked: (
+            f"{asked.subject} sums up what its clients keep, so nothing may be lost on the way"
         ),
-    ]
+        instead="add top_k to codec, which sends the rest later, or use zstd alone",
+    ),
+    Rule(
+        when=lambda asked: asked.up.needs_factors and asked.traits.updates != "factors",
+        why=lambda asked: f"{asked.subject} sends {asked.traits.updates}",
+        instead=lambda asked: (
+            f"codec rank keeps the products of factors, use "
+            f"{_able(lambda cls: registry.traits(cls).updates == 'factors')}"
+        ),
+    ),
+    Rule(
+        when=lambda asked: (
+            asked.down.needs_factors or asked.down.needs_differences or asked.down.number == "int4"
+        ),
+        why=lambda asked: f"codec-down {', '.join(asked.config.codec_down)}",
+        instead="a broadcast holds weights, not their changes; use fp16, bf16 or int8, and zstd",
+    ),
+)
 
+_START: tuple[Rule[Asked], ...] = (
+    Rule(
+        when=lambda asked: asked.config.start == "gradient" and not takes_start(asked.strategy),
+        why=lambda asked: (
+            f"start=gradient is an adapter that the server hands out, and clients of "
+            f"{asked.subject} begin from another"
+        ),
+        instead=lambda asked: f"use {_able(lambda cls: takes_start(cls()))}",
+    ),
+)
 
-_PRIVATE = {"client": _of_clients, "example": _of_examples}
-
-
-def refuse_private(config: "RunConfig", strategy: Strategy) -> None:
-    """Raises ConfigError for a strategy, or settings of its training, that dp does not go with."""
-    if config.dp == "none":
-        return
-    if strategies.traits(strategy).personal:
-        raise ConfigError(
-            f"dp={config.dp} forbids measuring models on clients' examples, and those of strategy "
-            f"{config.strategy} are personal and measured there: use {_PRIVATE_STRATEGIES}"
-        )
-    if config.dp == "client" and (why := not_noised(strategy)):
-        raise ConfigError(
-            f"dp=client does not fit strategy {config.strategy}: {why}; use {_PRIVATE_STRATEGIES}, "
-            f"or dp=example"
-        )
-    if config.dp_mechanism == "banded" and strategies.traits(strategy).rebases:
-        raise ConfigError(
-            f"dp-mechanism=banded takes back noise of earlier rounds, and that of strategy "
-            f"{config.strategy} lies along directions which are new in each round: use "
-            f"dp-mechanism=gaussian, or ffa_lora"
-        )
-
+_ROBUST: tuple[Rule[Asked], ...] = (
+    Rule(
+        when=lambda asked: asked.config.byzantine and asked.config.robust not in robust.COUNTING,
+        why=lambda asked: (
+            f"byzantine is for robust={' or '.join(robust.COUNTING)}, found "
+            f"robust={asked.config.robust}"
+        ),
+    ),
+    Rule(
+        when=lambda asked: asked.config.robust != "none" and asked.traits.mirrors,
+        why=lambda asked: f"robust={asked.config.robust} does not fit {asked.subject}",
+        instead="the server sums up what its clients keep, and a rule would leave parts out",
+    ),
+    Rule(
+        when=lambda asked: asked.unfit_for_robust,
+        why=lambda asked: f"robust={asked.config.robust} does not fit {asked.subject}",
+        instead=lambda asked: asked.unfit_for_robust,
+    ),
+    Rule(
+        when=lambda asked: asked.cohort < asked.least,
+        why=lambda asked: (
+            f"robust={asked.config.robust} needs {asked.least} clients a round where "
+            f"{asked.hostile} may be hostile, found {asked.cohort}"
+        ),
+        instead="raise cohort",
+    ),
+)
 
 _PRIVATE_STRATEGIES = "ffa_lora, fed_sb, fedsvd, rolora, fedavg or seed_pool"
+
+_PRIVATE: tuple[Rule[Asked], ...] = (
+    Rule(
+        when=lambda asked: asked.config.dp != "none" and asked.traits.personal,
+        why=lambda asked: (
+            f"dp={asked.config.dp} forbids measuring models on clients' examples, and those of "
+            f"{asked.subject} are personal and measured there"
+        ),
+        instead=f"use {_PRIVATE_STRATEGIES}",
+    ),
+    Rule(
+        when=lambda asked: asked.config.dp == "client" and not_noised(asked.strategy),
+        why=lambda asked: f"dp=client does not fit {asked.subject}",
+        instead=lambda asked: (
+            f"{not_noised(asked.strategy)}; use {_PRIVATE_STRATEGIES}, or dp=example"
+        ),
+    ),
+    Rule(
+        when=lambda asked: asked.config.dp_mechanism == "banded" and asked.traits.rebases,
+        why=lambda asked: (
+            f"dp-mechanism=banded takes back noise of earlier rounds, and that of {asked.subject} "
+            f"lies along directions which are new in each round"
+        ),
+        instead="use dp-mechanism=gaussian, or ffa_lora",
+    ),
+)
+
+_TRAINERS: tuple[Rule[Asked], ...] = (
+    Rule(
+        when=lambda asked: (
+            asked.config.local_epochs is not None and "zeroth_order" in asked.trainers
+        ),
+        why=lambda asked: "local-epochs is for first-order clients",
+        instead="how many scalars a zeroth-order one sends must be known beforehand, use "
+        "local-steps",
+    ),
+    Rule(
+        when=lambda asked: (
+            len(asked.strategy.trainers) > 1 and asked.trainers != set(asked.strategy.trainers)
+        ),
+        why=lambda asked: (
+            f"{asked.subject} needs classes of clients with trainers "
+            f"{' and '.join(asked.strategy.trainers)}, found "
+            f"{' and '.join(sorted(asked.trainers))}"
+        ),
+        instead="set classes.NAME.trainer for at least two",
+    ),
+    Rule(
+        when=lambda asked: asked.overfull,
+        why=lambda asked: (
+            f"local-steps {asked.overfull[0].local_steps} times queries "
+            f"{asked.overfull[0].queries} is more than the 65536 scalars that an update holds"
+        ),
+        instead="lower one, and take more rounds",
+    ),
+    Rule(
+        when=lambda asked: asked.misfits,
+        why=lambda asked: (
+            f"class {asked.misfits[0]} has trainer "
+            f"{asked.config.classes[asked.misfits[0]].trainer}, but clients of {asked.subject} "
+            f"train with {' or '.join(asked.strategy.trainers)}"
+        ),
+    ),
+)
+
+RULES = (*_STATE, *_CODECS, *_START, *_ROBUST, *_PRIVATE, *_TRAINERS)
+"""Of several that apply, the first is told."""
+
+_GATEWAYS: tuple[Rule[Asked], ...] = (
+    Rule(
+        when=lambda asked: asked.traits.keeps or asked.traits.mirrors or asked.traits.personal,
+        why=lambda asked: (
+            f"clients of {asked.subject} keep a state of their own from round to round"
+        ),
+    ),
+    Rule(
+        when=lambda asked: asked.up.needs_differences,
+        why=lambda asked: "clients keep what codec top_k leaves out for a later round",
+    ),
+    Rule(
+        when=lambda asked: asked.config.buffer,
+        why=lambda asked: "buffer applies updates one by one, at times that are simulated",
+    ),
+    Rule(
+        when=lambda asked: asked.config.selection == "weighted",
+        why=lambda asked: "selection=weighted needs to know the examples of each client",
+    ),
+    Rule(
+        when=lambda asked: asked.config.local_epochs is not None,
+        why=lambda asked: (
+            "local-epochs bounds the weight of an update by the examples of its client"
+        ),
+    ),
+    Rule(
+        when=lambda asked: asked.config.dp_sampling == "poisson",
+        why=lambda asked: (
+            "dp-sampling=poisson draws from all clients there are, also those that are away"
+        ),
+    ),
+    Rule(
+        when=lambda asked: (
+            asked.config.dp == "client"
+            and (asked.config.participations or asked.config.separation > 1)
+        ),
+        why=lambda asked: "participations and separation bar single clients for a while",
+    ),
+)
+
+
+def refuse(config: RunConfig, strategy: Strategy) -> None:
+    """Raises ConfigError for settings that the strategy does not go with."""
+    if reason := refusal(RULES, Asked(config, strategy)):
+        raise ConfigError(reason)
+
+
+def refuse_gateways(config: RunConfig, strategy: Strategy) -> None:
+    """Raises ConfigError for settings that gateways do not go with."""
+    if reason := refusal(_GATEWAYS, Asked(config, strategy)):
+        raise ConfigError(
+            f"{reason}, and devices behind a gateway come and go: use another setting, or clients "
+            f"of their own (corolla client)"
+        )
+
+
+def refuse_kept_updates(config: RunConfig) -> None:
+    """Raises ConfigError for --keep-updates where updates may not be kept."""
+    if config.dp == "client":
+        raise ConfigError(
+            "--keep-updates keeps what dp=client hides: the update of each client; leave it out"
+        )
 
 
 def not_noised(strategy: Strategy) -> str:
     """Why noise on a sum of clipped updates would not make a strategy private; "" if it does."""
-    traits = strategies.traits(strategy)
+    traits = registry.traits(strategy)
     if traits.mirrors:
         return "the server sums up what its clients keep, and neither may be clipped nor noised"
     if traits.individual or not strategy.aggregator().linear:
@@ -299,72 +378,6 @@ def not_noised(strategy: Strategy) -> str:
     if not _is_mean(strategy.aggregator()):
         return "what it adds up is not one mean over all clients, which noise could be put on"
     return ""
-
-
-def _is_mean(aggregator: Aggregator) -> bool:
-    """Whether the mean of clients' updates is all that it makes of them."""
-    if isinstance(aggregator, ByGroup):
-        return all(map(_is_mean, aggregator.groups.values()))
-    return type(aggregator) in (WeightedMean, SeedSums)  # a subclass may keep single updates
-
-
-def refuse_kept_updates(config: "RunConfig") -> None:
-    """Raises ConfigError for --keep-updates where updates may not be kept."""
-    if config.dp == "client":
-        raise ConfigError(
-            "--keep-updates keeps what dp=client hides: the update of each client; leave it out"
-        )
-
-
-def _refuse_start(config: "RunConfig", strategy: Strategy) -> None:
-    """Raises ConfigError for a start that the strategy would not follow."""
-    if config.start == "gradient" and not takes_start(strategy):
-        known = strategies.STRATEGIES.items()
-        raise ConfigError(
-            f"start=gradient is an adapter that the server hands out, and clients of strategy "
-            f"{config.strategy} begin from another: use "
-            f"{' or '.join(name for name, cls in known if takes_start(cls()))}"
-        )
-
-
-def refuse_gateways(config: "RunConfig", strategy: Strategy) -> None:
-    """Raises ConfigError for settings that gateways do not go with."""
-    traits = strategies.traits(strategy)
-    for wrong, why in (
-        (
-            traits.keeps or traits.mirrors or traits.personal,
-            f"clients of strategy {config.strategy} keep a state of their own from round to round",
-        ),
-        (
-            config.uplink.needs_differences,
-            "clients keep what codec top_k leaves out for a later round",
-        ),
-        (
-            bool(config.buffer),
-            "buffer applies updates one by one, at times that are simulated",
-        ),
-        (
-            config.selection == "weighted",
-            "selection=weighted needs to know the examples of each client",
-        ),
-        (
-            config.local_epochs is not None,
-            "local-epochs bounds the weight of an update by the examples of its client",
-        ),
-        (
-            config.dp_sampling == "poisson",
-            "dp-sampling=poisson draws from all clients there are, also those that are away",
-        ),
-        (
-            config.dp == "client" and bool(config.participations or config.separation > 1),
-            "participations and separation bar single clients for a while",
-        ),
-    ):
-        if wrong:
-            raise ConfigError(
-                f"{why}, and devices behind a gateway come and go: use another setting, or clients "
-                f"of their own (corolla client)"
-            )
 
 
 def takes_start(strategy: Strategy) -> bool:
@@ -384,6 +397,19 @@ def takes_start(strategy: Strategy) -> bool:
     return strategy.broadcast(state).log is None and abs(total - scaling) < 1e-5
 
 
+def _is_mean(aggregator: Aggregator) -> bool:
+    """Whether the mean of clients' updates is all that it makes of them."""
+    if isinstance(aggregator, ByGroup):
+        return all(map(_is_mean, aggregator.groups.values()))
+    return type(aggregator) in (WeightedMean, SeedSums)  # a subclass may keep single updates
+
+
 def _without_factors(strategy: Strategy | type[Strategy]) -> bool:
     """Whether it can train other tensors than LoRA factors."""
-    return strategy.full or strategies.traits(strategy).dense
+    return strategy.full or registry.traits(strategy).dense
+
+
+def _one_module(config: RunConfig, spec: LoraSpec) -> Params:
+    """The smallest adapter of a rank: the form of updates follows from it."""
+    a, b = torch.zeros(spec.rank, 1), torch.zeros(1, spec.rank)
+    return {"m" + factors.A: a, "m" + factors.B: b} if config.parameters == "lora" else {}

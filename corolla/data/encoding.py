@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from corolla.data.federated import Example
+from corolla.data.rows import Example
 from corolla.errors import DataError
 
 IGNORE = -100

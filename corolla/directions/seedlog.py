@@ -14,7 +14,8 @@ from torch import Tensor
 
 from corolla import seeds
 from corolla.directions import signs
-from corolla.directions.pools import SignPool, settle
+from corolla.directions.moving import settle
+from corolla.directions.pools import SignPool
 from corolla.tensors import tree
 from corolla.types import Broadcast, Move, Params, Payload, Size, Walk
 

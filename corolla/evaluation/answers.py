@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from corolla.config.run import RunConfig
 from corolla.data.encoding import Encoded, Encoder
-from corolla.data.federated import Example
+from corolla.data.rows import Example
 from corolla.errors import DataError
 from corolla.evaluation.scoring import log_likelihoods
 from corolla.models.pretrained import Base

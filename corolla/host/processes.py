@@ -13,6 +13,8 @@ from pathlib import Path
 
 import psutil
 
+from corolla.host.files import write_atomic
+
 _GRACE = 30.0
 """Seconds in which a child that is told to stop may end its work."""
 _HANG_UP = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()
@@ -143,9 +145,7 @@ def free_port() -> int:
 def note_process(path: Path, pid: int) -> None:
     """Keep a process id with the time of its start: ids are used again."""
     began = psutil.Process(pid).create_time()
-    scratch = path.with_name(path.name + ".part")
-    scratch.write_text(json.dumps({"pid": pid, "began": began}))
-    scratch.replace(path)
+    write_atomic(path, json.dumps({"pid": pid, "began": began}).encode())
 
 
 def noted_process(path: Path) -> psutil.Process | None:

@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from corolla.errors import ArtefactError, ConfigError
+from corolla.host.files import sync_folder
 
 Entry = Mapping[str, Any]
 """A line without its checksum."""
@@ -125,17 +126,6 @@ def alive(path: Path) -> bool | None:
         return True
     except OSError:
         return None
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring new names in a folder to disk; files themselves are synced by who writes them."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def facts(torn: bytes) -> Entry | None:

@@ -133,14 +133,14 @@ def locate(name: str) -> Path:
     """
     if name == "embedded":
         return asset("model")
-    from corolla.models import full, pretrained  # takes a second
+    from corolla.models import folders  # takes a second
 
-    path = pretrained.packaged(name) if name in pretrained.PACKAGED else Path(name).expanduser()
+    path = folders.packaged(name) if name in folders.PACKAGED else Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
-        folder = pretrained.converted(path)
+        folder = folders.converted(path)
         return folder if folder.is_dir() else path
     if path.suffix != ".gguf" and not path.exists() and not name.startswith((".", "/", "~")):
-        path = full.folder_of(name)
+        path = folders.folder_of(name)
     if not (path / "config.json").is_file():
         raise ModelError(
             f"model {name!r} is not on this machine: expected a folder with config.json, a .gguf "

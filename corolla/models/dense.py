@@ -30,9 +30,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from corolla import seeds
-from corolla.directions import pools
+from corolla.directions import moving
 from corolla.errors import ModelError
-from corolla.models import full, lora
+from corolla.models import adapter_files, full, lora
 from corolla.models.pretrained import Base, heads_of
 from corolla.models.space import Beside, Space
 from corolla.types import Adapter, LoraSpec, Move, Params
@@ -79,9 +79,9 @@ class DenseModel:
             self._config = _prompt(base, virtual_tokens)
         self.artefact = "adapter" if self._config else "model"
         if self._config:
-            with torch.random.fork_rng(devices=[]), lora.peft_speaks_to_transformers():
+            with torch.random.fork_rng(devices=[]), adapter_files.peft_speaks_to_transformers():
                 model = get_peft_model(base.model, self._config, adapter_name=_NAME)
-            self.model = lora.quiet(model)
+            self.model = adapter_files.quiet(model)
             self._leaves |= _added(self.model)
         self.model.eval().requires_grad_(False)
         self._leaves = dict(sorted(self._leaves.items()))
@@ -91,7 +91,7 @@ class DenseModel:
         self._flat = torch.zeros(sum(sizes), device=self.device)
         for leaf, part in zip(self._leaves.values(), torch.split(self._flat, sizes), strict=True):
             leaf.data = part.view(leaf.shape).copy_(leaf.detach())
-        self._settle = pools.Settled()
+        self._settle = moving.Settled()
 
     def check_rank(self, spec: LoraSpec) -> None:
         """Any: there is no rank."""
@@ -166,7 +166,7 @@ class DenseModel:
                 "base_model_name_or_path": self.base.path,
                 **({"modules_to_save": heads_of(self.base)} if classify else {}),
             }
-            lora.write_adapter(folder, type(self._config)(**saved), self._shown())
+            adapter_files.write_adapter(folder, type(self._config)(**saved), self._shown())
 
     def distance_to(self, folder: Path, spec: LoraSpec) -> float:
         """‖saved - shown‖ / ‖shown‖ in fp64: of an adapter's tensors, or of the whole model."""
@@ -191,11 +191,11 @@ class DenseModel:
             self.model.unload()
         for name, tensor in self._start.items():  # a classifier's head
             _give_back(self.base.model, name, tensor.to(self.device, self._dtype))
-        return lora.load_adapter(self.base.model, folder)
+        return adapter_files.load_adapter(self.base.model, folder)
 
     def digest(self, folder: Path) -> str:
         """sha256 of the tensors of a saved adapter, or of the weight files of a saved model."""
-        return full.digest(folder) if self._config is None else lora.adapter_hash(folder)
+        return full.digest(folder) if self._config is None else adapter_files.adapter_hash(folder)
 
     def _shown(self) -> dict[str, Tensor]:
         """What is shown, by the names of peft (the trained tensors) or of transformers (all).
@@ -328,4 +328,4 @@ def _added(model: Any) -> Mapping[str, nn.Parameter]:
 def _peft_name(name: str) -> str:
     if name == _PROMPT:
         return "prompt_embeddings"
-    return lora.PREFIX + (name + "_l" if name.endswith(_IA3) else name)
+    return adapter_files.PREFIX + (name + "_l" if name.endswith(_IA3) else name)

@@ -8,9 +8,7 @@ Transformer Models", arXiv 2205.05198, section 4, without dropout and with an at
 not keep its matrix), and what LoRA adds to it.
 """
 
-import ctypes
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -29,7 +27,6 @@ HEAP = 1.9
 MAPPED = 32 << 20
 """Blocks of at least this are mapped from the system and go back to it (M_MMAP_THRESHOLD_MAX)."""
 
-_SPARING = 256 << 10
 _WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 _QUANTISED = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
 """Bytes a weight of linear layers; NF4 has a number of fp32 for each 64."""
@@ -190,19 +187,6 @@ def operations(anatomy: Anatomy, config: RunConfig, trainer: TrainerName, batch:
     if trainer == "zeroth_order":
         return 2 * config.queries * forward
     return forward * (2 + (config.parameters == "full") + config.gradient_checkpointing)
-
-
-def spare_memory() -> None:
-    """Have freed activations go back to the system: less memory, exactly as counted, more time.
-
-    Without it, the heap of glibc keeps so much of what gradient checkpointing frees that little is
-    gained. Costs page faults: small models take notably longer. For the whole process; no effect
-    without glibc.
-    """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt:
-            mallopt(-3, _SPARING)  # M_MMAP_THRESHOLD
 
 
 # --- the worst moment -----------------------------------------------------------------------------

@@ -7,7 +7,6 @@ are set, tensor by tensor, so that memory stays that of inference.
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from corolla.directions import pools
+from corolla.directions import moving
 from corolla.errors import ArtefactError, ModelError
+from corolla.host.files import making_folder
+from corolla.models.folders import folder_of
 from corolla.models.pretrained import Base, Quiet
 from corolla.models.space import InPlace, Space
 from corolla.types import Adapter, LoraSpec, Move, Params
@@ -52,7 +53,7 @@ class FullModel:
             at += tensor.numel()
         self.size = at
         self._origin = _Origin(base.path, {name: tensor.data for name, tensor in named})
-        self._shown: str | None = pools.fingerprint(())
+        self._shown: str | None = moving.fingerprint(())
 
     @property
     def drifts(self) -> bool:
@@ -77,7 +78,7 @@ class FullModel:
 
     def show(self, adapter: Adapter, spec: LoraSpec) -> None:
         """Set all parameters to those of the base model after the adapter's moves."""
-        wanted = pools.fingerprint(adapter.moves)
+        wanted = moving.fingerprint(adapter.moves)
         if wanted != self._shown:
             self._shown = None  # in case it is interrupted half-way
             self._settle(adapter.moves)
@@ -121,7 +122,7 @@ class FullModel:
         return digest(folder)
 
     def _settle(self, moves: Sequence[Move]) -> None:
-        apply = pools.prepared(moves)
+        apply = moving.prepared(moves)
         for at, name, tensor in self._tensors:
             flat = tensor.view(-1)
             for start in range(0, flat.numel(), _BLOCK):
@@ -137,16 +138,12 @@ def write_model(
 
     Its type, in config.json, is that of the first tensor.
     """
-    scratch = folder.with_name(folder.name + ".part")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    with Quiet():
-        model.save_pretrained(scratch, state_dict=dict(tensors) if tensors else None)
-    if tensors:
-        model.config.dtype = next(iter(tensors.values())).dtype
-        model.config.save_pretrained(scratch)
-    shutil.rmtree(folder, ignore_errors=True)
-    scratch.replace(folder)
+    with making_folder(folder) as scratch:
+        with Quiet():
+            model.save_pretrained(scratch, state_dict=dict(tensors) if tensors else None)
+        if tensors:
+            model.config.dtype = next(iter(tensors.values())).dtype
+            model.config.save_pretrained(scratch)
 
 
 def distance(folder: Path, shown: Mapping[str, Tensor]) -> float:
@@ -241,18 +238,6 @@ def _same(stored: _Stored, tensor: Tensor) -> bool:
         if not torch.equal(stored.read(start, stop).to(flat.dtype), flat[start:stop].cpu()):
             return False
     return True
-
-
-def folder_of(path: str) -> Path:
-    """The local folder of a model; a hub name's is in the hub's cache, for it has been loaded."""
-    if Path(path).is_dir():
-        return Path(path)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(path, local_files_only=True))
-    except (OSError, ValueError):
-        return Path(path)  # no file is found there: all tensors are copied
 
 
 def _files(folder: Path) -> dict[str, _Stored]:

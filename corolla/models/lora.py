@@ -4,18 +4,13 @@ Module names are those of the base model; tensors are `<module>.lora_A`, `<modul
 `<module>.<parameter>` for a trained head.
 """
 
-import json
 import math
-import shutil
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -23,17 +18,23 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from corolla.directions import pools
-from corolla.errors import ArtefactError, ModelError, WireError
+from corolla.directions import moving
+from corolla.errors import ModelError
+from corolla.models.adapter_files import (
+    PREFIX,
+    _inputs_in_fp32,
+    adapter_hash,
+    load_adapter,
+    peft_speaks_to_transformers,
+    read_adapter,
+    write_adapter,
+)
 from corolla.models.pretrained import Base, heads_of
 from corolla.models.space import Beside, Space
-from corolla.tensors import factors, tree
+from corolla.tensors import factors
 from corolla.types import Adapter, LoraSpec, Move, Params
-from corolla.wire import codec
 
 _NAME = "default"
-PREFIX = "base_model.model."
-"""What peft puts before the names of the base model."""
 
 
 class LoraModel:
@@ -94,7 +95,7 @@ class LoraModel:
         self._start_head = {n: p.detach().clone() for n, p in self._head_parameters()}
         self._frozen: dict[str, tuple[Tensor, Tensor]] = {}
         self._flat = torch.empty(0)
-        self._settle = pools.Settled()
+        self._settle = moving.Settled()
         self._hooks += [m.register_forward_hook(self._add(n)) for n, m in self._layers.items()]
         self.model.requires_grad_(False)
 
@@ -132,10 +133,10 @@ class LoraModel:
         for name, parameter in self._head_parameters():
             if parameter.shape != params[name].shape:
                 raise ValueError(f"head tensor {name} has shape {tuple(params[name].shape)}")
-        flat, layout = pools.flatten(params)
+        flat, layout = moving.flatten(params)
         # One vector for all of them: a zeroth-order step is one pass over it.
         self._flat = flat.to(self.device)
-        views = pools.unflatten(self._flat, layout)
+        views = moving.unflatten(self._flat, layout)
         for name, layer in self._layers.items():
             for factor, role in ((layer.lora_A, factors.A), (layer.lora_B, factors.B)):
                 factor[_NAME].weight = nn.Parameter(views[name + role], requires_grad=False)
@@ -149,7 +150,9 @@ class LoraModel:
 
     def show(self, adapter: Adapter, spec: LoraSpec) -> None:
         """Write a global model; factors it does not have are a zero update."""
-        zero = self.init(spec, 0) if adapter.trained.keys() != self._names() else {}
+        zero = (
+            self.init(spec, 0) if adapter.trained.keys() != dict(self.parameters()).keys() else {}
+        )
         start = {**zero, **adapter.trained}
         self.write(self._settle(start, adapter.moves), spec, _blocks(adapter, spec))
 
@@ -262,9 +265,6 @@ class LoraModel:
         """sha256 of the tensors of a saved adapter."""
         return adapter_hash(folder)
 
-    def _names(self) -> set[str]:
-        return {name for name, _ in self.parameters()}
-
     def _head_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for module, head in self._heads.items():
             for name, parameter in head.named_parameters():
@@ -293,118 +293,6 @@ class LoraModel:
 def _blocks(adapter: Adapter, spec: LoraSpec) -> tuple[Params, ...]:
     """All blocks of a global model, at scaling 1."""
     return (*adapter.frozen, *(factors.bake(r, spec.scaling) for r in adapter.residuals))
-
-
-def write_adapter(folder: Path, config: PeftConfig, tensors: Params) -> None:
-    """An adapter folder, whole or not at all; `tensors` by the names that peft gives them."""
-    scratch = folder.with_name(folder.name + ".part")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    config.save_pretrained(str(scratch))
-    codec.write(str(scratch / "adapter_model.safetensors"), tensors, {"format": "pt"})
-    shutil.rmtree(folder, ignore_errors=True)
-    scratch.replace(folder)
-
-
-def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
-    """A saved adapter on a base model, with plain peft. Raises ArtefactError when it is none."""
-    if not (folder / "adapter_config.json").is_file():
-        raise ArtefactError(f"{folder} is no adapter: it has no adapter_config.json")
-    try:
-        with torch.random.fork_rng(devices=[]), peft_speaks_to_transformers():
-            return quiet(PeftModel.from_pretrained(base, str(folder)).eval())
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ArtefactError(f"cannot load adapter {folder} on this base model: {reason}") from error
-
-
-def quiet(model: PeftModel) -> PeftModel:
-    """The model; with a prompt, `generate` does not warn any more.
-
-    transformers 5 gives position ids, peft 0.21 says that it ignores them; they are then the right
-    ones, counted over the prompt and the text.
-    """
-    if model.active_peft_config.is_prompt_learning:
-        generate = model.generate
-
-        def quietly(*args: Any, **kwargs: Any) -> Any:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Position ids are not supported")
-                return generate(*args, **kwargs)
-
-        model.generate = quietly
-    return model
-
-
-def read_adapter(folder: Path) -> tuple[Params, Params]:
-    """(factors with their scaling in A, head tensors) of a saved adapter, by our names.
-
-    Raises ArtefactError when it cannot be read.
-    """
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        tensors, _ = codec.read(str(folder / "adapter_model.safetensors"))
-    except (OSError, ValueError, WireError) as error:
-        raise ArtefactError(f"{folder} is no adapter: {error}") from error
-    named = {n.removeprefix(PREFIX): t for n, t in tensors.items()}
-    plain = {n.removesuffix(".weight"): t for n, t in named.items()}
-    spec = LoraSpec(config["r"], config["lora_alpha"], config["use_rslora"])
-    update = factors.select(plain, factors.is_a, factors.is_b)
-    heads = {n: t for n, t in named.items() if factors.is_head(n.removesuffix(".weight"))}
-    return factors.bake(update, spec.scaling), heads
-
-
-def head_of(folder: Path) -> Params:
-    """Tensors of a classifier's head in a saved adapter, by their names in the base model.
-
-    Raises ArtefactError when it cannot be read.
-    """
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        tensors, _ = codec.read(str(folder / "adapter_model.safetensors"))
-        trained = tuple(f"{PREFIX}{name}." for name in config["modules_to_save"] or ())
-    except (OSError, ValueError, KeyError, WireError) as error:
-        raise ArtefactError(f"{folder} is no adapter: {error}") from error
-    return {n.removeprefix(PREFIX): t for n, t in tensors.items() if n.startswith(trained)}
-
-
-def merge(model: PeftModel) -> PreTrainedModel:
-    """The base model with the adapter merged in. Exact only where the base has the precision.
-
-    Raises ArtefactError for a prompt, which is no change of weights.
-    """
-    if model.active_peft_config.is_prompt_learning:
-        raise ArtefactError("a prompt cannot be merged: load it with peft beside the base model")
-    return model.merge_and_unload(safe_merge=True)
-
-
-def adapter_hash(folder: Path) -> str:
-    """sha256 over the tensors of a saved adapter. Raises ArtefactError when it has none."""
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        raise ArtefactError(f"{folder} is no adapter: it has no adapter_model.safetensors")
-    return tree.digest(codec.read(str(path))[0])
-
-
-def base_of(folder: Path) -> str:
-    """The base model that an adapter folder names. Raises ArtefactError when it is no adapter."""
-    try:
-        config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
-        return str(config["base_model_name_or_path"])
-    except (OSError, ValueError, KeyError) as error:
-        raise ArtefactError(f"{folder} is no adapter: it has no adapter_config.json") from error
-
-
-@contextmanager
-def peft_speaks_to_transformers() -> Iterator[None]:
-    """Silence peft 0.21, which asks transformers 5 for an attribute by its old name."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
-        yield
-
-
-def _inputs_in_fp32(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(x.float() if x.is_floating_point() else x for x in inputs)
 
 
 def targeted(base: Base, targets: Sequence[str]) -> dict[str, tuple[int, int]]:

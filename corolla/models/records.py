@@ -1,12 +1,11 @@
 """Files of --keep-updates: each client's adapter, to check aggregation with peft alone."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import quote
 
+from corolla.storage.folders import client_folder
 from corolla.types import Adapter, LoraSpec, Update
 
 if TYPE_CHECKING:  # it loads transformers, which a gateway has no use for
@@ -39,16 +38,3 @@ def write_weights(folder: Path, num_examples: Mapping[str, int]) -> None:
         path = client_folder(folder, client) / "update.json"
         facts = json.loads(path.read_text())
         path.write_text(json.dumps({**facts, "weight": examples / total}, indent=2) + "\n")
-
-
-def client_folder(folder: Path, client: str) -> Path:
-    """The folder of a client in a round's folder: any name becomes one file name of its own."""
-    name = quote(client, safe=" ()").replace(".", "%2E") or "%"
-    if len(name) > 120:  # file systems allow 255 bytes
-        name = f"{name[:80]}~{hashlib.sha256(client.encode()).hexdigest()[:32]}"
-    return folder / name
-
-
-def round_folder(folder: Path, round: int) -> Path:
-    """`round-001` and so on."""
-    return folder / f"round-{round:03d}"

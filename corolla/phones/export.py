@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from corolla.config.run import RunConfig
-from corolla.data import federated
+from corolla.data.rows import read_rows
 from corolla.errors import ArtefactError, ConfigError, ModelError
 from corolla.host.processes import terminate_as_interrupt
 from corolla.models import lora, pretrained
@@ -202,7 +202,7 @@ def _fill(
 
 def _text(base: pretrained.Base, vocabulary: int, length: int) -> torch.Tensor:
     """The first tokens of the embedded data, (1, length): text, in the model's own tokens."""
-    rows, _ = federated.read("embedded")
+    rows, _ = read_rows("embedded")
     words = "\n".join(row.text for row in rows[: 8 + length // 16])
     ids = base.tokenizer(words, truncation=True, max_length=length)["input_ids"]
     return torch.tensor([ids]).clamp(max=vocabulary - 1)

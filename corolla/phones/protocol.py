@@ -17,6 +17,7 @@ from google.protobuf.message import DecodeError, Message
 from corolla.errors import ConfigError, WireError
 from corolla.proto import device_pb2 as pb
 from corolla.proto import update_pb2 as updates
+from corolla.wire.ids import is_hexadecimal
 from corolla.wire.packet import Packet, check_count
 
 PROTOCOL = 1
@@ -35,8 +36,6 @@ NOTE = "corolla-manifest.json"
 
 _DEVICE = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _ADDRESS = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_ID = re.compile(r"[0-9a-f]{32}")
 
 M = TypeVar("M", bound=Message)
 
@@ -58,14 +57,14 @@ def check_address(option: str, text: str) -> str:
 
 def check_sha256(text: str) -> str:
     """The name of a blob, if it is one: it becomes a file's name. Raises WireError."""
-    if not _SHA256.fullmatch(text):
+    if not is_hexadecimal(text, 64, 64):
         raise WireError("a blob is named by 64 hexadecimal characters")
     return text
 
 
 def check_id(text: str) -> str:
     """The id of a lease or of a version, if it is one. Raises WireError."""
-    if not _ID.fullmatch(text):
+    if not is_hexadecimal(text, 32, 32):
         raise WireError("an id has 32 hexadecimal characters")
     return text
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from corolla.data import federated
 from corolla.data.encoding import Encoded, Encoder
+from corolla.data.rows import Example, read_rows
 from corolla.errors import ConfigError, DataError, ModelError
 from corolla.models import pretrained
 from corolla.phones import bundle
@@ -28,7 +28,7 @@ def write(model: str, source: str, out: Path, max_length: int) -> tuple[int, int
         raise ConfigError(f"--max-length {max_length}: a sequence has at least 2 tokens")
     if not out.parent.is_dir():
         raise ConfigError(f"--out {out}: there is no folder {out.parent}")
-    rows, _ = federated.read(source)
+    rows, _ = read_rows(source)
     if any(row.label is not None for row in rows):
         raise DataError(f"{source} has labels: native clients train on text, not on classes")
     encoder = Encoder(_tokenizer(model), (), max_length)
@@ -48,7 +48,7 @@ def write(model: str, source: str, out: Path, max_length: int) -> tuple[int, int
     return sequences, len(examples)
 
 
-def encode(rows: list[federated.Example], encoder: Encoder) -> Iterator[Encoded]:
+def encode(rows: list[Example], encoder: Encoder) -> Iterator[Encoded]:
     """The sequences of the rows that are for training, with the number of their row among these."""
     training = [row for row in rows if row.split in (None, "train")]
     for number, row in enumerate(training):

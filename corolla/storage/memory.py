@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,9 +10,10 @@ from torch import Tensor
 
 from corolla.directions import seedlog
 from corolla.errors import WireError
-from corolla.models.records import client_folder
+from corolla.storage.folders import client_folder
 from corolla.types import Params, Payload
 from corolla.wire import codec
+from corolla.wire.ids import is_hexadecimal
 
 
 class Memory:
@@ -205,7 +205,7 @@ class Memory:
 
 def _hex(id: str) -> str:
     """An id that becomes a file's name: peers send them. Raises WireError."""
-    if not re.fullmatch("[0-9a-f]{1,64}", id):
+    if not is_hexadecimal(id, 1, 64):
         raise WireError("an id of content has 1 to 64 hexadecimal characters")
     return id
 

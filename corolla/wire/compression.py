@@ -16,7 +16,6 @@ in the order of (group, name). Names and shapes do not travel: the receiver know
 single values and scalar groups (see wire.py) stay as they are.
 """
 
-import difflib
 import functools
 import math
 import re
@@ -30,9 +29,10 @@ from torch import Tensor
 
 from corolla import seeds
 from corolla.errors import ConfigError, NotFiniteError, WireError
+from corolla.host.text import nearest
 from corolla.tensors import factors, tree
 from corolla.types import Params, Payload
-from corolla.wire import codec, messages, packing
+from corolla.wire import codec, packing, scalar_groups
 
 _FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _LEVELS = {"int8": 127, "int4": 7}
@@ -188,7 +188,7 @@ class Pipeline:
         Peaks, support, numbers, and what stays as it is. At most: with zstd, and for scalar
         groups, which a message may send sparse.
         """
-        at_most = self.zstd or any(map(messages.is_scalars, like.values()))
+        at_most = self.zstd or any(map(scalar_groups.is_scalars, like.values()))
         if self == PLAIN:
             return codec.content_bytes(like), at_most
         return self._layout(like).bytes + codec.content_bytes(_untouched(like)), at_most
@@ -253,8 +253,7 @@ def pipeline(steps: Sequence[str]) -> Pipeline:
     for step in steps:
         name, colon, text = step.partition(":")
         if name not in _PLACES:
-            near = difflib.get_close_matches(name, _PLACES, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(_PLACES)}"
+            hint = nearest(name, _PLACES, cutoff=0.5) or f"known are {', '.join(_PLACES)}"
             raise ConfigError(f"unknown codec step {step!r}: {hint}")
         if _PLACES[name] <= place:
             raise ConfigError(
@@ -339,7 +338,7 @@ def _density(step: str, text: str) -> Fraction:
 
 def _compressible(payload: Payload) -> list[Key]:
     """What is compressed, in canonical order."""
-    dense, _ = messages.split(payload)
+    dense, _ = scalar_groups.split(payload)
     return sorted(
         (group, name)
         for group, params in dense.items()

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corolla import seeds, strategies
+from corolla import seeds
 from corolla.aggregation.sums import summable
 from corolla.client.training.worker import Worker
+from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.data import federated as data
 from corolla.directions import seedlog
@@ -27,6 +28,7 @@ from corolla.server.rounds.federation import Federation
 from corolla.server.rounds.gate import Expected, Judged, judge
 from corolla.server.rounds.tasks import Traffic, make_tasks
 from corolla.storage.memory import Memory
+from corolla.strategies import registry
 from corolla.types import Params, Payload
 from corolla.wire import codec, messages, packet
 from corolla.wire.compression import pipeline
@@ -60,7 +62,7 @@ class Target:
         if not judged.verdict.accepted:
             assert (judged.reply, judged.update, judged.members) == (None, {}, {})
             return judged, 0.0
-        aggregator = strategies.create(self.strategy).aggregator()
+        aggregator = registry.create(self.strategy).aggregator()
         reply = judged.reply
         assert reply is not None
         if self.expect.sums is not None:
@@ -154,7 +156,7 @@ def targets() -> list[Target]:
         sent = _honest(made.pack(adapter, 1))
         found.append(Target("+".join(steps), sent, TASK, replace(expect, codec=made), "fedavg"))
     seated = replace(TASK, seats=3)
-    mean = strategies.create("fedavg").aggregator()
+    mean = registry.create("fedavg").aggregator()
     for weight in (2, 5):
         mean.add(adapter, weight)
     partial = summable(mean)
@@ -309,7 +311,7 @@ def _device(folder: Path, config: RunConfig) -> Device:
     federated = data.load(config)
     worker = Worker(config, model, federated, Memory(folder))
     clients = {client: len(split.train) for client, split in federated.clients.items()}
-    strategy = config.build_strategy()
+    strategy = build_strategy(config)
     start = model.init(config.lora, seeds.derive(config.seed, "init"))
     state = strategy.init(start, config.seed)
     origin = seedlog.origin(model.base.fingerprint, state)

@@ -20,10 +20,11 @@ from corolla.client.training.first_order import FirstOrder
 from corolla.client.training.zeroth_order import ZerothOrder
 from corolla.commands.plan import plan
 from corolla.commands.simulate.in_process import simulate
-from corolla.config.run import RunConfig, load
+from corolla.config.load import load
+from corolla.config.run import RunConfig
 from corolla.directions import signs
 from corolla.directions.pools import SignPool
-from corolla.models import anatomy, footprint, pretrained, trainable
+from corolla.models import anatomy, devices, footprint, pretrained, trainable
 from corolla.models.anatomy import Anatomy
 from corolla.models.footprint import Batch, Estimate
 from corolla.models.lora import LoraModel
@@ -125,7 +126,7 @@ def predicted(model: Anatomy, config: RunConfig, batch: Batch) -> Estimate:
 
 
 def _train(config: RunConfig, batch: Batch) -> None:
-    pretrained.set_threads(config)
+    devices.set_threads(config)
     base = pretrained.load(config)
     model = trainable.build(config, base)
     data = sequences(base, zeroth_order.Options(batch=batch.sequences, length=batch.tokens))

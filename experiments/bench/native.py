@@ -32,7 +32,7 @@ from corolla.data.encoding import Encoded, collate
 from corolla.directions import signs
 from corolla.directions.pools import SignPool
 from corolla.evaluation.scoring import loss_sum
-from corolla.models import pretrained
+from corolla.models import devices, pretrained
 from corolla.models.lora import LoraModel
 from experiments.bench.zeroth_order import Ratio, Section, command, now, peak, sequences, since
 from experiments.native_phones import run as native_phones
@@ -163,7 +163,7 @@ def python_of(name: str, options: Options) -> Measured:
         alpha=2.0 * options.rank,
         optimizer="sgd",
     )
-    pretrained.set_threads(config)
+    devices.set_threads(config)
     base = pretrained.load(config)
     model = LoraModel(base)
     data = sequences(base, options)  # type: ignore[arg-type]

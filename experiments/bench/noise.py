@@ -22,11 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corolla import seeds, strategies
+from corolla import seeds
 from corolla.config.run import RunConfig
-from corolla.privacy.client_level import ClientLevel, ClippedSum, Normal, clip_factors
+from corolla.interfaces import Strategy
+from corolla.privacy.client_level import ClientLevel
+from corolla.privacy.clipped_sum import ClippedSum
+from corolla.privacy.randomness import Normal, clip_factors
+from corolla.strategies import registry
 from corolla.tensors import factors
-from corolla.types import Params, Payload, Strategy
+from corolla.types import Params, Payload
 
 CLIENTS = (10, 100, 1000)
 NOISE = (1.0, 4.0)
@@ -66,21 +70,21 @@ def _allowed(options: Options) -> dict[str, tuple[Strategy, Updates]]:
     factor_a, factor_b, core = MODULE + factors.A, MODULE + factors.B, MODULE + factors.R
     made: dict[str, tuple[Strategy, Updates]] = {
         "FedAvg on (A, B)": (
-            strategies.create("fedavg"),
+            registry.create("fedavg"),
             lambda m: {"adapter": _update({factor_a: a, factor_b: b}, m)},
         ),
         "FFA-LoRA": (
-            strategies.create("ffa_lora"),
+            registry.create("ffa_lora"),
             lambda m: {"adapter": _update({factor_b: b}, m)},
         ),
         "Fed-SB": (
-            strategies.create("fed_sb"),
+            registry.create("fed_sb"),
             lambda m: {"adapter": _update({core: r}, m)},
         ),
     }
     for pool in (1, 16, 512):
         made[f"seed_pool, K = {pool}"] = (
-            strategies.create("seed_pool", {"size": pool, "scalars": "fp32"}),
+            registry.create("seed_pool", {"size": pool, "scalars": "fp32"}),
             lambda m, pool=pool: {"scalars": _scalars(pool, m)},  # type: ignore[misc]
         )
     return made

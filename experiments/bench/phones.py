@@ -37,8 +37,8 @@ from corolla.errors import StoppedError
 from corolla.host import certificates
 from corolla.phones import protocol
 from corolla.proto import update_pb2
-from corolla.server.gateway.daemon import Order
-from corolla.server.gateway.gateway import Settings as GatewaySettings
+from corolla.server.gateway.daemon import GatewayOrder
+from corolla.server.gateway.settings import GatewaySettings
 from corolla.wire import messages, rpc
 from corolla.wire.messages import Kind, Task
 from corolla.wire.packet import Packet
@@ -245,7 +245,7 @@ def _serve(
 @contextmanager
 def _gateway(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path, str]]:
     """(its process, its socket, where it listens)."""
-    order = Order(
+    order = GatewayOrder(
         GatewaySettings("gate", folder / "gate", retry=1.0, lease=10.0),
         "localhost:0",
         folder / "certs" / "gateway.pem",

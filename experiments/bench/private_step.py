@@ -23,7 +23,7 @@ from corolla.data.encoding import Encoded
 from corolla.models import pretrained, trainable
 from corolla.models.dense import DenseModel
 from corolla.models.lora import LoraModel
-from corolla.privacy.client_level import ExampleLevel
+from corolla.privacy.example_level import ExampleLevel
 from corolla.types import Params
 from experiments.bench.zeroth_order import Section, Took, command, in_turn
 

@@ -23,10 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from corolla import seeds
+from corolla.interfaces import Strategy
 from corolla.strategies.fedex_lora import FedExLora
 from corolla.strategies.flexlora import FlexLora
 from corolla.tensors import factors
-from corolla.types import Params, Payload, Strategy
+from corolla.types import Params, Payload
 from experiments.bench.zeroth_order import (
     Section,
     command,

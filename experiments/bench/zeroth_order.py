@@ -41,7 +41,7 @@ from corolla.client.training.first_order import FirstOrder
 from corolla.client.training.zeroth_order import ZerothOrder
 from corolla.config.run import RunConfig
 from corolla.data.encoding import Encoded, collate
-from corolla.directions import pools, signs
+from corolla.directions import moving, signs
 from corolla.directions.pools import SignPool
 from corolla.evaluation.scoring import loss_sum
 from corolla.models import pretrained, trainable
@@ -311,7 +311,7 @@ def replay(options: Options) -> Section:
     own = torch.Generator()
 
     def signed() -> None:
-        pools.apply(weights, 0, moves)
+        moving.apply(weights, 0, moves)
 
     def in_numpy() -> None:
         with without_kernel():
@@ -366,9 +366,9 @@ def without_kernel() -> Iterator[None]:
 def _check_same_bits(moves: Sequence[Move], options: Options) -> None:
     start = torch.linspace(-1, 1, min(options.values, 3 * options.pool + 100))
     ends = [start.clone(), start.clone()]
-    pools.apply(ends[0], 0, moves)
+    moving.apply(ends[0], 0, moves)
     with without_kernel():
-        pools.apply(ends[1], 0, moves)
+        moving.apply(ends[1], 0, moves)
     if torch.equal(start, ends[0]) or not torch.equal(*ends):
         raise ValueError("the compiled replay and NumPy's differ")
 

@@ -36,8 +36,9 @@ from corolla.host import certificates
 from corolla.models import pretrained
 from corolla.phones import protocol
 from corolla.server.gateway.access import read_tokens
-from corolla.server.gateway.gateway import Gateway, Settings
+from corolla.server.gateway.gateway import Gateway
 from corolla.server.gateway.service import serve_phones
+from corolla.server.gateway.settings import GatewaySettings
 from corolla.server.rounds.federation import Network
 from corolla.server.runs.observer import Silent
 from corolla.server.runs.run import Run, Summary
@@ -184,7 +185,7 @@ def _gateway(folder: Path, bundle: Path) -> Iterator[tuple[Gateway, str]]:
     certificates.make(folder / "certs", ["localhost"], ["localhost"])
     (folder / "tokens").write_text(TOKEN + "\n")
     gateway = Gateway(
-        Settings("gate", folder / "gate", seats=len(PHONES), retry=0.5, share_bundle=bundle)
+        GatewaySettings("gate", folder / "gate", seats=len(PHONES), retry=0.5, share_bundle=bundle)
     )
     server, port = serve_phones(
         gateway,

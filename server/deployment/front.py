@@ -38,7 +38,7 @@ FLEET = frozenset(
 MAX_BODY = 16 << 20
 """Bytes of one call: Flower cuts arrays into 5 MiB; a header of ours has 8 MiB at most."""
 _CONNECTIONS = 1024
-"""At most; and a third of the files that may be open: a call has two sockets, the rest is ours."""
+"""Connections at most, and a third of the open-file limit: a call has two, the rest is ours."""
 _HEAD = 10.0
 """Seconds in which the head of a request must be there: who sends none keeps no connection."""
 _WHOLE = 60.0

@@ -16,9 +16,9 @@ from flwr.serverapp import Grid
 
 from corolla.errors import RoundError, StoppedError, WireError
 from corolla.host import logs
-from corolla.server.deployment.limits import Limits
+from corolla.host.files import write_atomic
+from corolla.server.deployment.limits import Admission, Limits
 from corolla.server.deployment.pulling import bound
-from corolla.server.runs.checkpoint import write_atomic
 from corolla.wire import messages as wire
 from corolla.wire.messages import Kind, Reply, Task, pack_reply, pack_task, unpack_task
 from corolla.wire.packet import Packet, from_flower, to_flower
@@ -47,7 +47,7 @@ class GridNetwork:
     """Nodes behind a Flower Grid, asked in our own loop: it has a deadline, no reply can end it.
 
     A node is known by its key, a client by its name: the first key that uses a name keeps it
-    (`names`: a file that outlives the process). A SuperLink that is away costs a round, not a run.
+    (`admission.names`). A SuperLink that is away costs a round, not a run.
     """
 
     def __init__(
@@ -56,24 +56,18 @@ class GridNetwork:
         hello: Task,
         deadline: float,
         stop: threading.Event,
-        *,
-        nodes: int = 1,
-        clients: int = 0,
-        wait: float | None = None,
-        names: Path | None = None,
-        limits: Limits | None = None,
+        admission: Admission,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`nodes` must be online before anything begins, and have said who they are; with `clients`
-        so many of them must have data. Waits for `wait` seconds; as long as a round without it.
-        `limits` are for devices of other people.
-        """
+        """`hello` asks a node who it is; `deadline`: seconds that a round may take."""
         self.grid, self.hello, self.deadline, self.stop = grid, hello, deadline, stop
-        self._least, self._nodes = clients, nodes
-        self._wait = deadline if wait is None else wait
-        self._hello = HELLO if clients else _FIRST_HELLO
-        self._names, self._limits = names, limits or Limits()
-        self._bounded = bound(grid, stop) if limits else None
-        self._keys: dict[str, str] = _stored(names)
+        self._clock = clock
+        self._least, self._nodes = admission.clients, admission.nodes
+        self._wait = deadline if admission.wait is None else admission.wait
+        self._hello = HELLO if admission.clients else _FIRST_HELLO
+        self._names, self._limits = admission.names, admission.limits or Limits()
+        self._bounded = bound(grid, stop) if admission.limits else None
+        self._keys: dict[str, str] = _stored(admission.names)
         self._members: dict[str, tuple[int, int, int]] = {}  # name → node, examples, seats
         self._asked: dict[str, tuple[int, float]] = {}  # message of a hello → node, until when
         self._again: dict[int, tuple[float, float]] = {}  # node → when to ask again, pause
@@ -89,13 +83,13 @@ class GridNetwork:
 
         Raises RoundError when they are too few, StoppedError when they were waited for.
         """
-        deadline = time.monotonic() + self._wait
+        deadline = self._clock() + self._wait
         while not self._begun:
             online = len(self._greet())
             all_said = not self._asked and online >= max(1, self._nodes)
             if all_said and len(self._members) >= max(1, self._least):
                 self._begun = True
-            elif time.monotonic() > deadline or (all_said and not self._least):
+            elif self._clock() > deadline or (all_said and not self._least):
                 raise (StoppedError if self._least else RoundError)(self._too_few(online))
             else:
                 self._pause()
@@ -127,7 +121,7 @@ class GridNetwork:
 
         Flower's own failures become error replies, as what is no packet does.
         """
-        deadline = time.monotonic() + self.deadline
+        deadline = self._clock() + self.deadline
         messages = {node: self._message(node, packets[node], self.deadline) for node in packets}
         sent = self._push(list(messages.values()), deadline) if messages else set()
         waiting: dict[str, int] = {}
@@ -136,7 +130,7 @@ class GridNetwork:
                 waiting[message.metadata.message_id] = node
             else:
                 yield clients[node], None
-        while waiting and time.monotonic() < deadline:
+        while waiting and self._clock() < deadline:
             for sent_id, found in self._pull({m: self._seats(n) for m, n in waiting.items()}):
                 answered = waiting.pop(sent_id)
                 yield clients[answered], _packet(found, packets[answered], clients[answered])
@@ -146,7 +140,7 @@ class GridNetwork:
 
     def _greet(self) -> set[int]:
         """Ask nodes that are not known who they are, read what has come; the nodes online."""
-        now = time.monotonic()
+        now = self._clock()
         infos: list[NodeInfo] = self._call(lambda: list(self.grid.get_nodes()), [])
         keys = {int(info.node_id): bytes(info.public_key) for info in infos}
         busy = {node for node, _ in self._asked.values()}
@@ -194,12 +188,12 @@ class GridNetwork:
         self._again.pop(node, None)
         self._reasons.pop(node, None)
         if reply.seats:
-            self._again[node] = (time.monotonic() + _SEATS, _AGAIN / 2)
+            self._again[node] = (self._clock() + _SEATS, _AGAIN / 2)
         return None
 
     def _refuse(self, node: int, why: str) -> None:
         pause = min(2 * self._again.get(node, (0.0, _AGAIN / 2))[1], 16 * _AGAIN)
-        self._again[node] = (time.monotonic() + pause, pause)
+        self._again[node] = (self._clock() + pause, pause)
         if self._seats(node):  # a gateway that is busy, or has no phones now: it keeps its place
             return
         if self._reasons.get(node) != why:
@@ -226,7 +220,7 @@ class GridNetwork:
             if ids is not None:
                 taken = {str(i) for i in ids if i}
                 return {m.metadata.message_id for m in messages} if again else taken
-            if time.monotonic() > deadline:
+            if self._clock() > deadline:
                 return set()
             again = True
             self._pause(AWAY)

@@ -1,19 +1,20 @@
 """What devices of other people may claim to be, before they are members of a run."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from corolla.wire import messages
+from corolla.wire.limits import MAX_NAME, MAX_REPLY_HEADER, MAX_SEATS
 from corolla.wire.messages import Reply
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one member, and of the memory that a reply of it takes."""
+    """Bounds on what a joining member may claim, and on the memory that its replies take."""
 
-    seats: int = messages.MAX_SEATS
-    """Of one gateway; those above are not used."""
+    seats: int = MAX_SEATS
+    """Seats of one gateway that are used; those above are not."""
     examples: int | None = None
-    """Of one client, whose weight they are where it trains on all of them."""
+    """Examples that one client may claim: its weight, where it trains on all of them."""
     no_gateways: str = ""
     """Why the run takes none; "": it does."""
     update: int = 1 << 28
@@ -21,16 +22,16 @@ class Limits:
 
     def reply(self, seats: int) -> int:
         """Bytes of a reply: twice the parameters, in twice their precision, of each phone."""
-        return (1 << 26) + (messages.MAX_REPLY_HEADER + 4 * self.update) * max(1, seats)
+        return (1 << 26) + (MAX_REPLY_HEADER + 4 * self.update) * max(1, seats)
 
     def refuse(self, reply: Reply, deployed: bool) -> str:
-        """Why who says this of itself cannot be a member, in one line; "" when it can.
+        """The reason to refuse a member with this answer to hello, in one line; "" to accept it.
 
         In a simulation names come from the data, and may be any.
         """
         name = reply.client
-        if deployed and (len(name) > messages.MAX_NAME or not name.isprintable()):
-            return f"its name is not printable, or longer than {messages.MAX_NAME} characters"
+        if deployed and (len(name) > MAX_NAME or not name.isprintable()):
+            return f"its name is not printable, or longer than {MAX_NAME} characters"
         if deployed and "/" in name:
             return f"its name {name!r} has a /, as those of phones behind a gateway"
         if reply.seats:
@@ -43,3 +44,19 @@ class Limits:
                 f"{self.examples}"
             )
         return ""
+
+
+@dataclass(frozen=True)
+class Admission:
+    """Who becomes a member of a run, and how many members it begins with."""
+
+    nodes: int = 1
+    """Nodes that must be online and have said who they are."""
+    clients: int = 0
+    """Members that must have data; 0: whoever of the nodes has some."""
+    wait: float | None = None
+    """Seconds to wait for them; None: as long as for a round."""
+    names: Path | None = None
+    """The file of which key has which name: it outlives the process."""
+    limits: Limits | None = None
+    """For devices of other people; None: those of a simulation."""

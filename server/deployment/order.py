@@ -8,11 +8,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from corolla.config.run import SERVER, RunConfig, server_table
+from corolla.config.load import SERVER, server_table
+from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
-from corolla.server.runs.checkpoint import write_atomic
+from corolla.host.files import write_atomic
 from corolla.server.runs.journal import ORDER
-from corolla.wire.messages import MAX_SEATS
+from corolla.wire.limits import MAX_SEATS
 
 FOLDER = "COROLLA_SERVER"
 """The environment variable that names the folder: no path of the server enters the app bundle."""
@@ -22,7 +23,7 @@ LAST_WORDS = "corolla failed: "
 """Begins the line of a ServerApp that cannot write its outcome; stderr is the executor's log."""
 
 
-class Settings(BaseModel):
+class ServerSettings(BaseModel):
     """The `[server]` table: what belongs to this machine and not to the run."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -46,22 +47,22 @@ class Settings(BaseModel):
     """On loopback; 0: any that is free."""
 
 
-def read_settings(file: Path | None, overrides: Mapping[str, object]) -> Settings:
+def read_settings(file: Path | None, overrides: Mapping[str, object]) -> ServerSettings:
     """Defaults, then the [server] table of the file, then options. Raises ConfigError."""
     given = {key: value for key, value in overrides.items() if value is not None}
     try:
-        return Settings.model_validate({**(server_table(file) if file else {}), **given})
+        return ServerSettings.model_validate({**(server_table(file) if file else {}), **given})
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join([SERVER, *(str(part).replace("_", "-") for part in first["loc"])])
-        known = ", ".join(key.replace("_", "-") for key in Settings.model_fields)
+        known = ", ".join(key.replace("_", "-") for key in ServerSettings.model_fields)
         raise ConfigError(
             f"{name}: {first['msg']}, found {first['input']!r}; known keys are {known}"
         ) from error
 
 
 @dataclass(frozen=True)
-class Order:
+class RunOrder:
     """A run as the ServerApp gets it."""
 
     run_id: str
@@ -76,10 +77,10 @@ class Order:
         write_atomic(folder / ORDER, (json.dumps(asdict(self), indent=2) + "\n").encode())
 
 
-def read_order(folder: Path) -> Order:
+def read_order(folder: Path) -> RunOrder:
     """The run of a folder. Raises ConfigError."""
     try:
-        return Order(**json.loads((folder / ORDER).read_text()))
+        return RunOrder(**json.loads((folder / ORDER).read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"nothing to resume in {folder}: {ORDER} cannot be read") from error
 

@@ -13,12 +13,12 @@ from itertools import islice
 from typing import Any
 
 from corolla.errors import StoppedError, WireError
-from corolla.wire import messages
+from corolla.wire import limits
 
 _OBJECTS = 1000
 _CHUNK = 1 << 20
 """Bytes of a chunk of an array, at least; Flower's have 5 MiB."""
-_RECORDS = messages.MAX_REPLY_HEADER + (1 << 18)
+_RECORDS = limits.MAX_REPLY_HEADER + (1 << 18)
 """Bytes of all objects but chunks: the header of a reply, and names."""
 _CHILD = 128
 """Bytes in which an object names one of its children: 64 hexadecimal digits and a number."""
@@ -28,7 +28,7 @@ STALLED = 120.0
 
 @dataclass
 class Count:
-    """Of the objects of one reply, of whose arrays `most` bytes are allowed."""
+    """Counts the bytes of the objects of one reply; its arrays may have `most`."""
 
     most: int
     records: int = 0

@@ -9,7 +9,6 @@ neither does Runtime without the secret of the SuperExec.
 import hashlib
 import os
 import secrets
-import shutil
 import ssl
 import sys
 from dataclasses import dataclass
@@ -28,11 +27,12 @@ from flwr.proto.control_pb2 import (
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.fab import Fab
 
-import corolla
 from corolla.errors import ConfigError, RoundError
 from corolla.host import certificates
+from corolla.host.files import making_folder, write_atomic
 from corolla.host.supervised import Process
 from corolla.server.deployment.order import FOLDER
+from corolla.version import __version__
 
 FLWR = "1.41"
 """Control and Fleet change between releases; SuperLink and SuperNodes must share this one."""
@@ -43,7 +43,7 @@ _BUNDLE = {
     "pyproject.toml": f"""\
 [project]
 name = "corolla-run"
-version = "{corolla.__version__}"
+version = "{__version__}"
 description = "Imports the Corolla that is installed where it runs"
 license = "Apache-2.0"
 dependencies = []
@@ -92,17 +92,11 @@ class Place:
         self.home.chmod(0o700)  # state.db holds updates on their way
         tls, secret = self.home / "tls", self.home / "secret"
         if not (tls / "server.pem").exists():
-            scratch = self.home / "tls.part"
-            for half in (scratch, tls):  # of a server that was killed
-                shutil.rmtree(half, ignore_errors=True)
-            certificates.make(scratch, (), days=3650)
-            scratch.rename(tls)
+            with making_folder(tls) as scratch:
+                scratch.chmod(0o700)
+                certificates.make(scratch, (), days=3650)
         if not secret.exists() or not secret.stat().st_size:
-            scratch = self.home / "secret.part"
-            scratch.unlink(missing_ok=True)
-            with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
-                file.write(secrets.token_hex(32).encode())
-            scratch.rename(secret)
+            write_atomic(secret, secrets.token_hex(32).encode(), private=True)
 
     def processes(self) -> list[Process]:
         """SuperLink and SuperExec; the latter ends with this process, and its ServerApp with it."""

@@ -88,7 +88,7 @@ class TokenFile(Mapping[str, Token]):
 
 
 def who(tokens: Mapping[str, Token], authorization: str) -> Token | None:
-    """Whose "Bearer <token>" this is; None for nobody's.
+    """The token that an Authorization header names, "Bearer <token>"; None for an unknown one.
 
     Found by its hash, which an attacker cannot approach bit by bit, then compared in constant time.
     """

@@ -6,10 +6,10 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from corolla.errors import ConfigError
+from corolla.host.files import write_atomic
 from corolla.phones import protocol
 from corolla.phones.protocol import CHUNK, INLINE
 from corolla.proto import device_pb2 as pb
-from corolla.server.runs.checkpoint import write_atomic
 
 _RESIDENT = 1 << 18
 """Bytes of a blob that stay in memory; larger ones lie on disk."""
@@ -47,6 +47,15 @@ class Blobs:
         """Offer a file that stays where it is."""
         with self._lock:
             self._shared[name] = (path, size)
+
+    def share_all(self, data: bytes, files: Mapping[str, Path], path: Path) -> pb.Blob:
+        """Offer files (sha256 → file) and the Manifest of them, which is kept at `path`."""
+        for name, file in files.items():
+            self.share(name, file, file.stat().st_size)
+        blob = pb.Blob(sha256=protocol.sha256(data), size=len(data))
+        write_atomic(path, data)
+        self.share(blob.sha256, path, len(data))
+        return blob
 
     def keep(self, names: Collection[str]) -> None:
         """Offer no other blobs that were put; shared files stay."""

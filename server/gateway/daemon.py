@@ -19,9 +19,9 @@ from corolla.errors import CorollaError
 from corolla.host import logs
 from corolla.host.processes import when_orphaned
 from corolla.server.gateway.access import TokenFile
-from corolla.server.gateway.gateway import Gateway, Settings
-from corolla.server.gateway.leases import Policy
+from corolla.server.gateway.gateway import Gateway
 from corolla.server.gateway.service import serve_phones
+from corolla.server.gateway.settings import GatewaySettings, Policy
 from corolla.wire import rpc
 
 _CALLERS = 4
@@ -29,10 +29,10 @@ _CALLERS = 4
 
 
 @dataclass(frozen=True)
-class Order:
+class GatewayOrder:
     """All that a gateway's process is told."""
 
-    gateway: Settings
+    gateway: GatewaySettings
     listen: str
     certificate: Path
     key: Path
@@ -44,12 +44,12 @@ class Order:
         return found
 
     @classmethod
-    def from_json(cls, told: dict[str, str], gateway: dict[str, object]) -> "Order":
+    def from_json(cls, told: dict[str, str], gateway: dict[str, object]) -> "GatewayOrder":
         """What `to_json` was made of."""
         policy = Policy(**gateway.pop("policy"))  # type: ignore[arg-type]
         named = ("state", "share_model", "share_bundle", "publisher")
         paths = {name: Path(str(own)) for name in named if (own := gateway.pop(name))}
-        settings = Settings(policy=policy, **{**gateway, **paths})  # type: ignore[arg-type]
+        settings = GatewaySettings(policy=policy, **{**gateway, **paths})  # type: ignore[arg-type]
         files = {name: Path(told[name]) for name in ("certificate", "key", "tokens")}
         return cls(settings, told["listen"], **files)
 
@@ -57,7 +57,7 @@ class Order:
 def main(socket: Path) -> int:
     """Serve until the parent ends; the exit code says why not."""
     told = json.loads(sys.stdin.buffer.readline())
-    order = Order.from_json(told, told.pop("gateway"))
+    order = GatewayOrder.from_json(told, told.pop("gateway"))
     when_orphaned(lambda: os._exit(0))
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):  # each phone holds a connection, its upload a file

@@ -1,5 +1,6 @@
 """A task of a gateway in progress: what its phones are told, and what they have sent so far."""
 
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -7,7 +8,7 @@ from pathlib import Path
 
 from corolla.proto import device_pb2 as pb
 from corolla.server.gateway.budget import Demand
-from corolla.server.gateway.leases import Lease, Phase, Round
+from corolla.server.gateway.leases import Lease, OfferRound, Phase
 from corolla.server.gateway.merging import Merging
 from corolla.server.gateway.outbound import Parcel
 from corolla.server.gateway.uploads import Upload
@@ -25,7 +26,7 @@ class Job:
     digest: str
     parcel: Parcel
     merging: Merging
-    round: Round
+    round: OfferRound
     demand: Demand | str = NO_PROGRAMS
     """Of native phones, or why none of them can do this task."""
     uploads: dict[str, Upload] = field(default_factory=dict)
@@ -91,3 +92,37 @@ class Job:
 def kind_of(lease: Lease) -> str | None:
     """The class that a native phone trains as; None: that of its gateway."""
     return lease.assigned.kind if lease.assigned else None
+
+
+class Rounds:
+    """The task in progress and the round before it: what both sides of a gateway share.
+
+    The lock of `changed` guards them, the round of the task, and the roster of phones.
+    """
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.job: Job | None = None
+        self.before: OfferRound | None = None
+
+    def begin(self, job: Job) -> None:
+        """Phones may have leases of a task from now on."""
+        with self.changed:
+            self.job = job
+            self.changed.notify_all()
+
+    def replace(self) -> None:
+        """The task in progress ends without a reply: its server does not wait for it any more."""
+        with self.changed:
+            old, self.job = self.job, None
+            if old:
+                old.replaced = True
+            self.changed.notify_all()
+        if old:
+            old.close()
+
+    def end(self, job: Job) -> None:
+        """The round of a task is over: what phones send from now on is not taken in."""
+        with self.changed:
+            job.merging_now = True
+            self.job, self.before = None, job.round

@@ -14,46 +14,6 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum, auto
 
 from corolla.server.gateway.budget import Assignment
-from corolla.wire.messages import Capabilities
-
-
-@dataclass(frozen=True)
-class Policy:
-    """What is asked of phones: the fields of the message Policy; 0 asks for nothing.
-
-    Each phone decides itself. What it reports anyway is looked at here too, once more; how warm it
-    is, what it has done before and what it has used today it tells nobody.
-    """
-
-    charging: bool = True
-    unmetered: bool = True
-    idle: bool = True
-    battery_percent: int = 0
-    thermal: int = 0
-    storage_bytes: int = 0
-    examples: int = 0
-    separation: int = 0
-    period_seconds: float = 0.0
-    daily_bytes: int = 0
-    daily_seconds: float = 0.0
-    daily_battery_percent: float = 0.0
-
-    def lacks(self, device: Capabilities) -> str:
-        """What of it a device does not meet, in words; "" when it is eligible.
-
-        A battery or a disk of 0 is not known: their owner's device looks itself.
-        """
-        battery, storage = device.battery_percent, device.storage_bytes
-        low = not device.charging and 0 < battery < self.battery_percent
-        full = 0 < storage < self.storage_bytes
-        met = {
-            "charging": device.charging or not self.charging,
-            "on an unmetered network": not (device.metered and self.unmetered),
-            "idle": device.idle or not self.idle,
-            f"charged to {self.battery_percent} % (found {battery})": not low,
-            f"left with {self.storage_bytes} bytes of storage (found {storage})": not full,
-        }
-        return ", ".join(name for name, is_met in met.items() if not is_met)
 
 
 class Phase(StrEnum):
@@ -90,7 +50,7 @@ class Lease:
 
 
 @dataclass(frozen=True)
-class Round:
+class OfferRound:
     """One task of the gateway: `seats` updates by `deadline`, of phones as they check in.
 
     At most `places` leases hold a seat at a time, more than `seats` because phones vanish.
@@ -120,7 +80,7 @@ class Round:
         """How many leases are in one of these phases."""
         return sum(lease.phase in phases for lease in self.leases.values())
 
-    def expire(self, now: float) -> "Round":
+    def expire(self, now: float) -> "OfferRound":
         """Open leases whose time is over are lost."""
         lost = {
             id: replace(lease, phase=Phase.LOST, why="the lease was over")
@@ -142,7 +102,7 @@ class Round:
         id: str,
         now: float,
         assigned: Assignment | None = None,
-    ) -> tuple["Round", Lease | str]:
+    ) -> tuple["OfferRound", Lease | str]:
         """A lease under `id`, or why there is none. A device that has one gets the same again."""
         held = self.expire(now)
         own = [lease for lease in held.leases.values() if lease.device == device]
@@ -161,7 +121,7 @@ class Round:
         lease = Lease(id, device, owner, examples, now, assigned=assigned)
         return held._renewed(lease, now)
 
-    def heartbeat(self, id: str, now: float) -> tuple["Round", float]:
+    def heartbeat(self, id: str, now: float) -> tuple["OfferRound", float]:
         """The seconds that the lease lasts now; 0 when its result is not wanted any more."""
         held = self.expire(now)
         lease = held.leases.get(id)
@@ -185,7 +145,7 @@ class Round:
             return f"the round is over: {self.seats} others were faster"
         return "the round is over: the deadline has passed" if now >= self.deadline else ""
 
-    def report(self, id: str, now: float) -> tuple["Round", str]:
+    def report(self, id: str, now: float) -> tuple["OfferRound", str]:
         """Take a reply in for examination, once; "" or why not, which is its last word."""
         held = self.expire(now)
         why = held.refuses(id, now)
@@ -195,7 +155,7 @@ class Round:
         phase = Phase.LATE if why else Phase.REPORTED
         return held._with(replace(lease, phase=phase, why=why)), why
 
-    def settle(self, id: str, phase: Phase, why: str) -> "Round":
+    def settle(self, id: str, phase: Phase, why: str) -> "OfferRound":
         """The verdict on a reply that was taken in; what would be one too many is late."""
         lease = self.leases[id]
         if lease.phase != Phase.REPORTED:
@@ -204,31 +164,12 @@ class Round:
             phase, why = Phase.LATE, f"the round is over: {self.seats} others were faster"
         return self._with(replace(lease, phase=phase, why=why))
 
-    def _renewed(self, lease: Lease, now: float) -> tuple["Round", Lease]:
+    def _renewed(self, lease: Lease, now: float) -> tuple["OfferRound", Lease]:
         lease = replace(lease, ends=min(now + self.lease_seconds, self.deadline))
         return self._with(lease), lease
 
-    def _with(self, lease: Lease) -> "Round":
+    def _with(self, lease: Lease) -> "OfferRound":
         return replace(self, leases={**self.leases, lease.id: lease})
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What is known of a phone between rounds."""
-
-    owner: str
-    examples: int
-    at: float
-    eligible: bool
-
-
-def seats(seen: Mapping[str, Seen], now: float, within: float) -> dict[str, int]:
-    """The phones that were eligible when they last checked in, not long ago, and their examples."""
-    return {
-        device: own.examples
-        for device, own in seen.items()
-        if own.eligible and now - own.at <= within
-    }
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,21 @@ from typing import Any
 
 import torch
 
-from corolla import seeds, strategies
+from corolla import seeds
 from corolla.aggregation import robust
 from corolla.config import schedule
-from corolla.config.run import RunConfig, validate
+from corolla.config.build import build_strategy
+from corolla.config.load import validate
+from corolla.config.run import RunConfig
 from corolla.errors import WireError
+from corolla.interfaces import Strategy
 from corolla.server.rounds.federation import merges
 from corolla.server.rounds.gate import Expected, Judged, judge
 from corolla.server.rounds.round import mean_metrics
+from corolla.strategies import files, registry
 from corolla.tensors import factors
-from corolla.types import Params, Strategy
-from corolla.wire import codec, compression, messages
+from corolla.types import Params
+from corolla.wire import codec, compression, limits, messages
 from corolla.wire.messages import Reply, Task, pack_reply
 from corolla.wire.packet import Packet
 
@@ -56,7 +60,7 @@ class Merging:
             self.config.uplink,
             min(examples, steps * own.batch_size),
             self.config.max_norm,
-            space=robust.space_of(strategies.traits(self.strategy)),
+            space=robust.space_of(registry.traits(self.strategy)),
         )
 
     def judge(self, packet: Packet, phone: str, examples: int, kind: str | None = None) -> Judged:
@@ -103,7 +107,7 @@ def _common(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str
     """Metrics under the names that most phones report: one phone's own names crowd none out."""
     counts = Counter(name for own in metrics.values() for name in own)
     names = [name for name in sorted(counts) if 2 * counts[name] > len(metrics)]
-    kept = frozenset(sorted(names, key=lambda name: -counts[name])[: messages.MAX_METRICS])
+    kept = frozenset(sorted(names, key=lambda name: -counts[name])[: limits.MAX_METRICS])
     return {
         phone: {name: value for name, value in own.items() if name in kept}
         for phone, own in metrics.items()
@@ -116,7 +120,7 @@ def prepare(task: Task, allow: Iterable[str] = ()) -> Merging:
         told: dict[str, Any] = json.loads(task.config)
         run = dict(told["run"])
         if "strategy" in run:  # before anything imports it
-            run["strategy"] = strategies.allowed(str(run["strategy"]), allow, "gateway")
+            run["strategy"] = files.allowed(str(run["strategy"]), allow, "gateway")
         config = validate(run)
         kind = str(told["class"])
         form = compression.blank(told["fresh"])["adapter"]
@@ -125,4 +129,4 @@ def prepare(task: Task, allow: Iterable[str] = ()) -> Merging:
     config.of_class(kind)
     fresh = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in form.items()}
     bare = replace(task, payload=b"", scalars={}, log=None, seats=0)
-    return Merging(bare, config, config.build_strategy(), kind, fresh)
+    return Merging(bare, config, build_strategy(config), kind, fresh)

@@ -8,7 +8,7 @@ from corolla.server.gateway.blobs import Blobs
 from corolla.server.gateway.budget import Assignment, Demand
 from corolla.server.gateway.job import NO_PROGRAMS, Job
 from corolla.server.gateway.merging import Merging
-from corolla.server.gateway.offer import Offer, to_message
+from corolla.server.gateway.programs import Programs, to_message
 from corolla.wire import codec
 from corolla.wire.messages import Log, Task
 
@@ -31,34 +31,34 @@ class Denied:
 
 
 class Natives:
-    """The native phones of a gateway that has programs for them, or none (`offer` is None)."""
+    """The native phones of a gateway that has programs for them, or none (`programs` is None)."""
 
-    def __init__(self, offer: Offer | None, blobs: Blobs) -> None:
-        self._offer, self._blobs = offer, blobs
+    def __init__(self, programs: Programs | None, blobs: Blobs) -> None:
+        self._programs, self._blobs = programs, blobs
         self._last = Demand()  # nobody fetches another program between two rounds
         self._first: tuple[tuple[str, str], tuple[str, bytes]] | None = None
 
     def begin(self, merging: Merging, task: Task) -> tuple[Demand | str, pb.Blob | None]:
         """(what is asked of them, or why they can do nothing; the first state of a log)."""
-        if self._offer is None:
+        if self._programs is None:
             return NO_PROGRAMS, None
-        demand, first = self._offer.demand(merging), None
+        demand, first = self._programs.demand(merging), None
         if isinstance(demand, str):
             return demand, None
         if task.log:
             try:
-                content, data = self._first_of(self._offer, merging, task.log)
+                content, data = self._first_of(self._programs, merging, task.log)
             except WireError as error:
                 return str(error), None
             first = self._blobs.put(data, "first", content)
         self._last = demand
         return demand, first
 
-    def _first_of(self, offer: Offer, merging: Merging, log: Log) -> tuple[str, bytes]:
+    def _first_of(self, programs: Programs, merging: Merging, log: Log) -> tuple[str, bytes]:
         """(content id, bytes) of a run's first state: built once, and held. Raises WireError."""
         run = merging.task.run_id, log.origin
         if self._first is None or self._first[0] != run:
-            start = offer.first(merging, log)
+            start = programs.first(merging, log)
             self._first = run, (codec.content_id(start), codec.encode({"first": start}))
         return self._first[1]
 
@@ -66,7 +66,7 @@ class Natives:
         self, request: pb.CheckInRequest, device: str, job: Job | None, now: float
     ) -> Assignment | Denied:
         """What one is to run: as long as it has a lease, the same."""
-        if self._offer is None:
+        if self._programs is None:
             return Denied(pb.Refusal.REASON_MODEL, NO_PROGRAMS)
         demand = self._last
         if job:
@@ -76,14 +76,14 @@ class Natives:
             if isinstance(job.demand, str):
                 return Denied(pb.Refusal.REASON_NO_TASK, job.demand)
             demand = replace(job.demand, seconds=max(0.0, job.round.deadline - now))
-        found = self._offer.assign(request, demand)
+        found = self._programs.assign(request, demand)
         if isinstance(found, str):
             return Denied(pb.Refusal.REASON_NOT_ELIGIBLE, found)
         return found
 
     def lacks(self, assigned: Assignment, manifest: str) -> Denied | None:
         """That the files of its program are not those that a phone has."""
-        files = self._offer.files(assigned) if self._offer else None
+        files = self._programs.files(assigned) if self._programs else None
         if files and manifest == files.sha256:
             return None
         text = f"get program {assigned.program}"

@@ -5,8 +5,10 @@ and a phone that missed rounds gets them from here.
 """
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from corolla.errors import WireError
 from corolla.proto import device_pb2 as pb
@@ -14,7 +16,8 @@ from corolla.server.gateway.blobs import Blobs
 from corolla.storage.memory import Memory
 from corolla.types import Params, Payload
 from corolla.wire import codec
-from corolla.wire.messages import MAX_ROWS, Log, Task, pack_task
+from corolla.wire.limits import MAX_ROWS
+from corolla.wire.messages import Log, Task, pack_task
 
 _LONGEST_LOG = 4 << 20
 """Bytes of rows: half of a header."""
@@ -24,7 +27,7 @@ _OURS = ("fresh",)
 
 @dataclass(frozen=True)
 class Parcel:
-    """A task for phones. `versions` leads to that of the log, whose rows and snapshot these are.
+    """A task for phones. Row by row, its log leads through `versions`, from that of `snapshot` on.
 
     `first` is the adapter that a run with a log began from, which native phones cannot make. They
     need it where there is no snapshot.
@@ -74,6 +77,31 @@ class Parcel:
         """The blobs that all phones share."""
         shared = (self.payload, self.snapshot, self.first, *self.cached)
         return {blob.sha256 for blob in shared if blob}
+
+
+class RunStore:
+    """What is held of one run: its groups and its log on disk, and the blobs made of them."""
+
+    def __init__(self, folder: Path, blobs: Blobs) -> None:
+        self._folder, self._blobs = folder, blobs
+        self._cached: Sequence[pb.Blob] = ()
+        self._memory: tuple[str, Memory] | None = None
+
+    def take_in(self, task: Task) -> Parcel | list[str]:
+        """A task as phones get it, or the groups that must be sent again. Raises WireError."""
+        parcel = take_in(task, self._memory_of(task.run_id), self._blobs, self._cached)
+        if isinstance(parcel, Parcel):
+            self._cached = parcel.cached
+        return parcel
+
+    def _memory_of(self, run_id: str) -> Memory:
+        """The storage of a run; that of other runs is deleted."""
+        if self._memory is None or self._memory[0] != run_id:
+            for old in self._folder.glob("*"):
+                if old.name != run_id:
+                    shutil.rmtree(old, ignore_errors=True)
+            self._memory = (run_id, Memory(self._folder / run_id))
+        return self._memory[1]
 
 
 def take_in(

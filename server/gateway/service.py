@@ -1,7 +1,6 @@
 """The service that phones call: TLS, a token on every call, limits; then the gateway."""
 
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -50,34 +49,35 @@ class Phones(device_pb2_grpc.PhonesServicer):
     """Checks who calls and how often, and gives what goes wrong its status code."""
 
     def __init__(self, gateway: Gateway, tokens: Mapping[str, Token]) -> None:
-        self._gateway, self._tokens = gateway, tokens
+        self._check_ins, self._deliveries = gateway.check_ins, gateway.deliveries
+        self._blobs, self._tokens, self._clock = gateway.blobs, tokens, gateway.clock
         self._lock = threading.Lock()
         self._buckets: OrderedDict[str, Bucket] = OrderedDict()
 
     def CheckIn(  # noqa: N802 - these names are in device.proto
         self, request: pb.CheckInRequest, context: grpc.ServicerContext
     ) -> pb.CheckInResponse:
-        return self._call(context, lambda token: self._gateway.check_in(request, token))
+        return self._call(context, lambda token: self._check_ins.answer(request, token))
 
     def Download(  # noqa: N802
         self, request: pb.DownloadRequest, context: grpc.ServicerContext
     ) -> pb.Chunk:
-        return self._call(context, lambda _: self._gateway.download(request))
+        return self._call(context, lambda _: self._blobs.chunk(request.sha256, request.offset))
 
     def Upload(  # noqa: N802
         self, request: pb.Chunk, context: grpc.ServicerContext
     ) -> pb.UploadStatus:
-        return self._call(context, lambda token: self._gateway.upload(request, token))
+        return self._call(context, lambda token: self._deliveries.upload(request, token))
 
     def Report(  # noqa: N802
         self, request: pb.ReportRequest, context: grpc.ServicerContext
     ) -> pb.Acknowledgement:
-        return self._call(context, lambda token: self._gateway.report(request, token))
+        return self._call(context, lambda token: self._deliveries.report(request, token))
 
     def Heartbeat(  # noqa: N802
         self, request: pb.HeartbeatRequest, context: grpc.ServicerContext
     ) -> pb.HeartbeatResponse:
-        return self._call(context, lambda token: self._gateway.heartbeat(request, token))
+        return self._call(context, lambda token: self._deliveries.heartbeat(request, token))
 
     def _call(self, context: grpc.ServicerContext, answer: Callable[[Token], R]) -> R:
         token = _token(self._tokens, context.invocation_metadata())
@@ -107,7 +107,7 @@ class Phones(device_pb2_grpc.PhonesServicer):
             _end(context, grpc.StatusCode.RESOURCE_EXHAUSTED, "too many calls: wait a second")
 
     def _allowed(self, peer: str) -> bool:
-        now = time.monotonic()
+        now = self._clock()
         with self._lock:
             bucket, allowed = self._buckets.get(peer, Bucket(BURST, now)).take(now, RATE, BURST)
             self._buckets[peer] = bucket

@@ -7,16 +7,18 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol
 
-from corolla import seeds, strategies
+from corolla import seeds
 from corolla.aggregation import robust
 from corolla.aggregation.sums import summable
 from corolla.config import rules, schedule
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
+from corolla.interfaces import Strategy, Summable, Tallied
 from corolla.server.rounds import cohort, simulated_time
 from corolla.server.rounds.gate import Expected
+from corolla.strategies import registry
 from corolla.tensors import factors
-from corolla.types import LoraSpec, Params, Payload, Size, Strategy, Summable, Tallied, TrainerName
+from corolla.types import LoraSpec, Params, Payload, Size, TrainerName
 from corolla.wire.messages import Kind
 from corolla.wire.packet import Packet
 
@@ -165,7 +167,7 @@ class Federation:
         """What a valid reply of a member to a task is like; `seats` is of a gateway's task."""
         if kind != Kind.TRAIN:
             return Expected(None)
-        traits = strategies.traits(self.strategy)
+        traits = registry.traits(self.strategy)
 
         def one(name: str, phone: str = "") -> Expected:
             return Expected(
@@ -244,7 +246,7 @@ class Federation:
         if self.config.dp != "none":
             return []
         able = set(self.clients)
-        if self.config.eval_participants or strategies.traits(self.strategy).personal:
+        if self.config.eval_participants or registry.traits(self.strategy).personal:
             rounds = range(1, self.config.rounds + 1)
             able = {c for r in rounds for c in self.sample(self.present(r), self.cohort_size, r)}
         able -= self.seats.keys()

@@ -15,10 +15,12 @@ from torch import Tensor
 from corolla.aggregation import robust
 from corolla.aggregation.robust import Space
 from corolla.errors import NotFiniteError, SchemaError, WireError
+from corolla.host import text
 from corolla.tensors import factors
 from corolla.types import Params, Payload
 from corolla.wire import messages
 from corolla.wire.compression import PLAIN, Pipeline
+from corolla.wire.limits import MAX_EXAMPLES, MAX_REPLY_HEADER
 from corolla.wire.messages import Reply, Task
 from corolla.wire.packet import Packet
 
@@ -98,7 +100,7 @@ class Expected:
 
     like: Payload | None
     codec: Pipeline = PLAIN
-    most_examples: int = messages.MAX_EXAMPLES
+    most_examples: int = MAX_EXAMPLES
     max_norm: float | None = None
     sums: Payload | None = None
     most_clients: int = 0
@@ -165,7 +167,7 @@ def most_bytes(expect: Expected) -> int:
 def _judged(packet: Packet, client: str, task: Task, expect: Expected) -> Judged:
     limit = most_bytes(expect)
     for part, size, most in (
-        ("header", len(packet.header), messages.MAX_REPLY_HEADER),
+        ("header", len(packet.header), MAX_REPLY_HEADER),
         ("payload", len(packet.payload), limit),
     ):
         if size > most:
@@ -418,4 +420,4 @@ def _within(found: Tensor, limits: Tensor) -> bool:
 
 
 def _refused(code: Code, why: str) -> Judged:
-    return Judged(Verdict(code, messages.one_line(why)[:_WHY]))
+    return Judged(Verdict(code, text.one_line(why)[:_WHY]))

@@ -8,21 +8,22 @@ from typing import Any
 
 import torch
 
-from corolla import strategies
 from corolla.aggregation import robust
 from corolla.aggregation.robust import Robust
 from corolla.aggregation.sums import summable
 from corolla.config.run import RunConfig
 from corolla.errors import RoundError
-from corolla.privacy.client_level import ClippedSum
+from corolla.interfaces import Aggregator
+from corolla.privacy.clipped_sum import ClippedSum
 from corolla.server.rounds import buffer, simulated_time
 from corolla.server.rounds.asking import Answer, Asking, Plan, answer_of, buffered, synchronous
 from corolla.server.rounds.federation import Federation, Held, Network
 from corolla.server.rounds.gate import Code, Judged, Verdict
 from corolla.server.rounds.spending import Spending, told
 from corolla.server.rounds.tasks import Traffic, accepted_note, accepted_only, costs, formula
+from corolla.strategies import registry
 from corolla.tensors import tree
-from corolla.types import Aggregator, Cost, Metrics, Payload
+from corolla.types import Cost, Metrics, Payload
 from corolla.wire.messages import Kind
 
 _NORMS = "norms"
@@ -99,7 +100,7 @@ def run_round(
         federation, state, held, round, network, on_reply, on_plan, attempt, traffic, spending
     )
     gathered = buffered(asking, memory) if config.buffer else synchronous(asking, memory, cohort)
-    keeps = strategies.traits(strategy).keeps or config.uplink.needs_differences
+    keeps = registry.traits(strategy).keeps or config.uplink.needs_differences
     known = dict(held)
     defence, summed = (
         _defence(federation, round, memory),

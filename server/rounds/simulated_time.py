@@ -8,7 +8,8 @@ from collections.abc import Iterable
 import torch
 
 from corolla import seeds
-from corolla.config.run import ClientClass, RunConfig
+from corolla.config.groups import ClientClass
+from corolla.config.run import RunConfig
 
 
 def seconds(config: RunConfig, name: str, steps: int, down: int, up: int) -> float:

@@ -7,7 +7,9 @@ from typing import Any
 
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
-from corolla.privacy.client_level import NOISE, ClientLevel, Guarantee
+from corolla.privacy.client_level import ClientLevel
+from corolla.privacy.guarantee import Guarantee
+from corolla.privacy.randomness import NOISE
 from corolla.server.rounds.federation import Federation
 from corolla.server.runs.checkpoint import Checkpoint
 from corolla.server.runs.journal import Past

@@ -14,11 +14,11 @@ from corolla.errors import RoundError
 from corolla.server.rounds.federation import Federation, Held
 from corolla.tensors import tree
 from corolla.types import Broadcast, Cost, LoraSpec, Payload
-from corolla.wire import codec, compression, messages
+from corolla.wire import codec, compression, limits, messages, scalar_groups
 from corolla.wire.compression import Pipeline
 from corolla.wire.messages import Kind, Log, Task, pack_task
 
-_LONGEST_LOG = messages.MAX_HEADER // 2
+_LONGEST_LOG = limits.MAX_HEADER // 2
 """Bytes of rows that surely fit a message."""
 
 _ACCEPTED = "accepted-"
@@ -79,7 +79,7 @@ def make_tasks(
             packed, described = _packed(federation, broadcast, lora, round)
             payload = {**packed, **{g: broadcast.cached[g] for g in lacks}, **extra}
             content = messages.content_bytes(payload)
-            content += sum(messages.scalar_bytes(row) for row in (log.rows if log else ()))
+            content += sum(scalar_groups.scalar_bytes(row) for row in (log.rows if log else ()))
             sent[form] = (*messages.enclose(payload), log, content, described)
         data, scalars, log, content, described = sent[form]
         settings = {
@@ -142,7 +142,7 @@ def _packed(
     config, payload = federation.config, _of_each_round(broadcast, lora)
     if not config.codec_down:
         return payload, {}
-    dense, scalars = messages.split(payload)
+    dense, scalars = scalar_groups.split(payload)
     packed = config.downlink.pack(dense, seeds.derive(config.seed, "broadcast", round))
     return {**packed, **scalars}, {"form": compression.form(dense)}
 
@@ -160,7 +160,7 @@ def _log(
         return None, {}
     number, last = len(broadcast.log), versions[-1]
     rows = broadcast.log[versions.index(since) :]
-    size = sum(messages.scalar_bytes(row) for row in rows)
+    size = sum(scalar_groups.scalar_bytes(row) for row in rows)
     if broadcast.snapshot is not None and size > min(
         messages.content_bytes({"start": state["start"]}), _LONGEST_LOG
     ):
@@ -231,7 +231,7 @@ def _of_gateway(federation: Federation, gateway: str, round: int, count: int, on
 
 def _saved(pipeline: Pipeline, payload: Payload) -> tuple[int, bool]:
     """Bytes that a codec saves on a payload, at least or exactly."""
-    dense, _ = messages.split(payload)
+    dense, _ = scalar_groups.split(payload)
     if not dense:
         return 0, False
     size, at_most = pipeline.content_bytes(dense)

@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from corolla.errors import ArtefactError, WireError
-from corolla.host.sealed_lines import sync_folder
+from corolla.host.files import sync_folder, write_atomic
 from corolla.types import Payload
 from corolla.wire import codec
 
@@ -100,14 +99,3 @@ def load(folder: Path, committed: Mapping[int, str] | None = None) -> Checkpoint
     if notes and committed is None:
         raise ArtefactError(f"{folder} has {len(notes)} checkpoints and all are damaged")
     return None
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that it is either the old one or the new one, whatever happens."""
-    scratch = path.with_name(path.name + ".part")
-    with scratch.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
-    sync_folder(path.parent)

@@ -9,7 +9,8 @@ import torch
 
 from corolla.config.run import RunConfig
 from corolla.data.encoding import Encoded, Encoder, collate
-from corolla.data.federated import Example, spread
+from corolla.data.federated import spread
+from corolla.data.rows import Example
 from corolla.errors import ArtefactError, DataError
 from corolla.evaluation import answers
 from corolla.evaluation.scoring import score

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from corolla.config.run import RunConfig
 from corolla.data import federated
 from corolla.data.encoding import Encoded, Encoder, collate
+from corolla.data.rows import read_rows
 from corolla.errors import ConfigError, DataError, ModelError
 from corolla.evaluation.scoring import loss_sum
 from corolla.models.lora import LoraModel
@@ -85,7 +86,7 @@ def gradients(
 
 def _public(base: Base, config: RunConfig, labels: Sequence[str]) -> list[Encoded]:
     """Sequences of the public rows, evenly spread over them."""
-    rows, _ = federated.read(str(config.public))
+    rows, _ = read_rows(str(config.public))
     owned = next((row.client for row in rows if row.client is not None), None)
     if owned is not None:
         raise DataError(

@@ -11,7 +11,8 @@ import jinja2
 
 from corolla.embedded.assets import asset
 from corolla.evaluation.scoring import SHARES
-from corolla.server.runs.checkpoint import write_atomic
+from corolla.host.files import write_atomic
+from corolla.host.text import human_bytes
 
 _SHOWN_CLIENTS = 40
 _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "KB"), (1, "bytes"))
@@ -40,15 +41,6 @@ def write_report(path: Path, info: Mapping[str, Any], lines: Sequence[Mapping[st
         shares=SHARES,
     )
     write_atomic(path, page.encode())
-
-
-def human_bytes(count: float) -> str:
-    """1536 → '1.5 KB'. Powers of 1000, as networks are billed."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def _samples(told: Mapping[str, Sequence[Any]] | None) -> list[tuple[Any, Any]] | None:

@@ -5,7 +5,6 @@ import math
 import platform
 import secrets
 import shutil
-import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,15 +15,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import corolla
 from corolla import seeds
-from corolla.config.run import RunConfig, validate
+from corolla.config.build import build_strategy
+from corolla.config.load import validate
+from corolla.config.run import RunConfig
 from corolla.directions import seedlog
 from corolla.errors import ArtefactError, ConfigError, RoundError, StoppedError
 from corolla.host import logs
+from corolla.host.files import write_atomic
+from corolla.host.heap import peak_rss
 from corolla.host.processes import uninterrupted
+from corolla.interfaces import Strategy
 from corolla.models import records
-from corolla.privacy.client_level import NEIGHBOURS
+from corolla.privacy.guarantee import NEIGHBOURS
 from corolla.server.rounds import spending
 from corolla.server.rounds.cohort import read_trace
 from corolla.server.rounds.federation import Federation, Held, Network
@@ -32,15 +35,17 @@ from corolla.server.rounds.round import RoundResult, evaluate_clients
 from corolla.server.rounds.spending import Spending
 from corolla.server.runs import checkpoint, gradient_start
 from corolla.server.runs.attempts import Attempts, Done, how_to_go_on
-from corolla.server.runs.checkpoint import Checkpoint, write_atomic
+from corolla.server.runs.checkpoint import Checkpoint
 from corolla.server.runs.ending import ended
 from corolla.server.runs.evaluate import Evaluator, Sample, fairness
 from corolla.server.runs.journal import Journal, Past, fail_point
 from corolla.server.runs.observer import Observer
 from corolla.server.runs.report import write_report
-from corolla.strategies import traits
+from corolla.storage import folders
+from corolla.strategies.registry import traits
 from corolla.tensors import tree
-from corolla.types import Adapter, Aggregates, Metrics, Payload, Strategy
+from corolla.types import Adapter, Aggregates, Metrics, Payload
+from corolla.version import __version__
 
 _log = logs.logger("run")
 
@@ -180,7 +185,7 @@ class Run:
         return summary
 
     def _federation(self, past: Past) -> Federation:
-        strategy = self.config.build_strategy()
+        strategy = build_strategy(self.config)
         # Who is known keeps its place; who is not there now may come back.
         clients = {**past.roster, **dict(sorted(self.network.clients().items()))}
         if not clients:
@@ -237,7 +242,7 @@ class Run:
         if self.keep_updates:
             self._keep_global(federation, result.state, round)
             if not self.own_devices:  # whose updates nobody wrote down
-                folder = records.round_folder(self.folder / "updates", round)
+                folder = folders.round_folder(self.folder / "updates", round)
                 records.write_weights(folder, result.num_examples)
         scores: Metrics = {}
         if round % self.config.eval_every == 0 or round == self.config.rounds:
@@ -347,7 +352,7 @@ class Run:
         packages = ("flwr", "torch", "peft", "transformers", "safetensors")
         return {
             **self.facts,
-            "corolla": corolla.__version__,
+            "corolla": __version__,
             "run_id": federation.run_id,
             "keep_updates": self.keep_updates,
             "config": self.config.model_dump(mode="json"),
@@ -384,7 +389,7 @@ class Run:
         write_atomic(self.folder / "run.json", (json.dumps(info, indent=2) + "\n").encode())
 
     def _keep_global(self, federation: Federation, state: Payload, round: int) -> None:
-        folder = records.round_folder(self.folder / "global", round)
+        folder = folders.round_folder(self.folder / "global", round)
         self.evaluator.model.save(folder, federation.strategy.adapter(state), self.config.lora)
 
 
@@ -410,18 +415,6 @@ def stored_run(folder: Path) -> tuple[RunConfig, str, bool]:
         return validate(info["config"]), str(info["run_id"]), bool(info["keep_updates"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtefactError(f"{folder / 'run.json'} cannot be read: {error!r}") from error
-
-
-def peak_rss() -> int:
-    """The largest resident memory this process has had, in bytes."""
-    if sys.platform == "win32":
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _committed(path: Path, round: int) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from corolla.data import federated
 from corolla.data.federated import FederatedData
 from corolla.directions.pools import SignPool
 from corolla.evaluation.scoring import loss_sum
-from corolla.models import pretrained, trainable
+from corolla.models import devices, pretrained, trainable
 from corolla.models.full import FullModel
 from corolla.models.trainable import Trainable
 from corolla.server.rounds.cohort import read_trace
@@ -45,7 +45,7 @@ def set_up(config: RunConfig, run_id: str | None, deployed: bool = False) -> Set
     """
     trace = read_trace(Path(config.availability)) if config.availability else None
     dataset = federated.load_heldout(config) if deployed else federated.load(config)
-    pretrained.set_threads(config)
+    devices.set_threads(config)
     base = pretrained.load(config, dataset.labels)
     facts: dict[str, Any] = {
         "run_id": run_id,

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from corolla.client.device.settings import identity
+from corolla.client.device.identity import identity
 from corolla.host import certificates
 from tests.e2e.federation import OPTIONS, Server, running_client, running_server
 
@@ -43,7 +43,7 @@ NODE = """
 import sys
 from pathlib import Path
 from corolla.client.device.node import Node
-from corolla.client.device.settings import identity
+from corolla.client.device.identity import identity
 from corolla.client.device.supernode import Link
 server, ca, state = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 ready = [sys.executable, "-c", "import time; print('{}', flush=True); time.sleep(600)"]

@@ -80,7 +80,7 @@ def test_both_set_up_commands_are_named() -> None:
 
 
 def test_every_strategy_is_in_the_table() -> None:
-    from corolla.strategies import STRATEGIES
+    from corolla.strategies.registry import STRATEGIES
 
     for name in STRATEGIES:
         assert f"| `{name}` |" in README

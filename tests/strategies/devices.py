@@ -10,6 +10,7 @@ from torch import Tensor
 
 from corolla import seeds
 from corolla.client.training.worker import Worker
+from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.directions import seedlog
 from corolla.models import pretrained
@@ -119,7 +120,7 @@ class Run:
 def start(kind: str, folder: Path, *, reverse: bool = False, **changes: Any) -> Run:
     """A federation before its first round; see tiny.config for `changes`."""
     config = tiny.config(**{"eps": 0.01, **changes})
-    strategy = config.build_strategy()
+    strategy = build_strategy(config)
     model = build(config, kind)
     first = strategy.init(model.init(config.lora, seeds.derive(config.seed, "init")), config.seed)
     origin = seedlog.origin(model.base.fingerprint, first)

@@ -7,9 +7,11 @@ from typing import ClassVar, Self, cast
 import torch
 from torch import Tensor
 
-from corolla.aggregation.sums import ByGroup, SeedSums, Stack, WeightedMean
+from corolla.aggregation.stacks import Stack
+from corolla.aggregation.sums import ByGroup, SeedSums, WeightedMean
 from corolla.client.training.worker import LocalClient
 from corolla.directions.pools import SignPool
+from corolla.interfaces import Client, ForwardTrainer
 from corolla.strategies.fed_sb import FedSb
 from corolla.strategies.fedavg import FedAvg
 from corolla.strategies.fedavgm import FedAvgM
@@ -32,9 +34,7 @@ from corolla.types import (
     Adapter,
     Aggregates,
     Broadcast,
-    Client,
     Cost,
-    ForwardTrainer,
     Metrics,
     Move,
     Params,

@@ -11,19 +11,21 @@ from typing import Any
 import pytest
 import torch
 
-from corolla import strategies
 from corolla.client.training.worker import Worker
 from corolla.commands.check.proofs import Result, conform
+from corolla.config.build import build_strategy
 from corolla.directions import seedlog
 from corolla.errors import ConfigError
+from corolla.interfaces import Observed, Strategy, Traits
 from corolla.server.rounds.federation import Network
 from corolla.server.rounds.round import evaluate_clients
 from corolla.server.rounds.tasks import accepted_only
 from corolla.storage.memory import Memory
-from corolla.strategies import STRATEGIES, create
+from corolla.strategies import registry
+from corolla.strategies.registry import STRATEGIES, create
 from corolla.tensors import factors, tree
-from corolla.types import LoraSpec, Observed, Params, Payload, Strategy, Traits
-from corolla.wire import codec, messages
+from corolla.types import LoraSpec, Params, Payload
+from corolla.wire import codec, messages, scalar_groups
 from corolla.wire.packet import Packet
 from tests.strategies import tiny
 from tests.strategies.tiny import Run
@@ -65,7 +67,7 @@ def classes(name: str) -> dict[str, Any]:
 
 
 def traits(name: str) -> Traits:
-    return strategies.traits(STRATEGIES[name])
+    return registry.traits(STRATEGIES[name])
 
 
 def rounding(name: str) -> float:
@@ -103,7 +105,7 @@ def aggregate(strategy: Strategy, parts: Sequence[tuple[Payload, float]]) -> Pay
 def weights(run: Run, state: Payload) -> Params:
     """The effective weights of a state, by peft; where clients keep a factor, the other one."""
     strategy = run.federation.strategy
-    if strategies.traits(strategy).personal and strategy.aggregates == "other":
+    if registry.traits(strategy).personal and strategy.aggregates == "other":
         return {n: tensor.double() for n, tensor in strategy.adapter(state).trained.items()}
     run.model.show(strategy.adapter(state), run.federation.config.lora)
     return tiny.effective(run.model)
@@ -135,21 +137,21 @@ def test_names_its_paper_and_keeps_no_state(name: str) -> None:
 def test_mixed_ranks_are_accepted_exactly_when_declared(name: str) -> None:
     settings = tiny.config(name, ranks=[2, 4], **classes(name))
     if STRATEGIES[name].mixed_ranks:
-        settings.build_strategy()
+        build_strategy(settings)
         return
     with pytest.raises(ConfigError, match="needs one rank and alpha for all clients"):
-        settings.build_strategy()
-    assert tiny.config(name, ranks=[2, 2], **classes(name)).build_strategy() is not None
+        build_strategy(settings)
+    assert build_strategy(tiny.config(name, ranks=[2, 2], **classes(name))) is not None
 
 
 @pytest.mark.parametrize("role", ["bias", "full"])
 def test_other_tensors_are_trained_exactly_when_declared(name: str, role: str) -> None:
     settings = tiny.config(name, parameters=role)
     if STRATEGIES[name].full or getattr(STRATEGIES[name], "dense", False):
-        settings.build_strategy()
+        build_strategy(settings)
         return
     with pytest.raises(ConfigError, match="trains LoRA factors"):
-        settings.build_strategy()
+        build_strategy(settings)
 
 
 @pytest.mark.parametrize("trainer", ["first_order", "zeroth_order"])
@@ -158,20 +160,20 @@ def test_clients_train_as_declared_and_in_no_other_way(name: str, trainer: str) 
     settings = tiny.config(name, classes={"phone": {"trainer": trainer}, **known})
     assert settings.trainer_of("") == STRATEGIES[name].trainers[0]
     if trainer in STRATEGIES[name].trainers:
-        settings.build_strategy()
+        build_strategy(settings)
         assert settings.trainer_of("phone") == trainer
         return
     with pytest.raises(ConfigError, match=f"class phone has trainer {trainer}, but"):
-        settings.build_strategy()
+        build_strategy(settings)
 
 
 def test_more_than_one_way_to_train_needs_all_of_them(name: str) -> None:
     if len(STRATEGIES[name].trainers) == 1:
-        tiny.config(name).build_strategy()
+        build_strategy(tiny.config(name))
         return
     for trainer in STRATEGIES[name].trainers:
         with pytest.raises(ConfigError, match=f"found {trainer}: set classes.NAME.trainer"):
-            tiny.config(name, classes={"all": {"trainer": trainer}}).build_strategy()
+            build_strategy(tiny.config(name, classes={"all": {"trainer": trainer}}))
 
 
 # Proofs on effective weights
@@ -459,8 +461,8 @@ def size_of(payload: Payload) -> int:
     for params in payload.values():
         plain = sum(t.numel() * (4 if n == "seed" else t.element_size()) for n, t in params.items())
         if "scalars" in params and "directions" not in params and not params["scalars"].all():
-            assert messages.scalar_bytes(params) <= plain
-            plain = messages.scalar_bytes(params)
+            assert scalar_groups.scalar_bytes(params) <= plain
+            plain = scalar_groups.scalar_bytes(params)
         total += plain
     return total
 

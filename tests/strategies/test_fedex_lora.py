@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from corolla.aggregation.sums import MeanAndResidual
+from corolla.aggregation.stacks import MeanAndResidual
 from corolla.strategies.fedex_lora import FedExLora
 from corolla.types import Cost, LoraSpec, Params, Payload, Size
 from tests.strategies import tiny

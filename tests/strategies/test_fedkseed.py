@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from corolla import seeds
-from corolla.directions import pools, signs
+from corolla.directions import moving, signs
 from corolla.directions.pools import GaussianPool, SignPool
 from corolla.strategies.fedkseed import FedKSeed
 from corolla.tensors import tree
@@ -69,7 +69,7 @@ def test_two_rounds_by_hand(kind: str) -> None:
             assert member.asked[0]["pool"] == own
         assert state["sums"]["scalars"].tolist() == pytest.approx(sums.tolist(), rel=1e-6)
     whole = strategy.adapter(state)
-    found = flat(pools.settle(whole.trained, whole.moves))
+    found = flat(moving.settle(whole.trained, whole.moves))
     wanted = flat(START)
     for k in range(8):
         wanted = wanted + sums[k] * z(own, k, 5)

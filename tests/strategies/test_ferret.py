@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from corolla import seeds
-from corolla.directions import pools, seedlog, signs
+from corolla.directions import moving, seedlog, signs
 from corolla.strategies.ferret import Ferret
 from corolla.tensors import tree
 from corolla.types import Cost, Params, Payload, Size
@@ -41,7 +41,7 @@ def flat(params: Params) -> Tensor:
 
 def settled(strategy: Ferret, state: Payload) -> Tensor:
     whole = strategy.adapter(state)
-    return flat(pools.settle(whole.trained, whole.moves))
+    return flat(moving.settle(whole.trained, whole.moves))
 
 
 def reconstruction(size: int, moved: Tensor, seed: int, server_lr: float = 1.0) -> Tensor:

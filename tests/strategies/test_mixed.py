@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from corolla import seeds
+from corolla.config.build import build_strategy
 from corolla.directions import signs
 from corolla.errors import ConfigError
 from corolla.server.rounds.round import run_round
@@ -326,10 +327,10 @@ def test_the_order_of_clients_changes_no_bit(tmp_path: Path) -> None:
 def test_both_trainers_must_occur(trainers: list[str]) -> None:
     classes = {f"class{n}": {"trainer": trainer} for n, trainer in enumerate(trainers)}
     with pytest.raises(ConfigError, match="needs classes of clients with trainers") as said:
-        tiny.config("mixed", classes=classes).build_strategy()
+        build_strategy(tiny.config("mixed", classes=classes))
     assert "\n" not in str(said.value)
     usual = {"pc": {}, "phone": {"trainer": "zeroth_order"}}  # without one: the first
-    tiny.config("mixed", classes=usual).build_strategy()
+    build_strategy(tiny.config("mixed", classes=usual))
 
 
 def test_a_device_that_measured_other_directions_is_dropped(tmp_path: Path) -> None:

@@ -10,13 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from corolla import seeds, strategies
-from corolla.aggregation.sums import ByGroup, Stack, Sum, WeightedMean, summable
-from corolla.types import Params, Payload, Size, Strategy, Summable, TrainerName
+from corolla import seeds
+from corolla.aggregation.stacks import Stack
+from corolla.aggregation.sums import ByGroup, Sum, WeightedMean, summable
+from corolla.interfaces import Strategy, Summable
+from corolla.strategies import registry
+from corolla.types import Params, Payload, Size, TrainerName
 from corolla.wire import codec
 
 NEED_ALL_UPDATES = {"flora", "fedex_lora", "flexlora", "lora_fair", "hetlora"}
-LINEAR = sorted(strategies.STRATEGIES.keys() - NEED_ALL_UPDATES)
+LINEAR = sorted(registry.STRATEGIES.keys() - NEED_ALL_UPDATES)
 FRESH: Params = {
     "m.lora_A": torch.zeros(2, 5),
     "m.lora_B": torch.zeros(7, 2),
@@ -30,7 +33,7 @@ Tree = Any
 
 def build(name: str) -> Strategy:
     small = {"size": 16} if name in ("seed_pool", "fedkseed", "fedkseed_pro", "mixed") else {}
-    return strategies.create(name, {**small, **({"size": 16} if name == "ferret" else {})})
+    return registry.create(name, {**small, **({"size": 16} if name == "ferret" else {})})
 
 
 def new(strategy: Strategy) -> Summable:
@@ -169,9 +172,9 @@ def test_a_mean_through_gateways_is_that_of_plain_float64() -> None:
         torch.testing.assert_close(tensor, torch.tensor(mean / total).float(), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("name", strategies.STRATEGIES)
+@pytest.mark.parametrize("name", registry.STRATEGIES)
 def test_what_needs_single_updates_has_no_sums(name: str) -> None:
-    aggregator = strategies.find(name)().aggregator()
+    aggregator = registry.find(name)().aggregator()
     assert (summable(aggregator) is None) == (name in NEED_ALL_UPDATES)
     assert aggregator.linear == (name not in NEED_ALL_UPDATES)
 

@@ -6,13 +6,14 @@ import pytest
 from typer.testing import CliRunner
 
 from corolla.cli.app import app
-from corolla.config.run import validate
+from corolla.config.build import build_strategy
+from corolla.config.load import validate
 from corolla.errors import ConfigError
-from corolla.strategies import STRATEGIES, create, find
+from corolla.interfaces import Strategy
 from corolla.strategies.fedavg import FedAvg
 from corolla.strategies.ffa_lora import FfaLora
 from corolla.strategies.flora import Flora
-from corolla.types import Strategy
+from corolla.strategies.registry import STRATEGIES, create, find
 from tests.strategies.sabotaged import Own
 
 OWN = "tests.strategies.sabotaged:"
@@ -151,7 +152,7 @@ def test_a_file_means_the_same_from_another_folder(
     assert config.strategy == f"{mine.resolve()}:Mine"
     assert config.lr == 3e-3
     monkeypatch.chdir("/")
-    assert validate(json.loads(config.model_dump_json())).build_strategy().name == "mine"
+    assert build_strategy(validate(json.loads(config.model_dump_json()))).name == "mine"
     assert validate({"strategy": "flora"}).strategy == "flora"
     assert validate({"strategy": OWN + "Own"}).strategy == OWN + "Own"
 

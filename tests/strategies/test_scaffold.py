@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from corolla.commands.simulate import in_process
+from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
+from corolla.interfaces import Strategy
 from corolla.strategies.fedavg import FedAvg
 from corolla.strategies.scaffold import Scaffold
 from corolla.tensors import tree
-from corolla.types import Correct, Cost, Fit, Params, Payload, Size, Strategy
+from corolla.types import Correct, Cost, Fit, Params, Payload, Size
 from tests.strategies import tiny
 
 
@@ -209,4 +211,4 @@ def test_costs_twice_the_adapter_both_ways() -> None:
 
 def test_adamw_is_refused() -> None:
     with pytest.raises(ConfigError, match="scaffold is derived for sgd, found optimizer adamw"):
-        RunConfig(strategy="scaffold").build_strategy()
+        build_strategy(RunConfig(strategy="scaffold"))

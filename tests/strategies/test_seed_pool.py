@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from corolla import seeds
-from corolla.directions import pools, seedlog, signs
+from corolla.config.build import build_strategy
+from corolla.directions import moving, pools, seedlog, signs
 from corolla.errors import ConfigError, RoundError
 from corolla.server.rounds.round import run_round
 from corolla.server.rounds.tasks import Traffic, make_tasks
 from corolla.strategies.seed_pool import SeedPool
 from corolla.tensors import tree
 from corolla.types import Broadcast, Cost, Params, Payload, Size, row_name
-from corolla.wire import codec, messages
+from corolla.wire import codec, messages, scalar_groups
 from corolla.wire.messages import Kind
 from tests.strategies import devices, tiny
 
@@ -43,7 +44,7 @@ def client(n: int, seed: int, *scalars: float, step: float = -0.25) -> tiny.Scri
 
 def current(strategy: SeedPool, state: Payload) -> Tensor:
     whole = strategy.adapter(state)
-    return flat(pools.settle(whole.trained, whole.moves))
+    return flat(moving.settle(whole.trained, whole.moves))
 
 
 # By hand
@@ -122,22 +123,22 @@ def test_the_cost_is_the_formula() -> None:
 
 
 def test_more_scalars_than_a_message_takes_are_refused_before_training() -> None:
-    tiny.config("seed_pool", local_steps=256, queries=256).build_strategy()
+    build_strategy(tiny.config("seed_pool", local_steps=256, queries=256))
     with pytest.raises(ConfigError, match="local-steps 257 times queries 256 is more than"):
-        tiny.config("seed_pool", local_steps=257, queries=256).build_strategy()
+        build_strategy(tiny.config("seed_pool", local_steps=257, queries=256))
     classes = {"pc": {}, "phone": {"trainer": "zeroth_order", "queries": 7000}}
     with pytest.raises(ConfigError, match="queries 7000 is more than"):
-        tiny.config("mixed", local_steps=10, classes=classes).build_strategy()
+        build_strategy(tiny.config("mixed", local_steps=10, classes=classes))
     # Of first-order clients they are no scalars.
-    tiny.config("fedavg", local_steps=70_000).build_strategy()
+    build_strategy(tiny.config("fedavg", local_steps=70_000))
 
 
 def test_epochs_are_refused_for_clients_that_send_scalars() -> None:
     with pytest.raises(ConfigError, match="use local-steps"):
-        tiny.config("seed_pool", local_epochs=1).build_strategy()
+        build_strategy(tiny.config("seed_pool", local_epochs=1))
     classes = {"pc": {}, "phone": {"trainer": "zeroth_order"}}
     with pytest.raises(ConfigError, match="use local-steps"):
-        tiny.config("mixed", local_epochs=1, classes=classes).build_strategy()
+        build_strategy(tiny.config("mixed", local_epochs=1, classes=classes))
 
 
 # Real rounds, every client a device of its own
@@ -202,7 +203,7 @@ def test_a_snapshot_is_sent_where_it_is_fewer_bytes(tmp_path: Path) -> None:
         assert (list(task.log.rows), task.log.number) == ([], 3)
         start = messages.content(task)["start"]
         assert codec.content_bytes({"start": start}) < 3 * 4 * 4096
-        assert tiny.same(start, pools.settle(whole.trained, whole.moves))
+        assert tiny.same(start, moving.settle(whole.trained, whole.moves))
 
 
 def hold(run: devices.Run, row: int) -> None:
@@ -367,7 +368,7 @@ def test_two_hundred_steps_travel_in_less_than_two_kilobytes() -> None:
     state = tiny.play(strategy, first, members, first)
     (row,) = seedlog.rows(state).values()
     assert bool((row["scalars"] != 0).all())
-    assert messages.scalar_bytes(row) == 2 * 512 + 4
+    assert scalar_groups.scalar_bytes(row) == 2 * 512 + 4
     assert 2 * 200 + 8 + 2 * 512 + 4 <= 1800
 
 

@@ -17,31 +17,32 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
 
-from corolla import seeds, strategies
+from corolla import seeds
 from corolla.client.training.worker import Worker
+from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
-from corolla.data.federated import Example, FederatedData, Split
+from corolla.data.federated import FederatedData
+from corolla.data.partition import Split
+from corolla.data.rows import Example
 from corolla.directions import seedlog
+from corolla.interfaces import ForwardTrainer, LocalTrainer, Observed, Strategy
 from corolla.models import pretrained
 from corolla.models.lora import LoraModel
 from corolla.models.pretrained import Base
 from corolla.server.rounds.federation import Federation, Held, Network
 from corolla.server.rounds.round import RoundResult, run_round
 from corolla.storage.memory import Memory
+from corolla.strategies import registry
 from corolla.tensors import factors
 from corolla.types import (
     Broadcast,
     Correct,
     Fit,
-    ForwardTrainer,
-    LocalTrainer,
     LoraSpec,
     Move,
-    Observed,
     Params,
     Payload,
     Pool,
-    Strategy,
     TrainerName,
     Update,
     Walk,
@@ -165,7 +166,7 @@ def data(kind: str) -> FederatedData:
 
 def config(strategy: str, **changes: Any) -> RunConfig:
     """Three of four clients a round, two steps each."""
-    traits = strategies.traits(strategies.find(strategy))
+    traits = registry.traits(registry.find(strategy))
     values = {
         "strategy": strategy,
         "rank": 4,
@@ -267,7 +268,7 @@ class Run:
 def start(settings: RunConfig, kind: str, folder: Path, *, reverse: bool = False) -> Run:
     """A federation before its first round."""
     model = lora_model(kind, settings.dropout)
-    strategy = settings.build_strategy()
+    strategy = build_strategy(settings)
     worker = Worker(settings, model, data(kind), Memory(folder))
     first = strategy.init(
         model.init(settings.lora, seeds.derive(settings.seed, "init")), settings.seed

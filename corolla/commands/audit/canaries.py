@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corolla import seeds, strategies
-from corolla.data.federated import Example
+from corolla import seeds
+from corolla.data.rows import Example
+from corolla.interfaces import Strategy
 from corolla.server.rounds.federation import Federation, Network
+from corolla.strategies import registry
 from corolla.tensors import factors
-from corolla.types import Params, Payload, Strategy
-from corolla.wire import messages
+from corolla.types import Params, Payload
+from corolla.wire import messages, scalar_groups
 from corolla.wire.messages import Kind, Reply, pack_reply, unpack_task
 from corolla.wire.packet import Packet
 
@@ -123,7 +125,7 @@ def traced(strategy: Strategy, before: Payload, after: Payload, update: Payload)
 
 def turns(strategy: Strategy) -> bool:
     """Whether factors turn from round to round: only their products tell what has changed."""
-    own = strategies.traits(strategy)
+    own = registry.traits(strategy)
     return own.rebases and own.updates != "scalars"
 
 
@@ -171,7 +173,11 @@ def _moved(before: Payload, after: Payload) -> Params:
     for group, params in after.items():
         if params is before.get(group):
             continue
-        step = params["step"].double() if messages.is_scalars(params) and "step" in params else 1.0
+        step = (
+            params["step"].double()
+            if scalar_groups.is_scalars(params) and "step" in params
+            else 1.0
+        )
         for name, tensor in params.items():
             if tensor.is_floating_point() and tensor.dim():
                 old = before.get(group, {}).get(name)

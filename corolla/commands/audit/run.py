@@ -21,15 +21,17 @@ from corolla.client.training.worker import Worker
 from corolla.commands.audit import bound, canaries
 from corolla.commands.audit.membership import Attack, attack
 from corolla.commands.simulate.in_process import InProcess
+from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.data.encoding import Encoded, Encoder, collate
-from corolla.data.federated import Example, Split
+from corolla.data.partition import Split
+from corolla.data.rows import Example
 from corolla.errors import ConfigError
 from corolla.evaluation.scoring import log_likelihoods, loss_sum
 from corolla.models.dense import DenseModel
 from corolla.models.lora import LoraModel
 from corolla.models.trainable import Trainable
-from corolla.privacy.client_level import Guarantee
+from corolla.privacy.guarantee import Guarantee
 from corolla.server.rounds.federation import Federation, Network
 from corolla.server.rounds.spending import Spending
 from corolla.server.runs import journal
@@ -274,7 +276,7 @@ def _audited_clients(
     loaded = set_up(config, None)
     cohort = _cohort(config, len(loaded.data.clients), len(clients))
     config = config.model_copy(update={"clients": None, "cohort": cohort})
-    strategy = config.build_strategy()
+    strategy = build_strategy(config)
     fresh = cache(lambda spec: loaded.model.init(spec, 0))
     each = 2 * config.local_steps * config.batch_size  # more than can be used in a round
     federation = Federation("0" * 32, config, strategy, dict.fromkeys(clients, each), fresh)
@@ -330,7 +332,7 @@ def _audited_examples(
         _losses(config, model, state, sequences) for state in (run.steps[0][1], run.steps[-1][2])
     )
     scores = {"fall of the loss": [b - a for b, a in zip(before, after, strict=True)]}
-    turns = canaries.turns(config.build_strategy())
+    turns = canaries.turns(build_strategy(config))
     if isinstance(model, LoraModel | DenseModel) and not turns:
         scores["step · gradient"] = _along(config, model, run, sequences)
     return scores, run
@@ -348,7 +350,7 @@ def _losses(
     config: RunConfig, model: Trainable, state: Payload, examples: Sequence[Sequence[Encoded]]
 ) -> list[float]:
     """The loss of each example, in nats per target, under a released state."""
-    model.show(config.build_strategy().adapter(state), config.lora)
+    model.show(build_strategy(config).adapter(state), config.lora)
     flat = [sequence for own in examples for sequence in own]
     found = iter(log_likelihoods(model.model, flat, model.base.pad_id, model.device))
     sums = [(-sum(next(found) for _ in own), sum(s.targets for s in own)) for own in examples]
@@ -362,7 +364,7 @@ def _along(
     examples: Sequence[Sequence[Encoded]],
 ) -> list[float]:
     """How far all steps of the run went down the gradient of each example, of norm 1."""
-    strategy, scores = config.build_strategy(), [0.0] * len(examples)
+    strategy, scores = build_strategy(config), [0.0] * len(examples)
     for _, before, after in run.steps:
         model.show(strategy.adapter(after), config.lora)
         there = model.read()

@@ -23,20 +23,25 @@ from rich.table import Table
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 
-from corolla import seeds, strategies
+from corolla import seeds
 from corolla.client.training.worker import Worker
+from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
-from corolla.data.federated import Example, FederatedData, Split
+from corolla.data.federated import FederatedData
+from corolla.data.partition import Split
+from corolla.data.rows import Example
 from corolla.directions import seedlog
-from corolla.models import lora
+from corolla.interfaces import Observed, Strategy
+from corolla.models import adapter_files
 from corolla.models.lora import LoraModel
 from corolla.models.pretrained import Base
 from corolla.server.rounds.federation import Federation, Held, Network
 from corolla.server.rounds.round import RoundResult, run_round
 from corolla.server.rounds.tasks import accepted_only
 from corolla.storage.memory import Memory
+from corolla.strategies import registry
 from corolla.tensors import factors, tree
-from corolla.types import Observed, Params, Payload, Strategy
+from corolla.types import Params, Payload
 from corolla.wire import messages
 from corolla.wire.messages import unpack_reply
 from corolla.wire.packet import Packet
@@ -99,7 +104,7 @@ def conform(
     Raises ConfigError for an unknown strategy. A strategy that raises fails; it does not stop
     the others.
     """
-    classes = {name: strategies.find(name) for name in names}
+    classes = {name: registry.find(name) for name in names}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # several would mostly wait for each other on models as small
     try:
@@ -166,8 +171,8 @@ class _Probe:
         spec: dict[str, Any] = {"rank": 4, "alpha": 8.0, "rslora": kind == "gpt2"}
         if mixed:
             spec |= {"ranks": [4, 8, 16], "alphas": [8.0, 4.0, 64.0]}
-        cls = strategies.find(name)
-        trainers, optimizer = cls.trainers, strategies.traits(cls).optimizers[0]
+        cls = registry.find(name)
+        trainers, optimizer = cls.trainers, registry.traits(cls).optimizers[0]
         if len(trainers) > 1:
             spec["classes"] = {trainer: {"trainer": trainer, "lr": 1e-2} for trainer in trainers}
         self.config = RunConfig(
@@ -182,7 +187,7 @@ class _Probe:
         )
         self.labels = ["no", "perhaps", "yes"] if kind == "bert" else []
         self.data = _data(self.labels)
-        self.strategy = self.config.build_strategy()
+        self.strategy = build_strategy(self.config)
 
     def findings(self, rounds: int) -> Iterator[Finding]:
         """Run rounds and compare each with what the clients' models say."""
@@ -270,7 +275,7 @@ class _Probe:
         if expect is None:
             return 0.0 if all(tree.finite(own) for own in result.state.values()) else math.inf
         wanted: Params = expect(observed)
-        if strategies.traits(self.strategy).personal:
+        if registry.traits(self.strategy).personal:
             own = self.strategy.adapter(result.state).trained
             return _relative({n: own[n] for n in wanted}, wanted)
         dense = {
@@ -411,7 +416,7 @@ class _Probe:
         ids = torch.arange(3, 3 + 24).reshape(2, 12)
         with torch.no_grad():
             ours = model.model(input_ids=ids).logits
-            theirs = lora.load_adapter(model.detach(), folder)(input_ids=ids).logits
+            theirs = adapter_files.load_adapter(model.detach(), folder)(input_ids=ids).logits
         return Finding("saved and reloaded", self.kind, float((ours - theirs).abs().max()), LOGITS)
 
 

@@ -24,17 +24,18 @@ from typing import Any
 import psutil
 import tomli_w
 
-import corolla
-from corolla import strategies
 from corolla.commands.compare import results as comparison
 from corolla.commands.compare.report import write_comparison
 from corolla.commands.compare.results import Cell
-from corolla.config.run import RunConfig, load
+from corolla.config.load import load
+from corolla.config.run import RunConfig
 from corolla.data import federated
 from corolla.errors import ConfigError, CorollaError, StoppedError
+from corolla.host.files import write_atomic
 from corolla.host.processes import Child, stop, stoppable
-from corolla.models import lora, pretrained
-from corolla.server.runs.checkpoint import write_atomic
+from corolla.models import adapter_files, devices
+from corolla.strategies import files, registry
+from corolla.version import __version__
 
 FACTORS = (1 / 3, 1.0, 3.0)
 """Learning rates that are tried without --lrs, relative to each strategy's usual one."""
@@ -95,7 +96,7 @@ class Plan:
                 "label": m.label,
                 "lrs": list(m.lrs),
                 "config": m.config.model_dump(mode="json"),
-                "file": strategies.digest(m.config.strategy),
+                "file": files.digest(m.config.strategy),
             }
             for m in self.methods
         ]
@@ -148,13 +149,13 @@ def plan(
                 f"--lrs out for each strategy's usual one"
             )
         methods.append(Method(_label(name), config.model_copy(update=changes), tried))
-    if any(strategies.traits(strategies.find(m.config.strategy)).personal for m in methods):
+    if any(registry.traits(registry.find(m.config.strategy)).personal for m in methods):
         # Personal models are those of clients that train: all methods are measured on these.
         participants = {"eval_participants": True}
         methods = [replace(m, config=m.config.model_copy(update=participants)) for m in methods]
     labels = [method.label for method in methods]
     if not labels:
-        raise ConfigError(f"name strategies to compare: {', '.join(strategies.STRATEGIES)}")
+        raise ConfigError(f"name strategies to compare: {', '.join(registry.STRATEGIES)}")
     if twice := next((label for label in labels if labels.count(label) > 1), None):
         raise ConfigError(f"{twice} is named twice: each strategy once, classes by different names")
     first = methods[0].config
@@ -197,7 +198,7 @@ def compare(
     federated.load(
         wanted.methods[0].config
     )  # a mistake in the data is said once, not by every cell
-    alone = jobs == 0 and pretrained.pick_device(wanted.methods[0].config.device).type != "cpu"
+    alone = jobs == 0 and devices.pick_device(wanted.methods[0].config.device).type != "cpu"
     most = 1 if alone else jobs or _cores()
     _prepare(wanted, folder, resume)
     runner = _Runner(wanted, folder, most, fixed=jobs > 0, watch=watch)
@@ -226,12 +227,12 @@ def compare(
 
 
 def _described(method: Method) -> dict[str, Any]:
-    cls = strategies.find(method.config.strategy)
+    cls = registry.find(method.config.strategy)
     approximate = method.config.robust != "none" or method.config.uplink.lossy
     return {
         "label": method.label,
         "strategy": method.config.strategy,
-        "personal": strategies.traits(cls).personal,
+        "personal": registry.traits(cls).personal,
         "aggregates": "other" if approximate else cls.aggregates,
         "trainers": list(cls.trainers),
     }
@@ -262,7 +263,7 @@ def _prepare(wanted: Plan, folder: Path, resume: bool) -> None:
     packages = ("flwr", "torch", "peft", "transformers", "safetensors")
     begun = {
         "plan": wanted.to_json(),
-        "corolla": corolla.__version__,
+        "corolla": __version__,
         "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
         "platform": platform.platform(),
         "cores": _cores(),
@@ -414,7 +415,7 @@ class _Runner:
         }
         if job.keep:
             costs["aggregation_errors"] = comparison.aggregation_errors(run)
-            costs["initial_sha256"] = lora.adapter_hash(run / "global" / "round-000")
+            costs["initial_sha256"] = adapter_files.adapter_hash(run / "global" / "round-000")
         _write(self.folder / f"{job.name}.json", costs)
         self._read(job)
         if cell := self._cells.get(job.name):

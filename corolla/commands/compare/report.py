@@ -16,8 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from corolla.embedded.assets import asset
-from corolla.server.runs.checkpoint import write_atomic
-from corolla.server.runs.report import human_bytes
+from corolla.host.files import write_atomic
+from corolla.host.text import human_bytes
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's, which people with any colour vision can tell apart; without the yellow."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from corolla.commands.compare import statistics as student
 from corolla.errors import ArtefactError
-from corolla.models import lora
+from corolla.models import adapter_files
 from corolla.server.runs import journal
 from corolla.tensors import factors
 from corolla.types import Params
@@ -215,9 +215,9 @@ def _error(round: Path, after: Path) -> float:
     for note in sorted(round.glob("*/update.json")):
         weight = json.loads(note.read_text()).get("weight")
         if weight is not None:  # None: the reply was not accepted
-            update, _ = lora.read_adapter(note.parent)
+            update, _ = adapter_files.read_adapter(note.parent)
             parts.append(factors.bake(update, weight))
-    return factors.distance(lora.read_adapter(after)[0], factors.stack(parts))
+    return factors.distance(adapter_files.read_adapter(after)[0], factors.stack(parts))
 
 
 def interpolate(

@@ -15,23 +15,26 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from corolla import seeds, strategies
-from corolla.client.device.machine import Choice, choose
+from corolla import seeds
+from corolla.client.device.machine import Choice, Workload, choose
 from corolla.config import schedule
+from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.data import federated
-from corolla.data.federated import Example, FederatedData
+from corolla.data.federated import FederatedData
+from corolla.data.rows import Example
 from corolla.errors import ConfigError
+from corolla.host.text import human_bytes
 from corolla.models import anatomy, footprint
 from corolla.models.anatomy import Anatomy
 from corolla.models.footprint import Batch, Estimate
-from corolla.privacy import client_level
-from corolla.privacy.client_level import Guarantee
+from corolla.privacy import calibration, example_level
+from corolla.privacy.guarantee import Guarantee
 from corolla.server.rounds import spending
 from corolla.server.rounds.federation import Federation
 from corolla.server.rounds.tasks import costs
 from corolla.server.runs.journal import Past
-from corolla.server.runs.report import human_bytes
+from corolla.strategies import registry
 from corolla.types import LoraSpec, Params
 
 _SCORED = 8
@@ -155,7 +158,7 @@ def plan(config: RunConfig, budget: int | None = None) -> Plan:
     rounds = _rounds(federation)
     members = [cost for _, paid in rounds for cost in paid]
     messages = max(c.up + c.down + c.once for c in members)
-    alike = strategies.traits(federation.strategy).individual
+    alike = registry.traits(federation.strategy).individual
     sent = max(sum(c.up for c in paid) for _, paid in rounds)
     kept = (sent if alike else 2 * max(c.up for c in members)) + max(c.down for c in members)
     lengths = Lengths(model, config, labels)
@@ -176,7 +179,7 @@ def plan(config: RunConfig, budget: int | None = None) -> Plan:
     if budget is not None:
         worst = max(range(len(each)), key=lambda i: alone[i].total)
         own, kind = each[worst]
-        choice = choose(budget, model, own, batch, trainer=kind, evaluated=evaluated, labels=labels)
+        choice = choose(budget, Workload(model, batch, evaluated, labels), own, trainer=kind)
     at_a_time = batch.limited(config.micro_batch_size or config.batch_size)
     flops = throughput(model, at_a_time, config.threads)
     usual = _typical(drawn, config)
@@ -223,15 +226,15 @@ def _privacy(federation: Federation) -> Privacy | None:
         raise ConfigError(why)
     if account.level:
         cohort = account.level.cohort
-        planned = client_level.client_plan(config, federation.population, cohort)
-        rounds = client_level.planned_rounds(config.rounds)
+        planned = calibration.client_plan(config, federation.population, cohort)
+        rounds = calibration.planned_rounds(config.rounds)
         z = account.level.noise_multiplier
         return Privacy(dict(zip(rounds, planned, strict=True)), (z, z))
     sizes: dict[str, set[int]] = {}
     for client, examples in federation.clients.items():
         sizes.setdefault(federation.class_of(client), set()).add(examples)
     levels = [
-        client_level.example_level(config.of_class(name), examples)
+        example_level.example_level(config.of_class(name), examples)
         for name, own in sizes.items()
         for examples in sorted({min(own), max(own)})
     ]
@@ -240,7 +243,7 @@ def _privacy(federation: Federation) -> Privacy | None:
         number: max(
             (own.guarantee(min(often, number)) for own in levels), key=lambda own: own.epsilon
         )
-        for number in client_level.planned_rounds(config.rounds, _POINTS)
+        for number in calibration.planned_rounds(config.rounds, _POINTS)
     }
     noises = [own.noise_multiplier for own in levels]
     return Privacy(after, (min(noises), max(noises)))
@@ -250,7 +253,7 @@ def _privacy(federation: Federation) -> Privacy | None:
 
 
 def _federation(config: RunConfig, model: Anatomy, known: FederatedData, labels: int) -> Federation:
-    strategy = config.build_strategy()
+    strategy = build_strategy(config)
 
     def fresh(spec: LoraSpec) -> Params:
         own = config.model_copy(update={"rank": spec.rank, "ranks": [], "classes": {}})

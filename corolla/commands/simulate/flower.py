@@ -49,11 +49,19 @@ def simulate_on_flower(
     from flwr.simulation import run_simulation
 
     from corolla.client import app as client
-    from corolla.server.app import serve
+    from corolla.server.app import SimulatedRun, serve
 
     # A model or data set that cannot be loaded is said here, not by every process of Ray.
     nodes = len(federated.load(config).clients)
     pretrained.resolve(config.model)
+    run = SimulatedRun(
+        config,
+        folder,
+        run_id or secrets.token_hex(16),
+        nodes=nodes,
+        keep_updates=keep_updates,
+        resume=resume,
+    )
     stop = threading.Event()
     done: list[Summary] = []
     failed: list[BaseException] = []
@@ -62,19 +70,7 @@ def simulate_on_flower(
     @server.main()
     def main(grid: Grid, context: Context) -> None:
         try:
-            done.append(
-                serve(
-                    grid,
-                    config,
-                    folder,
-                    observer,
-                    run_id or secrets.token_hex(16),
-                    nodes=nodes,
-                    keep_updates=keep_updates,
-                    resume=resume,
-                    stop=stop,
-                )
-            )
+            done.append(serve(grid, run, observer, stop))
         except BaseException as error:  # noqa: BLE001 - re-raised below; Flower would lose some
             failed.append(error)
 

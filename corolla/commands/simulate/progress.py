@@ -18,7 +18,7 @@ from rich.progress import (
 from rich.table import Table
 
 from corolla.evaluation.scoring import SHARES
-from corolla.server.runs.report import human_bytes
+from corolla.host.text import human_bytes
 from corolla.server.runs.run import Summary
 
 

@@ -7,7 +7,9 @@ import psutil
 import pytest
 
 from corolla.client.device import machine
-from corolla.config.run import RunConfig, validate
+from corolla.client.device.machine import Workload
+from corolla.config.load import validate
+from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, ModelError
 from corolla.models import anatomy, footprint
 from corolla.models.footprint import Batch
@@ -57,7 +59,7 @@ def need(own: RunConfig, trainer: str = "first_order") -> int:
 
 def chosen(budget: int, own: RunConfig, alone: bool = False) -> dict[str, object]:
     model = anatomy.read("embedded")
-    choice = machine.choose(budget, model, own, BATCH, alone=alone)
+    choice = machine.choose(budget, Workload(model, BATCH), own, alone=alone)
     assert choice.estimate.total <= budget
     return choice.overrides
 
@@ -102,11 +104,11 @@ def test_then_zeroth_order_where_the_strategy_has_it() -> None:
         smallest = own.model_copy(update=least)
         budget = footprint.client(model, smallest, "first_order", short).total - 1
         if strategy == "mixed":
-            found = machine.choose(budget, model, own, short, trainer="first_order")
+            found = machine.choose(budget, Workload(model, short), own, trainer="first_order")
             assert found.overrides["trainer"] == "zeroth_order"
         else:
             with pytest.raises(ConfigError, match="too little"):
-                machine.choose(budget, model, own, short)
+                machine.choose(budget, Workload(model, short), own)
 
 
 def test_a_budget_that_nothing_fits_says_what_is_needed() -> None:

@@ -19,8 +19,8 @@ import psutil
 import pytest
 
 from corolla.client.device import node, supernode
+from corolla.client.device.identity import identity
 from corolla.client.device.node import Child, Node, only_one, pause
-from corolla.client.device.settings import identity
 from corolla.client.device.supernode import Link, diagnose, explain
 from corolla.errors import ConfigError, CorollaError
 from corolla.host import certificates, processes
@@ -324,7 +324,7 @@ def test_a_server_without_tls_or_none_at_all_is_said() -> None:
 def test_a_signal_while_the_trainer_loads_ends_it(link: Link, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from corolla.client.device.node import Node\n"
-        "from corolla.client.device.settings import identity\n"
+        "from corolla.client.device.identity import identity\n"
         "from corolla.client.device.supernode import Link\n"
         "state = Path(sys.argv[1]); key, _ = identity(state)\n"
         "trainer = [sys.executable, '-c', 'import time; print(1, flush=True); time.sleep(60)']\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from corolla.directions import pools
+from corolla.directions import moving
 from corolla.directions.pools import SignPool
 from corolla.tensors import tree
 from corolla.types import Move
@@ -60,7 +60,7 @@ def test_a_replay_of_three_rounds_has_the_bits_of_python(arm: list[str], tmp_pat
     for number in (1, 2, 3):
         tensors[f"row-{number}"] = sums = torch.randn(size, generator=generator)
         moves.append(Move(SignPool(size, (seed, number)), sums, 1.0))
-    pools.apply(expected, 0, moves)
+    moving.apply(expected, 0, moves)
     codec.write(str(tmp_path / "rows"), tensors)
     said(arm, "replay", tmp_path / "rows", tmp_path / "out", size, seed, 1)
     assert tree.digest(codec.read(str(tmp_path / "out"))[0]) == tree.digest({"w": expected})

@@ -15,7 +15,7 @@ from corolla.proto import update_pb2 as pb
 from corolla.server.rounds.tasks import run_settings
 from corolla.tensors import tree
 from corolla.types import Params
-from corolla.wire import messages
+from corolla.wire import scalar_groups
 from tests.client.native.core_tasks import call, config
 
 
@@ -106,7 +106,7 @@ GROUPS: dict[str, Params] = {
 
 @pytest.mark.parametrize("name", GROUPS)
 def test_scalar_groups_travel_as_in_python(check: Path, tmp_path: Path, name: str) -> None:
-    entry = messages._dump(GROUPS[name], "group")
+    entry = scalar_groups.pack_group(GROUPS[name], "group")
     (tmp_path / "entry").write_bytes(entry.SerializeToString())
     found = json.loads(call(check, "scalars", tmp_path / "entry").stdout)
     assert found["digest"] == tree.digest(GROUPS[name])
@@ -132,7 +132,7 @@ def test_a_hostile_scalar_group_is_one_line(check: Path, tmp_path: Path) -> None
     ]
     for entry in hostile:
         with pytest.raises(WireError):
-            messages._load(entry, "group")
+            scalar_groups.unpack_group(entry, "group")
         (tmp_path / "entry").write_bytes(entry.SerializeToString())
         done = call(check, "scalars", tmp_path / "entry")
         assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), entry

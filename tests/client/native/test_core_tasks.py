@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from corolla.directions import pools, seedlog, signs
+from corolla.directions import moving, seedlog, signs
 from corolla.directions.pools import SignPool
 from corolla.tensors import tree
 from corolla.types import Params, Payload
@@ -171,7 +171,7 @@ def test_a_log_leads_to_the_bits_that_python_has(make: Make, scalars: str) -> No
         reply = case.native(case.task(partial, round=rows + 1, since=since), "loss")
         assert reply.error == ""
         moves = seedlog.moves(partial, case.worker.strategy.size)  # type: ignore[attr-defined]
-        settled = pools.settle(case.first["start"], moves)
+        settled = moving.settle(case.first["start"], moves)
         line = noted(case)[-1]
         assert line["adapter_sha256"] == tree.digest(settled)
         known = list(seedlog.rows(partial).values())
@@ -188,7 +188,7 @@ def test_steps_move_as_python_replays_them(make: Make) -> None:
     stored, _ = codec.read(str(case.folder / "state" / "checkpoint.safetensors"))
     sent = case.native(task, "loss").scalars["scalars"]
     assert stored["scalars"].equal(sent["scalars"][:2])
-    w, _ = pools.flatten(pools.settle(case.first["start"], seedlog.moves(log_of(case, 1), 512)))
+    w, _ = moving.flatten(moving.settle(case.first["start"], seedlog.moves(log_of(case, 1), 512)))
     pool = SignPool(512, (int(case.first["key"]["seed"]), 2))
     chosen = signs.choices(int(sent["seed"]), 2, 512).tolist()
     for k, g in zip(chosen, stored["scalars"].tolist(), strict=True):
@@ -200,7 +200,7 @@ def test_a_snapshot_is_as_good_as_its_rows(make: Make) -> None:
     case = make(strategy="seed_pool", options={"scalars": "fp32"}, local_steps=2)
     state = log_of(case, 3)
     by_rows = case.native(case.task(state, round=4), "loss", state="rows")
-    start = pools.settle(case.first["start"], seedlog.moves(state, 512))
+    start = moving.settle(case.first["start"], seedlog.moves(state, 512))
     task = case.task(state, round=4, lacks=False)
     assert task.log is not None
     sent, _ = messages.enclose({"start": start})

@@ -155,7 +155,7 @@ def test_a_gateway_without_a_bundle_is_asked_again_later(
     assert phone.finish() == 0, phone.errors
     assert phone.lines[-1].startswith("waiting: ")
     assert len(phone.lines) == 2
-    assert "p1" in real.gateway._seen
+    assert "p1" in real.gateway.roster.seen
 
 
 def test_a_gateway_of_another_protocol_ends_the_phone(

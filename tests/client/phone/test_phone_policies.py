@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 
 from corolla.client.phone import policies, trainer
+from corolla.client.phone.lease import Work
 from corolla.client.phone.policies import Entry, Limits
 from corolla.errors import ConfigError
 from corolla.phones import protocol
 from corolla.proto import device_pb2 as pb
-from corolla.server.gateway.leases import Policy
-from tests.client.phone.test_session import CONFIG, Scripted, a_phone, ask
+from corolla.server.gateway.settings import Policy
+from tests.client.phone.standing import Standing
+from tests.client.phone.test_session import CONFIG, LONG, Scripted, a_phone, ask
 from tests.server.gateway import gateways
 from tests.server.gateway.gateways import World
 
@@ -21,9 +23,9 @@ GOOD: Mapping[str, Any] = {"charging": True, "idle": True, "battery_percent": 90
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
+def world(tmp_path: Path, clock: Standing) -> Iterator[World]:
     policy = Policy(battery_percent=20, thermal=2, separation=2, daily_seconds=1000.0)
-    with gateways.serving(tmp_path, seats=1, lease=5.0, policy=policy) as found:
+    with gateways.serving(tmp_path, clock.now, seats=1, lease=5.0, policy=policy) as found:
         yield found
 
 
@@ -41,42 +43,45 @@ def test_the_policy_of_the_last_answer_is_kept_and_holds_before_the_next_call(
         first.visit()
         now.update(idle=False, thermal=3)
         gateway = world.gateway
-        world.gateway._seen.clear()
+        world.gateway.roster.seen.clear()
         assert 0 < first.visit() < 1.0  # the window that the gateway gave
         first.visit()
     assert said == ["waiting: no round", "waiting: not idle, too warm"]
-    assert not gateway._seen  # it was not even asked
-    assert first.policy().thermal == 2
+    assert not gateway.roster.seen  # it was not even asked
+    assert first.kept.policy().thermal == 2
     again = a_phone(world, Scripted(gateways.a_task(CONFIG)), conditions=lambda: now)
     with again.channel:
-        assert again.policy() == first.policy()  # of another process
+        assert again.kept.policy() == first.kept.policy()  # of another process
         assert 15 <= again.visit() <= 30
 
 
 def test_a_contribution_is_noted_and_the_next_one_comes_not_too_soon(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: World, clock: Standing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = CONFIG.model_copy(update={"deadline": 4.0})
-    one, two, three = (gateways.a_task(config, seats=1, round=round) for round in (1, 2, 3))
-    phone = a_phone(world, Scripted(one), conditions=lambda: GOOD)
+    def train(wanted: Callable[[], bool]) -> None:
+        clock.at += 3.0
+
+    one, two, three = (gateways.a_task(LONG, seats=1, round=round) for round in (1, 2, 3))
+    phone = a_phone(world, Scripted(one, during=train), conditions=lambda: GOOD, clock=clock)
     with phone.channel:
         asked = ask(world, one)
         phone.run(rounds=1)
         assert asked.result().clients == 1
         (entry,) = noted(world)
         assert (entry.run, entry.round, entry.accepted) == (one.run_id, 1, True)
-        assert 0 < entry.seconds < 20
+        assert entry.seconds == 3.0
         assert 500 < entry.bytes < 50_000
         phone.trainer = Scripted(two)
         asked = ask(world, two)
         with monkeypatch.context() as patch:
-            patch.setattr(phone, "_assemble", lambda *_: pytest.fail("its model was fetched"))
+            patch.setattr(Work, "assembled", lambda *_: pytest.fail("its model was fetched"))
             phone.run(once=True)
-        job = world.gateway._job
+        job = world.gateway.rounds.job
         assert job
         (lease,) = job.round.leases.values()
         assert (lease.phase, lease.why) == ("given_up", "policy: it contributed a few rounds ago")
         assert phone.trainer.models == []
+        clock.at += LONG.deadline
         asked.result()
         phone.trainer = Scripted(three)
         asked = ask(world, three)
@@ -85,25 +90,28 @@ def test_a_contribution_is_noted_and_the_next_one_comes_not_too_soon(
     assert [(own.round, own.accepted) for own in noted(world)] == [(1, True), (2, False), (3, True)]
 
 
-def test_charge_that_is_spent_is_noted_and_a_low_battery_ends_the_work(world: World) -> None:
-    config = CONFIG.model_copy(update={"deadline": 6.0})
-    task, now = gateways.a_task(config, seats=1), {**GOOD, "charging": True}
+def test_charge_that_is_spent_is_noted_and_a_low_battery_ends_the_work(
+    world: World, clock: Standing
+) -> None:
+    task, now = gateways.a_task(LONG, seats=1), {**GOOD, "charging": True}
 
     def drain(wanted: Callable[[], bool]) -> None:
         assert wanted()
         now.update(charging=False, battery_percent=10)
-        gateways.until(lambda: not wanted(), 2)
+        clock.at += 1.0
+        assert not wanted()
 
-    world.gateway._policy.charging = False  # or that would be what it says
+    world.gateway.check_ins.policy.charging = False  # or that would be what it says
     asked = ask(world, task)
-    phone = a_phone(world, Scripted(task, during=drain), conditions=lambda: now)
+    phone = a_phone(world, Scripted(task, during=drain), conditions=lambda: now, clock=clock)
     with phone.channel:
         phone.run(once=True)
-    job = world.gateway._job
+    job = world.gateway.rounds.job
     assert job
     assert [own.why for own in job.round.leases.values()] == ["given up: the battery is low"]
     (entry,) = noted(world)
     assert (entry.battery, entry.accepted) == (80.0, False)
+    clock.at += LONG.deadline
     asked.result()
 
 
@@ -147,4 +155,4 @@ def test_a_history_that_cannot_be_read_stops_nobody(world: World) -> None:
         phone.visit()
     assert said == ["waiting: no round"]
     kept = protocol.parse(pb.Policy(), (folder / "policy").read_bytes(), 1000)
-    assert kept == world.gateway._policy
+    assert kept == world.gateway.check_ins.policy

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from corolla.config import run as config
+from corolla.config import load as config
 from corolla.errors import ConfigError
 from corolla.server.rounds.federation import Network
 from corolla.server.rounds.round import RoundResult, run_round

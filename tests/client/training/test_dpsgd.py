@@ -12,7 +12,6 @@ from opacus.grad_sample import GradSampleHooks
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
-from corolla import strategies
 from corolla.client.training import dpsgd
 from corolla.client.training.dpsgd import Clipper
 from corolla.client.training.first_order import FirstOrder
@@ -24,7 +23,9 @@ from corolla.models import pretrained
 from corolla.models.dense import DenseModel
 from corolla.models.lora import LoraModel
 from corolla.models.pretrained import Base
-from corolla.privacy.client_level import ExampleLevel, clip_factors
+from corolla.privacy.example_level import ExampleLevel
+from corolla.privacy.randomness import clip_factors
+from corolla.strategies import registry
 from corolla.types import LoraSpec, Params
 from tests.conftest import byte_tokenizer
 
@@ -355,13 +356,31 @@ def test_leaving_an_example_out_moves_the_sum_by_at_most_the_clip(data: list[Enc
     check_sensitivity(data)
 
 
-def test_leaving_a_long_example_out_in_half_precision() -> None:
-    assert sensitivity(CROWD, "qwen2", torch.bfloat16, [0]) <= 1 + 1e-5
+def uneven() -> transformers.PreTrainedModel:
+    """Qwen2 on kernels that are one place of bf16 higher where rows are longer than four.
+
+    What those of a processor make of other shapes is theirs alone.
+    """
+    model = FAMILIES["qwen2"]()
+
+    def higher(module: nn.Module, inputs: Any, found: Tensor) -> Tensor:
+        return found * (1 + 2**-7) if found.dim() == 3 and found.shape[1] > 4 else found
+
+    for name, module in model.named_modules():
+        if not list(module.children()) and "rotary" not in name:
+            module.register_forward_hook(higher)
+    return model
+
+
+def test_leaving_a_long_example_out_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "uneven", uneven)
+    assert sensitivity(CROWD, "uneven", torch.bfloat16, [0]) <= 1 + 1e-5
 
 
 def test_the_check_of_half_precision_finds_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "uneven", uneven)
     monkeypatch.setattr(dpsgd, "_in_fp32", lambda model: True)
-    assert sensitivity(CROWD, "qwen2", torch.bfloat16, [0]) > 1.05
+    assert sensitivity(CROWD, "uneven", torch.bfloat16, [0]) > 1.05
 
 
 def mean_of_the_batch(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -696,14 +715,14 @@ def test_cores_are_clipped_by_their_own_norm(settings: Settings) -> None:
     assert all(torch.equal(found.params[n], t) for n, t in start.items())
 
 
-FIRST_ORDER = [n for n, c in strategies.STRATEGIES.items() if c.trainers[0] == "first_order"]
+FIRST_ORDER = [n for n, c in registry.STRATEGIES.items() if c.trainers[0] == "first_order"]
 
 
 @pytest.mark.parametrize("name", FIRST_ORDER)
 def test_every_strategy_sends_what_it_always_sends(name: str, settings: Settings) -> None:
     """Two rounds by its own halves: nothing measured, frozen tensors frozen, all finite."""
     model, data = LoraModel(base("llama")), sequences()
-    strategy = strategies.create(name, {})
+    strategy = registry.create(name, {})
     state = strategy.init(alive(model), 0)
     kept: Mapping[str, Params] = {}
     for round in (1, 2):
@@ -862,14 +881,15 @@ def test_an_expert_that_an_example_was_not_sent_to(settings: Settings) -> None:
         batch = {"input_ids": torch.tensor([list(s.input_ids)])}
         labels = torch.tensor([list(s.labels)])  # type: ignore[arg-type]
         loss = model.model(**batch, labels=labels).loss
-        found = torch.autograd.grad(loss, list(trained.values()), materialize_grads=True)
-        alone.append(dict(zip(trained, found, strict=True)))
+        own = torch.autograd.grad(loss, list(trained.values()), materialize_grads=True)
+        alone.append(dict(zip(trained, own, strict=True)))
     reached = [bool(g["model.layers.1.mlp.inner.gate_proj.lora_A"].any()) for g in alone]
     assert any(reached)
     assert not all(reached)
     clip = sorted(norm(g) for g in alone)[2]
     wanted = clipped_by_hand(alone, clip)
-    assert apart(Clipper(model, trained, 1)([[s] for s in data], clip), wanted) <= 1e-6
+    found = Clipper(model, trained, 1)([[s] for s in data], clip)
+    assert apart(found, wanted) <= 2e-6 * norm(wanted)
     model.model.zero_grad(set_to_none=True)
     fit = local(model, data, level(), settings, micro_batch_size=1).fit(alive(model))
     assert fit.num_examples == 6

@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ from corolla.directions.pools import GaussianPool, SignPool
 from corolla.errors import DivergedError
 from corolla.models import pretrained, trainable
 from corolla.models.lora import LoraModel
-from corolla.privacy.client_level import ExampleLevel
+from corolla.privacy.example_level import ExampleLevel
 from corolla.types import Params, Pool, Walk
 from tests.client.training.dense import SPEC, plain_loss
 
@@ -140,22 +139,6 @@ def config(settings: Settings) -> Callable[..., RunConfig]:
 @pytest.fixture
 def model(config: Callable[..., RunConfig]) -> LoraModel:
     return LoraModel(pretrained.load(config()))
-
-
-@pytest.fixture
-def start(model: LoraModel) -> Params:
-    """A start whose B is not zero: both factors have slopes."""
-    noise = torch.Generator().manual_seed(1)
-    fresh = model.init(SPEC, 0)
-    return {n: t + 0.1 * torch.randn(t.shape, generator=noise) for n, t in fresh.items()}
-
-
-@pytest.fixture
-def plain(tiny_model: Path) -> transformers.PreTrainedModel:
-    loaded: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(
-        tiny_model
-    ).requires_grad_(False)
-    return loaded
 
 
 def walk(

@@ -2,7 +2,6 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,28 +20,6 @@ from corolla.types import LoraSpec, Params
 from tests.client.training.dense import DATA, SCALING, SPEC, plain_loss
 
 Settings = Callable[..., RunConfig]
-
-
-@pytest.fixture
-def model(settings: Settings) -> LoraModel:
-    return LoraModel(pretrained.load(settings()))
-
-
-@pytest.fixture
-def start(model: LoraModel) -> Params:
-    """A start whose B is not zero: both factors have gradients."""
-    fresh = model.init(SPEC, 0)
-    noise = torch.Generator().manual_seed(1)
-    return {n: t + 0.1 * torch.randn(t.shape, generator=noise) for n, t in fresh.items()}
-
-
-@pytest.fixture
-def plain(tiny_model: Path) -> transformers.PreTrainedModel:
-    """The same model without peft and without any code of ours."""
-    loaded: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(
-        tiny_model
-    ).requires_grad_(False)
-    return loaded
 
 
 def trainer(

@@ -8,11 +8,13 @@ import torch
 import transformers
 
 from corolla import seeds
-from corolla.client.training.worker import LocalClient, Worker
+from corolla.client.training.worker import Device, LocalClient, Worker
 from corolla.config.run import RunConfig
 from corolla.data import federated
-from corolla.data.federated import Example, FederatedData, Split
-from corolla.directions import pools, seedlog
+from corolla.data.federated import FederatedData
+from corolla.data.partition import Split
+from corolla.data.rows import Example
+from corolla.directions import moving, pools, seedlog
 from corolla.errors import ConfigError
 from corolla.models import pretrained, trainable
 from corolla.storage.memory import Memory
@@ -301,14 +303,14 @@ def test_a_log_is_replayed_on_the_first_state(make: Callable[..., Worker]) -> No
     reply = ask(worker, "ada", task(worker, Kind.EVALUATE, state=state))
     assert reply.error == ""
     found = worker.model.read()
-    flat, layout = pools.flatten(first(worker)["start"])
+    flat, layout = moving.flatten(first(worker)["start"])
     key = int(state["key"]["seed"])
     for number, row in seedlog.rows(state).items():
         for k in range(8):  # one direction after the other, in fp64: no transform, no fusion
             z = torch.zeros(len(flat))
             pools.SignPool(8, (key, number)).add(z, 0, [(k, 1.0)])
             flat = flat.double() + float(row["scalars"][k]) * float(row["step"]) * z.double()
-    wanted = pools.unflatten(flat.float(), layout)
+    wanted = moving.unflatten(flat.float(), layout)
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-7)
@@ -535,7 +537,7 @@ def test_of_an_unforeseen_error_only_the_type_is_told(
     make: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch, error: Exception, told: str
 ) -> None:
     worker = make()
-    worker.capabilities = Capabilities()  # as a device
+    worker.device = Device(Capabilities())
     packet = task(worker)
 
     def fail(*_: object) -> None:
@@ -545,7 +547,7 @@ def test_of_an_unforeseen_error_only_the_type_is_told(
     found = ask(worker, "ada", packet).error
     assert found.startswith(told)
     assert "secret" not in found
-    worker.capabilities = None  # on one machine: to the author of the strategy
+    worker.device = Device()  # on one machine: to the author of the strategy
     assert ("secret" in ask(worker, "ada", packet).error) == ("secret" in str(error))
 
 

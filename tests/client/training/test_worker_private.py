@@ -12,18 +12,21 @@ from typing import Any, ClassVar
 import pytest
 from scipy.stats import norm
 
-from corolla.client.training.worker import Worker
+from corolla.client.training.worker import Device, Worker
 from corolla.commands.simulate.in_process import simulate
 from corolla.config.run import RunConfig
 from corolla.data import federated
-from corolla.data.federated import Example, FederatedData, Split
+from corolla.data.federated import FederatedData
+from corolla.data.partition import Split
+from corolla.data.rows import Example
 from corolla.errors import CorollaError, DataError, DivergedError, ModelError, StoppedError
+from corolla.interfaces import Client
 from corolla.models import pretrained, trainable
 from corolla.privacy.accounting import Release, epsilon, gaussian_epsilon
 from corolla.privacy.ledger import Ledger, Limit
 from corolla.storage.memory import Memory
 from corolla.strategies.fedavg import FedAvg
-from corolla.types import Client, Payload, Update
+from corolla.types import Payload, Update
 from corolla.wire import messages
 from corolla.wire.messages import Kind, Task, pack_task
 from tests.client.training.test_worker import RUN, ask, task
@@ -52,7 +55,8 @@ def make(settings: Settings, tmp_path: Path) -> Callable[..., Worker]:
         model = trainable.build(config, pretrained.load(config))
         own = federation or federated.load(config)
         memory = Memory(tmp_path / "memory")
-        return Worker(config, model, own, memory, record, None, None, ledger, limit)
+        device = Device(ledger=ledger, limit=limit)
+        return Worker(config, model, own, memory, record, device=device)
 
     return worker
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from corolla import seeds, strategies
+from corolla import seeds
 from corolla.aggregation.robust import (
     Robust,
     Rule,
@@ -22,11 +22,15 @@ from corolla.aggregation.robust import (
     squared_distances,
     squared_norms,
 )
-from corolla.aggregation.sums import ByGroup, SeedSums, Stack, Sum, WeightedMean
-from corolla.config import run
+from corolla.aggregation.stacks import Stack
+from corolla.aggregation.sums import ByGroup, SeedSums, Sum, WeightedMean
+from corolla.config.build import build_strategy
+from corolla.config.load import validate
 from corolla.errors import ConfigError
+from corolla.interfaces import Aggregator, Traits
+from corolla.strategies import registry
 from corolla.tensors import factors
-from corolla.types import Aggregator, Params, Payload, Traits
+from corolla.types import Params, Payload
 
 RULES: tuple[Rule, ...] = ("median", "trimmed_mean", "norm_clip", "krum", "multi_krum")
 OUT, IN, RANK = 24, 20, 4
@@ -188,22 +192,37 @@ def test_krum_on_products_is_blind_to_hostile_factors_that_are_averaged(attack: 
     assert factor_error(attack, Robust("multi_krum", WeightedMean)) < 1e-7
 
 
+def product_in_order(left: Tensor, right: Tensor) -> Tensor:
+    """Left · right in float32, one term after another: how each rounds is no matter of kernels."""
+    total = torch.zeros(len(left), right.shape[1])
+    for k in range(len(right)):
+        total += left[:, k : k + 1] * right[k : k + 1]
+    return total
+
+
 @pytest.mark.parametrize("rule", ["norm_clip", "krum", "multi_krum"])
 def test_huge_factors_that_cancel_do_not_pass_for_a_short_product(rule: Rule) -> None:
-    """Their product is 0, but not for a client that multiplies them in float32."""
+    """Their product is 0, but not for a client that multiplies them in float32.
+
+    Each value of B · A · x is 2^40 + 2^16 - 2^40 - 2^16, times a weight, where x begins with ones.
+    Half a step of float32 at 2^40 is 2^16: the first sum rounds, and what that adds or loses is
+    left at the end. fp64 holds all these sums, and those of squares, in any order.
+    """
     updates, good = cohort("none", "factors")
-    b = 2**17 * torch.randn(OUT, 2, generator=seeds.generator(3, "huge B"))
-    a = 2**17 * torch.randn(2, IN, generator=seeds.generator(3, "huge A"))
-    huge = {"m.lora_B": torch.cat([b, b], dim=1), "m.lora_A": torch.cat([a, -a])}
+    a = torch.zeros(2, IN)
+    a[0, 0], a[1, 1] = 2**20, 2**-4
+    huge = {"m.lora_B": torch.full((OUT, 4), 2.0**20), "m.lora_A": torch.cat([a, -a])}
     sent = [*updates[:HONEST], *[{"factors": huge, "head": {}}] * HOSTILE]
     x = torch.randn(IN, 1, generator=seeds.generator(0, "x"))
+    x[:2] = 1
     wanted = product(good) @ x.double()
 
     def error(aggregator: Aggregator) -> float:
         result = fold(aggregator, sent)["factors"]
-        found = result["m.lora_B"] @ (result["m.lora_A"] @ x)  # as a client does
+        found = product_in_order(result["m.lora_B"], product_in_order(result["m.lora_A"], x))
         return float((found - wanted).norm() / wanted.norm())
 
+    assert squared_norms(sent, "products")[HONEST:].tolist() == [0.0] * HOSTILE
     assert error(stacking()) > 20
     assert error(Robust(rule, stacking, "products")) < 1.1  # krum may take their 0
 
@@ -657,7 +676,7 @@ def test_updates_of_two_kinds_cannot_be_compared() -> None:
 )
 def test_configs_say_what_does_not_fit(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        run.validate(values)
+        validate(values)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -676,19 +695,19 @@ def lookalike(like: Payload, number: int) -> Payload:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("name", strategies.STRATEGIES)
+@pytest.mark.parametrize("name", registry.STRATEGIES)
 def test_a_rule_and_a_strategy_work_together_or_are_refused(name: str, rule: Rule) -> None:
-    traits = strategies.traits(strategies.find(name))
+    traits = registry.traits(registry.find(name))
     values: dict[str, Any] = {"strategy": name, "optimizer": traits.optimizers[0], "robust": rule}
     if name == "mixed":
         values["classes"] = {t: {"trainer": t} for t in ("first_order", "zeroth_order")}
     try:
-        checked = run.validate(values)
+        checked = validate(values)
     except ConfigError as error:
         assert f"robust={rule} does not fit strategy {name}: " in str(error)
         assert rule != "norm_clip" or name in ("mixed", "hetlora", "scaffold")
         return
-    strategy = checked.build_strategy()
+    strategy = build_strategy(checked)
     start = {"m.lora_A": torch.randn(8, IN, generator=seeds.generator(0, "start")),
              "m.lora_B": torch.zeros(OUT, 8), "head": torch.zeros(3)}  # fmt: skip
     state = strategy.init(start, 0)

@@ -7,9 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corolla import seeds
-from corolla.aggregation.sums import ByGroup, MeanAndResidual, SeedSums, Stack, Sum, WeightedMean
+from corolla.aggregation.stacks import MeanAndResidual, Stack
+from corolla.aggregation.sums import ByGroup, SeedSums, Sum, WeightedMean
 from corolla.directions import signs
-from corolla.types import Aggregator, Payload
+from corolla.interfaces import Aggregator
+from corolla.types import Payload
 
 Make = Callable[[], Aggregator]
 

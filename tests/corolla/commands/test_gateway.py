@@ -8,8 +8,8 @@ import pytest
 
 from corolla.commands.gateway import order, read_policy
 from corolla.errors import ConfigError
-from corolla.server.gateway.daemon import Order
-from corolla.server.gateway.leases import Policy
+from corolla.server.gateway.daemon import GatewayOrder
+from corolla.server.gateway.settings import Policy
 from tests.server.gateway import gateways
 
 
@@ -68,7 +68,7 @@ def test_a_word_that_is_none_is_one_line(text: str, why: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def an_order(folder: Path, **changes: object) -> Order:
+def an_order(folder: Path, **changes: object) -> GatewayOrder:
     own = gateways.certificates(folder / "certs")
     gateways.tokens(folder)
     (folder / "tokens").chmod(0o600)
@@ -97,7 +97,7 @@ def test_what_a_gateways_process_is_told_arrives_as_it_was(shared: bool, tmp_pat
     both = {"share_bundle": tmp_path / "bundle", "publisher": tmp_path / "publisher.pub"}
     made = an_order(tmp_path, **(both if shared else {}))
     told = json.loads(json.dumps(made.to_json()))
-    found = Order.from_json(told, told.pop("gateway"))
+    found = GatewayOrder.from_json(told, told.pop("gateway"))
     assert found.gateway == dataclasses.replace(made.gateway, allow=[])
     assert found.gateway.policy == nothing(charging=True, separation=2)
     assert found.gateway.share_bundle == (tmp_path / "bundle" if shared else None)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from corolla.data.encoding import IGNORE, Encoded, Encoder, collate
-from corolla.data.federated import Example
+from corolla.data.rows import Example
 from corolla.errors import DataError
 
 CPU = torch.device("cpu")

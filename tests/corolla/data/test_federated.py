@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from corolla.config.run import RunConfig
 from corolla.data import federated
-from corolla.data.federated import Example, FederatedData
+from corolla.data.federated import FederatedData
+from corolla.data.rows import Example, read_rows
 from corolla.errors import ConfigError, DataError
 
 # pyarrow warns about how datasets sorts, flwr-datasets about each attempt of a Dirichlet draw
@@ -87,7 +88,7 @@ def everything(found: FederatedData) -> list[str]:
     ],
 )
 def test_every_form_of_row_is_read(rows: Rows, row: object, wanted: Example) -> None:
-    assert federated.read(str(rows([row])))[0] == [wanted]
+    assert read_rows(str(rows([row])))[0] == [wanted]
 
 
 @pytest.mark.parametrize(
@@ -126,7 +127,7 @@ def test_every_form_of_row_is_read(rows: Rows, row: object, wanted: Example) -> 
 def test_a_row_that_cannot_be_used_is_named(rows: Rows, line: str, reason: str) -> None:
     path = rows([{"text": "a"}, "", line, {"text": "b"}])
     with pytest.raises(DataError, match="line 3: ") as caught:
-        federated.read(str(path))
+        read_rows(str(path))
     assert reason in str(caught.value)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -136,13 +137,13 @@ def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"text": "a"}\n{"text": "\xff\xfe"}\n')
     with pytest.raises(DataError, match="line 2"):
-        federated.read(str(path))
+        read_rows(str(path))
 
 
 def test_unicode_and_line_ends_of_windows_are_read(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes('{"text": "日本\\u2028 é"}\r\n\r\n{"text": "b\u2028c"}'.encode())
-    assert [row.text for row in federated.read(str(path))[0]] == ["日本\u2028 é", "b\u2028c"]
+    assert [row.text for row in read_rows(str(path))[0]] == ["日本\u2028 é", "b\u2028c"]
 
 
 @pytest.mark.parametrize("content", ["", "\n\n  \n"])
@@ -150,19 +151,19 @@ def test_a_file_without_rows_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text(content)
     with pytest.raises(DataError, match="has no rows"):
-        federated.read(str(path))
+        read_rows(str(path))
 
 
 def test_a_missing_file_is_said(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="No such file"):
-        federated.read(str(tmp_path / "none.jsonl"))
+        read_rows(str(tmp_path / "none.jsonl"))
     with pytest.raises(DataError, match="directory"):
-        federated.read(str(tmp_path))
+        read_rows(str(tmp_path))
 
 
 def test_a_name_that_is_nowhere_is_said_in_one_line() -> None:
     with pytest.raises(DataError, match="neither a file here nor on the hub") as caught:
-        federated.read("corolla-tests/does-not-exist")
+        read_rows("corolla-tests/does-not-exist")
     assert "\n" not in str(caught.value)
 
 
@@ -179,9 +180,9 @@ def test_mixed_kinds_of_rows_are_refused(rows: Rows, lines: list[object], reason
 
 
 def test_the_fingerprint_is_of_the_content(rows: Rows) -> None:
-    first = federated.read(str(rows([{"text": "a"}])))[1]
-    second = federated.read(str(rows([{"text": "b"}])))[1]
-    assert first == federated.read(str(rows([{"text": "a"}])))[1] != second
+    first = read_rows(str(rows([{"text": "a"}])))[1]
+    second = read_rows(str(rows([{"text": "b"}])))[1]
+    assert first == read_rows(str(rows([{"text": "a"}])))[1] != second
     assert len(first) == 64
 
 

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from corolla.directions import pools as directions
-from corolla.directions import signs
+from corolla.directions import moving, signs
 from corolla.directions.pools import GaussianPool, SignPool
 from corolla.types import Move, Params, Pool
 
@@ -116,7 +115,7 @@ def test_no_gaussian_value_is_drawn_that_is_not_needed_or_twice(
     move = Move(GAUSSIAN, torch.eye(8)[3])
     changes: list[Callable[[Tensor], None]] = [
         lambda out: GAUSSIAN.add(out, BLOCK - 7, [(3, 1.0)]),
-        lambda out: directions.apply(out, BLOCK - 7, [move]),
+        lambda out: moving.apply(out, BLOCK - 7, [move]),
     ]
     for change in changes:
         drawn.clear()
@@ -242,7 +241,7 @@ def test_a_move_is_the_dense_sum_of_its_directions(pool: Pool, step: float, offs
     for k in range(32):
         wanted = wanted + step * float(g[k]) * direction(pool, k, 500, offset).double()
     found = start.clone()
-    directions.apply(found, offset, [Move(pool, g, step)])
+    moving.apply(found, offset, [Move(pool, g, step)])
     assert float((found - wanted).norm() / wanted.norm()) < 2e-7
     moved, ideal = found.double() - start, wanted - start
     assert float((moved - ideal).norm() / ideal.norm()) < max(1e-6, 1e-7 / abs(step) / 10)
@@ -254,7 +253,7 @@ def test_least_squares_recovers_the_scalars_from_the_weights(pool: Pool, rows: i
     """Everything moves in the span of the directions: w_t - w_0 = Σ_k G_k z_k."""
     start = {"b": random_tensor(300, 6, 0.1).view(20, 15), "a": random_tensor(123, 7, 0.1)}
     drawn = [scalars(32, 10 + row) for row in range(rows)]
-    after = directions.settle(start, [Move(pool, g) for g in drawn])
+    after = moving.settle(start, [Move(pool, g) for g in drawn])
     change = torch.cat([(after[n].double() - start[n].double()).reshape(-1) for n in ("a", "b")])
     z = matrix(pool, 32, 423).T
     found, *_ = np.linalg.lstsq(z, change.numpy(), rcond=None)
@@ -274,11 +273,11 @@ def test_moves_one_by_one_and_all_at_once_have_the_same_bits(pool: Pool) -> None
     ]
     start = random_tensor(BLOCK + 500, 10)
     at_once, in_turn, halves = start.clone(), start.clone(), start.clone()
-    directions.apply(at_once, 3, moves)
+    moving.apply(at_once, 3, moves)
     for move in moves:
-        directions.apply(in_turn, 3, [move])
+        moving.apply(in_turn, 3, [move])
     for low, high in ((0, 77), (77, BLOCK), (BLOCK, BLOCK + 500)):
-        directions.apply(halves[low:high], 3 + low, moves, start[low:high])
+        moving.apply(halves[low:high], 3 + low, moves, start[low:high])
     assert torch.equal(at_once, in_turn)
     assert torch.equal(at_once, halves)
 
@@ -287,9 +286,9 @@ def test_pools_of_both_kinds_can_be_mixed() -> None:
     moves = [Move(SIGN, scalars(32, 8)), Move(GAUSSIAN, scalars(32, 9)), Move(SIGN, scalars(32, 1))]
     start = random_tensor(500, 10)
     at_once, in_turn = start.clone(), start.clone()
-    directions.apply(at_once, 3, moves)
+    moving.apply(at_once, 3, moves)
     for move in moves:
-        directions.apply(in_turn, 3, [move])
+        moving.apply(in_turn, 3, [move])
     assert torch.equal(at_once, in_turn)
 
 
@@ -301,7 +300,7 @@ def test_half_precision_weights_keep_an_accumulated_move(pool: Pool) -> None:
     z = matrix(pool, 32, 20_000)
     ideal = start.double() + torch.from_numpy((g.double().numpy()[:, None] * z).sum(0))
     found = start.clone()
-    directions.apply(found, 0, [Move(pool, g)])
+    moving.apply(found, 0, [Move(pool, g)])
     off = (found.double() - ideal).abs()
     half = ulp(found.float().bfloat16()) / 2
     assert bool((off <= half * 1.01).all())  # the nearest bfloat16, except next to ties
@@ -315,11 +314,11 @@ def test_rounds_accumulate_in_single_precision_and_round_once() -> None:
     start = random_tensor(20_000, 13, 0.02).bfloat16()
     moves = [Move(SignPool(32, (1, r)), scalars(32, r), 1e-5) for r in range(1, 41)]
     once, each = start.clone(), start.clone()
-    directions.apply(once, 0, moves)
+    moving.apply(once, 0, moves)
     wide = start.float()
     for move in moves:
-        directions.apply(wide, 0, [move])
-        directions.apply(each, 0, [move])
+        moving.apply(wide, 0, [move])
+        moving.apply(each, 0, [move])
     assert torch.equal(once, wide.bfloat16())
     ideal = start.double()
     for move in moves:
@@ -337,7 +336,7 @@ def test_threads_change_no_bit(dtype: torch.dtype, threads: None) -> None:
     for number in (1, 2):
         torch.set_num_threads(number)
         out = start.clone()
-        directions.apply(out, 12345, [Move(SignPool(512, (1, 2)), scalars(512, 3, 1e-2))])
+        moving.apply(out, 12345, [Move(SignPool(512, (1, 2)), scalars(512, 3, 1e-2))])
         GAUSSIAN.add(out, 99, [(3, 0.1)])
         found.append(out)
     assert torch.equal(*found)
@@ -347,9 +346,9 @@ def test_threads_change_no_bit(dtype: torch.dtype, threads: None) -> None:
 def test_no_move_is_a_copy(pool: Pool) -> None:
     start = random_tensor(100, 15)
     found = torch.zeros(100)
-    directions.apply(found, 0, [], start)
+    moving.apply(found, 0, [], start)
     assert torch.equal(found, start)
-    directions.apply(found, 0, [Move(pool, torch.zeros(32))], start)
+    moving.apply(found, 0, [Move(pool, torch.zeros(32))], start)
     assert torch.equal(found, start)
 
 
@@ -368,9 +367,9 @@ def test_prepared_moves_are_applied_to_many_tensors(
     starts = [random_tensor(700, n) for n in range(3)]
     wanted = [start.clone() for start in starts]
     for at, tensor in enumerate(wanted):
-        directions.apply(tensor, 50 * at, moves)
+        moving.apply(tensor, 50 * at, moves)
     monkeypatch.setattr(signs, "fwht", spy)
-    change = directions.prepared(moves)
+    change = moving.prepared(moves)
     assert calls == [32] * pools.count(SIGN)
     for at, start in enumerate(starts):
         found = torch.full_like(start, torch.nan)
@@ -383,8 +382,8 @@ def test_scalars_may_be_of_half_precision() -> None:
     g = scalars(32, 16).half()
     start = random_tensor(100, 17)
     found = [start.clone(), start.clone()]
-    directions.apply(found[0], 0, [Move(SIGN, g, 2.0**-20)])
-    directions.apply(found[1], 0, [Move(SIGN, g.double(), 2.0**-20)])
+    moving.apply(found[0], 0, [Move(SIGN, g, 2.0**-20)])
+    moving.apply(found[1], 0, [Move(SIGN, g.double(), 2.0**-20)])
     assert torch.equal(*found)
 
 
@@ -402,10 +401,10 @@ def some_params() -> Params:
 
 def test_the_flat_vector_is_sorted_by_name_and_row_major() -> None:
     params = some_params()
-    flat, layout = directions.flatten(params)
+    flat, layout = moving.flatten(params)
     wanted = [x for name in ("B", "a", "b", "b.x") for x in params[name].reshape(-1).tolist()]
     assert flat.tolist() == wanted
-    back = directions.unflatten(flat, layout)
+    back = moving.unflatten(flat, layout)
     assert list(back) == ["B", "a", "b", "b.x"]
     assert all(torch.equal(back[n], params[n]) for n in params)
     back["a"][0] = 9.0
@@ -417,18 +416,18 @@ def test_settling_depends_on_names_not_on_the_order_of_a_dict() -> None:
     params = some_params()
     before = {n: t.clone() for n, t in params.items()}
     moves = [Move(SIGN, scalars(32, 3)), Move(GAUSSIAN, scalars(32, 4))]
-    found = directions.settle(params, moves)
-    other = directions.settle(dict(reversed(list(params.items()))), moves)
-    flat, _ = directions.flatten(params)
-    directions.apply(flat, 0, moves)
-    assert torch.equal(directions.flatten(found)[0], flat)
+    found = moving.settle(params, moves)
+    other = moving.settle(dict(reversed(list(params.items()))), moves)
+    flat, _ = moving.flatten(params)
+    moving.apply(flat, 0, moves)
+    assert torch.equal(moving.flatten(found)[0], flat)
     assert all(torch.equal(found[n], other[n]) for n in params)
     assert all(torch.equal(before[n], params[n]) for n in params)
 
 
 def test_half_precision_params_settle_in_single_precision() -> None:
     params = {"a": random_tensor(10, 2).bfloat16()}
-    assert directions.settle(params, [Move(SIGN, scalars(32, 1))])["a"].dtype == torch.float32
+    assert moving.settle(params, [Move(SIGN, scalars(32, 1))])["a"].dtype == torch.float32
 
 
 def test_a_fingerprint_tells_moves_apart() -> None:
@@ -447,9 +446,9 @@ def test_a_fingerprint_tells_moves_apart() -> None:
         [Move(SIGN, g), Move(GAUSSIAN, g)],
         [Move(GAUSSIAN, g), Move(SIGN, g)],
     ]
-    found = [directions.fingerprint(moves) for moves in variants]
+    found = [moving.fingerprint(moves) for moves in variants]
     assert len(set(found)) == len(variants)
-    assert directions.fingerprint([Move(SignPool(32, (7, 3)), g.clone(), 1.0)]) == found[1]
+    assert moving.fingerprint([Move(SignPool(32, (7, 3)), g.clone(), 1.0)]) == found[1]
 
 
 @pytest.mark.parametrize("size", [0, -2, 3, 1000, 1 << 17, 4.0, True, "512", None])

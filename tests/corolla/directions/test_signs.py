@@ -17,7 +17,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import corolla
 from corolla.directions import signs
 
 VECTORS = Path(__file__).resolve().parents[3] / "proto" / "signs-v1.json"
@@ -512,7 +511,7 @@ def test_the_portable_branches_of_the_kernel(
     x, key = random(9000, 10), (2, 3)
     wanted, sums = x.clone(), signs.fold(x, key, 100, 64)
     signs.add(wanted, key, 100, [(1234, 0.3), (7, 0.1)])
-    monkeypatch.setattr(corolla, "__path__", [str(tmp_path)])
+    monkeypatch.setattr(signs, "__file__", str(tmp_path / "signs.py"))
     monkeypatch.setattr(signs, "_kernel", signs._load())
     assert signs.compiled()
     counter, keys, answer = KNOWN[2]
@@ -525,7 +524,7 @@ def test_the_portable_branches_of_the_kernel(
 def test_a_kernel_that_does_not_load_or_differs_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corolla, "__path__", [str(tmp_path)])
+    monkeypatch.setattr(signs, "__file__", str(tmp_path / "signs.py"))
     before = signs._kernel
     assert signs._load() is None
     (tmp_path / "_signs.so").write_bytes(b"not a library")

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from corolla.config.run import RunConfig
-from corolla.data.federated import Example
+from corolla.data.rows import Example
 from corolla.errors import DataError
 from corolla.evaluation import answers
 from corolla.evaluation.answers import choice_accuracy, exact_match, final_number, generate, same

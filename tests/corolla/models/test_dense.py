@@ -21,12 +21,13 @@ from corolla.cli.app import app
 from corolla.client.training.first_order import FirstOrder
 from corolla.client.training.worker import Worker
 from corolla.commands import artefacts
+from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.data.encoding import Encoded, Encoder
 from corolla.directions.pools import SignPool
 from corolla.errors import ArtefactError, DivergedError, ModelError
 from corolla.evaluation import scoring
-from corolla.models import lora, pretrained, trainable
+from corolla.models import adapter_files, pretrained, trainable
 from corolla.models.dense import DenseModel, Role
 from corolla.models.full import FullModel
 from corolla.models.pretrained import Base
@@ -150,7 +151,7 @@ def plain_peft(kind: str, role: str, params: Params) -> PeftModel:
     if role == "ia3":
         task = "SEQ_CLS" if own.task == "classify" else "CAUSAL_LM"
         config = IA3Config(task_type=task, fan_in_fan_out=kind == "gpt2")
-    with torch.random.fork_rng(devices=[]), lora.peft_speaks_to_transformers():
+    with torch.random.fork_rng(devices=[]), adapter_files.peft_speaks_to_transformers():
         made = get_peft_model(own.model, config)
     with torch.no_grad():
         for name, parameter in peft_tensors(made).items():
@@ -466,7 +467,7 @@ def round_of(
     own = tiny.base(kind)
     model = trainable.build(config, own)
     network = Devices(Worker(config, model, tiny.data(kind), Memory(folder)), reverse)
-    strategy = config.build_strategy()
+    strategy = build_strategy(config)
     state = strategy.init(model.init(SPEC, 0), 0)
     fresh = cache(lambda spec: model.init(spec, 0))
     federation = Federation("0" * 32, config, strategy, tiny.CLIENTS, fresh)
@@ -571,7 +572,7 @@ def test_a_saved_model_reloaded_by_others_gives_the_same_logits(
     assert model.distance_to(adapter, SPEC) == 0.0
     assert len(model.digest(adapter)) == 64
     if model.artefact == "adapter":
-        with lora.peft_speaks_to_transformers():
+        with adapter_files.peft_speaks_to_transformers():
             other: Any = PeftModel.from_pretrained(base(kind).model, str(adapter)).eval()
     else:
         other = type(base(kind).model).from_pretrained(adapter)
@@ -628,7 +629,7 @@ def check_half(model: DenseModel, plain: Base, folder: Path) -> None:
         assert json.loads((place / "config.json").read_text())["dtype"] == "bfloat16"
         assert torch.equal(tiny.logits(type(plain.model).from_pretrained(place)), wanted)
     else:
-        assert torch.equal(tiny.logits(lora.load_adapter(plain.model, place)), wanted)
+        assert torch.equal(tiny.logits(adapter_files.load_adapter(plain.model, place)), wanted)
     assert torch.equal(tiny.logits(model.reload(place)), wanted)
 
 
@@ -639,7 +640,7 @@ def test_scales_are_merged_by_peft(kind: str, tmp_path: Path) -> None:
     params = moved(model)
     model.save(tmp_path / "adapter", Adapter(params), SPEC)
     wanted = tiny.logits(model.model)
-    merged = lora.merge(lora.load_adapter(base(kind).model, tmp_path / "adapter"))
+    merged = adapter_files.merge(adapter_files.load_adapter(base(kind).model, tmp_path / "adapter"))
     torch.testing.assert_close(tiny.logits(merged), wanted, rtol=0, atol=1e-5)
 
 
@@ -711,14 +712,14 @@ def test_a_run_ends_in_an_artefact_that_is_evaluated(
 def test_labels_of_a_scaled_classifier_are_counted_without_its_run(tmp_path: Path) -> None:
     model = dense("bert", "ia3")
     model.save(tmp_path / "adapter", Adapter(moved(model)), SPEC)
-    head = lora.head_of(tmp_path / "adapter")
+    head = adapter_files.head_of(tmp_path / "adapter")
     assert {n: tuple(t.shape) for n, t in head.items()} == {
         "classifier.weight": (3, 32),
         "classifier.bias": (3,),
     }
     shutil.rmtree(tmp_path / "adapter")
     with pytest.raises(ArtefactError, match="is no adapter"):
-        lora.head_of(tmp_path / "adapter")
+        adapter_files.head_of(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from corolla import seeds
-from corolla.config.run import RunConfig, validate
+from corolla.config.load import validate
+from corolla.config.run import RunConfig
 from corolla.data.encoding import Encoded, collate
 from corolla.evaluation.scoring import loss_sum
 from corolla.models import anatomy, footprint, lora, pretrained

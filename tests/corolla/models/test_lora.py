@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from corolla.errors import ArtefactError, ModelError
-from corolla.models import lora
+from corolla.models import adapter_files
 from corolla.models.lora import LoraModel
 from corolla.models.pretrained import Base
 from corolla.types import Adapter, LoraSpec, Params
@@ -482,7 +482,7 @@ def test_a_saved_adapter_has_one_rank_and_names_its_base(llama: LoraModel, tmp_p
     assert (settings["r"], settings["lora_alpha"], settings["use_rslora"]) == (32, 32, False)
     assert not settings.get("rank_pattern")
     assert not settings.get("alpha_pattern")
-    assert lora.base_of(tmp_path / "adapter") == "llama"
+    assert adapter_files.base_of(tmp_path / "adapter") == "llama"
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     ranks = {t.shape[0 if "lora_A" in n else 1] for n, t in tensors.items()}
     assert ranks == {32}
@@ -498,9 +498,9 @@ def test_saving_replaces_what_was_there(llama: LoraModel, tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     again = tmp_path / "again"
     llama.save(again, Adapter(tiny.adapter(llama, SPEC, 1)), SPEC)
-    assert lora.adapter_hash(folder) == lora.adapter_hash(again)
+    assert adapter_files.adapter_hash(folder) == adapter_files.adapter_hash(again)
     llama.save(again, Adapter(tiny.adapter(llama, SPEC, 2)), SPEC)
-    assert lora.adapter_hash(folder) != lora.adapter_hash(again)
+    assert adapter_files.adapter_hash(folder) != adapter_files.adapter_hash(again)
 
 
 def test_saving_leaves_the_model_as_it_was(llama: LoraModel, tmp_path: Path) -> None:
@@ -514,9 +514,9 @@ def test_load_adapter_and_merge_give_the_same_logits(model: LoraModel, tmp_path:
     params = tiny.adapter(model, SPEC, 1)
     model.write(params, SPEC)
     model.save(tmp_path / "adapter", Adapter(params), SPEC)
-    loaded = lora.load_adapter(plain(model), tmp_path / "adapter")
+    loaded = adapter_files.load_adapter(plain(model), tmp_path / "adapter")
     assert far(tiny.logits(loaded), tiny.logits(model.model)) < 1e-6
-    assert far(tiny.logits(lora.merge(loaded)), tiny.logits(model.model)) < 1e-5
+    assert far(tiny.logits(adapter_files.merge(loaded)), tiny.logits(model.model)) < 1e-5
 
 
 def test_detach_gives_the_plain_base_back(model: LoraModel) -> None:
@@ -530,17 +530,17 @@ def test_detach_gives_the_plain_base_back(model: LoraModel) -> None:
 
 
 def test_a_folder_that_is_no_adapter_is_an_error(llama: LoraModel, tmp_path: Path) -> None:
-    for load in (lora.adapter_hash, lora.base_of):
+    for load in (adapter_files.adapter_hash, adapter_files.base_of):
         with pytest.raises(ArtefactError, match="is no adapter"):
             load(tmp_path)
     with pytest.raises(ArtefactError, match="is no adapter"):
-        lora.load_adapter(plain(llama), tmp_path)
+        adapter_files.load_adapter(plain(llama), tmp_path)
 
 
 def test_an_adapter_of_another_model_is_an_error(llama: LoraModel, tmp_path: Path) -> None:
     llama.save(tmp_path / "adapter", Adapter(tiny.adapter(llama, SPEC, 1)), SPEC)
     with pytest.raises(ArtefactError, match="cannot load adapter"):
-        lora.load_adapter(tiny.base("gpt2").model, tmp_path / "adapter")
+        adapter_files.load_adapter(tiny.base("gpt2").model, tmp_path / "adapter")
 
 
 def test_dropout_acts_in_training_alone() -> None:

@@ -9,7 +9,7 @@ import transformers
 
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, ModelError
-from corolla.models import pretrained
+from corolla.models import devices, folders, pretrained
 
 Settings = Callable[..., RunConfig]
 
@@ -152,8 +152,8 @@ def test_a_pad_id_is_found_without_a_pad_token(
 def test_a_device_that_is_not_here_is_said(settings: Settings) -> None:
     for name in ("cuda:77", "no such device"):
         with pytest.raises(ConfigError, match="not available"):
-            pretrained.pick_device(name)
-    assert pretrained.pick_device("cpu") == torch.device("cpu")
+            devices.pick_device(name)
+    assert devices.pick_device("cpu") == torch.device("cpu")
 
 
 def test_the_fingerprint_is_of_the_weights(settings: Settings) -> None:
@@ -209,7 +209,7 @@ def test_quantization_needs_its_package(
 def test_a_packaged_model_names_what_to_install(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(pretrained.PACKAGED, "packaged", "no_such_package_of_corolla")
+    monkeypatch.setitem(folders.PACKAGED, "packaged", "no_such_package_of_corolla")
     with pytest.raises(ModelError, match=r"pip install 'corolla\[llm\]'"):
         pretrained.load(settings(model="packaged"))
 

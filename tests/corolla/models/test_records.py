@@ -10,6 +10,7 @@ from peft import PeftModel
 from corolla.config.run import RunConfig
 from corolla.models import pretrained, records
 from corolla.models.lora import LoraModel
+from corolla.storage import folders
 from corolla.types import LoraSpec, Update
 from corolla.wire import codec
 
@@ -42,7 +43,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("client", HOSTILE, ids=lambda client: repr(client)[:20])
 def test_any_name_becomes_one_folder(tmp_path: Path, client: str) -> None:
-    folder = records.client_folder(tmp_path, client)
+    folder = folders.client_folder(tmp_path, client)
     assert folder.parent == tmp_path
     assert folder.name not in ("", ".", "..")
     folder.mkdir()
@@ -51,14 +52,14 @@ def test_any_name_becomes_one_folder(tmp_path: Path, client: str) -> None:
 
 def test_no_two_names_share_a_folder(tmp_path: Path) -> None:
     names = [*HOSTILE, "x" * 1001, "日" * 201, "%2E%2E", "a%2fb", "_", "-"]
-    assert len({records.client_folder(tmp_path, client) for client in names}) == len(names)
+    assert len({folders.client_folder(tmp_path, client) for client in names}) == len(names)
 
 
 def test_plain_names_stay_readable(tmp_path: Path) -> None:
-    assert records.client_folder(tmp_path, "client-07") == tmp_path / "client-07"
-    assert records.client_folder(tmp_path, "Ada (phone)") == tmp_path / "Ada (phone)"
-    assert records.round_folder(tmp_path, 7) == tmp_path / "round-007"
-    assert records.round_folder(tmp_path, 12345) == tmp_path / "round-12345"
+    assert folders.client_folder(tmp_path, "client-07") == tmp_path / "client-07"
+    assert folders.client_folder(tmp_path, "Ada (phone)") == tmp_path / "Ada (phone)"
+    assert folders.round_folder(tmp_path, 7) == tmp_path / "round-007"
+    assert folders.round_folder(tmp_path, 12345) == tmp_path / "round-12345"
 
 
 def test_an_update_is_loaded_by_plain_peft(
@@ -119,7 +120,7 @@ def test_an_update_with_frozen_blocks_holds_them(settings: Settings, tmp_path: P
 )
 def test_weights_sum_to_one(tmp_path: Path, examples: dict[str, int]) -> None:
     for client in examples:
-        folder = records.client_folder(tmp_path, client)
+        folder = folders.client_folder(tmp_path, client)
         folder.mkdir()
         (folder / "update.json").write_text(json.dumps({"client": client}))
     records.write_weights(tmp_path, examples)

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from corolla.cli.app import app
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, ModelError
-from corolla.models import lora, pretrained
+from corolla.models import adapter_files, lora, pretrained
 from corolla.phones import bundle, export, lowering, selftest
 from corolla.types import Adapter
 from tests.bundles import LENGTH, RANK, needs_executorch, small_bundle
@@ -52,7 +52,7 @@ def plain(alpha: float) -> Any:
     config = peft.LoraConfig(
         r=RANK, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    with lora.peft_speaks_to_transformers():
+    with adapter_files.peft_speaks_to_transformers():
         return peft.get_peft_model(model, config).eval()
 
 
@@ -67,7 +67,7 @@ def factors(manifest: bundle.Manifest, seed: int = 0) -> dict[str, Tensor]:
 def parameters(model: Any) -> dict[str, nn.Parameter]:
     own = dict(model.named_parameters())
     return {
-        name.removeprefix(lora.PREFIX).removesuffix(".default.weight"): tensor
+        name.removeprefix(adapter_files.PREFIX).removesuffix(".default.weight"): tensor
         for name, tensor in own.items()
         if ".lora_" in name
     }

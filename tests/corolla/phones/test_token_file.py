@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from corolla.cli.app import app
 from corolla.data.encoding import IGNORE, Encoder
-from corolla.data.federated import Example
+from corolla.data.rows import Example
 from corolla.errors import ConfigError, DataError, ModelError
 from corolla.phones import token_file
 from tests.conftest import byte_tokenizer

@@ -13,10 +13,11 @@ import torch
 from scipy.stats import binom, chi2
 from torch import Tensor
 
-from corolla import strategies
 from corolla.config.run import RunConfig
-from corolla.privacy import client_level
-from corolla.privacy.client_level import ClientLevel, ExampleLevel
+from corolla.privacy import randomness
+from corolla.privacy.client_level import ClientLevel
+from corolla.privacy.example_level import ExampleLevel
+from corolla.strategies import registry
 from corolla.types import Metrics, Params, Payload, Size
 
 FALSE_ALARM = 1e-9
@@ -54,7 +55,7 @@ def release(
 ) -> tuple[Payload, Payload, Metrics]:
     """One round of a server: (payload, weight) of each client → what is released."""
     memory = memory or {}
-    summed = own.aggregator(strategies.create(strategy).aggregator, memory, like)
+    summed = own.aggregator(registry.create(strategy).aggregator, memory, like)
     for payload, weight in updates:
         summed.add(payload, weight)
     names = [f"c{i}" for i in range(len(updates))] if clients is None else clients
@@ -79,7 +80,7 @@ def fresh() -> Params:
 
 def form(strategy: str) -> Payload:
     """What an update of a strategy looks like."""
-    known = strategies.create(strategy)
+    known = registry.create(strategy)
     size = Size(12, 10, 13, scalars=7, trainer=known.trainers[0], step=-0.1, round=1, rank=2)
     return known.update_like(fresh(), size)
 
@@ -293,5 +294,5 @@ def noise_is_of_the_operating_system() -> None:
         like: Payload = {"adapter": {"w": torch.zeros(1, dtype=torch.float64)}}
         seen.add(float(release(level(), [], like)[0]["adapter"]["w"]))
         seen.add(float(examples().noised({"w": torch.zeros(1, dtype=torch.float64)})["w"]))
-        seen.add(float(client_level.os_uniform(1)))
+        seen.add(float(randomness.os_uniform(1)))
     assert len(seen) == 6

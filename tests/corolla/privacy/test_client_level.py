@@ -13,32 +13,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from corolla import strategies
 from corolla.aggregation.sums import WeightedMean
 from corolla.config.rules import not_noised
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
-from corolla.privacy import accounting, client_level
+from corolla.privacy import accounting, randomness
 from corolla.privacy.accounting import Release
-from corolla.privacy.client_level import (
-    ClientLevel,
-    ExampleLevel,
-    Guarantee,
-    Normal,
-    client_plan,
-    clip_factors,
-    example_level,
-    os_normal,
-    os_uniform,
-    planned_rounds,
-)
+from corolla.privacy.calibration import client_plan, planned_rounds
+from corolla.privacy.client_level import ClientLevel
+from corolla.privacy.example_level import ExampleLevel, example_level
+from corolla.privacy.guarantee import Guarantee
+from corolla.privacy.randomness import Normal, clip_factors, os_normal, os_uniform
+from corolla.strategies import registry
 from corolla.strategies.fedavg import FedAvg
 from corolla.types import Payload
 from corolla.wire import codec
 from tests.corolla.privacy import privacy_checks as checks
 from tests.corolla.privacy.privacy_checks import C, config, filled, flat, level, release, silent
 
-WITH_NOISE = [name for name, own in strategies.STRATEGIES.items() if not not_noised(own())]
+WITH_NOISE = [name for name, own in registry.STRATEGIES.items() if not not_noised(own())]
 W: Payload = {"adapter": {"w": torch.zeros(3, dtype=torch.float64)}}
 DELTA = 1e-5
 
@@ -132,7 +125,7 @@ def test_one_client_of_any(values: list[list[float]], weights: list[float]) -> N
 @pytest.mark.parametrize("strategy", WITH_NOISE)
 def test_without_noise_it_is_what_the_strategy_would_have_applied(strategy: str) -> None:
     """Of clients of equal weight, if none is clipped; and it applies it, noise and all."""
-    known, like = strategies.create(strategy), checks.form(strategy)
+    known, like = registry.create(strategy), checks.form(strategy)
     updates = [checks.random(like, seed) for seed in range(10)]
     usual = known.aggregator()
     for update in updates:
@@ -167,7 +160,7 @@ def test_the_contribution_of_a_zeroth_order_client_is_its_move() -> None:
 
 def test_an_update_of_another_shape_is_no_part_of_a_sum() -> None:
     """Broadcasting would count one value many times."""
-    own = level().aggregator(strategies.create("fedavg").aggregator, {}, W)
+    own = level().aggregator(registry.create("fedavg").aggregator, {}, W)
     with pytest.raises(ValueError, match="does not have the form"):
         own.add({"adapter": {"w": torch.ones(1)}}, 1.0)
     with pytest.raises(ValueError, match="does not have the form"):
@@ -175,7 +168,7 @@ def test_an_update_of_another_shape_is_no_part_of_a_sum() -> None:
 
 
 def test_a_clipped_sum_is_not_given_out_without_noise() -> None:
-    make = strategies.create("fedavg").aggregator
+    make = registry.create("fedavg").aggregator
     own, other = (level().aggregator(make, {}, W) for _ in range(2))
     assert own.linear
     own.add(filled(W, torch.ones_like), 1.0)
@@ -299,7 +292,7 @@ def test_the_clip_of_a_round_is_that_from_before_it() -> None:
     follows = C * math.exp(-0.2 * (within - 0.5))
     assert metrics["clipped"] == pytest.approx(1 - within)
     assert metrics["noise_std"] == pytest.approx(std * C / 4)
-    summed = own.aggregator(strategies.create("fedavg").aggregator, memory, W)
+    summed = own.aggregator(registry.create("fedavg").aggregator, memory, W)
     assert summed.clip == pytest.approx(follows)
 
 
@@ -665,10 +658,10 @@ def test_a_delta_that_would_allow_to_publish_an_example() -> None:
 
 def test_nothing_of_it_follows_a_seed_of_the_run() -> None:
     """The defaults are the operating system's, in both levels."""
-    assert ExampleLevel(1, 1, 1.0, 1.0, 0.1, 1).normal is client_level.os_normal
-    assert ExampleLevel(1, 1, 1.0, 1.0, 0.1, 1).uniform is client_level.os_uniform
-    assert level()._normal is client_level.os_normal
-    assert level()._uniform is client_level.os_uniform
+    assert ExampleLevel(1, 1, 1.0, 1.0, 0.1, 1).normal is randomness.os_normal
+    assert ExampleLevel(1, 1, 1.0, 1.0, 0.1, 1).uniform is randomness.os_uniform
+    assert level()._normal is randomness.os_normal
+    assert level()._uniform is randomness.os_uniform
 
 
 def test_large_tensors_get_their_noise_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -679,7 +672,7 @@ def test_large_tensors_get_their_noise_in_slices(monkeypatch: pytest.MonkeyPatch
     )
     sums = {"a": torch.ones(3, 5), "b": torch.tensor(2.0)}
     expected = whole.noised(sums)
-    monkeypatch.setattr(client_level, "_SLICE", 4)
+    monkeypatch.setattr(randomness, "SLICE", 4)
     found = sliced.noised(sums)
     for name, tensor in sums.items():
         assert found[name].shape == tensor.shape

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from corolla.privacy import banded, client_level
-from corolla.privacy.client_level import ClientLevel, ClippedSum, ExampleLevel
+from corolla.privacy import banded, randomness
+from corolla.privacy.client_level import ClientLevel
+from corolla.privacy.clipped_sum import ClippedSum
+from corolla.privacy.example_level import ExampleLevel
 from corolla.types import Payload
 from tests.corolla.privacy import privacy_checks as checks
 
@@ -60,13 +62,13 @@ def noise_for_those_who_answered(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_clip(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(client_level, "clip_factors", lambda norms, clip: torch.ones_like(norms))
+    patch.setattr(randomness, "clip_factors", lambda norms, clip: torch.ones_like(norms))
 
 
 def clip_that_lets_nan_pass(patch: pytest.MonkeyPatch) -> None:
     """As min(1, C / norm) does where a norm is NaN."""
     patch.setattr(
-        *(client_level, "clip_factors"),
+        *(randomness, "clip_factors"),
         lambda norms, clip: torch.ones_like(norms) if norms.isnan() else clip / norms.clamp(clip),
     )
 
@@ -77,13 +79,13 @@ def clip_of_each_tensor(patch: pytest.MonkeyPatch) -> None:
             [t.double().norm() for own in payload.values() for t in own.values()]
         ).max()
 
-    patch.setattr(client_level, "joint_norm", longest)
+    patch.setattr(randomness, "joint_norm", longest)
 
 
 def clip_that_skips_single_values(patch: pytest.MonkeyPatch) -> None:
-    real = client_level.joint_norm
+    real = randomness.joint_norm
     patch.setattr(
-        *(client_level, "joint_norm"),
+        *(randomness, "joint_norm"),
         lambda payload: real(
             {g: {n: t for n, t in own.items() if t.dim()} for g, own in payload.items()}
         ),
@@ -189,7 +191,7 @@ def noise_of_a_seed(patch: pytest.MonkeyPatch) -> None:
     defaults = cast(tuple[Any, ...], ClientLevel.__init__.__defaults__)
     patch.setattr(
         *(ClientLevel.__init__, "__defaults__"),
-        tuple(normal if d is client_level.os_normal else d for d in defaults),
+        tuple(normal if d is randomness.os_normal else d for d in defaults),
     )
 
 
@@ -232,5 +234,5 @@ def test_a_check_notices(
 
 def test_what_is_broken_is_repaired_afterwards() -> None:
     """The patches above are gone: nothing else runs on broken code."""
-    assert math.isclose(float(client_level.clip_factors(torch.tensor(4.0), 1.0)), 0.25)
+    assert math.isclose(float(randomness.clip_factors(torch.tensor(4.0), 1.0)), 0.25)
     checks.noise_has_its_std()

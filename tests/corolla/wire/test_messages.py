@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from corolla.errors import WireError
 from corolla.proto import update_pb2 as pb
-from corolla.wire import messages
+from corolla.wire import limits, messages
 from corolla.wire.messages import Kind, Reply, Task
 from corolla.wire.packet import Packet, from_flower, to_flower
 
@@ -139,17 +139,17 @@ def test_size_limits_are_exact() -> None:
     with pytest.raises(WireError, match="at most 6"):
         messages.unpack_reply(packet, 6)
     with pytest.raises(WireError, match="header has"):
-        messages.unpack_reply(Packet(b"\x00" * (messages.MAX_REPLY_HEADER + 1), b""), 100)
+        messages.unpack_reply(Packet(b"\x00" * (limits.MAX_REPLY_HEADER + 1), b""), 100)
     with pytest.raises(WireError, match="header has"):
-        messages.unpack_task(Packet(b"\x00" * (messages.MAX_HEADER + 1), b""))
+        messages.unpack_task(Packet(b"\x00" * (limits.MAX_HEADER + 1), b""))
 
 
 def test_metrics_are_limited_in_number_and_name() -> None:
     for metrics, passes in (
-        ({f"m{i}": 1.0 for i in range(messages.MAX_METRICS)}, True),
-        ({f"m{i}": 1.0 for i in range(messages.MAX_METRICS + 1)}, False),
-        ({"n" * messages.MAX_NAME: 1.0}, True),
-        ({"n" * (messages.MAX_NAME + 1): 1.0}, False),
+        ({f"m{i}": 1.0 for i in range(limits.MAX_METRICS)}, True),
+        ({f"m{i}": 1.0 for i in range(limits.MAX_METRICS + 1)}, False),
+        ({"n" * limits.MAX_NAME: 1.0}, True),
+        ({"n" * (limits.MAX_NAME + 1): 1.0}, False),
     ):
         packet = messages.pack_reply(Reply(RUN, 1, "v", Kind.TRAIN, "c", 1, metrics))
         if passes:
@@ -191,9 +191,9 @@ def test_cached_groups_of_a_task_are_limited() -> None:
         cached = {f"{i}": ID for i in range(number)}
         return messages.pack_task(Task(RUN, 1, "v", Kind.TRAIN, "", cached))
 
-    assert len(messages.unpack_task(task(messages.MAX_CACHED)).cached) == messages.MAX_CACHED
+    assert len(messages.unpack_task(task(limits.MAX_CACHED)).cached) == limits.MAX_CACHED
     with pytest.raises(WireError, match="cached groups"):
-        messages.unpack_task(task(messages.MAX_CACHED + 1))
+        messages.unpack_task(task(limits.MAX_CACHED + 1))
 
 
 @pytest.mark.parametrize("payload", [b"", b"\x00", bytes(range(256)) * 5])
@@ -302,13 +302,13 @@ def test_the_generated_code_is_what_the_schema_gives(tmp_path: Path) -> None:
 
 def test_the_limits_are_those_the_schema_promises() -> None:
     text = (ROOT / "proto" / "update.proto").read_text()
-    assert (messages.MAX_HEADER, messages.MAX_REPLY_HEADER) == (8 << 20, 1 << 20)
+    assert (limits.MAX_HEADER, limits.MAX_REPLY_HEADER) == (8 << 20, 1 << 20)
     assert "at most 8 MiB of a task, 1 MiB of a reply" in text
-    assert f"at most {messages.MAX_GROUPS}, names of 1 to {messages.MAX_NAME} characters" in text
-    assert f"at most {messages.MAX_SCALARS}, directions below {messages.MAX_SCALARS}" in text
-    assert f"at most {messages.MAX_ROWS} rows, of {messages.MAX_LOG_SCALARS} scalars" in text
+    assert f"at most {limits.MAX_GROUPS}, names of 1 to {limits.MAX_NAME} characters" in text
+    assert f"at most {limits.MAX_SCALARS}, directions below {limits.MAX_SCALARS}" in text
+    assert f"at most {limits.MAX_ROWS} rows, of {limits.MAX_LOG_SCALARS} scalars" in text
     assert f"version of this file: {messages.SCHEMA}" in text
-    assert f"at most {messages.MAX_CACHED} ids" in text
-    assert f"at most {messages.MAX_METRICS} entries, names of at most {messages.MAX_NAME}" in text
-    assert f"at most {messages.MAX_ERROR} characters" in text
+    assert f"at most {limits.MAX_CACHED} ids" in text
+    assert f"at most {limits.MAX_METRICS} entries, names of at most {limits.MAX_NAME}" in text
+    assert f"at most {limits.MAX_ERROR} characters" in text
     assert dict(pb.Kind.items()) == {"KIND_UNSPECIFIED": 0, **{f"KIND_{k.name}": k for k in Kind}}

@@ -195,7 +195,7 @@ def test_an_error_without_one_tells_nothing_of_the_data(
 DYING = """
 import os, sys
 from pathlib import Path
-from corolla import rpc
+from corolla.wire import rpc
 server = rpc.serve_trainer(lambda packet, wanted: os._exit(9), Path(sys.argv[1]))
 print("ready", flush=True)
 server.wait_for_termination()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from corolla.errors import WireError
 from corolla.proto import update_pb2 as pb
 from corolla.types import Params, Payload
-from corolla.wire import messages
+from corolla.wire import limits, messages, scalar_groups
 from corolla.wire.messages import Kind, Log, Reply, Task
 from corolla.wire.packet import Packet
 
@@ -157,16 +157,16 @@ def test_groups_are_told_apart() -> None:
         "empty": {},
         "more": {"scalars": vector([2.0]), "seed": seed(1)},
     }
-    dense, scalars = messages.split(payload)
+    dense, scalars = scalar_groups.split(payload)
     assert (list(dense), list(scalars)) == (["A", "empty"], ["zo", "more"])
     assert {**dense, **scalars} == payload
-    assert [messages.is_scalars(params) for params in payload.values()] == [
+    assert [scalar_groups.is_scalars(params) for params in payload.values()] == [
         False,
         True,
         False,
         True,
     ]
-    assert messages.split({}) == ({}, {})
+    assert scalar_groups.split({}) == ({}, {})
 
 
 ONES = torch.ones(200)
@@ -205,7 +205,7 @@ FAR = places(1000, {5: 1.0, 300: -0.0, 999: -2.0}, torch.float32)
 )
 def test_bytes_are_those_counted_by_hand(params: Params, form: str | None, content: int) -> None:
     assert entry(params).WhichOneof("directions") == form
-    assert messages.scalar_bytes(params) == content
+    assert scalar_groups.scalar_bytes(params) == content
     assert same_params(there_and_back(params), params)
 
 
@@ -223,7 +223,7 @@ def test_a_header_is_framing_and_content(params: Params) -> None:
         if found.HasField(name):
             framing += 1 + lebs(len(getattr(found, name)))
     framing += found.HasField("seed") + found.HasField("step")
-    content = messages.scalar_bytes(params)
+    content = scalar_groups.scalar_bytes(params)
     header = len(messages.pack_reply(replace(REPLY, scalars={"z": params})).header)
     outer = 1 + lebs(framing + content)
     assert header == len(messages.pack_reply(REPLY).header) + outer + framing + content
@@ -235,7 +235,7 @@ def test_the_form_is_the_shortest() -> None:
             kept = [index for index in range(n) if bits >> index & 1]
             scalars = places(n, dict.fromkeys(kept, 1.0), torch.half)
             shortest = min(n * 2, (n + 7) // 8 + len(kept) * 2, len(kept) * 3)
-            assert messages.scalar_bytes({"scalars": scalars}) == shortest
+            assert scalar_groups.scalar_bytes({"scalars": scalars}) == shortest
 
 
 def test_bytes_of_a_message_are_golden() -> None:
@@ -346,10 +346,8 @@ def test_names_of_groups_are_checked(names: list[str]) -> None:
 
 
 def test_groups_of_a_message_are_limited() -> None:
-    found = [
-        pb.Scalars(group=f"{i}", size=1, fp32=floats(1)) for i in range(messages.MAX_GROUPS + 1)
-    ]
-    assert len(unpack_reply(*found[1:]).scalars) == messages.MAX_GROUPS
+    found = [pb.Scalars(group=f"{i}", size=1, fp32=floats(1)) for i in range(limits.MAX_GROUPS + 1)]
+    assert len(unpack_reply(*found[1:]).scalars) == limits.MAX_GROUPS
     with pytest.raises(WireError, match="65 scalar groups, at most 64"):
         unpack_reply(*found)
     with pytest.raises(WireError, match="65 scalar groups, at most 64"):
@@ -407,7 +405,7 @@ def test_headers_have_exact_limits() -> None:
     with pytest.raises(ValueError, match=r"header has .* at most 1048576"):
         messages.pack_reply(replace(REPLY, scalars=dict.fromkeys("abcd", big)))
     log = Log(ORIGIN, SINCE, VERSION, [big] * 31, 1000)
-    assert len(messages.pack_task(replace(TASK, log=log)).header) <= messages.MAX_HEADER
+    assert len(messages.pack_task(replace(TASK, log=log)).header) <= limits.MAX_HEADER
     with pytest.raises(ValueError, match=r"header has .* at most 8388608"):
         messages.pack_task(replace(TASK, log=replace(log, rows=[big] * 32)))
 
@@ -443,7 +441,7 @@ def test_what_is_no_group_is_not_sent(params: Params, reason: str) -> None:
         lambda: messages.pack_task(replace(TASK, scalars={"z": params})),
         lambda: messages.pack_task(replace(TASK, log=Log(ORIGIN, SINCE, VERSION, [params], 1000))),
         lambda: messages.pack_reply(replace(REPLY, scalars={"z": params})),
-        lambda: messages.scalar_bytes(params),
+        lambda: scalar_groups.scalar_bytes(params),
     ):
         with pytest.raises(ValueError, match=reason):
             send()

@@ -5,7 +5,6 @@ The Grid is one of this process, with nodes that are functions; Flower's own is 
 
 import json
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +29,7 @@ from corolla.host import logs
 from corolla.server.deployment import grid as module
 from corolla.server.deployment import pulling
 from corolla.server.deployment.grid import GridNetwork, hello
-from corolla.server.deployment.limits import Limits
+from corolla.server.deployment.limits import Admission, Limits
 from corolla.wire.messages import (
     Kind,
     Reply,
@@ -140,19 +139,46 @@ class LocalGrid(Grid):
 
 @pytest.fixture(autouse=True)
 def identity(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Messages can only be made inside a task of Flower; waits are short."""
+    """Messages can only be made inside a task of Flower."""
     for name, value in {"_run_id": 1, "_task_id": 1, "_node_id": 1}.items():
         monkeypatch.setattr(TaskIdentity, name, value)
-    monkeypatch.setattr(module, "POLL", 0.02)
-    monkeypatch.setattr(module, "AWAY", 0.02)
 
 
-Make = Callable[..., GridNetwork]
+class Clock(threading.Event):
+    """The signal to stop, and a clock that goes on whenever somebody waits for that signal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 1000.0
+        self.due: list[tuple[float, Callable[[], object]]] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def after(self, seconds: float, what: Callable[[], object]) -> None:
+        """Do something once so much time has passed."""
+        self.due.append((self.now + seconds, what))
+
+    def wait(self, timeout: float | None = None) -> bool:
+        assert timeout is not None
+        self.now += timeout
+        past = [what for at, what in self.due if at <= self.now]
+        self.due = [(at, what) for at, what in self.due if at > self.now]
+        for what in past:
+            what()
+        return self.is_set()
 
 
-def network(grid: Grid, **options: Any) -> GridNetwork:
-    stop = options.pop("stop", threading.Event())
-    return GridNetwork(grid, hello(RUN, {}), options.pop("deadline", 5.0), stop, **options)
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def network(
+    grid: Grid, clock: Clock | None = None, deadline: float = 5.0, **admission: Any
+) -> GridNetwork:
+    stop = clock or Clock()
+    return GridNetwork(grid, hello(RUN, {}), deadline, stop, Admission(**admission), stop)
 
 
 def test_clients_are_asked_by_name_and_answer_in_any_order() -> None:
@@ -170,37 +196,41 @@ def test_clients_are_asked_by_name_and_answer_in_any_order() -> None:
 
 
 @pytest.mark.parametrize(("clients", "seconds"), [(0, 600.0), (1, 120.0)])
-def test_a_hello_lives_longer_where_no_node_joins_later(clients: int, seconds: float) -> None:
+def test_a_hello_lives_longer_where_no_node_joins_later(
+    clock: Clock, clients: int, seconds: float
+) -> None:
     grid = LocalGrid({1: Node("a", "k", silent=True)})
-    network(grid, nodes=1, clients=clients).online()
+    network(grid, clock, nodes=1, clients=clients).online()
     (sent,) = grid.sent.values()
     assert sent.metadata.ttl == seconds
 
 
-def test_messages_live_as_long_as_a_round() -> None:
+def test_messages_live_as_long_as_a_round(clock: Clock) -> None:
     grid = LocalGrid({1: Node("a", "k")})
-    net = network(grid, deadline=0.6)
+    net = network(grid, clock, deadline=0.6)
     net.clients()
     grid.nodes[1].silent = True
-    began = time.monotonic()
+    began = clock()
     assert list(net.ask({"a": TASK})) == [("a", None)]
-    assert 0.5 < time.monotonic() - began < 3
+    assert 0.6 <= clock() - began <= 0.6 + module.POLL
     (left,) = grid.sent.values()
     assert left.metadata.ttl == 0.6
 
 
-def test_a_name_belongs_to_the_first_key_that_used_it_for_the_whole_run(tmp_path: Path) -> None:
+def test_a_name_belongs_to_the_first_key_that_used_it_for_the_whole_run(
+    tmp_path: Path, clock: Clock
+) -> None:
     names = tmp_path / "names.json"
     thief = Node("a", "other key")
     grid = LocalGrid({1: Node("a", "key"), 2: Node("b", "b's")})
     assert network(grid, nodes=2, names=names).clients() == {"a": 10, "b": 10}
     # The run goes on in another process; the owner of the name is away.
     grid = LocalGrid({2: Node("b", "b's"), 3: thief})
-    net = network(grid, clients=1, names=names)
+    net = network(grid, clock, clients=1, names=names)
     assert net.clients() == {"b": 10}
     assert net.online() == {"b"}
     grid.nodes[4] = Node("a", "key")
-    until(lambda: net.online() == {"a", "b"})
+    until(lambda: net.online() == {"a", "b"}, clock)
     assert dict(net.ask({"a": TASK}))["a"] is not None
     assert grid.nodes[4].asked[-1] == Kind.TRAIN
     assert Kind.TRAIN not in thief.asked
@@ -220,41 +250,43 @@ def test_two_nodes_of_one_name_at_once_are_one_client(tmp_path: Path) -> None:
     assert [node.asked for node in grid.nodes.values()].count([Kind.HELLO, Kind.TRAIN]) == 1
 
 
-def test_a_node_that_comes_back_with_another_id_is_found_again() -> None:
+def test_a_node_that_comes_back_with_another_id_is_found_again(clock: Clock) -> None:
     grid = LocalGrid({1: Node("a", "k"), 2: Node("b", "kb")})
-    net = network(grid, nodes=2)
+    net = network(grid, clock, nodes=2)
     net.clients()
     grid.nodes[1].online = False
     grid.nodes[9] = Node("a", "k")
-    until(lambda: net.online() == {"a", "b"})
+    until(lambda: net.online() == {"a", "b"}, clock)
     assert dict(net.ask({"a": TASK}))["a"] is not None
     assert grid.nodes[9].asked == [Kind.HELLO, Kind.TRAIN]
 
 
-def test_who_is_offline_or_refused_gives_no_answer_at_once() -> None:
+def test_who_is_offline_or_refused_gives_no_answer_at_once(clock: Clock) -> None:
     grid = LocalGrid({1: Node("a", "k"), 2: Node("b", "kb")})
-    net = network(grid, nodes=2)
+    net = network(grid, clock, nodes=2)
     net.clients()
     grid.nodes[1].online = False
     assert net.online() == {"b"}
     grid.refused = {2}
-    began = time.monotonic()
+    began = clock()
     assert dict(net.ask({"b": TASK, "stranger": TASK})) == {"b": None, "stranger": None}
-    assert time.monotonic() - began < 2
+    assert clock() == began
 
 
-def test_a_superlink_that_is_away_for_a_while_costs_time_and_nothing_else() -> None:
+def test_a_superlink_that_is_away_for_a_while_costs_time_and_nothing_else(clock: Clock) -> None:
     grid = LocalGrid({1: Node("a", "k")})
     grid.away = 3
-    net = network(grid)
+    net = network(grid, clock, deadline=30.0)
     assert net.clients() == {"a": 10}
     grid.away = 3
     assert dict(net.ask({"a": TASK}))["a"] is not None
     answers = net.ask({"a": TASK})
     grid.nodes[1].silent = True
-    threading.Timer(0.1, lambda: setattr(grid, "away", 3)).start()
-    threading.Timer(0.2, lambda: setattr(grid.nodes[1], "silent", False)).start()
+    clock.after(1.0, lambda: setattr(grid, "away", 3))
+    clock.after(2.0, lambda: setattr(grid.nodes[1], "silent", False))
     assert dict(answers)["a"] is not None
+    assert not clock.due
+    assert grid.away == 0
 
 
 def test_a_message_whose_receipt_is_lost_is_still_waited_for() -> None:
@@ -266,14 +298,14 @@ def test_a_message_whose_receipt_is_lost_is_still_waited_for() -> None:
     assert grid.nodes[1].asked == [Kind.HELLO, Kind.TRAIN]  # once
 
 
-def test_a_superlink_that_stays_away_costs_the_round_and_no_more() -> None:
+def test_a_superlink_that_stays_away_costs_the_round_and_no_more(clock: Clock) -> None:
     grid = LocalGrid({1: Node("a", "k")})
-    net = network(grid, deadline=0.5)
+    net = network(grid, clock, deadline=5.0)
     net.clients()
     grid.away = 1 << 30
-    began = time.monotonic()
+    began = clock()
     assert dict(net.ask({"a": TASK})) == {"a": None}
-    assert time.monotonic() - began < 3
+    assert 5.0 <= clock() - began <= 5.0 + 2 * module.AWAY
     assert net.online() == set()
     grid.away = 0
     assert net.online() == {"a"}
@@ -304,59 +336,59 @@ def test_a_reply_that_is_no_packet_is_an_error_reply(monkeypatch: pytest.MonkeyP
     assert "not a packet" in unpack_reply(packet, 0).error
 
 
-def test_too_few_clients_are_waited_for_and_then_said() -> None:
+def test_too_few_clients_are_waited_for_and_then_said(clock: Clock) -> None:
     grid = LocalGrid({1: Node("a", "k"), 2: Node("b", "kb", fails="model differs")})
-    began = time.monotonic()
+    began = clock()
     with pytest.raises(StoppedError, match="2 nodes are online, 1 as clients; needed: 2 clients"):
-        network(grid, clients=2, wait=0.5).clients()
-    assert time.monotonic() - began < 5
+        network(grid, clock, clients=2, wait=7.0).clients()
+    assert 7.0 <= clock() - began <= 7.0 + 2 * module.POLL
     with pytest.raises(RoundError, match="model differs"):
         network(LocalGrid({2: grid.nodes[2]})).clients()
     grid.nodes[3] = Node("c", "kc")
     assert network(grid, clients=2, wait=5).clients() == {"a": 10, "c": 10}
 
 
-def test_nodes_that_come_later_are_clients_too() -> None:
+def test_nodes_that_come_later_are_clients_too(clock: Clock) -> None:
     grid = LocalGrid({1: Node("a", "k")})
-    net = network(grid)
+    net = network(grid, clock)
     assert net.clients() == {"a": 10}
     grid.nodes[2] = Node("b", "kb")
-    until(lambda: net.online() == {"a", "b"})
+    until(lambda: net.online() == {"a", "b"}, clock)
     assert net.clients() == {"a": 10, "b": 10}
 
 
-def test_a_node_that_never_says_who_it_is_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "HELLO", 0.3)
+def test_a_node_that_never_says_who_it_is_holds_nobody_up() -> None:
     grid = LocalGrid({1: Node("a", "k"), 2: Node("b", "kb", silent=True)})
-    assert network(grid, clients=1, wait=5).clients() == {"a": 10}
+    assert network(grid, clients=1, wait=2 * module.HELLO).clients() == {"a": 10}
 
 
 @pytest.mark.parametrize("at", ["clients", "ask", "online"])
-def test_stop_is_heard_wherever_it_waits(at: str) -> None:
+def test_stop_is_heard_wherever_it_waits(at: str, clock: Clock) -> None:
     grid = LocalGrid({1: Node("a", "k")})
-    stop = threading.Event()
-    net = network(grid, stop=stop, clients=2 if at == "clients" else 1, wait=60)
+    net = network(grid, clock, clients=2 if at == "clients" else 1, wait=60)
     if at != "clients":
         net.clients()
     grid.nodes[1].silent = True
-    threading.Timer(0.1, stop.set).start()
-    began = time.monotonic()
+    began = clock()
+    clock.after(1.0, clock.set)
     with pytest.raises(StoppedError):
         if at == "clients":
             net.clients()
         elif at == "ask":
             list(net.ask({"a": TASK}))
         else:
-            until(lambda: not net.online())
-    assert time.monotonic() - began < 4
+            until(lambda: not net.online(), clock)
+    assert clock() - began <= 2.0
 
 
 @pytest.mark.parametrize(
     "error", [json.JSONDecodeError("not json", "x", 0), KeyError("Odd"), WireError("too much")]
 )
-def test_a_reply_that_flower_cannot_read_is_that_clients_error(error: Exception) -> None:
+def test_a_reply_that_flower_cannot_read_is_that_clients_error(
+    error: Exception, clock: Clock
+) -> None:
     grid = LocalGrid({1: Node("a", "k"), 2: Node("b", "kb"), 3: Node("c", "kc")})
-    net = network(grid, nodes=3)
+    net = network(grid, clock, nodes=3)
     net.clients()
     grid.nodes[2].raises = error
     answers = dict(net.ask(dict.fromkeys("abc", TASK)))
@@ -365,7 +397,7 @@ def test_a_reply_that_flower_cannot_read_is_that_clients_error(error: Exception)
     assert said["a"] == said["c"] == ""
     assert said["b"] in ("too much", f"not a packet: Flower raised {type(error).__name__}")
     grid.nodes[4] = Node("d", "kd", raises=error)  # it cannot even say hello
-    until(lambda: Kind.HELLO in grid.nodes[4].asked or not net.online())
+    until(lambda: Kind.HELLO in grid.nodes[4].asked or not net.online(), clock)
     assert net.online() == {"a", "b", "c"}
 
 
@@ -415,27 +447,25 @@ def test_what_a_hello_may_not_claim_leaves_its_node_out(
     assert "\n" not in said
 
 
-def test_seats_are_bounded_and_follow_what_a_gateway_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_SEATS", 0.05)
+def test_seats_are_bounded_and_follow_what_a_gateway_says(clock: Clock) -> None:
     grid = LocalGrid({1: Node("gate", "k", seats=2)})
-    net = network(grid, limits=Limits(seats=5))
+    net = network(grid, clock, limits=Limits(seats=5))
     net.clients()
     assert net.seats() == {"gate": 2}
     grid.nodes[1].seats = 7
-    until(lambda: net.online() and net.seats() == {"gate": 5})
+    until(lambda: net.online() and net.seats() == {"gate": 5}, clock)
     grid.nodes[1].fails = "busy"
     asked = len(grid.nodes[1].asked)
-    until(lambda: net.online() and len(grid.nodes[1].asked) > asked)
+    until(lambda: net.online() and len(grid.nodes[1].asked) > asked, clock)
     assert net.seats() == {"gate": 5}
 
 
-def test_a_gateway_that_is_asked_again_keeps_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_SEATS", 0.05)
+def test_a_gateway_that_is_asked_again_keeps_its_name(clock: Clock) -> None:
     grid = LocalGrid({1: Node("gate", "k", seats=2)})
-    net = network(grid, limits=Limits())
+    net = network(grid, clock, limits=Limits())
     net.clients()
     grid.nodes[1].name = "second"
-    until(lambda: net.online() and len(grid.nodes[1].asked) > 1)
+    until(lambda: net.online() and len(grid.nodes[1].asked) > 1, clock)
     net.online()
     assert net.clients().keys() == {"gate"}
 
@@ -548,15 +578,17 @@ def test_a_body_that_is_no_json_is_that_clients_error() -> None:
 def test_flower_still_calls_its_client_and_its_retries_what_we_do() -> None:
     grid = HttpGrid(token="t", insecure=True)
     assert grid._retry_invoker.max_tries is None or grid._retry_invoker.max_tries > 1
-    net = GridNetwork(grid, hello(RUN, {}), 1.0, threading.Event(), limits=Limits())
+    net = GridNetwork(grid, hello(RUN, {}), 1.0, threading.Event(), Admission(limits=Limits()))
     assert grid._retry_invoker.max_tries == 1
     assert net._bounded is not None
     assert id(grid._runtime_client) == id(net._bounded)
     grid._disconnect()
 
 
-def until(true: Callable[[], object], seconds: float = 5.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+def until(true: Callable[[], object], clock: Clock) -> None:
+    """Let time go on until something is true, for a quarter of an hour at most."""
+    for _ in range(900):
+        if true():
+            return
+        clock.wait(1.0)
+    raise AssertionError("it never happened")

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from corolla.config.run import load
+from corolla.config.load import load
 from corolla.errors import ConfigError
 from corolla.server.deployment.order import (
-    Order,
     Outcome,
-    Settings,
+    RunOrder,
+    ServerSettings,
     read_order,
     read_outcome,
     read_settings,
@@ -25,10 +25,10 @@ def test_the_table_stands_beside_the_keys_of_a_run(tmp_path: Path) -> None:
     )
     assert load(file, {}).rounds == 7
     found = read_settings(file, {"min_clients": 4, "certs": Path("c"), "metrics_port": None})
-    assert found == Settings(
+    assert found == ServerSettings(
         address="10.0.0.1:1", certs=Path("c"), clients_keys=Path("k"), min_clients=4
     )
-    assert read_settings(None, {}) == Settings()
+    assert read_settings(None, {}) == ServerSettings()
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_what_is_wrong_in_it_is_one_line(tmp_path: Path, text: str, said: str) -
 
 
 def test_an_order_and_an_outcome_come_back_as_they_were(tmp_path: Path) -> None:
-    order = Order("5f" * 16, load(None, {"rounds": 3}).model_dump(mode="json"), True, 2, "/here")
+    order = RunOrder("5f" * 16, load(None, {"rounds": 3}).model_dump(mode="json"), True, 2, "/here")
     order.write(tmp_path)
     assert read_order(tmp_path) == order
     (tmp_path / "flower").mkdir()

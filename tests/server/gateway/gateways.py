@@ -16,6 +16,7 @@ from corolla import seeds
 from corolla.client.phone.session import Phone
 from corolla.client.phone.session import Settings as PhoneSettings
 from corolla.client.training.worker import Worker
+from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.data.federated import FederatedData
 from corolla.directions import seedlog
@@ -23,8 +24,9 @@ from corolla.errors import StoppedError
 from corolla.host import certificates as certs
 from corolla.phones import bundle, protocol
 from corolla.server.gateway.access import Token, read_tokens
-from corolla.server.gateway.gateway import Gateway, Settings
+from corolla.server.gateway.gateway import Gateway
 from corolla.server.gateway.service import serve_phones
+from corolla.server.gateway.settings import GatewaySettings
 from corolla.server.rounds.federation import Federation, Held, Network
 from corolla.server.rounds.round import RoundResult, run_round
 from corolla.storage.memory import Memory
@@ -53,6 +55,16 @@ def tokens(folder: Path) -> Mapping[str, Token]:
 
 
 @dataclass
+class Clock:
+    """Seconds that stand still until a test goes on to later ones."""
+
+    now: float = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
 class World:
     """A gateway that serves, and what its phones need to find it."""
 
@@ -60,6 +72,24 @@ class World:
     address: str
     folder: Path
     server: grpc.Server
+    clock: "Clock | None" = None
+
+    def later(self, seconds: float) -> None:
+        """Time goes on, and who waits for it looks at the clock."""
+        assert self.clock, "this gateway's clock is the machine's"
+        self.clock.now += seconds
+        self.look()
+
+    def end_round(self) -> None:
+        """Time goes on to the deadline of the task in progress, if there is one."""
+        job = self.gateway.rounds.job
+        if self.clock and job:
+            self.later(max(0.0, job.round.deadline - self.clock.now))
+
+    def look(self) -> None:
+        """Who waits for a change of the round looks again."""
+        with self.gateway.rounds.changed:
+            self.gateway.rounds.changed.notify_all()
 
     def channel(self, address: str = "") -> grpc.Channel:
         ca = self.folder / "certs" / "ca.pem"
@@ -67,17 +97,28 @@ class World:
 
 
 @contextmanager
-def serving(folder: Path, **changes: Any) -> Iterator[World]:
-    """A gateway called "gate" that phones reach over TLS; impatient, as tests are."""
+def serving(
+    folder: Path, clock: Callable[[], float] = time.monotonic, **changes: Any
+) -> Iterator[World]:
+    """A gateway called "gate" that phones reach over TLS; impatient, as tests are.
+
+    Its clock is the machine's unless another is given.
+    """
     own = certificates(folder / "certs") if not (folder / "certs").exists() else folder / "certs"
     usual: dict[str, Any] = {"retry": 0.05, "lease": 5.0}
-    settings = Settings("gate", folder / "gate", **{**usual, **changes})
-    gateway = Gateway(settings)
+    settings = GatewaySettings("gate", folder / "gate", **{**usual, **changes})
+    gateway = Gateway(settings, clock=clock)
     server, port = serve_phones(
         gateway, tokens(folder), "localhost:0", own / "gateway.pem", own / "gateway.key"
     )
     try:
-        yield World(gateway, f"localhost:{port}", folder, server)
+        yield World(
+            gateway,
+            f"localhost:{port}",
+            folder,
+            server,
+            clock if isinstance(clock, Clock) else None,
+        )
     finally:
         server.stop(None).wait()
 
@@ -221,7 +262,7 @@ class Course:
 def course(config: RunConfig, network: Network, seats: Mapping[str, int]) -> Course:
     """A federation of tiny models before its first round."""
     model = tiny.lora_model("llama")
-    strategy = config.build_strategy()
+    strategy = build_strategy(config)
     first = strategy.init(model.init(config.lora, seeds.derive(config.seed, "init")), config.seed)
     origin = seedlog.origin(model.base.fingerprint, first)
     federation = Federation(

@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,18 +22,19 @@ from corolla.proto import device_pb2 as pb
 from corolla.proto import update_pb2
 from corolla.server.gateway.blobs import Blobs
 from corolla.server.gateway.budget import Demand
-from corolla.server.gateway.gateway import Gateway, Settings
+from corolla.server.gateway.gateway import Gateway
 from corolla.server.gateway.merging import prepare
 from corolla.server.gateway.natives import Natives
-from corolla.server.gateway.offer import Offer
+from corolla.server.gateway.programs import Programs
+from corolla.server.gateway.settings import GatewaySettings
 from corolla.storage.memory import Memory
 from corolla.tensors import tree
 from corolla.wire import codec, messages
 from corolla.wire.messages import Task
 from corolla.wire.packet import Packet
 from tests.server.gateway import gateways
-from tests.server.gateway.gateways import Behind, Course, Flat, Shared, World
-from tests.server.gateway.test_gateway import CONFIG, Caller, asked
+from tests.server.gateway.callers import CONFIG, Caller, asked
+from tests.server.gateway.gateways import Behind, Clock, Course, Flat, Shared, World
 from tests.strategies import tiny
 
 FRESH = {"m.lora_A": torch.zeros(1, 2), "m.lora_B": torch.zeros(2, 1)}
@@ -127,14 +127,14 @@ class Native:
                 told = self.caller.report(found.lease, train(found.lease.client, packet))
                 if told.accepted and task.HasField("log"):
                     self.version = task.log.version
-            time.sleep(0.05)
+            stop.wait(0.05)
 
 
 @pytest.fixture
 def offering(tmp_path: Path) -> Iterator[World]:
     """A gateway with programs for the adapter of gateways.a_task."""
     gateways.a_bundle(tmp_path / "bundle", FRESH)
-    with gateways.serving(tmp_path, seats=4, share_bundle=tmp_path / "bundle") as world:
+    with gateways.serving(tmp_path, Clock(), seats=4, share_bundle=tmp_path / "bundle") as world:
         yield world
 
 
@@ -178,12 +178,12 @@ def test_a_native_phone_gets_the_program_that_its_memory_is_enough_for(
 
 
 def test_a_gateway_without_a_bundle_says_so(tmp_path: Path) -> None:
-    with gateways.serving(tmp_path, seats=1) as world, phone(world) as own:
+    with gateways.serving(tmp_path, Clock(), seats=1) as world, phone(world) as own:
         found = own.check_in()
         assert found.refusal.reason == pb.Refusal.REASON_MODEL
         assert found.refusal.text == "this gateway has no programs for native devices"
         assert not found.refusal.HasField("base_model")
-        with asked(world, gateways.a_task(CONFIG.model_copy(update={"deadline": 1.0}))):
+        with asked(world, gateways.a_task(CONFIG)):
             assert own.check_in().refusal.text == found.refusal.text
 
 
@@ -205,14 +205,14 @@ def test_a_phone_that_no_program_is_for_is_not_eligible(
         refusal = own.check_in(native=native(**changes)).refusal
     assert refusal.reason == pb.Refusal.REASON_NOT_ELIGIBLE
     assert text in refusal.text
-    assert not offering.gateway._seen["p1"].eligible
+    assert not offering.gateway.roster.seen["p1"].eligible
 
 
 def test_seats_are_counted_of_phones_that_have_something_to_run(offering: World) -> None:
     with phone(offering, "p1", memory=10) as small, phone(offering, "p2") as large:
         assert "loss of q4 at 16 tokens needs 12 MB, found 6 MB" in small.check_in().refusal.text
         large.check_in()
-    assert {name: own.eligible for name, own in offering.gateway._seen.items()} == {
+    assert {name: own.eligible for name, own in offering.gateway.roster.seen.items()} == {
         "p1": False,
         "p2": True,
     }
@@ -230,7 +230,7 @@ def test_seats_are_counted_of_phones_that_have_something_to_run(offering: World)
 def test_a_task_that_no_native_phone_can_do_is_not_offered_to_them(
     changes: dict[str, Any], told: dict[str, Any], text: str, offering: World
 ) -> None:
-    config = CONFIG.model_copy(update={**changes, "deadline": 2.0})
+    config = CONFIG.model_copy(update=changes)
     with asked(offering, gateways.a_task(config, **told)), phone(offering) as own:
         refusal = own.check_in().refusal
         assert refusal.reason == pb.Refusal.REASON_NO_TASK
@@ -251,9 +251,9 @@ def test_a_run_of_another_adapter_is_not_offered(
     adapter: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     gateways.a_bundle(tmp_path / "bundle", adapter)
-    task = gateways.a_task(CONFIG.model_copy(update={"deadline": 1.0}))
+    task = gateways.a_task(CONFIG)
     with (
-        gateways.serving(tmp_path, seats=1, share_bundle=tmp_path / "bundle") as world,
+        gateways.serving(tmp_path, Clock(), seats=1, share_bundle=tmp_path / "bundle") as world,
         asked(world, task),
         phone(world) as own,
     ):
@@ -264,7 +264,7 @@ def test_phones_with_and_without_a_runtime_get_each_their_own_files(tmp_path: Pa
     gateways.a_bundle(tmp_path / "bundle", FRESH)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    both = {"share_bundle": tmp_path / "bundle", "share_model": tmp_path / "model"}
+    both: dict[str, Any] = {"share_bundle": tmp_path / "bundle", "share_model": tmp_path / "model"}
     with gateways.serving(tmp_path, seats=1, **both) as world, phone(world) as own:
         python = Caller(world, "p2")
         with python.channel:
@@ -309,7 +309,7 @@ def test_a_bundle_that_is_none_is_one_line(
     gateways.a_bundle(folder, FRESH)
     change(folder)
     publisher = folder / "publisher.pub"
-    settings = Settings("gate", tmp_path, share_bundle=folder, publisher=publisher)
+    settings = GatewaySettings("gate", tmp_path, share_bundle=folder, publisher=publisher)
     with pytest.raises(ConfigError, match=text) as caught:
         Gateway(settings)
     assert "\n" not in str(caught.value)
@@ -339,7 +339,7 @@ def test_what_was_assigned_for_one_round_is_no_lease_of_the_next(
     """A round of zeroth order begins while a phone is told to backpropagate."""
     natives = offering.gateway._natives
     lacks = natives.lacks
-    config = tiny.config("seed_pool", rank=1, alpha=1.0, deadline=2.0)
+    config = tiny.config("seed_pool", rank=1, alpha=1.0)
     with phone(offering) as own, ExitStack() as stack:
         assert own.ready().refusal.text == "no round"
 
@@ -361,7 +361,7 @@ def test_epochs_bound_the_examples_and_the_time_of_a_phone(tmp_path: Path) -> No
     config = CONFIG.model_copy(update={"local_epochs": 3, "batch_size": 8, "local_steps": 1})
     merging = prepare(gateways.a_task(config))
     assert merging.expected("gate/p1", 50).most_examples == 50
-    demand = Offer(tmp_path / "bundle", None, blobs, tmp_path).demand(merging)
+    demand = Programs(tmp_path / "bundle", None, blobs, tmp_path).demand(merging)
     assert isinstance(demand, Demand)
     assert demand.passes["grad"](50) == 21
 
@@ -371,7 +371,7 @@ def test_a_lease_that_is_given_up_frees_its_seat_at_once(tmp_path: Path) -> None
     task = gateways.a_task(CONFIG, seats=1)
     with (
         gateways.serving(
-            tmp_path, seats=1, over_select=1.0, share_bundle=tmp_path / "bundle"
+            tmp_path, Clock(), seats=1, over_select=1.0, share_bundle=tmp_path / "bundle"
         ) as world,
         asked(world, task) as reply,
         phone(world, "p1") as first,
@@ -390,10 +390,11 @@ def test_a_lease_that_is_given_up_frees_its_seat_at_once(tmp_path: Path) -> None
 
 def test_between_two_rounds_nobody_fetches_another_program(offering: World) -> None:
     """Phones of a run of zeroth order hold the program of 4 bits, also while there is no round."""
-    config = tiny.config("seed_pool", rank=1, alpha=1.0, deadline=0.8)
+    config = tiny.config("seed_pool", rank=1, alpha=1.0)
     with phone(offering) as own:
         with asked(offering, gateways.a_task(config)) as reply:
             assert own.ready().lease.assignment.program == "q4"
+            offering.end_round()
             assert reply.result(10).error
         assert own.check_in().refusal.text == "no round"
         assert own.check_in(manifest="").refusal.assignment.program == "q4"
@@ -556,13 +557,13 @@ def a_logged_task(config: RunConfig, origin: str, sha256: str) -> Task:
 
 
 def test_what_native_phones_get_is_the_first_state_itself(tmp_path: Path) -> None:
-    config = tiny.config("seed_pool", deadline=2.0, seed=7)
+    config = tiny.config("seed_pool", seed=7)
     model = tiny.lora_model("llama")
     behind = gateways.course(config, Flat(None, gateways.renamed("gate/")), {})  # type: ignore[arg-type]
     origin, sha256 = behind.federation.origin, model.base.fingerprint
     where = a_bundle_of(config, tmp_path / "bundle")
     with (
-        gateways.serving(tmp_path, seats=1, share_bundle=where) as world,
+        gateways.serving(tmp_path, Clock(), seats=1, share_bundle=where) as world,
         asked(world, a_logged_task(config, origin, sha256)),
         phone(world) as own,
     ):
@@ -582,10 +583,10 @@ def test_the_first_state_of_a_run_is_built_once(tmp_path: Path) -> None:
     sha256 = tiny.lora_model("llama").base.fingerprint
     task = a_logged_task(config, behind.federation.origin, sha256)
     blobs = Blobs(tmp_path / "blobs")
-    offer = Offer(a_bundle_of(config, tmp_path / "bundle"), None, blobs, tmp_path)
-    built, natives = [], Natives(offer, blobs)
-    first = offer.first
-    offer.first = lambda *of: built.append(of) or first(*of)  # type: ignore[method-assign,func-returns-value]
+    programs = Programs(a_bundle_of(config, tmp_path / "bundle"), None, blobs, tmp_path)
+    built, natives = [], Natives(programs, blobs)
+    first = programs.first
+    programs.first = lambda *of: built.append(of) or first(*of)  # type: ignore[method-assign,func-returns-value]
     blob_of = [natives.begin(prepare(own), own)[1] for own in (task, replace(task, round=2))]
     assert blob_of[0] == blob_of[1] is not None
     assert len(built) == 1
@@ -597,16 +598,16 @@ def test_the_first_state_of_a_run_is_built_once(tmp_path: Path) -> None:
 def test_manifests_of_an_earlier_bundle_are_deleted(tmp_path: Path) -> None:
     for name in ("one", "two"):
         gateways.a_bundle(tmp_path / name, FRESH)  # each signed with a key of its own
-        Offer(tmp_path / name, None, Blobs(tmp_path / "blobs"), tmp_path)
+        Programs(tmp_path / name, None, Blobs(tmp_path / "blobs"), tmp_path)
         assert len(list(tmp_path.glob("manifest-*"))) == 2  # of fp32 and of q4
 
 
 def test_a_log_that_began_elsewhere_is_refused_in_one_line(tmp_path: Path) -> None:
-    config = tiny.config("seed_pool", deadline=1.0)
+    config = tiny.config("seed_pool")
     where = a_bundle_of(config, tmp_path / "bundle")
     sha256 = tiny.lora_model("llama").base.fingerprint
     with (
-        gateways.serving(tmp_path, seats=1, share_bundle=where) as world,
+        gateways.serving(tmp_path, Clock(), seats=1, share_bundle=where) as world,
         asked(world, a_logged_task(config, "ef" * 16, sha256)),
         phone(world) as own,
     ):
@@ -617,13 +618,13 @@ def test_a_log_that_began_elsewhere_is_refused_in_one_line(tmp_path: Path) -> No
 
 def test_an_upload_is_bounded_by_what_its_class_needs(tmp_path: Path) -> None:
     """Scalars travel in the header; 1.1 MiB of factors do not fit one chunk."""
-    config = tiny.config("mixed", deadline=2.0, rank=1, alpha=1.0, classes=CLASSES)
+    config = tiny.config("mixed", rank=1, alpha=1.0, classes=CLASSES)
     gateways.a_bundle(tmp_path / "bundle", FRESH)
     task = gateways.a_task(config)
     told = {**json.loads(task.config), "class": "strong"}
     task = replace(task, config=json.dumps(told))
     with (
-        gateways.serving(tmp_path, seats=2, share_bundle=tmp_path / "bundle") as world,
+        gateways.serving(tmp_path, Clock(), seats=2, share_bundle=tmp_path / "bundle") as world,
         asked(world, task),
         phone(world, "p1", methods="grad") as strong,
         phone(world, "p2", methods="loss") as weak,

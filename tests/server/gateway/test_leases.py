@@ -1,86 +1,29 @@
 """Leases by hand: who gets a seat, who loses it, who is told what; the clock is a number."""
 
-from dataclasses import replace
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corolla.proto import device_pb2 as pb
-from corolla.server.gateway import leases
 from corolla.server.gateway.budget import Assignment
-from corolla.server.gateway.leases import Bucket, Lease, Phase, Policy, Round, Seen
-from corolla.wire.messages import Capabilities
-
-ABLE = Capabilities(charging=True, metered=False, idle=True)
+from corolla.server.gateway.leases import Bucket, Lease, OfferRound, Phase
 
 
-def a_round(seats: int = 2, over_select: float = 1.3) -> Round:
+def a_round(seats: int = 2, over_select: float = 1.3) -> OfferRound:
     """Ends at 100; a lease lasts 30."""
-    return Round(seats, deadline=100.0, lease_seconds=30.0, over_select=over_select)
+    return OfferRound(seats, deadline=100.0, lease_seconds=30.0, over_select=over_select)
 
 
-def given_to(round: Round, device: str, now: float = 0.0) -> Round:
+def given_to(round: OfferRound, device: str, now: float = 0.0) -> OfferRound:
     """The round after a device has got a lease whose id is its name and the time."""
     after, lease = round.check_in(device, f"owner of {device}", 5, f"{device}@{now:g}", now)
     assert isinstance(lease, Lease), lease
     return after
 
 
-def why_not(round: Round, device: str, now: float = 0.0) -> str:
+def why_not(round: OfferRound, device: str, now: float = 0.0) -> str:
     _, told = round.check_in(device, "owner", 5, "another", now)
     assert isinstance(told, str)
     return told
-
-
-@pytest.mark.parametrize(
-    ("device", "lacks"),
-    [
-        (ABLE, ""),
-        (replace(ABLE, charging=False), "charging"),
-        (replace(ABLE, metered=True), "on an unmetered network"),
-        (replace(ABLE, idle=False, charging=False), "charging, idle"),
-    ],
-)
-def test_a_policy_says_what_a_device_lacks(device: Capabilities, lacks: str) -> None:
-    assert Policy().lacks(device) == lacks
-    assert Policy(charging=False, unmetered=False, idle=False).lacks(device) == ""
-
-
-@pytest.mark.parametrize(
-    ("policy", "device", "lacks"),
-    [
-        (Policy(battery_percent=20), replace(ABLE, battery_percent=5), ""),  # it is charging
-        (
-            Policy(charging=False, battery_percent=20),
-            replace(ABLE, charging=False, battery_percent=19),
-            "charged to 20 % (found 19)",
-        ),
-        (
-            Policy(charging=False, battery_percent=20),
-            replace(ABLE, charging=False, battery_percent=20),
-            "",
-        ),
-        (Policy(charging=False, battery_percent=20), replace(ABLE, battery_percent=0), ""),
-        (
-            Policy(storage_bytes=100),
-            replace(ABLE, storage_bytes=99),
-            "left with 100 bytes of storage (found 99)",
-        ),
-        (Policy(storage_bytes=100), replace(ABLE, storage_bytes=0), ""),  # it is not known
-        (Policy(thermal=1, separation=9, period_seconds=9, daily_bytes=1), ABLE, ""),  # its own
-    ],
-)
-def test_what_a_device_reports_anyway_is_looked_at_once_more(
-    policy: Policy, device: Capabilities, lacks: str
-) -> None:
-    assert policy.lacks(device) == lacks
-
-
-def test_a_policy_has_the_fields_of_its_message() -> None:
-    fields = {field.name for field in pb.Policy.DESCRIPTOR.fields}
-    assert vars(Policy()).keys() == fields
-    assert pb.Policy(**vars(Policy())) == pb.Policy(charging=True, unmetered=True, idle=True)
 
 
 def test_a_seat_that_is_given_up_is_free_at_once() -> None:
@@ -227,15 +170,6 @@ def test_after_the_deadline_nothing_counts() -> None:
 def test_an_unknown_lease_is_of_an_earlier_round() -> None:
     assert a_round().report("x", 0)[1] == "the lease is of an earlier round"
     assert a_round().heartbeat("x", 0)[1] == 0
-
-
-def test_seats_are_the_eligible_phones_seen_not_long_ago() -> None:
-    seen = {
-        "p": Seen("o", 5, at=90, eligible=True),
-        "q": Seen("o", 7, at=90, eligible=False),
-        "r": Seen("o", 9, at=10, eligible=True),
-    }
-    assert leases.seats(seen, now=100, within=30) == {"p": 5}
 
 
 def test_a_bucket_gives_a_burst_and_then_a_rate() -> None:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from corolla import seeds
+from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.server.rounds.federation import Federation, Network
 from corolla.server.rounds.round import RoundResult, run_round
@@ -81,7 +82,7 @@ class Server:
         config = RunConfig(
             strategy=self.strategy, rank=2, cohort=4, local_steps=1, batch_size=8, **self.settings
         )
-        made = config.build_strategy()
+        made = build_strategy(config)
         self.federation = Federation("ab" * 16, config, made, EXAMPLES, lambda spec: FRESH)
         self.state = made.init(FRESH, 0)
         self.held: Mapping[str, frozenset[str]] = {}

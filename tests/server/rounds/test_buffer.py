@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.errors import RoundError
 from corolla.server.rounds import buffer
@@ -82,7 +83,7 @@ class Server:
 def server(trace: Trace | None = None, wrong: str = "", **settings: Any) -> Server:
     values = {"rank": 1, "local_steps": 4, "batch_size": 8, "cohort": 4, **settings}
     config = RunConfig.model_validate(values)
-    strategy = config.build_strategy()
+    strategy = build_strategy(config)
     federation = Federation("ab" * 16, config, strategy, EXAMPLES, lambda spec: FRESH, trace=trace)
     state = strategy.init(FRESH, 0)
     network = Devices(wrong=frozenset(wrong), codec=config.codec)
@@ -202,7 +203,8 @@ def test_updates_are_taken_as_they_arrive_and_count_less_the_older_they_are(powe
         stale = [round - base for _, base in taken]
         assert found.metrics["staleness"] == sum(stale) / 2
         assert found.metrics["staleness_max"] == max(stale)
-        assert run.weight == pytest.approx(weights[-1], rel=1e-6)
+        # In float32: what is added up is as large as the goals, whatever is left of it.
+        assert run.weight == pytest.approx(weights[-1], abs=1e-6 * max(GOALS.values()))
         assert found.bytes_up == 2 * BYTES
         assert found.bytes_down == (4 if round == 1 else 2) * BYTES
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from corolla.aggregation.sums import summable, summed_like
-from corolla.config.run import ClientClass, RunConfig
+from corolla.config.build import build_strategy
+from corolla.config.groups import ClientClass
+from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
 from corolla.server.rounds import cohort
 from corolla.server.rounds.federation import Federation, classes_behind, merges
@@ -29,7 +31,7 @@ def fresh(spec: LoraSpec) -> Params:
 def federation(seats: Any = SEATS, clients: Any = CLIENTS, **changes: Any) -> Federation:
     own = {key: changes.pop(key) for key in ("roster", "trace") if key in changes}
     config = RunConfig(**{"rank": 2, "local_steps": 3, "batch_size": 2, **changes})
-    strategy = config.build_strategy()
+    strategy = build_strategy(config)
     return Federation("ab" * 16, config, strategy, clients, fresh, seats=seats, **own)
 
 

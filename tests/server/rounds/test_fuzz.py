@@ -19,12 +19,14 @@ from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.errors import WireError
 from corolla.phones import protocol
 from corolla.proto import device_pb2, update_pb2
 from corolla.server.gateway.access import Token
-from corolla.server.gateway.gateway import Gateway, Settings
+from corolla.server.gateway.gateway import Gateway
+from corolla.server.gateway.settings import GatewaySettings
 from corolla.server.rounds.federation import Federation
 from corolla.server.rounds.gate import Code, judge, most_bytes
 from corolla.server.rounds.tasks import Traffic, make_tasks
@@ -168,10 +170,10 @@ def test_nesting_and_numbers_that_no_server_sends_get_one_line(
 def test_mutated_calls_of_a_phone_end_neither_a_gateway_nor_its_round(tmp_path: Path) -> None:
     """What it sends up in the end passes the server's gate, whoever's update it is."""
     config = RunConfig(strategy="fedavg", rank=2, local_steps=1, batch_size=8, max_norm=LENGTH)
-    fedavg, seats = config.build_strategy(), {"gate": 1}
+    fedavg, seats = build_strategy(config), {"gate": 1}
     federation = Federation("ab" * 16, config, fedavg, {"gate": 9}, lambda spec: FRESH, seats=seats)
     asked = make_tasks(federation, fedavg.init(FRESH, 0), {}, 1, Kind.TRAIN, seats, Traffic())
-    gateway = Gateway(Settings("gate", tmp_path, retry=0.01, over_select=2.0))
+    gateway = Gateway(GatewaySettings("gate", tmp_path, retry=0.01, over_select=2.0))
     given: list[Packet] = []
     ask = pack_task(asked["gate"])
     serving = Thread(target=lambda: given.append(gateway.answer(ask)), daemon=True)
@@ -188,7 +190,7 @@ def test_mutated_calls_of_a_phone_end_neither_a_gateway_nor_its_round(tmp_path: 
             own_model=True,
         )
         for _ in range(1000):
-            answer = gateway.check_in(request, anyone)
+            answer = gateway.check_ins.answer(request, anyone)
             if answer.HasField("lease"):
                 return answer.lease
             time.sleep(0.01)
@@ -210,11 +212,11 @@ def test_mutated_calls_of_a_phone_end_neither_a_gateway_nor_its_round(tmp_path: 
         wish = device_pb2.DownloadRequest(sha256=bad.payload.sha256)
         hello = device_pb2.CheckInRequest(protocol=protocol.PROTOCOL, device="p1", num_examples=5)
         sent: list[tuple[Any, Callable[[Any, Token], object]]] = [
-            (chunk, gateway.upload),
-            (report, gateway.report),
-            (beat, gateway.heartbeat),
-            (hello, gateway.check_in),
-            (wish, lambda request, token: gateway.download(request)),
+            (chunk, gateway.deliveries.upload),
+            (report, gateway.deliveries.report),
+            (beat, gateway.deliveries.heartbeat),
+            (hello, gateway.check_ins.answer),
+            (wish, lambda request, token: gateway.blobs.chunk(request.sha256, request.offset)),
         ]
         for message, call in sent:
             kind = type(message)
@@ -225,8 +227,10 @@ def test_mutated_calls_of_a_phone_end_neither_a_gateway_nor_its_round(tmp_path: 
             break
     if not given:
         reply = made(good)
-        gateway.upload(protocol.chunk(reply.payload, 0, len(reply.payload), good.id), anyone)
-        told = gateway.report(device_pb2.ReportRequest(lease=good.id, reply=reply.header), anyone)
+        chunk = protocol.chunk(reply.payload, 0, len(reply.payload), good.id)
+        gateway.deliveries.upload(chunk, anyone)
+        report = device_pb2.ReportRequest(lease=good.id, reply=reply.header)
+        told = gateway.deliveries.report(report, anyone)
         assert told.accepted, told.why
     serving.join(60)
     expected = federation.expected("gate", Kind.TRAIN, 1, 1)

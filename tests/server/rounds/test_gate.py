@@ -14,7 +14,7 @@ from corolla.aggregation.sums import summed_like
 from corolla.proto import update_pb2 as pb
 from corolla.server.rounds.gate import Code, Expected, Judged, Verdict, judge, most_bytes
 from corolla.types import Params, Payload
-from corolla.wire import codec, messages
+from corolla.wire import codec, limits, messages
 from corolla.wire.compression import pipeline
 from corolla.wire.messages import Kind, Reply, Task, pack_bundle, pack_reply
 from corolla.wire.packet import Packet
@@ -253,7 +253,7 @@ def test_the_limit_of_a_payload_is_a_quarter_above_an_honest_one() -> None:
     junk = b"\xff" * limit
     refused(reply(junk), Code.MALFORMED, "header", Expected(like))
     refused(reply(junk + b"\xff"), Code.TOO_LARGE, f"at most {limit}", Expected(like))
-    big = Packet(b"\x00" * (messages.MAX_REPLY_HEADER + 1), b"")
+    big = Packet(b"\x00" * (limits.MAX_REPLY_HEADER + 1), b"")
     refused(big, Code.TOO_LARGE, "header has")
 
 

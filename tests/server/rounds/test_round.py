@@ -13,7 +13,9 @@ import torch
 
 from corolla import seeds
 from corolla.client.training.worker import Worker
-from corolla.config.run import LR_ZEROTH_ORDER, RunConfig
+from corolla.config.build import build_strategy
+from corolla.config.learning_rates import LR_ZEROTH_ORDER
+from corolla.config.run import RunConfig
 from corolla.data import federated
 from corolla.directions import seedlog
 from corolla.errors import RoundError
@@ -25,7 +27,7 @@ from corolla.server.rounds.round import RoundResult, evaluate_clients, run_round
 from corolla.storage.memory import Memory
 from corolla.tensors import tree
 from corolla.types import Metrics, Params, Payload, Size, row_name
-from corolla.wire import codec, messages
+from corolla.wire import codec, messages, scalar_groups
 from corolla.wire.messages import (
     SCHEMA,
     Kind,
@@ -100,7 +102,7 @@ def setup(settings: Settings, tmp_path: Path) -> Callable[..., Setting]:
         model = LoraModel(pretrained.load(config))
         worker = Worker(config, model, federated.load(config), Memory(tmp_path / "memory"))
         clients = {c: len(s.train) for c, s in worker.data.clients.items()}
-        strategy = config.build_strategy()
+        strategy = build_strategy(config)
         start = model.init(config.lora, seeds.derive(config.seed, "init"))
         state = strategy.init(start, config.seed)
         origin = seedlog.origin(model.base.fingerprint, state)
@@ -469,7 +471,7 @@ def _answer(task: Task, client: str, examples: int, sent: Params, metrics: Metri
 
 def crowd(network: Counting, **changes: Any) -> tuple[Federation, Payload]:
     config = RunConfig(rank=1, local_steps=1, batch_size=7, **changes)
-    strategy = config.build_strategy()
+    strategy = build_strategy(config)
     state = strategy.init(FRESH, 0)
     return Federation("ab" * 16, config, strategy, network.clients(), lambda spec: FRESH), state
 
@@ -578,7 +580,7 @@ def test_each_client_gets_the_rows_it_missed_and_reaches_the_servers_model(
             assert [tree.digest(row) for row in log.rows] == [tree.digest(row) for row in rows]
             assert network.sent[client] == {}
             assert network.models[client] == server
-            down += sum(messages.scalar_bytes(row) for row in rows)
+            down += sum(scalar_groups.scalar_bytes(row) for row in rows)
             missed.add(count)
             asked[client] = round
         assert (found.bytes_down, found.dropped) == (down, {})
@@ -676,13 +678,13 @@ def test_a_client_that_lost_its_log_is_sent_everything(
     devices["ben"] = setting.device(tmp_path / "new device")
     server, network = setting.shown(state), Watching(devices)
     third = run_round(setting.federation, state, held, 3, network)
-    one, two = (messages.scalar_bytes(row) for row in seedlog.rows(state).values())
+    one, two = (scalar_groups.scalar_bytes(row) for row in seedlog.rows(state).values())
     assert third.dropped == {}
     assert third.bytes_down == 4 * two + (one + two)  # ben is asked twice, then with everything
     assert set(network.models.values()) == {server}
     fourth = run_round(setting.federation, third.state, third.held, 4, Watching(devices))
     last = list(seedlog.rows(third.state).values())[-1]
-    assert (fourth.bytes_down, fourth.dropped) == (4 * messages.scalar_bytes(last), {})
+    assert (fourth.bytes_down, fourth.dropped) == (4 * scalar_groups.scalar_bytes(last), {})
 
 
 def test_a_device_with_another_base_model_takes_no_part(

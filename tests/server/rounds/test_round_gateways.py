@@ -13,8 +13,10 @@ import torch
 from corolla import seeds
 from corolla.aggregation.sums import summable
 from corolla.client.training.worker import Worker
-from corolla.config.run import validate
-from corolla.data.federated import FederatedData, Split
+from corolla.config.build import build_strategy
+from corolla.config.load import validate
+from corolla.data.federated import FederatedData
+from corolla.data.partition import Split
 from corolla.directions import seedlog
 from corolla.errors import RoundError
 from corolla.privacy.client_level import ClientLevel
@@ -150,7 +152,7 @@ def start(tmp_path: Path) -> Callable[..., Run]:
         splits = {c: Split(rows[i : i + 6], rows[i : i + 2]) for i, c in enumerate(FLAT)}
         data = FederatedData("llama", splits, [], [], "")
         worker = Worker(config, model, data, Memory(tmp_path / "memory"))
-        built = config.build_strategy()
+        built = build_strategy(config)
         first = built.init(model.init(config.lora, seeds.derive(config.seed, "init")), config.seed)
         fresh = cache(lambda spec: model.init(spec, 0))
         origin = seedlog.origin(model.base.fingerprint, first)

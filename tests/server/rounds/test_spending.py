@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, RoundError
 from corolla.privacy.accounting import gaussian_epsilon
@@ -52,7 +53,7 @@ class Private:
     def __post_init__(self) -> None:
         given = {"cohort": 4, "noise_multiplier": Z, "clip": CLIP, **self.settings}
         config = RunConfig(rank=2, local_steps=1, batch_size=8, dp="client", **given)
-        made = config.build_strategy()
+        made = build_strategy(config)
         self.federation = Federation("ab" * 16, config, made, EXAMPLES, lambda spec: FRESH)
         self.state = made.init(FRESH, 0)
         self.memory: Payload = {}
@@ -278,8 +279,8 @@ def test_adaptive_clip_goes_on_from_the_memory_of_the_run() -> None:
 
 def test_gateways_send_every_update() -> None:
     config = RunConfig(dp="client", noise_multiplier=1.0)
-    assert merges(config, config.build_strategy()) is None
-    assert merges(RunConfig(dp="example", epsilon=1), config.build_strategy()) is not None
+    assert merges(config, build_strategy(config)) is None
+    assert merges(RunConfig(dp="example", epsilon=1), build_strategy(config)) is not None
 
 
 # The account
@@ -289,7 +290,7 @@ def begun(
     clients: Mapping[str, int] = EXAMPLES, before: Past | None = None, **given: Any
 ) -> Spending:
     config = RunConfig(**{"cohort": 2, "rounds": 4, **given})
-    strategy = config.build_strategy()
+    strategy = build_strategy(config)
     federation = Federation("ab" * 16, config, strategy, clients, lambda spec: FRESH)
     return spending.begin(federation, before or Past())
 
@@ -357,7 +358,7 @@ def test_the_journal_goes_on_being_the_account() -> None:
     found = account.guarantee()
     assert found and found.epsilon == pytest.approx(gaussian_epsilon(math.sqrt(2) / z, 1e-5))
     federation = Federation(
-        "ab" * 16, account.config, account.config.build_strategy(), EXAMPLES, lambda spec: FRESH
+        "ab" * 16, account.config, build_strategy(account.config), EXAMPLES, lambda spec: FRESH
     )
     assert account.ended(federation, 2) == ""
     spent = begun(before=events(*[["ada"]] * 4), dp="client", epsilon=8.0)
@@ -390,7 +391,7 @@ def test_a_client_is_asked_as_often_as_it_may_train_on_its_examples() -> None:
     federation = Federation(
         "ab" * 16,
         RunConfig(dp="example", epsilon=8, participations=2, cohort=4, rounds=4),
-        RunConfig().build_strategy(),
+        build_strategy(RunConfig()),
         EXAMPLES,
         lambda spec: FRESH,
     )
@@ -407,7 +408,7 @@ def test_devices_that_separation_bars_wait_for_others() -> None:
     account = begun(dp="client", epsilon=8.0, cohort=2, separation=2, participations=2)
     config = account.config
     own = Federation(
-        "ab" * 16, config, config.build_strategy(), EXAMPLES, lambda spec: FRESH, own_devices=True
+        "ab" * 16, config, build_strategy(config), EXAMPLES, lambda spec: FRESH, own_devices=True
     )
     assert account.level is not None
     event = {"clients": list(EXAMPLES), "noise_multiplier": 1.0}

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from corolla.errors import ArtefactError
-from corolla.server.runs.checkpoint import Checkpoint, load, save, write_atomic
+from corolla.host.files import write_atomic
+from corolla.server.runs.checkpoint import Checkpoint, load, save
 
 
 def at(round: int) -> Checkpoint:

@@ -8,7 +8,7 @@ import transformers
 from peft import PeftModel
 
 from corolla.config.run import RunConfig
-from corolla.data.federated import Example
+from corolla.data.rows import Example
 from corolla.errors import ArtefactError, DataError
 from corolla.evaluation.answers import choice_accuracy
 from corolla.models import pretrained

@@ -11,12 +11,14 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from corolla.commands.simulate.in_process import simulate
-from corolla.config.run import RunConfig, validate
+from corolla.config.load import validate
+from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, DataError, ModelError
-from corolla.models.lora import LoraModel, read_adapter
+from corolla.models.adapter_files import read_adapter
+from corolla.models.lora import LoraModel
 from corolla.models.pretrained import Base
 from corolla.server.runs import gradient_start
-from corolla.strategies import STRATEGIES, create
+from corolla.strategies.registry import STRATEGIES, create
 from corolla.tensors import tree
 from corolla.types import Params
 from tests.conftest import Settings

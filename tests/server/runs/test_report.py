@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from corolla.config.run import RunConfig
-from corolla.server.runs.report import human_bytes, write_report
+from corolla.host.text import human_bytes
+from corolla.server.runs.report import write_report
 
 SAMPLE = {"prompt": "is it?", "reference": "yes", "answer": "no"}
 INFO: dict[str, Any] = {

@@ -12,6 +12,7 @@ from corolla.client.training.worker import Worker
 from corolla.commands.simulate import in_process
 from corolla.config.run import RunConfig
 from corolla.errors import ArtefactError, ConfigError, CorollaError, DataError
+from corolla.host import files
 from corolla.server.runs import checkpoint, evaluate, report, run
 from corolla.server.runs.run import Summary, prepare_folder, stored_run
 from corolla.server.runs.setup import set_up
@@ -190,7 +191,7 @@ def test_a_finished_run_can_be_resumed(settings: Settings, tmp_path: Path) -> No
 def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = checkpoint.write_atomic
+    real = files.write_atomic
 
     def full(path: Path, data: bytes) -> None:
         if path.name.startswith("round-000002"):

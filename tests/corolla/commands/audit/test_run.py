@@ -13,16 +13,19 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from corolla import seeds, strategies
+from corolla import seeds
 from corolla.cli.app import app
 from corolla.commands.audit import canaries, run
 from corolla.commands.audit.run import Audit, Proof
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
-from corolla.privacy import client_level
-from corolla.privacy.client_level import ClientLevel, ClippedSum, ExampleLevel
+from corolla.privacy import guarantee, randomness
+from corolla.privacy.client_level import ClientLevel
+from corolla.privacy.clipped_sum import ClippedSum
+from corolla.privacy.example_level import ExampleLevel
 from corolla.server.rounds import spending
 from corolla.server.rounds.federation import Federation
+from corolla.strategies import registry
 from corolla.types import LoraSpec, Payload
 from tests.strategies import tiny
 
@@ -86,7 +89,7 @@ def no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_clip(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_level, "clip_factors", lambda norms, clip: torch.ones_like(norms))
+    monkeypatch.setattr(randomness, "clip_factors", lambda norms, clip: torch.ones_like(norms))
 
 
 def weight_of_five(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +208,7 @@ def _network(config: RunConfig) -> canaries.CanaryClients:
     federation = Federation(
         "0" * 32,
         config,
-        strategies.create(config.strategy),
+        registry.create(config.strategy),
         dict.fromkeys(canaries.names(3), 1000),
         lambda spec: model.init(LoraSpec(spec.rank, spec.alpha), 0),
     )
@@ -269,7 +272,7 @@ def test_without_dp_a_model_is_attacked_once(settings: Settings) -> None:
 
 
 def _found(lower_bound: float, claimed: float | None = 1.0) -> Audit:
-    claim = client_level.Guarantee("client", claimed, 1e-5, None, "once") if claimed else None
+    claim = guarantee.Guarantee("client", claimed, 1e-5, None, "once") if claimed else None
     proofs = [Proof("a", 10, lower_bound), Proof("b", 9, 0.1)]
     return Audit("client", claim, 20, 11, 10, 1e-5, 1, proofs, 1.2)
 

@@ -12,7 +12,8 @@ import pytest
 
 from corolla.commands.compare import compare as comparing
 from corolla.commands.compare.compare import QUICK, Plan, compare, learning_rates, plan
-from corolla.config.run import RunConfig, load
+from corolla.config.load import load
+from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, CorollaError, StoppedError
 
 Settings = Callable[..., RunConfig]
@@ -169,7 +170,7 @@ def small(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(comparing, "stop", lambda children: None)
     monkeypatch.setattr(comparing, "_BEAT", 0.0)
     monkeypatch.setattr(comparing, "write_comparison", lambda folder, results: None)
-    monkeypatch.setattr("corolla.models.lora.adapter_hash", lambda folder: "same")
+    monkeypatch.setattr("corolla.models.adapter_files.adapter_hash", lambda folder: "same")
     monkeypatch.setattr(comparing, "_cores", lambda: 2)
     for name, value in (("started", []), ("most", 0), ("alive", 0), ("fails", {}), ("peak", 1000)):
         monkeypatch.setattr(Fake, name, value)

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from corolla.cli.app import app
 from corolla.commands.plan import plan
 from corolla.commands.simulate.in_process import simulate
-from corolla.config.run import load
+from corolla.config.load import load
 from corolla.privacy.accounting import gaussian_epsilon
 
 SMALL = ["clients=4", "cohort=2", "rounds=2", "local-steps=2", "batch-size=4", "eval-examples=8"]

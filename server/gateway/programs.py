@@ -18,7 +18,6 @@ from corolla.server.gateway.blobs import Blobs, manifest_of
 from corolla.server.gateway.budget import TRAINERS, Able, Assignment, Demand, Timing
 from corolla.server.gateway.merging import Merging
 from corolla.server.rounds.federation import classes_behind
-from corolla.server.runs.checkpoint import write_atomic
 from corolla.tensors import factors
 from corolla.types import Params
 from corolla.wire.messages import Log
@@ -28,7 +27,7 @@ _MOST_TOKENS = 1 << 20
 _MANIFEST = "manifest-"
 
 
-class Offer:
+class Programs:
     """A bundle, each of its programs with its files as native phones download them."""
 
     def __init__(self, folder: Path, publisher: Path | None, blobs: Blobs, state: Path) -> None:
@@ -149,13 +148,8 @@ def _refuses(config: RunConfig) -> str:
 def _shared(names: list[str], folder: Path, blobs: Blobs, state: Path) -> pb.Blob:
     """Offer files of a folder, and the Manifest of them."""
     data, files = manifest_of(folder, names, protocol.PROGRAM_FILES)
-    for name, file in files.items():
-        blobs.share(name, file, file.stat().st_size)
-    blob = pb.Blob(sha256=protocol.sha256(data), size=len(data))
-    path = state / f"{_MANIFEST}{blob.sha256[:16]}"
-    write_atomic(path, data)
-    blobs.share(blob.sha256, path, len(data))
-    return blob
+    path = state / f"{_MANIFEST}{protocol.sha256(data)[:16]}"
+    return blobs.share_all(data, files, path)
 
 
 def _able(request: pb.CheckInRequest) -> Able:

@@ -1,0 +1,167 @@
+"""What zeroth-order training measures along its directions, plain or under privacy.
+
+Both kinds have one interface, so that the loop over a round's steps does not know which it has.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from corolla.client.training import dpsgd
+from corolla.config import schedule
+from corolla.config.run import RunConfig
+from corolla.data.encoding import Encoded, examples_of
+from corolla.directions.pools import SignPool
+from corolla.errors import DivergedError
+from corolla.privacy.example_level import ExampleLevel
+from corolla.privacy.randomness import clip_factors
+from corolla.types import Move, Params, Walk
+
+Batch = Sequence[Sequence[Encoded]]
+"""The parts of a step's batch whose slopes are told apart."""
+
+
+class Scalars:
+    """The scalars of a walk, along `directions`, filled step by step."""
+
+    def __init__(
+        self, count: int, dtype: torch.dtype, directions: Sequence[int], step_size: float
+    ) -> None:
+        self.values = torch.zeros(count, dtype=dtype)
+        self.step_size = step_size
+        self.skipped = 0
+        """Scalars that were not finite: they stay 0."""
+        self._directions = directions
+
+    def take(self, queries: Sequence[int], released: Tensor) -> dict[int, float]:
+        """Keeps the scalars of a step; the multiple of each direction that the step moves by.
+
+        Raises DivergedError for a step that is too long to be one.
+        """
+        rounded = released.float().to(self.values.dtype)
+        update: dict[int, float] = {}
+        for query, g in zip(queries, rounded, strict=True):
+            if not bool(torch.isfinite(g)):  # one NaN in a log would be there for ever
+                self.skipped += 1
+                continue
+            self.values[query] = g
+            k = int(self._directions[query])
+            update[k] = update.get(k, 0.0) + self.step_size * float(g)
+        if not all(math.isfinite(scale) and abs(scale) < 1e30 for scale in update.values()):
+            raise DivergedError(f"a step of {max(update.values(), key=abs):.1e}: lower lr")
+        return update
+
+    def so_far(self, pool: SignPool) -> Move:
+        """The steps taken until now, as one move."""
+        sums = torch.zeros(pool.size, dtype=torch.float64)
+        sums.index_add_(0, torch.tensor(self._directions), self.values.double())
+        return Move(pool, sums, self.step_size)
+
+    def check(self) -> None:
+        """Raises DivergedError when more than half of the scalars are not finite."""
+        if 2 * self.skipped > len(self.values):
+            raise DivergedError(
+                f"{self.skipped} of {len(self.values)} scalars are not finite in "
+                f"{self.values.dtype}: lower lr or raise eps"
+            )
+
+
+class Slopes(Protocol):
+    """Whose losses a client measures in a round, and what of its slopes it releases."""
+
+    @property
+    def counted(self) -> int:
+        """What epochs are counted in: sequences, or examples where privacy keeps the former."""
+
+    def batches(self) -> Iterator[Batch]:
+        """The batch of each step."""
+
+    def note(self, batch: Batch, losses: Sequence[Tensor]) -> None:
+        """Remembers what was measured on a batch, as far as it may be told."""
+
+    def released(self, slopes: Tensor) -> Tensor:
+        """The scalars (queries,) of a step from the slopes (queries, parts)."""
+
+    def outcome(self, scalars: Scalars, params: Params, steps: int) -> Walk:
+        """The result of a round, with what may be told of it."""
+
+
+@dataclass
+class PlainSlopes:
+    """Slopes of the mean loss over the targets of each batch."""
+
+    data: Sequence[Encoded]
+    config: RunConfig
+    seed: int
+    _losses: list[Tensor] = field(default_factory=list)
+    _targets: int = 0
+
+    @property
+    def counted(self) -> int:
+        return len(self.data)
+
+    def batches(self) -> Iterator[Batch]:
+        for indices in schedule.batches(self.config, len(self.data), self.seed):
+            yield [[self.data[i] for i in indices]]
+
+    def note(self, batch: Batch, losses: Sequence[Tensor]) -> None:
+        self._losses += losses
+        self._targets += sum(sequence.targets for part in batch for sequence in part)
+
+    def released(self, slopes: Tensor) -> Tensor:
+        return slopes[:, 0]
+
+    def outcome(self, scalars: Scalars, params: Params, steps: int) -> Walk:
+        used = [i for at in schedule.batches(self.config, len(self.data), self.seed) for i in at]
+        finite = [loss for loss in torch.cat(self._losses).tolist() if math.isfinite(loss)]
+        metrics = {
+            "train_loss": math.fsum(finite) / len(finite),
+            "target_tokens": float(self._targets),
+            "local_steps": float(steps),
+            "skipped_scalars": float(scalars.skipped),
+            "zero_scalars": float((scalars.values == 0).sum()) - scalars.skipped,
+            "scalars": float(len(scalars.values)),
+        }
+        seen = examples_of(self.data, used)
+        return Walk(scalars.values, scalars.step_size, params, len(seen), metrics)
+
+
+@dataclass
+class PrivateSlopes:
+    """Slopes of each example of a Poisson sample: clipped, summed, noised.
+
+    The vector of an example's slopes in a step is clipped to a norm C, their sum gets noise of
+    standard deviation z C in each query and is divided by the expected size of the sample. The
+    directions are public, so that these scalars are all there is to protect; what is made of them
+    is private as they are. Each example is measured by itself: beside others of other lengths its
+    loss would round differently, and divided by 2 eps that is no longer nothing.
+    """
+
+    data: Sequence[Encoded]
+    private: ExampleLevel
+
+    @property
+    def counted(self) -> int:
+        return self.private.examples
+
+    def batches(self) -> Iterator[Batch]:
+        known = dpsgd.examples(self.data, self.private.examples)
+        for drawn in dpsgd.batches(self.private, known):
+            yield [own for own in drawn if own]
+
+    def note(self, batch: Batch, losses: Sequence[Tensor]) -> None:
+        """Nothing of it may be told."""
+
+    def released(self, slopes: Tensor) -> Tensor:
+        factors = clip_factors(slopes.norm(dim=0), self.private.clip)
+        clipped = torch.where(factors > 0, factors * slopes, 0.0)  # 0 · NaN is NaN
+        return self.private.noised({"slopes": clipped.sum(1)})["slopes"]
+
+    def outcome(self, scalars: Scalars, params: Params, steps: int) -> Walk:
+        public = min(self.private.examples, steps * self.private.batch)
+        metrics = {"local_steps": float(steps)}
+        return Walk(scalars.values, scalars.step_size, params, public, metrics)

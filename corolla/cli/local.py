@@ -1,0 +1,301 @@
+"""Commands that work on this machine alone.
+
+No logic: each reads options, calls one function, prints what comes back. What takes seconds to
+import, as torch does, is imported when a command runs.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from corolla.cli.options import (
+    CANARIES,
+    PROGRAM,
+    SEARCH,
+    AsJson,
+    Config,
+    Given,
+    NewFolder,
+    Resume,
+    Set,
+    run_options,
+    takes,
+)
+from corolla.cli.screen import out, say, spinner
+from corolla.errors import ConfigError
+
+
+@takes(options=run_options())
+def simulate(
+    *,
+    config: Config = None,
+    options: Given,
+    keep_updates: Annotated[
+        bool, typer.Option("--keep-updates", help="Keep every client's adapter as a PEFT folder.")
+    ] = False,
+    resume: Resume = False,
+    track: Annotated[
+        list[str] | None, typer.Option(help="tensorboard, wandb, mlflow, trackio; repeatable.")
+    ] = None,
+    out_dir: Annotated[Path | None, typer.Option("--out", help="A new or empty folder.")] = None,
+    settings: Set = None,
+) -> None:
+    """Fine-tune a model with a federation of simulated clients on this machine."""
+    from corolla.config.load import load, resumed
+
+    if resume and out_dir is None:
+        raise ConfigError("--resume needs --out: the folder of the run to go on with")
+    if resume and out_dir:
+        run_config = resumed(out_dir, config, options, settings or ())
+    else:
+        run_config = load(config, options, settings or ())
+    now = time.strftime("%Y%m%d-%H%M%S")
+    folder = out_dir or Path("runs") / f"{run_config.strategy.split(':')[-1]}-{now}"
+    with out.status("loading"):  # torch, transformers and peft take seconds to import
+        from corolla.commands.simulate.in_process import simulate as run
+        from corolla.commands.simulate.progress import Bars, print_summary
+        from corolla.server.runs.observer import Many
+        from corolla.trackers import tracking
+
+    with (
+        Bars(out, run_config.rounds) as bars,
+        tracking(track or (), folder, bars.warned) as trackers,
+    ):
+        summary = run(
+            run_config,
+            folder,
+            Many([bars, *trackers]),
+            keep_updates=keep_updates,
+            resume=resume,
+            on_step=bars.stepped,
+        )
+    print_summary(out, summary)
+
+
+@takes(options=run_options())
+def plan(
+    *,
+    config: Config = None,
+    options: Given,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="What a client may take: 2GB, 512MiB.")
+    ] = None,
+    as_json: AsJson = False,
+    settings: Set = None,
+) -> None:
+    """Say what a run will cost before anything is loaded: bytes, memory, time, privacy."""
+    from corolla.config.load import load
+    from corolla.host.text import parse_bytes
+
+    try:
+        budget = parse_bytes(memory) if memory is not None else None
+    except ValueError as error:
+        raise ConfigError(f"--memory: {error}; found {memory!r}") from error
+    run_config = load(config, options, settings or ())
+    from corolla.commands.plan import plan as planning
+
+    found = planning.plan(run_config, budget)
+    if as_json:
+        print(json.dumps(found.to_json(), indent=2))
+    else:
+        planning.print_plan(out, found, budget)
+
+
+@takes(
+    options=run_options(
+        "strategy", lr="Middle of the three that are tried.", seed="The first seed; the search's."
+    ),
+    search=SEARCH,
+)
+def compare(
+    *,
+    strategies: Annotated[
+        list[str], typer.Argument(help="Two or more: names, FILE.py:Class, module:Class.")
+    ],
+    out_dir: NewFolder,
+    config: Config = None,
+    options: Given,
+    search: Given,
+    resume: Resume = False,
+    settings: Set = None,
+) -> None:
+    """Compare strategies on equal terms: same data, clients and search; seeds, intervals, plots.
+
+    With the embedded model and data: cohorts of 4 and shorter evaluation, unless given.
+    """
+    with out.status("loading"):
+        from corolla.commands.compare import compare as comparing
+        from corolla.commands.compare.report import CellBars, print_comparison
+
+    jobs: int = search["jobs"]
+    search["lrs"] = comparing.learning_rates(search["lrs"])
+    wanted = comparing.plan(strategies, config, options, settings or (), **search)
+    bars = CellBars(out)
+    with bars.progress:
+        results = comparing.compare(wanted, out_dir, jobs=jobs, resume=resume, watch=bars)
+    print_comparison(out, results, out_dir)
+    if results["failed"]:
+        raise typer.Exit(1)
+
+
+def check(
+    strategies: Annotated[
+        list[str] | None, typer.Argument(help="Names, FILE.py:Class, module:Class; default: all.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Prove strategies on effective model weights; exit code 1 when one fails."""
+    from corolla.commands.check.proofs import conform, print_findings
+    from corolla.strategies.registry import STRATEGIES
+
+    results = conform(list(strategies or STRATEGIES), spinner(as_json))
+    if as_json:
+        print(json.dumps([result.to_json() for result in results], indent=2))
+    else:
+        print_findings(out, results)
+    if not all(result.passed for result in results):
+        raise typer.Exit(1)
+
+
+@takes(
+    options=run_options(
+        "engine",
+        seed="Of the run, and of the coins.",
+        dp="none, example or client.",
+        epsilon="Budget of the run.",
+        delta="Less than 1 in what is protected.",
+        clip="L2 norm of what one can add.",
+    ),
+    tried=CANARIES,
+)
+def audit(
+    *,
+    config: Config = None,
+    options: Given,
+    tried: Given,
+    membership: Annotated[
+        bool, typer.Option("--membership", help="Instead: attack a model, with and without dp.")
+    ] = False,
+    as_json: AsJson = False,
+    settings: Set = None,
+) -> None:
+    """Try to refute a claim of differential privacy; exit code 1 when it is refuted."""
+    from corolla.config.load import load
+
+    run_config = load(config, options, settings or ())
+    from corolla.commands.audit import run as auditing
+
+    if membership:
+        attacked = auditing.membership(run_config)
+        if as_json:
+            print(json.dumps(attacked.to_json(), indent=2))
+        else:
+            auditing.print_membership(out, attacked)
+        return
+    found = auditing.audit(run_config, **tried)
+    if as_json:
+        print(json.dumps(found.to_json(), indent=2))
+    else:
+        auditing.print_audit(out, found)
+    if found.refuted:
+        raise typer.Exit(1)
+
+
+def strategies(
+    as_json: AsJson = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="docs/strategies.md.")] = False,
+) -> None:
+    """List all strategies: what they average, their bytes, when to use which."""
+    if as_json and as_markdown:
+        raise ConfigError("--json and --markdown are two forms of one list: choose one")
+    from corolla.commands import catalogue
+
+    if as_json:
+        print(json.dumps([entry.to_json() for entry in catalogue.entries()], indent=2))
+    elif as_markdown:
+        print(catalogue.markdown(), end="")
+    else:
+        catalogue.print_catalogue(out)
+
+
+def evaluate(
+    adapter: Annotated[Path, typer.Argument(help="A run's adapter/ or model/ folder.")],
+    model: Annotated[str | None, typer.Option(help="Default: the one it was trained on.")] = None,
+    data: Annotated[str | None, typer.Option(help="Default: the data of its run.")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Instead: lm-evaluation-harness tasks, NAME,FILE.yaml,…"),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Documents of each task; for trials.")
+    ] = None,
+    as_json: AsJson = False,
+    settings: Set = None,
+) -> None:
+    """Score an adapter beside its base model on held-out examples, with plain PEFT."""
+    from corolla.commands.artefacts import evaluate_adapter, evaluate_tasks, print_scores
+
+    if tasks is not None:
+        if data:
+            raise ConfigError("--tasks bring their own data: leave out --data")
+        names = [name for name in tasks.split(",") if name]
+        scores = evaluate_tasks(adapter, model, names, limit, settings or ())
+    else:
+        scores = evaluate_adapter(adapter, model, data, settings or ())
+    if as_json:
+        print(json.dumps(scores, indent=2))
+    else:
+        print_scores(out, scores)
+
+
+@takes(program=PROGRAM)
+def export(
+    *,
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="ADAPTER|MODEL", help="A PEFT adapter folder; for executorch also a base model."
+        ),
+    ],
+    to: Annotated[
+        Literal["merged", "executorch"],
+        typer.Option(help="merged: a plain model folder; executorch: programs for native clients."),
+    ] = "merged",
+    model: Annotated[str | None, typer.Option(help="Default: the one it was trained on.")] = None,
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", help="A new folder; default: ADAPTER-merged.")
+    ] = None,
+    key: Annotated[
+        Path | None, typer.Option(help="To sign with; made, with its .pub, where there is none.")
+    ] = None,
+    program: Given,
+) -> None:
+    """Write an adapter and its base as one model, or a base as a signed bundle for phones."""
+    targets: str | None = program.pop("target_modules")
+    options = {
+        "targets": targets.split(",") if targets else None,
+        "bases": program.pop("base"),
+        **program,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    if to == "merged" and (given or key):
+        raise ConfigError(
+            "--key, --rank, --target-modules, --length and --base are for --to executorch: "
+            "leave them out"
+        )
+    if to == "executorch":
+        with out.status("loading") as shown:
+            from corolla.phones import export as bundling
+
+            made = bundling.make(source, out_dir, key, model=model, say=shown.update, **given)
+        say(bundling.summary(made, str(out_dir)))
+        return
+    from corolla.commands.artefacts import export_merged
+
+    adapter = Path(source)
+    folder = out_dir or adapter.resolve().with_name(adapter.resolve().name + "-merged")
+    difference = export_merged(adapter, model, folder)
+    say(f"{folder}: reloaded, logits within {difference:.1e} of base + adapter")

@@ -1,0 +1,247 @@
+"""The options of commands as tables, and how a command takes all options of a table."""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import typer
+
+Config = Annotated[Path | None, typer.Option(help="TOML file with the same names.")]
+NewFolder = Annotated[Path, typer.Option("--out", help="A new or empty folder.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on in --out.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other key.")]
+
+Given = dict[str, Any]
+"""The values of a table's options, by name."""
+
+
+class Option(NamedTuple):
+    """An option of a command; its flag follows from its name where `flags` has none."""
+
+    kind: Any
+    """The type that its text is read as."""
+    help: str
+    default: Any = None
+    """The value where none is given; `...` marks an option that must be given."""
+    flags: tuple[str, ...] = ()
+    more: Mapping[str, Any] = {}
+    """Other arguments of `typer.Option`: min, max, metavar."""
+
+    def parameter(self, name: str) -> inspect.Parameter:
+        """The option as typer finds it in the signature of a function."""
+        option = typer.Option(self.default, *self.flags, help=self.help, **self.more)
+        return inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=self.kind
+        )
+
+
+Table = Mapping[str, Option]
+
+
+def takes(**tables: Table) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command the options of tables, in the places of the parameters of these names.
+
+    The command gets the values of each table as one dict.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        parameters: list[inspect.Parameter] = []
+        for name, parameter in inspect.signature(command).parameters.items():
+            if name in tables:
+                parameters += [option.parameter(key) for key, option in tables[name].items()]
+            else:
+                parameters.append(parameter)
+
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            values = {
+                name: {key: given.pop(key) for key in table} for name, table in tables.items()
+            }
+            command(**given, **values)
+
+        del run.__wrapped__  # typer would take the signature of that
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return run
+
+    return decorate
+
+
+RUN: Table = {
+    "strategy": Option(str | None, "fedavg, flora, …; yours: FILE.py:Class, module:Class."),
+    "model": Option(str | None, "Hub name, folder, .gguf, 'embedded'."),
+    "data": Option(str | None, "FILE.jsonl, hub name, 'embedded'."),
+    "clients": Option(int | None, "How many clients."),
+    "cohort": Option(int | None, "Clients per round."),
+    "rounds": Option(int | None, "Rounds."),
+    "local_steps": Option(int | None, "Optimiser steps per round."),
+    "batch_size": Option(int | None, "Sequences per step."),
+    "lr": Option(float | None, "Learning rate."),
+    "rank": Option(int | None, "LoRA rank."),
+    "alpha": Option(float | None, "LoRA alpha."),
+    "seed": Option(int | None, "Decides everything that is random."),
+    "engine": Option(str | None, "inprocess or flower (Ray)."),
+    "dp": Option(str | None, "Differential privacy of each: none, example, client."),
+    "epsilon": Option(float | None, "Privacy budget of the run."),
+    "delta": Option(float | None, "Of (epsilon, delta)."),
+    "clip": Option(float | None, "Norm of a gradient, or a client's update, at most."),
+}
+"""Keys of a run that are options; all others are given with --set."""
+
+
+def run_options(*left_out: str, **helps: str) -> Table:
+    """The options of RUN but those left out, with a text of its own for each name in `helps`."""
+    return {
+        name: option._replace(help=helps.get(name, option.help))
+        for name, option in RUN.items()
+        if name not in left_out
+    }
+
+
+SEARCH: Table = {
+    "seeds": Option(int, "Runs of each strategy; 1 allows no claim.", 3),
+    "lrs": Option(
+        str,
+        "Tried by all; default: the usual one × 1/3, 1, 3.",
+        "",
+        more={"metavar": "A,B,C"},
+    ),
+    "jobs": Option(int, "Runs at a time; 0: as cores and memory allow.", 0),
+}
+"""How `corolla compare` searches."""
+
+CANARIES: Table = {
+    "canaries": Option(int, "There or not, by a coin each.", 1000, more={"min": 1}),
+    "guesses": Option(int | None, "Of coins; default: a fifth of the canaries.", more={"min": 1}),
+    "unit": Option(Literal["example", "client"] | None, "What canaries are with dp=none."),
+}
+"""What `corolla audit` tries."""
+
+PROGRAM: Table = {
+    "rank": Option(int | None, "LoRA rank; default: the adapter's, or 8.", more={"min": 1}),
+    "target_modules": Option(
+        str | None,
+        "Default: the adapter's, or all linear ones.",
+        more={"metavar": "A,B"},
+    ),
+    "length": Option(int | None, "Tokens of a sequence, at most; default: 256."),
+    "base": Option(str | None, "fp32, q4 or fp32,q4; default: fp32,q4."),
+}
+"""What `corolla export --to executorch` makes programs of."""
+
+SERVER: Table = {
+    "address": Option(str | None, "HOST:PORT for clients; default 0.0.0.0:9092."),
+    "certificates": Option(
+        Path | None, "Folder of server.pem: see corolla certs.", flags=("--certs",)
+    ),
+    "clients_keys": Option(Path | None, "Folder of clients' public keys, *.pub; watched."),
+    "metrics_port": Option(int | None, "Prometheus, on loopback."),
+    "min_clients": Option(int | None, "To wait for before round 1."),
+}
+"""The machine that `corolla server` runs on."""
+
+_ALLOW = Option(list[str] | None, "FILE.py:Class a server may name as strategy; repeatable.")
+_EPSILON = Option(float | None, "Its examples may cost, in all runs; default: any.")
+_DELTA = Option(float | None, "Of that; default: 1e-5.")
+_THREADS = Option(int, "Of the CPU; 0: all.", 0)
+_SERVER = Option(str | None, "corolla server.", more={"metavar": "HOST:PORT"})
+_ROOTS = Option(Path | None, "ca.pem of the server; default: the system's.")
+
+DEVICE: Table = {
+    "server": _SERVER,
+    "root_certificates": _ROOTS,
+    "data": Option(str | None, "FILE.jsonl: all rows are trained on."),
+    "name": Option(str | None, "In the federation; default: made from the key."),
+    "model": Option(str | None, "The run's: hub name, folder, .gguf."),
+    "state": Option(Path | None, "Key, logs, what is kept; default: ~/.local/state/corolla."),
+    "memory": Option(str | None, "For training, at most: 2GB."),
+    "threads": _THREADS,
+    "device": Option(str | None, "cpu, cuda, mps; default: the best."),
+    "quantization": Option(str | None, "none, 8bit or 4bit."),
+    "micro_batch_size": Option(int, "At most; 0: as the run says.", 0),
+    "gradient_checkpointing": Option(
+        bool,
+        "Less memory, more time.",
+        False,
+        flags=("--gradient-checkpointing",),
+    ),
+    "epsilon": _EPSILON,
+    "delta": _DELTA,
+    "allow": _ALLOW,
+}
+"""The device that `corolla client` runs on."""
+
+GATEWAY: Table = {
+    "server": _SERVER._replace(kind=str, default=...),
+    "listen": Option(
+        str,
+        "For phones: 0.0.0.0:9443.",
+        ...,
+        more={"metavar": "HOST:PORT"},
+    ),
+    "certificate": Option(Path, "Shown to phones: see corolla certs.", ...),
+    "key": Option(Path, "Of the certificate.", ...),
+    "tokens": Option(Path, "One a line: TOKEN, or TOKEN DEVICE.", ...),
+    "name": Option(str, "In the federation; phones are NAME/DEVICE.", ...),
+    "state": Option(Path, "Folder of the key, the logs and what is kept.", ...),
+    "root_certificates": _ROOTS,
+    "share_model": Option(Path | None, "A base model's folder, for phones that have none."),
+    "share_bundle": Option(Path | None, "Programs for native phones: corolla export makes them."),
+    "publisher": Option(Path | None, "Public key that the bundle must be signed with."),
+    "policy": Option(
+        str,
+        "Asked of phones: these, battery=20, thermal=3, storage=100MB, examples=8, "
+        "separation=2, period=24h, daily-bytes=50MB, daily-seconds=1800, daily-battery=5; none.",
+        "charging,unmetered,idle",
+    ),
+    "over_select": Option(
+        float,
+        "Phones at work for each update wanted.",
+        1.3,
+        more={"min": 1.0, "max": 10.0},
+    ),
+    "seats": Option(
+        int,
+        "Updates it promises at a time; 0: as many as phones come.",
+        0,
+        more={"min": 0},
+    ),
+    "retry": Option(
+        float,
+        "Seconds between a phone's check-ins.",
+        10.0,
+        more={"min": 0.1, "max": 3600},
+    ),
+    "lease": Option(
+        float,
+        "Seconds a phone may be silent at work.",
+        60.0,
+        more={"min": 1, "max": 3600},
+    ),
+    "allow": _ALLOW,
+}
+"""A gateway: who it is, what it gives to phones, and what it asks of them."""
+
+PHONE: Table = {
+    "gateway": Option(str, "corolla gateway.", ..., more={"metavar": "HOST:PORT"}),
+    "token_file": Option(Path, "What the gateway's owner gave.", ...),
+    "data": Option(str, "FILE.jsonl: all rows are trained on.", ...),
+    "root_certificates": Option(Path | None, "ca.pem of the gateway; default: the system's."),
+    "name": Option(str | None, "Default: made once, kept in --state."),
+    "model": Option(str | None, "Hub name, folder, 'embedded'; default: the gateway's."),
+    "state": Option(Path | None, "Models, logs, what is kept; default: as corolla client."),
+    "threads": _THREADS,
+    "epsilon": _EPSILON,
+    "delta": _DELTA,
+}
+"""The device that `corolla phone` runs on."""
+
+CONDITIONS: Table = {
+    "charging": Option(bool | None, "Default: as found.", flags=("--charging/--on-battery",)),
+    "metered": Option(bool | None, "Default: as found.", flags=("--metered/--unmetered",)),
+    "idle": Option(bool | None, "Default: idle.", flags=("--idle/--in-use",)),
+}
+"""The state that a phone is in."""

@@ -1,0 +1,181 @@
+"""How a config is given: a TOML file, --set key=value and the options of a command."""
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from corolla.config.build import build_strategy
+from corolla.config.groups import ClientClass
+from corolla.config.run import RunConfig
+from corolla.errors import ConfigError
+from corolla.host.text import nearest
+from corolla.strategies import registry
+
+SERVER = "server"
+"""The table of a config file that is of the machine `corolla server` runs on, not of the run."""
+
+
+def load(
+    file: Path | None, overrides: Mapping[str, object], settings: Sequence[str] = ()
+) -> RunConfig:
+    """Defaults, then the TOML file, then --set key=value, then the command's own options.
+
+    A key may be written with - or _. `[NAME]` tables and `NAME.field=value` set options of the
+    strategy NAME; `strategy.field=value` those of the chosen one. Raises ConfigError with the
+    nearest known name for an unknown key.
+    """
+    return validate(_gather(file, overrides, settings))
+
+
+def resumed(
+    folder: Path, file: Path | None, overrides: Mapping[str, object], settings: Sequence[str] = ()
+) -> RunConfig:
+    """The config of the run in `folder`. Raises ConfigError when an option contradicts it."""
+    path = folder / "run.json"
+    if not path.is_file():
+        raise ConfigError(f"nothing to resume in {folder}: it has no run.json")
+    try:
+        stored = validate(json.loads(path.read_text())["config"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error!r}") from error
+    return unchanged(stored, overrides, settings, file)
+
+
+def unchanged(
+    stored: RunConfig,
+    overrides: Mapping[str, object],
+    settings: Sequence[str] = (),
+    file: Path | None = None,
+) -> RunConfig:
+    """A stored config. Raises ConfigError when what is given contradicts it."""
+    asked = amended(stored, overrides, settings, file)
+    for key in RunConfig.model_fields:
+        if getattr(asked, key) != getattr(stored, key):
+            raise ConfigError(
+                f"--resume goes on with {key.replace('_', '-')}={getattr(stored, key)!r}, "
+                f"found {getattr(asked, key)!r}: leave it out"
+            )
+    return stored
+
+
+def amended(
+    stored: RunConfig,
+    overrides: Mapping[str, object],
+    settings: Sequence[str] = (),
+    file: Path | None = None,
+) -> RunConfig:
+    """A stored config with what is given put over it. Raises ConfigError as `load` does."""
+    given = _gather(file, overrides, settings, stored.strategy)
+    return validate({**stored.model_dump(), **given})
+
+
+def server_table(file: Path) -> dict[str, Any]:
+    """The [server] table of a config file: what `corolla server` reads beside the run's keys."""
+    table = _read(file).get(SERVER, {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"{SERVER} in {file} is no table: write [{SERVER}]")
+    return {_key(key): value for key, value in table.items()}
+
+
+def _gather(
+    file: Path | None,
+    overrides: Mapping[str, object],
+    settings: Sequence[str],
+    default_strategy: str = "fedavg",
+) -> dict[str, Any]:
+    """What was given, and nothing else: keys of RunConfig."""
+    values: dict[str, Any] = {}
+    tables: dict[str, dict[str, Any]] = {}
+    for key, value in (_read(file) if file else {}).items():
+        if key != SERVER:
+            _assign(values, tables, _key(key), value, str(file))
+    for setting in settings:
+        key, found, text = setting.partition("=")
+        if not found:
+            raise ConfigError(f"--set {setting!r}: expected key=value")
+        _assign(values, tables, _key(key.strip()), _literal(text), "--set")
+    values |= {key: value for key, value in overrides.items() if value is not None}
+    if "strategy" in values and ":" not in str(values["strategy"]):
+        values["strategy"] = str(values["strategy"]).replace("-", "_")
+    chosen = str(values.get("strategy", default_strategy))
+    options = {**values.get("options", {}), **tables.get("strategy", {}), **tables.get(chosen, {})}
+    return {**values, "options": options} if options else values
+
+
+def validate(values: Mapping[str, Any]) -> RunConfig:
+    """A RunConfig. Raises ConfigError with one line for the first thing that is wrong."""
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]).replace("_", "-")
+        message = str(first["msg"]).removeprefix("Value error, ")
+        found = f", found {first['input']!r}" if where else ""
+        raise ConfigError(f"{where}: {message}{found}" if where else message) from error
+    build_strategy(config)
+    return config
+
+
+def _assign(
+    values: dict[str, Any], tables: dict[str, dict[str, Any]], key: str, value: Any, source: str
+) -> None:
+    table, dot, field = key.partition(".")
+    if table == "classes" and dot:  # classes.phone.lr=1e-3
+        _assign_class(values, field, value, source)
+    elif isinstance(value, dict) and not dot and key != "options":
+        for name, entry in value.items():
+            _assign(values, tables, f"{key}.{name}", entry, source)
+    elif dot:
+        if table not in registry.STRATEGIES and table != "strategy":
+            raise _unknown(table, ["strategy", *registry.STRATEGIES], source)
+        tables.setdefault(table, {})[field.replace("-", "_")] = value
+    elif key not in RunConfig.model_fields:
+        raise _unknown(key, list(RunConfig.model_fields), source)
+    else:
+        values[key] = value
+
+
+def _key(text: str) -> str:
+    """A key may be written with -; the name of a class stays as it is."""
+    return text if text.startswith("classes.") else text.replace("-", "_")
+
+
+def _assign_class(values: dict[str, Any], field: str, value: Any, source: str) -> None:
+    """`NAME.key` of the table of classes, or NAME with a table of keys."""
+    name, _, entry = field.partition(".")
+    given = {entry: value} if entry else value
+    classes = values.setdefault("classes", {})
+    if not name or not isinstance(given, dict) or not isinstance(classes, dict):
+        raise ConfigError(f"classes.{field} in {source}: expected classes.NAME.KEY=value")
+    for part, setting in given.items():
+        known = part.replace("-", "_")
+        if known not in ClientClass.model_fields:
+            raise _unknown(known, list(ClientClass.model_fields), source)
+        classes.setdefault(name, {})[known] = setting
+
+
+def _unknown(key: str, known: list[str], source: str) -> ConfigError:
+    hint = nearest(key, known, cutoff=0.5)
+    rest = f": {hint}" if hint else f"; known keys are {', '.join(known)}"
+    return ConfigError(f"unknown key {key!r} in {source}{rest}")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read config file {file}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {file} is not TOML: {error}") from error
+
+
+def _literal(text: str) -> Any:
+    """A value as TOML or JSON would read it; anything else is a string."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text.strip()

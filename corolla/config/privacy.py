@@ -1,0 +1,166 @@
+"""Differential privacy: what is protected, by how much noise, and which settings undo it."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from corolla.config.defence import Defence
+from corolla.config.population import Population
+from corolla.config.rule import Rule
+from corolla.config.section import Fraction, Positive
+from corolla.config.training import Training
+
+
+class Privacy(Defence, Training, Population):
+    """A budget of privacy and the noise that keeps it."""
+
+    dp: Literal["none", "example", "client"] = Field(
+        "none", description="differential privacy of each example, or of each client as a whole"
+    )
+    epsilon: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="of the whole run; the noise is made for it, and the run ends before it"
+    )
+    delta: Annotated[float, Field(gt=0, lt=0.1)] = Field(
+        1e-5, description="of (epsilon, delta); less than 1 in the examples, or clients, there are"
+    )
+    clip: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="L2 norm that one example's gradient, or one client's update, can have"
+    )
+    noise_multiplier: Annotated[float, Field(ge=1e-3)] | None = Field(
+        None, description="instead of epsilon: std of the noise on a sum, over clip"
+    )
+    clip_quantile: Fraction | None = Field(
+        None, description="dp=client: clip follows this quantile of the norms, from `clip` on"
+    )
+    dp_sampling: Literal["fixed", "poisson"] = Field(
+        "fixed", description="dp=client: of a cohort; poisson: by secret chance, which amplifies"
+    )
+    dp_mechanism: Literal["gaussian", "banded"] = Field(
+        "gaussian", description="dp=client; banded: noise of a round is partly taken back later"
+    )
+    participations: Positive | None = Field(
+        None, description="rounds one client may train in, which bounds the noise; None: all"
+    )
+    separation: Positive = Field(
+        1, description="dp=client: a client may train again so many rounds later"
+    )
+
+
+def _only_with(key: str, levels: tuple[str, ...]) -> Rule["Privacy"]:
+    """Refuses a setting that is given where `dp` is none of the levels it is for."""
+    name = key.replace("_", "-")
+    return Rule(
+        when=lambda run: (
+            run.dp not in levels and getattr(run, key) != Privacy.model_fields[key].default
+        ),
+        why=lambda run: (
+            f"{name}={getattr(run, key)} is for dp={' or dp='.join(levels)}, found dp={run.dp}"
+        ),
+        instead=f"add it, or leave {name} out",
+    )
+
+
+_BOTH, _CLIENT = ("example", "client"), ("client",)
+
+SETTINGS: tuple[Rule[Privacy], ...] = (
+    _only_with("epsilon", _BOTH),
+    _only_with("delta", _BOTH),
+    _only_with("clip", _BOTH),
+    _only_with("noise_multiplier", _BOTH),
+    _only_with("participations", _BOTH),
+    _only_with("clip_quantile", _CLIENT),
+    _only_with("dp_sampling", _CLIENT),
+    _only_with("dp_mechanism", _CLIENT),
+    _only_with("separation", _CLIENT),
+    Rule(
+        when=lambda run: run.epsilon and run.noise_multiplier,
+        why=lambda run: (
+            f"epsilon={run.epsilon:g} decides the noise, and so does noise-multiplier="
+            f"{run.noise_multiplier:g}"
+        ),
+        instead="give one of them",
+    ),
+    Rule(
+        when=lambda run: run.dp != "none" and not run.epsilon and not run.noise_multiplier,
+        why=lambda run: (
+            f"dp={run.dp} needs epsilon, the budget of the run, or noise-multiplier; found neither"
+        ),
+    ),
+)
+
+CLIENTS: tuple[Rule[Privacy], ...] = (
+    Rule(
+        when=lambda run: run.dp == "client" and run.robust != "none",
+        why=lambda run: f"dp=client puts noise on a sum, and robust={run.robust} makes none",
+        instead="clip bounds what a hostile client can do, leave robust out",
+    ),
+    Rule(
+        when=lambda run: run.dp == "client" and run.buffer,
+        why=lambda run: "dp=client counts rounds, each with its own cohort, and buffer has none",
+        instead="leave buffer out",
+    ),
+    Rule(
+        when=lambda run: run.dp == "client" and run.selection == "weighted",
+        why=lambda run: "dp=client counts each client alike",
+        instead="use selection=uniform",
+    ),
+    Rule(
+        when=lambda run: run.dp == "client" and run.max_norm is not None,
+        why=lambda run: (
+            "dp=client clips updates instead of refusing them, for who is refused would tell of "
+            "them"
+        ),
+        instead="leave max-norm out, clip does its work",
+    ),
+    Rule(
+        when=lambda run: (
+            run.dp_sampling == "poisson"
+            and (run.dp_mechanism == "banded" or run.participations or run.separation > 1)
+        ),
+        why=lambda run: "dp=client with dp-sampling=poisson draws clients by chance alone",
+        instead="leave participations, separation and dp-mechanism=banded out, or use "
+        "dp-sampling=fixed",
+    ),
+    Rule(
+        when=lambda run: run.dp_mechanism == "banded" and run.separation < 2,
+        why=lambda run: (
+            "dp=client with dp-mechanism=banded takes noise back over as many rounds as a client "
+            "stays away"
+        ),
+        instead="set separation to 2 or more",
+    ),
+    Rule(
+        when=lambda run: run.dp_mechanism == "banded" and run.clip_quantile is not None,
+        why=lambda run: "dp=client with dp-mechanism=banded has one clip in all rounds",
+        instead="leave clip-quantile out",
+    ),
+)
+
+_EMBEDDINGS = ("embed", "wte", "wpe")
+"""Parts of the names of layers whose input is numbers of tokens."""
+
+
+def _embeddings(run: Privacy) -> list[str]:
+    """The target modules that are embeddings."""
+    modules = run.target_modules or ()
+    return [name for name in modules if any(part in name.lower() for part in _EMBEDDINGS)]
+
+
+EXAMPLES: tuple[Rule[Privacy], ...] = (
+    Rule(
+        when=lambda run: run.dp == "example" and run.parameters in ("prompt", "ia3"),
+        why=lambda run: (
+            f"dp=example needs the gradient of each example, which parameters={run.parameters} "
+            f"adds up before anything can clip it"
+        ),
+        instead="use parameters=lora",
+    ),
+    Rule(
+        when=lambda run: run.dp == "example" and _embeddings(run),
+        why=lambda run: (
+            "dp=example needs the gradient of each example, which adapters of embeddings do not "
+            "give"
+        ),
+        instead=lambda run: f"leave {', '.join(_embeddings(run))} out of target-modules",
+    ),
+)

@@ -1,0 +1,148 @@
+"""Rows of text: one example each, from JSON lines or a data set of the hub."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from corolla.embedded.assets import asset
+from corolla.errors import DataError
+
+_SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"}
+_SPLITS |= {"eval": "validation", "dev": "validation", "test": "test"}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row. Exactly one of: text; prompt and text (the response); text and label.
+
+    With `choices`, the response is the right one of them.
+    """
+
+    text: str
+    prompt: str | None = None
+    label: str | None = None
+    client: str | None = None
+    split: str | None = None
+    choices: tuple[str, ...] = ()
+
+
+def read_rows(name: str) -> tuple[list[Example], str]:
+    """The rows of a data set and the sha256 of its content: 'embedded', .jsonl file or hub name.
+
+    Raises DataError naming the line that cannot be used.
+    """
+    path = asset("data.jsonl") if name == "embedded" else Path(name)
+    if name == "embedded" or path.suffix in {".jsonl", ".json"} or path.exists():
+        return _read_lines(path)
+    rows = _read_hub(name)
+    digest = hashlib.sha256(json.dumps([vars(r) for r in rows], sort_keys=True).encode())
+    return rows, digest.hexdigest()
+
+
+def _read_lines(path: Path) -> tuple[list[Example], str]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read data file {path}: {error.strerror}") from error
+    rows = []
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}, line {number}: not JSON: {error}") from error
+        rows.append(_example(row, f"{path}, line {number}"))
+    if not rows:
+        raise DataError(f"{path} has no rows")
+    return rows, hashlib.sha256(content).hexdigest()
+
+
+def _read_hub(name: str) -> list[Example]:
+    import datasets
+
+    try:
+        splits = datasets.load_dataset(name)
+    except Exception as error:  # the library raises a dozen unrelated types for a missing name
+        raise DataError(
+            f"data set {name!r} is neither a file here nor on the hub: {str(error).splitlines()[0]}"
+        ) from error
+    rows = []
+    for split, table in splits.items():
+        for number, row in enumerate(table):
+            rows.append(_example({"split": str(split), **row}, f"{name}, {split} row {number}"))
+    return rows
+
+
+def _example(row: Any, where: str) -> Example:
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected an object, found {type(row).__name__}")
+    row, choices = _answered(row, where)
+    if ("response" in row) != ("prompt" in row) or ("prompt" in row and "text" in row):
+        raise DataError(f"{where}: needs both prompt and response, or text alone")
+    text, prompt = row.get("text", row.get("response")), row.get("prompt")
+    if not isinstance(text, str) or ("prompt" in row and not isinstance(prompt, str)):
+        found = ", ".join(sorted(map(str, row))) or "nothing"
+        raise DataError(f"{where}: needs text, or prompt and response, as strings; found {found}")
+    split = row.get("split") or ""
+    if split and str(split) not in _SPLITS:
+        raise DataError(f"{where}: unknown split {split!r}: use train, validation or test")
+    label, client = row.get("label"), row.get("client_id")
+    for key, value in (("text", text), ("prompt", prompt), ("label", label), ("client_id", client)):
+        if not _encodable(str(value)):
+            raise DataError(f"{where}: {key} has half of a surrogate pair, which is no text")
+    return Example(
+        text,
+        prompt,
+        None if label is None else str(label),
+        None if client is None else str(client),
+        _SPLITS.get(split),
+        choices,
+    )
+
+
+def _answered(row: dict[str, Any], where: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """(a row with prompt and response where it has a question and an answer, its choices)."""
+    if "text" in row or "response" in row or "answer" not in row:
+        return row, ()
+    if "prompt" not in row and "question" in row:
+        row = {**row, "prompt": row["question"]}
+    if "prompt" not in row:
+        return row, ()
+    answer, choices = row["answer"], row.get("choices")
+    if choices is None:
+        return {**row, "response": answer}, ()
+    if not isinstance(choices, list) or len(choices) < 2:
+        raise DataError(f"{where}: choices must be a list of at least two strings")
+    for choice in choices:
+        if not isinstance(choice, str) or not choice or not _encodable(choice):
+            raise DataError(f"{where}: choices must be strings that are not empty")
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        raise DataError(
+            f"{where}: answer must be the index of a choice, 0 to {len(choices) - 1}, "
+            f"found {answer!r}"
+        )
+    return {**row, "response": choices[answer]}, tuple(choices)
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_one_kind(rows: Sequence[Example], name: str) -> None:
+    """Raises DataError where rows of different kinds are mixed: `name` is that of their file."""
+    labelled = sum(row.label is not None for row in rows)
+    if labelled not in (0, len(rows)):
+        raise DataError(f"{name}: {labelled} of {len(rows)} rows have a label; all or none must")
+    if labelled and any(row.prompt is not None for row in rows):
+        raise DataError(f"{name}: rows have prompt, response and label; use text and label")
+    chosen = sum(bool(row.choices) for row in rows)
+    if chosen not in (0, len(rows)):
+        raise DataError(f"{name}: {chosen} of {len(rows)} rows have choices; all or none must")

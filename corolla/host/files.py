@@ -1,0 +1,71 @@
+"""Files and folders that are whole or absent, whatever happens while they are written."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from corolla.errors import ConfigError
+
+
+def write_atomic(path: Path, data: bytes, private: bool = False) -> None:
+    """Write a file so that it is either the old one or the new one, whatever happens.
+
+    A `private` file can be read by its owner alone, from its first byte on.
+    """
+    scratch = path.with_name(path.name + ".part")
+    if private:
+        scratch.unlink(missing_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        descriptor = os.open(scratch, flags, 0o600)
+    else:
+        descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+    sync_folder(path.parent)
+
+
+@contextmanager
+def making_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `folder` once it is whole.
+
+    What an earlier attempt left beside it is deleted first, and so is this one when filling fails.
+    """
+    scratch = folder.with_name(folder.name + ".part")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+    except BaseException:
+        with suppress(OSError):
+            shutil.rmtree(scratch)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    scratch.replace(folder)
+
+
+@contextmanager
+def only_one(lock: Path, busy: str) -> Iterator[None]:
+    """Hold a lock that ends with the process. Raises ConfigError(busy) where another has it."""
+    with lock.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(busy) from None
+        yield
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring new names in a folder to disk; files themselves are synced by who writes them."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

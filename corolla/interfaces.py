@@ -1,0 +1,256 @@
+"""The roles of a federation as protocols: trainers, clients, aggregators and strategies."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol, Self, runtime_checkable
+
+import torch
+
+from corolla.types import (
+    Adapter,
+    Aggregates,
+    Broadcast,
+    Correct,
+    Cost,
+    Fit,
+    LoraSpec,
+    Metrics,
+    Move,
+    Params,
+    Payload,
+    Pool,
+    Size,
+    TrainerName,
+    Update,
+    Walk,
+)
+
+
+class LocalTrainer(Protocol):
+    """Trains one client's adapter on its own data. It always starts from what it is given."""
+
+    def init(self, seed: int) -> Params:
+        """A fresh adapter of this client's rank: A Kaiming-uniform from `seed`, B zero."""
+
+    def fit(
+        self,
+        start: Params,
+        *,
+        frozen: Sequence[Params] = (),
+        train: Callable[[str], bool] = ...,
+        correct: Correct | None = None,
+        strength: float = 1.0,
+    ) -> Fit:
+        """Train the tensors of `start` that `train` selects; `frozen` blocks join the base model.
+
+        The adapter's product counts `strength` times. With tensors `<module>.lora_R` (r, r) in
+        `start`, a module's update is scaling · B · R · A and R is trained instead of A.
+
+        Raises DivergedError when the loss is not finite, ValueError when `start` does not cover
+        every trainable tensor (a value left by the client before would leak).
+        """
+
+
+class ForwardTrainer(Protocol):
+    """Trains with forward passes only, along seeded directions."""
+
+    @property
+    def queries(self) -> int:
+        """How many directions it measures in a round."""
+
+    def walk(
+        self,
+        start: Params,
+        moves: Sequence[Move],
+        pool: Pool,
+        directions: Sequence[int],
+        dtype: torch.dtype = torch.float32,
+    ) -> Walk:
+        """Take one two-sided step after the other from `start` + `moves`.
+
+        `directions` are those of all queries, in order; each scalar is rounded to `dtype` before
+        it moves the weights, so that who receives it can repeat the move.
+        """
+
+
+class Client(Protocol):
+    """What a strategy may see of a device during one task."""
+
+    @property
+    def seed(self) -> int:
+        """A seed of its own for this client and round."""
+
+    @property
+    def lora(self) -> LoraSpec:
+        """Rank and scaling of this client's adapter."""
+
+    @property
+    def population(self) -> int:
+        """How many clients the federation has."""
+
+    @property
+    def kept(self) -> Payload:
+        """What this device kept of its last accepted update (Update.keep); empty before one."""
+
+    @property
+    def kind(self) -> TrainerName:
+        """How it trains: what its class in the config says, else what the strategy asks for."""
+
+    @property
+    def trainer(self) -> LocalTrainer:
+        """Its first-order trainer."""
+
+    @property
+    def forward(self) -> ForwardTrainer:
+        """Its zeroth-order trainer."""
+
+
+class Aggregator(Protocol):
+    """Updates → aggregate. A monoid: any tree of `merge` gives what a flat list of `add` gives."""
+
+    @property
+    def linear(self) -> bool:
+        """Only sums are needed: secure sums and differential privacy on the sum apply."""
+
+    def add(self, payload: Payload, weight: float) -> None:
+        """Fold one client's payload in; `weight` is its number of examples."""
+
+    def merge(self, other: Self) -> None:
+        """Fold in what another aggregator has seen."""
+
+    def finalise(self) -> Payload:
+        """The aggregate. Raises ValueError when nothing was added."""
+
+
+@runtime_checkable
+class Summable(Aggregator, Protocol):
+    """A linear aggregator whose content can travel: a gateway's for a server."""
+
+    def sums(self) -> Payload:
+        """What was folded in, in fp64; no tensor is named "scalars"."""
+
+    def sums_like(self, like: Payload) -> Payload:
+        """Groups, names, shapes and types of `sums` after updates of the form `like`."""
+
+    def absorb(self, sums: Payload, weight: float, like: Payload) -> None:
+        """Fold in the `sums` of updates of the form `like`, which weigh `weight` together.
+
+        Raises ValueError, and changes nothing, for sums that no updates of that weight have.
+        """
+
+
+@runtime_checkable
+class Tallied(Summable, Protocol):
+    """One whose sums say how much of them is of which class of clients."""
+
+    def tally(self, sums: Payload) -> Mapping[str, tuple[float, float]]:
+        """Group of an update → (examples, clients) of those with that group, by their `sums`."""
+
+
+@runtime_checkable
+class Strategy(Protocol):
+    """One algorithm, both halves of its paper; hyper-parameters are fields, state is explicit."""
+
+    name: ClassVar[str]
+    aggregates: ClassVar[Aggregates]
+    """What of the global model is the clients' mean, weighted by examples; `check` proves it."""
+    mixed_ranks: ClassVar[bool]
+    """Clients may train adapters of different ranks."""
+    trainers: ClassVar[tuple[TrainerName, ...]]
+    """How its clients may train; the first is the default."""
+    full: ClassVar[bool]
+    """It can move all parameters of the base model in place instead of training an adapter."""
+
+    def init(self, start: Params, seed: int) -> Payload:
+        """The server's first state, from a fresh adapter of the run's rank and the run's seed.
+
+        `start` is empty when all parameters are trained.
+        """
+
+    def broadcast(self, state: Payload) -> Broadcast:
+        """What every client of the cohort receives."""
+
+    def local(self, client: Client, received: Payload) -> Update:
+        """The client half: train and say what to send."""
+
+    def update_like(self, fresh: Params, size: Size) -> Payload:
+        """What an update must look like (groups, names, shapes, types), from a fresh adapter.
+
+        `fresh` has the client's rank, `size` says how it trains. The server refuses replies that
+        differ. Whole numbers in a vector may lie between 0 and those given here, single numbers
+        must be those given here.
+        """
+
+    def aggregator(self) -> Aggregator:
+        """An empty aggregator for one round."""
+
+    def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
+        """The server half: the next state, and what there is to report about the step."""
+
+    def adapter(self, state: Payload) -> Adapter:
+        """The global model of a state; also of a received broadcast, which clients evaluate."""
+
+    def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
+        """Bytes sent and received by each client of a cohort, from the paper's formula."""
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a strategy may say of itself as class attributes of these names; the defaults hold else.
+
+    They decide what it can be combined with (see corolla.config.rules).
+    """
+
+    updates: Literal["differences", "factors", "values", "scalars"] = "differences"
+    """What travels up: differences of trained tensors; factors with their scaling in A, whose
+    products count (group "factors"); trained tensors as they are; scalars."""
+    individual: bool = False
+    """Single updates are needed or shown to others: no secure sum, no noise on a sum alone."""
+    bounded: bool = True
+    """Who changes a clipped update moves the next state by a bounded amount: the sum can carry
+    the noise of differential privacy."""
+    personal: bool = False
+    """Clients keep a part of their model: it is evaluated on the clients."""
+    keeps: bool = False
+    """Clients keep something between rounds (Update.keep)."""
+    mirrors: bool = False
+    """The server adds up what clients keep: nothing of an update may be changed or left out."""
+    rebases: bool = False
+    """The coordinates of updates change from round to round: what one leaves out is no part of the
+    next (top-k with error feedback)."""
+    stale: bool = False
+    """An update made from an older state may still be applied (asynchronous aggregation)."""
+    dense: bool = False
+    """All trained tensors are treated alike: any set of parameters can be trained."""
+    optimizers: tuple[str, ...] = ("adamw", "sgd")
+    """Local optimisers that its mathematics allow."""
+    when: str = ""
+    """When to use it, in a sentence."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """One round as it happened, for a strategy that says what it should lead to.
+
+    `spec` is the rank and scaling of the global adapter, `start` its tensors before the round;
+    `trained` what each client's model held after local training, `weights` their shares p_m, `lora`
+    their ranks and scalings.
+    """
+
+    spec: LoraSpec
+    start: Params
+    trained: Mapping[str, Params]
+    weights: Mapping[str, float]
+    lora: Mapping[str, LoraSpec]
+
+
+class Claim(Protocol):
+    """What a strategy with aggregates="other" adds, so that `corolla check` has a proof to make."""
+
+    def expected(self, rounds: Sequence[Observed]) -> Params:
+        """The global adapter's tensors after these rounds, in fp64, at the last round's `spec`.
+
+        Written plainly and not with the code of `apply`: this is the other opinion. Factors are
+        compared by their products; those of a personal strategy, which says nothing of the
+        tensors that clients keep, as they are.
+        """

@@ -1,0 +1,88 @@
+"""Example-level privacy: noise on sums of clipped gradients, drawn on the device."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from corolla.privacy import accounting, randomness
+from corolla.privacy.accounting import Release
+from corolla.privacy.calibration import noise_multiplier_for, refuse_delta
+from corolla.privacy.guarantee import Guarantee
+from corolla.privacy.randomness import Normal, Uniform, os_normal, os_uniform
+
+if TYPE_CHECKING:
+    from corolla.config.run import RunConfig
+
+
+@dataclass(frozen=True)
+class ExampleLevel:
+    """DP-SGD of one client that holds `examples`: who is in a step, the noise, what it costs.
+
+    A step takes each example by an independent coin with probability batch / examples, sums their
+    gradients, clipped to joint norm `clip`, adds noise of std noise_multiplier · clip, and divides
+    by the expected size of the batch. `steps` are those of a round.
+    """
+
+    examples: int
+    batch: int
+    clip: float
+    noise_multiplier: float
+    delta: float
+    steps: int
+    budget: float | None = None
+    normal: Normal = os_normal
+    uniform: Uniform = os_uniform
+
+    @property
+    def sampling_probability(self) -> float:
+        """Of each example, in each step."""
+        return min(1.0, self.batch / self.examples)
+
+    @property
+    def release(self) -> Release:
+        """What a round spends."""
+        return Release(self.noise_multiplier, self.sampling_probability, self.steps)
+
+    def draw(self) -> list[int]:
+        """The examples of a step: a Poisson sample, which may be empty."""
+        return (self.uniform(self.examples) < self.sampling_probability).nonzero()[:, 0].tolist()
+
+    def noised(self, clipped_sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """(sum + N(0, (noise_multiplier · clip)²)) / expected batch, in the types given."""
+        std, expected = self.noise_multiplier * self.clip, min(self.batch, self.examples)
+        found: dict[str, Tensor] = {}
+        for name, total in sorted(clipped_sums.items()):
+            noisy = total.detach().to("cpu", copy=True).reshape(-1)  # some devices have no fp64
+            for part in torch.split(noisy, randomness.SLICE):
+                part.copy_((part.double() + std * self.normal(part.shape)) / expected)
+            found[name] = noisy.reshape(total.shape).to(total.device)
+        return found
+
+    def guarantee(self, rounds: int) -> Guarantee:
+        """After the client has trained in so many rounds."""
+        spent = accounting.epsilon([self.release] * rounds, self.delta)
+        how = f"Poisson sampling of examples, q = {self.sampling_probability:.4g}"
+        return Guarantee("example", spent, self.delta, self.budget, how)
+
+
+def example_level(config: "RunConfig", examples: int) -> ExampleLevel:
+    """That of a client with so many training examples.
+
+    The noise is given, or that with which all rounds it may train in cost `epsilon`. Raises
+    ConfigError for settings that do not go together, and a delta of 1 / examples or more.
+    """
+    from corolla.config.schedule import (
+        steps_per_round,  # it needs the config, which may need this module
+    )
+
+    refuse_delta(config, examples, "training examples of a client")
+    q = min(1.0, config.batch_size / examples)
+    steps = steps_per_round(config, examples)
+    rounds = min(config.rounds, config.participations or config.rounds)
+    noise = noise_multiplier_for(config, steps * rounds, q)
+    return ExampleLevel(
+        *(examples, config.batch_size, config.clip, noise, config.delta, steps), config.epsilon
+    )

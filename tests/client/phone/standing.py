@@ -1,0 +1,40 @@
+"""A clock that a test moves on, for a phone and its gateway."""
+
+import threading
+from typing import Any
+
+from corolla.client.phone.clock import Clock
+from tests.server.gateway import gateways
+from tests.server.gateway.gateways import World
+
+
+def lease_of(world: World) -> Any:
+    job = world.gateway.rounds.job
+    assert job
+    (lease,) = job.round.leases.values()
+    return lease
+
+
+class Standing(Clock):
+    """A clock that stands until a test moves it on."""
+
+    def __init__(self) -> None:
+        self.at, self.waiting = 1000.0, 0
+
+    def now(self) -> float:
+        return self.at
+
+    def wait(self, event: threading.Event, seconds: float) -> bool:
+        due = self.at + seconds
+        self.waiting += 1
+        while self.at < due and not event.is_set():
+            event.wait(0.002)
+        self.waiting -= 1
+        return event.is_set()
+
+    def outlast(self, world: World, leases: int) -> None:
+        """Go on by so many leases, half of one at a time, for as long as they are renewed."""
+        for _ in range(2 * leases):
+            gateways.until(lambda: self.waiting)  # for the next heartbeat
+            self.at += 15.0
+            gateways.until(lambda: lease_of(world).ends == self.at + 30.0)
