@@ -26,18 +26,18 @@ phone: $(STAMPS)/phones
 phone-headers:
 	apt-get install -y --no-install-recommends cmake g++ ninja-build libgrpc++-dev libprotobuf-dev libssl-dev nlohmann-json3-dev protobuf-compiler protobuf-compiler-grpc zlib1g-dev
 
-# Two at a time, those that share fixtures on one worker, the longest first: see tests/conftest.py.
-TWO := -q -n 2 --dist loadgroup --no-loadscope-reorder
+# Two at a time, those that share fixtures on one worker, the longest first: see tests/scheduling.py.
+PYTEST := $(RUN)/python -m pytest -q -n 2
 
 test: $(STAMPS)/dev
-	$(RUN)/python -m pytest $(TWO) -m "not deployment" -rs
+	$(PYTEST) -m "not deployment" -rs
 
 unit: $(STAMPS)/dev
-	$(RUN)/python -m pytest $(TWO) -m unit
+	$(PYTEST) -m unit
 
 # Federations of real processes on loopback that are killed and cut off: minutes each.
 e2e: $(STAMPS)/dev
-	$(RUN)/python -m pytest $(TWO) -m deployment -rs --durations=0
+	$(PYTEST) -m deployment -rs --durations=0
 
 check: $(STAMPS)/dev lint types test
 

@@ -1,7 +1,4 @@
-"""What all tests share: no network, one thread, a tiny random model and a tiny federation.
-
-And the order in which workers of pytest-xdist take them: see `pytest_collection_modifyitems`.
-"""
+"""What all tests share: no network, one thread, a tiny random model and a tiny federation."""
 
 import json
 import os
@@ -21,6 +18,7 @@ from hypothesis import settings as hypothesis_settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from corolla.config.run import RunConfig
+from tests import scheduling
 
 torch.set_num_threads(1)
 if threading.current_thread() is threading.main_thread():
@@ -38,39 +36,26 @@ Settings = Callable[..., RunConfig]
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = (
     "tests/client/native/",
+    "tests/corolla/phones/test_lowering",
     "tests/e2e/",
     "tests/experiments/",
-    "tests/corolla/phones/test_l",
 )
 """Where the tests start processes, compile or train for a while."""
-LONGEST: tuple[str, ...] = ()
-"""Groups that take longest, the longest first."""
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker runs a whole file, whose fixtures are made once; the longest files come first.
-
-    A file whose tests have groups of their own, with `xdist_group`, may be on several. A test that
-    is marked as nothing else is a `unit`.
-    """
+    """A test that is marked as nothing else is a `unit`; what takes longest is begun first."""
     for item in items:
-        path = item.path.relative_to(ROOT).as_posix()
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(
-                pytest.mark.xdist_group(path.removeprefix("tests/").removesuffix(".py"))
-            )
         if not any(item.get_closest_marker(kind) for kind in ("command", "deployment")):
+            path = item.path.relative_to(ROOT).as_posix()
             item.add_marker("command" if path.startswith(COMMANDS) else "unit")
-    places = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(group(item), len(places)))
+    items.sort(key=lambda item: scheduling.place(item.nodeid))
 
 
-def group(item: pytest.Item) -> str:
-    """The name of the tests that one worker runs together."""
-    mark = item.get_closest_marker("xdist_group")
-    assert mark
-    return str(mark.args[0])
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """Of `pytest -n 2`: see tests/scheduling.py."""
+    return scheduling.Groups(config, log)
 
 
 def byte_tokenizer(pad: str = "<pad>") -> transformers.PreTrainedTokenizerBase:

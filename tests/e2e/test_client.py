@@ -140,7 +140,6 @@ def relays(state: Path) -> list[psutil.Process]:
         return []
 
 
-@pytest.mark.xdist_group("e2e/test_client-kills")
 def test_whatever_dies_on_a_device_the_run_goes_on_and_it_comes_back(tmp_path: Path) -> None:
     """SIGKILL to the trainer, the ClientApp, then the SuperNode of one of two clients.
 

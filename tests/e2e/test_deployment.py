@@ -53,13 +53,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize(
-    "strategy",
-    [
-        pytest.param(strategy, marks=pytest.mark.xdist_group(f"e2e/test_deployment-{strategy}"))
-        for strategy in ("flora", "seed_pool")
-    ],
-)
+@pytest.mark.parametrize("strategy", ["flora", "seed_pool"])
 def test_a_real_federation_ends_in_the_adapter_of_the_simulation(
     strategy: str, tmp_path: Path
 ) -> None:
@@ -99,7 +93,6 @@ def test_a_real_federation_ends_in_the_adapter_of_the_simulation(
     assert all(line["dropped"] == 0 for line in lines)
 
 
-@pytest.mark.xdist_group("e2e/test_deployment-partition")
 def test_a_partition_costs_rounds_their_absentee_and_nothing_is_committed_twice(
     tmp_path: Path,
 ) -> None:

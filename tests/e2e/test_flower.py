@@ -118,7 +118,6 @@ def superlink(tmp_path: Path) -> Iterator[dict[str, str]]:
 
 
 @pytest.mark.deployment
-@pytest.mark.xdist_group("e2e/test_flower-superlink")
 def test_flwr_run_from_the_checkout(superlink: dict[str, str], tmp_path: Path) -> None:
     def flwr(*words: str) -> dict[str, object]:
         done = subprocess.run(

@@ -27,7 +27,6 @@ def releases(ledger: Path) -> list[Release]:
     return [Release(*(line[name] for name in names)) for line in lines_of(ledger)]
 
 
-@pytest.mark.xdist_group("e2e/test_private_deployment-devices")
 def test_devices_keep_the_account_of_their_examples(tmp_path: Path) -> None:
     """Each on its own disk; what the server tells is the largest of them, and within the budget."""
     rows_of_clients(tmp_path)
@@ -52,7 +51,6 @@ def test_devices_keep_the_account_of_their_examples(tmp_path: Path) -> None:
     assert found["clients"] == {}
 
 
-@pytest.mark.xdist_group("e2e/test_private_deployment-server")
 def test_the_server_keeps_the_account_of_clients(tmp_path: Path) -> None:
     rows_of_clients(tmp_path)
     options = f"{OPTIONS} --set dp=client --set noise-multiplier=4 --set clip=0.1 --set delta=0.001"

@@ -40,13 +40,7 @@ def run(command: list[str], folder: Path, environment: Mapping[str, str]) -> str
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    "block",
-    [
-        pytest.param(block, marks=pytest.mark.xdist_group(f"e2e/test_readme-{block}"))
-        for block in range(len(SHELL))
-    ],
-)
+@pytest.mark.parametrize("block", range(len(SHELL)))
 def test_shell_examples(block: int, commands: Commands, tmp_path: Path) -> None:
     assert SHELL[block]
     for name, content in FILES.items():

@@ -154,7 +154,6 @@ def environment(folder: Path) -> dict[str, str]:
     return {**os.environ, **off, "FLWR_HOME": str(folder / "home"), "PATH": path}
 
 
-@pytest.mark.xdist_group("e2e/test_server-sigterm")
 def test_sigterm_ends_everything_and_says_how_to_go_on(tmp_path: Path) -> None:
     with running_server(tmp_path, f"{QUICK} --rounds 1") as server:
         until(lambda: (server.out / "flower" / "serverapp.json").exists(), server)
@@ -181,7 +180,6 @@ def rows(folder: Path, names: list[str]) -> Path:
     return everything
 
 
-@pytest.mark.xdist_group("e2e/test_server-kills")
 def test_whatever_is_killed_the_run_ends_in_the_adapter_of_an_undisturbed_one(
     tmp_path: Path,
 ) -> None:

@@ -41,14 +41,7 @@ LIMITS = {
     "aggregate is finite": 0.0,
 }
 
-pytestmark = pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.xdist_group(f"strategies/test_common-{name}"))
-        for name in STRATEGIES
-    ],
-    scope="module",
-)
+pytestmark = pytest.mark.parametrize("name", STRATEGIES, scope="module")
 
 
 def varied(name: str) -> dict[str, Any]:
