@@ -4,8 +4,9 @@ A worker runs a whole file, so that what its tests share is made once. (Marks of
 say it in the tests themselves: xdist 3.8 does not see them with pytest 9.2.)
 """
 
+from typing import Any
+
 import pytest
-from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
 ALONE = (
@@ -62,10 +63,10 @@ def place(nodeid: str) -> int:
     return next(places, len(LONGEST))
 
 
-class Groups(LoadScopeScheduling):
+class Groups(LoadScopeScheduling):  # type: ignore[misc]  # xdist says no types
     """Hands out groups in the order of collection."""
 
-    def __init__(self, config: pytest.Config, log: Producer | None = None) -> None:
+    def __init__(self, config: pytest.Config, log: Any = None) -> None:
         config.option.loadscopereorder = False
         super().__init__(config, log)
 
