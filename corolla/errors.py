@@ -53,7 +53,7 @@ class NotFiniteError(WireError):
 class RoundError(CorollaError):
     """A round that could not be completed: too few valid replies.
 
-    `verdicts` says of each reply what became of it (client → server.gate.Verdict).
+    `verdicts` says of each reply what became of it (client → server.rounds.verdicts.Verdict).
     """
 
     def __init__(self, message: str, verdicts: Mapping[str, Any] | None = None) -> None:

@@ -37,9 +37,11 @@ from corolla.server.deployment.order import (
     refuse_simulated,
 )
 from corolla.server.rounds.tasks import run_settings
+from corolla.server.runs.folder import prepare_folder
 from corolla.server.runs.observer import Observer, Silent
-from corolla.server.runs.run import Run, Summary, prepare_folder
+from corolla.server.runs.run import Run
 from corolla.server.runs.setup import set_up
+from corolla.server.runs.summary import Summary
 
 app = ServerApp()  # without annotation: `flwr build` looks for the bare assignment
 

@@ -17,6 +17,8 @@ import transformers
 from hypothesis import settings as hypothesis_settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from corolla.commands.check import tiny_models
+from corolla.commands.check.tiny_models import Size
 from corolla.config.run import RunConfig
 from tests import scheduling
 
@@ -82,22 +84,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = tmp_path_factory.mktemp("models") / "llama"
     with torch.random.fork_rng(devices=[]):
         torch.random.manual_seed(0)
-        model = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(
-                vocab_size=258,
-                hidden_size=16,
-                intermediate_size=24,
-                num_hidden_layers=1,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=128,
-                tie_word_embeddings=True,
-                initializer_range=0.2,
-                bos_token_id=0,
-                eos_token_id=0,
-                pad_token_id=1,
-            )
-        )
+        size = Size(vocabulary=258, hidden=16, intermediate=24, layers=1, positions=128)
+        model = tiny_models.llama(size, initializer_range=0.2, pad_token_id=1)
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder

@@ -18,8 +18,7 @@ from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
 from corolla.models import anatomy, footprint
-from corolla.models.anatomy import Anatomy
-from corolla.models.footprint import Batch, Estimate
+from corolla.models.footprint import Batch, Estimate, Workload
 from corolla.types import TrainerName
 from corolla.wire.messages import Capabilities
 
@@ -147,19 +146,6 @@ class Choice:
         return {name: own for name in names if (own := getattr(self, name)) is not None}
 
 
-@dataclass(frozen=True)
-class Workload:
-    """What a client computes, however its settings spread it over memory and time."""
-
-    model: Anatomy
-    batch: Batch
-    """The largest batch of training."""
-    evaluated: Batch | None = None
-    """The largest batch of evaluation; None: it does not evaluate."""
-    labels: int = 0
-    """Classes of a classifier; 0: the model generates."""
-
-
 def choose(
     budget: int,
     work: Workload,
@@ -182,9 +168,7 @@ def choose(
             update={key: value for key, value in choice.items() if key != "trainer"}
         )
         kind = choice.get("trainer", first)
-        estimate = footprint.client(
-            work.model, changed, kind, work.batch, work.evaluated, labels=work.labels
-        )
+        estimate = footprint.client(work, changed, kind)
         if estimate.total <= budget:
             return Choice(estimate, **choice)
         tried.append(estimate)

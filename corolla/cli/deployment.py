@@ -130,11 +130,11 @@ def client(
 @takes(asked=GATEWAY)
 def gateway(*, asked: Given) -> None:
     """Be one member of a federation for many phones: choose them, merge their updates."""
-    from corolla.commands.gateway import begin, order
+    from corolla.commands.gateway import GatewayOptions, begin, order
 
     server, root_certificates = asked.pop("server"), asked.pop("root_certificates")
     asked["allow"] = asked["allow"] or ()
-    begin(server, root_certificates, order(**asked), say)
+    begin(server, root_certificates, order(GatewayOptions(**asked)), say)
 
 
 @takes(device=PHONE, conditions=CONDITIONS)

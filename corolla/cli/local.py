@@ -96,12 +96,13 @@ def plan(
         raise ConfigError(f"--memory: {error}; found {memory!r}") from error
     run_config = load(config, options, settings or ())
     from corolla.commands.plan import plan as planning
+    from corolla.commands.plan.screen import print_plan
 
-    found = planning.plan(run_config, budget)
+    estimate = planning.plan(run_config, budget)
     if as_json:
-        print(json.dumps(found.to_json(), indent=2))
+        print(json.dumps(estimate.to_json(), indent=2))
     else:
-        planning.print_plan(out, found, budget)
+        print_plan(out, estimate, budget)
 
 
 @takes(
@@ -128,14 +129,15 @@ def compare(
     """
     with out.status("loading"):
         from corolla.commands.compare import compare as comparing
-        from corolla.commands.compare.report import CellBars, print_comparison
+        from corolla.commands.compare.grid import learning_rates, make_grid
+        from corolla.commands.compare.screen import CellBars, print_comparison
 
     jobs: int = search["jobs"]
-    search["lrs"] = comparing.learning_rates(search["lrs"])
-    wanted = comparing.plan(strategies, config, options, settings or (), **search)
+    search["lrs"] = learning_rates(search["lrs"])
+    grid = make_grid(strategies, config, options, settings or (), **search)
     bars = CellBars(out)
     with bars.progress:
-        results = comparing.compare(wanted, out_dir, jobs=jobs, resume=resume, watch=bars)
+        results = comparing.compare(grid, out_dir, jobs=jobs, resume=resume, watch=bars)
     print_comparison(out, results, out_dir)
     if results["failed"]:
         raise typer.Exit(1)
@@ -148,7 +150,8 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Prove strategies on effective model weights; exit code 1 when one fails."""
-    from corolla.commands.check.proofs import conform, print_findings
+    from corolla.commands.check.proofs import conform
+    from corolla.commands.check.screen import print_findings
     from corolla.strategies.registry import STRATEGIES
 
     results = conform(list(strategies or STRATEGIES), spinner(as_json))
@@ -187,19 +190,20 @@ def audit(
 
     run_config = load(config, options, settings or ())
     from corolla.commands.audit import run as auditing
+    from corolla.commands.audit.screen import print_audit, print_membership
 
     if membership:
         attacked = auditing.membership(run_config)
         if as_json:
             print(json.dumps(attacked.to_json(), indent=2))
         else:
-            auditing.print_membership(out, attacked)
+            print_membership(out, attacked)
         return
     found = auditing.audit(run_config, **tried)
     if as_json:
         print(json.dumps(found.to_json(), indent=2))
     else:
-        auditing.print_audit(out, found)
+        print_audit(out, found)
     if found.refuted:
         raise typer.Exit(1)
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from corolla.config.load import amended, validate
 from corolla.config.run import RunConfig
-from corolla.data import federated as data
+from corolla.data import federated
 from corolla.data.encoding import Encoded, Encoder, collate
 from corolla.errors import ArtefactError, ConfigError
 from corolla.evaluation import answers, harness
@@ -30,11 +30,11 @@ def evaluate_adapter(
     data and the examples are those of its run (run.json beside it) unless given.
     """
     config = _config(adapter, model, dataset, settings)
-    federated = data.load(config)
-    chosen = data.spread(federated.heldout, config.eval_examples)
+    data = federated.load(config)
+    chosen = federated.spread(data.heldout, config.eval_examples)
     answers.check(chosen, config)
-    base = pretrained.load(config, federated.labels)
-    encoder = Encoder(base.tokenizer, federated.labels, config.max_length)
+    base = pretrained.load(config, data.labels)
+    encoder = Encoder(base.tokenizer, data.labels, config.max_length)
     examples = [s for example in chosen for s in encoder(example)]
     device = devices.pick_device(config.device)
 
@@ -42,7 +42,7 @@ def evaluate_adapter(
         scores = score(model, examples, base.pad_id, device)
         return {**scores, **answers.ask(model, base, chosen, config)}
 
-    return _side_by_side(adapter, config, base, federated.labels, measure)
+    return _side_by_side(adapter, config, base, data.labels, measure)
 
 
 def evaluate_tasks(

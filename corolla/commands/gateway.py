@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from corolla.client.device.identity import identity
@@ -18,6 +19,7 @@ from corolla.server.gateway.settings import GatewaySettings, Policy
 from corolla.wire.limits import MAX_EXAMPLES
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
+"""Unit of a time in --policy → seconds."""
 
 
 def _whole(text: str, least: int, most: int) -> int:
@@ -58,49 +60,54 @@ _VALUES: Mapping[str, tuple[str, Callable[[str], int | float], str]] = {
 """Word of --policy → (field of Policy, what reads its value and raises ValueError, what it is)."""
 
 
-def order(
-    *,
-    name: str,
-    state: Path,
-    listen: str,
-    certificate: Path,
-    key: Path,
-    tokens: Path,
-    share_model: Path | None,
-    share_bundle: Path | None,
-    publisher: Path | None,
-    policy: str,
-    over_select: float,
-    seats: int,
-    retry: float,
-    lease: float,
-    allow: Sequence[str],
-) -> GatewayOrder:
-    """The options of `corolla gateway`, checked. Raises ConfigError."""
+@dataclass(frozen=True, kw_only=True)
+class GatewayOptions:
+    """The options of `corolla gateway` that decide what it is, as they are given."""
+
+    name: str
+    state: Path
+    listen: str
+    certificate: Path
+    key: Path
+    tokens: Path
+    share_model: Path | None
+    share_bundle: Path | None
+    publisher: Path | None
+    policy: str
+    over_select: float
+    seats: int
+    retry: float
+    lease: float
+    allow: Sequence[str]
+
+
+def order(options: GatewayOptions) -> GatewayOrder:
+    """What the gateway's process is to do. Raises ConfigError for options that make no sense."""
     try:
-        protocol.check_device(name)
+        protocol.check_device(options.name)
     except WireError as error:
-        raise ConfigError(f"--name {name!r}: {error}") from error
-    protocol.check_address("--listen", listen)
-    if publisher and not share_bundle:
+        raise ConfigError(f"--name {options.name!r}: {error}") from error
+    protocol.check_address("--listen", options.listen)
+    if options.publisher and not options.share_bundle:
         raise ConfigError("--publisher is for --share-bundle: give both, or leave it out")
-    files = [path.expanduser().absolute() for path in (certificate, key, tokens)]
-    certificates.check_pair(*files[:2])
-    read_tokens(files[2])
+    given = (options.certificate, options.key, options.tokens)
+    certificate, key, tokens = (path.expanduser().absolute() for path in given)
+    certificates.check_pair(certificate, key)
+    read_tokens(tokens)
     settings = GatewaySettings(
-        name=name,
-        state=state.expanduser().absolute(),
-        policy=read_policy(policy),
-        over_select=over_select,
-        seats=seats,
-        retry=retry,
-        lease=lease,
-        share_model=_absolute(share_model),
-        share_bundle=_absolute(share_bundle),
-        publisher=_absolute(publisher),
-        allow=tuple(allow),
+        name=options.name,
+        state=options.state.expanduser().absolute(),
+        policy=read_policy(options.policy),
+        over_select=options.over_select,
+        seats=options.seats,
+        retry=options.retry,
+        lease=options.lease,
+        share_model=_absolute(options.share_model),
+        share_bundle=_absolute(options.share_bundle),
+        publisher=_absolute(options.publisher),
+        allow=tuple(options.allow),
     )
-    return GatewayOrder(settings, listen, *files)
+    return GatewayOrder(settings, options.listen, certificate, key, tokens)
 
 
 def read_policy(text: str) -> Policy:

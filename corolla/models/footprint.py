@@ -74,25 +74,36 @@ class Estimate:
         return sum(self.terms.values())
 
 
+@dataclass(frozen=True)
+class Workload:
+    """What a client computes, however its settings spread it over memory and time."""
+
+    model: Anatomy
+    batch: Batch
+    """The largest batch of training."""
+    evaluated: Batch | None = None
+    """The largest batch of evaluation; None: it does not evaluate."""
+    labels: int = 0
+    """Classes of a classifier; 0: the model generates."""
+
+
 def client(
-    anatomy: Anatomy,
+    work: Workload,
     config: RunConfig,
     trainer: TrainerName,
-    batch: Batch,
-    evaluated: Batch | None = None,
     messages: int | None = None,
-    labels: int = 0,
     kept: int | None = None,
 ) -> Estimate:
     """A process that trains one client after another with `config`.
 
-    `batch` is the largest it trains on, `evaluated` the largest it scores; `messages`: bytes of a
-    task and its reply (default: the trained values twice). With `kept` it is a whole simulation,
-    which has so many bytes of state and updates, and verifies the saved model at the end.
+    `messages`: bytes of a task and its reply (default: the trained values twice). With `kept` it is
+    a whole simulation, which has so many bytes of state and updates, and verifies the saved model
+    at the end.
     """
+    anatomy, evaluated, labels = work.model, work.evaluated, work.labels
     values = trained(anatomy, config, labels)
     in_place = config.parameters == "full" and trainer == "zeroth_order"
-    batch = batch.limited(config.micro_batch_size or config.batch_size)
+    batch = work.batch.limited(config.micro_batch_size or config.batch_size)
     batch = replace(batch, tokens=batch.tokens + _virtual(config))
     sparing = config.gradient_checkpointing and trainer == "first_order"
     if trainer == "first_order":

@@ -213,12 +213,9 @@ class LoraModel:
             own = {**factors.select(zero, factors.is_a, factors.is_b), **own}
         rank, alpha, rslora = spec.rank, spec.alpha, spec.rslora
         if blocks:
-            parts = [*blocks, *([factors.bake(own, spec.scaling)] if own else [])]
-            stacked = factors.stack(parts)
-            if factors.rank(stacked) > factors.full_rank(stacked):
-                stacked, _ = factors.compact(stacked)
-            rank = factors.rank(stacked)
-            own, alpha, rslora = factors.pad(stacked, rank), float(rank), False
+            own = _stacked([*blocks, *([factors.bake(own, spec.scaling)] if own else [])])
+            rank = factors.rank(own)
+            alpha, rslora = float(rank), False
         tensors = {
             PREFIX + name + (".weight" if not factors.is_head(name) else ""): tensor
             for name, tensor in {**own, **heads}.items()
@@ -293,6 +290,14 @@ class LoraModel:
 def _blocks(adapter: Adapter, spec: LoraSpec) -> tuple[Params, ...]:
     """All blocks of a global model, at scaling 1."""
     return (*adapter.frozen, *(factors.bake(r, spec.scaling) for r in adapter.residuals))
+
+
+def _stacked(parts: Sequence[Params]) -> Params:
+    """One adapter that does what all parts do, at scaling 1, every module of the same rank."""
+    stacked = factors.stack(parts)
+    if factors.rank(stacked) > factors.full_rank(stacked):
+        stacked, _ = factors.compact(stacked)
+    return factors.pad(stacked, factors.rank(stacked))
 
 
 def targeted(base: Base, targets: Sequence[str]) -> dict[str, tuple[int, int]]:

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from corolla.errors import WireError
-from corolla.server.rounds.gate import Code, most_bytes
+from corolla.server.rounds.gate import most_bytes
+from corolla.server.rounds.verdicts import Code
 from experiments.bench import mutations
 from experiments.bench.fuzz_targets import devices, mutate, readers, targets
 from experiments.bench.zeroth_order import Section, command, peak, resident, restart_peak

@@ -25,8 +25,9 @@ from corolla.phones import protocol
 from corolla.proto import device_pb2 as device
 from corolla.proto import update_pb2 as update
 from corolla.server.rounds.federation import Federation
-from corolla.server.rounds.gate import Expected, Judged, judge
+from corolla.server.rounds.gate import judge
 from corolla.server.rounds.tasks import Traffic, make_tasks
+from corolla.server.rounds.verdicts import Expected, Judged
 from corolla.storage.memory import Memory
 from corolla.strategies import registry
 from corolla.types import Params, Payload

@@ -18,7 +18,7 @@ from typing import Any
 
 from corolla.client.training.first_order import FirstOrder
 from corolla.client.training.zeroth_order import ZerothOrder
-from corolla.commands.plan import plan
+from corolla.commands.plan.plan import plan
 from corolla.commands.simulate.in_process import simulate
 from corolla.config.load import load
 from corolla.config.run import RunConfig
@@ -26,7 +26,7 @@ from corolla.directions import signs
 from corolla.directions.pools import SignPool
 from corolla.models import anatomy, devices, footprint, pretrained, trainable
 from corolla.models.anatomy import Anatomy
-from corolla.models.footprint import Batch, Estimate
+from corolla.models.footprint import Batch, Estimate, Workload
 from corolla.models.lora import LoraModel
 from experiments.bench import zeroth_order
 from experiments.bench.zeroth_order import Section, command, peak, resident, sequences
@@ -122,7 +122,7 @@ def settings(case: Case, options: Options) -> tuple[RunConfig, Batch]:
 
 def predicted(model: Anatomy, config: RunConfig, batch: Batch) -> Estimate:
     """What `corolla plan` would say of a client, without messages, which this one has not."""
-    return footprint.client(model, config, config.trainer_of(""), batch, messages=0)
+    return footprint.client(Workload(model, batch), config, config.trainer_of(""), messages=0)
 
 
 def _train(config: RunConfig, batch: Batch) -> None:
@@ -159,7 +159,7 @@ def _simulation(options: Options) -> Measured:
     few = ["rounds=2", "clients=4", "cohort=2", f"local-steps={options.steps}", "eval-examples=16"]
     few += ["eval-clients=2", "eval-client-examples=8", f"threads={options.threads}"]
     config = load(None, given, few)
-    estimate = plan.plan(config).simulation
+    estimate = plan(config).memory.simulation
     with tempfile.TemporaryDirectory() as scratch:
         simulate(config, Path(scratch))
     return {"measured": peak(), "predicted": estimate.total, "terms": dict(estimate.terms)}

@@ -39,10 +39,11 @@ from corolla.server.gateway.access import read_tokens
 from corolla.server.gateway.gateway import Gateway
 from corolla.server.gateway.service import serve_phones
 from corolla.server.gateway.settings import GatewaySettings
-from corolla.server.rounds.federation import Network
+from corolla.server.rounds.network import Network
 from corolla.server.runs.observer import Silent
-from corolla.server.runs.run import Run, Summary
+from corolla.server.runs.run import Run
 from corolla.server.runs.setup import set_up
+from corolla.server.runs.summary import Summary
 from corolla.wire.messages import Kind, Task, pack_task, unpack_reply
 from corolla.wire.packet import Packet
 from experiments.bench.zeroth_order import machine

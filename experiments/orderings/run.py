@@ -18,7 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from corolla.commands.compare.compare import compare, plan
+from corolla.commands.compare.compare import compare
+from corolla.commands.compare.grid import make_grid
 
 _EMBEDDED: dict[str, Any] = {"eval_examples": 128, "eval_client_examples": 8}
 _CLINC: dict[str, Any] = {
@@ -72,7 +73,7 @@ def main() -> int:
                 )
                 return 1
             options = {**options, "data": str(given.file), "model": str(given.model)}
-        wanted = plan(methods, options=options, seeds=given.seeds, lrs=lrs)
+        wanted = make_grid(methods, options=options, seeds=given.seeds, lrs=lrs)
         folder = given.out / name
         found = compare(
             wanted,

@@ -40,7 +40,7 @@ from corolla.server.deployment.submission import Submission
 from corolla.server.deployment.superlink import Control, Place
 from corolla.server.runs import exporter
 from corolla.server.runs.attempts import how_to_go_on
-from corolla.server.runs.run import prepare_folder
+from corolla.server.runs.folder import prepare_folder
 
 _POLL = 0.25
 _LOOK = 1.0

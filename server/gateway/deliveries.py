@@ -11,7 +11,7 @@ from corolla.server.gateway.job import Job, Rounds
 from corolla.server.gateway.leases import Lease, Phase
 from corolla.server.gateway.roster import Roster
 from corolla.server.gateway.settings import GatewaySettings
-from corolla.server.rounds.gate import Code
+from corolla.server.rounds.verdicts import Code
 
 _LATER = 10.0
 """Factor on the pause of a phone whose reply was of no use."""

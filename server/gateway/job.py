@@ -13,7 +13,7 @@ from corolla.server.gateway.merging import Merging
 from corolla.server.gateway.outbound import Parcel
 from corolla.server.gateway.uploads import Upload
 from corolla.server.rounds import gate
-from corolla.server.rounds.gate import Code, Verdict
+from corolla.server.rounds.verdicts import Code, Verdict
 from corolla.wire.packet import Packet
 
 NO_PROGRAMS = "this gateway has no programs for native devices"

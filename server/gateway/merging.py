@@ -17,8 +17,9 @@ from corolla.config.run import RunConfig
 from corolla.errors import WireError
 from corolla.interfaces import Strategy
 from corolla.server.rounds.federation import merges
-from corolla.server.rounds.gate import Expected, Judged, judge
-from corolla.server.rounds.round import mean_metrics
+from corolla.server.rounds.gate import judge
+from corolla.server.rounds.metrics import mean_metrics
+from corolla.server.rounds.verdicts import Expected, Judged
 from corolla.strategies import files, registry
 from corolla.tensors import factors
 from corolla.types import Params

@@ -1,32 +1,23 @@
 """Who is asked in a round, and what comes back: read, timed, and passed by the gate."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 from corolla.errors import RoundError, WireError
-from corolla.server.rounds import buffer, simulated_time
+from corolla.server.rounds import buffer, expectations, simulated_time
 from corolla.server.rounds.buffer import Flight
-from corolla.server.rounds.federation import Federation, Held, Network
-from corolla.server.rounds.gate import Code, Expected, Judged, Verdict, judge
+from corolla.server.rounds.call import Plan, RoundCall, RoundEvents
+from corolla.server.rounds.federation import Federation, Held
+from corolla.server.rounds.gate import judge
+from corolla.server.rounds.network import Network
 from corolla.server.rounds.ordering import in_order
 from corolla.server.rounds.spending import Spending
 from corolla.server.rounds.tasks import Traffic, accepted_only, make_tasks
+from corolla.server.rounds.verdicts import Code, Expected, Judged, Verdict
 from corolla.tensors import tree
 from corolla.types import Payload
 from corolla.wire.messages import Kind, Task, pack_task, unpack_reply
 from corolla.wire.packet import Packet
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Who is about to be asked: known before anything is sent."""
-
-    round: int
-    attempt: int
-    cohort: Mapping[str, int]
-    """Member → how many updates it is asked for; of Poisson sampling also who is away."""
-    base_version: str
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -54,16 +45,16 @@ class Gathering:
 class Asking:
     """What is needed to ask members in a round."""
 
-    federation: Federation
-    state: Payload
-    held: Held
-    round: int
+    call: RoundCall
     network: Network
-    on_reply: Callable[[str], None]
-    on_plan: Callable[[Plan], None]
-    attempt: int
-    traffic: Traffic
     spending: Spending
+    events: RoundEvents = field(default_factory=RoundEvents)
+    traffic: Traffic = field(default_factory=Traffic)
+
+    @property
+    def federation(self) -> Federation:
+        """The federation whose members are asked."""
+        return self.call.federation
 
     def __call__(
         self,
@@ -75,27 +66,39 @@ class Asking:
 
         They are all of a cohort, or those of `cohort` that can be asked.
         """
-        tasks = make_tasks(
-            self.federation, self.state, self.held, self.round, kind, members, self.traffic
-        )
+        call = self.call
+        tasks = self.tasks(call.held, kind, members)
         if kind == Kind.TRAIN:
-            drawn, seed = members if cohort is None else cohort, self.federation.config.seed
+            drawn, seed = members if cohort is None else cohort, call.federation.config.seed
             versions = {task.base_version for task in tasks.values()}
-            version = next(iter(versions or [tree.digest_all(self.state)]))
-            self.on_plan(Plan(self.round, self.attempt, drawn, version, seed))
+            version = next(iter(versions or [tree.digest_all(call.state)]))
+            self.events.on_plan(Plan(call.number, call.attempt, drawn, version, seed))
         if not tasks:
             return
         for client, packet in _packets(self, tasks):
-            self.on_reply(client)
+            self.events.on_reply(client)
             yield tasks[client], client, packet
 
+    def tasks(self, held: Held, kind: Kind, members: Mapping[str, int]) -> dict[str, Task]:
+        """The task of each member, where members hold what `held` says; counts their bytes."""
+        call = self.call
+        return make_tasks(
+            call.federation, call.state, held, call.number, kind, members, self.traffic
+        )
 
-def synchronous(asking: Asking, memory: Payload, cohort: Mapping[str, int] | None) -> Gathering:
+
+def gather(asking: Asking) -> Gathering:
+    """The answers of a round, as the config has updates gathered."""
+    return _buffered(asking) if asking.federation.config.buffer else _synchronous(asking)
+
+
+def _synchronous(asking: Asking) -> Gathering:
     """All answers of a new cohort, each as soon as it can be folded in."""
-    federation, round, spending = asking.federation, asking.round, asking.spending
+    federation, round, spending = asking.federation, asking.call.number, asking.spending
     present = federation.present(round, asking.network.online())
+    cohort = asking.call.cohort
     if cohort is None:
-        cohort = spending.draw(federation, present, round, asking.attempt)
+        cohort = spending.draw(federation, present, round, asking.call.attempt)
     if strangers := cohort.keys() - federation.clients.keys():
         raise RoundError(
             f"round {round}: {min(strangers)!r} of its cohort is not in the federation"
@@ -111,19 +114,19 @@ def synchronous(asking: Asking, memory: Payload, cohort: Mapping[str, int] | Non
     wanted, seats = sum(members.values()), sum(map(federation.room, present))
     answers = (answer_of(asking, *answer) for answer in asking(members, cohort=cohort))
     chance = spending.probability or wanted / max(wanted, seats)
-    return Gathering(answers, wanted, chance, memory)
+    return Gathering(answers, wanted, chance, asking.call.memory)
 
 
-def buffered(asking: Asking, memory: Payload) -> Gathering:
+def _buffered(asking: Asking) -> Gathering:
     """The first valid updates that arrive in simulated time, as many as the buffer holds.
 
     Places of the cohort that are free are filled with clients that start from the state: at first
     those of the last round's updates, then those of clients that give none.
     """
-    federation, round, traffic = asking.federation, asking.round, asking.traffic
+    federation, round, traffic = asking.federation, asking.call.number, asking.traffic
     wanted = federation.config.buffer or 0
-    began, flights = buffer.recall(memory)
-    now, landed, valid, draw = began, list[Answer](), 0, asking.attempt << 16
+    began, flights = buffer.recall(asking.call.memory)
+    now, landed, valid, draw = began, list[Answer](), 0, asking.call.attempt << 16
     while valid < wanted:
         busy = {flight.client for flight in flights} | {answer.client for answer in landed}
         free = federation.cohort_size - len(flights) - valid
@@ -148,7 +151,7 @@ def buffered(asking: Asking, memory: Payload) -> Gathering:
         sorted(landed, key=lambda answer: answer.client),
         wanted,
         federation.cohort_size / len(federation.clients),
-        {**memory, **buffer.remember(now, flights)},
+        {**asking.call.memory, **buffer.remember(now, flights)},
     )
 
 
@@ -192,11 +195,8 @@ def _answers(asking: Asking, tasks: Mapping[str, Task]) -> Iterator[tuple[str, P
         else:
             yield client, packet
     if forgot:
-        held = {client: accepted_only(asking.held, client) for client in forgot}
-        round, kind = asking.round, tasks[next(iter(forgot))].kind
-        full = make_tasks(
-            asking.federation, asking.state, held, round, kind, forgot, asking.traffic
-        )
+        held = {client: accepted_only(asking.call.held, client) for client in forgot}
+        full = asking.tasks(held, tasks[next(iter(forgot))].kind, forgot)
         yield from asking.network.ask({client: pack_task(task) for client, task in full.items()})
 
 
@@ -230,7 +230,7 @@ def answer_of(asking: Asking, task: Task, client: str, packet: Packet | None) ->
     """An answer that has passed the gate, or not; counts its bytes and its simulated time."""
     federation, traffic = asking.federation, asking.traffic
     content = frozenset([*task.cached.values(), *([task.log.version] if task.log else [])])
-    expect = federation.expected(client, task.kind, task.round, task.seats)
+    expect = expectations.expected(federation, client, task.kind, task.round, task.seats)
     judged = judge(packet, client, task, expect)
     if packet is not None and judged.verdict.accepted and _late(asking, task, client, judged):
         took, deadline = traffic.took.pop(client), federation.config.deadline_simulated

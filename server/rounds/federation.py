@@ -1,51 +1,24 @@
 """What stays the same from round to round: the clients, and how they are asked."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol
 
 from corolla import seeds
-from corolla.aggregation import robust
 from corolla.aggregation.sums import summable
 from corolla.config import rules, schedule
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
-from corolla.interfaces import Strategy, Summable, Tallied
+from corolla.interfaces import Strategy, Summable
 from corolla.server.rounds import cohort, simulated_time
-from corolla.server.rounds.gate import Expected
 from corolla.strategies import registry
 from corolla.tensors import factors
-from corolla.types import LoraSpec, Params, Payload, Size, TrainerName
-from corolla.wire.messages import Kind
-from corolla.wire.packet import Packet
+from corolla.types import LoraSpec, Params, Size, TrainerName
 
 Held = Mapping[str, frozenset[str]]
 """Member → content ids of the cached groups it is known to hold."""
-
-
-class Network(Protocol):
-    """Who can be asked: clients in this process, or behind a Flower Grid.
-
-    Of what is said here of `online` and `seats`, a network that does not know better inherits
-    that all are there and none is a gateway.
-    """
-
-    def clients(self) -> Mapping[str, int]:
-        """Reachable members and their numbers of training examples."""
-
-    def ask(self, packets: Mapping[str, Packet]) -> Iterable[tuple[str, Packet | None]]:
-        """Send each member its packet; yield (member, reply) in any order, None for no answer."""
-
-    def online(self) -> AbstractSet[str]:
-        """The members that can be asked now."""
-        return self.clients().keys()
-
-    def seats(self) -> Mapping[str, int]:
-        """The gateways, and how many devices each can ask at a time, at least 1."""
-        return {}
 
 
 @dataclass(frozen=True)
@@ -152,61 +125,6 @@ class Federation:
             step=schedule.step_size(own, round, self.clients[client]),
         )
 
-    def most_examples(self, client: str) -> int:
-        """The most examples a client, or a phone, can have used: a claim is its update's weight."""
-        return max(self._most_examples(client, name) for name in self.classes_of(client))
-
-    def _most_examples(self, client: str, kind: str) -> int:
-        own = self.config.of_class(kind)
-        if own.local_epochs is not None:
-            return self.clients[client]
-        most = own.local_steps * own.batch_size
-        return most if client in self.seats else min(self.clients[client], most)
-
-    def expected(self, member: str, kind: Kind, round: int, seats: int = 1) -> Expected:
-        """What a valid reply of a member to a task is like; `seats` is of a gateway's task."""
-        if kind != Kind.TRAIN:
-            return Expected(None)
-        traits = registry.traits(self.strategy)
-
-        def one(name: str, phone: str = "") -> Expected:
-            return Expected(
-                self.like(member, round, name, phone),
-                self.config.uplink,
-                self._most_examples(member, name),
-                self.config.max_norm,
-                space=robust.space_of(traits),
-            )
-
-        names = self.classes_of(member)
-        if member not in self.seats:
-            return one(names[0])
-        likes = [self.like(member, round, name) for name in names]
-        expected = replace(
-            one(names[0]),
-            like=_joined(likes),
-            most_examples=self.most_examples(member),
-            most_clients=seats,
-            member=lambda phone: [one(name, phone) for name in names],
-        )
-        if self.partial is None:
-            return expected
-        parts: dict[frozenset[str], int] = {}
-        for name, like in zip(names, likes, strict=True):
-            groups = frozenset(self.partial.sums_like(like))
-            parts[groups] = max(self._most_examples(member, name), parts.get(groups, 0))
-        return replace(
-            expected,
-            sums=self.partial.sums_like(_joined(likes)),
-            parts=parts,
-            tally=self.partial.tally if isinstance(self.partial, Tallied) else None,
-        )
-
-    def like(self, member: str, round: int, kind: str, phone: str = "") -> Payload:
-        """The form of the update of a member, or its phone, of a class."""
-        fresh = self.fresh(self.lora(member))
-        return self.strategy.update_like(fresh, self.size(member, round, phone, kind))
-
     def present(self, round: int, online: AbstractSet[str] | None = None) -> list[str]:
         """The members that can be reached in a round; `online` can be asked now (None: all)."""
         there = self.trace.present(self.clients, round) if self.trace else list(self.clients)
@@ -274,11 +192,6 @@ def classes_behind(config: RunConfig, own: str) -> Mapping[TrainerName, str]:
         if rank(name) == rank(own):
             found.setdefault(config.trainer_of(name), name)
     return found
-
-
-def _joined(likes: Iterable[Payload]) -> Payload:
-    """The groups of all: those of several classes that may have taken part."""
-    return {group: params for like in likes for group, params in like.items()}
 
 
 def merges(config: RunConfig, strategy: Strategy) -> Summable | None:

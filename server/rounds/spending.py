@@ -2,18 +2,15 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from corolla.config.run import RunConfig
-from corolla.errors import ConfigError
 from corolla.privacy.client_level import ClientLevel
 from corolla.privacy.guarantee import Guarantee
 from corolla.privacy.randomness import NOISE
 from corolla.server.rounds.federation import Federation
-from corolla.server.runs.checkpoint import Checkpoint
-from corolla.server.runs.journal import Past
-from corolla.types import Metrics
+from corolla.types import Metrics, Payload
 
 _MEASURED = "what clients measure, their losses"
 _LOOKS = f"{_MEASURED}, numbers of examples, what is refused and why, simulated seconds, answers"
@@ -116,10 +113,9 @@ class Spending:
             f"round {round}, {needed} are needed"
         )
 
-    def forgotten(self, at: Checkpoint) -> Checkpoint:
-        """Without what takes noise off: of no use when there is no round to come."""
-        memory = {g: own for g, own in at.memory.items() if not g.startswith(NOISE)}
-        return replace(at, memory=memory) if len(memory) < len(at.memory) else at
+    def forgotten(self, memory: Payload) -> Payload:
+        """A server's memory without what takes noise off: of no use when no round is to come."""
+        return {group: own for group, own in memory.items() if not group.startswith(NOISE)}
 
     def guarantee(self) -> Guarantee | None:
         """What has been spent so far; None without differential privacy."""
@@ -143,55 +139,6 @@ class Spending:
             "mechanism": config.dp_mechanism,
             "withheld": self.withheld,
         }
-
-
-def begin(federation: Federation, past: Past) -> Spending:
-    """The account of a run with what its earlier processes have spent.
-
-    Raises ConfigError where that would be no protection, and for cohorts that can never be.
-    """
-    config, events = federation.config, past.privacy
-    population = past.population or federation.population
-    if config.dp == "none":
-        return Spending(config)
-    cohort = min(config.cohort or 8, population)
-    if not federation.own_devices:  # of those, others may join
-        _refuse_rounds(federation, population, cohort)
-    if config.dp == "example":
-        _refuse_delta(federation)
-        most = max((float(event["epsilon"]) for event in events), default=0.0)
-        who = {client for event in events for client in event["clients"]}
-        return Spending(config, None, Counter(past.asked), most, who)
-    if federation.own_devices:
-        cohort = config.cohort or cohort
-    elif (apart := cohort * config.separation) > population:
-        raise ConfigError(
-            f"separation={config.separation} with cohorts of {cohort} needs {apart} clients, found "
-            f"{population}: lower one of them"
-        )
-    return Spending(config, ClientLevel(config, population, cohort, events))
-
-
-def _refuse_rounds(federation: Federation, population: int, cohort: int) -> None:
-    """More rounds than all turns of all clients can fill, were each as small as it may be."""
-    config, needed = federation.config, federation.quorum(cohort)
-    turns = (config.participations or config.rounds) * population
-    if turns < needed * config.rounds:
-        raise ConfigError(
-            f"rounds={config.rounds} with participations={config.participations} need "
-            f"{needed * config.rounds} turns of clients, {needed} a round, and {population} "
-            f"clients have {turns}: set rounds to {turns // needed} or less, or more participations"
-        )
-
-
-def _refuse_delta(federation: Federation) -> None:
-    """The largest client's share of delta; devices of others refuse for themselves."""
-    most = max((n for m, n in federation.clients.items() if m not in federation.seats), default=0)
-    if not federation.own_devices and most * federation.config.delta >= 1:
-        raise ConfigError(
-            f"delta={federation.config.delta:g} is no protection among {most} training examples of "
-            f"a client: set less than {1 / most:.3g}"
-        )
 
 
 def told(metrics: Mapping[str, Metrics]) -> dict[str, float]:

@@ -11,6 +11,7 @@ from corolla import seeds
 from corolla.config.run import RunConfig
 from corolla.directions import seedlog
 from corolla.errors import RoundError
+from corolla.server.rounds import expectations
 from corolla.server.rounds.federation import Federation, Held
 from corolla.tensors import tree
 from corolla.types import Broadcast, Cost, LoraSpec, Payload
@@ -44,6 +45,54 @@ class Traffic:
     """Simulated seconds until each reply."""
 
 
+@dataclass(frozen=True)
+class _Content:
+    """What a task carries, packed."""
+
+    data: bytes
+    scalars: Payload
+    log: Log | None
+    size: int
+    """Bytes of the values, framing apart."""
+    described: Mapping[str, object]
+    """Settings that say of what form it is."""
+
+
+class _Contents:
+    """What the tasks of a round carry: packed once for all members that are sent the same."""
+
+    def __init__(self, federation: Federation, state: Payload, round: int) -> None:
+        broadcast = federation.strategy.broadcast(state)
+        if broadcast.snapshot is not None:
+            broadcast = replace(broadcast, snapshot=cache(broadcast.snapshot))
+        self.federation, self.state, self.round = federation, state, round
+        self.broadcast, rows = broadcast, broadcast.log
+        self.cached = {group: codec.content_id(own) for group, own in broadcast.cached.items()}
+        self.versions = seedlog.versions(federation.origin, rows) if rows is not None else []
+        self._made: dict[object, _Content] = {}
+
+    def of(self, member: str, known: AbstractSet[str]) -> _Content:
+        """What a member gets that holds the content ids `known`.
+
+        Of a log it gets the rows after the version it holds, or a snapshot where that is less.
+        """
+        lacks = frozenset(g for g, i in self.cached.items() if i not in known)
+        since = next((v for v in reversed(self.versions) if v in known), self.federation.origin)
+        lora = self.federation.lora(member)
+        form = (lacks, since, lora if self.broadcast.fitted else None)
+        if form not in self._made:
+            self._made[form] = self._make(lacks, since, lora)
+        return self._made[form]
+
+    def _make(self, lacks: AbstractSet[str], since: str, lora: LoraSpec) -> _Content:
+        log, extra = _log(self.broadcast, self.versions, since, self.state)
+        packed, described = _packed(self.federation, self.broadcast, lora, self.round)
+        payload = {**packed, **{g: self.broadcast.cached[g] for g in lacks}, **extra}
+        size = messages.content_bytes(payload)
+        size += sum(scalar_groups.scalar_bytes(row) for row in (log.rows if log else ()))
+        return _Content(*messages.enclose(payload), log, size, described)
+
+
 def make_tasks(
     federation: Federation,
     state: Payload,
@@ -55,64 +104,58 @@ def make_tasks(
 ) -> dict[str, Task]:
     """The task of each member: the broadcast, with only what it does not hold of cached groups.
 
-    `members` says how many updates each is asked for. Of a log it gets the rows after the version
-    it holds, or a snapshot where that is less.
+    `members` says how many updates each is asked for.
     """
-    broadcast = federation.strategy.broadcast(state)
-    if broadcast.snapshot is not None:
-        broadcast = replace(broadcast, snapshot=cache(broadcast.snapshot))
-    cached = {group: codec.content_id(params) for group, params in broadcast.cached.items()}
-    rows = broadcast.log
-    versions = seedlog.versions(federation.origin, rows) if rows is not None else []
-    version = tree.digest_all(state)
-    sent: dict[object, tuple[bytes, Payload, Log | None, int, Mapping[str, object]]] = {}
-    tasks: dict[str, Task] = {}
+    contents, version = _Contents(federation, state, round), tree.digest_all(state)
     run = run_settings(federation.config, federation.own_devices)
+    tasks: dict[str, Task] = {}
     for client, seats in members.items():
         known = held.get(client, frozenset())
-        lacks = frozenset(g for g, i in cached.items() if i not in known)
-        since = next((v for v in reversed(versions) if v in known), federation.origin)
-        lora = federation.lora(client)
-        form = (lacks, since, lora if broadcast.fitted else None)
-        if form not in sent:
-            log, extra = _log(broadcast, versions, since, state)
-            packed, described = _packed(federation, broadcast, lora, round)
-            payload = {**packed, **{g: broadcast.cached[g] for g in lacks}, **extra}
-            content = messages.content_bytes(payload)
-            content += sum(scalar_groups.scalar_bytes(row) for row in (log.rows if log else ()))
-            sent[form] = (*messages.enclose(payload), log, content, described)
-        data, scalars, log, content, described = sent[form]
-        settings = {
-            "lora": vars(lora),
-            "class": federation.class_of(client),
-            "population": federation.population,
-            "accepted": _last_accepted(known),
-            **described,
-            **({"labels": list(federation.labels)} if federation.own_devices else {}),
-            **_for_gateway(federation, client),
-            "run": run,
-        }
-        tasks[client] = Task(
+        content = contents.of(client, known)
+        settings = {**_settings(federation, client, known, content.described), "run": run}
+        tasks[client] = task = Task(
             run_id=federation.run_id,
             round=round,
             base_version=version,
             kind=kind,
             config=json.dumps(settings),
-            cached=cached,
-            payload=data,
-            scalars=scalars,
-            log=log,
+            cached=contents.cached,
+            payload=content.data,
+            scalars=content.scalars,
+            log=content.log,
             model_sha256=federation.model_sha256,
             seats=seats if client in federation.seats else 0,
         )
-        try:
-            header = len(pack_task(tasks[client]).header)
-        except ValueError as error:
-            raise RoundError(f"round {round}: a task does not fit a message: {error}") from error
-        traffic.sent.setdefault(client, content)
-        traffic.down += content
-        traffic.framing_down += len(data) + header - content
+        traffic.sent.setdefault(client, content.size)
+        traffic.down += content.size
+        traffic.framing_down += len(content.data) + _header_bytes(task) - content.size
     return tasks
+
+
+def _header_bytes(task: Task) -> int:
+    """Of a task as it is sent. Raises RoundError when it does not fit a message."""
+    try:
+        return len(pack_task(task).header)
+    except ValueError as error:
+        raise RoundError(f"round {task.round}: a task does not fit a message: {error}") from error
+
+
+def _settings(
+    federation: Federation,
+    member: str,
+    known: AbstractSet[str],
+    described: Mapping[str, object],
+) -> Mapping[str, object]:
+    """What a member's task says beside the settings of the run."""
+    return {
+        "lora": vars(federation.lora(member)),
+        "class": federation.class_of(member),
+        "population": federation.population,
+        "accepted": _last_accepted(known),
+        **described,
+        **({"labels": list(federation.labels)} if federation.own_devices else {}),
+        **_for_gateway(federation, member),
+    }
 
 
 def run_settings(config: RunConfig, own_devices: bool) -> Mapping[str, object]:
@@ -222,7 +265,7 @@ def _of_gateway(federation: Federation, gateway: str, round: int, count: int, on
     names = federation.classes_of(gateway)
     at_most = one.at_most or len(names) > 1
     if federation.partial:
-        joined = federation.expected(gateway, Kind.TRAIN, round).sums or {}
+        joined = expectations.expected(federation, gateway, Kind.TRAIN, round).sums or {}
         return replace(one, up=messages.content_bytes(joined), at_most=at_most)
     sizes = [federation.size(gateway, round, kind=name) for name in names[1:]]
     others = [cost.up for size in sizes for cost in federation.strategy.cost([size])]

@@ -9,11 +9,12 @@ from typing import Any
 
 from corolla.errors import ConfigError, RoundError, StoppedError
 from corolla.host import logs
-from corolla.server.rounds.asking import Plan
-from corolla.server.rounds.federation import Federation, Network
-from corolla.server.rounds.gate import Verdict
+from corolla.server.rounds.call import Plan, RoundCall, RoundEvents
+from corolla.server.rounds.federation import Federation
+from corolla.server.rounds.network import Network
 from corolla.server.rounds.round import RoundResult, run_round
 from corolla.server.rounds.spending import Spending
+from corolla.server.rounds.verdicts import Verdict
 from corolla.server.runs.checkpoint import Checkpoint
 from corolla.server.runs.journal import Entry, Journal, fail_point, past, read
 from corolla.server.runs.observer import Observer
@@ -128,19 +129,10 @@ class Attempts:
         waits = federation.config.buffer if round > 1 else None
         self.observer.round_started(round, waits or federation.cohort_size)
         return run_round(
-            federation,
-            at.state,
-            at.held,
-            round,
+            RoundCall(federation, at.state, at.held, round, at.memory, attempt, cohort, last),
             self.network,
-            replied,
-            at.memory,
-            attempt=attempt,
-            cohort=cohort,
-            on_plan=planned,
-            spending=self.spending,
-            note=noted,
-            last=last,
+            self.spending,
+            RoundEvents(replied, planned, noted),
         )
 
     def _drawn(self, round: int) -> Mapping[str, int] | None:

@@ -1,86 +1,64 @@
 """A whole run: rounds, checkpoints, evaluation, and the artefacts a user keeps."""
 
-import json
-import math
-import platform
 import secrets
 import shutil
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 from corolla import seeds
 from corolla.config.build import build_strategy
-from corolla.config.load import validate
 from corolla.config.run import RunConfig
 from corolla.directions import seedlog
 from corolla.errors import ArtefactError, ConfigError, RoundError, StoppedError
 from corolla.host import logs
-from corolla.host.files import write_atomic
 from corolla.host.heap import peak_rss
 from corolla.host.processes import uninterrupted
-from corolla.interfaces import Strategy
 from corolla.models import records
-from corolla.privacy.guarantee import NEIGHBOURS
-from corolla.server.rounds import spending
+from corolla.server.rounds.call import RoundCall
 from corolla.server.rounds.cohort import read_trace
-from corolla.server.rounds.federation import Federation, Held, Network
-from corolla.server.rounds.round import RoundResult, evaluate_clients
+from corolla.server.rounds.federation import Federation
+from corolla.server.rounds.network import Network
+from corolla.server.rounds.round import evaluate_clients
 from corolla.server.rounds.spending import Spending
 from corolla.server.runs import checkpoint, gradient_start
+from corolla.server.runs.account import open_account
 from corolla.server.runs.attempts import Attempts, Done, how_to_go_on
 from corolla.server.runs.checkpoint import Checkpoint
 from corolla.server.runs.ending import ended
-from corolla.server.runs.evaluate import Evaluator, Sample, fairness
+from corolla.server.runs.evaluate import Evaluator, Sample
+from corolla.server.runs.folder import committed_lines, refuse_other_inputs, write_info, write_lines
+from corolla.server.runs.info import privacy_budget, privacy_info, run_info
 from corolla.server.runs.journal import Journal, Past, fail_point
+from corolla.server.runs.metrics_line import metrics_line
 from corolla.server.runs.observer import Observer
 from corolla.server.runs.report import write_report
+from corolla.server.runs.summary import Summary
 from corolla.storage import folders
 from corolla.strategies.registry import traits
 from corolla.tensors import tree
-from corolla.types import Adapter, Aggregates, Metrics, Payload
-from corolla.version import __version__
+from corolla.types import Adapter, Metrics, Payload
 
 _log = logs.logger("run")
 
 
-@dataclass(frozen=True)
-class Summary:
-    """What a finished run has to say."""
+@dataclass
+class Course:
+    """How far a run has come; each committed round moves it on."""
 
-    folder: Path
-    artefact: Path
-    base: Metrics
-    final: Metrics
-    rounds: int
-    seconds: float
-    bytes_up: int
-    bytes_down: int
-    per_client: tuple[tuple[float, float], tuple[float, float]]
-    """((up, its formula), (down, its formula)) in bytes, of a client of the last round."""
-    peak_rss: int
-    adapter_hash: str
-    reload_difference: float
-    before: Sequence[Sample]
-    after: Sequence[Sample]
-    clients: Mapping[str, Mapping[str, Metrics]] = field(default_factory=dict)
-    personal: bool = False
-    """What counts are the clients' own models: the global one is a part of each."""
-    sim_seconds: float | None = None
-    """Of all rounds on simulated devices; None where time is not simulated."""
-    privacy: str = ""
-    """What is promised to each example or client; "" without differential privacy."""
-
-    @property
-    def fairness(self) -> Mapping[str, Metrics]:
-        """How evenly clients are served, before and after (server.evaluate.fairness)."""
-        return fairness(self.clients)
+    federation: Federation
+    account: Spending
+    at: Checkpoint
+    lines: list[dict[str, Any]]
+    """Those of metrics.jsonl."""
+    info: dict[str, Any]
+    """What run.json holds."""
+    base: Mapping[str, Any]
+    """What was measured of the untouched model."""
 
 
 @dataclass
@@ -105,7 +83,7 @@ class Run:
         ArtefactError and what the network raises. The last checkpoint stays.
         """
         if self.resume:
-            self._same_inputs()
+            refuse_other_inputs(self.folder, self.config, self.facts)
         with Journal(self.folder) as journal:
             if journal.note:
                 self.observer.warned(journal.note)
@@ -121,8 +99,20 @@ class Run:
 
     def _execute(self, journal: Journal) -> Summary:
         began = time.monotonic()
+        course = self._start(journal)
+        why = self._loop(course, journal)
+        course.info |= {"ended": why, **privacy_info(course.account)}
+        summary = self._finish(course, time.monotonic() - began)
+        if course.account.level:
+            checkpoint.prune(self.folder / "checkpoint", 1)  # older ones remember noise
+        journal.append("done", why=why)
+        _log.info("done", why=why)
+        return summary
+
+    def _start(self, journal: Journal) -> Course:
+        """Everything before the first round: checked, in the journal and in run.json."""
         federation = self._federation(journal.past)
-        account = spending.begin(federation, journal.past)
+        account = open_account(federation, journal.past)
         committed = journal.past.committed
         found = checkpoint.load(self.folder / "checkpoint", committed) if self.resume else None
         model, seed = self.evaluator.model, self.config.seed
@@ -143,48 +133,50 @@ class Run:
             state=at.sha256,
             roster=dict(federation.clients),
             seats=dict(federation.seats),
-            **_budget(self.config),
+            **privacy_budget(self.config),
         )
-        lines = _committed(self.folder / "metrics.jsonl", at.round)
-        info = self._info(federation, account)
+        lines = committed_lines(self.folder, at.round)
+        info = run_info(self.facts, federation, self.evaluator, account, self.keep_updates)
         base = self._base(federation, untouched, info)
-        self._write_info({**info, "base": base["metrics"], "status": "running"})
+        write_info(self.folder, {**info, "base": base["metrics"], "status": "running"})
         self.observer.started({**info, "base": base["metrics"]}, at.round + 1)
         if self.keep_updates:
             self._keep_global(federation, at.state, at.round)
-        base_loss = base["metrics"]["loss"]
+        return Course(federation, account, at, lines, info, base)
 
-        def over() -> str:
-            why = ended(self.config, base_loss, lines, journal.seconds)
-            return why or account.ended(federation, at.round + 1)
-
-        why = over()
+    def _loop(self, course: Course, journal: Journal) -> str:
+        """Round after round, each committed, until there is a reason to end: the reason."""
+        account, why = course.account, self._ended(course, journal)
         while not why:
             try:
-                federation, at, line = self._round(federation, at, journal, account)
+                course.federation, course.at, line = self._round(
+                    course.federation, course.at, journal, account
+                )
             except RoundError:
-                if not lines or not (why := account.ended(federation, at.round + 1)):
+                why = account.ended(course.federation, course.at.round + 1)
+                if not course.lines or not why:
                     raise
                 break  # its attempts have spent what was left
-            lines.append(line)
-            if why := over():
-                at = account.forgotten(at)
+            course.lines.append(line)
+            if why := self._ended(course, journal):
+                course.at = _public(course.at, account)
             with uninterrupted():
-                self._commit(at, lines, journal)
+                self._commit(course.at, course.lines, journal)
             self.observer.round_ended(line)
-            _log.info("committed", round=at.round, seconds=line["seconds"], loss=line["eval_loss"])
-        if (public := account.forgotten(at)) is not at:  # no round was the last one
-            self._commit(public, lines, journal)
-        seconds = time.monotonic() - began
-        info |= {"ended": why, **_privacy(account)}
-        summary = self._finish(federation, at.state, at.held, lines, info, base, seconds)
-        if account.level:
-            checkpoint.prune(self.folder / "checkpoint", 1)  # older ones remember noise
-        journal.append("done", why=why)
-        _log.info("done", why=why)
-        return summary
+            _log.info(
+                "committed", round=course.at.round, seconds=line["seconds"], loss=line["eval_loss"]
+            )
+        if (public := _public(course.at, account)) is not course.at:  # no round was the last one
+            self._commit(public, course.lines, journal)
+        return why
+
+    def _ended(self, course: Course, journal: Journal) -> str:
+        """Why no further round is due; "" while one is."""
+        why = ended(self.config, course.base["metrics"]["loss"], course.lines, journal.seconds)
+        return why or course.account.ended(course.federation, course.at.round + 1)
 
     def _federation(self, past: Past) -> Federation:
+        """Who takes part, with those that the journal knows; ConfigError where none can."""
         strategy = build_strategy(self.config)
         # Who is known keeps its place; who is not there now may come back.
         clients = {**past.roster, **dict(sorted(self.network.clients().items()))}
@@ -210,17 +202,7 @@ class Run:
             model_sha256=str(self.facts.get("model_sha256", "")) if self.own_devices else "",
             labels=self.evaluator.labels,
         )
-        cohort, there = self.config.cohort or 0, federation.population
-        if cohort > there and not self.own_devices:  # of those, others may join
-            raise ConfigError(
-                f"cohort {cohort} is larger than the {there} clients with enough examples: lower "
-                f"--cohort"
-            )
-        if (self.config.buffer or 0) > federation.cohort_size:
-            raise ConfigError(
-                f"buffer {self.config.buffer} is larger than the cohort of "
-                f"{federation.cohort_size} clients: it would never be full"
-            )
+        _refuse_cohort(federation)
         return federation
 
     def _round(
@@ -248,15 +230,16 @@ class Run:
         if round % self.config.eval_every == 0 or round == self.config.rounds:
             scores = self.evaluator.score(federation.strategy.adapter(result.state))
             if traits(federation.strategy).personal:
-                own = evaluate_clients(federation, result.state, result.held, round, self.network)
+                own = evaluate_clients(
+                    RoundCall(federation, result.state, result.held, round), self.network
+                )
                 scores = {**scores, "personal_loss": _mean_loss(own)} if own else scores
-        return _line(round, done, scores, account)
+        return metrics_line(round, done, scores, account)
 
     def _commit(self, at: Checkpoint, lines: Sequence[Mapping[str, Any]], journal: Journal) -> None:
         """Metrics and checkpoint, then the line in the journal that makes them count."""
-        text = "".join(json.dumps(line) + "\n" for line in lines)
         try:
-            write_atomic(self.folder / "metrics.jsonl", text.encode())
+            write_lines(self.folder, lines)
             sha256 = checkpoint.save(self.folder / "checkpoint", at)
         except OSError as error:
             raise ArtefactError(
@@ -273,46 +256,34 @@ class Run:
         """Scores and answers of the untouched model: `state` is one of a zero update."""
         adapter = federation.strategy.adapter(state)
         metrics = self.evaluator.examine(adapter)
-        clients = evaluate_clients(federation, state, {}, 0, self.network)
+        clients = evaluate_clients(RoundCall(federation, state, {}, 0), self.network)
         return {"metrics": metrics, "samples": self._samples(adapter), "clients": clients}
 
     def _samples(self, adapter: Adapter) -> Sequence[Sample]:
         """Held-out rows, answered; none with dp=client, for they are those of clients."""
         return [] if self.config.dp == "client" else self.evaluator.samples(adapter)
 
-    def _finish(
-        self,
-        federation: Federation,
-        state: Payload,
-        held: Held,
-        lines: Sequence[Mapping[str, Any]],
-        info: dict[str, Any],
-        base: Mapping[str, Any],
-        seconds: float,
-    ) -> Summary:
-        adapter = federation.strategy.adapter(state)
-        folder = self.folder / self.evaluator.model.artefact
+    def _finish(self, course: Course, seconds: float) -> Summary:
+        """Measure and save the last model, verified, and write run.json and the report."""
+        federation, at, info, base = course.federation, course.at, course.info, course.base
+        adapter = federation.strategy.adapter(at.state)
         final = self.evaluator.examine(adapter)
-        clients = evaluate_clients(federation, state, held, self.config.rounds + 1, self.network)
+        clients = evaluate_clients(
+            RoundCall(federation, at.state, at.held, self.config.rounds + 1), self.network
+        )
         after = self._samples(adapter)
-        unproven = folder.with_name(folder.name + ".unproven")
-        peak = peak_rss()  # of training: to reload a whole model may take more
-        self.evaluator.save(adapter, unproven)
-        difference = self.evaluator.verify(adapter, unproven)
-        shutil.rmtree(folder, ignore_errors=True)
-        unproven.replace(folder)
+        peak = peak_rss()
+        artefact, difference = self._save(adapter)
         summary = Summary(
             folder=self.folder,
-            artefact=folder,
+            artefact=artefact,
             base=base["metrics"],
             final=final,
-            rounds=len(lines),
+            lines=course.lines,
             seconds=seconds,
-            bytes_up=sum(line["bytes_up"] for line in lines),
-            bytes_down=sum(line["bytes_down"] for line in lines),
-            per_client=_per_client(lines[-1]),
             peak_rss=peak,
-            adapter_hash=self.evaluator.model.digest(folder),
+            adapter_hash=self.evaluator.model.digest(artefact),
+            state_hash=tree.digest_all(at.state),
             reload_difference=difference,
             before=base["samples"],
             after=after,
@@ -320,144 +291,47 @@ class Run:
                 c: {"base": base["clients"].get(c, {}), "final": m} for c, m in clients.items()
             },
             personal=info["personal"],
-            sim_seconds=_sim_seconds(lines),
             privacy=info.get("privacy", {}).get("line", ""),
         )
-        outcome = {
-            "status": "done",
-            "base": summary.base,
-            "final": summary.final,
-            "seconds": round(seconds, 3),
-            **({"sim_seconds": total} if (total := summary.sim_seconds) is not None else {}),
-            "bytes_up": summary.bytes_up,
-            "bytes_down": summary.bytes_down,
-            "peak_rss": summary.peak_rss,
-            "adapter_sha256": summary.adapter_hash,
-            "state_sha256": tree.digest_all(state),
-            "reload_max_logit_difference": difference,
-            "bytes_per_client": summary.per_client,
-            "clients": summary.clients,
-            "fairness": summary.fairness,
-        }
-        if self.config.dp != "client":
-            outcome["samples"] = {
-                "before": [asdict(s) for s in summary.before],
-                "after": [asdict(s) for s in summary.after],
-            }
-        self._write_info({**info, **outcome})
-        write_report(self.folder / "report.html", {**info, **outcome}, lines)
+        info |= summary.to_json(samples=self.config.dp != "client")
+        write_info(self.folder, info)
+        write_report(self.folder / "report.html", info, course.lines)
         return summary
 
-    def _info(self, federation: Federation, account: Spending) -> dict[str, Any]:
-        packages = ("flwr", "torch", "peft", "transformers", "safetensors")
-        return {
-            **self.facts,
-            "corolla": __version__,
-            "run_id": federation.run_id,
-            "keep_updates": self.keep_updates,
-            "config": self.config.model_dump(mode="json"),
-            "aggregates": self._aggregates(federation.strategy),
-            "personal": traits(federation.strategy).personal,
-            "num_clients": len(federation.clients),
-            "cohort": federation.cohort_size,
-            "target_modules": self.evaluator.model.targets,
-            "labels": list(self.evaluator.labels),
-            "heldout_skipped": self.evaluator.skipped,
-            "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
-            "platform": platform.platform(),
-            **_privacy(account),
-        }
-
-    def _aggregates(self, strategy: Strategy) -> Aggregates:
-        """What a run averages: without factors, the trained tensors are the weights themselves."""
-        if self.config.robust != "none":
-            return "other"
-        dense = self.config.parameters != "lora"
-        return "weights" if dense and strategy.aggregates == "factors" else strategy.aggregates
-
-    def _same_inputs(self) -> None:
-        """Raises ConfigError when the model or the data changed since the run began."""
-        before = json.loads((self.folder / "run.json").read_text())
-        for what in ("model", "data", "availability"):
-            if before.get(f"{what}_sha256") != self.facts.get(f"{what}_sha256"):
-                raise ConfigError(
-                    f"the {what} ({getattr(self.config, what)}) is not what {self.folder} was "
-                    f"begun with: restore it, or start a new run"
-                )
-
-    def _write_info(self, info: Mapping[str, Any]) -> None:
-        write_atomic(self.folder / "run.json", (json.dumps(info, indent=2) + "\n").encode())
+    def _save(self, adapter: Adapter) -> tuple[Path, float]:
+        """The folder of the model, verified first, and how far its logits are off as reloaded."""
+        folder = self.folder / self.evaluator.model.artefact
+        unproven = folder.with_name(folder.name + ".unproven")
+        self.evaluator.save(adapter, unproven)
+        difference = self.evaluator.verify(adapter, unproven)
+        shutil.rmtree(folder, ignore_errors=True)
+        unproven.replace(folder)
+        return folder, difference
 
     def _keep_global(self, federation: Federation, state: Payload, round: int) -> None:
         folder = folders.round_folder(self.folder / "global", round)
         self.evaluator.model.save(folder, federation.strategy.adapter(state), self.config.lora)
 
 
-def prepare_folder(folder: Path, resume: bool) -> None:
-    """Make the output folder. Raises ConfigError unless it is new or empty, or resumed."""
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--out {folder} is a file: name a folder")
-    filled = folder.is_dir() and any(folder.iterdir())
-    if filled and not resume:
-        raise ConfigError(f"--out {folder} is not empty: add --resume, or name another folder")
-    if resume and not (folder / "run.json").is_file():
-        raise ConfigError(f"nothing to resume in {folder}: it has no run.json")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot make --out {folder}: {error.strerror}") from error
+def _refuse_cohort(federation: Federation) -> None:
+    """Raises ConfigError for a cohort or a buffer that is never full."""
+    config, there = federation.config, federation.population
+    if (config.cohort or 0) > there and not federation.own_devices:  # of those, others may join
+        raise ConfigError(
+            f"cohort {config.cohort} is larger than the {there} clients with enough examples: "
+            f"lower --cohort"
+        )
+    if (config.buffer or 0) > federation.cohort_size:
+        raise ConfigError(
+            f"buffer {config.buffer} is larger than the cohort of {federation.cohort_size} "
+            f"clients: it would never be full"
+        )
 
 
-def stored_run(folder: Path) -> tuple[RunConfig, str, bool]:
-    """Config, run id and keep_updates of a run's folder. Raises ArtefactError when damaged."""
-    try:
-        info = json.loads((folder / "run.json").read_text())
-        return validate(info["config"]), str(info["run_id"]), bool(info["keep_updates"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtefactError(f"{folder / 'run.json'} cannot be read: {error!r}") from error
-
-
-def _committed(path: Path, round: int) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl up to a committed round."""
-    if round == 0 or not path.is_file():
-        return []
-    try:
-        lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-        return [line for line in lines if line["round"] <= round]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ArtefactError(f"{path} is damaged: {error}") from error
-
-
-def _privacy(account: Spending) -> dict[str, Any]:
-    """The object of run.json, where there is differential privacy."""
-    found = account.to_json()
-    return {"privacy": found} if found else {}
-
-
-def _budget(config: RunConfig) -> dict[str, Any]:
-    """What the journal says of differential privacy before anything is spent."""
-    if config.dp == "none":
-        return {}
-    facts = {"unit": config.dp, "neighbours": NEIGHBOURS[config.dp]}
-    facts |= {"sampling": config.dp_sampling} if config.dp == "client" else {}
-    return {"privacy": {**facts, "delta": config.delta, "budget": config.epsilon}}
-
-
-def _per_client(line: Mapping[str, Any]) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Means over a round's clients; the formula counts those that answered. 0 where nobody did.
-
-    What is planned for the sake of privacy is of all that are asked.
-    """
-    asked = max(1, line["clients"] + line.get("dropped", 0))
-    valid = max(1, line["clients"]) if "framing_up" in line else asked
-    up = (line["bytes_up"] / valid, line["formula_up"] / valid)
-    return up, (line["bytes_down"] / asked, line["formula_down"] / valid)
-
-
-def _sim_seconds(lines: Sequence[Mapping[str, Any]]) -> float | None:
-    """The simulated seconds of all rounds together."""
-    known = [line["sim_seconds"] for line in lines if "sim_seconds" in line]
-    return math.fsum(known) if known else None
+def _public(at: Checkpoint, account: Spending) -> Checkpoint:
+    """The checkpoint without what takes noise off; the same one where it has nothing such."""
+    memory = account.forgotten(at.memory)
+    return replace(at, memory=memory) if len(memory) < len(at.memory) else at
 
 
 def _mean_loss(clients: Mapping[str, Metrics]) -> float:
@@ -470,58 +344,3 @@ def _say_last(journal: Journal, event: Literal["stopped", "failed"], why: str) -
     with suppress(ArtefactError):
         journal.append(event, why=why)
     _log.warning(event, why=why)
-
-
-def _line(round: int, done: Done, scores: Metrics, account: Spending) -> dict[str, Any]:
-    result, config, dp = done.result, account.config, account.config.dp
-    metrics = dict(result.metrics)
-    if dp == "none":
-        metrics.pop("epsilon", None)  # whatever a client says: nobody has promised it anything
-    line: dict[str, Any] = {
-        **metrics,  # first: no name that a client sends may replace one of ours
-        "round": round,
-        "train_loss": metrics.get("train_loss"),
-        "eval_loss": scores.get("loss"),
-        "eval_accuracy": scores.get("accuracy"),
-        **({"eval_f1": scores["f1"]} if "f1" in scores else {}),
-        **({"personal_loss": own} if (own := scores.get("personal_loss")) is not None else {}),
-        **(_planned(done, account) if account.level else _counted(result)),
-        "formula_up": result.cost.up,
-        "formula_down": result.cost.down,
-        "seconds": done.seconds,
-        "peak_rss": peak_rss(),
-        **({"attempt": done.attempt} if done.attempt else {}),
-        "sampling_probability": result.sampling_probability,
-        "client_loss": dict(result.client_loss),
-        **({"delta": config.delta, "withheld": account.withheld} if dp != "none" else {}),
-    }
-    if result.dropped and dp != "client":
-        line["dropped_why"] = dict(result.dropped)
-    return line
-
-
-def _counted(result: RoundResult) -> dict[str, Any]:
-    """Who took part in a round, and what that has moved."""
-    return {
-        "bytes_up": result.bytes_up,
-        "bytes_down": result.bytes_down,
-        "framing_up": result.framing_up,
-        "framing_down": result.framing_down,
-        **({"sim_seconds": result.sim_seconds} if result.sim_seconds is not None else {}),
-        "clients": result.updates,
-        "dropped": max(len(result.dropped), result.asked - result.updates),
-        "verdicts": Counter(str(verdict.code) for verdict in result.verdicts.values()),
-    }
-
-
-def _planned(done: Done, account: Spending) -> dict[str, Any]:
-    """The same as far as no update decides it, and, of a secret cohort, as nobody's presence does.
-
-    `clients` are those that have answered, whatever they sent; bytes are those of the formula.
-    """
-    result = done.result
-    moved = {"bytes_up": result.cost.up, "bytes_down": result.cost.down}
-    if account.poisson:
-        return {**moved, "clients": done.federation.cohort_size}
-    answered = min(result.answered, result.asked)
-    return {**moved, "clients": answered, "dropped": result.asked - answered}

@@ -16,7 +16,9 @@ from corolla.directions import seedlog
 from corolla.models import pretrained
 from corolla.models.full import FullModel
 from corolla.models.lora import LoraModel
-from corolla.server.rounds.federation import Federation, Held, Network
+from corolla.server.rounds.call import RoundCall
+from corolla.server.rounds.federation import Federation, Held
+from corolla.server.rounds.network import Network
 from corolla.server.rounds.round import RoundResult, evaluate_clients, run_round
 from corolla.storage.memory import Memory
 from corolla.types import Payload
@@ -94,14 +96,14 @@ class Run:
         self.round += 1
         for last in (self.network.tasks, self.network.replies, self.network.weights):
             last.clear()
-        result = run_round(own, self.state, self.held, self.round, self.network)
+        result = run_round(RoundCall(own, self.state, self.held, self.round), self.network)
         assert result.dropped == {}
         self.state, self.held = result.state, result.held
         return result
 
     def hashes(self) -> dict[str, str]:
         """What each client's device has as the global model: a hash of all weights."""
-        found = evaluate_clients(self.federation, self.state, self.held, 0, self.network)
+        found = evaluate_clients(RoundCall(self.federation, self.state, self.held, 0), self.network)
         assert found.keys() == tiny.CLIENTS.keys()
         return dict(sorted(self.network.hashes.items()))
 

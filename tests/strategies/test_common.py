@@ -12,12 +12,14 @@ import pytest
 import torch
 
 from corolla.client.training.worker import Worker
-from corolla.commands.check.proofs import Result, conform
+from corolla.commands.check.findings import Result
+from corolla.commands.check.proofs import conform
 from corolla.config.build import build_strategy
 from corolla.directions import seedlog
 from corolla.errors import ConfigError
 from corolla.interfaces import Observed, Strategy, Traits
-from corolla.server.rounds.federation import Network
+from corolla.server.rounds.call import RoundCall
+from corolla.server.rounds.network import Network
 from corolla.server.rounds.round import evaluate_clients
 from corolla.server.rounds.tasks import accepted_only
 from corolla.storage.memory import Memory
@@ -364,7 +366,7 @@ def test_clients_evaluate_the_servers_model(name: str, run: Run, tmp_path: Path)
     wanted = tiny.effective(run.model)
     for held in ({}, run.held):
         network = _Evaluated(run, tmp_path / f"holds {len(held)}")
-        scores = evaluate_clients(run.federation, run.state, held, 3, network)
+        scores = evaluate_clients(RoundCall(run.federation, run.state, held, 3), network)
         assert scores.keys() == network.found.keys() == set(tiny.CLIENTS)
         for client, found in network.found.items():
             lora, own = run.federation.lora(client), kept(run, client) if held else {}
@@ -462,8 +464,8 @@ def size_of(payload: Payload) -> int:
 
 def test_bytes_are_those_of_the_tensors(name: str, run: Run) -> None:
     result = run.done[-1]
-    assert result.bytes_up == sum(size_of(run.network.update(c)) for c in run.network.sent)
-    assert result.bytes_down == sum(size_of(r) for r in run.network.received.values())
+    assert result.traffic.up == sum(size_of(run.network.update(c)) for c in run.network.sent)
+    assert result.traffic.down == sum(size_of(r) for r in run.network.received.values())
 
 
 def test_upload_is_the_formula_for_each_client(name: str, run: Run) -> None:
@@ -478,7 +480,7 @@ def test_upload_is_the_formula_for_each_client(name: str, run: Run) -> None:
         sum(cost.up for cost in costs),
         sum(cost.down for cost in costs),
     )
-    assert result.cost.up == result.bytes_up
+    assert result.cost.up == result.traffic.up
 
 
 def test_download_is_the_formula_for_who_missed_nothing(name: str, run: Run) -> None:

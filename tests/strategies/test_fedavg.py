@@ -111,6 +111,6 @@ def test_cost_is_the_adapter_both_ways(tmp_path: Path) -> None:
     run = tiny.start(tiny.config("fedavg"), "llama", tmp_path)
     first = run.step()
     # q, o: 4·(32 + 32); k, v: 4·(32 + 16); gate, up, down: 4·(32 + 48)
-    assert first.bytes_up == first.bytes_down == 3 * 4 * (2 * 256 + 2 * 192 + 3 * 320)
+    assert first.traffic.up == first.traffic.down == 3 * 4 * (2 * 256 + 2 * 192 + 3 * 320)
     size = factors.size(run.network.update("a")["adapter"])
     assert size.A + size.B == 2 * 256 + 2 * 192 + 3 * 320

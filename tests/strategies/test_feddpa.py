@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import PeftModel
 
+from corolla.server.rounds.call import RoundCall
 from corolla.server.rounds.round import evaluate_clients
 from corolla.strategies.feddpa import FedDpa
 from corolla.tensors import tree
@@ -62,7 +63,7 @@ def test_a_clients_model_is_the_weighted_sum_of_both_adapters(model: str, tmp_pa
     run = tiny.start(settings, model, tmp_path)
     run.step()
     run.step()
-    scores = evaluate_clients(run.federation, run.state, run.held, 3, run.network)
+    scores = evaluate_clients(RoundCall(run.federation, run.state, run.held, 3), run.network)
     for client in tiny.CLIENTS:
         memory = run.network.worker.memory
         own, scaling = memory.kept(client, 2)["personal"], settings.lora.scaling

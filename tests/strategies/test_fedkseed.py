@@ -211,7 +211,7 @@ def test_bytes_are_the_formula_once_all_directions_were_used(tmp_path: Path) -> 
     for _ in range(3):
         result = run.step()
         assert result.metrics["zero_scalars"] == 0
-        assert result.bytes_up == 4 * (8 * 6 + 4)
-        down.append(result.bytes_down)
+        assert result.traffic.up == 4 * (8 * 6 + 4)
+        down.append(result.traffic.down)
     assert down[0] < 4 * (4 * 8 + 4)  # nothing but zeros
     assert down[2] == 4 * (4 * 8 + 4)

@@ -211,8 +211,8 @@ def test_all_devices_end_with_the_servers_bits(space: str, tmp_path: Path) -> No
     )
     for members in ("ab", "b", "abc"):
         result = run.step(*members)
-        assert result.bytes_up == len(members) * (8 * 4 + 4)
-        assert result.bytes_down <= len(members) * (8 * 16 + 4)
+        assert result.traffic.up == len(members) * (8 * 4 + 4)
+        assert result.traffic.down <= len(members) * (8 * 16 + 4)
     assert run.hashes() == dict.fromkeys("abcd", run.server())
     chances = run.federation.strategy.broadcast(run.state).payload["probabilities"]["scalars"]
     assert float(chances.max() / chances.min()) == pytest.approx(math.e, rel=1e-5)

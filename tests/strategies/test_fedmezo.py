@@ -106,7 +106,7 @@ def test_the_global_adapter_is_the_mean_of_what_devices_hold(kind: str, tmp_path
         mean = torch.stack([n / total * own[c] for c, n in result.num_examples.items()]).sum(0)
         assert float((flat(run.state["adapter"]) - mean).norm() / mean.norm()) < 1e-7
         values = len(mean)
-        assert result.bytes_up == result.bytes_down == result.cost.up == 4 * 4 * values
+        assert result.traffic.up == result.traffic.down == result.cost.up == 4 * 4 * values
     assert run.hashes() == dict.fromkeys("abcd", run.server())
 
 

@@ -8,6 +8,7 @@ from peft import PeftModel
 
 from corolla.client.training.worker import encode_all
 from corolla.data.encoding import Encoder
+from corolla.server.rounds.call import RoundCall
 from corolla.server.rounds.round import evaluate_clients
 from corolla.strategies.fedsa_lora import FedSaLora
 from corolla.types import Cost, Params, Payload, Size
@@ -76,7 +77,7 @@ def test_no_b_is_ever_sent(run: tiny.Run) -> None:
 
 def test_clients_evaluate_their_own_model_and_save_it_for_plain_peft(run: tiny.Run) -> None:
     """Its loss by transformers alone, from the folder on the device."""
-    scores = evaluate_clients(run.federation, run.state, run.held, 4, run.network)
+    scores = evaluate_clients(RoundCall(run.federation, run.state, run.held, 4), run.network)
     data, losses = tiny.data("llama"), set()
     for client in tiny.CLIENTS:
         folder = run.network.worker.memory.kept_folder(client) / "adapter"

@@ -161,8 +161,8 @@ def test_all_devices_end_with_the_servers_bits(size: int, tmp_path: Path) -> Non
     before = run.server()
     for members in ("ab", "b", "abc"):
         result = run.step(*members)
-        assert result.bytes_up == len(members) * 4 * size == result.cost.up
-        assert result.bytes_down <= result.cost.down * (1 if "a" in members else 3) + 20_000
+        assert result.traffic.up == len(members) * 4 * size == result.cost.up
+        assert result.traffic.down <= result.cost.down * (1 if "a" in members else 3) + 20_000
     assert run.hashes() == dict.fromkeys("abcd", run.server())
     assert run.server() != before
 

@@ -86,9 +86,9 @@ def test_cost_is_b_and_the_head_with_a_once(tmp_path: Path) -> None:
     # q, k, v, o, gate, up: in 32, down: in 48; out 32, 16, 16, 32, 48, 48, 32
     a, b = 4 * (6 * 32 + 48), 4 * (2 * 32 + 2 * 16 + 2 * 48 + 32)
     first, second = run.step(), run.step()
-    assert first.bytes_up == second.bytes_up == 4 * 4 * b
-    assert first.bytes_down == 4 * 4 * (a + b)
-    assert second.bytes_down == 4 * 4 * b
+    assert first.traffic.up == second.traffic.up == 4 * 4 * b
+    assert first.traffic.down == 4 * 4 * (a + b)
+    assert second.traffic.down == 4 * 4 * b
 
 
 @pytest.fixture(scope="module")

@@ -155,8 +155,8 @@ def test_first_download_is_the_head_then_the_stack_of_the_cohort(tmp_path: Path)
     run = tiny.start(tiny.config("flora", cohort=4), "llama", tmp_path)
     one = 4 * (2 * 256 + 2 * 192 + 3 * 320)  # see FedAvg: the same factors
     first, second = run.step(), run.step()
-    assert (first.bytes_down, first.bytes_up) == (0, 4 * one)
-    assert (second.bytes_down, second.bytes_up) == (4 * 4 * one, 4 * one)
+    assert (first.traffic.down, first.traffic.up) == (0, 4 * one)
+    assert (second.traffic.down, second.traffic.up) == (4 * 4 * one, 4 * one)
 
 
 # Compaction

@@ -12,6 +12,7 @@ from corolla import seeds
 from corolla.config.build import build_strategy
 from corolla.directions import signs
 from corolla.errors import ConfigError
+from corolla.server.rounds.call import RoundCall
 from corolla.server.rounds.round import run_round
 from corolla.strategies.fedavg import FedAvg
 from corolla.strategies.mixed import Mixed
@@ -288,8 +289,8 @@ def test_both_classes_train_in_one_round(
         result = run.step()
         sent = {c: set(reply.scalars) for c, reply in run.network.replies.items()}
         assert sent == {"a": set(), "b": {"scalars"}, "c": set(), "d": {"scalars"}}
-        assert result.bytes_up == 2 * 4 * values + 2 * (4 * 3 + 8) == result.cost.up
-        assert result.bytes_down == 4 * (4 * values + 16) == result.cost.down
+        assert result.traffic.up == 2 * 4 * values + 2 * (4 * 3 + 8) == result.cost.up
+        assert result.traffic.down == 4 * (4 * values + 16) == result.cost.down
         moved = {c: flat(held) - before for c, held in run.network.weights.items()}
         shares = [result.metrics[f"{name}_order_share"] for name in ("first", "zeroth")]
         assert sum(shares) == pytest.approx(1)
@@ -339,7 +340,9 @@ def test_a_device_that_measured_other_directions_is_dropped(tmp_path: Path) -> N
     worker = run.network.worker("b")
     worker.config = worker.config.model_copy(update={"seed": worker.config.seed + 1})
     config = run.federation.config.model_copy(update={"cohort": 4})
-    result = run_round(replace(run.federation, config=config), run.state, {}, 1, run.network)
+    result = run_round(
+        RoundCall(replace(run.federation, config=config), run.state, {}, 1), run.network
+    )
     assert list(result.dropped) == ["b"]
     assert "update has seed" in result.dropped["b"]
     assert sorted(result.num_examples) == ["a", "c", "d"]
@@ -352,7 +355,7 @@ def test_a_client_that_sends_what_the_other_class_sends_is_dropped(tmp_path: Pat
     worker.config = worker.config.model_copy(update={"classes": names})
     config = run.federation.config.model_copy(update={"cohort": 4})
     own = replace(run.federation, config=config)
-    result = run_round(own, run.state, {}, 1, run.network)
+    result = run_round(RoundCall(own, run.state, {}, 1), run.network)
     assert list(result.dropped) == ["a"]
     assert "groups" in result.dropped["a"]
     assert sorted(result.num_examples) == ["b", "c", "d"]

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from corolla.errors import RoundError
-from corolla.server.rounds.federation import Network
+from corolla.server.rounds.call import RoundCall
+from corolla.server.rounds.network import Network
 from corolla.server.rounds.round import run_round
 from corolla.strategies.rolora import RoLora
 from corolla.tensors import tree
@@ -130,13 +131,13 @@ def test_an_update_of_the_phase_before_is_refused(
     run = tiny.start(tiny.config("rolora", cohort=4), "bert", tmp_path)
     run.step()
     late = Late(run, "b", relabelled, dict(run.network.sent))
-    result = run_round(run.federation, run.state, run.held, 2, late)
+    result = run_round(RoundCall(run.federation, run.state, run.held, 2), late)
     assert result.dropped.keys() == {"b"}
     assert why in result.dropped["b"]
     assert result.num_examples.keys() == {"a", "c", "d"}
     strict = run.federation.config.model_copy(update={"quorum": 1.0})
     with pytest.raises(RoundError, match=why):
-        run_round(replace(run.federation, config=strict), run.state, run.held, 2, late)
+        run_round(RoundCall(replace(run.federation, config=strict), run.state, run.held, 2), late)
 
 
 def test_bytes_are_those_of_one_factor(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from corolla import seeds
 from corolla.config.build import build_strategy
 from corolla.directions import moving, pools, seedlog, signs
 from corolla.errors import ConfigError, RoundError
+from corolla.server.rounds.call import RoundCall
 from corolla.server.rounds.round import run_round
 from corolla.server.rounds.tasks import Traffic, make_tasks
 from corolla.strategies.seed_pool import SeedPool
@@ -350,10 +351,10 @@ def test_bytes_are_the_formula_whatever_the_cohort(space: str, cohort: str, tmp_
     for round in (1, 2):
         result = run.step(*cohort)
         assert result.metrics["zero_scalars"] == 0
-        assert result.bytes_up == len(cohort) * (2 * 12 + 8)
-        assert result.bytes_down <= len(cohort) * (2 * 512 + 4)
-        assert (result.bytes_down > 0) == (round > 1)
-        assert (result.cost.up, result.cost.down) == (result.bytes_up, len(cohort) * 1028)
+        assert result.traffic.up == len(cohort) * (2 * 12 + 8)
+        assert result.traffic.down <= len(cohort) * (2 * 512 + 4)
+        assert (result.traffic.down > 0) == (round > 1)
+        assert (result.cost.up, result.cost.down) == (result.traffic.up, len(cohort) * 1028)
 
 
 def test_two_hundred_steps_travel_in_less_than_two_kilobytes() -> None:
@@ -393,7 +394,7 @@ def test_a_client_that_diverges_costs_nobody_else_the_round(tmp_path: Path) -> N
     members = {c: tiny.CLIENTS[c] for c in "ab"}
     config = run.federation.config.model_copy(update={"cohort": 2})
     own = replace(run.federation, clients=members, config=config)
-    result = run_round(own, run.state, {}, 1, run.network)
+    result = run_round(RoundCall(own, run.state, {}, 1), run.network)
     assert list(result.dropped) == ["b"]
     assert "lower lr" in result.dropped["b"]
     assert list(result.num_examples) == ["a"]
@@ -415,7 +416,9 @@ def test_the_server_knows_the_step_and_the_seed_of_a_device(
     other = run.network.worker("b")
     other.config = other.config.model_copy(update=changes)
     config = run.federation.config.model_copy(update={"cohort": 4})
-    result = run_round(replace(run.federation, config=config), run.state, {}, 1, run.network)
+    result = run_round(
+        RoundCall(replace(run.federation, config=config), run.state, {}, 1), run.network
+    )
     assert list(result.dropped) == (["b"] if says else [])
     assert says in result.dropped.get("b", "")
 

@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import WordLevel
 from torch import Tensor, nn
 
 from corolla import seeds
 from corolla.client.training.worker import Worker
+from corolla.commands.check import tiny_models
+from corolla.commands.check.tiny_models import Size, word_tokenizer
 from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.data.federated import FederatedData
@@ -29,7 +28,9 @@ from corolla.interfaces import ForwardTrainer, LocalTrainer, Observed, Strategy
 from corolla.models import pretrained
 from corolla.models.lora import LoraModel
 from corolla.models.pretrained import Base
-from corolla.server.rounds.federation import Federation, Held, Network
+from corolla.server.rounds.call import RoundCall
+from corolla.server.rounds.federation import Federation, Held
+from corolla.server.rounds.network import Network
 from corolla.server.rounds.round import RoundResult, run_round
 from corolla.storage.memory import Memory
 from corolla.strategies import registry
@@ -52,7 +53,7 @@ from corolla.wire import messages
 from corolla.wire.messages import unpack_reply, unpack_task
 from corolla.wire.packet import Packet
 
-KINDS = ("llama", "gpt2", "bert")
+KINDS = tiny_models.KINDS
 VOCABULARY = 64
 LABELS = ("no", "perhaps", "yes")
 CLIENTS = {"a": 3, "b": 9, "c": 6, "d": 4}
@@ -60,60 +61,12 @@ CLIENTS = {"a": 3, "b": 9, "c": 6, "d": 4}
 IDS = torch.arange(2, 26).reshape(2, 12)
 """Input for comparing logits."""
 
-_COMMON: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0}
-_GENERATOR: dict[str, Any] = {**_COMMON, "bos_token_id": 0, "eos_token_id": 0}
-
-
-def llama() -> transformers.PreTrainedModel:
-    """Grouped-query attention (k and v are (16, 32)), tied embeddings."""
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=32,
-            tie_word_embeddings=True,
-            **_GENERATOR,
-        )
-    )
-
-
-def gpt2() -> transformers.PreTrainedModel:
-    """Conv1D, with weights (in, out); dropout 0.1."""
-    return transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(n_embd=32, n_layer=1, n_head=4, n_positions=32, **_GENERATOR)
-    )
-
-
-def bert() -> transformers.PreTrainedModel:
-    """A classifier with a trained head; dropout 0.1."""
-    return transformers.BertForSequenceClassification(
-        transformers.BertConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            max_position_embeddings=32,
-            num_labels=len(LABELS),
-            **_COMMON,
-        )
-    )
-
-
-_MODELS: Mapping[str, Callable[[], transformers.PreTrainedModel]] = {
-    "llama": llama,
-    "gpt2": gpt2,
-    "bert": bert,
-}
+_SIZE = Size(vocabulary=VOCABULARY, intermediate=48, layers=1, positions=32)
 
 
 def base(kind: str) -> Base:
     """The same weights each time."""
-    with torch.random.fork_rng(devices=[]):
-        torch.random.manual_seed(7)
-        model = _MODELS[kind]().eval()
+    model = tiny_models.build(kind, _SIZE, len(LABELS), seed=7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:  # transformers starts biases at 0 and norms at 1
@@ -121,7 +74,7 @@ def base(kind: str) -> Base:
                 parameter += 0.05 * noise
     model.requires_grad_(False)
     task = "classify" if kind == "bert" else "causal"
-    return Base(model, _tokenizer(), task, kind, kind, pretrained.fingerprint(model))
+    return Base(model, word_tokenizer(VOCABULARY), task, kind, kind, pretrained.fingerprint(model))
 
 
 def lora_model(kind: str, dropout: float = 0.0) -> LoraModel:
@@ -259,7 +212,9 @@ class Run:
 
     def step(self) -> RoundResult:
         """One round."""
-        result = run_round(self.federation, self.state, self.held, len(self.done) + 1, self.network)
+        result = run_round(
+            RoundCall(self.federation, self.state, self.held, len(self.done) + 1), self.network
+        )
         self.state, self.held = result.state, result.held
         self.done.append(result)
         return result
@@ -467,12 +422,3 @@ def names(payload: Payload) -> dict[str, dict[str, tuple[Sequence[int], torch.dt
         group: {n: (tuple(t.shape), t.dtype) for n, t in params.items()}
         for group, params in payload.items()
     }
-
-
-def _tokenizer() -> transformers.PreTrainedTokenizerBase:
-    words = {"<eos>": 0, **{f"w{i}": i + 1 for i in range(VOCABULARY - 1)}}
-    raw = Tokenizer(WordLevel(words, unk_token="<eos>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=raw, eos_token="<eos>", pad_token="<eos>"
-    )

@@ -18,7 +18,9 @@ from torch import Tensor
 from corolla import seeds
 from corolla.data.rows import Example
 from corolla.interfaces import Strategy
-from corolla.server.rounds.federation import Federation, Network
+from corolla.server.rounds import expectations
+from corolla.server.rounds.federation import Federation
+from corolla.server.rounds.network import Network
 from corolla.strategies import registry
 from corolla.tensors import factors
 from corolla.types import Params, Payload
@@ -27,11 +29,11 @@ from corolla.wire.messages import Kind, Reply, pack_reply, unpack_task
 from corolla.wire.packet import Packet
 
 _TOKENS = 24
-"""Of a canary example, at most: long enough to be like no other."""
+"""The most tokens of a canary example: enough to be like no other."""
 
 
 def names(count: int) -> list[str]:
-    """Of canary clients, in the order of their names."""
+    """The names of canary clients, in an order that sorting keeps."""
     width = len(str(count - 1))
     return [f"canary-{i:0{width}d}" for i in range(count)]
 
@@ -68,7 +70,7 @@ class CanaryClients(Network):
 
     def update(self, client: str, round: int) -> Payload:
         """What a client sends in a round, the same each time it is asked for."""
-        like = self.federation.expected(client, Kind.TRAIN, round).like or {}
+        like = expectations.expected(self.federation, client, Kind.TRAIN, round).like or {}
         generator = seeds.generator(self.seed, "audit", client, round)
         drawn = {
             group: {name: _random(params[name], generator) for name in sorted(params)}
@@ -88,7 +90,7 @@ class CanaryClients(Network):
         task = unpack_task(packet)
         if task.kind != Kind.TRAIN:
             return None
-        expected = self.federation.expected(client, Kind.TRAIN, task.round)
+        expected = expectations.expected(self.federation, client, Kind.TRAIN, task.round)
         update = self.federation.config.uplink.pack(self.update(client, task.round), self.seed)
         dense, scalars = messages.enclose(update)
         reply = Reply(

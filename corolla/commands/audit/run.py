@@ -1,26 +1,22 @@
 """`corolla audit`: try to refute a claim of differential privacy on the code that makes it.
 
-A composition root, as simulation.py: it brings server and clients together on this machine. What is
+A composition root, as simulate: it brings server and clients together on this machine. What is
 found is a lower bound on epsilon, or how well an attack does; neither is a measurement of epsilon.
 """
 
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from corolla.client.training.worker import Worker
 from corolla.commands.audit import bound, canaries
 from corolla.commands.audit.membership import Attack, attack
-from corolla.commands.simulate.in_process import InProcess
+from corolla.commands.audit.watched import ONE_RUN, Watched, run_here, run_with
 from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.data.encoding import Encoded, Encoder, collate
@@ -32,27 +28,20 @@ from corolla.models.dense import DenseModel
 from corolla.models.lora import LoraModel
 from corolla.models.trainable import Trainable
 from corolla.privacy.guarantee import Guarantee
-from corolla.server.rounds.federation import Federation, Network
-from corolla.server.rounds.spending import Spending
-from corolla.server.runs import journal
-from corolla.server.runs.checkpoint import Checkpoint
-from corolla.server.runs.journal import Journal
-from corolla.server.runs.observer import Silent
-from corolla.server.runs.run import Run
+from corolla.server.rounds.federation import Federation
 from corolla.server.runs.setup import Setup, set_up
-from corolla.storage.memory import Memory
 from corolla.types import Payload
 
 Unit = Literal["example", "client"]
 
 CONFIDENCE = 0.95
-"""Of everything that an audit says together."""
+"""Joint confidence of all bounds of one audit."""
 
 LOUDNESS = 10.0
-"""The norm of a canary's update over the clip: what clips it is audited too."""
+"""Norm of a canary's update, as a multiple of the clip: what clips it is audited too."""
 
 _FEW = 8
-"""Held-out examples of the runs inside an audit, whose losses nobody looks at."""
+"""Number of held-out examples where nobody looks at the losses of a run."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +50,7 @@ class Proof:
 
     score: str
     right: int
-    """Of the guesses."""
+    """Number of guesses that were right."""
     lower_bound: float
 
 
@@ -145,8 +134,15 @@ def audit(
         proofs.append(Proof(name, right, proven))
     most = bound.ceiling(count, guesses, config.delta, share)
     return Audit(
-        *(unit, ran.claim, count, sum(included), guesses, config.delta),
-        *(len(ran.steps), proofs, most),
+        unit=unit,
+        claimed=ran.claim,
+        canaries=count,
+        included=sum(included),
+        guesses=guesses,
+        delta=config.delta,
+        rounds=len(ran.steps),
+        proofs=proofs,
+        ceiling=most,
     )
 
 
@@ -162,7 +158,7 @@ def membership(config: RunConfig) -> Membership:
     for dp in dict.fromkeys((config.dp, "none")):
         asked = config if dp == config.dp else _without_dp(config)
         loaded = set_up(asked, None)
-        run = _run_here(asked, loaded)
+        run = run_here(asked, loaded)
         attacks[f"dp={dp}"] = _attacked(asked, loaded, run)
         losses |= {"base": run.base, f"dp={dp}": run.final}
         if dp != "none":
@@ -170,109 +166,12 @@ def membership(config: RunConfig) -> Membership:
     return Membership(claimed, attacks, losses)
 
 
-def print_audit(console: Console, found: Audit) -> None:
-    """What was claimed, what was proven, what could have been proven."""
-    said = found.claimed.line() if found.claimed else "no differential privacy: epsilon ∞"
-    console.print(f"claimed  {escape(said)}", highlight=False, soft_wrap=True)
-    table = Table("score", "right guesses", "lower bound on epsilon")
-    for proof in found.proofs:
-        table.add_row(proof.score, f"{proof.right} of {found.guesses}", f"{proof.lower_bound:.2f}")
-    console.print(table)
-    console.print(
-        f"{found.canaries} canary {found.unit}s, {found.included} of them in, {found.rounds} "
-        f"rounds; at delta {found.delta:g} and {found.confidence:.0%} confidence. With "
-        f"{found.guesses} guesses no lower bound is above {found.ceiling:.2f}.",
-        highlight=False,
-        soft_wrap=True,
-    )
-    verdict = "the claim is not refuted, which does not prove it"
-    if found.claimed is None:
-        verdict = "nothing is claimed; the lower bound says how much leaks at least"
-    if found.refuted:
-        verdict = "[red]the claim is refuted: more leaks than it says[/]"
-    console.print(verdict, highlight=False, soft_wrap=True)
-
-
-def print_membership(console: Console, found: Membership) -> None:
-    """Both models side by side."""
-    said = found.claimed.line() if found.claimed else "no differential privacy: epsilon ∞"
-    console.print(f"claimed  {escape(said)}", highlight=False, soft_wrap=True)
-    table = Table("trained with", "AUC", "TPR at 1 % FPR", "members", "others", "held-out loss")
-    for name, own in found.attacks.items():
-        table.add_row(
-            *(name, f"{own.auc:.3f}", f"{own.tpr_at_1_fpr:.1%}", str(own.members)),
-            *(str(own.others), f"{found.losses[name]:.4f}"),
-        )
-    console.print(table)
-    console.print(
-        f"AUC 0.5 and a TPR of 1 % are guessing; the loss of the base model is "
-        f"{found.losses['base']:.4f}. A better attack may find more.",
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-@dataclass
-class _Watched(Run):
-    """A run that leaves nothing but what it has released: (round, state before, state after)."""
-
-    steps: list[tuple[int, Payload, Payload]] = field(default_factory=list)
-    claim: Guarantee | None = None
-    """What it says itself that it has spent."""
-    events: Sequence[Mapping[str, Any]] = ()
-    base: float = math.nan
-    final: float = math.nan
-
-    def _round(
-        self, federation: Federation, at: Checkpoint, journal: Journal, account: Spending
-    ) -> tuple[Federation, Checkpoint, dict[str, Any]]:
-        done = super()._round(federation, at, journal, account)
-        self.steps.append((at.round + 1, at.state, done[1].state))
-        self.claim = account.guarantee()
-        return done
-
-    def _base(
-        self, federation: Federation, state: Payload, info: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        self.base = self._loss(federation, state)
-        return {"metrics": {"loss": self.base}, "samples": [], "clients": {}}
-
-    def _finish(self, federation: Federation, state: Payload, *rest: Any, **facts: Any) -> Any:
-        """No artefact and no report: what counts has been released."""
-        self.final = self._loss(federation, state)
-
-    def _loss(self, federation: Federation, state: Payload) -> float:
-        return self.evaluator.score(federation.strategy.adapter(state))["loss"]
-
-    @property
-    def cohorts(self) -> Mapping[int, Sequence[str]]:
-        """Round → who was asked last."""
-        return {e["round"]: list(e["cohort"]) for e in self.events if e["event"] == "planned"}
-
-
-def _run(config: RunConfig, network: Network, loaded: Setup, folder: Path) -> _Watched:
-    """The whole run, as a simulation's: sampling, gate, noise, budget, journal."""
-    folder.mkdir()
-    run = _Watched(config, network, loaded.evaluator, folder, loaded.facts, Silent())
-    run.execute()
-    run.events = journal.read(folder)
-    return run
-
-
-def _run_here(config: RunConfig, loaded: Setup) -> _Watched:
-    """A run whose clients are trained in this process."""
-    with tempfile.TemporaryDirectory(prefix="corolla-audit-") as scratch:
-        memory = Memory(Path(scratch, "memory"), Path(scratch, "clients"))
-        worker = Worker(config, loaded.model, loaded.data, memory)
-        return _run(config, InProcess(worker), loaded, Path(scratch, "run"))
-
-
 def _audited_clients(
     config: RunConfig, included: Sequence[bool]
-) -> tuple[dict[str, list[float]], _Watched]:
+) -> tuple[dict[str, list[float]], Watched]:
     """Scores of canary clients."""
     clients = canaries.names(len(included))
-    config = config.model_copy(update={"eval_examples": _FEW, **_ONE_RUN})
+    config = config.model_copy(update={"eval_examples": _FEW, **ONE_RUN})
     loaded = set_up(config, None)
     cohort = _cohort(config, len(loaded.data.clients), len(clients))
     config = config.model_copy(update={"clients": None, "cohort": cohort})
@@ -284,7 +183,7 @@ def _audited_clients(
     loud = min(LOUDNESS * config.clip, config.max_norm or math.inf)
     network = canaries.CanaryClients(federation, coins, loud, config.seed)
     with tempfile.TemporaryDirectory(prefix="corolla-audit-") as scratch:
-        run = _run(config, network, loaded, Path(scratch, "run"))
+        run = run_with(config, network, loaded, Path(scratch, "run"))
     scores = dict.fromkeys(clients, 0.0)
     for round, before, after in run.steps:
         for client in run.cohorts.get(round, ()):
@@ -303,29 +202,18 @@ def _cohort(config: RunConfig, population: int, count: int) -> int:
     return max(1, cohort)
 
 
-_ONE_RUN: Mapping[str, Any] = {
-    "quorum": 1e-9,  # who is not in does not answer
-    "engine": "inprocess",
-    "availability": None,
-    "max_seconds": None,
-    "target_loss": None,
-    "patience": None,
-}
-"""Of the runs inside an audit: nothing but the budget ends them."""
-
-
 def _audited_examples(
     config: RunConfig, included: Sequence[bool]
-) -> tuple[dict[str, list[float]], _Watched]:
+) -> tuple[dict[str, list[float]], Watched]:
     """Scores of canary examples in one client's data."""
-    config = config.model_copy(update={"cohort": 1, "eval_examples": _FEW, **_ONE_RUN})
+    config = config.model_copy(update={"cohort": 1, "eval_examples": _FEW, **ONE_RUN})
     loaded = set_up(config, None)
     name, split = next(iter(loaded.data.clients.items()))
     tokenizer, labels = loaded.model.base.tokenizer, loaded.data.labels
     made = canaries.examples(tokenizer, labels, len(included), config.max_length, config.seed)
     there = [example for example, coin in zip(made, included, strict=True) if coin]
     own = Split([*split.train, *there], split.eval)
-    run = _run_here(config, replace(loaded, data=replace(loaded.data, clients={name: own})))
+    run = run_here(config, replace(loaded, data=replace(loaded.data, clients={name: own})))
     model = loaded.model
     sequences = _encoded(config, model, labels, made)
     before, after = (
@@ -360,7 +248,7 @@ def _losses(
 def _along(
     config: RunConfig,
     model: LoraModel | DenseModel,
-    run: _Watched,
+    run: Watched,
     examples: Sequence[Sequence[Encoded]],
 ) -> list[float]:
     """How far all steps of the run went down the gradient of each example, of norm 1."""
@@ -386,7 +274,7 @@ def _along(
     return scores
 
 
-def _attacked(config: RunConfig, loaded: Setup, run: _Watched) -> Attack:
+def _attacked(config: RunConfig, loaded: Setup, run: Watched) -> Attack:
     """The attack on the clients that a run asked."""
     took = {client for cohort in run.cohorts.values() for client in cohort}
     splits = [loaded.data.clients[client] for client in sorted(took)]

@@ -1,13 +1,14 @@
 """Student's t for means over a few seeds: intervals, paired tests, Holm's correction.
 
-Student, "The Probable Error of a Mean", Biometrika 1908; the closed form for whole degrees of
-freedom is 26.7.3 and 26.7.4 of Abramowitz and Stegun, "Handbook of Mathematical Functions", 1964.
+Student, "The Probable Error of a Mean", Biometrika 1908.
 """
 
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from scipy.stats import t as student
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def mean(values: Sequence[float]) -> Mean:
     centre = statistics.fmean(values)
     if len(values) < 2:
         return Mean(centre, None, None, len(values))
-    half = quantile(0.95, len(values) - 1) * _error(values)
+    half = float(student.ppf(0.975, len(values) - 1)) * _error(values)
     return Mean(centre, centre - half, centre + half, len(values))
 
 
@@ -40,7 +41,7 @@ def p_value(differences: Sequence[float]) -> float:
     centre, error = statistics.fmean(differences), _error(differences)
     if error == 0:
         return float(centre == 0)
-    return 1 - within(centre / error, len(differences) - 1)
+    return float(2 * student.sf(abs(centre / error), len(differences) - 1))
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -50,31 +51,6 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
         least = max(least, min(1.0, (len(p_values) - rank) * p_values[name]))
         adjusted[name] = least
     return adjusted
-
-
-def within(t: float, df: int) -> float:
-    """P(|T| <= |t|) for T with `df` = 1, 2, ... degrees of freedom."""
-    angle = math.atan(abs(t) / math.sqrt(df))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = df % 2
-    term = total = cosine if odd else 1.0
-    for k in range(2 + odd, df - 1, 2):
-        term *= cosine * cosine * (k - 1) / k
-        total += term
-    if odd:
-        return 2 / math.pi * (angle + (sine * total if df > 1 else 0.0))
-    return sine * total
-
-
-def quantile(probability: float, df: int) -> float:
-    """The t with P(|T| <= t) = `probability`, by bisection: 4.303 for 0.95 and 2."""
-    low, high = 0.0, 1.0
-    while within(high, df) < probability:
-        high *= 2
-    while high - low > 1e-12 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if within(middle, df) < probability else (low, middle)
-    return high
 
 
 def _error(values: Sequence[float]) -> float:

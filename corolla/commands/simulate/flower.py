@@ -1,6 +1,6 @@
 """`--engine flower`: the same ServerApp code and ClientApp on Flower's simulation engine (Ray).
 
-A composition root, apart from `simulation` because Flower and Ray are heavy to import.
+A composition root, apart from `in_process` because Flower and Ray are heavy to import.
 """
 
 import importlib.util
@@ -21,7 +21,7 @@ from corolla.errors import ConfigError, RoundError
 from corolla.host.processes import terminate_as_interrupt
 from corolla.models import pretrained
 from corolla.server.runs.observer import Observer
-from corolla.server.runs.run import Summary
+from corolla.server.runs.summary import Summary
 
 # Read when Flower and Ray are imported: no telemetry, no advice about accelerators.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -48,7 +48,7 @@ def simulate_on_flower(
     from flwr.serverapp import Grid, ServerApp
     from flwr.simulation import run_simulation
 
-    from corolla.client import app as client
+    from corolla.client.app import app
     from corolla.server.app import SimulatedRun, serve
 
     # A model or data set that cannot be loaded is said here, not by every process of Ray.
@@ -74,8 +74,23 @@ def simulate_on_flower(
         except BaseException as error:  # noqa: BLE001 - re-raised below; Flower would lose some
             failed.append(error)
 
+    with _folders_of_clients(folder, keep_updates):
+        try:
+            with _quiet_flower(), terminate_as_interrupt():
+                run_simulation(server, app, nodes, backend_config=_backend(config))
+        finally:
+            stop.set()  # the server's thread would otherwise keep an interrupted process alive
+    if failed:
+        raise failed[0]
+    if not done:
+        raise RoundError("Flower's simulation engine ended without a result")
+    return done[0]
+
+
+def _backend(config: RunConfig) -> Any:
+    """What Ray may use, and what each client takes of it."""
     cores = os.cpu_count() or 1
-    backend: Any = {
+    return {
         "client_resources": {"num_cpus": min(config.threads or cores, cores), "num_gpus": 0.0},
         "init_args": {
             "num_cpus": cores,
@@ -84,26 +99,21 @@ def simulate_on_flower(
             "logging_level": "ERROR",
         },
     }
+
+
+@contextmanager
+def _folders_of_clients(folder: Path, keep_updates: bool) -> Iterator[None]:
+    """Tell the processes of Ray, which inherit the environment, where clients keep files."""
+    from corolla.client.app import KEPT, MEMORY, RECORD
+
     with tempfile.TemporaryDirectory(prefix="corolla-memory-") as memory:
-        os.environ[client.MEMORY] = memory
-        os.environ[client.KEPT] = str((folder / "clients").resolve())
-        os.environ[client.RECORD] = str((folder / "updates").resolve()) if keep_updates else ""
+        os.environ[MEMORY] = memory
+        os.environ[KEPT] = str((folder / "clients").resolve())
+        os.environ[RECORD] = str((folder / "updates").resolve()) if keep_updates else ""
         try:
-            with _quiet_flower(), terminate_as_interrupt():
-                run_simulation(
-                    server_app=server,
-                    client_app=client.app,
-                    num_supernodes=nodes,
-                    backend_config=backend,
-                )
+            yield
         finally:
-            stop.set()  # the server's thread would otherwise keep an interrupted process alive
-            del os.environ[client.MEMORY], os.environ[client.KEPT], os.environ[client.RECORD]
-    if failed:
-        raise failed[0]
-    if not done:
-        raise RoundError("Flower's simulation engine ended without a result")
-    return done[0]
+            del os.environ[MEMORY], os.environ[KEPT], os.environ[RECORD]
 
 
 @contextmanager

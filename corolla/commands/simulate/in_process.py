@@ -12,11 +12,13 @@ from corolla.config.rules import refuse_kept_updates
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, StoppedError, WireError
 from corolla.host.processes import terminate_as_interrupt
-from corolla.server.rounds.federation import Network
+from corolla.server.rounds.network import Network
 from corolla.server.runs.attempts import how_to_go_on
+from corolla.server.runs.folder import prepare_folder, stored_run
 from corolla.server.runs.observer import Observer, Silent
-from corolla.server.runs.run import Run, Summary, prepare_folder, stored_run
+from corolla.server.runs.run import Run
 from corolla.server.runs.setup import set_up
+from corolla.server.runs.summary import Summary
 from corolla.storage.memory import Memory
 from corolla.wire.messages import Kind, Task, pack_task, unpack_reply
 from corolla.wire.packet import Packet

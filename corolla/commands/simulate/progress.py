@@ -19,7 +19,7 @@ from rich.table import Table
 
 from corolla.evaluation.scoring import SHARES
 from corolla.host.text import human_bytes
-from corolla.server.runs.run import Summary
+from corolla.server.runs.summary import Summary
 
 
 class Bars:
@@ -125,7 +125,7 @@ class Bars:
 
 
 def _noise(found: Mapping[str, Any]) -> str:
-    """What is planned of differential privacy, and what is not told for its sake."""
+    """The unit, budget, noise and withheld facts of a private run, as they are planned."""
     z, budget = found["noise_multiplier"], found["budget"]
     noise = f"noise multiplier {z:.4g}" if z else "each client's noise is made for the budget"
     wanted = f"budget epsilon {budget:g}, " if budget is not None else ""

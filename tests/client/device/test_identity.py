@@ -89,7 +89,7 @@ def test_a_key_that_is_there_writes_nothing(
 ) -> None:
     """On a full disk a client still starts; what cannot be made is no error of the settings."""
 
-    def full(path: Path, data: bytes) -> None:
+    def full(path: Path, data: bytes, private: bool = False) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     first, _ = identity.identity(tmp_path / "state")

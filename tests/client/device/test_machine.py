@@ -7,12 +7,11 @@ import psutil
 import pytest
 
 from corolla.client.device import machine
-from corolla.client.device.machine import Workload
 from corolla.config.load import validate
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, ModelError
 from corolla.models import anatomy, footprint
-from corolla.models.footprint import Batch
+from corolla.models.footprint import Batch, Workload
 from corolla.proto import update_pb2
 
 
@@ -54,7 +53,7 @@ BATCH = Batch(8, 256, 8 * 255)
 
 def need(own: RunConfig, trainer: str = "first_order") -> int:
     model = anatomy.read("embedded")
-    return footprint.client(model, own, trainer, BATCH).total  # type: ignore[arg-type]
+    return footprint.client(Workload(model, BATCH), own, trainer).total  # type: ignore[arg-type]
 
 
 def chosen(budget: int, own: RunConfig, alone: bool = False) -> dict[str, object]:
@@ -102,7 +101,7 @@ def test_then_zeroth_order_where_the_strategy_has_it() -> None:
         own = config(strategy=strategy, rank=64, **changes)
         least = {"micro_batch_size": 1, "gradient_checkpointing": True}
         smallest = own.model_copy(update=least)
-        budget = footprint.client(model, smallest, "first_order", short).total - 1
+        budget = footprint.client(Workload(model, short), smallest, "first_order").total - 1
         if strategy == "mixed":
             found = machine.choose(budget, Workload(model, short), own, trainer="first_order")
             assert found.overrides["trainer"] == "zeroth_order"
@@ -133,7 +132,7 @@ def test_a_budget_counts_evaluation_as_the_worker_does_it(monkeypatch: pytest.Mo
 
     def total(changed: RunConfig, evaluated: Batch | None) -> int:
         batch = Batch(changed.batch_size, 256, changed.batch_size * 255)
-        return footprint.client(model, changed, "first_order", batch, evaluated).total
+        return footprint.client(Workload(model, batch, evaluated), changed, "first_order").total
 
     _, one = machine.fit(own, "embedded", 1 << 40)
     assert one.total == total(own, Batch(1, 256, 255))

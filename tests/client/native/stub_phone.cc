@@ -16,9 +16,9 @@
 #include <nlohmann/json.hpp>
 #include <thread>
 
-#include "../../../client/native/files.h"
-#include "../../../client/native/hash.h"
-#include "../../../client/native/serve.h"
+#include "base/files.h"
+#include "base/hash.h"
+#include "tools/serve.h"
 
 namespace corolla {
 namespace {

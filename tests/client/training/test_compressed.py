@@ -12,7 +12,8 @@ from torch import Tensor
 
 from corolla.config import load as config
 from corolla.errors import ConfigError
-from corolla.server.rounds.federation import Network
+from corolla.server.rounds.call import RoundCall
+from corolla.server.rounds.network import Network
 from corolla.server.rounds.round import RoundResult, run_round
 from corolla.tensors import factors, tree
 from corolla.types import Params, Payload
@@ -51,7 +52,7 @@ def step(run: devices.Run, *lost: str) -> RoundResult:
         run.federation, config=run.federation.config.model_copy(update={"cohort": 4})
     )
     network = Lossy(run.network, set(lost))
-    result = run_round(federation, run.state, run.held, run.round, network)
+    result = run_round(RoundCall(federation, run.state, run.held, run.round), network)
     assert set(result.dropped) == set(lost)
     run.state, run.held = result.state, result.held
     return result
@@ -93,7 +94,7 @@ def test_the_aggregate_is_the_mean_of_what_was_decoded(kind: str, tmp_path: Path
     result = step(run)
     p, tensors = size_of(run), len(like(run)["adapter"])
     k = math.floor(0.1 * p)
-    assert result.bytes_up == result.cost.up == 4 * (k + math.ceil(p / 8) + 4 * tensors)
+    assert result.traffic.up == result.cost.up == 4 * (k + math.ceil(p / 8) + 4 * tensors)
     assert not result.cost.at_most
     updates = {client: decoded(run, client)["adapter"] for client in tiny.CLIENTS}
     assert {int(vector(u).count_nonzero()) <= k for u in updates.values()} == {True}
@@ -106,10 +107,10 @@ def test_zstd_sends_at_most_what_the_formula_says(tmp_path: Path) -> None:
     run = started(tmp_path, codec=["top_k:0.1", "int8", "zstd"])
     result = step(run)
     frames = [messages.content(reply)[""] for reply in run.network.replies.values()]
-    assert result.bytes_up == sum(t.numel() for box in frames for t in box.values())
-    assert result.bytes_up < result.cost.up
+    assert result.traffic.up == sum(t.numel() for box in frames for t in box.values())
+    assert result.traffic.up < result.cost.up
     assert result.cost.at_most
-    sent = result.bytes_up + result.framing_up
+    sent = result.traffic.up + result.traffic.framing_up
     assert sent == sum(
         len(messages.pack_reply(r).header) + len(r.payload) for r in run.network.replies.values()
     )
@@ -179,7 +180,7 @@ def test_scaffold_keeps_its_own_beside_the_residual(tmp_path: Path) -> None:
     sparse = started(tmp_path / "sparse", strategy="scaffold", optimizer="sgd", codec=["top_k:0.1"])
     for _ in range(3):
         result = step(sparse)
-    assert result.bytes_up == result.cost.up
+    assert result.traffic.up == result.cost.up
     assert tree.digest_all(sparse.state) != tree.digest_all(plain.state)
 
 
@@ -194,7 +195,9 @@ def test_number_types_fit_every_dense_strategy(
     run = started(tmp_path, strategy=strategy, codec=steps, **changes)
     result = step(run)
     assert (
-        result.bytes_up <= result.cost.up if "zstd" in steps else result.bytes_up == result.cost.up
+        result.traffic.up <= result.cost.up
+        if "zstd" in steps
+        else result.traffic.up == result.cost.up
     )
     plain = PLAIN.content_bytes(like(run))[0] * 4
     assert result.cost.up == pytest.approx(plain / (4 if steps == ["int8"] else 2), rel=0.1)
@@ -204,7 +207,7 @@ def test_flora_at_rank_1_stacks_the_best_of_each_client(tmp_path: Path) -> None:
     """Against dense SVDs of what each client's model held."""
     run = started(tmp_path, strategy="flora", ranks=[4, 2, 4, 4], codec=["rank:1"])
     result = step(run)
-    assert result.bytes_up == result.cost.up
+    assert result.traffic.up == result.cost.up
     (block,) = (params for group, params in run.state.items() if group.startswith("block"))
     for module in factors.modules(block):
         expected = torch.zeros(())
@@ -227,9 +230,9 @@ def test_scalars_beside_dense_updates_are_left_alone(tmp_path: Path) -> None:
     plain = started(tmp_path / "plain", **changes)
     run = started(tmp_path / "run", codec=["top_k:0.1", "int8"], codec_down=["bf16"], **changes)
     before, after = step(plain), step(run)
-    assert before.bytes_up == before.cost.up
-    assert after.bytes_up == after.cost.up < before.bytes_up / 2
-    assert after.bytes_down == after.cost.down < before.bytes_down * 0.6
+    assert before.traffic.up == before.cost.up
+    assert after.traffic.up == after.cost.up < before.traffic.up / 2
+    assert after.traffic.down == after.cost.down < before.traffic.down * 0.6
 
 
 def test_hostile_bytes_cost_one_update(tmp_path: Path) -> None:
@@ -252,11 +255,11 @@ def test_hostile_bytes_cost_one_update(tmp_path: Path) -> None:
     before = run.state["adapter"]
     changed = run.federation.config.model_copy(update={"cohort": 4})
     federation = replace(run.federation, config=changed)
-    result = run_round(federation, run.state, {}, 1, Hostile(run.network))
+    result = run_round(RoundCall(federation, run.state, {}, 1), Hostile(run.network))
     assert result.dropped.keys() == {"a", "b"}
     assert "compressed payload has 10 bytes, expected" in result.dropped["a"]
     assert "at most" in result.dropped["b"]
-    assert result.bytes_up < result.cost.up
+    assert result.traffic.up < result.cost.up
     run.round = 1
     for name, tensor in result.state["adapter"].items():
         updates = {client: decoded(run, client)["adapter"][name] for client in "cd"}
@@ -284,7 +287,9 @@ def test_clients_start_from_what_they_decoded(steps: list[str], tmp_path: Path) 
     expected = {"fp16": 2 * p, "bf16": 2 * p, "int8": p + 4 * tensors}[steps[0]]
     assert result.cost.down == 4 * expected
     assert (
-        result.bytes_down == 4 * expected if len(steps) == 1 else result.bytes_down <= 4 * expected
+        result.traffic.down == 4 * expected
+        if len(steps) == 1
+        else result.traffic.down <= 4 * expected
     )
 
 
@@ -292,10 +297,10 @@ def test_what_is_cached_stays_whole(tmp_path: Path) -> None:
     run = started(tmp_path, strategy="ffa_lora", codec_down=["bf16"])
     first, second = step(run), step(run)
     assert (
-        first.bytes_down
+        first.traffic.down
         == first.cost.down + 4 * run.federation.strategy.cost([run.federation.size("a")])[0].once
     )
-    assert second.bytes_down == second.cost.down
+    assert second.traffic.down == second.cost.down
     for client in tiny.CLIENTS:
         held = run.network.weights[client]
         assert all(torch.equal(held[name], t) for name, t in run.state["A"].items())
@@ -330,7 +335,7 @@ def test_a_form_that_lies_is_refused_by_the_client(tmp_path: Path) -> None:
             packets.update(asked)
             yield from self.network.ask(asked)
 
-    run_round(run.federation, run.state, {}, 1, Spy(run.network))
+    run_round(RoundCall(run.federation, run.state, {}, 1), Spy(run.network))
     task = messages.unpack_task(packets["a"])
     for old, new in (
         ("float32", "float99"),

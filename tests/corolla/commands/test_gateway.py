@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from corolla.commands.gateway import order, read_policy
+from corolla.commands.gateway import GatewayOptions, order, read_policy
 from corolla.errors import ConfigError
 from corolla.server.gateway.daemon import GatewayOrder
 from corolla.server.gateway.settings import Policy
@@ -89,7 +89,7 @@ def an_order(folder: Path, **changes: object) -> GatewayOrder:
         "lease": 60.0,
         "allow": (),
     }
-    return order(**{**usual, **changes})  # type: ignore[arg-type]
+    return order(GatewayOptions(**{**usual, **changes}))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -31,7 +31,9 @@ from corolla.models import adapter_files, pretrained, trainable
 from corolla.models.dense import DenseModel, Role
 from corolla.models.full import FullModel
 from corolla.models.pretrained import Base
-from corolla.server.rounds.federation import Federation, Network
+from corolla.server.rounds.call import RoundCall
+from corolla.server.rounds.federation import Federation
+from corolla.server.rounds.network import Network
 from corolla.server.rounds.round import RoundResult, run_round
 from corolla.storage.memory import Memory
 from corolla.types import Adapter, LoraSpec, Move, Params, Payload
@@ -471,7 +473,7 @@ def round_of(
     state = strategy.init(model.init(SPEC, 0), 0)
     fresh = cache(lambda spec: model.init(spec, 0))
     federation = Federation("0" * 32, config, strategy, tiny.CLIENTS, fresh)
-    return network, run_round(federation, state, {}, 1, network), state
+    return network, run_round(RoundCall(federation, state, {}, 1), network), state
 
 
 ROUNDS: list[tuple[str, Role, str]] = [
@@ -492,8 +494,8 @@ def test_a_round_is_the_mean_in_as_many_bytes_as_the_role_has(
 ) -> None:
     config = tiny.config(strategy, parameters=role, virtual_tokens=TOKENS, cohort=4)
     network, result, before = round_of(config, kind, tmp_path / "a")
-    assert result.bytes_up == result.bytes_down == 4 * 4 * SIZES[kind, role]
-    assert (result.cost.up, result.cost.down) == (result.bytes_up, result.bytes_down)
+    assert result.traffic.up == result.traffic.down == 4 * 4 * SIZES[kind, role]
+    assert (result.cost.up, result.cost.down) == (result.traffic.up, result.traffic.down)
     total = sum(network.examples.values())
     for name, tensor in result.state["adapter"].items():
         mean = sum(

@@ -9,7 +9,7 @@ from corolla.config.run import RunConfig
 from corolla.data.encoding import Encoded, collate
 from corolla.evaluation.scoring import loss_sum
 from corolla.models import anatomy, footprint, lora, pretrained
-from corolla.models.footprint import HEAP, MAPPED, Batch
+from corolla.models.footprint import HEAP, MAPPED, Batch, Workload
 
 
 def config(**changes: object) -> RunConfig:
@@ -48,27 +48,27 @@ def test_what_autograd_keeps(rank: int) -> None:
 
 def test_terms_of_the_embedded_model_by_hand() -> None:
     known, own = anatomy.read("embedded"), config(batch_size=2)
-    found = footprint.client(known, own, "first_order", Batch(2, 10, 18)).terms
+    found = footprint.client(Workload(known, Batch(2, 10, 18)), own, "first_order").terms
     assert found["weights"] == 4 * 1_000_576
     assert found["trained values, at the start and now"] == 8 * 74_752
     assert found["gradients and optimiser"] == 12 * 74_752
     assert found["logits"] == round(HEAP * 3 * 4 * 18 * 2048)
     sgd = footprint.client(
-        known, config(batch_size=2, optimizer="sgd"), "first_order", Batch(2, 10, 18)
+        Workload(known, Batch(2, 10, 18)), config(batch_size=2, optimizer="sgd"), "first_order"
     )
     assert sgd.terms["gradients and optimiser"] == 4 * 74_752
 
 
 def test_zeroth_order_keeps_nothing_for_a_backward_pass() -> None:
     known, batch = anatomy.read("embedded"), Batch(8, 64, 8 * 63)
-    first = footprint.client(known, config(), "first_order", batch).terms
+    first = footprint.client(Workload(known, batch), config(), "first_order").terms
     zeroth = config(strategy="seed_pool")
-    forward = footprint.client(known, zeroth, "zeroth_order", batch).terms
+    forward = footprint.client(Workload(known, batch), zeroth, "zeroth_order").terms
     assert forward["activations"] == round(HEAP * 5 * 4 * 8 * 64 * 352)
     assert forward["activations"] < first["activations"] / 4
     assert forward["logits"] == pytest.approx(first["logits"] * 2 / 3, abs=1)
     full = config(strategy="seed_pool", parameters="full")
-    in_place = footprint.client(known, full, "zeroth_order", batch).terms
+    in_place = footprint.client(Workload(known, batch), full, "zeroth_order").terms
     assert not {"gradients and optimiser", "trained values, at the start and now"} & in_place.keys()
 
 
@@ -82,7 +82,7 @@ def test_more_of_anything_takes_more() -> None:
     known = anatomy.read("embedded")
 
     def total(batch: Batch, **changes: object) -> int:
-        return footprint.client(known, config(**changes), "first_order", batch).total
+        return footprint.client(Workload(known, batch), config(**changes), "first_order").total
 
     usual = total(Batch(8, 64, 504))
     assert total(Batch(8, 128, 1016)) > usual
@@ -105,9 +105,9 @@ def test_operations_by_hand() -> None:
 def test_scoring_and_verifying_add_to_a_simulation() -> None:
     known, own = anatomy.read("embedded"), config(batch_size=1)
     small, large = Batch(1, 8, 7), Batch(8, 500, 8 * 499)
-    alone = footprint.client(known, own, "first_order", small).total
-    scored = footprint.client(known, own, "first_order", small, large).total
-    whole = footprint.client(known, own, "first_order", small, large, kept=1000).total
+    alone = footprint.client(Workload(known, small), own, "first_order").total
+    scored = footprint.client(Workload(known, small, large), own, "first_order").total
+    whole = footprint.client(Workload(known, small, large), own, "first_order", kept=1000).total
     assert alone < scored < whole
     served = footprint.server(known, own, large, 1000)
     assert served.terms["state and updates"] == 1000

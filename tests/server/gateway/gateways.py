@@ -27,7 +27,9 @@ from corolla.server.gateway.access import Token, read_tokens
 from corolla.server.gateway.gateway import Gateway
 from corolla.server.gateway.service import serve_phones
 from corolla.server.gateway.settings import GatewaySettings
-from corolla.server.rounds.federation import Federation, Held, Network
+from corolla.server.rounds.call import RoundCall
+from corolla.server.rounds.federation import Federation, Held
+from corolla.server.rounds.network import Network
 from corolla.server.rounds.round import RoundResult, run_round
 from corolla.storage.memory import Memory
 from corolla.types import Params, Payload
@@ -253,7 +255,7 @@ class Course:
 
     def step(self) -> RoundResult:
         number = len(self.done) + 1
-        result = run_round(self.federation, self.state, self.held, number, self.network)
+        result = run_round(RoundCall(self.federation, self.state, self.held, number), self.network)
         self.state, self.held = result.state, result.held
         self.done.append(result)
         return result

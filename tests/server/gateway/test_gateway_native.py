@@ -502,8 +502,8 @@ def test_phones_of_both_trainers_in_one_round_give_the_bits_of_clients_of_their_
                 assert found.updates == expected.updates == 4
                 assert sum(found.num_examples.values()) == sum(expected.num_examples.values())
                 assert found.cost.at_most
-                assert found.bytes_up <= found.cost.up
-                assert found.bytes_down == found.cost.down
+                assert found.traffic.up <= found.cost.up
+                assert found.traffic.down == found.cost.down
     assert [own.program for own in (b.assigned[0], c.assigned[0], d.assigned[0])] == [
         *("q4", "fp32", "q4")
     ]

@@ -12,7 +12,9 @@ from torch import Tensor
 from corolla import seeds
 from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
-from corolla.server.rounds.federation import Federation, Network
+from corolla.server.rounds.call import RoundCall
+from corolla.server.rounds.federation import Federation
+from corolla.server.rounds.network import Network
 from corolla.server.rounds.round import RoundResult, run_round
 from corolla.types import Params, Payload
 from corolla.wire import codec
@@ -93,7 +95,8 @@ class Server:
         """The next round, which is committed."""
         network = Lying(self.strategy, faults, self.order)
         found = run_round(
-            self.federation, self.state, self.held, self.round, network, memory=self.memory
+            RoundCall(self.federation, self.state, self.held, self.round, memory=self.memory),
+            network,
         )
         self.state, self.held, self.memory = found.state, found.held, found.memory
         self.round += 1

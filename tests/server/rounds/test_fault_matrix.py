@@ -21,8 +21,9 @@ from torch import Tensor
 
 from corolla.errors import RoundError, WireError
 from corolla.proto import update_pb2 as pb
-from corolla.server.rounds.gate import Code
+from corolla.server.rounds.call import RoundCall
 from corolla.server.rounds.round import RoundResult, run_round
+from corolla.server.rounds.verdicts import Code
 from corolla.tensors import tree
 from corolla.wire import codec
 from corolla.wire.messages import pack_reply, unpack_reply
@@ -158,7 +159,7 @@ def test_05_the_next_attempt_draws_anew() -> None:
     cohorts = set()
     for attempt in range(5):
         network = Lying("fedavg")
-        found = run_round(federation, server.state, {}, 1, network, attempt=attempt)
+        found = run_round(RoundCall(federation, server.state, {}, 1, attempt=attempt), network)
         cohorts.add(frozenset(found.num_examples))
     assert len(cohorts) > 1
     assert {len(cohort) for cohort in cohorts} == {2}

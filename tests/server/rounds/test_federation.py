@@ -1,38 +1,16 @@
-"""Members and seats: who is drawn, what is expected of whom, what is refused."""
+"""Members and seats: who is drawn, of which class they are, what is refused."""
 
 from collections import Counter
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from corolla.aggregation.sums import summable, summed_like
-from corolla.config.build import build_strategy
 from corolla.config.groups import ClientClass
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
 from corolla.server.rounds import cohort
-from corolla.server.rounds.federation import Federation, classes_behind, merges
-from corolla.server.rounds.gate import judge
-from corolla.types import LoraSpec, Params
-from corolla.wire import codec
-from corolla.wire.messages import Kind, Reply, Task, pack_reply
-
-CLIENTS = {"ann": 5, "bob": 9, "gate": 0}
-SEATS = {"gate": 8}
-
-
-def fresh(spec: LoraSpec) -> Params:
-    return {"m.lora_A": torch.zeros(spec.rank, 3), "m.lora_B": torch.zeros(2, spec.rank)}
-
-
-def federation(seats: Any = SEATS, clients: Any = CLIENTS, **changes: Any) -> Federation:
-    own = {key: changes.pop(key) for key in ("roster", "trace") if key in changes}
-    config = RunConfig(**{"rank": 2, "local_steps": 3, "batch_size": 2, **changes})
-    strategy = build_strategy(config)
-    return Federation("ab" * 16, config, strategy, clients, fresh, seats=seats, **own)
+from corolla.server.rounds.federation import classes_behind
+from tests.server.rounds.members import CLASSES, CLIENTS, federation
 
 
 def test_a_gateway_counts_as_many_clients_as_it_has_seats() -> None:
@@ -122,59 +100,6 @@ def test_gateways_are_not_evaluated() -> None:
     assert federation(eval_participants=True, rounds=3).evaluated == ["ann", "bob"]
 
 
-def test_a_gateway_is_expected_to_send_sums_where_sums_are_enough() -> None:
-    found = federation().expected("gate", Kind.TRAIN, 1, 5)
-    like = {"adapter": fresh(LoraSpec(2, 16.0))}
-    assert found.most_clients == 5
-    assert found.sums is not None
-    assert found.sums.keys() == summed_like(like).keys()
-    assert found.most_examples == 6
-    client = federation().expected("ann", Kind.TRAIN, 1)
-    assert (client.most_clients, client.sums, client.most_examples) == (0, None, 5)
-    assert federation().expected("ann", Kind.EVALUATE, 1).like is None
-
-
-@pytest.mark.parametrize("changes", [{"strategy": "flora"}, {"robust": "median"}])
-def test_a_gateway_is_expected_to_send_all_updates_where_they_are_needed(
-    changes: dict[str, Any],
-) -> None:
-    found = federation(**changes)
-    assert found.expected("gate", Kind.TRAIN, 1, 5).sums is None
-    assert merges(found.config, found.strategy) is None
-
-
-def test_each_phone_has_a_seed_of_its_own() -> None:
-    found = federation(strategy="seed_pool").expected("gate", Kind.TRAIN, 3, 8)
-    assert found.member is not None
-    likes = [found.member(f"gate/p{i}")[0].like for i in range(8)]
-    assert len({int(like["scalars"]["seed"]) for like in likes if like}) == 8
-    flat = federation({}, {"gate/p0": 9}, strategy="seed_pool").expected("gate/p0", Kind.TRAIN, 3)
-    assert flat.like is not None
-    assert likes[0] is not None
-    assert int(flat.like["scalars"]["seed"]) == int(likes[0]["scalars"]["seed"])
-
-
-def test_a_network_inherits_that_all_are_there(tmp_path: Path) -> None:
-    from corolla.server.rounds.federation import Network
-
-    class Two(Network):
-        def clients(self) -> dict[str, int]:
-            return {"ann": 1, "bob": 2}
-
-        def ask(self, packets: Any) -> Any:
-            return []
-
-    assert Two().online() == {"ann", "bob"}
-    assert Two().seats() == {}
-
-
-CLASSES: dict[str, Any] = {
-    "strong": {"trainer": "first_order", "local_steps": 3},
-    "weak": {"trainer": "zeroth_order", "local_steps": 7},
-    "weaker": {"trainer": "zeroth_order", "local_steps": 50},
-}
-
-
 @pytest.mark.parametrize(
     ("own", "expected"),
     [
@@ -200,74 +125,3 @@ def test_phones_of_another_rank_than_their_gateways_do_not_come() -> None:
     )
     assert classes_behind(own, "a") == {"first_order": "a"}
     assert classes_behind(own, "b") == {"zeroth_order": "b"}
-
-
-def test_a_gateway_of_a_mixed_federation_may_send_what_either_class_sends() -> None:
-    """ann is strong, bob weak, the gateway weaker: 50 steps of 2 examples."""
-    found = federation(strategy="mixed", classes=CLASSES)
-    expected = found.expected("gate", Kind.TRAIN, 1, 5)
-    assert expected.like is not None
-    assert expected.like.keys() == {"adapter", "scalars"}
-    assert len(expected.like["scalars"]["scalars"]) == 50
-    assert expected.sums is not None
-    assert expected.sums.keys() == {"adapter", "scalars", "counts"}
-    assert expected.parts == {
-        frozenset({"scalars", "counts"}): 100,
-        frozenset({"adapter", "counts"}): 6,
-    }
-    assert expected.most_examples == found.most_examples("gate") == 100
-    assert expected.member is not None
-    weaker, strong = expected.member("gate/p1")
-    assert (weaker.most_examples, strong.most_examples) == (100, 6)
-    for client, groups in (("ann", {"adapter"}), ("bob", {"scalars"})):
-        single = found.expected(client, Kind.TRAIN, 1)
-        assert single.like is not None
-        assert single.like.keys() == groups
-
-
-@pytest.mark.parametrize(
-    ("first", "zeroth", "code"),
-    [
-        ([6], [100], "accepted"),
-        ([6, 6], [], "accepted"),
-        ([100], [], "weight"),  # the limit of the other class
-        ([50], [50], "weight"),
-    ],
-)
-def test_a_class_behind_a_gateway_is_bounded_by_its_own_examples(
-    first: list[int], zeroth: list[int], code: str
-) -> None:
-    assert told_by_a_gateway(first, zeroth, len(first) + len(zeroth)) == code
-
-
-def test_one_phone_cannot_claim_to_be_many() -> None:
-    """Two of each class would be weighted by the spread between them."""
-    assert told_by_a_gateway([6, 6], [50, 50], 4) == "accepted"
-    assert told_by_a_gateway([6, 6], [50, 50], 1) == "weight"
-    assert told_by_a_gateway([1, 1], [1, 1], 3) == "weight"
-
-
-def told_by_a_gateway(first: list[int], zeroth: list[int], clients: int) -> str:
-    """The verdict on sums of updates of so many examples, of so many clients by their word."""
-    found = federation(strategy="mixed", classes=CLASSES)
-    expected = found.expected("gate", Kind.TRAIN, 1, 5)
-    sent = summable(found.strategy.aggregator())
-    assert sent is not None
-    for examples in first:
-        sent.add({"adapter": fresh(found.lora("gate"))}, examples)
-    for number, examples in enumerate(zeroth):
-        like = found.like("gate", 1, "weaker", f"gate/p{number}")
-        sent.add(like, examples)
-    task = Task(found.run_id, 1, "v1", Kind.TRAIN, "{}", seats=5)
-    payload = codec.encode(sent.sums())
-    reply = Reply(found.run_id, 1, "v1", Kind.TRAIN, "gate", sum(first + zeroth), {}, payload)
-    packet = pack_reply(replace(reply, clients=clients))
-    return judge(packet, "gate", task, expected).verdict.code
-
-
-def test_a_gateway_of_one_trainer_may_send_its_own_form_alone() -> None:
-    classes = {"a": {"local_steps": 1}, "b": {"local_steps": 9}}
-    found = federation(classes=classes)
-    expected = found.expected("gate", Kind.TRAIN, 1, 5)
-    assert expected.most_examples == 2  # the gateway is the third in turn: of class a
-    assert expected.parts == {frozenset({"adapter"}): 2}

@@ -27,9 +27,11 @@ from corolla.proto import device_pb2, update_pb2
 from corolla.server.gateway.access import Token
 from corolla.server.gateway.gateway import Gateway
 from corolla.server.gateway.settings import GatewaySettings
+from corolla.server.rounds import expectations
 from corolla.server.rounds.federation import Federation
-from corolla.server.rounds.gate import Code, judge, most_bytes
+from corolla.server.rounds.gate import judge, most_bytes
 from corolla.server.rounds.tasks import Traffic, make_tasks
+from corolla.server.rounds.verdicts import Code
 from corolla.wire import codec
 from corolla.wire.messages import Kind, Reply, pack_reply, pack_task, unpack_task
 from corolla.wire.packet import Packet
@@ -233,6 +235,6 @@ def test_mutated_calls_of_a_phone_end_neither_a_gateway_nor_its_round(tmp_path: 
         told = gateway.deliveries.report(report, anyone)
         assert told.accepted, told.why
     serving.join(60)
-    expected = federation.expected("gate", Kind.TRAIN, 1, 1)
+    expected = expectations.expected(federation, "gate", Kind.TRAIN, 1, 1)
     judged = judge(given[0], "gate", asked["gate"], expected)
     assert judged.verdict.accepted, judged.verdict

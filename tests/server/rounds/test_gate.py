@@ -12,7 +12,8 @@ from torch import Tensor
 
 from corolla.aggregation.sums import summed_like
 from corolla.proto import update_pb2 as pb
-from corolla.server.rounds.gate import Code, Expected, Judged, Verdict, judge, most_bytes
+from corolla.server.rounds.gate import judge, most_bytes
+from corolla.server.rounds.verdicts import Code, Expected, Judged, Verdict
 from corolla.types import Params, Payload
 from corolla.wire import codec, limits, messages
 from corolla.wire.compression import pipeline

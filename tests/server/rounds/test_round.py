@@ -22,7 +22,10 @@ from corolla.errors import RoundError
 from corolla.models import pretrained
 from corolla.models.lora import LoraModel
 from corolla.proto import update_pb2 as pb
-from corolla.server.rounds.federation import Federation, Held, Network
+from corolla.server.rounds import expectations
+from corolla.server.rounds.call import RoundCall, RoundEvents
+from corolla.server.rounds.federation import Federation, Held
+from corolla.server.rounds.network import Network
 from corolla.server.rounds.round import RoundResult, evaluate_clients, run_round
 from corolla.storage.memory import Memory
 from corolla.tensors import tree
@@ -79,7 +82,7 @@ class Setting:
 
     def run(self, round: int = 1, **changes: Any) -> RoundResult:
         """One round from the first state."""
-        return run_round(self.federation, self.state, {}, round, self.network(**changes))
+        return run_round(RoundCall(self.federation, self.state, {}, round), self.network(**changes))
 
     def network(self, **changes: Any) -> Local:
         return Local(dict.fromkeys(self.federation.clients, self.worker), **changes)
@@ -229,7 +232,7 @@ def test_a_hostile_reply_costs_its_sender_the_round_and_nobody_else(
     assert equal(found.state, wanted.state)
     assert found.num_examples == wanted.num_examples
     assert found.metrics == wanted.metrics
-    assert found.bytes_up == wanted.bytes_up
+    assert found.traffic.up == wanted.traffic.up
 
 
 def test_every_client_but_the_quorum_may_be_hostile(setup: Callable[..., Setting]) -> None:
@@ -254,7 +257,7 @@ def test_answers_in_the_name_of_others_do_not_count(setup: Callable[..., Setting
                 yield "", None
 
     noisy = Noisy(dict.fromkeys(setting.federation.clients, setting.worker))
-    found = run_round(setting.federation, setting.state, {}, 1, noisy)
+    found = run_round(RoundCall(setting.federation, setting.state, {}, 1), noisy)
     assert equal(found.state, wanted.state)
     assert found.num_examples == wanted.num_examples
     assert found.dropped == {}
@@ -266,7 +269,7 @@ def test_a_huge_update_does_not_end_the_run(setup: Callable[..., Setting]) -> No
     network = setting.network(tamper={"cyd": each(lambda t: torch.full_like(t, 3e38))})
     state: Payload = setting.state
     for round in (1, 2, 3):
-        found = run_round(setting.federation, state, {}, round, network)
+        found = run_round(RoundCall(setting.federation, state, {}, round), network)
         assert len(found.num_examples) >= 3
         state = found.state
 
@@ -313,7 +316,7 @@ def test_the_order_of_arrival_changes_no_bit(setup: Callable[..., Setting], stra
     results = []
     for order in itertools.permutations(setting.federation.clients):
         network = Recorded(dict.fromkeys(order, setting.worker), order=order)
-        results.append(run_round(setting.federation, setting.state, {}, 1, network))
+        results.append(run_round(RoundCall(setting.federation, setting.state, {}, 1), network))
     assert len(results) == 24
     assert all(equal(found.state, results[0].state) for found in results)
     assert all(found.metrics == results[0].metrics for found in results)
@@ -364,18 +367,22 @@ def test_all_who_forget_are_asked_once_more_together(setup: Callable[..., Settin
                 yield client, HOSTILE["missing groups"](packet) if packet and forgets else packet
 
     network = Forgetful(dict.fromkeys(setting.federation.clients, setting.worker))
-    found = run_round(setting.federation, setting.state, {}, 1, network)
+    found = run_round(RoundCall(setting.federation, setting.state, {}, 1), network)
     assert asked == [["ada", "ben", "cyd", "dot"], ["ada", "cyd"]]
     assert found.dropped == {}
     assert equal(found.state, wanted.state)
-    assert found.bytes_down > wanted.bytes_down
+    assert found.traffic.down > wanted.traffic.down
 
 
 def test_every_reply_is_observed(setup: Callable[..., Setting]) -> None:
     setting = setup()
     seen: list[str] = []
     network = setting.network(tamper={"ben": HOSTILE["silence"]})
-    run_round(setting.federation, setting.state, {}, 1, network, seen.append)
+    run_round(
+        RoundCall(setting.federation, setting.state, {}, 1),
+        network,
+        events=RoundEvents(on_reply=seen.append),
+    )
     assert seen == ["ada", "ben", "cyd", "dot"]
 
 
@@ -391,9 +398,9 @@ def test_only_the_cohort_is_asked(setup: Callable[..., Setting]) -> None:
 
 def test_bytes_are_those_of_the_tensors(setup: Callable[..., Setting]) -> None:
     found = setup().run()
-    assert found.bytes_up == found.bytes_down == 4 * (A_BYTES + B_BYTES)
-    assert 0 < found.framing_up < 4 * 4096
-    assert 0 < found.framing_down < 4 * 8192
+    assert found.traffic.up == found.traffic.down == 4 * (A_BYTES + B_BYTES)
+    assert 0 < found.traffic.framing_up < 4 * 4096
+    assert 0 < found.traffic.framing_down < 4 * 8192
 
 
 def test_cached_groups_travel_once_to_each_client(setup: Callable[..., Setting]) -> None:
@@ -402,10 +409,10 @@ def test_cached_groups_travel_once_to_each_client(setup: Callable[..., Setting])
     held: Mapping[str, frozenset[str]] = {}
     known: set[str] = set()
     for round in range(1, 7):
-        found = run_round(setting.federation, state, held, round, setting.network())
+        found = run_round(RoundCall(setting.federation, state, held, round), setting.network())
         new = set(found.num_examples) - known
-        assert found.bytes_down == 2 * B_BYTES + len(new) * A_BYTES
-        assert found.bytes_up == 2 * B_BYTES
+        assert found.traffic.down == 2 * B_BYTES + len(new) * A_BYTES
+        assert found.traffic.up == 2 * B_BYTES
         state, held, known = found.state, found.held, known | new
     assert known == {"ada", "ben", "cyd", "dot"}
 
@@ -418,11 +425,11 @@ def test_a_client_that_lost_its_cache_gets_it_again(
     old = setting.worker
     wiped = Worker(old.config, old.model, old.data, Memory(tmp_path / "new device"))
     network = Local({**dict.fromkeys(setting.federation.clients, old), "ben": wiped})
-    second = run_round(setting.federation, first.state, first.held, 2, network)
-    assert second.bytes_down == 5 * B_BYTES + A_BYTES  # ben is asked twice, then with everything
+    second = run_round(RoundCall(setting.federation, first.state, first.held, 2), network)
+    assert second.traffic.down == 5 * B_BYTES + A_BYTES  # ben is asked twice, then with everything
     assert second.dropped == {}
-    third = run_round(setting.federation, second.state, second.held, 3, network)
-    assert (third.bytes_down, third.dropped) == (4 * B_BYTES, {})
+    third = run_round(RoundCall(setting.federation, second.state, second.held, 3), network)
+    assert (third.traffic.down, third.dropped) == (4 * B_BYTES, {})
 
 
 def test_a_client_that_failed_is_not_believed_to_hold_anything(
@@ -437,7 +444,7 @@ def test_mixed_ranks_are_checked_client_by_client(setup: Callable[..., Setting])
     setting = setup(strategy="flora", ranks=[2, 4])
     found = setting.run()
     assert found.dropped == {}
-    assert found.bytes_up == 2 * (A_BYTES + B_BYTES) + 2 * 2 * (A_BYTES + B_BYTES)
+    assert found.traffic.up == 2 * (A_BYTES + B_BYTES) + 2 * 2 * (A_BYTES + B_BYTES)
     assert {t.shape[0] for n, t in found.state["block-000001"].items() if n.endswith("A")} == {12}
 
 
@@ -479,21 +486,21 @@ def crowd(network: Counting, **changes: Any) -> tuple[Federation, Payload]:
 def test_a_thousand_clients_in_one_round() -> None:
     network = Counting()
     federation, state = crowd(network, cohort=1000)
-    found = run_round(federation, state, {}, 1, network)
+    found = run_round(RoundCall(federation, state, {}, 1), network)
     weights = {i: 1 + i % 7 for i in range(1000)}
     mean = sum(i * w for i, w in weights.items()) / sum(weights.values())
     assert len(found.num_examples) == 1000
     assert sum(found.num_examples.values()) == sum(weights.values())
     for tensor in found.state["adapter"].values():
         assert tensor.flatten().tolist() == pytest.approx([mean] * tensor.numel(), rel=1e-6)
-    assert found.bytes_up == found.bytes_down == 1000 * 4 * (3 + 2)
+    assert found.traffic.up == found.traffic.down == 1000 * 4 * (3 + 2)
 
 
 def test_few_of_a_thousand_clients() -> None:
     network = Counting()
     federation, state = crowd(network, cohort=10)
     for round in range(1, 6):
-        found = run_round(federation, state, {}, round, network)
+        found = run_round(RoundCall(federation, state, {}, round), network)
         assert len(network.asked) == len(found.num_examples) == 10
 
 
@@ -513,7 +520,7 @@ def test_metrics_are_means_weighted_by_examples() -> None:
     network = Counting(lambda i: reported.get(i, {}))
     network.names = {"c0": 0, "c1": 1, "c2": 2}
     federation, state = crowd(network)
-    found = run_round(federation, state, {}, 1, network).metrics
+    found = run_round(RoundCall(federation, state, {}, 1), network).metrics
     # weights 1, 2 and 3
     assert found == {
         "loss": pytest.approx((1 * 1.0 + 2 * 4.0) / 3),
@@ -530,7 +537,7 @@ def test_huge_metrics_do_not_end_a_round(name: str, signs: tuple[int, int]) -> N
     network = Counting(lambda i: {name: values.get(i, 1.0)})
     network.names = {f"c{i}": i for i in range(6)}
     federation, state = crowd(network)
-    found = run_round(federation, state, {}, 1, network)
+    found = run_round(RoundCall(federation, state, {}, 1), network)
     assert len(found.num_examples) == 6
     assert all(math.isfinite(value) for value in found.metrics.values())
 
@@ -571,7 +578,7 @@ def test_each_client_gets_the_rows_it_missed_and_reaches_the_servers_model(
     missed = set()
     for round in range(1, 10):
         server, network = setting.shown(state), Watching(devices)
-        found = run_round(setting.federation, state, held, round, network)
+        found = run_round(RoundCall(setting.federation, state, held, round), network)
         down = 0
         for client, log in network.logs.items():
             count = round - asked.get(client, 1)
@@ -583,7 +590,7 @@ def test_each_client_gets_the_rows_it_missed_and_reaches_the_servers_model(
             down += sum(scalar_groups.scalar_bytes(row) for row in rows)
             missed.add(count)
             asked[client] = round
-        assert (found.bytes_down, found.dropped) == (down, {})
+        assert (found.traffic.down, found.dropped) == (down, {})
         state, held = found.state, found.held
     assert asked.keys() == setting.federation.clients.keys()
     assert {0, 1, 2} <= missed
@@ -595,14 +602,14 @@ def test_who_is_not_believed_to_follow_gets_all_rows(
 ) -> None:
     setting = setup(**POOL)
     devices = {c: setting.device(tmp_path / c) for c in setting.federation.clients}
-    first = run_round(setting.federation, setting.state, {}, 1, Local(devices))
+    first = run_round(RoundCall(setting.federation, setting.state, {}, 1), Local(devices))
     second = run_round(
-        *(setting.federation, first.state, first.held, 2),
+        RoundCall(setting.federation, first.state, first.held, 2),
         Local(devices, tamper={"ben": HOSTILE["silence"]}),
     )
     assert set(second.held) == {"ada", "cyd", "dot"}
     network = Watching(devices)
-    third = run_round(setting.federation, second.state, second.held, 3, network)
+    third = run_round(RoundCall(setting.federation, second.state, second.held, 3), network)
     assert {c: len(log.rows) for c, log in network.logs.items()} == {
         "ada": 1,
         "ben": 2,
@@ -633,7 +640,7 @@ def test_a_newcomer_gets_the_weights_where_these_are_fewer_bytes(
         devices[client].memory.extend(versions[0], list(seedlog.rows(state).values())[:1])
     held = {c: frozenset([versions[1]]) for c in followers}
     server, network = setting.shown(state), Watching(devices)
-    found = run_round(setting.federation, state, held, 3, network)
+    found = run_round(RoundCall(setting.federation, state, held, 3), network)
     assert (found.dropped, set(network.models.values())) == ({}, {server})
     assert {c: len(log.rows) for c, log in network.logs.items()} == {
         "ada": 1,
@@ -644,10 +651,10 @@ def test_a_newcomer_gets_the_weights_where_these_are_fewer_bytes(
     assert network.logs["ben"].since == network.logs["ben"].version == versions[2]
     assert {c: sorted(sent) for c, sent in network.sent.items() if sent} == {"ben": ["start"]}
     # Three values of 2 bytes, the first direction in 1 byte (100), the next two in 1, the step.
-    assert found.bytes_down == A_BYTES + B_BYTES + 3 * (3 * 2 + 3 + 4)
+    assert found.traffic.down == A_BYTES + B_BYTES + 3 * (3 * 2 + 3 + 4)
     again = Watching(devices)
     server = setting.shown(found.state)
-    then = run_round(setting.federation, found.state, found.held, 4, again)
+    then = run_round(RoundCall(setting.federation, found.state, found.held, 4), again)
     assert (then.dropped, set(again.models.values())) == ({}, {server})
     assert {len(log.rows) for log in again.logs.values()} == {1}
     assert all(not sent for sent in again.sent.values())
@@ -661,8 +668,8 @@ def test_rows_larger_than_the_weights_are_never_sent(setup: Callable[..., Settin
     held = {c: frozenset([versions[0]]) for c in setting.federation.clients}
     network = Watching(dict.fromkeys(setting.federation.clients, setting.worker))
     server = setting.shown(before)
-    found = run_round(setting.federation, before, held, 2, network)
-    assert found.bytes_down == 4 * (A_BYTES + B_BYTES)
+    found = run_round(RoundCall(setting.federation, before, held, 2), network)
+    assert found.traffic.down == 4 * (A_BYTES + B_BYTES)
     assert set(network.models.values()) == {server}
 
 
@@ -673,18 +680,18 @@ def test_a_client_that_lost_its_log_is_sent_everything(
     devices = {c: setting.device(tmp_path / c) for c in setting.federation.clients}
     state, held = setting.state, {}  # type: Payload, Mapping[str, frozenset[str]]
     for round in (1, 2):
-        found = run_round(setting.federation, state, held, round, Local(devices))
+        found = run_round(RoundCall(setting.federation, state, held, round), Local(devices))
         state, held = found.state, found.held
     devices["ben"] = setting.device(tmp_path / "new device")
     server, network = setting.shown(state), Watching(devices)
-    third = run_round(setting.federation, state, held, 3, network)
+    third = run_round(RoundCall(setting.federation, state, held, 3), network)
     one, two = (scalar_groups.scalar_bytes(row) for row in seedlog.rows(state).values())
     assert third.dropped == {}
-    assert third.bytes_down == 4 * two + (one + two)  # ben is asked twice, then with everything
+    assert third.traffic.down == 4 * two + (one + two)  # ben is asked twice, then with everything
     assert set(network.models.values()) == {server}
-    fourth = run_round(setting.federation, third.state, third.held, 4, Watching(devices))
+    fourth = run_round(RoundCall(setting.federation, third.state, third.held, 4), Watching(devices))
     last = list(seedlog.rows(third.state).values())[-1]
-    assert (fourth.bytes_down, fourth.dropped) == (4 * scalar_groups.scalar_bytes(last), {})
+    assert (fourth.traffic.down, fourth.dropped) == (4 * scalar_groups.scalar_bytes(last), {})
 
 
 def test_a_device_with_another_base_model_takes_no_part(
@@ -697,7 +704,7 @@ def test_a_device_with_another_base_model_takes_no_part(
     other.base = replace(other.base, fingerprint=pretrained.fingerprint(other.base.model))
     odd = Worker(setting.worker.config, other, setting.worker.data, Memory(tmp_path / "odd"))
     workers = {**dict.fromkeys(setting.federation.clients, setting.worker), "ben": odd}
-    found = run_round(setting.federation, setting.state, {}, 1, Local(workers))
+    found = run_round(RoundCall(setting.federation, setting.state, {}, 1), Local(workers))
     assert set(found.num_examples) == {"ada", "cyd", "dot"}
     assert "another base model" in found.dropped["ben"]
 
@@ -728,15 +735,15 @@ def test_each_client_receives_what_is_made_for_its_rank(
     start = setup(strategy=strategy, ranks=[1, 4, 2], alphas=[3.0, 2.0, 8.0])
     clients = start.federation.clients
     spy = Spy(dict.fromkeys(clients, start.worker))
-    result = run_round(start.federation, start.state, {}, 1, spy)
+    result = run_round(RoundCall(start.federation, start.state, {}, 1), spy)
     assert result.dropped == {}
     one = (A_BYTES + B_BYTES) // 2
     for client, task in spy.tasks.items():
         adapter = codec.decode(task.payload)["adapter"]
         assert {min(tensor.shape) for tensor in adapter.values()} == {ranks[client]}
         assert codec.content_bytes({"adapter": adapter}) == one * ranks[client]
-    assert result.bytes_down == result.bytes_up == one * sum(ranks.values())
-    assert (result.cost.down, result.cost.up) == (result.bytes_down, result.bytes_up)
+    assert result.traffic.down == result.traffic.up == one * sum(ranks.values())
+    assert (result.cost.down, result.cost.up) == (result.traffic.down, result.traffic.up)
     assert start.federation.config.lora.rank == 4
     assert spy.said("lora")["cyd"] == {"rank": 2, "alpha": 8.0, "rslora": False}
 
@@ -754,7 +761,7 @@ def test_a_device_is_told_which_of_its_updates_was_accepted_last(
     held: Held = {}
     for round in (1, 2, 3, 4):
         spy = Spy(workers, {"ben": changed(num_examples=10**9)} if round == 2 else {})
-        result = run_round(start.federation, state, held, round, spy)
+        result = run_round(RoundCall(start.federation, state, held, round), spy)
         assert result.dropped.keys() == ({"ben"} if round == 2 else set())
         state, held = result.state, result.held
         accepted.append(spy.said("accepted"))
@@ -778,7 +785,7 @@ def test_a_device_that_lost_what_it_kept_is_dropped_and_says_so(
     memory = start.worker.memory
     for path in memory.kept_folder("cyd").iterdir():
         path.unlink()
-    after = run_round(start.federation, result.state, result.held, 2, start.network())
+    after = run_round(RoundCall(start.federation, result.state, result.held, 2), start.network())
     assert after.dropped == {"cyd": "what this device kept of round 1 is lost"}
     assert after.held["cyd"] == {"accepted-1"}
 
@@ -786,7 +793,9 @@ def test_a_device_that_lost_what_it_kept_is_dropped_and_says_so(
 def test_the_servers_memory_goes_through_a_round(setup: Callable[..., Setting]) -> None:
     start = setup()
     memory = {"weights": {"ada": torch.tensor([1.0])}}
-    result = run_round(start.federation, start.state, {}, 1, start.network(), memory=memory)
+    result = run_round(
+        RoundCall(start.federation, start.state, {}, 1, memory=memory), start.network()
+    )
     assert equal(result.memory, memory)
     assert start.run(1).memory == {}
 
@@ -823,10 +832,10 @@ def test_size_and_examples_are_those_of_a_clients_class(setup: Callable[..., Set
     assert ada == own
     seeded = [federation.size(c, round).seed for c in ("ada", "ben") for round in (1, 2)]
     assert len(set(seeded)) == 4
-    assert [federation.most_examples(c) for c in ("ada", "ben", "cyd", "dot")] == [2, 3, 3, 2]
+    assert [expectations.most_examples(federation, c) for c in federation.clients] == [2, 3, 3, 2]
     # without classes: two steps of three, of 4, 7, 10 and 5 examples
     plain = setup().federation
-    assert [plain.most_examples(c) for c in ("ada", "ben", "cyd", "dot")] == [4, 6, 6, 5]
+    assert [expectations.most_examples(plain, c) for c in plain.clients] == [4, 6, 6, 5]
 
 
 def test_a_round_of_two_classes(setup: Callable[..., Setting]) -> None:
@@ -849,8 +858,8 @@ def test_a_round_of_two_classes(setup: Callable[..., Setting]) -> None:
     assert found.metrics["local_steps"] == 8.0
     assert found.metrics["scalars"] == 12.0
     # 6 scalars, the seed and the step of a phone; 16 bytes of key with each adapter
-    assert found.bytes_up == 2 * (A_BYTES + B_BYTES) + 2 * (6 * 4 + 8)
-    assert found.bytes_down == 4 * (A_BYTES + B_BYTES + 16)
+    assert found.traffic.up == 2 * (A_BYTES + B_BYTES) + 2 * (6 * 4 + 8)
+    assert found.traffic.down == 4 * (A_BYTES + B_BYTES + 16)
     assert found.metrics["zeroth_order_share"] == pytest.approx(0.6)  # 6 of 10 examples
 
 
@@ -891,18 +900,18 @@ def test_the_cost_of_a_round_is_its_traffic(
     """Once everybody has all that is sent once, and nobody missed a round."""
     setting = setup(**changes)
     first = setting.run()
-    found = run_round(setting.federation, first.state, first.held, 2, setting.network())
+    found = run_round(RoundCall(setting.federation, first.state, first.held, 2), setting.network())
     assert found.dropped == {}
-    assert found.cost.up == found.bytes_up > 0
+    assert found.cost.up == found.traffic.up > 0
     if found.cost.at_most:
-        assert 0 < found.bytes_down <= found.cost.down
+        assert 0 < found.traffic.down <= found.cost.down
     else:
-        assert found.cost.down == found.bytes_down > 0
+        assert found.cost.down == found.traffic.down > 0
 
 
 def test_the_cost_of_a_round_counts_who_answered(setup: Callable[..., Setting]) -> None:
     found = setup().run(tamper={"ben": HOSTILE["silence"]})
-    assert (found.cost.up, found.bytes_up) == (3 * (A_BYTES + B_BYTES),) * 2
+    assert (found.cost.up, found.traffic.up) == (3 * (A_BYTES + B_BYTES),) * 2
 
 
 # Scalars from clients nobody trusts
@@ -981,12 +990,12 @@ def test_hostile_scalars_cost_their_sender_the_round_and_nobody_else(
     wanted = setting.run(tamper={"cyd": lambda packet: None})
     assert equal(found.state, wanted.state)
     assert found.metrics == wanted.metrics
-    assert found.bytes_up == wanted.bytes_up
+    assert found.traffic.up == wanted.traffic.up
 
 
 def test_evaluation_collects_what_clients_measure(setup: Callable[..., Setting]) -> None:
     setting = setup()
-    found = evaluate_clients(setting.federation, setting.state, {}, 0, setting.network())
+    found = evaluate_clients(RoundCall(setting.federation, setting.state, {}, 0), setting.network())
     assert set(found) == {"ada", "ben", "cyd", "dot"}
     assert all(scores["examples"] == 1 for scores in found.values())
     assert all(math.isfinite(scores["loss"]) for scores in found.values())
@@ -995,7 +1004,9 @@ def test_evaluation_collects_what_clients_measure(setup: Callable[..., Setting])
 def test_evaluation_asks_no_more_than_it_may(setup: Callable[..., Setting]) -> None:
     for most in (0, 2):
         setting = setup(eval_clients=most)
-        found = evaluate_clients(setting.federation, setting.state, {}, 0, setting.network())
+        found = evaluate_clients(
+            RoundCall(setting.federation, setting.state, {}, 0), setting.network()
+        )
         assert len(found) == most
 
 
@@ -1003,12 +1014,14 @@ def test_a_hostile_reply_to_an_evaluation_costs_its_score_alone(
     setup: Callable[..., Setting],
 ) -> None:
     setting = setup()
-    honest = evaluate_clients(setting.federation, setting.state, {}, 1, setting.network())
+    honest = evaluate_clients(
+        RoundCall(setting.federation, setting.state, {}, 1), setting.network()
+    )
     attacks = [
         a for a in HOSTILE if "payload" in a or "header" in a or a.startswith(("no", "other"))
     ]
     for attack in (*attacks, "silence", "error", "old round", "a thousand metrics"):
         network = setting.network(tamper={"cyd": HOSTILE[attack]})
-        found = evaluate_clients(setting.federation, setting.state, {}, 1, network)
+        found = evaluate_clients(RoundCall(setting.federation, setting.state, {}, 1), network)
         for client in ("ada", "ben", "dot"):
             assert found[client] == honest[client], attack

@@ -20,11 +20,13 @@ from corolla.data.partition import Split
 from corolla.directions import seedlog
 from corolla.errors import RoundError
 from corolla.privacy.client_level import ClientLevel
-from corolla.server.rounds.asking import Plan
-from corolla.server.rounds.federation import Federation, Held, Network
-from corolla.server.rounds.gate import Code
+from corolla.server.rounds import expectations
+from corolla.server.rounds.call import Plan, RoundCall, RoundEvents
+from corolla.server.rounds.federation import Federation, Held
+from corolla.server.rounds.network import Network
 from corolla.server.rounds.round import RoundResult, evaluate_clients, run_round
 from corolla.server.rounds.spending import Spending
+from corolla.server.rounds.verdicts import Code
 from corolla.storage.memory import Memory
 from corolla.tensors import tree
 from corolla.types import Payload
@@ -85,7 +87,7 @@ class Gated(Network):
             return pack_reply(replace(blank, clients=len(packets), bundle=True, payload=data))
         replies = [unpack_reply(packet, 1 << 30) for packet in packets]
         for reply in replies:
-            like = self.flat.expected(reply.client, task.kind, task.round).like
+            like = expectations.expected(self.flat, reply.client, task.kind, task.round).like
             assert like is not None
             partial.add(
                 config.uplink.unpack(messages.content(reply), like), float(reply.num_examples)
@@ -123,12 +125,20 @@ class Run:
         state, held, found = self.first, dict[str, frozenset[str]](), list[RoundResult]()
         known: Held = held
         for round in range(1, number + 1):
-            found.append(run_round(federation, state, known, round, network))
+            found.append(run_round(RoundCall(federation, state, known, round), network))
             state, known = found[-1].state, found[-1].held
         return found
 
-    def step(self, network: Network, **how: Any) -> RoundResult:
-        return run_round(self.nested, self.first, {}, 1, network, **how)
+    def step(
+        self,
+        network: Network,
+        spending: Spending | None = None,
+        events: RoundEvents | None = None,
+        **how: Any,
+    ) -> RoundResult:
+        return run_round(
+            RoundCall(self.nested, self.first, {}, 1, **how), network, spending, events
+        )
 
 
 @dataclass
@@ -210,8 +220,8 @@ def test_each_device_of_a_gateway_is_clipped_for_itself(start: Callable[..., Run
     run = start("fedavg", dp="client", noise_multiplier=1.0, clip=0.01)
     nested, flat, events = account(run.nested), account(run.flat), list[Mapping[str, Any]]()
     network = Gated(run.worker, run.flat)
-    found = run.step(network, spending=nested, note=events.append)
-    wanted = run_round(run.flat, run.first, {}, 1, Flat(run.worker), spending=flat)
+    found = run.step(network, nested, RoundEvents(note=events.append))
+    wanted = run_round(RoundCall(run.flat, run.first, {}, 1), Flat(run.worker), spending=flat)
     assert tree.digest_all(found.state) == tree.digest_all(wanted.state)
     assert found.num_examples == {}
     assert events[0]["clients"] == sorted(FLAT)
@@ -222,17 +232,17 @@ def test_a_partial_aggregate_costs_one_update_of_float64(start: Callable[..., Ru
     run = start("fedavg")
     found = run.step(Gated(run.worker, run.flat))
     one = sum(4 * tensor.numel() for tensor in run.first["adapter"].values())
-    assert found.bytes_up == found.cost.up == 2 * one + 2 * one
-    assert found.bytes_down == found.cost.down == 3 * one
+    assert found.traffic.up == found.cost.up == 2 * one + 2 * one
+    assert found.traffic.down == found.cost.down == 3 * one
 
 
 def test_a_bundle_costs_what_its_updates_cost(start: Callable[..., Run]) -> None:
     run = start("flora")
     found = run.step(Gated(run.worker, run.flat))
-    assert found.bytes_up == found.cost.up
-    flat = run_round(run.flat, run.first, {}, 1, Flat(run.worker))
-    assert found.bytes_up == flat.bytes_up
-    assert found.bytes_down < flat.bytes_down / 3 + 1
+    assert found.traffic.up == found.cost.up
+    flat = run_round(RoundCall(run.flat, run.first, {}, 1), Flat(run.worker))
+    assert found.traffic.up == flat.traffic.up
+    assert found.traffic.down < flat.traffic.down / 3 + 1
 
 
 def test_every_reply_has_a_verdict(start: Callable[..., Run]) -> None:
@@ -286,7 +296,9 @@ def test_a_hostile_gateway_loses_its_updates_and_nobody_elses(
     assert (found.asked, found.updates) == (10, 2)
     assert "gate" not in found.held
     two = {"ann": 1, "zoe": 1}
-    wanted = run_round(run.nested, run.first, {}, 1, Gated(run.worker, run.flat), cohort=two)
+    wanted = run_round(
+        RoundCall(run.nested, run.first, {}, 1, cohort=two), Gated(run.worker, run.flat)
+    )
     assert tree.digest_all(found.state) == tree.digest_all(wanted.state)
 
 
@@ -335,7 +347,7 @@ def test_the_plan_is_known_before_anything_is_sent(start: Callable[..., Run]) ->
         assert not network.asked
         plans.append(plan)
 
-    run.step(network, on_plan=planned)
+    run.step(network, events=RoundEvents(on_plan=planned))
     (plan,) = plans
     assert (plan.round, plan.attempt, plan.seed) == (1, 0, run.nested.config.seed)
     assert plan.base_version == tree.digest_all(run.first)
@@ -347,7 +359,7 @@ def test_the_plan_is_known_before_anything_is_sent(start: Callable[..., Run]) ->
 
     fresh = Gated(run.worker, run.flat)
     with pytest.raises(OSError, match="no space"):
-        run.step(fresh, on_plan=full)
+        run.step(fresh, events=RoundEvents(on_plan=full))
     assert fresh.asked == []
 
 
@@ -356,10 +368,11 @@ def test_another_attempt_asks_another_cohort_and_a_plan_asks_the_same(
 ) -> None:
     run = start("fedavg", cohort=3)
     plans: list[Plan] = []
-    first = run.step(Gated(run.worker, run.flat), on_plan=plans.append)
+    kept = RoundEvents(on_plan=plans.append)
+    first = run.step(Gated(run.worker, run.flat), events=kept)
     cohorts = []
     for attempt in range(1, 6):
-        run.step(Gated(run.worker, run.flat), attempt=attempt, on_plan=plans.append)
+        run.step(Gated(run.worker, run.flat), events=kept, attempt=attempt)
         cohorts.append(plans[-1].cohort)
     assert any(cohort != plans[0].cohort for cohort in cohorts)
     # As read from a journal, with somebody gone whom a new draw would not ask.
@@ -376,7 +389,7 @@ def test_only_who_is_online_is_asked(start: Callable[..., Run]) -> None:
     found = run.step(network)
     assert network.asked == [{"gate": 8}]
     assert found.asked == 8
-    assert evaluate_clients(run.nested, run.first, {}, 1, network) == {}
+    assert evaluate_clients(RoundCall(run.nested, run.first, {}, 1), network) == {}
     with pytest.raises(RoundError, match="none of 3 clients can be reached"):
         run.step(Gated(run.worker, run.flat, there=frozenset()))
 
@@ -438,7 +451,7 @@ def _settings(run: Run, federation: Federation) -> dict[str, Any]:
             return iter(())
 
     with pytest.raises(RoundError):
-        run_round(federation, run.first, {}, 1, Seen())
+        run_round(RoundCall(federation, run.first, {}, 1), Seen())
     found: dict[str, Any] = json.loads(unpack_task(seen[0]).config)
     return found
 
@@ -454,7 +467,7 @@ def test_a_gateway_is_told_what_an_adapter_looks_like(start: Callable[..., Run])
 
     federation = replace(run.nested, model_sha256="c" * 64)
     with pytest.raises(RoundError, match="the run is of cccccccccccc"):
-        run_round(federation, run.first, {}, 1, Seen(run.worker, run.flat))
+        run_round(RoundCall(federation, run.first, {}, 1), Seen(run.worker, run.flat))
     assert {task.model_sha256 for task in asked.values()} == {"c" * 64}
     assert {member: task.seats for member, task in asked.items()} == {"ann": 0, "gate": 8, "zoe": 0}
     told = json.loads(asked["gate"].config)["fresh"]["adapter"]

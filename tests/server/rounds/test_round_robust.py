@@ -12,11 +12,12 @@ from corolla.client.training.worker import Worker
 from corolla.commands.simulate.in_process import InProcess
 from corolla.config.run import RunConfig
 from corolla.errors import RoundError, StoppedError
-from corolla.server.rounds.federation import Network
+from corolla.server.rounds.network import Network
 from corolla.server.runs import checkpoint
 from corolla.server.runs.observer import Silent
-from corolla.server.runs.run import Run, Summary
+from corolla.server.runs.run import Run
 from corolla.server.runs.setup import set_up
+from corolla.server.runs.summary import Summary
 from corolla.storage.memory import Memory
 from corolla.wire import codec
 from corolla.wire.messages import pack_reply, unpack_reply

@@ -16,7 +16,8 @@ from corolla.server.rounds import cohort
 from corolla.server.runs import attempts, evaluate, run
 from corolla.server.runs.journal import read
 from corolla.server.runs.observer import Silent
-from corolla.server.runs.run import Run, Summary
+from corolla.server.runs.run import Run
+from corolla.server.runs.summary import Summary
 from corolla.wire.messages import Kind, unpack_task
 from corolla.wire.packet import Packet
 

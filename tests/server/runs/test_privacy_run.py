@@ -22,12 +22,11 @@ from corolla.errors import ConfigError, RoundError
 from corolla.privacy.accounting import gaussian_epsilon
 from corolla.privacy.client_level import ClientLevel
 from corolla.server.rounds import round as rounds
-from corolla.server.rounds import spending
-from corolla.server.runs import attempts, checkpoint, evaluate, report, run
+from corolla.server.runs import account, attempts, checkpoint, evaluate, report, run
 from corolla.server.runs.journal import read
 from corolla.server.runs.observer import Silent
-from corolla.server.runs.run import Summary
 from corolla.server.runs.status import status
+from corolla.server.runs.summary import Summary
 from corolla.wire import codec
 from corolla.wire.messages import pack_reply, unpack_reply
 from corolla.wire.packet import Packet
@@ -398,7 +397,7 @@ def test_what_ben_sends_is_not_told(
 
         monkeypatch.setattr(in_process.InProcess, "ask", ask)
         level = partial(ClientLevel, normal=zeros, uniform=uniform)
-        monkeypatch.setattr(spending, "ClientLevel", level)
+        monkeypatch.setattr(account, "ClientLevel", level)
         folder, terminal = tmp_path / name / "out", Terminal()
         in_process.simulate(config, folder, terminal)
         told = [*lines(folder), info(folder)]

@@ -14,8 +14,9 @@ from corolla.config.run import RunConfig
 from corolla.errors import ArtefactError, ConfigError, CorollaError, DataError
 from corolla.host import files
 from corolla.server.runs import checkpoint, evaluate, report, run
-from corolla.server.runs.run import Summary, prepare_folder, stored_run
+from corolla.server.runs.folder import prepare_folder, stored_run
 from corolla.server.runs.setup import set_up
+from corolla.server.runs.summary import Summary
 from corolla.storage.memory import Memory
 from corolla.types import Metrics
 from corolla.wire import codec
@@ -332,39 +333,6 @@ def test_a_cohort_needs_its_clients(settings: Settings, tmp_path: Path) -> None:
 def test_a_rank_that_no_module_has_is_refused(settings: Settings, tmp_path: Path) -> None:
     with pytest.raises(CorollaError, match="rank 9 is larger than module"):
         simulate(settings(rank=9), tmp_path / "out")
-
-
-def test_folders_are_prepared(tmp_path: Path) -> None:
-    prepare_folder(tmp_path / "new" / "deep", resume=False)
-    assert (tmp_path / "new" / "deep").is_dir()
-    prepare_folder(tmp_path / "new" / "deep", resume=False)  # empty is as good as new
-
-
-def test_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine.txt").write_text("")
-    for name, resume, reason in (
-        ("file", False, "is a file"),
-        ("file", True, "is a file"),
-        ("full", False, "not empty"),
-        ("full", True, "no run.json"),
-        ("none", True, "no run.json"),
-        ("file/below", False, "cannot make|is a file"),
-    ):
-        with pytest.raises(ConfigError, match=reason):
-            prepare_folder(tmp_path / name, resume=resume)
-    assert not (tmp_path / "none").exists()
-    assert (tmp_path / "full" / "mine.txt").exists()
-
-
-@pytest.mark.parametrize(
-    "content", ["", "{", "[]", "null", "{}", '{"config": {}}', '{"run_id": 1}']
-)
-def test_a_damaged_note_of_a_run_is_said(tmp_path: Path, content: str) -> None:
-    (tmp_path / "run.json").write_text(content)
-    with pytest.raises(ArtefactError, match="cannot be read"):
-        stored_run(tmp_path)
 
 
 def test_a_run_knows_its_config_and_id(settings: Settings, tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ from corolla.privacy import guarantee, randomness
 from corolla.privacy.client_level import ClientLevel
 from corolla.privacy.clipped_sum import ClippedSum
 from corolla.privacy.example_level import ExampleLevel
-from corolla.server.rounds import spending
 from corolla.server.rounds.federation import Federation
+from corolla.server.runs import account
 from corolla.strategies import registry
 from corolla.types import LoraSpec, Payload
 from tests.strategies import tiny
@@ -59,7 +59,7 @@ def settings(home: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     def normal(shape: Sequence[int]) -> Tensor:
         return torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
 
-    monkeypatch.setattr(spending, "ClientLevel", partial(ClientLevel, normal=normal))
+    monkeypatch.setattr(account, "ClientLevel", partial(ClientLevel, normal=normal))
 
     def make(**changes: Any) -> RunConfig:
         usual: dict[str, Any] = {
@@ -85,7 +85,7 @@ def no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     def nothing(shape: Sequence[int]) -> Tensor:
         return torch.zeros(tuple(shape), dtype=torch.float64)
 
-    monkeypatch.setattr(spending, "ClientLevel", partial(ClientLevel, normal=nothing))
+    monkeypatch.setattr(account, "ClientLevel", partial(ClientLevel, normal=nothing))
 
 
 def no_clip(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from corolla.commands.check.proofs import EXACT, LOGITS, Finding, Result, conform, print_findings
+from corolla.commands.check.findings import Finding, Result
+from corolla.commands.check.proofs import EXACT, LOGITS, conform
+from corolla.commands.check.screen import print_findings
 from corolla.errors import ConfigError
 
 OWN = "tests.strategies.sabotaged:"

@@ -1,4 +1,4 @@
-"""Planning and running of cells, with children that do nothing but write a run folder."""
+"""The running of cells, with children that do nothing but write a run folder."""
 
 import itertools
 import json
@@ -6,104 +6,19 @@ import shutil
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 
-from corolla.commands.compare import compare as comparing
-from corolla.commands.compare.compare import QUICK, Plan, compare, learning_rates, plan
+from corolla.commands.compare import compare as module
+from corolla.commands.compare import runner
+from corolla.commands.compare.compare import compare
+from corolla.commands.compare.grid import ComparisonGrid, Method, make_grid
 from corolla.config.load import load
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, CorollaError, StoppedError
 
 Settings = Callable[..., RunConfig]
-
-
-def test_each_method_has_its_usual_rate_in_the_middle_of_three() -> None:
-    found = plan(["fedavg", "fedkseed"], options={"model": "some/model"})
-    for method in found.methods:
-        usual = RunConfig(strategy=method.label, model="some/model").lr
-        assert method.lrs == pytest.approx((usual / 3, usual, 3 * usual), rel=5e-3)
-    assert found.methods[0].lrs != found.methods[1].lrs
-    assert found.seeds == (0, 1, 2)
-    assert found.cells() == 2 * (3 + 2)
-
-
-def test_given_rates_are_for_all_and_a_given_rate_is_the_middle() -> None:
-    found = plan(["fedavg", "fedkseed"], lrs=[0.1, 0.2])
-    assert [method.lrs for method in found.methods] == [(0.1, 0.2)] * 2
-    assert plan(["fedavg"], options={"lr": 0.3}).methods[0].lrs == (0.1, 0.3, 0.9)
-
-
-def test_seeds_count_from_the_one_given() -> None:
-    assert plan(["fedavg"], options={"seed": 7}, seeds=2).seeds == (7, 8)
-
-
-def test_the_embedded_comparison_is_short_unless_told_otherwise(tmp_path: Path) -> None:
-    config = plan(["fedavg"]).methods[0].config
-    assert {key: getattr(config, key) for key in QUICK} == QUICK
-    given = plan(["fedavg"], options={"cohort": 8}, settings=["eval-examples=256"])
-    assert (given.methods[0].config.cohort, given.methods[0].config.eval_examples) == (8, 256)
-    assert plan(["fedavg"], options={"clients": 3}).methods[0].config.cohort == 3
-    other = plan(["fedavg"], options={"data": str(tmp_path / "mine.jsonl")}).methods[0].config
-    assert other.eval_examples == RunConfig().eval_examples
-    assert other.cohort is None
-
-
-def test_cells_side_by_side_have_a_thread_each() -> None:
-    assert plan(["fedavg"]).methods[0].config.threads == 1
-    assert plan(["fedavg"], jobs=1).methods[0].config.threads == 0
-    assert plan(["fedavg"], settings=["threads=3"]).methods[0].config.threads == 3
-
-
-def test_options_of_a_strategy_are_for_it_alone() -> None:
-    found = plan(["fedavg", "flora"], settings=["flora.max_rank=8"])
-    assert [method.config.options for method in found.methods] == [{}, {"max_rank": 8}]
-
-
-@pytest.mark.parametrize(
-    ("names", "given", "message"),
-    [
-        ([], {}, "name strategies"),
-        (["fedavgg"], {}, "did you mean 'fedavg'"),
-        (["fedavg", "flora", "fedavg"], {}, "fedavg is named twice"),
-        (["ffa-lora", "ffa_lora"], {}, "ffa_lora is named twice"),
-        (["fedavg"], {"seeds": 0}, "--seeds 0"),
-        (["fedavg"], {"jobs": -1}, "--jobs -1"),
-        (["fedavg"], {"lrs": [0.1, -1.0]}, "--lrs 0.1, -1.0"),
-        (["fedavg"], {"lrs": [0.1, 0.1]}, "different positive"),
-        (["fedavg"], {"lrs": [float("nan")]}, "--lrs nan"),
-        (["fedavg"], {"settings": ["eval-clients=0"]}, "eval-clients=0"),
-        (["fedavg"], {"settings": ["ranc=1"]}, "did you mean 'rank'"),
-        (
-            ["fedavg"],
-            {"settings": ["dp=client", "epsilon=8"], "lrs": [0.1, 0.2]},
-            "may not choose one",
-        ),
-    ],
-)
-def test_what_makes_no_sense_is_one_line(
-    names: list[str], given: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ConfigError, match=message):
-        plan(names, **given)
-
-
-def test_with_privacy_nothing_is_tried_on_clients_examples() -> None:
-    """One learning rate each, and no updates are kept where they are hidden."""
-    for level, kept in (("client", False), ("example", True)):
-        found = plan(["fedavg", "ffa_lora"], options={"dp": level, "epsilon": 8.0}, seeds=2)
-        for method in found.methods:
-            assert method.lrs == (method.config.lr,)
-            (last,) = found.others(method, method.config.lr)
-            assert last.keep == kept
-
-
-def test_learning_rates_of_a_command_line() -> None:
-    assert learning_rates("1e-3, 3e-3,") == [0.001, 0.003]
-    assert learning_rates("") == []
-    with pytest.raises(ConfigError, match="--lrs '1e-3;2'"):
-        learning_rates("1e-3;2")
 
 
 class Fake:
@@ -165,23 +80,23 @@ class Fake:
 
 
 @pytest.fixture
-def small(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
-    monkeypatch.setattr(comparing, "Child", Fake)
-    monkeypatch.setattr(comparing, "stop", lambda children: None)
-    monkeypatch.setattr(comparing, "_BEAT", 0.0)
-    monkeypatch.setattr(comparing, "write_comparison", lambda folder, results: None)
+def small(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ComparisonGrid:
+    monkeypatch.setattr(runner, "Child", Fake)
+    monkeypatch.setattr(runner, "stop", lambda children: None)
+    monkeypatch.setattr(runner, "_BEAT", 0.0)
+    monkeypatch.setattr(module, "write_comparison", lambda folder, results: None)
     monkeypatch.setattr("corolla.models.adapter_files.adapter_hash", lambda folder: "same")
-    monkeypatch.setattr(comparing, "_cores", lambda: 2)
+    monkeypatch.setattr(module, "cores", lambda: 2)
     for name, value in (("started", []), ("most", 0), ("alive", 0), ("fails", {}), ("peak", 1000)):
         monkeypatch.setattr(Fake, name, value)
     monkeypatch.setattr(Fake, "on_start", staticmethod(lambda name: None))
     config = settings(rounds=1)
     given = {"model": config.model, "data": config.data, "rounds": 1}
-    return plan(["fedavg", "flora"], options=given, lrs=[0.01, 0.02, 9.0])
+    return make_grid(["fedavg", "flora"], options=given, lrs=[0.01, 0.02, 9.0])
 
 
 def test_every_rate_once_at_the_first_seed_then_the_best_with_the_others(
-    small: Plan, tmp_path: Path
+    small: ComparisonGrid, tmp_path: Path
 ) -> None:
     found = compare(small, tmp_path / "out")
     search = {f"{m}-{lr}-0" for m in ("fedavg", "flora") for lr in ("0.01", "0.02", "9")}
@@ -199,7 +114,7 @@ def test_every_rate_once_at_the_first_seed_then_the_best_with_the_others(
 
 
 def test_a_rate_that_diverges_is_a_result_and_a_failure_stops_nobody(
-    small: Plan, tmp_path: Path
+    small: ComparisonGrid, tmp_path: Path
 ) -> None:
     Fake.fails = {"fedavg-9-0": "loss is nan: lower lr", "flora-0.02-1": "the disk is full"}
     found = compare(small, tmp_path / "out")
@@ -214,7 +129,7 @@ def test_a_rate_that_diverges_is_a_result_and_a_failure_stops_nobody(
 
 
 def test_a_method_without_a_single_run_leaves_the_others_their_report(
-    small: Plan, tmp_path: Path
+    small: ComparisonGrid, tmp_path: Path
 ) -> None:
     Fake.fails = {f"flora-{lr}-0": "boom" for lr in ("0.01", "0.02", "9")}
     found = compare(small, tmp_path / "out")
@@ -226,7 +141,7 @@ def test_a_method_without_a_single_run_leaves_the_others_their_report(
 
 
 def test_fewer_cells_side_by_side_when_memory_would_not_hold_them(
-    small: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: ComparisonGrid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Fake.peak = 1 << 60
     at: list[int] = []
@@ -243,7 +158,9 @@ def test_fewer_cells_side_by_side_when_memory_would_not_hold_them(
     assert set(at[3:]) >= {2}
 
 
-def test_ctrl_c_says_what_is_finished_and_resume_goes_on(small: Plan, tmp_path: Path) -> None:
+def test_ctrl_c_says_what_is_finished_and_resume_goes_on(
+    small: ComparisonGrid, tmp_path: Path
+) -> None:
     def interrupt(name: str) -> None:
         if len(Fake.started) == 4:
             signal.raise_signal(signal.SIGINT)
@@ -261,7 +178,7 @@ def test_ctrl_c_says_what_is_finished_and_resume_goes_on(small: Plan, tmp_path: 
 
 
 def test_a_half_done_run_is_resumed_and_its_cpu_time_is_not_known(
-    small: Plan, tmp_path: Path
+    small: ComparisonGrid, tmp_path: Path
 ) -> None:
     compare(small, tmp_path / "out")
     cells = tmp_path / "out" / "cells"
@@ -273,14 +190,16 @@ def test_a_half_done_run_is_resumed_and_its_cpu_time_is_not_known(
     assert json.loads((cells / "flora-0.02-1.json").read_text())["cpu_seconds"] is None
 
 
-def test_a_folder_in_use_or_begun_otherwise_is_refused(small: Plan, tmp_path: Path) -> None:
+def test_a_folder_in_use_or_begun_otherwise_is_refused(
+    small: ComparisonGrid, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match="nothing to resume"):
         compare(small, tmp_path / "out", resume=True)
     compare(small, tmp_path / "out")
     with pytest.raises(ConfigError, match="is not empty: add --resume"):
         compare(small, tmp_path / "out")
     first = small.methods[0]
-    other = Plan((comparing.Method("fedavg", first.config, (0.5,)), small.methods[1]), small.seeds)
+    other = ComparisonGrid((Method("fedavg", first.config, (0.5,)), small.methods[1]), small.seeds)
     with pytest.raises(ConfigError, match=r"begun with methods.fedavg.lrs = \[0.01, 0.02, 9.0\]"):
         compare(other, tmp_path / "out", resume=True)
     (tmp_path / "out" / "compare.json").write_text("[]")
@@ -288,18 +207,8 @@ def test_a_folder_in_use_or_begun_otherwise_is_refused(small: Plan, tmp_path: Pa
         compare(small, tmp_path / "out", resume=True)
 
 
-def test_one_seed_and_one_rate_is_one_cell_that_keeps_its_updates(small: Plan) -> None:
-    config = small.methods[0].config
-    one = Plan((comparing.Method("fedavg", config, (0.1,)),), (5,))
-    assert [job.name for job in one.search(one.methods[0])] == ["fedavg-0.1-5"]
-    assert one.search(one.methods[0])[0].keep
-    assert one.others(one.methods[0], 0.1) == []
-    assert [job.keep for job in small.search(small.methods[0])] == [False] * 3
-    assert [job.keep for job in small.others(small.methods[0], 0.01)] == [False, True]
-
-
 def test_settings_reach_a_cell_by_its_file_even_those_that_toml_cannot_write(
-    small: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: ComparisonGrid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Kept(Fake):
         commands: ClassVar[list[list[str]]] = []
@@ -308,9 +217,9 @@ def test_settings_reach_a_cell_by_its_file_even_those_that_toml_cannot_write(
             Kept.commands.append(list(command))
             super().__init__(command, log)
 
-    monkeypatch.setattr(comparing, "Child", Kept)
+    monkeypatch.setattr(runner, "Child", Kept)
     config = small.methods[0].config.model_copy(update={"clip_norm": None})
-    one = Plan((comparing.Method("fedavg", config, (0.1,)),), (5,))
+    one = ComparisonGrid((Method("fedavg", config, (0.1,)),), (5,))
     compare(one, tmp_path / "out")
     (command,) = Kept.commands
     cell = Path(command[command.index("--config") + 1])

@@ -8,16 +8,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from corolla.commands.compare.report import (
-    _COLOURS,
-    _style,
-    interval,
-    print_comparison,
-    sentences,
-    write_comparison,
-)
-from corolla.commands.compare.results import Cell, Point
+from corolla.commands.compare.cells import Cell, Point
+from corolla.commands.compare.plots import COLOURS, style
+from corolla.commands.compare.report import interval, sentences, write_comparison
 from corolla.commands.compare.results import results as compute
+from corolla.commands.compare.screen import print_comparison
 from corolla.config.run import RunConfig
 
 
@@ -91,7 +86,7 @@ def page(results: dict[str, Any], folder: Path) -> Words:
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Charts take seconds: who does not look at them leaves them out."""
     monkeypatch.setattr(
-        "corolla.commands.compare.report._render", lambda draw, methods: ("<svg/>", b"")
+        "corolla.commands.compare.plots.render", lambda draw, methods: ("<svg/>", b"")
     )
 
 
@@ -161,9 +156,9 @@ def test_more_methods_than_colours_differ_in_their_lines(tmp_path: Path) -> None
     many = {f"m{i}": cells(f"m{i}", 3.0 + i / 10) for i in range(9)}
     page(made(**many), tmp_path)
     svg = (tmp_path / "plots" / "loss-rounds.svg").read_text()
-    first, eighth = (f"stroke: {_COLOURS[0].lower()}", "stroke-dasharray")
+    first, eighth = (f"stroke: {COLOURS[0].lower()}", "stroke-dasharray")
     assert first in svg and eighth in svg
-    styles = [str(sorted(_style(i).items())) for i in range(9)]
+    styles = [str(sorted(style(i).items())) for i in range(9)]
     assert len(set(styles)) == 9
 
 

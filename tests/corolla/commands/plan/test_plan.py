@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from corolla.cli.app import app
-from corolla.commands.plan import plan
+from corolla.commands.plan.plan import plan
 from corolla.commands.simulate.in_process import simulate
 from corolla.config.load import load
 from corolla.privacy.accounting import gaussian_epsilon
@@ -40,16 +40,18 @@ def options(settings: Sequence[str]) -> list[str]:
 )
 def test_bytes_are_those_of_the_run(tmp_path: Path, changes: list[str]) -> None:
     config = load(None, {}, [*SMALL, *changes])
-    found = plan.plan(config)
+    found = plan(config)
     summary = simulate(config, tmp_path / "run")
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    if found.at_most:
-        assert summary.bytes_up <= found.total_up
+    if found.traffic.at_most:
+        assert summary.bytes_up <= found.traffic.total_up
     else:
-        assert summary.bytes_up == found.total_up == sum(line["formula_up"] for line in lines)
+        assert (
+            summary.bytes_up == found.traffic.total_up == sum(line["formula_up"] for line in lines)
+        )
         for line in lines:
-            assert found.up[0] <= line["bytes_up"] / line["clients"] <= found.up[1]
-    assert summary.bytes_down <= found.total_down <= 2 * summary.bytes_down + 100_000
+            assert found.traffic.up[0] <= line["bytes_up"] / line["clients"] <= found.traffic.up[1]
+    assert summary.bytes_down <= found.traffic.total_down <= 2 * summary.bytes_down + 100_000
     info = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (found.clients, found.cohort) == (info["num_clients"], info["cohort"])
 
@@ -95,7 +97,7 @@ PRIVATE = ["--dp", "client", "--set", "noise-multiplier=2", "--rounds", "3"]
 def test_epsilon_is_known_beforehand(tmp_path: Path) -> None:
     """After each round; at worst, for the run may ask a client less often."""
     config = load(None, {"dp": "client", "noise_multiplier": 2.0, "clip": 0.01}, SMALL)
-    found = plan.plan(config).privacy
+    found = plan(config).privacy
     assert found is not None and found.noise == (2.0, 2.0)
     wanted = [gaussian_epsilon(rounds**0.5 / 2, 1e-5) for rounds in (1, 2)]
     assert [own.epsilon for own in found.after.values()] == pytest.approx(wanted)
@@ -112,7 +114,7 @@ def test_of_examples_the_worst_client_is_told(tmp_path: Path, noise: dict[str, f
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = ["rounds=4", "participations=2", f"data={tmp_path / 'data.jsonl'}", "cohort=2"]
     config = load(None, {"dp": "example", **noise}, [*SMALL[2:], *given])
-    found = plan.plan(config).privacy
+    found = plan(config).privacy
     assert found is not None
     spent = [own.epsilon for own in found.after.values()]
     assert 0 < spent[0] < spent[1] == spent[2] == spent[3] == found.end.epsilon

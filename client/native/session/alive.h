@@ -1,0 +1,76 @@
+// A lease that is kept while the device works, and whether the work is still worth it.
+#pragma once
+
+#include <condition_variable>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "session/channel.h"
+#include "session/policy.h"
+#include "training/conditions.h"
+
+namespace corolla {
+
+// Renews the lease three times in its time, in a thread of its own: a step may take long. All else
+// belongs to the thread that trains.
+class Alive : public Conditions {
+ public:
+  // `today`: what the device had spent when the session began.
+  Alive(Channel& channel, const v1::Lease& lease, v1::Policy policy, Platform& platform,
+        const Stop& stop, Spent today, Moment deadline);
+  ~Alive() override;
+
+  std::string lapsed() override;
+  // Calls `write` every few seconds of work: a process that is killed cannot tell what it spent.
+  void keep_diary(std::function<void()> write);
+
+  // Whether what has lapsed may hold again: neither the end of the round nor a limit of a day.
+  bool can_come_back() const;
+  // Waits, for as long as the lease lasts without news, until a task that has lapsed can go on;
+  // false when that does not come. Throws Stopped.
+  bool comes_back();
+
+  // Why nothing can come of the task any more; "" while it can.
+  std::string ended() const;
+
+  // Begin and end of work, that counts against the limits of a day.
+  void works();
+  void rests();
+  double seconds_at_work() const;
+
+  uint32_t thermal_max() const { return thermal_max_; }
+  double battery_spent() const;  // percent
+  double pass_seconds() const;   // median time between two questions; 0: not known
+
+ private:
+  void beat() noexcept;
+  void look(bool again);  // at the device, twice a second at most
+
+  Channel& channel_;
+  std::string id_;
+  double lease_seconds_;
+  v1::Policy policy_;
+  Platform& platform_;
+  const Stop& stop_;
+  Spent today_;
+  Moment deadline_;
+
+  std::atomic<bool> unwanted_{false};
+  std::mutex lock_;
+  std::condition_variable changed_;
+  bool over_ = false;  // under lock_
+
+  Readings first_, now_;
+  Lacks lacks_;
+  std::function<void()> diary_;
+  Moment next_look_, next_entry_, began_, asked_;
+  bool working_ = false, was_asked_ = false;
+  double worked_ = 0;
+  uint32_t thermal_max_ = 0;
+  std::vector<float> passes_;
+  std::thread thread_;  // the last: it uses the others
+};
+
+}  // namespace corolla

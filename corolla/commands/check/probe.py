@@ -1,0 +1,185 @@
+"""A strategy on a tiny model: real rounds (wire format, gate, aggregator, trainer) in this process.
+
+What a client trained is read from its model by peft's factors and scaling, never from what it sent.
+A composition root: it brings server and client together.
+"""
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from corolla import seeds
+from corolla.client.training.worker import Worker
+from corolla.commands.check import tiny_models
+from corolla.config.build import build_strategy
+from corolla.config.run import RunConfig
+from corolla.data.federated import FederatedData
+from corolla.data.partition import Split
+from corolla.data.rows import Example
+from corolla.directions import seedlog
+from corolla.interfaces import Observed
+from corolla.models.lora import LoraModel
+from corolla.models.pretrained import Base
+from corolla.server.rounds.call import RoundCall
+from corolla.server.rounds.federation import Federation, Held
+from corolla.server.rounds.network import Network
+from corolla.server.rounds.round import RoundResult, run_round
+from corolla.storage.memory import Memory
+from corolla.strategies import registry
+from corolla.tensors import factors
+from corolla.types import Params, Payload
+from corolla.wire.messages import unpack_reply
+from corolla.wire.packet import Packet
+
+CLIENTS = {"ada": 5, "ben": 11, "cyd": 8, "dot": 3}
+"""Client → examples: unequal, so that a forgotten weight shows."""
+MOST_BYTES = 1 << 40
+"""Bound on the bytes of a reply that is unpacked: none, for the strategy is not hostile here."""
+_SIZE = tiny_models.Size()
+_LABELS = ("no", "perhaps", "yes")
+
+
+@dataclass(frozen=True)
+class Round:
+    """A round that has been run. `state`, `held` and `kept` are as they were before it."""
+
+    number: int
+    state: Payload
+    held: Held
+    kept: Path
+    """A copy of what devices kept."""
+    result: RoundResult
+    observed: Observed
+
+
+class Probe:
+    """A strategy on a tiny model, with a federation of CLIENTS whose devices keep in `folder`."""
+
+    def __init__(self, name: str, kind: str, folder: Path) -> None:
+        self.kind, self.folder = kind, folder
+        self.config = _config(name, kind)
+        self.labels = list(_LABELS) if kind == "bert" else []
+        self.data = _data(self.labels)
+        self.strategy = build_strategy(self.config)
+        self.network = self.network_on(folder / "a")
+        self.model = self.network.model
+        self.federation = self._federation()
+
+    def network_on(self, folder: Path, reverse: bool = False) -> "Recorder":
+        """The same clients on a model of their own, with what devices keep in `folder`."""
+        labels = len(self.labels)
+        model = tiny_models.build(self.kind, _SIZE, labels, seed=0).requires_grad_(False)
+        tokenizer = tiny_models.word_tokenizer(_SIZE.vocabulary)
+        task = "classify" if labels else "causal"
+        lora_model = LoraModel(Base(model, tokenizer, task, self.kind, self.kind))
+        folder.mkdir(exist_ok=True)
+        worker = Worker(self.config, lora_model, self.data, Memory(folder))
+        return Recorder(worker, lora_model, reverse)
+
+    def rounds(self, number: int) -> Iterator[Round]:
+        """Run rounds from a fresh state, each when it is asked for."""
+        state: Payload = self.fresh()
+        held: Held = {}
+        for round in range(1, number + 1):
+            kept = self.folder / f"kept-{round}"
+            shutil.copytree(self.network.worker.memory.folder, kept)
+            result = run_round(RoundCall(self.federation, state, held, round), self.network)
+            yield Round(round, state, held, kept, result, self._observed(state, result))
+            state, held = result.state, result.held
+
+    def fresh(self) -> Payload:
+        """A state before any round."""
+        return self.strategy.init(self.model.init(self.config.lora, seeds.derive(0, "init")), 0)
+
+    def deltas(self, state: Payload) -> Params:
+        """What a state adds to each weight of the base model."""
+        self.model.show(self.strategy.adapter(state), self.config.lora)
+        return self.model.deltas()
+
+    def _federation(self) -> Federation:
+        config, model = self.config, self.model
+        clients = {client: len(split.train) for client, split in self.data.clients.items()}
+        start = model.init(config.lora, seeds.derive(config.seed, "init"))
+        origin = seedlog.origin(model.base.fingerprint, self.strategy.init(start, config.seed))
+        fresh = cache(lambda spec: model.init(spec, 0))
+        return Federation("0" * 32, config, self.strategy, clients, fresh, origin)
+
+    def _observed(self, state: Payload, result: RoundResult) -> Observed:
+        """A round as it happened. `start` is the global adapter in one set of tensors."""
+        spec, adapter = self.config.lora, self.strategy.adapter(state)
+        trained = {c: self.network.trained[c] for c in result.num_examples}
+        start = {**self.model.init(spec, 0), **adapter.trained}
+        if adapter.frozen:
+            start |= factors.bake(adapter.frozen[0], 1 / spec.scaling)
+        loras = {client: self.federation.lora(client) for client in trained}
+        return Observed(spec, start, trained, shares(result.num_examples), loras)
+
+
+class Recorder(Network):
+    """A network of clients in this process that remembers what each model was after training."""
+
+    def __init__(self, worker: Worker, model: LoraModel, reverse: bool = False) -> None:
+        self.worker, self.model, self.reverse = worker, model, reverse
+        self.deltas: dict[str, Params] = {}
+        self.trained: dict[str, Params] = {}
+        self.sent: dict[str, Packet] = {}
+        self.examples: dict[str, int] = {}
+
+    def clients(self) -> Mapping[str, int]:
+        return dict(CLIENTS)
+
+    def ask(self, packets: Mapping[str, Packet]) -> Iterator[tuple[str, Packet | None]]:
+        self.sent = {}
+        for client in sorted(packets, reverse=self.reverse):
+            answer = self.worker(client, packets[client])
+            self.deltas[client] = self.model.deltas()
+            self.trained[client] = self.model.read()
+            self.sent[client] = answer
+            self.examples[client] = unpack_reply(answer, MOST_BYTES).num_examples
+            yield client, answer
+
+
+def shares(examples: Mapping[str, int]) -> dict[str, float]:
+    """Client → its part of all examples."""
+    total = sum(examples.values())
+    return {client: n / total for client, n in examples.items()}
+
+
+def _config(name: str, kind: str) -> RunConfig:
+    """Three of four clients a round, with mixed ranks and trainers where the strategy allows."""
+    cls = registry.find(name)
+    spec: dict[str, Any] = {"rank": 4, "alpha": 8.0, "rslora": kind == "gpt2"}
+    if cls.mixed_ranks:
+        spec |= {"ranks": [4, 8, 16], "alphas": [8.0, 4.0, 64.0]}
+    if len(cls.trainers) > 1:
+        spec["classes"] = {trainer: {"trainer": trainer, "lr": 1e-2} for trainer in cls.trainers}
+    optimizer = registry.traits(cls).optimizers[0]
+    return RunConfig(
+        strategy=name,
+        cohort=3,
+        rounds=10,
+        optimizer=optimizer,
+        lr=0.3 if optimizer == "sgd" else 1e-2,
+        local_steps=3,
+        batch_size=4,
+        **spec,
+    )
+
+
+def _data(labels: Sequence[str]) -> FederatedData:
+    """Random words, different for each client, the same on every machine."""
+    generator = seeds.generator(0, "conformance")
+    clients = {}
+    for index, (client, number) in enumerate(CLIENTS.items()):
+        words = torch.randint(20 * index, 20 * index + 30, (number, 9), generator=generator)
+        rows = [
+            Example(" ".join(f"w{w}" for w in row), label=labels[row[0] % 3] if labels else None)
+            for row in words.tolist()
+        ]
+        clients[client] = Split(rows, rows[:2])
+    return FederatedData("conformance", clients, [], list(labels), "")
