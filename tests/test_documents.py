@@ -212,3 +212,14 @@ def test_targets_of_make_are_there() -> None:
     }
     assert {"test", "phone", "check"} <= {target for _, target in said}
     assert [pair for pair in sorted(said) if pair[1] not in made] == []
+
+
+def test_every_room_is_on_the_map() -> None:
+    """CONTRIBUTING.md says of each package what is in it."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    where = text[text.index("## Where things are") : text.index("## Tests")]
+    said = set(re.findall(r"^ {4,6}(\w+)", where, re.MULTILINE))
+    sides = [ROOT / side for side in ("corolla", "server", "client")]
+    rooms = {path.parent.name for side in sides for path in side.glob("*/__init__.py")}
+    assert {"rounds", "training", "wire"} <= rooms
+    assert rooms <= said
