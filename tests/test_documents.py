@@ -1,7 +1,7 @@
 """What documents, docstrings and comments name is there: files, modules, commands, targets.
 
-Looked at are all Markdown files, the docstrings and comments of Python, the comments of C++, C and
-protobuf, and the files of deploy/.
+Looked at are all Markdown files, the docstrings and comments of Python, the comments of C++, C,
+protobuf, TOML, make and CMake, and the files of deploy/.
 """
 
 import ast
@@ -62,13 +62,16 @@ def prose(path: Path) -> Iterator[str]:
                 yield str(node.value.value)
     elif path.suffix in {".cc", ".h", ".c", ".proto"}:
         yield from (line.group(1) for line in re.finditer(r"// (.*)", text))
+    elif path.suffix in {".toml", ".cmake"} or path.name in {"Makefile", "CMakeLists.txt"}:
+        yield from (line.group(1) for line in re.finditer(r"(?:^|\s)# (.*)", text))
     else:
         yield re.sub(r"\\\n\s*", " ", text)  # a command goes on in the next line
 
 
 @cache
 def texts() -> list[Text]:
-    kinds = (".md", ".py", ".cc", ".h", ".c", ".proto", ".conf", ".service", "Dockerfile")
+    code = (".py", ".cc", ".h", ".c", ".proto", ".toml", ".cmake", "Makefile", "CMakeLists.txt")
+    kinds = (*code, ".md", ".conf", ".service", "Dockerfile")
     found = [path for path in files(*kinds) if "_pb2" not in path.name and path != Path(__file__)]
     return [(path.relative_to(ROOT).as_posix(), text) for path in found for text in prose(path)]
 
