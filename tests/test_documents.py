@@ -115,7 +115,8 @@ def defined(origin: str | None) -> set[str]:
             found.add(node.name)
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             names = [part.id for part in ast.walk(node) if isinstance(part, ast.Name)]
-            found |= {*(ast.literal_eval(node.value) if names == ["__all__"] else names)}
+            offered = node.value if names == ["__all__"] else None
+            found |= {*(ast.literal_eval(offered) if offered else names)}
     return found
 
 

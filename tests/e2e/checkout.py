@@ -38,5 +38,9 @@ def repository(folder: Path) -> Path:
 def git(folder: Path, *words: str) -> str:
     """What git prints, run in `folder`."""
     return subprocess.run(
-        ["git", *words], cwd=folder, capture_output=True, text=True, check=True
+        ["git", "-c", "safe.directory=*", *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout

@@ -202,13 +202,21 @@ def test_flower_loads_both_apps_from_the_bundle(bundle: Path, tmp_path: Path) ->
 
 def test_a_clone_without_links_imports_the_same_names(linkless: Path, tmp_path: Path) -> None:
     assert all((linkless / "corolla" / side).is_file() for side in SIDES)
-    whose = run([sys.executable, "-c", APPS], tmp_path, linkless)
-    assert all(name.startswith(str(linkless)) for name in whose.split())
+    version = run([sys.executable, "-m", "corolla", "--version"], tmp_path, linkless)
+    assert version.split()[-1] == __version__
+    names = [installed_name(file).removesuffix(".py").replace("/", ".") for file in modules(ROOT)]
+    code = (
+        "import importlib.util, json, sys\n"
+        "names = json.load(sys.stdin)\n"
+        "print(*(importlib.util.find_spec(name).origin for name in names), sep='\\n')\n"
+    )
+    whose = run([sys.executable, "-c", code], tmp_path, linkless, stdin=json.dumps(names))
+    assert [Path(name).relative_to(linkless) for name in whose.splitlines()] == modules(ROOT)
 
 
 def test_a_clone_without_links_passes_the_test_of_the_layers(linkless: Path) -> None:
     plain = ["--noconftest", "-p", "no:cacheprovider", "-q", "tests/test_architecture.py"]
-    layout = ["-k", "not long and not short"]  # how long things are has nothing to do with links
+    layout = ["-k", "walk or package or editor or source"]  # the rest only reads what these find
     told = run([sys.executable, "-B", "-m", "pytest", *plain, *layout], linkless, linkless)
     assert "1 skipped" in told  # the one that looks at the links
 
