@@ -1,4 +1,4 @@
-# make demo | demo-llm | phone | test | e2e | check | proto | clean
+# make demo | demo-llm | phone | test | unit | e2e | check | proto | clean
 # Each target makes .venv in this folder and installs what it needs; a second run is quick.
 
 PYTHON ?= $(shell for v in 3.11 3.12 3.13; do command -v python$$v && exit; done; command -v python3)
@@ -7,7 +7,9 @@ RUN := $(VENV)/bin
 STAMPS := $(VENV)/.installed
 INSTALL := $(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo demo-llm phone phone-headers test e2e check format lint types proto proto-baseline wheel clean
+BEGAN := $(shell date +%s)
+
+.PHONY: demo demo-llm phone phone-headers test unit e2e check format lint types proto proto-baseline wheel clean
 
 demo: $(STAMPS)/base
 	$(RUN)/corolla simulate
@@ -24,12 +26,18 @@ phone: $(STAMPS)/phones
 phone-headers:
 	apt-get install -y --no-install-recommends cmake g++ ninja-build libgrpc++-dev libprotobuf-dev libssl-dev nlohmann-json3-dev protobuf-compiler protobuf-compiler-grpc zlib1g-dev
 
+# Two at a time, those that share fixtures on one worker, the longest first: see tests/scheduling.py.
+PYTEST := $(RUN)/python -m pytest -q -n 2
+
 test: $(STAMPS)/dev
-	$(RUN)/python -m pytest -n 2 --dist worksteal -q -m "not deployment"
+	$(PYTEST) -m "not deployment" -rs
+
+unit: $(STAMPS)/dev
+	$(PYTEST) -m unit
 
 # Federations of real processes on loopback that are killed and cut off: minutes each.
 e2e: $(STAMPS)/dev
-	$(RUN)/python -m pytest -q -m deployment
+	$(PYTEST) -m deployment -rs --durations=0
 
 check: $(STAMPS)/dev lint types test
 
@@ -83,4 +91,5 @@ $(STAMPS)/phones: $(STAMPS)/base
 
 $(STAMPS)/dev: $(STAMPS)/phones
 	$(INSTALL) -e '.[dev,simulation]'
+	@echo "installed in $$(( $$(date +%s) - $(BEGAN) )) s"
 	touch $@

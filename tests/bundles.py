@@ -1,15 +1,18 @@
-"""The embedded model as a bundle: compiled once for all tests, since that takes minutes.
+"""Bundles for tests, compiled once: a minute for the small model, several for the embedded one.
 
-It is kept in build/ under a name made of all that it depends on, so that the next run of the tests
-finds it. Workers of pytest-xdist wait for the one that makes it.
+They are kept in build/ under a name made of all that they depend on, so that the next run of the
+tests finds them. Workers of pytest-xdist wait for the one that makes one.
 """
 
 import hashlib
 import importlib.metadata
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import transformers
 from filelock import FileLock
 
 from corolla.embedded.assets import asset
@@ -17,10 +20,7 @@ from corolla.phones import bundle, export
 
 ROOT = Path(__file__).resolve().parent.parent
 RANK, LENGTH = 8, 128
-SOURCES = (
-    *("phones/bundle", "phones/export", "phones/lowering", "phones/selftest"),
-    *("models/lora", "models/pretrained"),
-)
+SOURCES = ("corolla/phones", "corolla/models")
 LIBRARIES = ("executorch", "torchao", "torch", "transformers", "peft")
 
 needs_executorch = pytest.mark.skipif(
@@ -28,22 +28,52 @@ needs_executorch = pytest.mark.skipif(
 )
 
 
-def embedded_bundle() -> tuple[Path, Path]:
-    """(folder of the bundle, public key of its publisher); rank 8, 128 tokens, fp32 and q4."""
+class Exported(NamedTuple):
+    """A bundle of rank 8 for 128 tokens, in fp32 and q4."""
+
+    model: str
+    """What it is the bundle of: a folder, or "embedded"."""
+    folder: Path
+    publisher: Path
+    """The public key of who has signed it."""
+
+
+def small_bundle() -> Exported:
+    """Of a small model: the embedded one without all layers but the first."""
+    return _once("small", _small_model)
+
+
+def embedded_bundle() -> Exported:
+    """Of the embedded model."""
+    return _once("embedded", lambda folder: "embedded")
+
+
+def _small_model(folder: Path) -> str:
+    source = asset("model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(source)
+    model.model.layers = model.model.layers[:1]
+    model.config.num_hidden_layers = 1
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return str(folder)
+
+
+def _once(name: str, make_model: Callable[[Path], str]) -> Exported:
     pytest.importorskip("executorch", reason="needs pip install 'corolla[phones]'")
-    home = ROOT / "build" / "bundles" / _state()
+    home = ROOT / "build" / "bundles" / _state() / name
     home.mkdir(parents=True, exist_ok=True)
-    folder, key = home / "embedded", home / "publisher.key"
+    folder, key = home / "bundle", home / "publisher.key"
     with FileLock(home / "lock"):
         if not (folder / bundle.MANIFEST).is_file():
-            export.make("embedded", folder, key, rank=RANK, length=LENGTH)
-    return folder, key.with_suffix(".pub")
+            export.make(make_model(home / "model"), folder, key, rank=RANK, length=LENGTH)
+    model = home / "model"
+    return Exported(str(model) if model.is_dir() else name, folder, key.with_suffix(".pub"))
 
 
 def _state() -> str:
     versions = [f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES]
     digest = hashlib.sha256(" ".join(versions).encode())
-    files = [ROOT / "corolla" / f"{name}.py" for name in SOURCES]
-    for path in [*files, asset("model") / "model.safetensors"]:
+    files = [path for folder in SOURCES for path in sorted((ROOT / folder).glob("*.py"))]
+    for path in [*files, Path(__file__), asset("model") / "model.safetensors"]:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from corolla.commands.check import tiny_models
 from corolla.commands.check.tiny_models import Size
 from corolla.config.run import RunConfig
+from tests import scheduling
 
 torch.set_num_threads(1)
+if threading.current_thread() is threading.main_thread():
+    # A background job of a shell, as CI may be, starts with SIGINT ignored, and so do its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples on every machine; a fixture is built once for all examples of a test.
 hypothesis_settings.register_profile(
@@ -28,6 +34,30 @@ hypothesis_settings.register_profile(
 hypothesis_settings.load_profile("corolla")
 
 Settings = Callable[..., RunConfig]
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = (
+    "tests/client/native/",
+    "tests/corolla/phones/test_lowering",
+    "tests/e2e/",
+    "tests/experiments/",
+)
+"""Where the tests start processes, compile or train for a while."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that is marked as nothing else is a `unit`; what takes longest is begun first."""
+    for item in items:
+        if not any(item.get_closest_marker(kind) for kind in ("command", "deployment")):
+            path = item.path.relative_to(ROOT).as_posix()
+            item.add_marker("command" if path.startswith(COMMANDS) else "unit")
+    items.sort(key=lambda item: scheduling.place(item.nodeid))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """Of `pytest -n 2`: see tests/scheduling.py."""
+    return scheduling.Groups(config, log)
 
 
 def byte_tokenizer(pad: str = "<pad>") -> transformers.PreTrainedTokenizerBase:

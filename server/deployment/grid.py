@@ -29,6 +29,9 @@ SETTLE = 2.0
 _LARGEST = 1 << 40
 HELLO = 120.0
 """Seconds in which a node must say who it is; a device loads its model first."""
+_FIRST_HELLO = 600.0
+"""The same where no node joins later: one that says nothing ends the run. The workers of Flower's
+engine import everything, all at once, before one of them answers."""
 AWAY = 1.0
 """Seconds between calls of a SuperLink that is away."""
 _AGAIN = 60.0
@@ -61,6 +64,7 @@ class GridNetwork:
         self._clock = clock
         self._least, self._nodes = admission.clients, admission.nodes
         self._wait = deadline if admission.wait is None else admission.wait
+        self._hello = HELLO if admission.clients else _FIRST_HELLO
         self._names, self._limits = admission.names, admission.limits or Limits()
         self._bounded = bound(grid, stop) if admission.limits else None
         self._keys: dict[str, str] = _stored(admission.names)
@@ -144,11 +148,11 @@ class GridNetwork:
         known = {node for node, _, seats in self._members.values() if not seats} | busy
         new = [n for n in sorted(keys) if n not in known and now >= self._again.get(n, (0, 0))[0]]
         if new:
-            messages = {n: self._message(n, pack_task(self.hello), HELLO) for n in new}
+            messages = {n: self._message(n, pack_task(self.hello), self._hello) for n in new}
             sent = self._push(list(messages.values()), now)
             for node, message in messages.items():
                 if message.metadata.message_id in sent:
-                    self._asked[message.metadata.message_id] = (node, now + HELLO)
+                    self._asked[message.metadata.message_id] = (node, now + self._hello)
         for sent_id, found in self._pull({m: self._seats(n) for m, (n, _) in self._asked.items()}):
             node, _ = self._asked.pop(sent_id)
             self._learn(node, _packet(found, pack_task(self.hello), ""), keys)

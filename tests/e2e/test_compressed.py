@@ -1,10 +1,8 @@
-"""A run with compressed messages: its bytes, killed and resumed, and on both engines."""
+"""A run with compressed messages: its bytes, killed and resumed. On Flower: test_flower.py."""
 
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,28 +11,30 @@ import pytest
 from typer.testing import CliRunner
 
 from corolla.cli.app import app
+from tests.e2e.forked import Commands
 
 OPTIONS = "--clients 4 --cohort 2 --rounds 3 --local-steps 2 --batch-size 4"
 QUICK = "--set threads=1 --set eval-examples=8 --set eval-client-examples=2"
 CODECS = ["--set", 'codec=["top_k:0.1","int8","zstd"]', "--set", 'codec-down=["bf16"]']
 
 
-def command(folder: Path, *options: str) -> list[str]:
-    run = [sys.executable, "-m", "corolla", "simulate", *OPTIONS.split(), *QUICK.split()]
-    return [*run, *CODECS, *options, "--out", str(folder)]
+def command(folder: Path) -> list[str]:
+    run = ["simulate", *OPTIONS.split(), *QUICK.split(), *CODECS]
+    return [*run, "--out", str(folder)]
 
 
-def finish(arguments: list[str], folder: Path) -> dict[str, Any]:
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+def finish(commands: Commands, arguments: list[str], folder: Path) -> dict[str, Any]:
+    commands.run(*arguments, folder=folder.parent)
     loaded: dict[str, Any] = json.loads((folder / "run.json").read_text())
     return loaded
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def undisturbed(
+    commands: Commands, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    return folder, finish(command(folder), folder)
+    return folder, finish(commands, command(folder), folder)
 
 
 def test_bytes_are_the_formulas(undisturbed: tuple[Path, dict[str, Any]]) -> None:
@@ -53,31 +53,20 @@ def test_bytes_are_the_formulas(undisturbed: tuple[Path, dict[str, Any]]) -> Non
 
 
 def test_killed_and_resumed_it_ends_in_the_same_adapter(
-    undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path
+    commands: Commands, undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    process = subprocess.Popen(
-        command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    note, deadline = folder / "checkpoint" / "round-000001.json", time.monotonic() + 120
+    process = commands.start(*command(folder), folder=tmp_path, output=tmp_path / "killed.log")
+    note, deadline = folder / "checkpoint" / "round-000001.json", time.monotonic() + 300
     while not note.exists():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, (tmp_path / "killed.log").read_text()
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
-    process.wait(timeout=60)
+    assert process.wait() == -signal.SIGKILL
     assert not (folder / "adapter").exists()
-    resume = [sys.executable, "-m", "corolla", "simulate", "--resume", "--out", str(folder)]
-    facts = finish(resume, folder)
+    facts = finish(commands, ["simulate", "--resume", "--out", str(folder)], folder)
     assert facts["adapter_sha256"] == undisturbed[1]["adapter_sha256"]
     assert facts["bytes_up"] == undisturbed[1]["bytes_up"]
-
-
-def test_both_engines_give_the_same_adapter(
-    undisturbed: tuple[Path, dict[str, Any]], tmp_path: Path
-) -> None:
-    flower = finish(command(tmp_path / "run", "--engine", "flower"), tmp_path / "run")
-    for key in ("adapter_sha256", "state_sha256", "bytes_up", "bytes_down"):
-        assert flower[key] == undisturbed[1][key]
 
 
 @pytest.mark.parametrize(

@@ -4,18 +4,16 @@ Each run is a process of its own, killed by SIGKILL at a named point of its seco
 """
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.e2e.forked import Commands
 
 OPTIONS = (
     "--clients 3 --cohort 2 --rounds 2 --local-steps 1 --batch-size 2 --strategy flora "
@@ -23,50 +21,26 @@ OPTIONS = (
 )
 
 
-RUNNER = """
-import json, os, resource, signal, sys
-import corolla.commands.simulate.in_process, corolla.commands.simulate.progress, corolla.trackers
-from corolla.cli.app import app
-
-for line in sys.stdin:
-    order = json.loads(line)
-    child = os.fork()
-    if child:
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-        continue
-    os.dup2(os.open(order["log"], os.O_CREAT | os.O_WRONLY), 2)
-    os.dup2(2, 1)
-    os.environ["COROLLA_FAIL_AT"] = order["fail_at"]
-    if order["limit"]:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error instead, as of a full disk
-        resource.setrlimit(resource.RLIMIT_FSIZE, (order["limit"], resource.RLIM_INFINITY))
-    try:
-        app(["simulate", *order["options"]])
-    except SystemExit as end:
-        sys.stdout.flush()
-        os._exit(end.code or 0)
-"""
-"""Imports everything once, then each run is a fork of it: they are many and each is short."""
-
-
 @dataclass
 class Runner:
     """Runs simulations in processes of their own."""
 
-    process: subprocess.Popen[str]
-    logs: Path
+    commands: Commands
+    folder: Path
     started: int = 0
 
     def __call__(self, *options: str, fail_at: str = "", limit: int = 0) -> tuple[int, str]:
         """(exit code, output); `limit` is how large a file may become, in bytes."""
         self.started += 1
-        log = self.logs / f"{self.started}.log"
-        order = {"options": options, "fail_at": fail_at, "limit": limit, "log": str(log)}
-        assert self.process.stdin
-        assert self.process.stdout
-        print(json.dumps(order), file=self.process.stdin, flush=True)
-        code = int(self.process.stdout.readline())
-        return code, log.read_text()
+        log = self.folder / f"{self.started}.log"
+        run = self.commands.start(
+            *("simulate", *options),
+            folder=self.folder,
+            environment={"COROLLA_FAIL_AT": fail_at},
+            output=log,
+            largest_file=limit,
+        )
+        return run.wait(), log.read_text()
 
     def whole(self, *options: str) -> None:
         """A run that must succeed."""
@@ -75,17 +49,8 @@ class Runner:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
-    with subprocess.Popen(
-        [sys.executable, "-c", RUNNER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "COLUMNS": "1000"},
-    ) as process:
-        yield Runner(process, tmp_path_factory.mktemp("logs"))
-        assert process.stdin
-        process.stdin.close()
+def run(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Runner:
+    return Runner(commands, tmp_path_factory.mktemp("logs"))
 
 
 def facts(folder: Path) -> dict[str, Any]:

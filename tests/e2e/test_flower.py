@@ -1,4 +1,8 @@
-"""The same round code on Flower: its simulation engine, `flwr run`, and the app bundle."""
+"""The same round code on Flower: its simulation engine, `flwr run`, and the app bundle.
+
+Ray and its workers import everything anew, which takes most of a minute: one run of it is a test of
+`make test`, the others are of `make e2e`, here, in test_policies.py and in test_zeroth_order.py.
+"""
 
 import json
 import os
@@ -14,26 +18,29 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.forked import Commands
+
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 OPTIONS = "--clients 3 --cohort 2 --rounds 2 --local-steps 2 --batch-size 4"
 QUICK = "--set threads=1 --set eval-examples=8 --set eval-client-examples=2"
+ENGINES = {
+    "compressed": ["--set", 'codec=["top_k:0.1","int8","zstd"]', "--set", 'codec-down=["bf16"]'],
+    "flora": ["--strategy", "flora"],
+}
 
 
-def simulate(folder: Path, engine: str, strategy: str) -> dict[str, object]:
-    command = [sys.executable, "-m", "corolla", "simulate", *OPTIONS.split(), *QUICK.split()]
-    command += ["--engine", engine, "--strategy", strategy, "--keep-updates"]
-    done = subprocess.run(
-        [*command, "--out", str(folder)], capture_output=True, text=True, check=False, timeout=300
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+def simulate(commands: Commands, folder: Path, *options: str) -> dict[str, object]:
+    command = ["simulate", *OPTIONS.split(), *QUICK.split(), *options, "--keep-updates"]
+    commands.run(*command, "--out", str(folder), folder=folder.parent)
     loaded: dict[str, object] = json.loads((folder / "run.json").read_text())
     return loaded
 
 
-def test_both_engines_give_the_same_adapter(tmp_path: Path) -> None:
-    ours = simulate(tmp_path / "a", "inprocess", "flora")
-    flower = simulate(tmp_path / "b", "flower", "flora")
+@pytest.mark.parametrize("how", ["compressed", pytest.param("flora", marks=pytest.mark.deployment)])
+def test_both_engines_give_the_same_adapter(how: str, commands: Commands, tmp_path: Path) -> None:
+    ours = simulate(commands, tmp_path / "a", *ENGINES[how])
+    flower = simulate(commands, tmp_path / "b", *ENGINES[how], "--engine", "flower")
     assert flower["adapter_sha256"] == ours["adapter_sha256"]
     assert flower["state_sha256"] == ours["state_sha256"]
     assert (flower["bytes_up"], flower["bytes_down"]) == (ours["bytes_up"], ours["bytes_down"])
@@ -46,6 +53,7 @@ def _updates(folder: Path) -> Iterator[Path]:
     yield folder / "b" / "updates"
 
 
+@pytest.mark.deployment
 def test_a_client_that_diverges_on_flower_is_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "corolla", "simulate", *OPTIONS.split(), *QUICK.split()]
     command += ["--engine", "flower", "--lr", "1e30", "--out", str(tmp_path / "run")]
@@ -109,6 +117,7 @@ def superlink(tmp_path: Path) -> Iterator[dict[str, str]]:
         log.close()
 
 
+@pytest.mark.deployment
 def test_flwr_run_from_the_checkout(superlink: dict[str, str], tmp_path: Path) -> None:
     def flwr(*words: str) -> dict[str, object]:
         done = subprocess.run(
@@ -181,8 +190,12 @@ def test_the_wheel_holds_everything_and_runs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = checkout.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    wanted = {"corolla/server/app.py", "corolla/client/worker.py", "corolla/proto/update.proto"}
-    wanted |= {"corolla/embedded/model/model.safetensors", "corolla/embedded/report.html.j2"}
+    wanted = {"corolla/server/app.py", "corolla/client/training/worker.py"}
+    wanted |= {
+        "corolla/proto/update.proto",
+        "corolla/embedded/model/model.safetensors",
+        "corolla/embedded/report.html.j2",
+    }
     assert wanted | {"corolla/py.typed", "corolla/embedded/data.jsonl"} <= names
     assert not any(name.startswith(("proto/", "server/", "tests/")) for name in names)
     site = tmp_path / "site"

@@ -93,7 +93,7 @@ def simulated(config: RunConfig, folder: Path, sent: Mapping[tuple[str, int], Pa
 def test_native_phones_of_both_kinds_and_a_python_client_end_in_one_adapter(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, native_build: Path
 ) -> None:
-    bundle, publisher = embedded_bundle()
+    _, bundle, publisher = embedded_bundle()
     rank = json.loads((bundle / "manifest.json").read_text())["rank"]
     text = options(rows(tmp_path), rank)
     config = configured(text)

@@ -20,6 +20,7 @@ from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, DataError, RoundError, StoppedError
 from corolla.server import app as served
 from corolla.server.runs.observer import Silent
+from tests.e2e.forked import Commands
 
 Settings = Callable[..., RunConfig]
 QUICK: dict[str, Any] = {"eval_clients": 1, "eval_client_examples": 2, "eval_every": 10}
@@ -126,25 +127,25 @@ def test_a_stopped_asynchronous_run_ends_in_the_same_adapter(
 
 
 def test_a_killed_asynchronous_run_ends_in_the_same_adapter(
-    undisturbed: tuple[Path, Path], tmp_path: Path
+    commands: Commands, undisturbed: tuple[Path, Path], tmp_path: Path
 ) -> None:
     file, wanted = undisturbed
-    folder = tmp_path / "run"
-    command = [sys.executable, "-m", "corolla", "simulate", "--config", str(file)]
-    process = subprocess.Popen(
-        [*command, "--out", str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    folder, log = tmp_path / "run", tmp_path / "killed.log"
+    process = commands.start(
+        *("simulate", "--config", str(file), "--out", str(folder)), folder=tmp_path, output=log
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (folder / "checkpoint" / "round-000002.json").exists():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
-    process.wait(timeout=60)
+    assert process.wait() == -signal.SIGKILL
     result = CliRunner().invoke(app, ["simulate", "--resume", "--out", str(folder)])
     assert result.exit_code == 0, result.output
     same_outcome(folder, wanted)
 
 
+@pytest.mark.deployment
 def test_flowers_engine_gives_the_same_asynchronous_run(
     undisturbed: tuple[Path, Path], tmp_path: Path
 ) -> None:

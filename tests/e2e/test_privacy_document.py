@@ -1,37 +1,33 @@
-"""The commands of docs/privacy.md, run as they stand there."""
+"""The commands of docs/privacy.md, run as they stand there, as forks of a process that is warm."""
 
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.e2e.forked import Commands
+
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "privacy.md"
 TEXT = DOCUMENT.read_text(encoding="utf-8")
-BIN = Path(sys.executable).parent
-ENV = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
-
 BASH = re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
 
 
 @pytest.mark.parametrize("block", range(len(BASH)))
-def test_shell_examples(block: int, tmp_path: Path) -> None:
-    commands = [line for line in BASH[block].splitlines() if line.strip()]
-    assert commands
-    for command in commands:
-        assert command.startswith("corolla ")
+def test_shell_examples(block: int, commands: Commands, tmp_path: Path) -> None:
+    lines = [line for line in BASH[block].splitlines() if line.strip()]
+    assert lines
+    for line in lines:
+        assert line.startswith("corolla ")
         done = subprocess.run(
-            command.split(),
+            ["bash", "-c", line],
             cwd=tmp_path,
-            env=ENV,
+            env=commands.environment(),
             capture_output=True,
             text=True,
             check=False,
-            timeout=400,
         )
-        assert done.returncode == 0, command + done.stdout + done.stderr
+        assert done.returncode == 0, line + done.stdout + done.stderr
 
 
 def test_there_are_commands_and_the_links_lead_somewhere() -> None:

@@ -1,19 +1,30 @@
-"""The README's examples, run as they stand there."""
+"""The README's examples, run as they stand there.
+
+The first of each command is started cold, as a user starts it (`compare`, which starts many, in
+test_compare.py); the others are forks of a process that has imported everything, which a `corolla`
+in PATH asks for them.
+"""
 
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+from tests.e2e.forked import Commands
+
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BIN = Path(sys.executable).parent
-ENV = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+COLD = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
 
 BASH = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+SHELL = [[line for line in block.splitlines() if line.strip()] for block in BASH]
+FIRST = {line.split()[1]: line for block in reversed(SHELL) for line in reversed(block)}
+"""Command → the line in which it is for the first time."""
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 TOML = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
 NAME = re.compile(r"# (\w+\.(?:py|toml))\n")
@@ -21,29 +32,30 @@ FILES = {found[1]: block for block in [*BLOCKS, *TOML] if (found := NAME.match(b
 PYTHON = [block for block in BLOCKS if block not in FILES.values()]
 
 
-def run(command: list[str], folder: Path) -> str:
+def run(command: list[str], folder: Path, environment: Mapping[str, str]) -> str:
     """Run and expect success; the output."""
     done = subprocess.run(
-        command, cwd=folder, env=ENV, capture_output=True, text=True, check=False, timeout=400
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-@pytest.mark.parametrize("block", range(len(BASH)))
-def test_shell_examples(block: int, tmp_path: Path) -> None:
-    commands = [line for line in BASH[block].splitlines() if line.strip()]
-    assert commands
+@pytest.mark.parametrize("block", range(len(SHELL)))
+def test_shell_examples(block: int, commands: Commands, tmp_path: Path) -> None:
+    assert SHELL[block]
     for name, content in FILES.items():
         (tmp_path / name).write_text(content, encoding="utf-8")
-    for command in commands:
-        assert command.startswith("corolla ")
-        run(["bash", "-c", command], tmp_path)
+    for line in SHELL[block]:
+        assert line.startswith("corolla ")
+        name = line.split()[1]
+        cold = line == FIRST[name] and name != "compare"
+        run(["bash", "-c", line], tmp_path, COLD if cold else commands.environment())
 
 
 @pytest.mark.parametrize("block", range(len(PYTHON)))
 def test_python_examples(block: int, tmp_path: Path) -> None:
-    assert " -> " in run([sys.executable, "-c", PYTHON[block]], tmp_path)
+    assert " -> " in run([sys.executable, "-c", PYTHON[block]], tmp_path, COLD)
 
 
 def test_the_readme_has_examples_and_its_links_lead_somewhere() -> None:

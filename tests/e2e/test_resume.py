@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,22 +11,11 @@ from typer.testing import CliRunner
 
 from corolla.cli.app import app
 from corolla.server.runs.journal import read
+from tests.e2e.forked import Commands
 
 OPTIONS = "--clients 4 --cohort 2 --rounds 4 --local-steps 2 --batch-size 4 --strategy flora"
 QUICK = "--set threads=1 --set eval-examples=8 --set eval-client-examples=2"
 RUNNER = CliRunner()
-
-
-def start(folder: Path, *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "corolla", "simulate", *OPTIONS.split(), *QUICK.split()]
-    return subprocess.Popen(
-        [*command, *options, "--out", str(folder)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A background job of a shell, as CI may be, starts with SIGINT ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
 
 
 def wait_for_a_commit(folder: Path, seconds: float = 240) -> None:
@@ -50,19 +37,24 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_resume_ends_in_the_same_adapter(
-    how: signal.Signals, undisturbed: str, tmp_path: Path
+    how: signal.Signals, commands: Commands, undisturbed: str, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "run"
-    process = start(folder, "--keep-updates")
+    folder, said = tmp_path / "run", tmp_path / "errors"
+    process = commands.start(
+        *("simulate", *OPTIONS.split(), *QUICK.split(), "--keep-updates", "--out", str(folder)),
+        folder=tmp_path,
+        output=tmp_path / "output",
+        errors=said,
+    )
     try:
         wait_for_a_commit(folder)
     finally:
         os.kill(process.pid, how)
-    _, errors = process.communicate(timeout=60)
+    code, errors = process.wait(), said.read_text()
     if how == signal.SIGKILL:
-        assert process.returncode == -signal.SIGKILL
+        assert code == -signal.SIGKILL
     else:
-        assert process.returncode == 1
+        assert code == 1
         assert read(folder)[-1]["event"] == "stopped"
         assert "go on with --resume" in errors
         assert "Traceback" not in errors

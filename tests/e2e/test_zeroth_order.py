@@ -25,6 +25,7 @@ from corolla.server.runs import checkpoint
 from corolla.server.runs.run import Run
 from corolla.server.runs.setup import set_up
 from corolla.types import Payload
+from tests.e2e.forked import Commands
 
 Settings = Callable[..., RunConfig]
 RUNNER = CliRunner()
@@ -180,21 +181,21 @@ def test_an_interrupted_run_ends_in_the_same_model(
     assert [line["round"] for line in lines(tmp_path / "run")] == [1, 2, 3]
 
 
-def test_a_killed_run_ends_in_the_same_model(tiny: list[str], tmp_path: Path) -> None:
+def test_a_killed_run_ends_in_the_same_model(
+    commands: Commands, tiny: list[str], tmp_path: Path
+) -> None:
     options = [*tiny, *SMALL, "--local-steps", "20"]
     wanted = simulate(tmp_path / "whole", *options)
-    folder = tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "corolla", "simulate", *options, "--out", str(folder)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+    folder, log = tmp_path / "run", tmp_path / "killed.log"
+    process = commands.start(
+        *("simulate", *options, "--out", str(folder)), folder=tmp_path, output=log
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (folder / "checkpoint" / "round-000001.json").exists():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
-    process.wait(timeout=60)
+    assert process.wait() == -signal.SIGKILL
     assert not (folder / "adapter").exists()
     facts = simulate(folder, "--resume")
     assert facts["adapter_sha256"] == wanted["adapter_sha256"]
@@ -213,6 +214,7 @@ def test_mixed_classes_train_together(tiny: list[str], tmp_path: Path) -> None:
         assert line["bytes_down"] == line["formula_down"]
 
 
+@pytest.mark.deployment
 def test_both_engines_give_the_same_model(tiny: list[str], tmp_path: Path) -> None:
     options = [*tiny, *SMALL, "--rounds", "2"]
     ours = simulate(tmp_path / "a", *options)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import bundles
+from tests.bundles import Exported
 from tests.client.native import phones
 from tests.client.native.phones import World
 
@@ -28,9 +29,10 @@ def lacking() -> str:
         return f"no {', '.join(tools)} here"
     if find_spec("executorch") is None:
         return "executorch is not installed"
-    libraries = ["pkg-config", "--exists", "grpc++", "protobuf-lite", "libcrypto"]
+    names = ("grpc++", "protobuf-lite", "libcrypto", "nlohmann_json", "zlib")
+    libraries = ["pkg-config", "--exists", *names]
     if not shutil.which("pkg-config") or subprocess.run(libraries, check=False).returncode:
-        return "no gRPC, protobuf or OpenSSL for C++ here"
+        return "no gRPC, protobuf, OpenSSL, JSON or zlib for C++ here"
     return ""
 
 
@@ -62,10 +64,9 @@ def built() -> Path:
 
 
 @pytest.fixture(scope="session")
-def embedded_bundle(native_build: Path) -> Path:
-    """Programs of the embedded model; COROLLA_NATIVE_BUNDLE names a folder with them."""
-    told = os.environ.get("COROLLA_NATIVE_BUNDLE")
-    return Path(told) if told else bundles.embedded_bundle()[0]
+def small_bundle(native_build: Path) -> Exported:
+    """Programs of the small model, where they can be run."""
+    return bundles.small_bundle()
 
 
 def quiet(*command: object) -> None:

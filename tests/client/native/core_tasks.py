@@ -21,12 +21,13 @@ from corolla.types import Payload
 from corolla.wire import codec, messages
 from corolla.wire.messages import Kind, Log, Reply, Task, pack_task, unpack_reply
 from corolla.wire.packet import Packet
+from tests.bundles import Exported
 
 RUN = "ab" * 16
 
 
 def config(**changes: Any) -> RunConfig:
-    """A run on the embedded model, whose steps are few."""
+    """A run whose steps are few; on the embedded model, if `changes` do not say another."""
     values: dict[str, Any] = {
         "rounds": 3,
         "clients": 4,
@@ -161,12 +162,12 @@ class Case:
         return path
 
 
-def case(folder: Path, bundle: Path, check: Path, **changes: Any) -> Case:
-    own = config(**changes)
+def case(folder: Path, bundle: Exported, check: Path, **changes: Any) -> Case:
+    own = config(**{"model": bundle.model, **changes})
     worker = Worker(
         own, trainable.build(own, pretrained.load(own)), federated.load(own), Memory(folder)
     )
-    return Case(worker, bundle, folder, check)
+    return Case(worker, bundle.folder, folder, check)
 
 
 def write_tokens(path: Path, sequences: Sequence[encoding.Encoded]) -> None:

@@ -12,6 +12,7 @@ import torch
 from corolla.proto import update_pb2 as pb
 from corolla.wire import messages
 from corolla.wire.messages import Kind, Task, pack_task
+from tests.bundles import Exported
 from tests.client.native import core_tasks
 from tests.client.native.core_tasks import Case
 
@@ -19,10 +20,10 @@ Make = Callable[..., Case]
 
 
 @pytest.fixture
-def make(tmp_path: Path, native_build: Path, embedded_bundle: Path) -> Make:
+def make(tmp_path: Path, native_build: Path, small_bundle: Exported) -> Make:
     def made(**changes: Any) -> Case:
         check = native_build / "corolla-native-check"
-        return core_tasks.case(tmp_path, embedded_bundle, check, **changes)
+        return core_tasks.case(tmp_path, small_bundle, check, **changes)
 
     return made
 

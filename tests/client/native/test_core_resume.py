@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.bundles import Exported
 from tests.client.native import core_tasks
 from tests.client.native.core_tasks import Case
 
@@ -15,10 +16,10 @@ PASSES = 12  # of the task below: four steps of three sequences
 
 
 @pytest.fixture
-def make(tmp_path: Path, native_build: Path, embedded_bundle: Path) -> Make:
+def make(tmp_path: Path, native_build: Path, small_bundle: Exported) -> Make:
     def made(**changes: Any) -> Case:
         check = native_build / "corolla-native-check"
-        return core_tasks.case(tmp_path, embedded_bundle, check, **changes)
+        return core_tasks.case(tmp_path, small_bundle, check, **changes)
 
     return made
 

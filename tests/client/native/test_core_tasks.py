@@ -15,6 +15,7 @@ from corolla.tensors import tree
 from corolla.types import Params, Payload
 from corolla.wire import codec, messages
 from corolla.wire.messages import Reply
+from tests.bundles import Exported
 from tests.client.native import core_tasks
 from tests.client.native.core_tasks import Case, farthest
 
@@ -22,10 +23,10 @@ Make = Callable[..., Case]
 
 
 @pytest.fixture
-def make(tmp_path: Path, native_build: Path, embedded_bundle: Path) -> Make:
+def make(tmp_path: Path, native_build: Path, small_bundle: Exported) -> Make:
     def made(**changes: Any) -> Case:
         check = native_build / "corolla-native-check"
-        return core_tasks.case(tmp_path, embedded_bundle, check, **changes)
+        return core_tasks.case(tmp_path, small_bundle, check, **changes)
 
     return made
 

@@ -3,7 +3,7 @@
 import json
 import os
 import subprocess
-import time
+import threading
 from pathlib import Path
 
 import grpc
@@ -75,17 +75,18 @@ def test_a_line_that_is_cut_costs_the_chunk_on_its_way(offered: World) -> None:
 
 
 def test_a_phone_that_is_killed_goes_on_with_the_chunk_it_lacks(offered: World) -> None:
-    asked = offered.fake.downloads
+    asked, killed = offered.fake.downloads, threading.Event()
     base = offered.bundle / "base.ptd"
 
     def slow(name: str, context: grpc.ServicerContext) -> None:
         if name == "Download" and len(asked(base)) == 3:
-            time.sleep(1)
+            killed.wait(30)
 
     offered.fake.before = slow
     phone = offered.start(once=True)
     gateways.until(lambda: len(asked(base)) == 3, 20)
     phone.kill()
+    killed.set()
     again = offered.start(once=True)
     assert again.finish() == 0, again.errors
     assert whole(offered)

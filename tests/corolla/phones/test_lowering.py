@@ -21,7 +21,7 @@ from corolla.errors import ConfigError, ModelError
 from corolla.models import adapter_files, lora, pretrained
 from corolla.phones import bundle, export, lowering, selftest
 from corolla.types import Adapter
-from tests.bundles import LENGTH, RANK, embedded_bundle, needs_executorch
+from tests.bundles import LENGTH, RANK, needs_executorch, small_bundle
 
 pytestmark = needs_executorch
 Settings = Callable[..., RunConfig]
@@ -29,12 +29,12 @@ Settings = Callable[..., RunConfig]
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    return embedded_bundle()[0]
+    return small_bundle().folder
 
 
 @pytest.fixture(scope="module")
 def manifest(folder: Path) -> bundle.Manifest:
-    found = bundle.read(folder, embedded_bundle()[1])
+    found = bundle.read(folder, small_bundle().publisher)
     bundle.verify(folder, found)
     return found
 
@@ -45,9 +45,9 @@ def run(folder: Path) -> lowering.Run:
 
 
 def plain(alpha: float) -> Any:
-    """The embedded model with an adapter of peft's own making, nothing of Corolla in it."""
+    """The small model with an adapter of peft's own making, nothing of Corolla in it."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        pretrained.resolve("embedded"), dtype=torch.float32
+        small_bundle().model, dtype=torch.float32
     )
     config = peft.LoraConfig(
         r=RANK, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"
@@ -102,7 +102,7 @@ def test_the_adapter_is_listed_as_it_travels(manifest: bundle.Manifest) -> None:
 
 
 def test_the_fingerprint_is_that_of_runs(manifest: bundle.Manifest) -> None:
-    base = pretrained.load(RunConfig(model="embedded", task="causal", device="cpu"))
+    base = pretrained.load(RunConfig(model=small_bundle().model, task="causal", device="cpu"))
     assert manifest.model_sha256 == base.fingerprint
 
 
@@ -349,7 +349,7 @@ def test_the_command(manifest: bundle.Manifest, monkeypatch: pytest.MonkeyPatch)
     options = "--to executorch --out o --key k --rank 4 --target-modules q,v --length 32 --base q4"
     result = command("org/name", *options.split())
     assert result.exit_code == 0, result.stderr
-    assert result.stdout.startswith("o: fp32 (grad, loss; 4.6 MB), q4 (loss; 0.9 MB); every")
+    assert result.stdout.startswith("o: fp32 (grad, loss; 2.0 MB), q4 (loss; 0.5 MB); every")
     assert asked == {
         **{"source": "org/name", "out": Path("o"), "key": Path("k"), "model": None, "rank": 4},
         **{"targets": ["q", "v"], "length": 32, "bases": "q4"},

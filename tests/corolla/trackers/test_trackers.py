@@ -60,9 +60,15 @@ def tensorboard(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def wandb(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Of the offline files, in wandb's format: blocks of LevelDB's log, records in protobuf."""
+    """Of the offline files, in wandb's format: blocks of LevelDB's log, records in protobuf.
+
+    Its service writes the last of them after `finish`; who ends a Python process waits for it, as
+    here.
+    """
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
+    wandb.teardown()
     found: dict[str, list[tuple[int, float]]] = {}
     config: dict[str, Any] = {}
     for path in sorted((folder / "wandb").glob("offline-run-*/*.wandb")):

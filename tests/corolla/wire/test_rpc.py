@@ -149,11 +149,11 @@ def test_packets_are_answered_one_at_a_time(tmp_path: Path) -> None:
 
 
 def test_what_was_given_up_while_it_waited_is_never_begun(tmp_path: Path) -> None:
-    begun = []
+    begun, given_up = list[bytes](), threading.Event()
 
     def slow(packet: Packet, wanted: Wanted) -> Packet:
         begun.append(packet.header)
-        time.sleep(1.0)
+        given_up.wait(30)
         return packet
 
     with trainer(tmp_path, slow) as path:
@@ -163,6 +163,7 @@ def test_what_was_given_up_while_it_waited_is_never_begun(tmp_path: Path) -> Non
             time.sleep(0.01)
         with pytest.raises(PeerError):
             rpc.ask_trainer(path, Packet(b"2", b""), 0.3)
+        given_up.set()
         first.join()
         assert rpc.ask_trainer(path, Packet(b"3", b""), 30).header == b"3"
     assert begun == [b"1", b"3"]

@@ -195,6 +195,16 @@ def test_clients_are_asked_by_name_and_answer_in_any_order() -> None:
     assert grid.nodes[3].asked == [Kind.HELLO, Kind.TRAIN]  # it is known
 
 
+@pytest.mark.parametrize(("clients", "seconds"), [(0, 600.0), (1, 120.0)])
+def test_a_hello_lives_longer_where_no_node_joins_later(
+    clock: Clock, clients: int, seconds: float
+) -> None:
+    grid = LocalGrid({1: Node("a", "k", silent=True)})
+    network(grid, clock, nodes=1, clients=clients).online()
+    (sent,) = grid.sent.values()
+    assert sent.metadata.ttl == seconds
+
+
 def test_messages_live_as_long_as_a_round(clock: Clock) -> None:
     grid = LocalGrid({1: Node("a", "k")})
     net = network(grid, clock, deadline=0.6)

@@ -1,0 +1,146 @@
+"""Imports Corolla once; each command is then a fork of this process, at no cost for its imports.
+
+Started as `python -P fork_server.py SOCKET`; tests/e2e/forked.py speaks to it. A command has its
+own arguments, folder, environment, standard streams, process id and end, as one that is started
+cold. The server ends when its standard input does.
+"""
+
+import atexit
+import importlib
+import json
+import os
+import resource
+import select
+import signal
+import socket
+import sys
+import threading
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+PRELOADED = (
+    "corolla.commands.simulate.in_process",
+    "corolla.commands.simulate.progress",
+    "corolla.commands.compare.compare",
+    "corolla.commands.check.proofs",
+    "corolla.commands.audit.run",
+    "corolla.commands.plan.plan",
+    "corolla.commands.artefacts",
+    "corolla.trackers",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.backends.backend_svg",
+    "matplotlib.figure",
+)
+
+
+def serve(path: str, told: dict[str, str]) -> None:
+    """Fork a command for each connection until standard input ends.
+
+    `told` is what the imports have put into the environment where nothing was said.
+    """
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(path)
+    listener.listen(64)
+    print("ready", flush=True)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who wait for commands
+    while True:
+        ready, _, _ = select.select([listener, sys.stdin], [], [])
+        if sys.stdin in ready:
+            return
+        connection, _ = listener.accept()
+        if os.fork() == 0:
+            listener.close()
+            _attend(connection, told)
+        connection.close()
+
+
+def _attend(connection: socket.socket, told: dict[str, str]) -> NoReturn:
+    """Run one command: says its process id, sends on signals, says its exit code.
+
+    Whoever asked and is gone, killed, takes the command along.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    size, streams, _, _ = socket.recv_fds(connection, 8, 3)
+    order = json.loads(_read(connection, int.from_bytes(size, "big")))
+    order["environment"] = {**told, **order["environment"]}
+    command = os.fork()
+    if command == 0:
+        connection.close()
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+            os.close(stream)
+        _become(order)
+    for stream in streams:
+        os.close(stream)
+    connection.sendall(f"{command}\n".encode())
+    threading.Thread(target=_send_on, args=(connection, command), daemon=True).start()
+    code = os.waitstatus_to_exitcode(os.waitpid(command, 0)[1])
+    connection.sendall(f"{code}\n".encode())
+    os._exit(0)
+
+
+def _send_on(connection: socket.socket, command: int) -> None:
+    """Signals that arrive as bytes; the end of the connection kills."""
+    with suppress(ProcessLookupError):  # it has ended by itself
+        while number := connection.recv(1):
+            os.kill(command, number[0])
+        os.kill(command, signal.SIGKILL)
+
+
+def _read(connection: socket.socket, size: int) -> bytes:
+    content = b""
+    while len(content) < size:
+        part = connection.recv(size - len(content))
+        if not part:
+            os._exit(1)
+        content += part
+    return content
+
+
+def _become(order: dict[str, Any]) -> NoReturn:
+    """Run the command line, as `python -m corolla` does, and end as an interpreter does."""
+    os.chdir(order["folder"])
+    os.environ.clear()
+    os.environ.update(order["environment"])
+    sys.argv = ["corolla", *order["arguments"]]
+    sys.executable = order["python"]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if order["largest_file"]:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error instead, as of a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (order["largest_file"], resource.RLIM_INFINITY))
+    code: Any = 0
+    try:
+        from corolla.cli.app import app
+
+        app()
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:  # noqa: BLE001 - said as an interpreter says it
+        traceback.print_exc()
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code if isinstance(code, int) else 1)
+
+
+def main() -> None:
+    """Import, see that this process may be forked, serve."""
+    given = dict(os.environ)
+    importlib.import_module("corolla.cli.app")
+    for name in PRELOADED:
+        importlib.import_module(name)
+    import torch
+
+    torch.set_num_threads(1)
+    threads = len(list(Path("/proc/self/task").iterdir()))
+    if threads != 1:
+        raise SystemExit(f"{threads} threads after the imports: a fork would lose all but one")
+    serve(sys.argv[1], {k: v for k, v in os.environ.items() if k not in given})
+
+
+if __name__ == "__main__":
+    main()
