@@ -65,7 +65,10 @@ def _once(name: str, make_model: Callable[[Path], str]) -> Exported:
     folder, key = home / "bundle", home / "publisher.key"
     with FileLock(home / "lock"):
         if not (folder / bundle.MANIFEST).is_file():
-            export.make(make_model(home / "model"), folder, key, rank=RANK, length=LENGTH)
+            source = make_model(home / "model")
+            export.make(
+                export.ExportRequest(source=source, out=folder, key=key, rank=RANK, length=LENGTH)
+            )
     model = home / "model"
     return Exported(str(model) if model.is_dir() else name, folder, key.with_suffix(".pub"))
 

@@ -294,7 +294,10 @@ def export(
         with out.status("loading") as shown:
             from corolla.phones import export as bundling
 
-            made = bundling.make(source, out_dir, key, model=model, say=shown.update, **given)
+            request = bundling.ExportRequest(
+                source=source, out=out_dir, key=key, model=model, **given
+            )
+            made = bundling.make(request, shown.update)
         say(bundling.summary(made, str(out_dir)))
         return
     from corolla.commands.artefacts import export_merged

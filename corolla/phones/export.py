@@ -4,6 +4,7 @@ import importlib.util
 import json
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,26 +33,34 @@ class Order(NamedTuple):
     targets: tuple[str, ...] | None
 
 
-def make(
-    source: str,
-    out: Path | None,
-    key: Path | None,
-    *,
-    model: str | None = None,
-    rank: int | None = None,
-    targets: Sequence[str] | None = None,
-    length: int = 256,
-    bases: str = "fp32,q4",
-    say: Callable[[str], None] = lambda text: None,
-) -> bundle.Manifest:
-    """Write the bundle `out` of a base model, or of that of an adapter with its rank and targets.
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest:
+    """What `corolla export --to executorch` is asked for."""
 
-    `model` is where the base of an adapter is now, if elsewhere; `bases` are names of BASES.
+    source: str
+    """A base model by name or folder, or an adapter, whose rank and targets are taken."""
+    out: Path | None
+    """The bundle: a new folder."""
+    key: Path | None
+    """The file of the publisher's key, made where there is none."""
+    model: str | None = None
+    """Where the base of an adapter is now, if elsewhere."""
+    rank: int | None = None
+    targets: Sequence[str] | None = None
+    length: int = 256
+    """Tokens of a sequence."""
+    bases: str = "fp32,q4"
+    """Names of BASES, separated by commas."""
+
+
+def make(request: ExportRequest, say: Callable[[str], None] = lambda text: None) -> bundle.Manifest:
+    """Write the bundle of a base model, or of that of an adapter with its rank and targets.
 
     Takes minutes, and several times the memory of the model in fp32. Every program is run against
     torch before anything is written. Raises ConfigError for options, ModelError for a model that is
     no causal language model, or does not compile, or whose programs compute something else.
     """
+    out, key, bases = request.out, request.key, request.bases
     if importlib.util.find_spec("executorch") is None:
         raise ConfigError("--to executorch needs ExecuTorch: pip install 'corolla[phones]'")
     if out is None or key is None:
@@ -61,10 +70,10 @@ def make(
     chosen = [base for base in BASES if base in bases.split(",")]
     if unknown := sorted(set(bases.split(",")) - set(BASES)):
         raise ConfigError(f"--base {unknown[0]!r} is unknown: use fp32, q4 or fp32,q4")
-    order = wanted(source, rank, targets)
-    order = order._replace(model=model or order.model)
+    order = wanted(request.source, request.rank, request.targets)
+    order = order._replace(model=request.model or order.model)
     say(f"loading {order.model}")
-    adapter = _load(order, length)
+    adapter = _load(order, request.length)
     signer = bundle.signing_key(key)
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -73,7 +82,7 @@ def make(
     ):
         scratch = Path(beside) / "bundle"  # not the one beside, which is its owner's alone
         scratch.mkdir()
-        manifest = _fill(scratch, adapter, order, length, chosen, say)
+        manifest = _fill(scratch, adapter, order, request.length, chosen, say)
         bundle.write(scratch, manifest, signer)
         if out.is_dir():
             out.rmdir()

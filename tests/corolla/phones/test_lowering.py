@@ -298,8 +298,14 @@ def test_a_failed_export_leaves_nothing(
         monkeypatch.setattr(selftest, "check_fp32", check)
         with pytest.raises(error):
             export.make(
-                *(str(tiny_model), tmp_path / "out", tmp_path / "k.key"),
-                **{"bases": "fp32", "rank": 2, "length": 64},  # type: ignore[arg-type]
+                export.ExportRequest(
+                    source=str(tiny_model),
+                    out=tmp_path / "out",
+                    key=tmp_path / "k.key",
+                    rank=2,
+                    length=64,
+                    bases="fp32",
+                )
             )
         assert sorted(path.name for path in tmp_path.iterdir()) == ["k.key", "k.pub", "out.part"]
         assert [path.name for path in (tmp_path / "out.part").iterdir()] == ["mine"]
@@ -425,4 +431,6 @@ def test_without_executorch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         importlib.util, "find_spec", lambda n, *a: None if n == "executorch" else found(n, *a)
     )
     with pytest.raises(ConfigError, match=r"pip install 'corolla\[phones\]'"):
-        export.make("embedded", tmp_path / "out", tmp_path / "k.key")
+        export.make(
+            export.ExportRequest(source="embedded", out=tmp_path / "out", key=tmp_path / "k.key")
+        )
