@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,9 @@ from corolla.commands.check.tiny_models import Size
 from corolla.config.run import RunConfig
 
 torch.set_num_threads(1)
+if threading.current_thread() is threading.main_thread():
+    # A background job of a shell, as CI may be, starts with SIGINT ignored, and so do its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples on every machine; a fixture is built once for all examples of a test.
 hypothesis_settings.register_profile(
