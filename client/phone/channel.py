@@ -11,6 +11,7 @@ import grpc
 
 from corolla.client.phone.clock import Clock
 from corolla.errors import ConfigError, StoppedError
+from corolla.host.text import one_line
 from corolla.phones import protocol
 from corolla.proto import device_pb2 as pb
 from corolla.proto import device_pb2_grpc
@@ -70,7 +71,7 @@ class Caller:
                 self.bytes += request.ByteSize() + found.ByteSize()
                 return cast(R, found)
             except grpc.RpcError as error:
-                code, details = error.code(), protocol.one_line(error.details() or "")
+                code, details = error.code(), one_line(error.details() or "", protocol.MAX_TEXT)
             self._refuse_final(code, details)
             if slow and code == grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise SlowCallError

@@ -2,6 +2,7 @@
 
 from corolla.client.phone.channel import Caller, SessionOverError, SlowCallError
 from corolla.client.phone.kept import Kept
+from corolla.host.text import one_line
 from corolla.phones import protocol
 from corolla.proto import device_pb2 as pb
 from corolla.proto import update_pb2
@@ -32,7 +33,7 @@ def deliver(caller: Caller, lease: str, packet: Packet, deadline: float) -> pb.A
             most //= 2
             continue
         if status.problem:
-            raise SessionOverError(protocol.one_line(status.problem))
+            raise SessionOverError(one_line(status.problem, protocol.MAX_TEXT))
         stuck += status.received <= at
         if status.received > size or stuck > _MOST_STUCK or sent > 3 * size + 8 * protocol.CHUNK:
             raise SessionOverError("the gateway does not take the update in")
@@ -50,4 +51,4 @@ def settle(kept: Kept, task: update_pb2.Task, packet: Packet, answer: pb.Acknowl
         return "accepted"
     if protocol.read_reply(packet).missing:  # this device has forgotten something
         kept.forget_log_version()
-    return f"not accepted: {protocol.one_line(answer.why)}"
+    return f"not accepted: {one_line(answer.why, protocol.MAX_TEXT)}"

@@ -1,11 +1,11 @@
 """What a phone keeps on its disk: its history, the gateway's last words, a reply on its way."""
 
-import os
 from pathlib import Path
 
 from corolla.client.phone import policies
 from corolla.client.phone.policies import Limits
 from corolla.errors import WireError
+from corolla.host.files import write_atomic
 from corolla.phones import protocol
 from corolla.proto import device_pb2 as pb
 from corolla.wire.packet import Packet
@@ -36,12 +36,11 @@ class Kept:
         return policies.stricter(known, self._limits)
 
     def keep_policy(self, policy: pb.Policy) -> None:
-        data, scratch = policy.SerializeToString(), self.folder / "part-policy"
+        data = policy.SerializeToString()
         if data == self._policy:  # it is asked for at each check-in
             return
         self._policy = data
-        scratch.write_bytes(data)
-        scratch.replace(self.folder / "policy")
+        write_atomic(self.folder / "policy", data)
 
     def history(self, now: float) -> list[policies.Entry]:
         """What this device has done in the 30 days before `now`."""
@@ -107,12 +106,8 @@ class Kept:
 
 def write_packet(path: Path, packet: Packet) -> None:
     """Write all of a packet or nothing, readable by its owner alone."""
-    scratch = path.with_name("part-" + path.name)
     message = pb.Packet(header=packet.header, payload=packet.payload)
-    scratch.unlink(missing_ok=True)
-    with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(message.SerializeToString())
-    scratch.replace(path)
+    write_atomic(path, message.SerializeToString(), private=True)
 
 
 def read_packet(path: Path) -> Packet | None:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from corolla.host.files import write_atomic
 from corolla.proto import device_pb2 as pb
 
 _DAY = 86_400.0
@@ -145,9 +146,7 @@ def add(path: Path, entry: Entry) -> None:
         for one in read(path, -math.inf)
     )
     kept = [json.dumps(asdict(one)) for one in (*past, entry)]
-    scratch = path.with_name(f"part-{path.name}")
-    scratch.write_text("\n".join(kept) + "\n")
-    scratch.replace(path)
+    write_atomic(path, ("\n".join(kept) + "\n").encode())
 
 
 def _conditions(policy: pb.Policy, device: Mapping[str, Any]) -> list[str]:

@@ -24,6 +24,7 @@ from corolla.client.phone.lease import PhoneTrainer, Work
 from corolla.client.phone.policies import NO_LIMITS, Limits
 from corolla.errors import ConfigError, WireError
 from corolla.host import logs
+from corolla.host.text import one_line
 from corolla.phones import protocol
 from corolla.proto import device_pb2 as pb
 from corolla.proto import update_pb2
@@ -131,10 +132,10 @@ class Phone:
         """What a gateway says instead of giving a lease; the seconds until the next check-in."""
         refusal = found.refusal
         if refusal.reason == pb.Refusal.REASON_PROTOCOL:
-            raise ConfigError(f"the gateway refuses: {protocol.one_line(refusal.text)}")
+            raise ConfigError(f"the gateway refuses: {one_line(refusal.text, protocol.MAX_TEXT)}")
         if refusal.reason == pb.Refusal.REASON_MODEL:
             return self._get_model(refusal)
-        self._tell(f"waiting: {protocol.one_line(refusal.text)}")
+        self._tell(f"waiting: {one_line(refusal.text, protocol.MAX_TEXT)}")
         if refusal.reason == pb.Refusal.REASON_NAME:  # until its holder is forgotten
             return self.settings.pauses[1]
         return self.caller.pause(found.retry)
@@ -143,7 +144,7 @@ class Phone:
 
     def _get_model(self, refusal: pb.Refusal) -> float:
         if self.settings.own_model or not refusal.base_model.size:
-            raise ConfigError(f"{protocol.one_line(refusal.text)}: name one with --model")
+            raise ConfigError(f"{one_line(refusal.text, protocol.MAX_TEXT)}: name one with --model")
         try:
             folder = fetch_model(refusal.base_model, self.kept.models, self.caller.download)
         except SessionOverError:
@@ -209,7 +210,7 @@ class Phone:
                 )
         self.done += answer.accepted
         word = settle(self.kept, task, packet, answer)
-        self._tell(f"round {task.round} as {protocol.one_line(lease.client)}: {word}")
+        self._tell(f"round {task.round} as {one_line(lease.client, protocol.MAX_TEXT)}: {word}")
         return answer.retry
 
     def _work(self, lease: pb.Lease) -> Work:

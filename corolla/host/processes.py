@@ -1,13 +1,12 @@
-"""Child processes: start, CPU time, a clean end, and how they are found again after a kill."""
+"""Signals of this process, a free port, and notes by which processes are found after a kill."""
 
 import json
 import os
 import signal
 import socket
-import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -15,63 +14,8 @@ import psutil
 
 from corolla.host.files import write_atomic
 
-_GRACE = 30.0
-"""Seconds in which a child that is told to stop may end its work."""
 _HANG_UP = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()
 """A terminal that goes away; Windows has no such signal."""
-
-
-class Child:
-    """A command whose output goes to `log`. On Windows its CPU time is not known."""
-
-    def __init__(self, command: Sequence[str], log: Path) -> None:
-        self.log, self.beside, self.resumed = log, False, False
-        self.cpu_seconds: float | None = None
-        self.code: int | None = None
-        with log.open("wb") as output:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C reaches the parent alone, which then says stop
-            )
-
-    def ended(self) -> bool:
-        """Whether it has ended; then `code` is its exit code and `cpu_seconds` what it used."""
-        if self.code is not None:
-            return True
-        if not hasattr(os, "wait4"):
-            self.code = self._process.poll()
-            return self.code is not None
-        pid, status, usage = os.wait4(self._process.pid, os.WNOHANG)
-        if pid == 0:
-            return False
-        self.code = self._process.returncode = os.waitstatus_to_exitcode(status)
-        self.cpu_seconds = usage.ru_utime + usage.ru_stime
-        return True
-
-    def last_error(self) -> str:
-        """The line of its log that says what is wrong, else the last one."""
-        if self.code is not None and self.code < 0:
-            return f"ended by signal {-self.code}" + ("; out of memory?" if self.code == -9 else "")
-        lines = [s.strip() for s in self.log.read_text(errors="replace").splitlines() if s.strip()]
-        errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-        return (errors or lines or [f"no output, exit code {self.code}"])[-1]
-
-
-def stop(children: Sequence[Child]) -> None:
-    """Interrupt each by its process id; who has not ended in half a minute is killed."""
-    for child in children:
-        if not child.ended():
-            child._process.send_signal(getattr(signal, "SIGINT", signal.SIGTERM))
-    deadline = time.monotonic() + _GRACE
-    while not all(child.ended() for child in children) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    for child in children:
-        if not child.ended():
-            child._process.kill()
-            child.code = child._process.wait()
 
 
 def when_orphaned(leave: Callable[[], None]) -> None:

@@ -1,17 +1,28 @@
-"""Long-lived child processes: started again when they die, ended by id; files that may be open."""
+"""Child processes: what they say is kept, they are ended by id and start again when they die.
+
+Also how many files this process may have open, which its children inherit.
+"""
 
 import os
 import re
 import resource
+import signal
 import subprocess
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import IO
+
+from corolla.host import processes
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-GRACE = 15.0
-"""Seconds in which a process that is told to end may do so."""
+_LINES = 50
+"""Lines of a child that are held for its last words."""
+_LOG_BYTES = 1 << 20
+"""Size at which the log of a child with a listener is rotated; one old file is kept."""
 _TAIL = 8192
 """Bytes of a log that are looked at: it grows for months."""
 _FILES = 65536
@@ -19,64 +30,217 @@ _LASTED = 120.0
 """Seconds of life after which a death is a first one again."""
 
 
-class Process:
-    """One child: started again when it dies, each time a little later, ended by its process id."""
+class Restarts:
+    """When a child that has died starts again: after a pause that doubles with each death.
 
-    def __init__(self, name: str, command: Sequence[str], env: Mapping[str, str], logs: Path):
-        self.name, self.command, self.env = name, command, dict(env)
-        self.log = logs / f"{name}.log"
+    `dice` in [0, 1) makes pauses of many parents differ; by default each has its full length.
+    """
+
+    def __init__(
+        self,
+        longest: float = 30.0,
+        dice: Callable[[], float] = lambda: 1.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`longest`: seconds of the longest pause."""
         self.deaths = 0
-        self._process: subprocess.Popen[bytes] | None = None
+        self._longest, self._dice, self._clock = longest, dice, clock
         self._began = self._due = 0.0
 
-    def start(self) -> None:
-        with self.log.open("ab") as output:
-            self._process = subprocess.Popen(
-                self.command,
-                env=self.env,
-                cwd=self.log.parent,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C reaches the supervisor alone
-            )
-        self._began = time.monotonic()
+    @property
+    def resting(self) -> bool:
+        """Whether a death is noted and the next start is yet to come."""
+        return self._due > 0
+
+    def over(self) -> None:
+        """Begin a start, after which another death can be noted."""
+        self._due = 0.0
+
+    def began(self) -> None:
+        """Note that a start has succeeded."""
+        self._began = self._clock()
+
+    def rest(self) -> float:
+        """Note a death, once; the seconds until the next start."""
+        now = self._clock()
+        if not self._due:
+            self.deaths = 1 if now - self._began > _LASTED else self.deaths + 1
+            self._due = now + pause(self.deaths, self._dice(), self._longest)
+        return self._due - now
+
+
+def pause(deaths: int, dice: float, longest: float) -> float:
+    """Seconds before a child starts again; `dice` in [0, 1) takes away up to a half."""
+    return min(longest, 0.5 * 2.0 ** min(deaths, 10)) * (0.5 + 0.5 * dice)
+
+
+class Child:
+    """A command that runs in a session of its own: Ctrl-C reaches its parent alone.
+
+    What it says goes to the end of `log`. Where there is a `listener`, that hears each line too,
+    the log is bounded, and standard input stays open for as long as this process lives: the child
+    can tell when its parent is gone. `note` keeps its process id while it runs.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        log: Path,
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        listener: Callable[[str], None] | None = None,
+        note: Path | None = None,
+        restarts: Restarts | None = None,
+    ) -> None:
+        self.command, self.log, self.name = command, log, log.stem
+        self.restarts = restarts or Restarts()
+        self.lines = deque[str](maxlen=_LINES)
+        """What a listener has heard last."""
+        self.code: int | None = None
+        """Exit code of the last one that has ended."""
+        self.cpu_seconds: float | None = None
+        self._env, self._cwd, self._listener, self._note = env, cwd, listener, note
+        self._process: subprocess.Popen[bytes] | None = None
+        self._reader: threading.Thread | None = None
 
     @property
     def pid(self) -> int | None:
-        return self._process.pid if self._process and self._process.poll() is None else None
+        """Its process id while it runs."""
+        return None if self.ended() or not self._process else self._process.pid
+
+    def start(self, first_line: bytes = b"") -> None:
+        """Start `command` in the place of the one before. Raises OSError.
+
+        `first_line` is what a child with a listener reads on its standard input.
+        """
+        self.close()
+        self.restarts.over()
+        with nullcontext(subprocess.PIPE) if self._listener else self.log.open("ab") as output:
+            self._process = process = subprocess.Popen(
+                self.command,
+                env=self._env,
+                cwd=self._cwd,
+                stdin=subprocess.PIPE if self._listener else subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.restarts.began()
+        self.code = self.cpu_seconds = None
+        if self._note:
+            with suppress(OSError):  # a full disk
+                processes.note_process(self._note, process.pid)
+        if self._listener and process.stdin and process.stdout:
+            self.lines.clear()
+            told = (process.stdout, self._listener)
+            self._reader = threading.Thread(target=self._read, args=told, daemon=True)
+            self._reader.start()
+            with suppress(BrokenPipeError):  # it has ended already: `ended` will say so
+                process.stdin.write(first_line)
+                process.stdin.flush()
+
+    def ended(self) -> bool:
+        """Whether it has ended: then `code` is known, and its listener has heard all."""
+        return self.code is not None or self._reap(os.WNOHANG)
 
     def tend(self) -> str | None:
         """Start it again when it is dead and its pause is over; says what happened, once."""
         if self.pid is not None:
             return None
-        now = time.monotonic()
-        if not self._due:
-            lasted = now - self._began
-            self.deaths = 1 if lasted > _LASTED else self.deaths + 1
-            self._due = now + min(30.0, 0.5 * 2**self.deaths)
-            code = self._process.returncode if self._process else None
-            return f"{self.name} ended with code {code}; starting it again: {self.last_line()}"
-        if now >= self._due:
-            self._due = 0.0
+        known, left = self.restarts.resting, self.restarts.rest()
+        if not known:
+            return f"{self.name} ended with code {self.code}; starting it again: {self.last_line()}"
+        if left <= 0:
             self.start()
         return None
 
-    def stop(self) -> None:
-        if self._process and self._process.poll() is None:
-            self._process.terminate()
-            try:
-                self._process.wait(GRACE)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-        if self._process:
-            self._process.wait()
+    def send(self, number: int) -> None:
+        """Send a signal, by its id, unless it has ended."""
+        if (pid := self.pid) is not None:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def close(self) -> None:
+        """Kill it unless it has ended; give back its pipe and its note."""
+        if self._process is None:
+            return
+        self.send(signal.SIGKILL)
+        self._reap(0)
+        if self._process.stdin:
+            with suppress(BrokenPipeError):  # a line that it has not read is still to be written
+                self._process.stdin.close()
+        self._process = None
+        if self._note:
+            self._note.unlink(missing_ok=True)
 
     def last_line(self) -> str:
         """What its log said last."""
         lines = tail(self.log).splitlines()
         told = (_COLOUR.sub("", line).strip() for line in reversed(lines))
         return next((line[-300:] for line in told if line and "EXPERIMENTAL" not in line), "")
+
+    def last_words(self, mark: str = ":", silent: str = "") -> str:
+        """The line that says why it has ended, else the last one.
+
+        `mark` stands before a guess, `silent` before the exit code of one that has said nothing.
+        """
+        code = self.code or 0
+        if code < 0:
+            return f"ended by signal {-code}" + (f"{mark} out of memory?" if code == -9 else "")
+        lines = (
+            list(self.lines)
+            if self._listener
+            else [line.strip() for line in self.log.read_text(errors="replace").splitlines()]
+        )
+        said = [line for line in lines if line.strip()]
+        errors = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
+        return (errors or said or [f"{silent}exit code {code}"])[-1]
+
+    def _reap(self, options: int) -> bool:
+        """Take the exit code and the CPU time of one that has ended, as os.wait4 does."""
+        if self._process is None or self.code is not None:
+            return False
+        try:
+            pid, status, usage = os.wait4(self._process.pid, options)
+        except ChildProcessError:  # SIGCHLD is ignored here: the system has taken them
+            self.code = self._process.wait()
+        else:
+            if pid == 0:
+                return False
+            self.code = self._process.returncode = os.waitstatus_to_exitcode(status)
+            self.cpu_seconds = usage.ru_utime + usage.ru_stime
+        if self._reader:
+            self._reader.join(5)
+        return True
+
+    def _read(self, output: IO[bytes], listener: Callable[[str], None]) -> None:
+        with output:
+            for raw in output:
+                line = raw.decode(errors="replace").rstrip()
+                self.lines.append(line)
+                self._keep(raw)
+                with suppress(OSError):  # nobody listens, or a full disk: a child must not block
+                    listener(line)
+
+    def _keep(self, raw: bytes) -> None:
+        with suppress(OSError):  # a full disk must not end a client
+            with self.log.open("ab") as file:
+                file.write(raw)
+                size = file.tell()
+            if size > _LOG_BYTES:
+                self.log.replace(self.log.with_suffix(".log.1"))
+
+
+def stop(children: Sequence[Child], grace: float, number: int = signal.SIGTERM) -> None:
+    """Send each a signal by its id; one that has not ended after `grace` seconds is killed."""
+    for child in children:
+        child.send(number)
+    deadline = time.monotonic() + grace
+    while any(child.pid for child in children) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for child in children:
+        child.close()
 
 
 def tail(path: Path, start: int = 0) -> str:

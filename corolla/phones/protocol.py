@@ -15,6 +15,7 @@ from typing import TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from corolla.errors import ConfigError, WireError
+from corolla.host.text import one_line
 from corolla.proto import device_pb2 as pb
 from corolla.proto import update_pb2 as updates
 from corolla.wire.ids import is_hexadecimal
@@ -72,12 +73,6 @@ def check_id(text: str) -> str:
 def sha256(data: bytes) -> str:
     """64 hexadecimal characters."""
     return hashlib.sha256(data).hexdigest()
-
-
-def one_line(text: str) -> str:
-    """What a peer says, fit for a terminal and a log."""
-    text = text[:MAX_TEXT]
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def parse(message: M, data: bytes, most: int) -> M:
@@ -153,7 +148,7 @@ def check_path(path: str, suffixes: Collection[str] = MODEL_FILES) -> PurePosixP
         or any(not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", part) for part in parts)
         or PurePosixPath(path).suffix not in suffixes
     ):
-        raise WireError(f"{one_line(path)!r} is no file of a model")
+        raise WireError(f"{one_line(path, MAX_TEXT)!r} is no file of a model")
     return PurePosixPath(path)
 
 
@@ -187,7 +182,7 @@ def given_up(task: updates.Task, client: str, why: str) -> Packet:
         kind=task.kind,
         client=client,
         payload_sha256=sha256(b""),
-        error=one_line(why),
+        error=one_line(why, MAX_TEXT),
     )
     return Packet(head.SerializeToString(), b"")
 
@@ -215,7 +210,7 @@ def join(buffers: Sequence[bytes]) -> bytes:
             for name, entry in header.items():
                 start, end = entry["data_offsets"]  # type: ignore[index]
                 if name in entries:
-                    raise WireError(f"payload has {one_line(name)!r} twice")
+                    raise WireError(f"payload has {one_line(name, MAX_TEXT)!r} twice")
                 moved = {"data_offsets": [at + int(start), at + int(end)]}
                 entries[name] = {**entry, **moved}  # type: ignore[dict-item]
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:

@@ -30,7 +30,7 @@ from flwr.supercore.fab import Fab
 from corolla.errors import ConfigError, RoundError
 from corolla.host import certificates
 from corolla.host.files import making_folder, write_atomic
-from corolla.host.supervised import Process
+from corolla.host.supervised import Child
 from corolla.server.deployment.order import FOLDER
 from corolla.version import __version__
 
@@ -98,7 +98,7 @@ class Place:
         if not secret.exists() or not secret.stat().st_size:
             write_atomic(secret, secrets.token_hex(32).encode(), private=True)
 
-    def processes(self) -> list[Process]:
+    def processes(self) -> list[Child]:
         """SuperLink and SuperExec; the latter ends with this process, and its ServerApp with it."""
         env = {
             **os.environ,
@@ -127,8 +127,8 @@ class Place:
         ]
         logs = self.folder / "logs"
         return [
-            Process("superlink", superlink, env, logs),
-            Process("superexec", superexec, env, logs),
+            Child(superlink, logs / "superlink.log", env=env, cwd=logs),
+            Child(superexec, logs / "superexec.log", env=env, cwd=logs),
         ]
 
 

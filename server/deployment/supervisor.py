@@ -23,7 +23,7 @@ from corolla.errors import ConfigError, RoundError, StoppedError
 from corolla.host import certificates, logs, supervised
 from corolla.host.files import only_one, write_atomic
 from corolla.host.processes import end, free_port, note_process, noted_process, stoppable
-from corolla.host.supervised import Process
+from corolla.host.supervised import Child, stop
 from corolla.server.deployment import superlink
 from corolla.server.deployment.front import Front, listen
 from corolla.server.deployment.keys import ClientKeys
@@ -47,6 +47,8 @@ _LOOK = 1.0
 """Seconds between looks at keys and at what Flower says of the run."""
 _START = 90.0
 """Seconds in which a SuperLink must answer."""
+_GRACE = 15.0
+"""Seconds in which a process that is told to end may do so."""
 
 _log = logs.logger("supervisor")
 
@@ -74,7 +76,7 @@ class Supervisor:
                 f"another corolla server is at work in {folder}",
             )
             ends.enter_context(only_one(lock, busy))
-            stop = ends.enter_context(stoppable())
+            asked = ends.enter_context(stoppable())
             logs.configure(folder / "logs" / "supervisor.jsonl", order.run_id)
             ends.callback(logs.unconfigure)
             self._end_stale()
@@ -89,28 +91,28 @@ class Supervisor:
                 self.say(f"metrics at http://127.0.0.1:{served.port}/metrics")
             front = self._front(place, door)
             link, executor = place.processes()
-            ends.callback(link.stop)
-            ends.callback(executor.stop)
+            ends.callback(stop, [link], _GRACE)
+            ends.callback(stop, [executor], _GRACE)
             ends.callback(self._submission.end_process)
             if front:
                 ends.callback(front.stop)
                 front.start()
             control = Control(place)
             ends.callback(control.close)
-            self._await_ready(control, link, stop)
+            self._await_ready(control, link, asked)
             executor.start()
-            self._supervise(place, control, [link, executor], front, stop)
+            self._supervise(place, control, [link, executor], front, asked)
 
     def _supervise(
         self,
         place: Place,
         control: Control,
-        children: list[Process],
+        children: list[Child],
         front: Front | None,
-        stop: Event,
+        asked: Event,
     ) -> None:
         due = 0.0
-        while not stop.is_set():
+        while not asked.is_set():
             self._tell_rounds()
             if self._submission.ended():
                 return self.say(f"done: {self.folder}")
@@ -123,7 +125,7 @@ class Supervisor:
                 except OSError as error:  # a disk that is full, too many open files: it may pass
                     _log.warning("tried again", why=str(error))
                 due = time.monotonic() + _LOOK
-            stop.wait(_POLL)
+            asked.wait(_POLL)
         raise StoppedError(self._kept())
 
     def _look(self, place: Place, control: Control, front: Front | None) -> None:
@@ -147,17 +149,17 @@ class Supervisor:
         for path in (PROCESS, Path("flower", "superexec.json"), Path("flower", "superlink.json")):
             if stale := noted_process(self.folder / path):
                 self.say(f"ending process {stale.pid}, left by an earlier server")
-                end(stale, supervised.GRACE)
+                end(stale, _GRACE)
             (self.folder / path).unlink(missing_ok=True)
 
-    def _await_ready(self, control: Control, link: Process, stop: Event) -> None:
+    def _await_ready(self, control: Control, link: Child, asked: Event) -> None:
         link.start()
         deadline = time.monotonic() + _START
         while not control.ready():
             self._tend([link], None)
-            if stop.is_set():
+            if asked.is_set():
                 raise StoppedError(self._kept())
-            if link.deaths >= 3 or time.monotonic() > deadline:
+            if link.restarts.deaths >= 3 or time.monotonic() > deadline:
                 raise RoundError(f"the SuperLink does not start: {link.last_line()}")
             time.sleep(_POLL)
 
@@ -167,7 +169,7 @@ class Supervisor:
         ports = {"address": front.address if front else "", "superlink": place.port}
         write_atomic(place.home / "place.json", json.dumps(ports).encode())
 
-    def _tend(self, children: list[Process], front: Front | None) -> None:
+    def _tend(self, children: list[Child], front: Front | None) -> None:
         for child in children:
             try:
                 if told := child.tend():

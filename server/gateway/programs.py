@@ -10,6 +10,7 @@ from corolla.config import schedule
 from corolla.config.run import RunConfig
 from corolla.directions import seedlog
 from corolla.errors import ArtefactError, ConfigError, WireError
+from corolla.host.text import one_line
 from corolla.phones import bundle, protocol
 from corolla.phones.bundle import Manifest
 from corolla.proto import device_pb2 as pb
@@ -163,10 +164,10 @@ def _able(request: pb.CheckInRequest) -> Able:
         if len(names) > most or any(len(name) > _LONGEST_NAME for name in names):
             raise WireError(f"it reports more {what}, or longer ones, than are taken in")
     return Able(
-        methods=tuple(protocol.one_line(name) for name in native.methods),
-        strategies=tuple(protocol.one_line(name) for name in native.strategies),
+        methods=tuple(one_line(name, protocol.MAX_TEXT) for name in native.methods),
+        strategies=tuple(one_line(name, protocol.MAX_TEXT) for name in native.strategies),
         signs=native.signs,
-        runtime=protocol.one_line(native.runtime)[:_LONGEST_NAME],
+        runtime=one_line(native.runtime, protocol.MAX_TEXT)[:_LONGEST_NAME],
         memory=request.capabilities.memory_bytes,
         length=min(native.length, _MOST_TOKENS),
         timings=tuple(_timings(native)),

@@ -3,10 +3,12 @@
 import json
 import math
 import shutil
+import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -20,14 +22,28 @@ from corolla.commands.compare.results import best_lr
 from corolla.config.run import RunConfig
 from corolla.errors import StoppedError
 from corolla.host.files import write_atomic
-from corolla.host.processes import Child, stop
+from corolla.host.supervised import Child, stop
 from corolla.models import adapter_files
 
 _BEAT = 0.1
 """Seconds between two looks at the children."""
+_GRACE = 30.0
+"""Seconds in which a cell that is told to stop may end its work."""
 
 Watch = Callable[[int, int, Sequence[str], str], None]
 """Called with the numbers of cells done and of all, names of those running, and a note or ""."""
+
+
+@dataclass
+class _Running:
+    """A cell whose child is at work."""
+
+    job: Job
+    child: Child
+    resumed: bool
+    """Whether it goes on with a run of an earlier command."""
+    beside: bool = False
+    """Whether another cell has run at the same time."""
 
 
 class Runner:
@@ -43,7 +59,7 @@ class Runner:
         self.failed: dict[str, str] = {}
         self.diverged: dict[str, str] = {}
         self._cells: dict[str, Cell] = {}
-        self._children: list[tuple[Job, Child]] = []
+        self._running: list[_Running] = []
 
     def run(self, asked: Event) -> None:
         """All cells. Raises StoppedError when `asked` to stop, once all children have ended."""
@@ -58,18 +74,18 @@ class Runner:
                 waiting.extend(self.grid.others(job.method, chosen))
 
         try:
-            while waiting or self._children:
-                while waiting and len(self._children) < self.jobs and not asked.is_set():
+            while waiting or self._running:
+                while waiting and len(self._running) < self.jobs and not asked.is_set():
                     job = waiting.popleft()
                     if self._finished(job):
                         settled(job)
                     else:
                         self._start(job)
                 time.sleep(_BEAT)
-                for job, child in [pair for pair in self._children if pair[1].ended()]:
-                    self._children.remove((job, child))
-                    self._end(job, child)
-                    settled(job)
+                for cell in [cell for cell in self._running if cell.child.ended()]:
+                    self._running.remove(cell)
+                    self._end(cell)
+                    settled(cell.job)
                 self._say("")
                 if asked.is_set():
                     raise StoppedError(
@@ -77,7 +93,7 @@ class Runner:
                         f"go on with --resume --out {self.folder.parent}"
                     )
         finally:
-            stop([child for _, child in self._children])
+            stop([cell.child for cell in self._running], _GRACE, signal.SIGINT)
 
     def losses(self, method: Method) -> dict[float, float | None]:
         """Learning rate → mean loss on the clients' own examples; None for one without a result."""
@@ -109,20 +125,23 @@ class Runner:
         command += ["--out", str(run)]
         command += ["--keep-updates"] if job.keep else []
         command += ["--resume"] if half_done else []
-        child = Child(command, self.folder / f"{job.name}.log")
-        for _, other in self._children:
-            child.beside = other.beside = True
-        child.resumed = half_done
-        self._children.append((job, child))
+        log = self.folder / f"{job.name}.log"
+        log.write_bytes(b"")  # of this command alone
+        cell = _Running(job, Child(command, log), half_done, beside=bool(self._running))
+        cell.child.start()
+        for other in self._running:
+            other.beside = True
+        self._running.append(cell)
 
-    def _end(self, job: Job, child: Child) -> None:
+    def _end(self, ended: _Running) -> None:
+        job, child = ended.job, ended.child
         run = self.folder / job.name
         if child.code != 0:
-            self._fail(job, child.last_error())
+            self._fail(job, child.last_words(mark=";", silent="no output, "))
             return
         costs: dict[str, Any] = {
-            "cpu_seconds": None if child.resumed else child.cpu_seconds,
-            "beside": child.beside,
+            "cpu_seconds": None if ended.resumed else child.cpu_seconds,
+            "beside": ended.beside,
         }
         if job.keep:
             costs["aggregation_errors"] = aggregation_errors(run)
@@ -162,12 +181,12 @@ class Runner:
     def _fit(self, peak: int) -> None:
         """Fewer side by side where memory would not hold them; what --jobs says is obeyed."""
         if not self.fixed:
-            free = psutil.virtual_memory().available + len(self._children) * peak
+            free = psutil.virtual_memory().available + len(self._running) * peak
             self.jobs = max(1, min(self._most, int(free // max(1, peak))))
 
     def _say(self, note: str) -> None:
         over = len(self._cells) + len(self.failed) + len(self.diverged)
-        running = [job.name for job, _ in self._children]
+        running = [cell.job.name for cell in self._running]
         self.watch(over, max(over, self.grid.cells()), running, note)
 
 

@@ -18,12 +18,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from corolla.client.device import node, supernode
+from corolla.client.device import supernode
 from corolla.client.device.identity import identity
-from corolla.client.device.node import Child, Node, only_one, pause
+from corolla.client.device.node import Node, make_child, only_one
 from corolla.client.device.supernode import Link, diagnose, explain
 from corolla.errors import ConfigError, CorollaError
-from corolla.host import certificates, processes
+from corolla.host import certificates
 
 
 def wait_for(what: object, seconds: float = 20.0) -> None:
@@ -39,80 +39,13 @@ def link(tmp_path: Path) -> Link:
     return Link("127.0.0.1:1", None, "ada", tmp_path / "state", key)
 
 
-@contextmanager
-def child(folder: Path, code: str, heard: list[str] | None = None) -> Iterator[Child]:
-    made = Child("thing", folder, (heard if heard is not None else []).append, os.environ)
-    made.start([sys.executable, "-c", code])
-    try:
-        yield made
-    finally:
-        made.stop()
-
-
-def test_pauses_double_up_to_a_minute_and_differ_between_clients() -> None:
-    assert [pause(n, 1.0) for n in (1, 2, 3, 7, 8, 500)] == [1, 2, 4, 60, 60, 60]
-    assert [pause(n, 0.0) for n in (1, 2, 8)] == [0.5, 1, 30]
-
-
-def test_what_a_child_says_is_heard_and_kept(tmp_path: Path) -> None:
-    heard: list[str] = []
-    code = "import sys; print('one'); print('two', file=sys.stderr); sys.exit(7)"
-    with child(tmp_path, code, heard) as made:
-        wait_for(lambda: made.ended() is not None)
-        assert made.ended() == 7
-        assert sorted(heard) == sorted(made.lines) == ["one", "two"]
-        assert sorted((tmp_path / "thing.log").read_text().split()) == ["one", "two"]
-
-
-def test_its_log_does_not_grow_for_ever(tmp_path: Path) -> None:
-    with child(tmp_path, "for _ in range(60): print('x' * 65536)") as made:
-        wait_for(lambda: made.ended() is not None)
-    size = sum(path.stat().st_size for path in tmp_path.glob("thing.log*"))
-    assert (1 << 20) < size < (3 << 20)
-
-
-def test_its_first_line_of_input_reaches_it(tmp_path: Path) -> None:
-    heard: list[str] = []
-    made = Child("thing", tmp_path, heard.append, os.environ)
-    made.start([sys.executable, "-c", "print(input().upper())"], b"hello\n")
-    wait_for(lambda: made.ended() is not None)
-    made.stop()
-    assert heard == ["HELLO"]
-
-
-def test_a_child_is_ended_by_its_id_and_killed_if_it_must(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(node, "_GRACE", 0.5)
-    deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); print('on', flush=True)"
-    heard: list[str] = []
-    with child(tmp_path, deaf + "; time.sleep(60)", heard):
-        wait_for(lambda: heard)
-        pid = json.loads((tmp_path / "thing.pid").read_text())["pid"]
-    assert not psutil.pid_exists(pid)
-    assert not (tmp_path / "thing.pid").exists()
-
-
-def test_deaths_make_pauses_longer(tmp_path: Path) -> None:
-    with child(tmp_path, "") as made:
-        wait_for(lambda: made.ended() is not None)
-        resting = made.resting
-        first = made.rest()
-        assert (resting, made.resting) == (False, True)
-        assert made.rest() <= first <= 1.0
-        for _ in range(4):
-            made.start([sys.executable, "-c", ""])
-            wait_for(lambda: made.ended() is not None)
-        assert made.rest() > 0
-        assert made.deaths == 2  # only those that were looked at
-
-
 PARENT = """
 import os, sys, time
 from pathlib import Path
-from corolla.client.device.node import Child
-made = Child("thing", Path(sys.argv[1]), lambda line: print(line, flush=True), os.environ)
-made.start([sys.executable, "-c", sys.argv[2]])
+from corolla.client.device.node import make_child
+made = make_child("thing", Path(sys.argv[1]), lambda line: print(line, flush=True), os.environ)
+made.command = [sys.executable, "-c", sys.argv[2]]
+made.start()
 time.sleep(60)
 """
 ORPHAN = """
@@ -135,14 +68,14 @@ def test_no_child_outlives_a_supervisor_that_is_killed(tmp_path: Path, code: str
         parent.kill()
     if code == STUBBORN:
         assert psutil.pid_exists(pid)
-        Child("thing", tmp_path, print, os.environ)
+        make_child("thing", tmp_path, print, os.environ)
     wait_for(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie")
 
 
 def test_an_id_that_is_used_again_is_left_alone(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as other:
         (tmp_path / "thing.pid").write_text(json.dumps({"pid": other.pid, "began": 1.0}))
-        Child("thing", tmp_path, print, os.environ)
+        make_child("thing", tmp_path, print, os.environ)
         assert other.poll() is None
         other.kill()
 
@@ -341,33 +274,13 @@ def test_a_signal_while_the_trainer_loads_ends_it(link: Link, tmp_path: Path) ->
     assert not psutil.pid_exists(pid)
 
 
-def test_a_listener_that_fails_does_not_block_a_child(tmp_path: Path) -> None:
-    """More than a pipe holds: unless somebody reads on, the child would wait for ever."""
-
-    def fail(line: str) -> None:
-        raise BrokenPipeError
-
-    made = Child("thing", tmp_path, fail, os.environ)
-    made.start([sys.executable, "-c", "for _ in range(40): print('x' * 8192)"])
-    try:
-        wait_for(lambda: made.ended() is not None)
-        assert made.ended() == 0
-        assert len(made.lines) == 40
-    finally:
-        made.stop()
-
-
-def test_a_full_disk_stops_no_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_stops_no_supernode(link: Link, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    supernode.environment(tmp_path)
-    monkeypatch.setattr(processes, "note_process", full)
+    supernode.environment(link.state)
     monkeypatch.setattr(Path, "write_text", full)
-    with child(tmp_path, "print('on')") as made:
-        wait_for(lambda: made.ended() is not None)
-        assert made.ended() == 0
-    assert "PATH" in supernode.environment(tmp_path)
+    assert "PATH" in supernode.environment(link.state)
 
 
 def test_a_host_that_is_no_name_is_said() -> None:

@@ -11,83 +11,14 @@ import psutil
 import pytest
 
 from corolla.host.processes import (
-    Child,
     end,
     note_process,
     noted_process,
-    stop,
     terminate_as_interrupt,
     uninterrupted,
 )
 
 SLEEP = [sys.executable, "-S", "-c", "print('up', flush=True); import time; time.sleep(60)"]
-SLEEPER = "import time; print('ready', flush=True); time.sleep(60)"
-
-
-def child(code: str, tmp_path: Path, name: str = "log") -> Child:
-    return Child([sys.executable, "-c", code], tmp_path / name)
-
-
-def wait(one: Child, seconds: float = 30) -> Child:
-    deadline = time.monotonic() + seconds
-    while not one.ended():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return one
-
-
-def test_exit_code_and_cpu_time_of_a_busy_child(tmp_path: Path) -> None:
-    busy = "import time\nwhile time.process_time() < 0.5: pass\nraise SystemExit(3)"
-    ended = wait(child(busy, tmp_path))
-    assert ended.code == 3
-    assert ended.cpu_seconds is not None
-    assert 0.5 <= ended.cpu_seconds < 5
-    assert ended.ended()
-
-
-def test_a_sleeping_child_uses_no_cpu_time_to_speak_of(tmp_path: Path) -> None:
-    ended = wait(child("import time; time.sleep(1)", tmp_path))
-    assert ended.cpu_seconds is not None
-    assert ended.cpu_seconds < 0.5
-
-
-@pytest.mark.parametrize(
-    ("code", "line"),
-    [
-        ("print('error: the reason'); print('after'); raise SystemExit(1)", "the reason"),
-        ("print('one'); print('two'); raise SystemExit(1)", "two"),
-        ("raise SystemExit(4)", "no output, exit code 4"),
-        ("import os; os.kill(os.getpid(), 9)", "ended by signal 9; out of memory?"),
-    ],
-)
-def test_the_line_that_says_why(code: str, line: str, tmp_path: Path) -> None:
-    assert wait(child(code, tmp_path)).last_error() == line
-
-
-def test_stop_interrupts_all_and_waits_for_them(tmp_path: Path) -> None:
-    polite = SLEEPER.replace(
-        "time.sleep(60)",
-        "\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('saved'); raise SystemExit(7)",
-    )
-    both = [child(polite, tmp_path, "a"), child(polite, tmp_path, "b")]
-    for one in both:
-        while "ready" not in one.log.read_text():
-            time.sleep(0.01)
-    stop(both)
-    assert [one.code for one in both] == [7, 7]
-    assert all("saved" in one.log.read_text() for one in both)
-
-
-def test_a_child_that_will_not_stop_is_killed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("corolla.host.processes._GRACE", 0.2)
-    deaf = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); " + SLEEPER
-    one = child(deaf, tmp_path)
-    while "ready" not in one.log.read_text():
-        time.sleep(0.01)
-    stop([one])
-    assert one.code == -signal.SIGKILL
 
 
 def test_ctrl_c_waits_for_the_end_of_what_must_be_whole() -> None:

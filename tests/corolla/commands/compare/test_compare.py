@@ -33,13 +33,15 @@ class Fake:
 
     def __init__(self, command: Sequence[str], log: Path) -> None:
         self.command, self.log = list(command), log
-        self.beside, self.resumed, self.cpu_seconds = False, False, 1.5
+        self.cpu_seconds = 1.5
         self.code: int | None = None
         self.looks = 0
-        Fake.started.append(log.stem)
+
+    def start(self) -> None:
+        Fake.started.append(self.log.stem)
         Fake.alive += 1
         Fake.most = max(Fake.most, Fake.alive)
-        Fake.on_start(log.stem)
+        Fake.on_start(self.log.stem)
 
     def ended(self) -> bool:
         self.looks += 1
@@ -50,7 +52,7 @@ class Fake:
                 self.write()
         return self.code is not None
 
-    def last_error(self) -> str:
+    def last_words(self, mark: str, silent: str) -> str:
         return Fake.fails[self.log.stem]
 
     def write(self) -> None:
@@ -82,7 +84,7 @@ class Fake:
 @pytest.fixture
 def small(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ComparisonGrid:
     monkeypatch.setattr(runner, "Child", Fake)
-    monkeypatch.setattr(runner, "stop", lambda children: None)
+    monkeypatch.setattr(runner, "stop", lambda *_: None)
     monkeypatch.setattr(runner, "_BEAT", 0.0)
     monkeypatch.setattr(module, "write_comparison", lambda folder, results: None)
     monkeypatch.setattr("corolla.models.adapter_files.adapter_hash", lambda folder: "same")
