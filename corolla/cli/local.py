@@ -199,7 +199,7 @@ def audit(
         else:
             print_membership(out, attacked)
         return
-    found = auditing.audit(run_config, **tried)
+    found = auditing.audit(run_config, tried["canaries"], tried["guesses"], tried["unit"])
     if as_json:
         print(json.dumps(found.to_json(), indent=2))
     else:

@@ -35,7 +35,7 @@ PRELOADED = (
 )
 
 
-def serve(path: str, told: dict[str, str]) -> None:
+def serve(path: str, told: dict[str, str]) -> NoReturn:
     """Fork a command for each connection until standard input ends.
 
     `told` is what the imports have put into the environment where nothing was said.
@@ -48,7 +48,7 @@ def serve(path: str, told: dict[str, str]) -> None:
     while True:
         ready, _, _ = select.select([listener, sys.stdin], [], [])
         if sys.stdin in ready:
-            return
+            os._exit(0)  # nothing of this process is worth tidying up
         connection, _ = listener.accept()
         if os.fork() == 0:
             listener.close()
