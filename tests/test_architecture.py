@@ -223,6 +223,24 @@ def test_each_library_has_its_places(library: str) -> None:
     assert [name for name in sorted(users) if not here(name)] == []
 
 
+def at_once(name: str) -> set[str]:
+    """What a module imports when it is imported itself, not in a function."""
+    top = (node for node in TREES[name].body if isinstance(node, ast.Import | ast.ImportFrom))
+    return {target for node in top for target in imported(ast.Module([node], []))}
+
+
+def test_what_runs_on_one_machine_needs_no_module_of_unix() -> None:
+    """Windows has neither: what simulates imports them where they are used, if they are there."""
+    reached, waiting = set[str](), ARROWS["cli.local"] | {"client.phone.session"}
+    while waiting:
+        reached |= waiting
+        found = {target.removeprefix("corolla.") for name in waiting for target in at_once(name)}
+        found |= {name.rpartition(".")[0] for name in found}
+        waiting = (found & MODULES.keys()) - reached - {""}
+    assert {"server.runs.checkpoint", "commands.compare.runner", "host.files"} <= reached
+    assert [name for name in sorted(reached) if at_once(name) & {"fcntl", "resource"}] == []
+
+
 def sizes() -> Iterator[tuple[str, str, int]]:
     """(kind, what, lines or parameters) of everything that has a bound."""
     folders: dict[str, int] = defaultdict(int)

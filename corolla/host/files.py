@@ -1,6 +1,5 @@
 """Files and folders that are whole or absent, whatever happens while they are written."""
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -52,6 +51,8 @@ def making_folder(folder: Path) -> Iterator[Path]:
 @contextmanager
 def only_one(lock: Path, busy: str) -> Iterator[None]:
     """Hold a lock that ends with the process. Raises ConfigError(busy) where another has it."""
+    import fcntl  # Windows, where runs can be simulated, has none
+
     with lock.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -5,7 +5,6 @@ Also how many files this process may have open, which its children inherit.
 
 import os
 import re
-import resource
 import signal
 import subprocess
 import threading
@@ -142,7 +141,7 @@ class Child:
 
     def ended(self) -> bool:
         """Whether it has ended: then `code` is known, and its listener has heard all."""
-        return self.code is not None or self._reap(os.WNOHANG)
+        return self.code is not None or self._reap(wait=False)
 
     def tend(self) -> str | None:
         """Start it again when it is dead and its pause is over; says what happened, once."""
@@ -165,8 +164,8 @@ class Child:
         """Kill it unless it has ended; give back its pipe and its note."""
         if self._process is None:
             return
-        self.send(signal.SIGKILL)
-        self._reap(0)
+        self.send(getattr(signal, "SIGKILL", signal.SIGTERM))
+        self._reap(wait=True)
         if self._process.stdin:
             with suppress(BrokenPipeError):  # a line that it has not read is still to be written
                 self._process.stdin.close()
@@ -197,22 +196,30 @@ class Child:
         errors = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
         return (errors or said or [f"{silent}exit code {code}"])[-1]
 
-    def _reap(self, options: int) -> bool:
-        """Take the exit code and the CPU time of one that has ended, as os.wait4 does."""
+    def _reap(self, wait: bool) -> bool:
+        """Take the exit code of one that has ended, and its CPU time."""
         if self._process is None or self.code is not None:
             return False
-        try:
-            pid, status, usage = os.wait4(self._process.pid, options)
-        except ChildProcessError:  # SIGCHLD is ignored here: the system has taken them
-            self.code = self._process.wait()
-        else:
-            if pid == 0:
-                return False
-            self.code = self._process.returncode = os.waitstatus_to_exitcode(status)
-            self.cpu_seconds = usage.ru_utime + usage.ru_stime
+        code = self._collect(self._process, wait)
+        if code is None:
+            return False
+        self.code = code
         if self._reader:
             self._reader.join(5)
         return True
+
+    def _collect(self, process: subprocess.Popen[bytes], wait: bool) -> int | None:
+        if not hasattr(os, "wait4"):  # Windows, where its CPU time is not known
+            return process.wait() if wait else process.poll()
+        try:
+            pid, status, usage = os.wait4(process.pid, 0 if wait else os.WNOHANG)
+        except ChildProcessError:  # SIGCHLD is ignored here: the system has taken them
+            return process.wait()
+        if not pid:
+            return None
+        process.returncode = os.waitstatus_to_exitcode(status)
+        self.cpu_seconds = usage.ru_utime + usage.ru_stime
+        return process.returncode
 
     def _read(self, output: IO[bytes], listener: Callable[[str], None]) -> None:
         with output:
@@ -255,12 +262,16 @@ def tail(path: Path, start: int = 0) -> str:
 
 def open_files() -> int:
     """How many files this process may have open."""
+    import resource  # Windows, where comparisons run too, has none
+
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _FILES if soft == resource.RLIM_INFINITY else soft
 
 
 def open_more_files() -> None:
     """Raise that to what the machine allows, _FILES at most: a connection is a file."""
+    import resource
+
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _FILES if hard == resource.RLIM_INFINITY else min(hard, _FILES)
     if wanted > open_files():

@@ -70,6 +70,17 @@ def test_exit_code_and_cpu_time_of_a_busy_child(start: Start) -> None:
     assert child.ended()
 
 
+def test_where_the_system_has_no_wait4_its_cpu_time_is_not_known(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "wait4")
+    child, other = start("raise SystemExit(3)"), start(SLEEP, name="other")
+    assert (ended(child).code, child.cpu_seconds) == (3, None)
+    assert not other.ended()
+    other.close()
+    assert (other.code, other.cpu_seconds) == (-signal.SIGKILL, None)
+
+
 def test_a_sleeping_child_uses_no_cpu_time_to_speak_of(start: Start) -> None:
     child = ended(start("import time; time.sleep(1)"))
     assert child.cpu_seconds is not None
