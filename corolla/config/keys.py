@@ -157,7 +157,8 @@ def _of_strategies() -> Iterator[Key]:
     """Options that strategies declare, each as STRATEGY.OPTION."""
     for strategy, cls in STRATEGIES.items():
         needed = [f"classes.{how}.trainer={how}" for how in cls.trainers] * (len(cls.trainers) > 1)
-        for field in dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ():
+        declared: Any = cls  # a dataclass, which the protocol does not say
+        for field in dataclasses.fields(declared):
             example = field.metadata.get("example")
             own = f"{strategy}.{field.name}={written(example)}"
             yield Key(

@@ -1,5 +1,6 @@
 """What is said of wrong keys and values, on the command line and in code."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,11 @@ def test_where_nothing_is_near_all_keys_are_named() -> None:
     ],
 )
 def test_a_mistake_in_code_is_said_as_on_the_command_line(given: dict[str, Any], told: str) -> None:
-    for make in (lambda: RunConfig(**given), lambda: RunConfig.model_validate(given)):
+    makers: list[Callable[[], RunConfig]] = [
+        lambda: RunConfig(**given),
+        lambda: RunConfig.model_validate(given),
+    ]
+    for make in makers:
         with pytest.raises(ConfigError) as caught:
             make()
         assert str(caught.value) == told
