@@ -61,6 +61,9 @@ MEANINGS: Mapping[str, str] = {
 }
 """What other tools call a key → the key here; with dashes, an option of the command."""
 
+_FEW = 30
+"""Names that a line can hold: all options of a class, or all strategies."""
+
 
 def meant(name: str, known: Collection[str], cutoff: float = 0.5) -> str:
     """The question `did you mean 'KEY'?`, by meaning before spelling; "" if nothing is near."""
@@ -73,6 +76,8 @@ def meant(name: str, known: Collection[str], cutoff: float = 0.5) -> str:
 def unknown(name: str, known: Collection[str], source: str = "") -> ConfigError:
     """The error for a key that is none of those known; `source` says where it stood."""
     hint = meant(name, known)
+    if not hint and len(known) > _FEW:
+        hint = "corolla keys lists all there are"
     rest = f": {hint}" if hint else f"; known keys are {', '.join(known)}"
     return ConfigError(f"unknown key {name!r}{f' in {source}' if source else ''}{rest}")
 

@@ -63,9 +63,12 @@ def test_a_class_of_clients_is_told_its_own_keys_alone(tmp_path: Path) -> None:
     assert "'lr'" in refused(tmp_path, settings=["classes.phone.learning-rate=3"])
 
 
-def test_where_nothing_is_near_all_keys_are_named() -> None:
+def test_where_nothing_is_near_a_few_keys_are_named_and_many_are_not() -> None:
     assert str(unknown("zzz", ["lr", "rank"], "x.toml")) == (
         "unknown key 'zzz' in x.toml; known keys are lr, rank"
+    )
+    assert str(unknown("zzz", RunConfig.model_fields)) == (
+        "unknown key 'zzz': corolla keys lists all there are"
     )
 
 
