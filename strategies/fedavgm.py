@@ -12,6 +12,7 @@ import torch
 
 from corolla.aggregation.sums import WeightedMean
 from corolla.interfaces import Client, Observed
+from corolla.strategies.options import option
 from corolla.tensors import factors, tree
 from corolla.types import (
     Adapter,
@@ -43,8 +44,8 @@ class FedAvgM:
     dense: ClassVar[bool] = True
     when: ClassVar[str] = "FedAvg with small cohorts, whose rounds pull in different directions"
 
-    beta: float = 0.9
-    lr: float = 1.0
+    beta: float = option(0.9, "The momentum of the server.", 0.5)
+    lr: float = option(1.0, "The learning rate of the server.", 0.5)
 
     def __post_init__(self) -> None:
         if not (0 <= self.beta < 1 and self.lr > 0):

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from corolla.aggregation.sums import WeightedMean
 from corolla.interfaces import Client
+from corolla.strategies.options import option
 from corolla.tensors import factors, tree
 from corolla.types import (
     Adapter,
@@ -44,7 +45,9 @@ class FedDpa:
     keeps: ClassVar[bool] = True
     when: ClassVar[str] = "a model for each client beside a global one, at twice the local steps"
 
-    share: float = 0.5
+    share: float = option(
+        0.5, "The share of the local adapter in a client's model; 0 is FedAvg.", 0.3
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.share < 1:

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from corolla.aggregation.stacks import MeanAndResidual
 from corolla.interfaces import Client
+from corolla.strategies.options import option
 from corolla.tensors import blocks, factors, tree
 from corolla.types import (
     Adapter,
@@ -47,9 +48,22 @@ class FedExLora:
     bounded: ClassVar[bool] = False
     when: ClassVar[str] = "the exact aggregate, whatever the number of local steps: start here"
 
-    residual_rank: int | None = None
-    max_rank: int | None = None
-    compact_at: float = 2.0
+    residual_rank: int | None = option(
+        None,
+        "The rank that a round's residual is cut to; null: nothing is cut, the aggregate is exact.",
+        8,
+    )
+    max_rank: int | None = option(
+        None,
+        "The largest rank that blocks are compacted to; null: the full rank of each module, which "
+        "loses nothing.",
+        64,
+    )
+    compact_at: float = option(
+        2.0,
+        "How many times the largest compacted rank all blocks may have before they are compacted.",
+        4.0,
+    )
 
     def __post_init__(self) -> None:
         blocks.check(self.max_rank, self.compact_at)

@@ -15,6 +15,7 @@ from corolla.aggregation.sums import SeedSums
 from corolla.directions import pools, seedlog, signs
 from corolla.directions.pools import GaussianPool, SignPool
 from corolla.interfaces import Client
+from corolla.strategies.options import option
 from corolla.types import (
     Adapter,
     Aggregates,
@@ -51,8 +52,10 @@ class FedKSeed:
     updates: ClassVar[str] = "scalars"
     when: ClassVar[str] = "forward passes only, as published; clients may forget everything"
 
-    size: int = 4096
-    directions: Literal["gaussian", "sign"] = "gaussian"
+    size: int = option(4096, "The number of directions of all rounds, a power of two.", 8192)
+    directions: Literal["gaussian", "sign"] = option(
+        "gaussian", "How directions are drawn: Gaussian, or signs, which replay faster.", "sign"
+    )
 
     def __post_init__(self) -> None:
         pools.check_power_of_two(self.size)

@@ -16,6 +16,7 @@ from corolla.aggregation.sums import SeedSums, summed, summed_like, terms
 from corolla.directions import pools, seedlog, signs
 from corolla.directions.pools import GaussianPool, SignPool
 from corolla.interfaces import Client
+from corolla.strategies.options import option
 from corolla.types import (
     Adapter,
     Aggregates,
@@ -49,8 +50,10 @@ class FedKSeedPro:
     updates: ClassVar[str] = "scalars"
     when: ClassVar[str] = "FedKSeed with fewer directions, those that matter preferred"
 
-    size: int = 1024
-    directions: Literal["gaussian", "sign"] = "gaussian"
+    size: int = option(1024, "The number of directions of all rounds, a power of two.", 2048)
+    directions: Literal["gaussian", "sign"] = option(
+        "gaussian", "How directions are drawn: Gaussian, or signs, which replay faster.", "sign"
+    )
 
     def __post_init__(self) -> None:
         pools.check_power_of_two(self.size)

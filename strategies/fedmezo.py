@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 from corolla.aggregation.sums import WeightedMean
 from corolla.directions.pools import GaussianPool, LowRankPool, SignPool
 from corolla.interfaces import Client
+from corolla.strategies.options import option
 from corolla.tensors import tree
 from corolla.types import (
     Adapter,
@@ -45,9 +46,15 @@ class FedMeZO:
     dense: ClassVar[bool] = True
     when: ClassVar[str] = "forward passes only, where bytes do not matter"
 
-    directions: Literal["gaussian", "sign", "low_rank"] = "gaussian"
-    lozo_rank: int = 2
-    interval: int = 50
+    directions: Literal["gaussian", "sign", "low_rank"] = option(
+        "gaussian",
+        "How directions are drawn: Gaussian, signs, or LOZO's matrices of low rank.",
+        "low_rank",
+    )
+    lozo_rank: int = option(2, "The rank of directions of low rank.", 4)
+    interval: int = option(
+        50, "The number of queries for which one factor of such a direction stays.", 20
+    )
 
     def __post_init__(self) -> None:
         if self.directions not in ("gaussian", "sign", "low_rank"):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from corolla.aggregation.sums import WeightedMean
 from corolla.interfaces import Client, Observed
+from corolla.strategies.options import option
 from corolla.tensors import factors, tree
 from corolla.types import (
     Adapter,
@@ -45,10 +46,10 @@ class FedAdam:
     dense: ClassVar[bool] = True
     when: ClassVar[str] = "FedAvg whose tensors differ in scale, and a server rate to search"
 
-    lr: float = 1e-2
-    beta1: float = 0.9
-    beta2: float = 0.99
-    tau: float = 1e-3
+    lr: float = option(1e-2, "The learning rate of the server.", 1e-3)
+    beta1: float = option(0.9, "The decay of the mean of updates (momentum).", 0.5)
+    beta2: float = option(0.99, "The decay of the mean of their squares.", 0.999)
+    tau: float = option(1e-3, "The least root of that mean that counts.", 1e-2)
 
     def __post_init__(self) -> None:
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
@@ -143,7 +144,8 @@ class FedAdagrad(FedAdam):
     name: ClassVar[str] = "fedadagrad"
     when: ClassVar[str] = "FedAvg on sparse features, over few rounds"
 
-    beta1: float = 0.0
+    beta1: float = option(0.0, "The decay of the mean of updates (momentum).", 0.5)
+    beta2: float = option(0.99, "No part of FedAdagrad, which adds up squares: 0.99 alone.", 0.99)
 
     def __post_init__(self) -> None:
         if self.beta2 != FedAdam.beta2:

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from corolla.aggregation.sums import WeightedMean
 from corolla.interfaces import Client
+from corolla.strategies.options import option
 from corolla.tensors import tree
 from corolla.types import (
     Adapter,
@@ -41,7 +42,7 @@ class FedProx:
     dense: ClassVar[bool] = True
     when: ClassVar[str] = "FedAvg whose clients drift apart: long local training, unlike data"
 
-    mu: float = 0.01
+    mu: float = option(0.01, "The weight of the proximal term, (mu / 2) |w - w_t|².", 0.1)
 
     def __post_init__(self) -> None:
         if not self.mu >= 0:

@@ -13,6 +13,7 @@ import torch
 from corolla.aggregation.sums import WeightedMean
 from corolla.directions import moving, pools, seedlog, signs
 from corolla.interfaces import Client
+from corolla.strategies.options import option
 from corolla.tensors import tree
 from corolla.types import (
     Adapter,
@@ -50,8 +51,8 @@ class Ferret:
     rebases: ClassVar[bool] = True
     when: ClassVar[str] = "backpropagation over a link of kilobytes, in small steps: noisy"
 
-    size: int = 4096
-    server_lr: float = 1.0
+    size: int = option(4096, "The number of directions of a round, a power of two.", 8192)
+    server_lr: float = option(1.0, "The learning rate of the server, on what it reconstructs.", 0.5)
 
     def __post_init__(self) -> None:
         pools.check_power_of_two(self.size)

@@ -14,6 +14,7 @@ from torch import Tensor
 from corolla.aggregation.stacks import Stack
 from corolla.aggregation.sums import ByGroup, WeightedMean
 from corolla.interfaces import Client, Observed
+from corolla.strategies.options import option
 from corolla.tensors import factors, tree
 from corolla.types import (
     Adapter,
@@ -51,7 +52,9 @@ class FlexLora:
     bounded: ClassVar[bool] = False
     when: ClassVar[str] = "clients of different ranks, at the bytes of their own rank"
 
-    balanced: bool = False
+    balanced: bool = option(
+        False, "Whether the singular values are shared by A and B instead of all being in B.", True
+    )
 
     def init(self, start: Params, seed: int) -> Payload:
         return {

@@ -11,6 +11,7 @@ from typing import ClassVar
 from corolla.aggregation.stacks import Stack
 from corolla.aggregation.sums import ByGroup, WeightedMean
 from corolla.interfaces import Client
+from corolla.strategies.options import option
 from corolla.tensors import blocks, factors, tree
 from corolla.types import (
     Adapter,
@@ -56,9 +57,22 @@ class Flora:
     stale: ClassVar[bool] = True
     when: ClassVar[str] = "exact with clients of different ranks, over few and long rounds"
 
-    max_rank: int | None = None
-    compact_at: float = 2.0
-    energy: float = 1.0
+    max_rank: int | None = option(
+        None,
+        "The largest rank that blocks are compacted to; null: the full rank of each module, which "
+        "loses nothing.",
+        64,
+    )
+    compact_at: float = option(
+        2.0,
+        "How many times the largest compacted rank all blocks may have before they are compacted.",
+        4.0,
+    )
+    energy: float = option(
+        1.0,
+        "The part of a stack's squared singular values that truncation keeps; 1 keeps all.",
+        0.99,
+    )
 
     def __post_init__(self) -> None:
         blocks.check(self.max_rank, self.compact_at)

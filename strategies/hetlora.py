@@ -13,6 +13,7 @@ from torch import Tensor
 
 from corolla.aggregation.sums import ByGroup, WeightedMean
 from corolla.interfaces import Client, Observed
+from corolla.strategies.options import option
 from corolla.tensors import factors, tree
 from corolla.types import (
     Adapter,
@@ -55,9 +56,15 @@ class HetLora:
     keeps: ClassVar[bool] = True
     when: ClassVar[str] = "a baseline for different ranks: FLoRA and FlexLoRA average products"
 
-    penalty: float = 1e-3
-    keep: float = 0.99
-    normalise: bool = False
+    penalty: float = option(
+        1e-3, "The weight of the penalty on the last rows of the factors; 0: no pruning.", 1e-2
+    )
+    keep: float = option(
+        0.99, "The part of its rank that a client keeps when it prunes itself.", 0.9
+    )
+    normalise: bool = option(
+        False, "Whether a row is the mean over the clients that have it alone.", True
+    )
 
     def __post_init__(self) -> None:
         if not (self.penalty >= 0 and 0 < self.keep < 1):

@@ -12,6 +12,7 @@ import torch
 
 from corolla.aggregation.stacks import MeanAndResidual
 from corolla.interfaces import Client, Observed
+from corolla.strategies.options import option
 from corolla.tensors import factors, tree
 from corolla.types import (
     Adapter,
@@ -46,7 +47,9 @@ class LoraFair:
     bounded: ClassVar[bool] = False
     when: ClassVar[str] = "nearer to exact than FedAvg at the same bytes, one rank for all"
 
-    penalty: float = 0.01
+    penalty: float = option(
+        0.01, "The weight of the penalty on the correction of B; much of it is FedAvg.", 0.1
+    )
 
     def __post_init__(self) -> None:
         if not self.penalty >= 0:

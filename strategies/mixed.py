@@ -18,6 +18,7 @@ from corolla.aggregation.sums import summed, summed_like, terms
 from corolla.directions import moving, pools, seedlog, signs
 from corolla.directions.pools import SignPool
 from corolla.interfaces import Client
+from corolla.strategies.options import option
 from corolla.tensors import tree
 from corolla.types import (
     Adapter,
@@ -63,8 +64,12 @@ class Mixed:
     full: ClassVar[bool] = False
     when: ClassVar[str] = "clients that backpropagate beside clients that cannot"
 
-    size: int = 4096
-    weights: Literal["examples", "inverse_variance"] = "examples"
+    size: int = option(4096, "The number of directions of a round, a power of two.", 8192)
+    weights: Literal["examples", "inverse_variance"] = option(
+        "examples",
+        "How the two classes count: by examples, or by how sure their mean updates are.",
+        "inverse_variance",
+    )
 
     def __post_init__(self) -> None:
         pools.check_power_of_two(self.size)

@@ -15,6 +15,7 @@ import torch
 from corolla.aggregation.sums import SeedSums
 from corolla.directions import pools, seedlog, signs
 from corolla.interfaces import Client
+from corolla.strategies.options import option
 from corolla.types import (
     Adapter,
     Aggregates,
@@ -51,8 +52,10 @@ class SeedPool:
     rebases: ClassVar[bool] = True
     when: ClassVar[str] = "forward passes only: kilobytes, and a replay in one pass"
 
-    size: int = 512
-    scalars: Literal["fp16", "fp32"] = "fp16"
+    size: int = option(512, "The number of directions of a round, a power of two.", 1024)
+    scalars: Literal["fp16", "fp32"] = option(
+        "fp16", "The type of the numbers that travel.", "fp32"
+    )
 
     def __post_init__(self) -> None:
         pools.check_power_of_two(self.size)

@@ -80,21 +80,22 @@ def main(
     sys.path.insert(0, str(Path.cwd()))  # strategies of one's own: module:Class in this folder
 
 
-for _command in (
-    local.simulate,
-    local.plan,
-    local.compare,
-    local.check,
-    local.audit,
-    deployment.status,
-    local.strategies,
-    local.evaluate,
-    local.export,
-    deployment.tokens,
-    deployment.certs,
-    deployment.server,
-    deployment.client,
-    deployment.gateway,
-    deployment.phone,
-):
-    app.command()(_guarded(_command))
+_PANELS: dict[str, tuple[Callable[..., None], ...]] = {
+    "Simulate and compare": (local.simulate, local.plan, local.compare, local.check, local.audit),
+    "Deploy": (
+        deployment.certs,
+        deployment.server,
+        deployment.client,
+        deployment.gateway,
+        deployment.phone,
+        deployment.tokens,
+        deployment.status,
+    ),
+    "Artefacts": (local.evaluate, local.export),
+    "Reference": (local.strategies, local.keys),
+}
+"""Heading in `corolla --help` → its commands, in the order in which one needs them."""
+
+for _panel, _commands in _PANELS.items():
+    for _command in _commands:
+        app.command(rich_help_panel=_panel)(_guarded(_command))

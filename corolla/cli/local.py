@@ -225,6 +225,33 @@ def strategies(
         catalogue.print_catalogue(out)
 
 
+def keys(
+    word: Annotated[
+        str | None, typer.Argument(help="A key, or a word of its name or text; default: all keys.")
+    ] = None,
+    as_json: AsJson = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="docs/settings.md.")] = False,
+) -> None:
+    """Explain the keys of a run: type, default, meaning, example, and what each excludes."""
+    if as_json and as_markdown:
+        raise ConfigError("--json and --markdown are two forms of one list: choose one")
+    if word is not None and as_markdown:
+        raise ConfigError("--markdown is a page of all keys: leave the word out")
+    from corolla.commands import keys as reference
+    from corolla.config.keys import table
+
+    if as_markdown:
+        print(reference.markdown(), end="")
+        return
+    found = table() if word is None else reference.find(word)
+    if as_json:
+        print(json.dumps([key.to_json() for key in found], indent=2))
+    elif word is not None and len(found) == 1:
+        reference.print_key(out, found[0])
+    else:
+        reference.print_keys(out, found)
+
+
 def evaluate(
     adapter: Annotated[Path, typer.Argument(help="A run's adapter/ or model/ folder.")],
     model: Annotated[str | None, typer.Option(help="Default: the one it was trained on.")] = None,

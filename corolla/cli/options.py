@@ -12,7 +12,10 @@ Config = Annotated[Path | None, typer.Option(help="TOML file with the same names
 NewFolder = Annotated[Path, typer.Option("--out", help="A new or empty folder.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on in --out.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable.")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other key.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any other key: corolla keys explains all."),
+]
 
 Given = dict[str, Any]
 """The values of a table's options, by name."""

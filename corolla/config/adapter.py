@@ -5,37 +5,83 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from corolla.config.rule import Rule
-from corolla.config.section import Positive
+from corolla.config.section import Positive, key
 from corolla.config.subject import Subject
 
 
 class Adapter(Subject):
     """An adapter, or the tensors that are trained in its place."""
 
-    rank: Positive = 8
-    alpha: Annotated[float, Field(gt=0)] = 16.0
-    rslora: bool = False
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: list[str] | None = Field(
-        None, description="None: all linear layers of the blocks"
+    rank: Positive = key(8, "The rank of LoRA adapters.", 16)
+    alpha: Annotated[float, Field(gt=0)] = key(
+        16.0, "The numerator of LoRA's scaling, alpha / rank.", 32.0
     )
-    ranks: list[Positive] = Field(
-        [], description="per client, in turn; needs a mixed-rank strategy"
+    rslora: bool = key(
+        False, "Whether the scaling is alpha / sqrt(rank), which is stable for large ranks.", True
     )
-    alphas: list[Annotated[float, Field(gt=0)]] = Field([], description="per client, beside ranks")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = key(
+        0.0, "The probability with which an input of an adapter is dropped in training.", 0.05
+    )
+    target_modules: list[str] | None = key(
+        None,
+        "The names of the linear layers that get an adapter.",
+        ["q_proj", "v_proj"],
+        effect="all linear layers of the blocks",
+        against=("parameters=bias",),
+    )
+    ranks: list[Positive] = key(
+        [],
+        "The ranks of clients' adapters, which clients take in turn.",
+        [4, 8],
+        effect="rank, for all clients",
+        beside="strategy=flora",
+        against=("strategy=fedavg", "classes.phone.rank=4", "strategy=fedavg parameters=bias"),
+    )
+    alphas: list[Annotated[float, Field(gt=0)]] = key(
+        [],
+        "The numerators of clients' scalings, one for each of ranks.",
+        [8.0, 16.0],
+        effect="alpha, for all clients",
+        beside="strategy=flora ranks=[4,8]",
+        against=("ranks=[4]",),
+    )
 
-    start: Literal["random", "gradient"] = Field(
-        "random", description="of the adapter; gradient: a first step on public rows, by an SVD"
+    start: Literal["random", "gradient"] = key(
+        "random",
+        "What the adapter begins as: random factors, or the best factors of a first step on public "
+        "rows.",
+        "gradient",
+        beside="public=public.jsonl",
+        against=("public=null", "strategy=flora", "parameters=bias", "quantization=4bit"),
     )
-    public: str | None = Field(
-        None, description="for start=gradient: .jsonl file with rows that belong to no client"
+    public: str | None = key(
+        None,
+        "A .jsonl file of rows that belong to no client, for start=gradient.",
+        "public.jsonl",
+        effect="none",
+        beside="start=gradient",
+        against=("start=random", "data=public.jsonl"),
     )
-    public_examples: Positive = Field(64, description="of these rows, at most")
+    public_examples: Positive = key(
+        64,
+        "The number of public rows that are used at most.",
+        128,
+        beside="start=gradient public=public.jsonl",
+    )
 
-    parameters: Literal["lora", "ia3", "prompt", "bias", "head", "full"] = Field(
-        "lora", description="what is trained: an adapter, or tensors as they are (see dense.py)"
+    parameters: Literal["lora", "ia3", "prompt", "bias", "head", "full"] = key(
+        "lora",
+        "What is trained: an adapter (lora, ia3, prompt), or tensors of the model as they are "
+        "(bias, head, full).",
+        "ia3",
+        against=("strategy=flora", "quantization=4bit", "dp=example epsilon=8"),
     )
-    virtual_tokens: Positive = Field(20, description="of parameters=prompt")
+    virtual_tokens: Positive = key(
+        20,
+        "The number of tokens before the text whose embeddings are trained.",
+        10,
+        beside="parameters=prompt",
+    )
 
 
 ALPHAS: tuple[Rule[Adapter], ...] = (

@@ -1,7 +1,6 @@
 """How updates and broadcasts are compressed on their way."""
 
-from pydantic import Field
-
+from corolla.config.section import key
 from corolla.config.subject import Subject
 from corolla.wire import compression
 from corolla.wire.compression import Pipeline
@@ -10,11 +9,21 @@ from corolla.wire.compression import Pipeline
 class Compression(Subject):
     """Steps that payloads go through, by name."""
 
-    codec: list[str] = Field(
-        [], description="of updates, in this order: rank:R, top_k:DENSITY, a number type, zstd"
+    codec: list[str] = key(
+        [],
+        "The steps that compress updates, in this order: rank:R, top_k:DENSITY, a type of numbers "
+        "(fp16, bf16, int8, int4), zstd.",
+        ["top_k:0.1", "int8", "zstd"],
+        effect="none",
+        against=("strategy=seed_pool", "strategy=flora", "strategy=fedsvd"),
     )
-    codec_down: list[str] = Field(
-        [], description="of broadcasts: fp16, bf16 or int8, zstd; groups that are cached stay whole"
+    codec_down: list[str] = key(
+        [],
+        "The steps that compress broadcasts: fp16, bf16 or int8, and zstd; groups that are cached "
+        "stay whole.",
+        ["int8", "zstd"],
+        effect="none",
+        against=("strategy=seed_pool", 'codec_down=["int4"]'),
     )
 
     @property

@@ -4,21 +4,53 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from corolla.config.section import Fraction, Positive
+from corolla.config.section import Fraction, Positive, key
 from corolla.config.subject import Subject
 
 
 class Dataset(Subject):
     """Rows of the data set and their clients."""
 
-    task: Literal["auto", "causal", "classify"] = "auto"
+    task: Literal["auto", "causal", "classify"] = key(
+        "auto",
+        "What a model learns: to go on with a text, or to tell the label of one.",
+        "causal",
+        effect="classify where rows have labels, else causal",
+    )
     partition: Literal[
         "auto", "natural", "iid", "dirichlet", "shards", "linear", "square", "exponential"
-    ] = Field("auto", description="auto: natural where the data has client_id, else iid")
-    partition_alpha: Annotated[float, Field(gt=0)] = Field(0.5, description="of dirichlet")
-    shards_per_client: Positive = 2
-    eval_fraction: Fraction = Field(0.1, description="of each client, and again held out globally")
-    min_examples: Positive = Field(
-        2, description="clients with fewer training examples are left out"
+    ] = key(
+        "auto",
+        "How rows are dealt out to clients: by client_id, at random, by labels (dirichlet, "
+        "shards), or in unequal sizes (linear, square, exponential).",
+        "iid",
+        effect="natural where rows have client_id, else iid",
     )
-    max_length: Annotated[int, Field(ge=8)] = Field(256, description="tokens")
+    partition_alpha: Annotated[float, Field(gt=0)] = key(
+        0.5,
+        "The concentration of the Dirichlet distribution: the lower it is, the more do the labels "
+        "of clients differ.",
+        0.1,
+        beside="partition=dirichlet",
+    )
+    shards_per_client: Positive = key(
+        2,
+        "The number of shards, each of rows with like labels, that a client gets.",
+        4,
+        beside="partition=shards",
+    )
+    eval_fraction: Fraction = key(
+        0.1,
+        "The part of each client's examples that is kept for its own evaluation; as many again are "
+        "held out for all.",
+        0.2,
+    )
+    min_examples: Positive = key(
+        2, "The number of training examples below which a client is left out.", 10
+    )
+    max_length: Annotated[int, Field(ge=8)] = key(
+        256,
+        "The number of tokens that a sequence has at most: longer text becomes several sequences, "
+        "a longer answer is cut.",
+        512,
+    )

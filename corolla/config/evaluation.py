@@ -4,22 +4,38 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from corolla.config.section import Positive
+from corolla.config.section import Positive, key
 from corolla.config.subject import Subject
 
 
 class Evaluation(Subject):
     """Losses by round, and answers before and after the run."""
 
-    eval_every: Positive = 1
-    eval_examples: Positive = Field(256, description="held-out examples per evaluation, at most")
-    eval_client_examples: Positive = Field(32, description="of each client that is evaluated")
-    eval_participants: bool = Field(
+    eval_every: Positive = key(1, "The number of rounds from one evaluation to the next.", 5)
+    eval_examples: Positive = key(
+        256, "The number of held-out examples that an evaluation takes at most.", 512
+    )
+    eval_client_examples: Positive = key(
+        32, "The number of its own examples that a client is evaluated on at most.", 16
+    )
+    eval_participants: bool = key(
         False,
-        description="only clients that train are evaluated; always so for personal strategies",
+        "Whether only clients that train are evaluated.",
+        True,
+        effect="false, but always true for personal strategies",
     )
-    eval_clients: Annotated[int, Field(ge=0)] = Field(32, description="clients evaluated, at most")
-    answer: Literal["none", "exact", "gsm8k"] = Field(
-        "none", description="what of generated answers is compared, before and after the run"
+    eval_clients: Annotated[int, Field(ge=0)] = key(
+        32,
+        "The number of clients that are evaluated at most.",
+        0,
+        against=("strategy=fedsa_lora",),
     )
-    max_new_tokens: Positive = Field(256, description="of a generated answer")
+    answer: Literal["none", "exact", "gsm8k"] = key(
+        "none",
+        "What is compared of answers that the model writes before and after the run: nothing, the "
+        "exact text, or the final number.",
+        "exact",
+    )
+    max_new_tokens: Positive = key(
+        256, "The number of tokens that a written answer has at most.", 64, beside="answer=exact"
+    )

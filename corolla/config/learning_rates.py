@@ -44,3 +44,21 @@ def defaults(values: Mapping[str, Any]) -> dict[str, Any]:
         role = "lora" if role == "full" else role  # a million parameters are no more than that
     rate = LR_FIRST_ORDER.get(role, 3e-4)
     return {"lr": float(f"{10 * rate:g}") if embedded else rate}
+
+
+def in_words() -> str:
+    """The default rate, as `defaults` has it, of everything that may be trained."""
+
+    def rates(strategy: str = "fedavg", parameters: str = "lora") -> tuple[str, str]:
+        given = {"strategy": strategy, "parameters": parameters}
+        small, large = (defaults({**given, "model": name})["lr"] for name in ("embedded", "other"))
+        return f"{large:g}", f"{small:g}"
+
+    usual, embedded = rates()
+    forward = [rates("seed_pool", parameters) for parameters in ("lora", "full")]
+    others = {name: rates(parameters=name) for name in ("ia3", "prompt", "full")}
+    by_name = "".join(f"; {name}: {large} ({small})" for name, (large, small) in others.items())
+    return (
+        f"{usual} ({embedded} on the embedded model){by_name}; "
+        f"zeroth order: {forward[0][0]} ({forward[0][1]}), full: {forward[1][0]} ({forward[1][1]})"
+    )

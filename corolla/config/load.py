@@ -6,13 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from corolla.config.build import build_strategy
 from corolla.config.groups import ClientClass
+from corolla.config.mistakes import unknown
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
-from corolla.host.text import nearest
 from corolla.strategies import registry
 
 SERVER = "server"
@@ -96,7 +94,9 @@ def _gather(
     for setting in settings:
         key, found, text = setting.partition("=")
         if not found:
-            raise ConfigError(f"--set {setting!r}: expected key=value")
+            raise ConfigError(
+                f"--set {setting!r}: expected key=value (corolla keys lists and explains all keys)"
+            )
         _assign(values, tables, _key(key.strip()), _literal(text), "--set")
     values |= {key: value for key, value in overrides.items() if value is not None}
     if "strategy" in values and ":" not in str(values["strategy"]):
@@ -108,14 +108,7 @@ def _gather(
 
 def validate(values: Mapping[str, Any]) -> RunConfig:
     """A RunConfig. Raises ConfigError with one line for the first thing that is wrong."""
-    try:
-        config = RunConfig.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]).replace("_", "-")
-        message = str(first["msg"]).removeprefix("Value error, ")
-        found = f", found {first['input']!r}" if where else ""
-        raise ConfigError(f"{where}: {message}{found}" if where else message) from error
+    config = RunConfig.model_validate(values)
     build_strategy(config)
     return config
 
@@ -131,10 +124,10 @@ def _assign(
             _assign(values, tables, f"{key}.{name}", entry, source)
     elif dot:
         if table not in registry.STRATEGIES and table != "strategy":
-            raise _unknown(table, ["strategy", *registry.STRATEGIES], source)
+            raise unknown(table, ["strategy", *registry.STRATEGIES], source)
         tables.setdefault(table, {})[field.replace("-", "_")] = value
     elif key not in RunConfig.model_fields:
-        raise _unknown(key, list(RunConfig.model_fields), source)
+        raise unknown(key, RunConfig.model_fields, source)
     else:
         values[key] = value
 
@@ -154,14 +147,8 @@ def _assign_class(values: dict[str, Any], field: str, value: Any, source: str) -
     for part, setting in given.items():
         known = part.replace("-", "_")
         if known not in ClientClass.model_fields:
-            raise _unknown(known, list(ClientClass.model_fields), source)
+            raise unknown(known, ClientClass.model_fields, source)
         classes.setdefault(name, {})[known] = setting
-
-
-def _unknown(key: str, known: list[str], source: str) -> ConfigError:
-    hint = nearest(key, known, cutoff=0.5)
-    rest = f": {hint}" if hint else f"; known keys are {', '.join(known)}"
-    return ConfigError(f"unknown key {key!r} in {source}{rest}")
 
 
 def _read(file: Path) -> dict[str, Any]:

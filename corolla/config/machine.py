@@ -6,16 +6,35 @@ from pydantic import Field
 
 from corolla.config.adapter import Adapter
 from corolla.config.rule import Rule
+from corolla.config.section import key
 
 
 class Machine(Adapter):
     """Where the model is, and how its base is stored."""
 
-    device: str = Field("auto", description="cpu, cuda, mps; auto: the best there is")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the base")
-    quantization: Literal["none", "8bit", "4bit"] = "none"
-    gradient_checkpointing: bool = False
-    threads: Annotated[int, Field(ge=0)] = Field(0, description="of the CPU; 0: all cores")
+    device: str = key(
+        "auto",
+        "The device that trains: cpu, cuda, cuda:N or mps.",
+        "cpu",
+        effect="the best there is",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = key(
+        "float32", "The type of numbers that the base model is held in.", "bfloat16"
+    )
+    quantization: Literal["none", "8bit", "4bit"] = key(
+        "none",
+        "The bits of a quantised base model, by bitsandbytes.",
+        "4bit",
+        against=("parameters=full", "device=mps", "start=gradient public=public.jsonl"),
+    )
+    gradient_checkpointing: bool = key(
+        False,
+        "Whether activations are computed again instead of kept: less memory, more time.",
+        True,
+    )
+    threads: Annotated[int, Field(ge=0)] = key(
+        0, "The number of threads of the CPU.", 2, effect="as many as there are cores"
+    )
 
 
 QUANTIZED: tuple[Rule[Machine], ...] = (

@@ -5,66 +5,129 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from corolla.config.rule import Rule
-from corolla.config.section import Positive
+from corolla.config.section import Positive, key
 from corolla.config.subject import Subject
 
 
 class Population(Subject):
     """Rounds and their cohorts."""
 
-    clients: Positive | None = Field(None, description="how many; None: all of the data set")
-    cohort: Positive | None = Field(None, description="clients per round; None: 8 or all")
-    rounds: Annotated[int, Field(ge=1, le=100_000)] = 5
-    quorum: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.5, description="a round needs valid replies from this part of its cohort"
+    clients: Positive | None = key(
+        None,
+        "The number of clients; rows without client_id are dealt out to so many.",
+        6,
+        effect="all that client_id names, else 10",
+    )
+    cohort: Positive | None = key(
+        None,
+        "The number of clients that train in a round.",
+        4,
+        effect="8, or all clients where there are fewer",
+        against=("clients=2",),
+    )
+    rounds: Annotated[int, Field(ge=1, le=100_000)] = key(
+        5, "The number of rounds, after each of which the global model is updated.", 20
+    )
+    quorum: Annotated[float, Field(gt=0, le=1)] = key(
+        0.5,
+        "The part of a cohort that must send valid replies; a round with fewer is abandoned.",
+        0.8,
     )
 
-    deadline: Annotated[float, Field(gt=0)] = Field(
-        3600.0, description="seconds for a round on Flower; late replies are dropped"
+    deadline: Annotated[float, Field(gt=0)] = key(
+        3600.0, "Seconds that a round may take on Flower; later replies are dropped.", 600.0
     )
-    attempts: Positive = Field(
-        3, description="at a round that is abandoned, each with another cohort, before the run ends"
+    attempts: Positive = key(
+        3,
+        "The number of attempts at a round that is abandoned, each with another cohort, before "
+        "the run ends.",
+        5,
     )
-    wait: Annotated[float, Field(ge=0)] = Field(
-        3600.0, description="seconds to pause while too few clients are online, then the run stops"
+    wait: Annotated[float, Field(ge=0)] = key(
+        3600.0,
+        "Seconds that a run pauses while too few clients are online, before it stops.",
+        600.0,
     )
-    max_norm: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="of one update (joint L2 norm); what is larger is refused"
-    )
-
-    max_examples: Positive | None = Field(
-        None, description="of one client of corolla server; who says it has more is left out"
-    )
-
-    max_seconds: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="end after so long, resumptions included"
-    )
-    target_loss: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="end when the held-out loss is at most this"
-    )
-    patience: Positive | None = Field(
-        None, description="end after so many evaluations without a lower held-out loss"
+    max_norm: Annotated[float, Field(gt=0)] | None = key(
+        None,
+        "The joint L2 norm that one client's update may have; a larger update is refused.",
+        10.0,
+        effect="any norm",
+        against=("dp=client epsilon=8",),
     )
 
-    selection: Literal["uniform", "weighted"] = Field(
+    max_examples: Positive | None = key(
+        None,
+        "The number of training examples that a client of corolla server may have; one that says "
+        "it has more is left out.",
+        10_000,
+        effect="any number",
+    )
+
+    max_seconds: Annotated[float, Field(gt=0)] | None = key(
+        None,
+        "Seconds after which the run ends, those before a resumption included.",
+        1800.0,
+        effect="no limit",
+    )
+    target_loss: Annotated[float, Field(gt=0)] | None = key(
+        None,
+        "The held-out loss, in nats per target, at which the run ends.",
+        2.0,
+        effect="no target",
+    )
+    patience: Positive | None = key(
+        None,
+        "The number of evaluations without a lower held-out loss after which the run ends.",
+        3,
+        effect="all rounds are run",
+    )
+
+    selection: Literal["uniform", "weighted"] = key(
         "uniform",
-        description="of a cohort; weighted: by numbers of training examples, which then count "
-        "twice, in the draw and in the mean",
+        "How a cohort is drawn: each client alike, or by numbers of training examples, which then "
+        "count twice, in the draw and in the mean.",
+        "weighted",
+        against=("dp=client epsilon=8",),
     )
-    availability: str | None = Field(
-        None, description='.jsonl of {"client_id", "from", "to"}: rounds, both ends included'
+    availability: str | None = key(
+        None,
+        'A .jsonl file of rows {"client_id", "from", "to"}: the rounds in which a client can be '
+        "drawn, both ends included.",
+        "available.jsonl",
+        effect="every client in every round",
     )
-    step_seconds: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="simulated: of a local step at speed 1; None: 1 where time is simulated"
+    step_seconds: Annotated[float, Field(gt=0)] | None = key(
+        None,
+        "Simulated seconds that a local step takes at speed 1.",
+        0.5,
+        effect="1.0 where another key simulates time, else time is not simulated",
     )
-    deadline_simulated: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="simulated seconds for a round; late replies are dropped"
+    deadline_simulated: Annotated[float, Field(gt=0)] | None = key(
+        None,
+        "Simulated seconds that a round may take; later replies are dropped.",
+        60.0,
+        effect="no deadline",
+        against=("buffer=2",),
     )
-    buffer: Positive | None = Field(
-        None, description="asynchronous: updates a round takes of the cohort always at work"
+    buffer: Positive | None = key(
+        None,
+        "The number of updates after which the server steps, while the rest of the cohort stays at "
+        "work: asynchronous rounds.",
+        2,
+        effect="synchronous rounds",
+        against=(
+            "cohort=1",
+            "deadline_simulated=60",
+            "strategy=seed_pool",
+            "dp=client epsilon=8",
+        ),
     )
-    staleness_power: Annotated[float, Field(ge=0)] = Field(
-        0.5, description="with buffer: weights are examples / (1 + rounds behind)^this"
+    staleness_power: Annotated[float, Field(ge=0)] = key(
+        0.5,
+        "The power of (1 + rounds behind) that the weight of a late update is divided by.",
+        1.0,
+        beside="buffer=2",
     )
 
 

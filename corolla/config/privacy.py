@@ -7,42 +7,97 @@ from pydantic import Field
 from corolla.config.defence import Defence
 from corolla.config.population import Population
 from corolla.config.rule import Rule
-from corolla.config.section import Fraction, Positive
+from corolla.config.section import Fraction, Positive, key
 from corolla.config.training import Training
 
 
 class Privacy(Defence, Training, Population):
     """A budget of privacy and the noise that keeps it."""
 
-    dp: Literal["none", "example", "client"] = Field(
-        "none", description="differential privacy of each example, or of each client as a whole"
+    dp: Literal["none", "example", "client"] = key(
+        "none",
+        "What differential privacy protects: nothing, each example, or each client as a whole.",
+        "client",
+        beside="epsilon=8",
+        against=(
+            "epsilon=null",
+            "robust=median",
+            "buffer=2",
+            "selection=weighted",
+            "max_norm=10",
+            "strategy=flora",
+            "strategy=feddpa",
+        ),
     )
-    epsilon: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="of the whole run; the noise is made for it, and the run ends before it"
+    epsilon: Annotated[float, Field(gt=0)] | None = key(
+        None,
+        "The privacy budget of the whole run: noise is made for it, and the run ends before it is "
+        "exceeded.",
+        8.0,
+        effect="none: dp needs it or noise_multiplier",
+        beside="dp=example",
+        against=("dp=none", "noise_multiplier=1", "parameters=prompt"),
     )
-    delta: Annotated[float, Field(gt=0, lt=0.1)] = Field(
-        1e-5, description="of (epsilon, delta); less than 1 in the examples, or clients, there are"
+    delta: Annotated[float, Field(gt=0, lt=0.1)] = key(
+        1e-5,
+        "The probability with which epsilon may not hold: less than 1 in the examples, or clients, "
+        "that there are.",
+        1e-6,
+        beside="dp=example epsilon=8",
+        against=("dp=none epsilon=null",),
     )
-    clip: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="L2 norm that one example's gradient, or one client's update, can have"
+    clip: Annotated[float, Field(gt=0)] = key(
+        1.0,
+        "The L2 norm that one example's gradient, or one client's update, is clipped to.",
+        0.5,
+        beside="dp=client epsilon=8",
+        against=("dp=none epsilon=null",),
     )
-    noise_multiplier: Annotated[float, Field(ge=1e-3)] | None = Field(
-        None, description="instead of epsilon: std of the noise on a sum, over clip"
+    noise_multiplier: Annotated[float, Field(ge=1e-3)] | None = key(
+        None,
+        "The standard deviation of the noise on a sum, over clip, instead of epsilon.",
+        1.0,
+        effect="what epsilon asks for",
+        beside="dp=client",
+        against=("dp=none", "epsilon=8"),
     )
-    clip_quantile: Fraction | None = Field(
-        None, description="dp=client: clip follows this quantile of the norms, from `clip` on"
+    clip_quantile: Fraction | None = key(
+        None,
+        "The quantile of the updates' norms that clip follows, from its given value on.",
+        0.5,
+        effect="none: clip stays as it is",
+        beside="dp=client epsilon=8",
+        against=("dp=example", "dp_mechanism=banded separation=2"),
     )
-    dp_sampling: Literal["fixed", "poisson"] = Field(
-        "fixed", description="dp=client: of a cohort; poisson: by secret chance, which amplifies"
+    dp_sampling: Literal["fixed", "poisson"] = key(
+        "fixed",
+        "How a cohort is drawn: of a fixed size, or each client by a secret coin, which makes "
+        "privacy stronger.",
+        "poisson",
+        beside="dp=client epsilon=8",
+        against=("dp=example", "participations=2", "dp_mechanism=banded separation=2"),
     )
-    dp_mechanism: Literal["gaussian", "banded"] = Field(
-        "gaussian", description="dp=client; banded: noise of a round is partly taken back later"
+    dp_mechanism: Literal["gaussian", "banded"] = key(
+        "gaussian",
+        "The noise of a round: independent, or banded, of which later rounds take a part back.",
+        "banded",
+        beside="dp=client epsilon=8 separation=2",
+        against=("separation=1", "clip_quantile=0.5", "dp=example separation=1", "strategy=fedsvd"),
     )
-    participations: Positive | None = Field(
-        None, description="rounds one client may train in, which bounds the noise; None: all"
+    participations: Positive | None = key(
+        None,
+        "The number of rounds that one client may train in, which bounds the noise.",
+        4,
+        effect="all rounds",
+        beside="dp=client epsilon=8",
+        against=("dp=none epsilon=null", "dp_sampling=poisson"),
     )
-    separation: Positive = Field(
-        1, description="dp=client: a client may train again so many rounds later"
+    separation: Positive = key(
+        1,
+        "The number of rounds after which a client may train again.",
+        2,
+        beside="dp=client epsilon=8",
+        against=("dp=example", "dp_sampling=poisson"),
     )
 
 

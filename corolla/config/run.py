@@ -3,9 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from pydantic import field_validator, model_validator
+from pydantic import (
+    ModelWrapValidatorHandler,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from corolla.config import adapter, learning_rates, machine, population, privacy, training
+from corolla.config import adapter, learning_rates, machine, mistakes, population, privacy, training
 from corolla.config.adapter import Adapter
 from corolla.config.compression import Compression
 from corolla.config.dataset import Dataset
@@ -48,7 +53,11 @@ class RunConfig(  # from the last section to the first: pydantic takes their key
     @field_validator("strategy")
     @classmethod
     def _absolute_file(cls, name: str) -> str:
-        """As paths of model and data: FILE.py:Class must mean the same from another folder."""
+        """As paths of model and data: FILE.py:Class must mean the same from another folder.
+
+        Raises ConfigError for a strategy that there is not.
+        """
+        registry.find(name)
         return files.absolute(name)
 
     @field_validator("model", "data", "availability", "public")
@@ -64,6 +73,17 @@ class RunConfig(  # from the last section to the first: pydantic takes their key
         if reason := refusal(RULES, self):
             raise ValueError(reason)
         return self
+
+    @model_validator(mode="wrap")  # the last: it sees what all others find
+    @classmethod
+    def _in_one_line(
+        cls, values: Any, check: ModelWrapValidatorHandler["RunConfig"]
+    ) -> "RunConfig":
+        """A mistake in code is said as on the command line. Raises ConfigError."""
+        try:
+            return check(values)
+        except ValidationError as error:
+            raise mistakes.first_of(error, cls.model_fields) from None
 
     def of_class(self, name: str) -> "RunConfig":
         """The settings of the clients of a class. Raises ConfigError for an unknown one."""

@@ -4,17 +4,43 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from corolla.config.section import Section
+from corolla.config.section import Section, key
 
 
 class Subject(Section):
     """The strategy, the model and the data: every other section builds on these."""
 
-    strategy: str = Field(
-        "fedavg", description="name; module:Class or FILE.py:Class for one of your own"
+    strategy: str = key(
+        "fedavg",
+        "The strategy that trains and aggregates: a name that `corolla strategies` lists, or "
+        "FILE.py:Class or module:Class of your own.",
+        "fedex_lora",
     )
-    options: dict[str, Any] = Field({}, description="hyper-parameters of the strategy")
-    model: str = Field("embedded", description="'embedded', hub name, folder or .gguf file")
-    data: str = Field("embedded", description="'embedded', .jsonl file or hub name")
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    engine: Literal["inprocess", "flower"] = "inprocess"
+    options: dict[str, Any] = key(
+        {},
+        "Options of the strategy by name; strategy.NAME=value sets one of them.",
+        {"max_rank": 64},
+        beside="strategy=flora",
+        against=("strategy=fedavg",),
+    )
+    model: str = key(
+        "embedded",
+        "The base model: the embedded one, a hub name, a folder or a .gguf file.",
+        "models/mine.gguf",
+    )
+    data: str = key(
+        "embedded",
+        "The data set: the embedded one, a .jsonl file or a hub name.",
+        "rows.jsonl",
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = key(
+        0,
+        "The number that cohorts, the order of data and initial tensors are drawn from: equal "
+        "seeds give equal runs.",
+        7,
+    )
+    engine: Literal["inprocess", "flower"] = key(
+        "inprocess",
+        "Where simulated clients run: in this process, or in Flower's simulation engine on Ray.",
+        "flower",
+    )

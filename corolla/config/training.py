@@ -4,41 +4,92 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from corolla.config import learning_rates
 from corolla.config.adapter import Adapter
 from corolla.config.groups import ClientClass
 from corolla.config.rule import Rule
-from corolla.config.section import Positive
+from corolla.config.section import Positive, key
 from corolla.types import LoraSpec
 
 
 class Training(Adapter):
     """Steps, rates and directions."""
 
-    classes: dict[str, ClientClass] = Field(
-        {}, description="classes of clients by name; clients take them in turn, by their shares"
+    classes: dict[str, ClientClass] = key(
+        {},
+        "Classes of clients by name, each with settings of its own (classes.NAME.KEY); clients "
+        "take them in turn, by their shares.",
+        {"phone": {"share": 2, "lr": 0.001}},
+        effect="none: all clients are alike",
     )
 
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: Annotated[float, Field(gt=0)] = Field(
-        3e-4,
-        description="3e-3 for the embedded model; see LR_FIRST_ORDER and LR_ZEROTH_ORDER",
+    optimizer: Literal["adamw", "sgd"] = key(
+        "adamw",
+        "The optimiser of first-order local steps.",
+        "sgd",
+        beside="strategy=scaffold lr=0.1",
+        against=("optimizer=adamw",),
     )
-    queries: Positive = Field(1, description="directions a zeroth-order step measures")
-    estimator: Literal["two_sided", "kerzoo"] = Field(
-        "two_sided", description="how a zeroth-order step estimates a slope"
+    lr: Annotated[float, Field(gt=0)] = key(
+        3e-4, "The learning rate of local steps.", 1e-3, effect=learning_rates.in_words()
     )
-    eps: Annotated[float, Field(ge=1e-20)] = Field(
-        1e-3, description="how far along a direction a zeroth-order step looks, both ways"
+    queries: Positive = key(
+        1,
+        "The number of directions that a zeroth-order step measures.",
+        4,
+        beside="strategy=seed_pool",
+        against=("local_steps=20000",),
     )
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    local_steps: Positive = Field(10, description="50 where all clients are zeroth order")
-    local_epochs: Positive | None = Field(None, description="instead of local_steps")
-    batch_size: Positive = 8
-    micro_batch_size: Positive | None = Field(None, description="None: batch_size")
-    schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="across rounds")
-    warmup_rounds: Annotated[float, Field(ge=0)] = 0.0
-    clip_norm: Annotated[float, Field(gt=0)] | None = Field(
-        1.0, description="L2 norm of a step's gradient; None with dp=example, which has its own"
+    estimator: Literal["two_sided", "kerzoo"] = key(
+        "two_sided",
+        "How a zeroth-order step estimates a slope: by a two-sided difference, or with the kernel "
+        "of KerZOO.",
+        "kerzoo",
+        beside="strategy=seed_pool",
+    )
+    eps: Annotated[float, Field(ge=1e-20)] = key(
+        1e-3,
+        "The distance along a direction at which a zeroth-order step looks, both ways.",
+        1e-2,
+        beside="strategy=seed_pool",
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = key(
+        0.0, "The weight decay of the optimiser.", 0.01
+    )
+    local_steps: Positive = key(
+        10,
+        "The number of optimiser steps that a client takes in a round.",
+        20,
+        effect="50 where all clients are zeroth order, else 10",
+        against=("strategy=seed_pool queries=10000",),
+    )
+    local_epochs: Positive | None = key(
+        None,
+        "The number of passes that a client makes over its data in a round, instead of "
+        "local_steps.",
+        1,
+        effect="none: local_steps counts",
+        against=("strategy=seed_pool",),
+    )
+    batch_size: Positive = key(8, "The number of sequences of a local step.", 16)
+    micro_batch_size: Positive | None = key(
+        None,
+        "The number of sequences that are computed at a time: fewer take less memory.",
+        2,
+        effect="batch_size",
+        against=("batch_size=1",),
+    )
+    schedule: Literal["constant", "linear", "cosine"] = key(
+        "cosine", "How the learning rate falls across all rounds.", "linear"
+    )
+    warmup_rounds: Annotated[float, Field(ge=0)] = key(
+        0.0, "The number of rounds, also a part of one, in which the rate rises to lr.", 0.5
+    )
+    clip_norm: Annotated[float, Field(gt=0)] | None = key(
+        1.0,
+        "The L2 norm that the gradient of a local step is clipped to; null does not clip.",
+        0.5,
+        effect="1.0, or null with dp=example, which clips by itself",
     )
 
     @property

@@ -224,7 +224,7 @@ def test_another_base_model_is_refused_in_one_line(
         ("[1]", "not an object"),
         ("{", "not JSON"),
         ('{"run": [], "labels": []}', "settings are not an object"),
-        ('{"run": {"of_the_future": 1}}', "of-the-future"),
+        ('{"run": {"of_the_future": 1}}', "unknown key 'of_the_future'"),
         ('{"run": {"lr": -1}}', "lr"),
         ('{"run": {"strategy": "nothing"}}', "nothing"),
     ],

@@ -2,6 +2,7 @@ import subprocess
 import sys
 
 import typer
+from typer.testing import CliRunner
 
 from corolla.cli.app import app
 
@@ -10,8 +11,8 @@ def test_commands_are_listed_in_the_order_in_which_one_needs_them() -> None:
     commands = typer.main.get_command(app)
     assert isinstance(commands, typer.core.TyperGroup)
     assert " ".join(commands.commands) == (
-        "simulate plan compare check audit status strategies evaluate export tokens certs server "
-        "client gateway phone"
+        "simulate plan compare check audit certs server client gateway phone tokens status "
+        "evaluate export strategies keys"
     )
 
 
@@ -26,3 +27,11 @@ def test_help_does_not_wait_for_the_libraries_of_training() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout == "[]\n"
+
+
+def test_commands_are_listed_under_headings() -> None:
+    shown = CliRunner().invoke(app, ["--help"]).output
+    headings = ["Simulate and compare", "Deploy", "Artefacts", "Reference"]
+    places = [shown.index(f" {heading} ") for heading in headings]
+    assert places == sorted(places)
+    assert shown.index(" export ") < places[-1] < shown.index(" keys ")

@@ -68,7 +68,7 @@ def test_settings_are_read_as_their_type(
         ("strategy = 'flora'\n[flora]\nmax-rnk = 3", [], ["'max_rnk'", "'max_rank'"]),
         (None, ["strategy.mu=3"], ["fedavg", "no options", "'mu'"]),
         (None, ["strategy=fedavgg"], ["'fedavgg'", "'fedavg'"]),
-        (None, ["zzzzzz=3"], ["'zzzzzz'", "known keys", "local_steps"]),
+        (None, ["zzzzzz=3"], ["'zzzzzz'", "corolla keys lists all there are"]),
     ],
 )
 def test_an_unknown_key_gets_the_nearest_one(

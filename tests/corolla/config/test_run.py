@@ -172,7 +172,7 @@ def test_the_first_of_several_mistakes_is_told() -> None:
         ("epsilon=8.0 is for dp=example or dp=client, found dp=none", {"epsilon": None}),
     ]
     for message, mend in steps:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ConfigError, match=message):
             RunConfig.model_validate(values)
         values |= mend
     assert RunConfig.model_validate(values).parameters == "bias"

@@ -1,0 +1,181 @@
+"""All keys of a run, read from the fields themselves: what each is, by default, and excludes."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from corolla.config.groups import ClientClass
+from corolla.config.load import load
+from corolla.config.run import RunConfig
+from corolla.config.section import Section
+from corolla.errors import ConfigError
+from corolla.strategies.registry import STRATEGIES
+
+CLASSES, OPTIONS = "classes", "strategies"
+"""Groups of keys that are no section of RunConfig: of classes of clients, of strategies."""
+
+NAME = "NAME"
+"""Stands for the name of a class of clients in the names of keys."""
+
+_CLASS = "phone"
+"""The class of clients in examples."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key. `settings` are those of its example, in the form of --set KEY=VALUE.
+
+    `effect` says what holds where the key is not given and `default` does not tell; with each of
+    `against`, settings too, the example is refused.
+    """
+
+    name: str
+    group: str
+    kind: str
+    default: Any
+    text: str
+    example: Any
+    settings: tuple[str, ...]
+    effect: str = ""
+    against: tuple[str, ...] = ()
+
+    @property
+    def usual(self) -> str:
+        """The default in effect, in words."""
+        return self.effect or written(self.default)
+
+    def refusals(self) -> dict[str, str]:
+        """Settings that the example is refused with → the sentence which says why."""
+        return {other: _refusal([*self.settings, *other.split()]) for other in self.against}
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain values, with what is refused and why."""
+        known = {"name": self.name, "group": self.group, "type": self.kind, "default": self.default}
+        return {
+            **known,
+            "in_effect": self.usual,
+            "text": self.text,
+            "example": self.example,
+            "settings": list(self.settings),
+            "refused": self.refusals(),
+        }
+
+
+def sections() -> dict[str, type[Section]]:
+    """Group → the section of RunConfig whose fields are its keys, in the order of the keys."""
+    bases = [base for base in RunConfig.__mro__ if issubclass(base, Section)]
+    own = [base for base in reversed(bases) if base not in (Section, RunConfig)]
+    found = {base.__name__.lower(): base for base in own}
+    order = list(RunConfig.model_fields)
+    return dict(sorted(found.items(), key=lambda item: order.index(_own(item[1])[0])))
+
+
+def titles() -> dict[str, str]:
+    """Group → what it is, in a sentence."""
+    known = {**sections(), CLASSES: ClientClass}
+    about = {group: (section.__doc__ or "").partition("\n")[0] for group, section in known.items()}
+    return {**about, OPTIONS: "Options of single strategies, which no other strategy takes."}
+
+
+def table() -> list[Key]:
+    """All keys in the order of their groups."""
+    found = [
+        _of_field(name, group, RunConfig.model_fields[name], name)
+        for group, section in sections().items()
+        for name in _own(section)
+    ]
+    for name, field in ClientClass.model_fields.items():
+        key = f"classes.{NAME}.{name}"
+        found.append(_of_field(key, CLASSES, field, key.replace(NAME, _CLASS)))
+    return [*found, *_of_strategies()]
+
+
+def written(value: Any) -> str:
+    """A value as --set takes it."""
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+
+
+def kind_of(annotation: Any, bounds: tuple[Any, ...] = ()) -> str:
+    """A type in words, with the bounds of numbers: "whole number from 1, or null"."""
+    form, inner = get_origin(annotation), get_args(annotation)
+    if form is Annotated:
+        nested = [b for bound in inner[1:] for b in getattr(bound, "metadata", [bound])]
+        return kind_of(inner[0], (*bounds, *nested))
+    if form in (Union, UnionType):
+        rest = [kind_of(part, bounds) for part in inner if part is not NoneType]
+        return " or ".join(rest) + (", or null" if NoneType in inner else "")
+    if form is Literal:
+        return ", ".join(str(value) for value in inner)
+    if form is list:
+        return f"list ({kind_of(inner[0])})"
+    if form is dict:
+        return "table"
+    return {bool: "true or false", str: "text"}.get(annotation) or _number(annotation, bounds)
+
+
+def _number(annotation: type, bounds: tuple[Any, ...]) -> str:
+    words = {"ge": "from", "gt": "above", "le": "to", "lt": "below"}
+    limits = {
+        word: getattr(b, name) for b in bounds for name, word in words.items() if _has(b, name)
+    }
+    said = "".join(f" {word} {limit:g}" for word, limit in limits.items() if limit < 2**31)
+    return ("whole number" if annotation is int else "number") + said
+
+
+def _has(bound: Any, name: str) -> bool:
+    return getattr(bound, name, None) is not None
+
+
+def _own(section: type[Section]) -> list[str]:
+    """The fields that a section adds to those of its bases."""
+    return [name for name in RunConfig.model_fields if name in section.__annotations__]
+
+
+def _of_field(name: str, group: str, field: FieldInfo, setting: str) -> Key:
+    about = field.json_schema_extra
+    known: Mapping[str, Any] = about if isinstance(about, dict) else {}
+    example = (field.examples or [None])[0]
+    return Key(
+        name=name,
+        group=group,
+        kind=kind_of(field.annotation, tuple(field.metadata)),
+        default=field.get_default(call_default_factory=True),
+        text=field.description or "",
+        example=example,
+        settings=(*known.get("beside", "").split(), f"{setting}={written(example)}"),
+        effect=known.get("effect", ""),
+        against=tuple(known.get("against", ())),
+    )
+
+
+def _of_strategies() -> Iterator[Key]:
+    """Options that strategies declare, each as STRATEGY.OPTION."""
+    for strategy, cls in STRATEGIES.items():
+        needed = [f"classes.{how}.trainer={how}" for how in cls.trainers] * (len(cls.trainers) > 1)
+        declared: Any = cls  # a dataclass, which the protocol does not say
+        for field in dataclasses.fields(declared):
+            example = field.metadata.get("example")
+            own = f"{strategy}.{field.name}={written(example)}"
+            yield Key(
+                name=f"{strategy}.{field.name}",
+                group=OPTIONS,
+                kind=kind_of(field.type),
+                default=field.default,
+                text=field.metadata.get("text", ""),
+                example=example,
+                settings=(f"strategy={strategy}", *needed, own),
+            )
+
+
+def _refusal(settings: list[str]) -> str:
+    """The sentence with which settings are refused; "" if they are not."""
+    try:
+        load(None, {}, settings)
+    except ConfigError as error:
+        return str(error)
+    return ""

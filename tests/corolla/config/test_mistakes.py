@@ -1,0 +1,118 @@
+"""What is said of wrong keys and values, on the command line and in code."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from corolla.config.groups import ClientClass
+from corolla.config.mistakes import MEANINGS, meant, unknown
+from corolla.config.run import RunConfig
+from corolla.errors import ConfigError
+from tests.corolla.config.configs import refused
+
+OPTIONS = ("--out", "--track")
+"""Options of commands that are no keys."""
+
+
+def test_what_other_tools_call_a_key_leads_to_one_that_exists() -> None:
+    known = {*RunConfig.model_fields, *OPTIONS}
+    assert {name: key for name, key in MEANINGS.items() if key not in known} == {}
+    assert MEANINGS.keys() & RunConfig.model_fields.keys() == set()
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("learning_rate", "lr"),
+        ("learning-rate", "lr"),
+        ("grad_clip", "clip_norm"),
+        ("max_grad_norm", "clip_norm"),
+        ("epochs", "local_epochs"),
+        ("batch", "batch_size"),
+        ("lora_r", "rank"),
+        ("lora_alpha", "alpha"),
+        ("num_rounds", "rounds"),
+        ("num_clients", "clients"),
+        ("clients_per_round", "cohort"),
+        ("fraction_fit", "cohort"),
+        ("steps", "local_steps"),
+        ("adam", "optimizer"),
+        ("random_seed", "seed"),
+        ("model_name_or_path", "model"),
+        ("dataset", "data"),
+        ("noise", "noise_multiplier"),
+        ("test_size", "eval_fraction"),
+        ("cuda", "device"),
+        ("output", "--out"),
+        ("local_step", "local_steps"),
+    ],
+)
+def test_an_unknown_key_is_answered_by_meaning_before_spelling(
+    tmp_path: Path, name: str, key: str
+) -> None:
+    told = refused(tmp_path, settings=[f"{name}=3"])
+    assert told.endswith(f"in --set: did you mean {key!r}?")
+    assert told.endswith(meant(name, RunConfig.model_fields))
+
+
+def test_a_class_of_clients_is_told_its_own_keys_alone(tmp_path: Path) -> None:
+    assert meant("learning_rate", ClientClass.model_fields) == "did you mean 'lr'?"
+    assert "local_epochs" not in meant("epochs", ClientClass.model_fields)
+    assert "'lr'" in refused(tmp_path, settings=["classes.phone.learning-rate=3"])
+
+
+def test_where_nothing_is_near_a_few_keys_are_named_and_many_are_not() -> None:
+    assert str(unknown("zzz", ["lr", "rank"], "x.toml")) == (
+        "unknown key 'zzz' in x.toml; known keys are lr, rank"
+    )
+    assert str(unknown("zzz", RunConfig.model_fields)) == (
+        "unknown key 'zzz': corolla keys lists all there are"
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"round": 2}, "unknown key 'round': did you mean 'rounds'?"),
+        ({"learning_rate": 1.0}, "unknown key 'learning_rate': did you mean 'lr'?"),
+        (
+            {"classes": {"phone": {"steps": 2}}},
+            "unknown key 'steps' in classes.phone: did you mean 'local_steps'?",
+        ),
+        (
+            {"strategy": "fedav"},
+            "unknown strategy 'fedav': did you mean 'fedavg'?, or name your own as module:Class or "
+            "FILE.py:Class",
+        ),
+        ({"rounds": 0}, "rounds: Input should be greater than or equal to 1, found 0"),
+        ({"cohort": 3, "clients": 2}, "cohort 3 is larger than clients 2"),
+        ({"ranks": 4}, "ranks: expected a list such as [4,8], found 4"),
+        (
+            {"target_modules": "foo"},
+            'target-modules: expected a list such as ["q_proj","v_proj"], found \'foo\'',
+        ),
+        ({"options": 4}, 'options: expected a table such as {"max_rank":64}, found 4'),
+    ],
+)
+def test_a_mistake_in_code_is_said_as_on_the_command_line(given: dict[str, Any], told: str) -> None:
+    makers: list[Callable[[], RunConfig]] = [
+        lambda: RunConfig(**given),
+        lambda: RunConfig.model_validate(given),
+    ]
+    for make in makers:
+        with pytest.raises(ConfigError) as caught:
+            make()
+        assert str(caught.value) == told
+        assert caught.value.__cause__ is None
+
+
+def test_a_strategy_of_ones_own_that_is_not_there_is_refused_in_code(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read strategy file"):
+        RunConfig(strategy=f"{tmp_path}/gone.py:Mine")
+
+
+def test_a_setting_without_a_value_leads_to_the_reference(tmp_path: Path) -> None:
+    told = refused(tmp_path, settings=["help"])
+    assert told == "--set 'help': expected key=value (corolla keys lists and explains all keys)"
