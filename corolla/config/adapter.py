@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from corolla.config import kinds
+from corolla.config.kinds import Kind, KindName
 from corolla.config.rule import Rule
 from corolla.config.section import Positive
 from corolla.config.subject import Subject
@@ -32,10 +34,21 @@ class Adapter(Subject):
     )
     public_examples: Positive = Field(64, description="of these rows, at most")
 
-    parameters: Literal["lora", "ia3", "prompt", "bias", "head", "full"] = Field(
-        "lora", description="what is trained: an adapter, or tensors as they are (see dense.py)"
+    parameters: KindName = Field(
+        kinds.DEFAULT.name,
+        description="what is trained: an adapter, or tensors as they are (see dense.py)",
     )
     virtual_tokens: Positive = Field(20, description="of parameters=prompt")
+
+    @property
+    def kind(self) -> Kind:
+        """What there is to know of the parameters that are trained."""
+        return kinds.KINDS[self.parameters]
+
+    @property
+    def prefix(self) -> int:
+        """Virtual tokens that stand before each text."""
+        return self.virtual_tokens if self.kind.virtual_tokens else 0
 
 
 ALPHAS: tuple[Rule[Adapter], ...] = (
@@ -47,7 +60,7 @@ ALPHAS: tuple[Rule[Adapter], ...] = (
 
 TARGETS: tuple[Rule[Adapter], ...] = (
     Rule(
-        when=lambda run: run.target_modules and run.parameters not in ("lora", "ia3"),
+        when=lambda run: run.target_modules and not run.kind.target_modules,
         why=lambda run: "target-modules are those of adapters",
         instead=lambda run: f"parameters={run.parameters} has none",
     ),

@@ -14,7 +14,7 @@ class ClientClass(Section):
     share: Positive = Field(1, description="of clients, in turn, among all classes")
     trainer: TrainerName | None = None
     lr: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="zeroth order beside first: see LR_ZEROTH_ORDER; else that of the run"
+        None, description="zeroth order beside first: see config/kinds.py; else that of the run"
     )
     local_steps: Positive | None = None
     batch_size: Positive | None = None

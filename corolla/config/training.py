@@ -21,7 +21,7 @@ class Training(Adapter):
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = Field(
         3e-4,
-        description="3e-3 for the embedded model; see LR_FIRST_ORDER and LR_ZEROTH_ORDER",
+        description="3e-3 for the embedded model; see corolla/config/kinds.py",
     )
     queries: Positive = Field(1, description="directions a zeroth-order step measures")
     estimator: Literal["two_sided", "kerzoo"] = Field(
@@ -93,7 +93,7 @@ RANKS: tuple[Rule[Training], ...] = (
 
 RANKS_OF_ADAPTERS: tuple[Rule[Training], ...] = (
     Rule(
-        when=lambda run: (run.ranks or run.classes_with_ranks) and run.parameters != "lora",
+        when=lambda run: (run.ranks or run.classes_with_ranks) and not run.kind.factors,
         why=lambda run: "ranks are those of adapters",
         instead=lambda run: f"parameters={run.parameters} has none",
     ),
