@@ -69,7 +69,7 @@ class DenseModel:
         part = parts.PARTS[role]
         self.targets = part.targets(base, targets)
         self._config = part.added(base, self.targets, virtual_tokens)
-        self.artefact = KINDS[role].artefact
+        self.artefact: str = KINDS[role].artefact
         if self._config:
             with torch.random.fork_rng(devices=[]), adapter_files.peft_speaks_to_transformers():
                 model = get_peft_model(base.model, self._config, adapter_name=_NAME)
@@ -81,8 +81,8 @@ class DenseModel:
         sizes = [leaf.numel() for leaf in self._leaves.values()]
         # One vector for all of them: a zeroth-order step is one pass over it.
         self._flat = torch.zeros(sum(sizes), device=self.device)
-        for leaf, part in zip(self._leaves.values(), torch.split(self._flat, sizes), strict=True):
-            leaf.data = part.view(leaf.shape).copy_(leaf.detach())
+        for leaf, own in zip(self._leaves.values(), torch.split(self._flat, sizes), strict=True):
+            leaf.data = own.view(leaf.shape).copy_(leaf.detach())
         self._settle = moving.Settled()
 
     def check_rank(self, spec: LoraSpec) -> None:
