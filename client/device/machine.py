@@ -212,7 +212,7 @@ def _ways(config: RunConfig, trainer: TrainerName, alone: bool) -> Iterator[dict
     strategy = build_strategy(config)
     if alone:
         return
-    if strategy.mixed_ranks and config.parameters == "lora":
+    if strategy.mixed_ranks and config.kind.factors:
         ranks = [config.rank >> i for i in range(1, config.rank.bit_length())]
         yield from ({**spare, **micro[-1], "rank": rank} for rank in ranks)
     if "zeroth_order" in strategy.trainers:

@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from corolla.config import kinds
+from corolla.config.kinds import Kind, KindName
 from corolla.config.rule import Rule
 from corolla.config.section import Positive, key
 from corolla.config.subject import Subject
@@ -69,8 +71,8 @@ class Adapter(Subject):
         beside="start=gradient public=public.jsonl",
     )
 
-    parameters: Literal["lora", "ia3", "prompt", "bias", "head", "full"] = key(
-        "lora",
+    parameters: KindName = key(
+        kinds.DEFAULT.name,
         "What is trained: an adapter (lora, ia3, prompt), or tensors of the model as they are "
         "(bias, head, full).",
         "ia3",
@@ -83,6 +85,16 @@ class Adapter(Subject):
         beside="parameters=prompt",
     )
 
+    @property
+    def kind(self) -> Kind:
+        """What there is to know of the parameters that are trained."""
+        return kinds.KINDS[self.parameters]
+
+    @property
+    def prefix(self) -> int:
+        """Virtual tokens that stand before each text."""
+        return self.virtual_tokens if self.kind.virtual_tokens else 0
+
 
 ALPHAS: tuple[Rule[Adapter], ...] = (
     Rule(
@@ -93,7 +105,7 @@ ALPHAS: tuple[Rule[Adapter], ...] = (
 
 TARGETS: tuple[Rule[Adapter], ...] = (
     Rule(
-        when=lambda run: run.target_modules and run.parameters not in ("lora", "ia3"),
+        when=lambda run: run.target_modules and not run.kind.target_modules,
         why=lambda run: "target-modules are those of adapters",
         instead=lambda run: f"parameters={run.parameters} has none",
     ),

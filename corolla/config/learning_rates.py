@@ -3,47 +3,23 @@
 from collections.abc import Mapping
 from typing import Any
 
+from corolla.config import kinds
 from corolla.errors import ConfigError
 from corolla.strategies import registry
 
-LR_FIRST_ORDER = {"ia3": 3e-3, "prompt": 3e-3, "full": 3e-5}
-"""What is trained → the default lr of first-order strategies where it is not 3e-4, that of LoRA.
-
-The embedded model takes ten times as much, and all its parameters as much as an adapter.
-"""
-
-LR_ZEROTH_ORDER = {
-    ("lora", True): 3e-3,
-    ("lora", False): 1e-4,
-    ("full", True): 3e-4,
-    ("full", False): 1e-6,
-}
-"""(what is trained, whether on the embedded model) → the default lr of zeroth-order strategies."""
-
-
-def zeroth_order(parameters: object, embedded: bool) -> float:
-    """The rate of LR_ZEROTH_ORDER; what is neither all parameters nor LoRA takes that of LoRA."""
-    return LR_ZEROTH_ORDER["full" if parameters == "full" else "lora", embedded]
-
 
 def defaults(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The rate, and the number of steps, of a run for which these values are given.
-
-    The embedded model is a hundred times smaller than others: it wants a higher rate. A
-    zeroth-order step is as noisy as there are parameters: it wants a far lower one.
-    """
+    """The rate, and the number of steps, of a run for which these values are given."""
     try:
         known = registry.find(str(values.get("strategy", "fedavg")))
     except ConfigError:  # said when the strategy is built
         known = None
     embedded = values.get("model", "embedded") == "embedded"
+    # A kind that is unknown is refused later, with the names of those there are.
+    kind = kinds.KINDS.get(str(values.get("parameters")), kinds.DEFAULT)
     if known and known.trainers[0] == "zeroth_order":
-        return {"lr": zeroth_order(values.get("parameters"), embedded), "local_steps": 50}
-    role = str(values.get("parameters", "lora"))
-    if embedded:
-        role = "lora" if role == "full" else role  # a million parameters are no more than that
-    rate = LR_FIRST_ORDER.get(role, 3e-4)
-    return {"lr": float(f"{10 * rate:g}") if embedded else rate}
+        return {"lr": kind.zeroth_order.of(embedded), "local_steps": 50}
+    return {"lr": kind.first_order.of(embedded)}
 
 
 def in_words() -> str:

@@ -39,7 +39,7 @@ class Machine(Adapter):
 
 QUANTIZED: tuple[Rule[Machine], ...] = (
     Rule(
-        when=lambda run: run.quantization != "none" and run.parameters not in ("lora", "prompt"),
+        when=lambda run: run.quantization != "none" and not run.kind.quantised,
         why=lambda run: f"parameters={run.parameters} cannot train a base in {run.quantization}",
     ),
 )
@@ -56,7 +56,7 @@ DEVICES: tuple[Rule[Machine], ...] = (
 GRADIENT_START: tuple[Rule[Machine], ...] = (
     Rule(
         when=lambda run: (
-            run.start == "gradient" and (run.parameters != "lora" or run.quantization != "none")
+            run.start == "gradient" and (not run.kind.factors or run.quantization != "none")
         ),
         why=lambda run: "start=gradient makes an adapter from gradients of the base",
         instead=lambda run: f"found parameters={run.parameters}, quantization={run.quantization}",

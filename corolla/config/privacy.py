@@ -203,10 +203,10 @@ def _embeddings(run: Privacy) -> list[str]:
 
 EXAMPLES: tuple[Rule[Privacy], ...] = (
     Rule(
-        when=lambda run: run.dp == "example" and run.parameters in ("prompt", "ia3"),
+        when=lambda run: run.dp == "example" and run.kind.not_private,
         why=lambda run: (
             f"dp=example needs the gradient of each example, which parameters={run.parameters} "
-            f"adds up before anything can clip it"
+            f"{run.kind.not_private}"
         ),
         instead="use parameters=lora",
     ),

@@ -129,9 +129,7 @@ _STATE: tuple[Rule[Asked], ...] = (
         instead=lambda asked: f"use {_able(lambda cls: registry.traits(cls).stale)}",
     ),
     Rule(
-        when=lambda asked: (
-            asked.config.parameters != "lora" and not _without_factors(asked.strategy)
-        ),
+        when=lambda asked: not asked.config.kind.factors and not _without_factors(asked.strategy),
         why=lambda asked: (
             f"{asked.subject} trains LoRA factors, found parameters={asked.config.parameters}"
         ),
@@ -412,4 +410,4 @@ def _without_factors(strategy: Strategy | type[Strategy]) -> bool:
 def _one_module(config: RunConfig, spec: LoraSpec) -> Params:
     """The smallest adapter of a rank: the form of updates follows from it."""
     a, b = torch.zeros(spec.rank, 1), torch.zeros(1, spec.rank)
-    return {"m" + factors.A: a, "m" + factors.B: b} if config.parameters == "lora" else {}
+    return {"m" + factors.A: a, "m" + factors.B: b} if config.kind.factors else {}

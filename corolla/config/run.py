@@ -97,7 +97,7 @@ class RunConfig(  # from the last section to the first: pydantic takes their key
         usual = registry.find(self.strategy).trainers[0]
         if self.trainer_of(name) == "zeroth_order" != usual and "lr" not in given:
             embedded = self.model == "embedded"
-            given["lr"] = learning_rates.zeroth_order(self.parameters, embedded)
+            given["lr"] = self.kind.zeroth_order.of(embedded)
         changed = self.model_copy(update=given)
         micro = changed.micro_batch_size
         return changed.model_copy(

@@ -144,7 +144,7 @@ RANKS: tuple[Rule[Training], ...] = (
 
 RANKS_OF_ADAPTERS: tuple[Rule[Training], ...] = (
     Rule(
-        when=lambda run: (run.ranks or run.classes_with_ranks) and run.parameters != "lora",
+        when=lambda run: (run.ranks or run.classes_with_ranks) and not run.kind.factors,
         why=lambda run: "ranks are those of adapters",
         instead=lambda run: f"parameters={run.parameters} has none",
     ),

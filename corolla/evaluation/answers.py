@@ -58,8 +58,7 @@ def exact_match(model: Any, base: Base, examples: Sequence[Example], config: Run
     """The part of the examples that the model answers with the response, decoding greedily."""
     encoder = Encoder(base.tokenizer, (), config.max_length)
     prompts = [encoder.prompt_ids(str(e.prompt))[-config.max_length :] for e in examples]
-    virtual = config.virtual_tokens if config.parameters == "prompt" else 0
-    answers = generate(model, base, prompts, config.max_new_tokens, virtual)
+    answers = generate(model, base, prompts, config.max_new_tokens, config.prefix)
     pairs = zip(answers, examples, strict=True)
     right = sum(same(answer, example.text, config.answer) for answer, example in pairs)
     return right / len(examples)

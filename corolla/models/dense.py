@@ -18,27 +18,23 @@ either (it is one to peft): losses are those of the same tokens whatever is trai
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import IA3Config, PeftModel, PromptTuningConfig, TaskType, get_peft_model
 from peft.tuners.ia3 import IA3Layer
-from peft.utils import constants
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from corolla import seeds
+from corolla.config.kinds import KINDS, KindName
 from corolla.directions import moving
-from corolla.errors import ModelError
-from corolla.models import adapter_files, full, lora
+from corolla.models import adapter_files, full, parts
 from corolla.models.pretrained import Base, heads_of
 from corolla.models.space import Beside, Space
 from corolla.types import Adapter, LoraSpec, Move, Params
 from corolla.wire import codec
-
-Role = Literal["ia3", "prompt", "bias", "head", "full"]
 
 _NAME = "default"
 _IA3, _PROMPT = ".ia3", "prompt.weight"
@@ -57,7 +53,7 @@ class DenseModel:
     def __init__(
         self,
         base: Base,
-        role: Role,
+        role: KindName,
         targets: Sequence[str] | None = None,
         virtual_tokens: int = 20,
     ) -> None:
@@ -68,16 +64,12 @@ class DenseModel:
         self.base = base
         self.model: Any = base.model
         self.device, self._dtype = base.model.device, base.model.dtype
-        self.targets: list[str] = []
-        self._leaves = {n: _leaf(base.model, p) for n, p in _chosen(base, role).items()}
+        self._leaves = {n: _leaf(base.model, p) for n, p in parts.chosen(base, role).items()}
         self._start = {n: leaf.detach().cpu().clone() for n, leaf in self._leaves.items()}
-        self._config: IA3Config | PromptTuningConfig | None = None
-        if role == "ia3":
-            self.targets = list(targets or _scaled(base))
-            self._config = _ia3(base, self.targets)
-        elif role == "prompt":
-            self._config = _prompt(base, virtual_tokens)
-        self.artefact = "adapter" if self._config else "model"
+        part = parts.PARTS[role]
+        self.targets = part.targets(base, targets)
+        self._config = part.added(base, self.targets, virtual_tokens)
+        self.artefact: str = KINDS[role].artefact
         if self._config:
             with torch.random.fork_rng(devices=[]), adapter_files.peft_speaks_to_transformers():
                 model = get_peft_model(base.model, self._config, adapter_name=_NAME)
@@ -89,8 +81,8 @@ class DenseModel:
         sizes = [leaf.numel() for leaf in self._leaves.values()]
         # One vector for all of them: a zeroth-order step is one pass over it.
         self._flat = torch.zeros(sum(sizes), device=self.device)
-        for leaf, part in zip(self._leaves.values(), torch.split(self._flat, sizes), strict=True):
-            leaf.data = part.view(leaf.shape).copy_(leaf.detach())
+        for leaf, own in zip(self._leaves.values(), torch.split(self._flat, sizes), strict=True):
+            leaf.data = own.view(leaf.shape).copy_(leaf.detach())
         self._settle = moving.Settled()
 
     def check_rank(self, spec: LoraSpec) -> None:
@@ -214,40 +206,6 @@ class DenseModel:
         return shown
 
 
-def _chosen(base: Base, role: Role) -> dict[str, nn.Parameter]:
-    """The parameters of the base model that are trained, by name. Raises ModelError."""
-    named = dict(base.model.named_parameters())
-    heads = heads_of(base)
-    chosen = [name for name in named if name.partition(".")[0] in heads]
-    if role == "full":
-        chosen = list(named)
-    elif role == "bias":
-        biases = [name for name in named if name.rpartition(".")[2] == "bias"]
-        if not biases:
-            raise ModelError(
-                f"parameters=bias: {base.name} has no bias vectors; use lora, ia3 or prompt"
-            )
-        chosen = sorted({*chosen, *biases})
-    elif role == "head" and not heads:
-        output = base.model.get_output_embeddings()
-        if output.weight is base.model.get_input_embeddings().weight:
-            raise ModelError(
-                f"parameters=head: the output layer of {base.name} is tied to its input "
-                f"embeddings and cannot be trained alone; use lora, ia3, prompt or full"
-            )
-        own = {id(parameter) for parameter in output.parameters()}
-        chosen = [name for name, parameter in named.items() if id(parameter) in own]
-    elif role == "prompt" and heads:
-        raise ModelError(
-            f"parameters=prompt is for models that generate: {base.name} is a classifier, which "
-            f"reads its answer where virtual tokens would stand; use ia3, bias or head"
-        )
-    odd = [name for name in chosen if not named[name].is_floating_point()]
-    if odd:
-        raise ModelError(f"parameters={role} needs a base that is not quantised: see {odd[0]}")
-    return {name: named[name] for name in chosen}
-
-
 class _Rounded(nn.Module):
     """A parametrization: the weight that is used is the fp32 one, rounded."""
 
@@ -280,41 +238,6 @@ def _give_back(model: PreTrainedModel, name: str, tensor: Tensor) -> None:
     if parametrize.is_parametrized(module, last):
         parametrize.remove_parametrizations(module, last, leave_parametrized=False)
     module.get_parameter(last).data = tensor
-
-
-def _scaled(base: Base) -> list[str]:
-    """The modules that (IA)³ scales in a model of this architecture. Raises ModelError."""
-    kind = base.model.config.get_text_config().model_type
-    known = constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
-    if kind not in known:
-        raise ModelError(
-            f"parameters=ia3: which layers to scale in a {kind} model is not known; name them "
-            f"with --set target-modules=[...]"
-        )
-    return list(known[kind])
-
-
-def _ia3(base: Base, targets: Sequence[str]) -> IA3Config:
-    """Scales of the inputs of what peft knows as feed-forward, of the outputs of all others."""
-    shapes = lora.targeted(base, targets)
-    kind = base.model.config.get_text_config().model_type
-    known = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(kind, [])
-    return IA3Config(
-        # A classifier's head is trained where it is: told of the task, peft would copy it.
-        task_type=TaskType.CAUSAL_LM if base.task == "causal" else None,
-        target_modules=list(targets),
-        feedforward_modules=[target for target in targets if target in known],
-        exclude_modules=heads_of(base) or None,
-        fan_in_fan_out=any(isinstance(base.model.get_submodule(n), Conv1D) for n in shapes),
-    )
-
-
-def _prompt(base: Base, virtual_tokens: int) -> PromptTuningConfig:
-    return PromptTuningConfig(
-        task_type=TaskType.CAUSAL_LM,
-        num_virtual_tokens=virtual_tokens,
-        token_dim=base.model.get_input_embeddings().embedding_dim,
-    )
 
 
 def _added(model: Any) -> Mapping[str, nn.Parameter]:

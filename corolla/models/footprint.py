@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from corolla.config.run import RunConfig
+from corolla.models import kinds
 from corolla.models.anatomy import Anatomy, Shape
 from corolla.types import TrainerName
 
@@ -102,9 +103,9 @@ def client(
     """
     anatomy, evaluated, labels = work.model, work.evaluated, work.labels
     values = trained(anatomy, config, labels)
-    in_place = config.parameters == "full" and trainer == "zeroth_order"
+    in_place = config.kind.whole and trainer == "zeroth_order"
     batch = work.batch.limited(config.micro_batch_size or config.batch_size)
-    batch = replace(batch, tokens=batch.tokens + _virtual(config))
+    batch = replace(batch, tokens=batch.tokens + config.prefix)
     sparing = config.gradient_checkpointing and trainer == "first_order"
     if trainer == "first_order":
         activations = _kept(anatomy, config, batch)
@@ -162,19 +163,7 @@ def trained(anatomy: Anatomy, config: RunConfig, labels: int = 0) -> int:
 def trained_shapes(anatomy: Anatomy, config: RunConfig, labels: int = 0) -> dict[str, Shape]:
     """Shapes of the tensors that are trained, by name."""
     head: dict[str, Shape] = {"score.weight": (labels, anatomy.hidden)} if labels else {}
-    if config.parameters == "lora":
-        return {**anatomy.adapter(config.lora, config.target_modules), **head}
-    if config.parameters == "prompt":
-        return {"prompt.weight": (config.virtual_tokens, anatomy.hidden), **head}
-    if config.parameters == "ia3":
-        found = anatomy.linear(config.target_modules or ("k_proj", "v_proj", "down_proj"))
-        sides = {n: s[1] if n.endswith("down_proj") else s[0] for n, s in found.items()}
-        return {**{f"{name}.ia3": (side,) for name, side in sides.items()}, **head}
-    if config.parameters == "bias":
-        return {**{n: s for n, s in anatomy.tensors.items() if n.endswith("bias")}, **head}
-    if config.parameters == "head":
-        return head or {n: s for n, s in anatomy.tensors.items() if n.startswith("lm_head")}
-    return {**anatomy.tensors, **head}
+    return {**kinds.of(config).shapes(anatomy, config, labels), **head}
 
 
 def weights(anatomy: Anatomy, config: RunConfig) -> float:
@@ -197,7 +186,7 @@ def operations(anatomy: Anatomy, config: RunConfig, trainer: TrainerName, batch:
     forward += 2.0 * anatomy.vocabulary * anatomy.hidden * batch.targets
     if trainer == "zeroth_order":
         return 2 * config.queries * forward
-    return forward * (2 + (config.parameters == "full") + config.gradient_checkpointing)
+    return forward * (2 + config.kind.whole + config.gradient_checkpointing)
 
 
 # --- the worst moment -----------------------------------------------------------------------------
@@ -208,7 +197,7 @@ def _apart(config: RunConfig, trainer: TrainerName, batch: Batch, values: int) -
     if config.dp != "example" or trainer != "first_order":
         return 0.0
     exact = config.dtype == "float32" and config.quantization == "none"
-    hooked = exact and config.parameters in ("lora", "bias", "head")  # else one sequence at a time
+    hooked = exact and config.kind.hooked  # else one sequence at a time
     return 4.0 * values * (batch.sequences if hooked else 1)
 
 
@@ -239,7 +228,7 @@ def _layer(anatomy: Anatomy, config: RunConfig, batch: Batch) -> Blocks:
     ]
     if anatomy.head_norms:
         blocks += [(1, width * positions * queries), (1, width * positions * keys)]
-    if config.parameters == "lora":
+    if config.kind.factors:
         modules = anatomy.linear(config.target_modules)
         each = len(modules) / anatomy.layers
         blocks.append((each, 4 * positions * config.lora.rank))
@@ -291,7 +280,3 @@ def _beyond(first: Blocks, then: Blocks, sparing: bool) -> float:
     heaps = [factor * sum(n * s for n, s in blocks if s < MAPPED) for blocks in (first, then)]
     mapped = [sum(n * s for n, s in blocks if s >= MAPPED) for blocks in (first, then)]
     return max(0.0, max(heaps) + max(mapped) - heaps[0] - mapped[0])
-
-
-def _virtual(config: RunConfig) -> int:
-    return config.virtual_tokens if config.parameters == "prompt" else 0

@@ -108,10 +108,9 @@ def check_length(config: RunConfig, model: PreTrainedModel) -> None:
             f"max_length {config.max_length} is more than the {positions} positions of "
             f"{config.model}: use --set max-length={positions}"
         )
-    virtual = config.virtual_tokens if config.parameters == "prompt" else 0
-    if positions and config.max_length + virtual > positions:
+    if positions and config.max_length + config.prefix > positions:
         raise ModelError(
-            f"max_length {config.max_length} after {virtual} virtual_tokens is more than the "
+            f"max_length {config.max_length} after {config.prefix} virtual_tokens is more than the "
             f"{positions} positions of {config.model}: lower one of them"
         )
 

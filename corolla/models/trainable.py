@@ -7,8 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
+from corolla.models import kinds
 from corolla.models.dense import DenseModel
 from corolla.models.full import FullModel
 from corolla.models.lora import LoraModel
@@ -74,8 +74,4 @@ class Differentiable(Trainable, Protocol):
 
 def build(config: RunConfig, base: Base) -> LoraModel | FullModel | DenseModel:
     """The resident model of a run. Raises ModelError when the base cannot carry what is asked."""
-    if config.parameters == "lora":
-        return LoraModel(base, config.target_modules, config.dropout)
-    if config.parameters == "full" and build_strategy(config).full:
-        return FullModel(base)  # moved in place: no second copy, no gradients
-    return DenseModel(base, config.parameters, config.target_modules, config.virtual_tokens)
+    return kinds.of(config).build(config, base)

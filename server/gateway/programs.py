@@ -138,7 +138,7 @@ def _passes(method: str, config: RunConfig, examples: int) -> int:
 def _refuses(config: RunConfig) -> str:
     """What of a run native clients have no half of; "" when nothing."""
     wrong = {
-        f"parameters={config.parameters}": config.parameters != "lora",
+        f"parameters={config.parameters}": not config.kind.native,
         "dp=example": config.dp == "example",
         f"codec {', '.join(config.codec)}": bool(config.codec),
         f"codec-down {', '.join(config.codec_down)}": bool(config.codec_down),

@@ -63,5 +63,5 @@ def _aggregates(config: RunConfig, strategy: Strategy) -> Aggregates:
     """What a run averages: without factors, the trained tensors are the weights themselves."""
     if config.robust != "none":
         return "other"
-    dense = config.parameters != "lora"
+    dense = not config.kind.factors
     return "weights" if dense and strategy.aggregates == "factors" else strategy.aggregates

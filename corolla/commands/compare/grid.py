@@ -93,7 +93,7 @@ class ComparisonGrid:
 
     def _job(self, method: Method, lr: float, seed: int) -> Job:
         config = method.config
-        kept = config.parameters == "lora" and not config.buffer and config.dp != "client"
+        kept = config.kind.factors and not config.buffer and config.dp != "client"
         keep = seed == self.seeds[-1] and kept
         return Job(method, lr, seed, keep)
 

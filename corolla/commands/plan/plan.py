@@ -172,11 +172,10 @@ def plan(config: RunConfig, budget: int | None = None) -> CostEstimate:
     promised = privacy(federation)
     sent = traffic(federation)
     batches = lengths.batches(federation, model, data, labels)
-    whole = config.parameters == "full"
     return CostEstimate(
         config=config,
         parameters=model.values,
-        trained=model.values if whole else footprint.trained(model, config, labels),
+        trained=model.values if config.kind.whole else footprint.trained(model, config, labels),
         clients=len(data.clients),
         cohort=federation.cohort_size,
         traffic=sent,
@@ -293,7 +292,7 @@ def _federation(config: RunConfig, model: Anatomy, data: FederatedData, labels: 
 
     def fresh(spec: LoraSpec) -> Params:
         own = config.model_copy(update={"rank": spec.rank, "ranks": [], "classes": {}})
-        in_place = config.parameters == "full" and strategy.full
+        in_place = config.kind.whole and strategy.full
         shapes = {} if in_place else footprint.trained_shapes(model, own, labels)
         return {name: torch.zeros(shape) for name, shape in shapes.items()}
 

@@ -61,7 +61,7 @@ def simulate(
     again when nothing of the run was committed.
     """
     observer = observer or Silent()
-    if keep_updates and config.parameters in ("bias", "head", "full"):
+    if keep_updates and config.kind.artefact == "model":
         raise ConfigError(f"--keep-updates keeps adapters: parameters={config.parameters} has none")
     if keep_updates and config.buffer:
         raise ConfigError("--keep-updates shows rounds of updates: with buffer there are none")

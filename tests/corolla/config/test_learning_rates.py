@@ -4,9 +4,11 @@ from typing import Any
 import pytest
 
 from corolla.config.groups import ClientClass
-from corolla.config.learning_rates import LR_ZEROTH_ORDER
+from corolla.config.kinds import KINDS
 from corolla.config.run import RunConfig
 from tests.corolla.config.configs import BOTH, load
+
+LORA, FULL = KINDS["lora"].zeroth_order, KINDS["full"].zeroth_order
 
 
 @pytest.mark.parametrize(
@@ -16,13 +18,13 @@ from tests.corolla.config.configs import BOTH, load
         ({"model": "some/model"}, 3e-4),
         ({"strategy": "ferret"}, 3e-3),
         ({"strategy": "mixed", "classes": BOTH}, 3e-3),
-        ({"strategy": "seed_pool"}, LR_ZEROTH_ORDER["lora", True]),
-        ({"strategy": "seed-pool"}, LR_ZEROTH_ORDER["lora", True]),
-        ({"strategy": "fedmezo", "model": "some/model"}, LR_ZEROTH_ORDER["lora", False]),
-        ({"strategy": "fedkseed", "parameters": "full"}, LR_ZEROTH_ORDER["full", True]),
+        ({"strategy": "seed_pool"}, LORA.embedded),
+        ({"strategy": "seed-pool"}, LORA.embedded),
+        ({"strategy": "fedmezo", "model": "some/model"}, LORA.other),
+        ({"strategy": "fedkseed", "parameters": "full"}, FULL.embedded),
         (
             {"strategy": "fedkseed", "parameters": "full", "model": "some/model"},
-            LR_ZEROTH_ORDER["full", False],
+            FULL.other,
         ),
         ({"strategy": "seed_pool", "lr": 0.5}, 0.5),
         ({"lr": 0.5}, 0.5),
@@ -43,15 +45,15 @@ def test_zeroth_order_clients_of_a_first_order_strategy_have_a_rate_of_their_own
     }
     run = RunConfig(strategy="mixed", classes=classes, lr=0.5)
     found = [run.of_class(name).lr for name in "abc"]
-    assert found == [0.5, LR_ZEROTH_ORDER["lora", True], 0.25]
+    assert found == [0.5, LORA.embedded, 0.25]
     hub = RunConfig(strategy="mixed", classes=classes, model="some/model")
-    assert hub.of_class("b").lr == LR_ZEROTH_ORDER["lora", False]
+    assert hub.of_class("b").lr == LORA.other
 
 
 @pytest.mark.parametrize("embedded", [True, False])
 def test_full_training_is_far_more_careful_than_that_of_adapters(embedded: bool) -> None:
     """A step is as noisy as there are parameters."""
-    assert 10 * LR_ZEROTH_ORDER["full", embedded] <= LR_ZEROTH_ORDER["lora", embedded]
+    assert 10 * FULL.of(embedded) <= LORA.of(embedded)
 
 
 def test_a_zeroth_order_run_takes_more_steps_unless_told() -> None:

@@ -22,13 +22,14 @@ from corolla.client.training.first_order import FirstOrder
 from corolla.client.training.worker import Worker
 from corolla.commands import artefacts
 from corolla.config.build import build_strategy
+from corolla.config.kinds import KindName
 from corolla.config.run import RunConfig
 from corolla.data.encoding import Encoded, Encoder
 from corolla.directions.pools import SignPool
 from corolla.errors import ArtefactError, DivergedError, ModelError
 from corolla.evaluation import scoring
 from corolla.models import adapter_files, pretrained, trainable
-from corolla.models.dense import DenseModel, Role
+from corolla.models.dense import DenseModel
 from corolla.models.full import FullModel
 from corolla.models.pretrained import Base
 from corolla.server.rounds.call import RoundCall
@@ -49,7 +50,7 @@ TOKENS = 3
 POOL = SignPool(64, (5, 1))
 
 # (model, role) → values that are trained, counted by hand from the sizes in tiny.py.
-SIZES: dict[tuple[str, Role], int] = {
+SIZES: dict[tuple[str, KindName], int] = {
     ("llama", "ia3"): 16 + 16 + 48,  # outputs of k and v, inputs of down
     ("llama", "prompt"): TOKENS * 32,
     ("llama", "full"): 64 * 32 + 2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32 + 3 * 32,
@@ -79,7 +80,7 @@ def base(kind: str) -> Base:
     return untied() if kind == "untied" else tiny.base(kind)
 
 
-def dense(kind: str, role: Role) -> DenseModel:
+def dense(kind: str, role: KindName) -> DenseModel:
     return DenseModel(base(kind), role, virtual_tokens=TOKENS)
 
 
@@ -195,7 +196,7 @@ def oracle_gradients(kind: str, role: str, params: Params, batch: Sequence[Encod
 
 
 @pytest.mark.parametrize(("kind", "role"), CASES)
-def test_the_values_that_are_trained_are_those_of_the_role(kind: str, role: Role) -> None:
+def test_the_values_that_are_trained_are_those_of_the_role(kind: str, role: KindName) -> None:
     model = dense(kind, role)
     fresh = model.init(SPEC, 0)
     named = dict(base(kind).model.named_parameters())
@@ -244,7 +245,7 @@ def test_ia3_scales_the_targets_that_are_named() -> None:
 
 
 @pytest.mark.parametrize(("kind", "role"), CASES)
-def test_the_start_is_the_base_model(kind: str, role: Role) -> None:
+def test_the_start_is_the_base_model(kind: str, role: KindName) -> None:
     """A prompt apart, which starts from words."""
     wanted = tiny.logits(base(kind).model)
     model = dense(kind, role)
@@ -270,7 +271,7 @@ def test_the_start_is_the_base_model(kind: str, role: Role) -> None:
         ("bert", "prompt", "bert is a classifier"),
     ],
 )
-def test_models_without_such_tensors_are_refused(kind: str, role: Role, says: str) -> None:
+def test_models_without_such_tensors_are_refused(kind: str, role: KindName, says: str) -> None:
     with pytest.raises(ModelError, match=says) as caught:
         dense(kind, role)
     assert "\n" not in str(caught.value)
@@ -296,7 +297,7 @@ def test_a_quantised_base_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("kind", "role"), CASES)
-def test_gradients_are_those_of_transformers_and_peft(kind: str, role: Role) -> None:
+def test_gradients_are_those_of_transformers_and_peft(kind: str, role: KindName) -> None:
     """One step of SGD at rate 1 is the gradient."""
     model = dense(kind, role)
     for module in model.model.modules():
@@ -314,7 +315,7 @@ def test_gradients_are_those_of_transformers_and_peft(kind: str, role: Role) -> 
 
 
 @pytest.mark.parametrize(("kind", "role"), [case for case in CASES if case[1] in ("ia3", "prompt")])
-def test_training_is_that_of_plain_peft(kind: str, role: Role) -> None:
+def test_training_is_that_of_plain_peft(kind: str, role: KindName) -> None:
     """Several steps of AdamW on the same batch, on two implementations."""
     model = dense(kind, role)
     for module in model.model.modules():
@@ -388,7 +389,7 @@ def test_answers_with_a_prompt_are_greedy(kind: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "role"), CASES)
-def test_nothing_else_moves_and_nothing_survives(kind: str, role: Role) -> None:
+def test_nothing_else_moves_and_nothing_survives(kind: str, role: KindName) -> None:
     model = dense(kind, role)
     before = untrained(model)
     config = tiny.config("fedavg", lr=0.1, local_steps=3)
@@ -476,7 +477,7 @@ def round_of(
     return network, run_round(RoundCall(federation, state, {}, 1), network), state
 
 
-ROUNDS: list[tuple[str, Role, str]] = [
+ROUNDS: list[tuple[str, KindName, str]] = [
     ("llama", "ia3", "fedavg"),
     ("llama", "prompt", "fedavg"),
     ("gpt2", "bias", "fedavg"),
@@ -490,7 +491,7 @@ ROUNDS: list[tuple[str, Role, str]] = [
 
 @pytest.mark.parametrize(("kind", "role", "strategy"), ROUNDS)
 def test_a_round_is_the_mean_in_as_many_bytes_as_the_role_has(
-    kind: str, role: Role, strategy: str, tmp_path: Path
+    kind: str, role: KindName, strategy: str, tmp_path: Path
 ) -> None:
     config = tiny.config(strategy, parameters=role, virtual_tokens=TOKENS, cohort=4)
     network, result, before = round_of(config, kind, tmp_path / "a")
@@ -510,7 +511,7 @@ def test_a_round_is_the_mean_in_as_many_bytes_as_the_role_has(
 
 @pytest.mark.parametrize(("kind", "role", "strategy"), ROUNDS)
 def test_the_order_of_clients_changes_no_bit(
-    kind: str, role: Role, strategy: str, tmp_path: Path
+    kind: str, role: KindName, strategy: str, tmp_path: Path
 ) -> None:
     config = tiny.config(strategy, parameters=role, virtual_tokens=TOKENS, cohort=4)
     network, result, _ = round_of(config, kind, tmp_path / "a")
@@ -525,7 +526,7 @@ def test_the_order_of_clients_changes_no_bit(
 
 
 @pytest.mark.parametrize(("kind", "role"), CASES)
-def test_moves_go_along_one_vector_of_all_trained_tensors(kind: str, role: Role) -> None:
+def test_moves_go_along_one_vector_of_all_trained_tensors(kind: str, role: KindName) -> None:
     model = dense(kind, role)
     start = moved(model)
     space = model.enter(start, SPEC, ())
@@ -563,7 +564,7 @@ def test_all_parameters_are_moved_in_place_by_those_that_replay(settings: Settin
 
 @pytest.mark.parametrize(("kind", "role"), CASES)
 def test_a_saved_model_reloaded_by_others_gives_the_same_logits(
-    kind: str, role: Role, tmp_path: Path
+    kind: str, role: KindName, tmp_path: Path
 ) -> None:
     model = dense(kind, role)
     params, adapter = moved(model), tmp_path / model.artefact
@@ -590,7 +591,7 @@ def test_a_saved_model_reloaded_by_others_gives_the_same_logits(
 
 @pytest.mark.parametrize("role", ["ia3", "prompt", "full"])
 def test_a_base_in_half_precision_is_trained_in_fp32(
-    role: Role, settings: Settings, tmp_path: Path
+    role: KindName, settings: Settings, tmp_path: Path
 ) -> None:
     config = settings(dtype="bfloat16", parameters=role, virtual_tokens=TOKENS)
     model: Any = trainable.build(config, pretrained.load(config))
@@ -598,7 +599,7 @@ def test_a_base_in_half_precision_is_trained_in_fp32(
 
 
 @pytest.mark.parametrize("role", ["bias", "head", "ia3", "full"])
-def test_a_classifier_in_half_precision_is_trained_in_fp32(role: Role, tmp_path: Path) -> None:
+def test_a_classifier_in_half_precision_is_trained_in_fp32(role: KindName, tmp_path: Path) -> None:
     own, other = tiny.base("bert"), tiny.base("bert")
     own.model.bfloat16()
     other.model.bfloat16()

@@ -14,7 +14,7 @@ import torch
 from corolla import seeds
 from corolla.client.training.worker import Worker
 from corolla.config.build import build_strategy
-from corolla.config.learning_rates import LR_ZEROTH_ORDER
+from corolla.config.kinds import KINDS
 from corolla.config.run import RunConfig
 from corolla.data import federated
 from corolla.directions import seedlog
@@ -826,7 +826,7 @@ def test_size_and_examples_are_those_of_a_clients_class(setup: Callable[..., Set
     federation = setup(**PHONES).federation
     a, b = A_BYTES // 4, B_BYTES // 4
     ada, ben = federation.size("ada", 2), federation.size("ben", 2)
-    step = torch.tensor(-LR_ZEROTH_ORDER["lora", False] / 2).item()  # of the class, over queries
+    step = torch.tensor(-KINDS["lora"].zeroth_order.other / 2).item()  # of the class, over queries
     assert ben == Size(a, b, 0, 6, "zeroth_order", ben.seed, step, 2, rank=2, modules=7)
     own = Size(a, b, 0, 1, "first_order", ada.seed, torch.tensor(-0.01).item(), 2, 2, modules=7)
     assert ada == own

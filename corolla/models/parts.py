@@ -1,0 +1,137 @@
+"""The parts of a model that are trained as they are: tensors of the base, and such that peft adds.
+
+A row for each kind of trained parameters that corolla/models/dense.py can train.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from peft import IA3Config, PromptTuningConfig, TaskType
+from peft.utils import constants
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from corolla.errors import ModelError
+from corolla.models import lora
+from corolla.models.pretrained import Base, heads_of
+
+
+def _no_targets(base: Base, given: Sequence[str] | None) -> list[str]:
+    """None: modules cannot be chosen."""
+    return []
+
+
+def _nothing(base: Base, targets: Sequence[str], virtual_tokens: int) -> None:
+    """Nothing is added to the base."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which tensors of a model are trained. All functions raise ModelError where there are none."""
+
+    names: Callable[[Base], list[str]]
+    """Parameters of the base model."""
+    targets: Callable[[Base, Sequence[str] | None], list[str]] = _no_targets
+    """Suffixes of the names of modules that get tensors of their own; given, or those that fit."""
+    added: Callable[[Base, Sequence[str], int], IA3Config | PromptTuningConfig | None] = _nothing
+    """What peft adds, for targets and a number of virtual tokens."""
+
+
+def chosen(base: Base, role: str) -> dict[str, nn.Parameter]:
+    """The parameters of the base model that are trained, by name. Raises ModelError."""
+    named = dict(base.model.named_parameters())
+    names = PARTS[role].names(base)
+    odd = [name for name in names if not named[name].is_floating_point()]
+    if odd:
+        raise ModelError(f"parameters={role} needs a base that is not quantised: see {odd[0]}")
+    return {name: named[name] for name in names}
+
+
+def _names(base: Base) -> list[str]:
+    return [name for name, _ in base.model.named_parameters()]
+
+
+def _heads(base: Base) -> list[str]:
+    """The head of a classifier, which is trained whatever else is."""
+    heads = heads_of(base)
+    return [name for name in _names(base) if name.partition(".")[0] in heads]
+
+
+def _biases(base: Base) -> list[str]:
+    biases = [name for name in _names(base) if name.rpartition(".")[2] == "bias"]
+    if not biases:
+        raise ModelError(
+            f"parameters=bias: {base.name} has no bias vectors; use lora, ia3 or prompt"
+        )
+    return sorted({*_heads(base), *biases})
+
+
+def _output(base: Base) -> list[str]:
+    """The output layer of a model that generates, the head of a classifier."""
+    if heads_of(base):
+        return _heads(base)
+    output = base.model.get_output_embeddings()
+    if output.weight is base.model.get_input_embeddings().weight:
+        raise ModelError(
+            f"parameters=head: the output layer of {base.name} is tied to its input "
+            f"embeddings and cannot be trained alone; use lora, ia3, prompt or full"
+        )
+    own = {id(parameter) for parameter in output.parameters()}
+    return [name for name, parameter in base.model.named_parameters() if id(parameter) in own]
+
+
+def _no_tensors(base: Base) -> list[str]:
+    """None, of a model that generates."""
+    if heads_of(base):
+        raise ModelError(
+            f"parameters=prompt is for models that generate: {base.name} is a classifier, which "
+            f"reads its answer where virtual tokens would stand; use ia3, bias or head"
+        )
+    return []
+
+
+def _scaled(base: Base, given: Sequence[str] | None) -> list[str]:
+    """The modules that (IA)³ scales in a model of this architecture. Raises ModelError."""
+    if given:
+        return list(given)
+    kind = base.model.config.get_text_config().model_type
+    known = constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+    if kind not in known:
+        raise ModelError(
+            f"parameters=ia3: which layers to scale in a {kind} model is not known; name them "
+            f"with --set target-modules=[...]"
+        )
+    return list(known[kind])
+
+
+def _ia3(base: Base, targets: Sequence[str], virtual_tokens: int) -> IA3Config:
+    """Scales of the inputs of what peft knows as feed-forward, of the outputs of all others."""
+    shapes = lora.targeted(base, targets)
+    kind = base.model.config.get_text_config().model_type
+    known = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(kind, [])
+    return IA3Config(
+        # A classifier's head is trained where it is: told of the task, peft would copy it.
+        task_type=TaskType.CAUSAL_LM if base.task == "causal" else None,
+        target_modules=list(targets),
+        feedforward_modules=[target for target in targets if target in known],
+        exclude_modules=heads_of(base) or None,
+        fan_in_fan_out=any(isinstance(base.model.get_submodule(n), Conv1D) for n in shapes),
+    )
+
+
+def _prompt(base: Base, targets: Sequence[str], virtual_tokens: int) -> PromptTuningConfig:
+    return PromptTuningConfig(
+        task_type=TaskType.CAUSAL_LM,
+        num_virtual_tokens=virtual_tokens,
+        token_dim=base.model.get_input_embeddings().embedding_dim,
+    )
+
+
+PARTS = {
+    "ia3": Part(_heads, _scaled, _ia3),
+    "prompt": Part(_no_tensors, added=_prompt),
+    "bias": Part(_biases),
+    "head": Part(_output),
+    "full": Part(_names),
+}
+"""Name of a kind → its part."""
