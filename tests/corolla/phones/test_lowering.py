@@ -344,11 +344,11 @@ def command(*more: str) -> Any:
 
 
 def test_the_command(manifest: bundle.Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, Any] = {}
+    asked: list[export.ExportRequest] = []
 
-    def make(source: str, out: Path, key: Path, **options: Any) -> bundle.Manifest:
-        options.pop("say")("compiling")
-        asked.update(options, source=source, out=out, key=key)
+    def make(request: export.ExportRequest, say: Callable[[str], None]) -> bundle.Manifest:
+        say("compiling")
+        asked.append(request)
         return manifest
 
     monkeypatch.setattr(export, "make", make)
@@ -356,10 +356,17 @@ def test_the_command(manifest: bundle.Manifest, monkeypatch: pytest.MonkeyPatch)
     result = command("org/name", *options.split())
     assert result.exit_code == 0, result.stderr
     assert result.stdout.startswith("o: fp32 (grad, loss; 2.0 MB), q4 (loss; 0.5 MB); every")
-    assert asked == {
-        **{"source": "org/name", "out": Path("o"), "key": Path("k"), "model": None, "rank": 4},
-        **{"targets": ["q", "v"], "length": 32, "bases": "q4"},
-    }
+    assert asked == [
+        export.ExportRequest(
+            source="org/name",
+            out=Path("o"),
+            key=Path("k"),
+            rank=4,
+            targets=["q", "v"],
+            length=32,
+            bases="q4",
+        )
+    ]
 
 
 @pytest.mark.parametrize(
