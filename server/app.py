@@ -42,6 +42,7 @@ from corolla.server.runs.observer import Observer, Silent
 from corolla.server.runs.run import Run
 from corolla.server.runs.setup import set_up
 from corolla.server.runs.summary import Summary
+from corolla.wire.task_settings import RunSettings
 
 app = ServerApp()  # without annotation: `flwr build` looks for the bare assignment
 
@@ -67,7 +68,7 @@ def serve(
     if not nodes:
         nodes = count_nodes(grid, stop, config.deadline)
         config = config.model_copy(update={"clients": config.clients or nodes})
-    task = hello(run.run_id, {"run": config.model_dump(mode="json")})
+    task = hello(run.run_id, RunSettings(config.model_dump(mode="json")))
     network = GridNetwork(grid, task, config.deadline, stop, Admission(nodes))
     loaded = set_up(config, run.run_id)
     return Run(
@@ -124,7 +125,7 @@ def _leave(outcome: Outcome, folder: Path) -> None:
 def _run(grid: Grid, folder: Path, order: RunOrder, stop: threading.Event) -> None:
     config = validate(order.config)
     loaded = set_up(config, order.run_id, deployed=True)
-    told = {"run": run_settings(config, own_devices=True), "labels": list(loaded.evaluator.labels)}
+    told = RunSettings(run_settings(config, own_devices=True), loaded.evaluator.labels)
     network = GridNetwork(
         grid,
         hello(order.run_id, told, loaded.facts["model_sha256"]),

@@ -15,6 +15,7 @@ from corolla.server.rounds.verdicts import Code, Expected, Judged, Verdict
 from corolla.types import Payload
 from corolla.wire import limits, messages
 from corolla.wire.compression import PLAIN, Pipeline
+from corolla.wire.envelope import Envelope, value_bytes
 from corolla.wire.messages import Reply, Task
 from corolla.wire.packet import Packet
 
@@ -74,16 +75,14 @@ def _judged(packet: Packet, client: str, task: Task, expect: Expected) -> Judged
     gate_checks.check_weight(
         reply.num_examples, max(1, reply.clients), max(1, reply.clients) * expect.most_examples
     )
-    wanted = expect.like if expect.sums is None else expect.sums
-    found = messages.content(reply, _framing(wanted))
-    content = messages.content_bytes(found)
     if expect.sums is None:
-        update = expect.codec.unpack(found, expect.like)
+        update = Envelope(expect.codec).open(reply, expect.like, _framing(expect.like))
         gate_checks.check_update(update, expect.like, expect)
     else:
-        update = found
+        update = Envelope().open(reply, max_header=_framing(expect.sums))
         gate_checks.check_sums(update, expect.sums, reply.num_examples, expect)
         gate_checks.check_classes(update, reply, expect)
+    content = value_bytes(reply.payload, reply.scalars)
     return Judged(Verdict(Code.ACCEPTED), reply, update, content)
 
 

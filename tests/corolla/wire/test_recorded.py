@@ -17,6 +17,7 @@ import torch
 
 from corolla.types import Params, Payload
 from corolla.wire import codec, compression, messages, scalar_groups
+from corolla.wire.envelope import Envelope
 from corolla.wire.messages import Capabilities, Kind, Log, Reply, Task
 from corolla.wire.packet import Packet
 
@@ -97,13 +98,13 @@ FRAMES = ("zstd", "fp16 zstd")
 
 def sealed(payload: Payload, steps: str = "") -> tuple[bytes, Payload]:
     """What a message carries of a payload that goes through steps."""
-    return messages.enclose(compression.pipeline(steps.split()).pack(payload, seed=11))
+    made = Envelope(compression.pipeline(steps.split())).seal(payload, seed=11)
+    return made.data, made.scalars
 
 
 def opened(message: Task | Reply, steps: str = "", like: Payload | None = None) -> Payload:
     """The payload of a message again."""
-    found = messages.content(message)
-    return compression.pipeline(steps.split()).unpack(found, found if like is None else like)
+    return Envelope(compression.pipeline(steps.split())).open(message, like)
 
 
 def task(kind: Kind = Kind.TRAIN, payload: Payload | None = None, **changes: Any) -> Task:
