@@ -30,7 +30,7 @@ from corolla.storage.folders import client_folder, round_folder
 from corolla.storage.memory import Memory
 from corolla.strategies import registry
 from corolla.types import LoraSpec, Payload, TrainerName, Update, row_name
-from corolla.wire import codec, compression
+from corolla.wire import codec
 from corolla.wire.envelope import Envelope
 from corolla.wire.messages import Capabilities, Kind, Log, Reply, Task, pack_reply, unpack_task
 from corolla.wire.packet import Packet
@@ -158,6 +158,7 @@ class Worker:
         self.on_step = on_step
         self.strategy = build_strategy(config)
         self.traits = registry.traits(self.strategy)
+        self.downlink, self.uplink = Envelope(config.downlink), Envelope(config.uplink)
         self._encoder = Encoder(model.base.tokenizer, data.labels, config.max_length)
         self._encoded: OrderedDict[str, tuple[list[Encoded], int]] = OrderedDict()
 
@@ -212,8 +213,7 @@ class Worker:
         Raises _NotHeldError when that is not all it names; what came with it is kept all the same.
         """
         settings = TaskSettings.from_json(task.config)
-        like = None if settings.form is None else compression.blank(settings.form)
-        sent = Envelope(self.config.downlink).open(task, like)
+        sent = self.downlink.open(task, settings.like)
         for group in task.cached.keys() & sent.keys():
             self.memory.keep(group, sent[group], task.cached[group])
         missing = self.memory.missing(task.cached)
@@ -261,7 +261,7 @@ class Worker:
 
     def _kept(self, client: str, accepted: int, commit: bool) -> tuple[Payload, Payload]:
         """What the strategy keeps here, and what the codec has left out of updates so far."""
-        if not (self.traits.keeps or self.config.uplink.needs_differences):
+        if not (self.traits.keeps or self.uplink.owes):
             return {}, {}
         try:
             kept = self.memory.kept(client, accepted, commit)
@@ -280,9 +280,8 @@ class Worker:
         if self.record:
             folder = client_folder(round_folder(self.record, task.round), client)
             write_update(folder, self.model, lora, update, client)
-        uplink = self.config.uplink
-        sealed = Envelope(uplink).seal(update.payload, seed, received.owed)
-        if self.traits.keeps or uplink.needs_differences:
+        sealed = self.uplink.seal(update.payload, seed, received.owed)
+        if self.traits.keeps or self.uplink.owes:
             owed = {_OWED + group: params for group, params in sealed.owed.items()}
             self.memory.stage(client, task.round, {**update.keep, **owed})
         return replace(

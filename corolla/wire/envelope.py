@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from corolla.types import Payload
 from corolla.wire import compression, messages, scalar_groups
-from corolla.wire.compression import PLAIN, Form, Pipeline
+from corolla.wire.compression import PLAIN, Pipeline
 from corolla.wire.messages import Reply, Task
 
 
@@ -30,6 +30,11 @@ class Envelope:
 
     steps: Pipeline = PLAIN
 
+    @property
+    def owes(self) -> bool:
+        """Its payloads are differences, of which it leaves out what the next are to make good."""
+        return self.steps.needs_differences
+
     def seal(
         self,
         payload: Payload,
@@ -44,7 +49,7 @@ class Envelope:
         lossy step carries, and ValueError for a payload that the steps are not for.
         """
         left: Payload = {}
-        if owed is not None and self.steps.needs_differences:
+        if owed is not None and self.owes:
             packed, left = compression.feedback(self.steps, payload, owed, seed)
         else:
             packed = self.steps.pack(payload, seed)
@@ -55,18 +60,15 @@ class Envelope:
     ) -> Payload:
         """The payload of a message, that which was beside it included.
 
-        `like` has its form; without one nothing is decompressed. `max_header` is that of
-        codec.decode. Raises WireError when the message has no such payload.
+        `like` has the form of what was compressed, values of it do not count; without one nothing
+        was. `max_header` is that of codec.decode. Raises WireError for another message.
         """
         found = messages.content(message, max_header)
         return found if like is None else self.steps.unpack(found, like)
 
-    def form(self, payload: Payload) -> Form | None:
-        """What a receiver must be told to open a payload whose form it cannot know; None: nothing.
-
-        Its `like` is compression.blank of this.
-        """
-        return None if self.steps == PLAIN else compression.form(scalar_groups.split(payload)[0])
+    def like(self, payload: Payload) -> Payload | None:
+        """What of a payload has the form that `open` asks for; None where nothing is compressed."""
+        return None if self.steps == PLAIN else scalar_groups.split(payload)[0]
 
 
 def value_bytes(data: bytes, scalars: Payload) -> int:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from corolla.errors import WireError
-from corolla.types import LoraSpec
-from corolla.wire.compression import Form
+from corolla.types import LoraSpec, Payload
+from corolla.wire import compression
 
 
 @dataclass(frozen=True)
@@ -53,42 +53,45 @@ class TaskSettings:
     """The last round whose update of the receiver was accepted, 0 before."""
     run: Mapping[str, Any]
     """The settings of the run, by their keys."""
-    form: Form | None = None
-    """The form of what is compressed of the broadcast; None: nothing."""
+    like: Payload | None = None
+    """Of the form of what is compressed of the broadcast; None: nothing."""
     labels: Sequence[str] | None = None
     """Of a classification task, for devices that know their own rows only; None: not told."""
-    fresh: Form | None = None
-    """For a gateway, which has no model: the form of an adapter of its phones."""
+    fresh: Payload | None = None
+    """For a gateway, which has no model: of the form of an adapter of its phones."""
 
     def to_json(self) -> str:
-        """The settings as a task has them; what is None is left out."""
+        """The settings as a task has them: forms without values, nothing of what is None."""
         return json.dumps(
             {
                 "lora": vars(self.lora),
                 "class": self.kind,
                 "population": self.population,
                 "accepted": self.accepted,
-                **({} if self.form is None else {"form": self.form}),
+                **({} if self.like is None else {"form": compression.form(self.like)}),
                 **({} if self.labels is None else {"labels": [*self.labels]}),
-                **({} if self.fresh is None else {"fresh": self.fresh}),
+                **({} if self.fresh is None else {"fresh": compression.form(self.fresh)}),
                 "run": self.run,
             }
         )
 
     @classmethod
     def from_json(cls, text: str) -> "TaskSettings":
-        """Of the settings of a task. Raises LookupError, TypeError or ValueError for no such text.
+        """Of the settings of a task; payloads are on the meta device.
 
-        Their receivers say what is wrong in their own words. Forms are checked when they are used.
+        Raises WireError for a form that is none, and for other settings LookupError, TypeError or
+        ValueError, of which each receiver says what is wrong in its own words.
         """
         told = json.loads(text)
+        lora = LoraSpec(**told["lora"])
+        form, fresh = told.get("form"), told.get("fresh")
         return cls(
-            LoraSpec(**told["lora"]),
+            lora,
             told["class"],
             told["population"],
             told["accepted"],
             told["run"],
-            told.get("form"),
+            None if form is None else compression.blank(form),
             told.get("labels"),
-            told.get("fresh"),
+            None if fresh is None else compression.blank(fresh),
         )

@@ -21,7 +21,7 @@ from corolla.server.rounds.verdicts import Expected, Judged
 from corolla.strategies import files, registry
 from corolla.tensors import factors
 from corolla.types import Params
-from corolla.wire import codec, compression, limits, messages
+from corolla.wire import codec, limits, messages
 from corolla.wire.messages import Reply, Task, pack_reply
 from corolla.wire.packet import Packet
 from corolla.wire.task_settings import TaskSettings
@@ -122,7 +122,7 @@ def prepare(task: Task, allow: Iterable[str] = ()) -> Merging:
         if "strategy" in run:  # before anything imports it
             run["strategy"] = files.allowed(str(run["strategy"]), allow, "gateway")
         config = validate(run)
-        form = compression.blank(told.fresh or {})["adapter"]
+        form = (told.fresh or {})["adapter"]
     except (KeyError, TypeError, ValueError) as error:
         raise WireError(f"the task's settings cannot be read: {type(error).__name__}") from error
     config.of_class(kind)

@@ -75,14 +75,14 @@ def _judged(packet: Packet, client: str, task: Task, expect: Expected) -> Judged
     gate_checks.check_weight(
         reply.num_examples, max(1, reply.clients), max(1, reply.clients) * expect.most_examples
     )
+    steps, wanted = (expect.codec, expect.like) if expect.sums is None else (PLAIN, expect.sums)
+    update = Envelope(steps).open(reply, wanted, _framing(wanted))
+    content = value_bytes(reply.payload, reply.scalars)
     if expect.sums is None:
-        update = Envelope(expect.codec).open(reply, expect.like, _framing(expect.like))
         gate_checks.check_update(update, expect.like, expect)
     else:
-        update = Envelope().open(reply, max_header=_framing(expect.sums))
         gate_checks.check_sums(update, expect.sums, reply.num_examples, expect)
         gate_checks.check_classes(update, reply, expect)
-    content = value_bytes(reply.payload, reply.scalars)
     return Judged(Verdict(Code.ACCEPTED), reply, update, content)
 
 

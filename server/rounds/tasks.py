@@ -15,8 +15,8 @@ from corolla.server.rounds import expectations
 from corolla.server.rounds.federation import Federation, Held
 from corolla.tensors import tree
 from corolla.types import Broadcast, Cost, LoraSpec, Payload
-from corolla.wire import codec, compression, limits, messages, scalar_groups
-from corolla.wire.compression import Form, Pipeline
+from corolla.wire import codec, limits, messages, scalar_groups
+from corolla.wire.compression import Pipeline
 from corolla.wire.envelope import Envelope, Sealed
 from corolla.wire.messages import Kind, Log, Task, pack_task
 from corolla.wire.task_settings import TaskSettings
@@ -53,8 +53,8 @@ class _Content:
 
     sealed: Sealed
     log: Log | None
-    form: Form | None
-    """Of what is compressed."""
+    like: Payload | None
+    """What is compressed of it."""
     size: int
     """Bytes of the values, framing apart."""
 
@@ -95,7 +95,7 @@ class _Contents:
         )
         sealed = envelope.seal(payload, seed, beside=beside)
         rows = sum(scalar_groups.scalar_bytes(row) for row in (log.rows if log else ()))
-        return _Content(sealed, log, envelope.form(payload), sealed.size + rows)
+        return _Content(sealed, log, envelope.like(payload), sealed.size + rows)
 
 
 def make_tasks(
@@ -117,7 +117,7 @@ def make_tasks(
     for client, seats in members.items():
         known = held.get(client, frozenset())
         content = contents.of(client, known)
-        settings = _settings(federation, client, known, content.form, run)
+        settings = _settings(federation, client, known, content.like, run)
         tasks[client] = task = Task(
             run_id=federation.run_id,
             round=round,
@@ -149,10 +149,10 @@ def _settings(
     federation: Federation,
     member: str,
     known: AbstractSet[str],
-    form: Form | None,
+    like: Payload | None,
     run: Mapping[str, Any],
 ) -> TaskSettings:
-    """What a member's task tells beside what it carries, of that `form`."""
+    """What a member's task tells beside what it carries, compressed of the form of `like`."""
     lora = federation.lora(member)
     gateway = member in federation.seats  # it has no model: it is told its phones' adapters
     return TaskSettings(
@@ -161,9 +161,9 @@ def _settings(
         federation.population,
         _last_accepted(known),
         run,
-        form,
+        like,
         labels=federation.labels if federation.own_devices else None,
-        fresh=compression.form({"adapter": federation.fresh(lora)}) if gateway else None,
+        fresh={"adapter": federation.fresh(lora)} if gateway else None,
     )
 
 

@@ -194,8 +194,7 @@ def test_a_recorded_task_is_read_as_what_it_was(name: str) -> None:
     found, wanted = messages.unpack_task(recorded(f"task: {name}")), TASKS[name]()
     assert same(opened(found), opened(wanted))
     assert same(named(found.log), named(wanted.log))
-    bare = {"scalars": {}, "log": None}
-    assert replace(found, **bare) == replace(wanted, **bare)
+    assert replace(found, scalars={}, log=None) == replace(wanted, scalars={}, log=None)
 
 
 @pytest.mark.parametrize("name", [name for name in REPLIES if name not in FRAMES])

@@ -4,13 +4,14 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from corolla.errors import WireError
-from corolla.types import LoraSpec
+from corolla.types import LoraSpec, Payload
 from corolla.wire.task_settings import RunSettings, TaskSettings
 
 RUN = {"strategy": "fedavg", "lr": 1e-4, "name": "né", "nested": {"b": [1, None], "a": True}}
-FORM = {"adapter": {"x": ("float32", [2, 3])}}
+FORM: Payload = {"adapter": {"x": torch.ones(2, 3)}}
 LEAST = TaskSettings(LoraSpec(2, 4.0), "strong", 9, 3, RUN)
 
 
@@ -20,13 +21,13 @@ def test_settings_have_the_text_they_always_had() -> None:
     run = f'"run": {json.dumps(RUN)}}}'
     assert LEAST.to_json() == f"{counted}, {run}"
     form = '{"adapter": {"x": ["float32", [2, 3]]}}'
-    assert replace(LEAST, form=FORM, labels=("no", "né"), fresh=FORM).to_json() == (
+    assert replace(LEAST, like=FORM, labels=("no", "né"), fresh=FORM).to_json() == (
         f'{counted}, "form": {form}, "labels": ["no", "n\\u00e9"], "fresh": {form}, {run}'
     )
-    assert '"form": {}, "labels": [], ' in replace(LEAST, form={}, labels=()).to_json()
+    assert '"form": {}, "labels": [], ' in replace(LEAST, like={}, labels=()).to_json()
 
 
-@pytest.mark.parametrize("full", [LEAST, replace(LEAST, form=FORM, labels=["a"], fresh=FORM)])
+@pytest.mark.parametrize("full", [LEAST, replace(LEAST, like=FORM, labels=["a"], fresh=FORM)])
 def test_settings_come_back(full: TaskSettings) -> None:
     found = TaskSettings.from_json(full.to_json())
     assert found.to_json() == full.to_json()
@@ -54,6 +55,14 @@ def test_settings_that_lack_something_cannot_be_read(key: str) -> None:
 def test_no_settings_cannot_be_read(text: str, error: type[Exception]) -> None:
     with pytest.raises(error):
         TaskSettings.from_json(text)
+
+
+@pytest.mark.parametrize("key", ["form", "fresh"])
+def test_forms_that_are_none_are_refused(key: str) -> None:
+    for wrong in ([1], {"adapter": {"x": ["float99", [2]]}}, {"adapter": {"x": ["int32", [-1]]}}):
+        text = json.dumps({**json.loads(LEAST.to_json()), key: wrong})
+        with pytest.raises(WireError, match="form of a payload cannot be read"):
+            TaskSettings.from_json(text)
 
 
 def test_a_hello_tells_of_the_run_alone() -> None:
