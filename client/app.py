@@ -18,6 +18,7 @@ from corolla.models import devices, pretrained, trainable
 from corolla.storage.memory import Memory
 from corolla.wire.messages import Reply, pack_reply, unpack_task
 from corolla.wire.packet import Packet, from_flower, to_flower
+from corolla.wire.task_settings import RunSettings
 
 _LARGEST = 1 << 40
 MEMORY = "COROLLA_MEMORY"
@@ -38,7 +39,7 @@ def answer(message: Message, context: Context) -> Message:
 def _answer(packet: Packet, partition: int) -> Packet:
     task = unpack_task(packet)
     try:
-        settings = json.dumps(json.loads(task.config)["run"], sort_keys=True)
+        settings = json.dumps(RunSettings.from_json(task.config).run, sort_keys=True)
         worker = _worker(settings, task.run_id)
         clients = sorted(worker.data.clients)
         if partition >= len(clients):

@@ -17,14 +17,12 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
 from corolla.config import rules
-from corolla.config.build import build_strategy
 from corolla.config.load import load, validate
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, CorollaError, StoppedError
 from corolla.host import logs
 from corolla.host.processes import note_process
 from corolla.models import folders
-from corolla.models.trainable import Trainable
 from corolla.server.deployment.grid import GridNetwork, count_nodes, hello
 from corolla.server.deployment.limits import Admission, Limits
 from corolla.server.deployment.order import (
@@ -40,8 +38,9 @@ from corolla.server.rounds.tasks import run_settings
 from corolla.server.runs.folder import prepare_folder
 from corolla.server.runs.observer import Observer, Silent
 from corolla.server.runs.run import Run
-from corolla.server.runs.setup import set_up
+from corolla.server.runs.setup import Setup, set_up
 from corolla.server.runs.summary import Summary
+from corolla.wire.task_settings import RunSettings
 
 app = ServerApp()  # without annotation: `flwr build` looks for the bare assignment
 
@@ -67,11 +66,12 @@ def serve(
     if not nodes:
         nodes = count_nodes(grid, stop, config.deadline)
         config = config.model_copy(update={"clients": config.clients or nodes})
-    task = hello(run.run_id, {"run": config.model_dump(mode="json")})
+    task = hello(run.run_id, RunSettings(config.model_dump(mode="json")))
     network = GridNetwork(grid, task, config.deadline, stop, Admission(nodes))
     loaded = set_up(config, run.run_id)
     return Run(
         config,
+        loaded.strategy,
         network,
         loaded.evaluator,
         run.folder,
@@ -124,7 +124,7 @@ def _leave(outcome: Outcome, folder: Path) -> None:
 def _run(grid: Grid, folder: Path, order: RunOrder, stop: threading.Event) -> None:
     config = validate(order.config)
     loaded = set_up(config, order.run_id, deployed=True)
-    told = {"run": run_settings(config, own_devices=True), "labels": list(loaded.evaluator.labels)}
+    told = RunSettings(run_settings(config, own_devices=True), loaded.evaluator.labels)
     network = GridNetwork(
         grid,
         hello(order.run_id, told, loaded.facts["model_sha256"]),
@@ -134,12 +134,13 @@ def _run(grid: Grid, folder: Path, order: RunOrder, stop: threading.Event) -> No
             clients=order.min_clients,
             wait=config.wait,
             names=folder / "flower" / "names.json",
-            limits=_limits(config, order, loaded.model),
+            limits=_limits(config, order, loaded),
         ),
     )
     resume = (folder / "run.json").is_file()
     Run(
         config,
+        loaded.strategy,
         network,
         loaded.evaluator,
         folder,
@@ -151,13 +152,13 @@ def _run(grid: Grid, folder: Path, order: RunOrder, stop: threading.Event) -> No
     ).execute()
 
 
-def _limits(config: RunConfig, order: RunOrder, model: Trainable) -> Limits:
+def _limits(config: RunConfig, order: RunOrder, loaded: Setup) -> Limits:
     try:
-        rules.refuse_gateways(config, build_strategy(config))
+        rules.refuse_gateways(config, loaded.strategy)
         no_gateways = ""
     except ConfigError as error:
         no_gateways = str(error)
-    trained = model.init(config.lora, 0).values()
+    trained = loaded.model.init(config.lora, 0).values()
     update = sum(tensor.numel() * tensor.element_size() for tensor in trained)
     return Limits(order.max_seats, config.max_examples, no_gateways, update)
 

@@ -35,7 +35,6 @@ from corolla.errors import (
     DataError,
     SchemaError,
     StoppedError,
-    WireError,
 )
 from corolla.host import logs
 from corolla.host.processes import when_orphaned
@@ -51,6 +50,7 @@ from corolla.wire import rpc
 from corolla.wire.messages import Capabilities, Reply, Task, pack_reply, unpack_reply, unpack_task
 from corolla.wire.packet import Packet
 from corolla.wire.rpc import Wanted
+from corolla.wire.task_settings import RunSettings
 
 _KEEP_DAYS = 30.0
 _KEEP_RUNS = 16
@@ -124,13 +124,10 @@ class Trainer:
 
     def _for(self, task: Task) -> Worker:
         """The worker of a run: its settings on this device's model, its own memory on the disk."""
-        told = _object(task.config)
-        run, labels = told.get("run", {}), told.get("labels", [])
-        if not isinstance(run, dict) or not isinstance(labels, list):
-            raise WireError("the task's settings are not an object with run and labels")
-        config = self._within(self._config(run), len(labels))
-        labels = [str(label) for label in labels]
-        key = json.dumps([config.model_dump(mode="json"), labels])
+        told = RunSettings.from_json(task.config)
+        labels = told.labels or ()
+        config = self._within(self._config(told.run), len(labels))
+        key = json.dumps([config.model_dump(mode="json"), [*labels]])
         if self._resident is None or key != self._known:
             self._worker = self._resident = None
             self._known = key
@@ -234,16 +231,6 @@ def _key_of_base(config: RunConfig, labels: Sequence[str]) -> str:
     names = ["task", "dtype", "quantization", "device", "gradient_checkpointing"]
     names += ["seed"] if labels else []  # of a new classifier's head
     return json.dumps([[getattr(config, name) for name in names], list(labels)])
-
-
-def _object(text: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text or "{}")
-    except (ValueError, RecursionError) as error:
-        raise WireError("the task's settings are not JSON") from error
-    if not isinstance(found, dict):
-        raise WireError("the task's settings are not an object")
-    return found
 
 
 def main(socket: Path) -> int:

@@ -14,9 +14,9 @@ from typing import Any
 
 import psutil
 
-from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
+from corolla.interfaces import Strategy
 from corolla.models import anatomy, footprint
 from corolla.models.footprint import Batch, Estimate, Workload
 from corolla.types import TrainerName
@@ -152,18 +152,18 @@ def choose(
     config: RunConfig,
     *,
     trainer: TrainerName | None = None,
-    alone: bool = False,
+    strategy: Strategy | None = None,
 ) -> Choice:
     """The way that costs least and fits into `budget` bytes.
 
     In this order: as configured, smaller micro-batches, gradient checkpointing, a lower rank and
-    zeroth order, the last two only where the strategy has clients of different kinds, and not if
-    the device must decide `alone`: a server would refuse its updates. Raises ConfigError with what
-    the smallest way needs.
+    zeroth order, the last two only where the `strategy` has clients of different kinds, and not
+    without one, where the device decides alone: a server would refuse its updates. Raises
+    ConfigError with what the smallest way needs.
     """
     first = trainer or config.trainer_of("")
     tried: list[Estimate] = []
-    for choice in _ways(config, first, alone):
+    for choice in _ways(config, first, strategy):
         changed = config.model_copy(
             update={key: value for key, value in choice.items() if key != "trainer"}
         )
@@ -192,11 +192,13 @@ def fit(
     longest = min(config.max_length, known.positions or config.max_length)
     batch = Batch(config.batch_size, longest, config.batch_size * (longest - 1))
     scored = Batch(8, longest, 8 * (longest - 1))
-    choice = choose(budget, Workload(known, batch, scored, labels), config, alone=True)
+    choice = choose(budget, Workload(known, batch, scored, labels), config)
     return choice.overrides, choice.estimate
 
 
-def _ways(config: RunConfig, trainer: TrainerName, alone: bool) -> Iterator[dict[str, Any]]:
+def _ways(
+    config: RunConfig, trainer: TrainerName, strategy: Strategy | None
+) -> Iterator[dict[str, Any]]:
     """What to change, from what costs least to what costs most."""
     size = config.micro_batch_size or config.batch_size
     halves = [size >> i for i in range(1, size.bit_length())]
@@ -209,8 +211,7 @@ def _ways(config: RunConfig, trainer: TrainerName, alone: bool) -> Iterator[dict
     )
     if spare:
         yield from ({**spare, **way} for way in micro)
-    strategy = build_strategy(config)
-    if alone:
+    if strategy is None:
         return
     if strategy.mixed_ranks and config.kind.factors:
         ranks = [config.rank >> i for i in range(1, config.rank.bit_length())]

@@ -1,11 +1,9 @@
 """The client side of a round: one resident model that serves one client, or many in simulation."""
 
-import json
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -32,9 +30,11 @@ from corolla.storage.folders import client_folder, round_folder
 from corolla.storage.memory import Memory
 from corolla.strategies import registry
 from corolla.types import LoraSpec, Payload, TrainerName, Update, row_name
-from corolla.wire import codec, compression, messages
+from corolla.wire import codec
+from corolla.wire.envelope import Envelope
 from corolla.wire.messages import Capabilities, Kind, Log, Reply, Task, pack_reply, unpack_task
 from corolla.wire.packet import Packet
+from corolla.wire.task_settings import TaskSettings
 
 _RESIDENT_CLIENTS = 64
 """How many simulated clients keep their tokens in memory."""
@@ -111,17 +111,13 @@ SIMULATED = Device()
 class Received:
     """What local work starts from: a task's settings, and all groups that it needs."""
 
-    settings: Mapping[str, Any]
+    settings: TaskSettings
     groups: Payload
     """What the strategy's halves read: what was sent, and what was held here."""
     kept: Payload
     """What the strategy keeps on this device, as of the last update that was accepted."""
     owed: Payload
     """What the codec has left out of the updates so far."""
-
-    @property
-    def lora(self) -> LoraSpec:
-        return LoraSpec(**self.settings["lora"])
 
 
 class _NotHeldError(Exception):
@@ -162,6 +158,7 @@ class Worker:
         self.on_step = on_step
         self.strategy = build_strategy(config)
         self.traits = registry.traits(self.strategy)
+        self.downlink, self.uplink = Envelope(config.downlink), Envelope(config.uplink)
         self._encoder = Encoder(model.base.tokenizer, data.labels, config.max_length)
         self._encoded: OrderedDict[str, tuple[list[Encoded], int]] = OrderedDict()
 
@@ -215,10 +212,8 @@ class Worker:
 
         Raises _NotHeldError when that is not all it names; what came with it is kept all the same.
         """
-        settings = json.loads(task.config)
-        sent = messages.content(task)
-        if "form" in settings:
-            sent = self.config.downlink.unpack(sent, compression.blank(settings["form"]))
+        settings = TaskSettings.from_json(task.config)
+        sent = self.downlink.open(task, settings.like)
         for group in task.cached.keys() & sent.keys():
             self.memory.keep(group, sent[group], task.cached[group])
         missing = self.memory.missing(task.cached)
@@ -227,7 +222,7 @@ class Worker:
             raise _NotHeldError(missing or ["log"])
         self.memory.prune(task.cached)
         groups = {**followed, **sent, **self.memory.recall(task.cached)}
-        kept, owed = self._kept(client, settings["accepted"], commit=task.kind == Kind.TRAIN)
+        kept, owed = self._kept(client, settings.accepted, commit=task.kind == Kind.TRAIN)
         return Received(settings, groups, kept, owed)
 
     def _follow(self, log: Log, sent: Payload) -> Payload | None:
@@ -266,7 +261,7 @@ class Worker:
 
     def _kept(self, client: str, accepted: int, commit: bool) -> tuple[Payload, Payload]:
         """What the strategy keeps here, and what the codec has left out of updates so far."""
-        if not (self.traits.keeps or self.config.uplink.needs_differences):
+        if not (self.traits.keeps or self.uplink.owes):
             return {}, {}
         try:
             kept = self.memory.kept(client, accepted, commit)
@@ -278,33 +273,28 @@ class Worker:
         return {g: params for g, params in kept.items() if not g.startswith(_OWED)}, owed
 
     def _train(self, client: str, task: Task, received: Received, blank: Reply) -> Reply:
-        lora = received.lora
+        lora = received.settings.lora
         self.model.check_rank(lora)
         seed = seeds.derive(self.config.seed, "client", client, task.round)
         update = self._update(client, task, received, seed)
         if self.record:
             folder = client_folder(round_folder(self.record, task.round), client)
             write_update(folder, self.model, lora, update, client)
-        uplink, keep = self.config.uplink, update.keep
-        if uplink.needs_differences:
-            payload, owed = compression.feedback(uplink, update.payload, received.owed, seed)
-            keep = {**keep, **{_OWED + group: params for group, params in owed.items()}}
-        else:
-            payload = uplink.pack(update.payload, seed)
-        if self.traits.keeps or uplink.needs_differences:
-            self.memory.stage(client, task.round, keep)
-        dense, scalars = messages.enclose(payload)
+        sealed = self.uplink.seal(update.payload, seed, received.owed)
+        if self.traits.keeps or self.uplink.owes:
+            owed = {_OWED + group: params for group, params in sealed.owed.items()}
+            self.memory.stage(client, task.round, {**update.keep, **owed})
         return replace(
             blank,
             num_examples=update.num_examples,
             metrics=update.metrics,
-            payload=dense,
-            scalars=scalars,
+            payload=sealed.data,
+            scalars=sealed.scalars,
         )
 
     def _update(self, client: str, task: Task, received: Received, seed: int) -> Update:
         """What the strategy makes of a client's examples; under dp=example it is paid for first."""
-        config = self.config.of_class(received.settings["class"])
+        config = self.config.of_class(received.settings.kind)
         if config.dp != "example":
             member, skipped = self._member(client, task, received, config, seed)
             update = self.strategy.local(member, received.groups)
@@ -325,20 +315,20 @@ class Worker:
         data, skipped = self._tokens(client)
         member = LocalClient(
             model=self.model,
-            lora=received.lora,
+            lora=received.settings.lora,
             data=data,
             config=config,
             seed=seed,
             round=task.round,
-            kind=self.config.trainer_of(received.settings["class"]),
-            population=received.settings["population"],
+            kind=self.config.trainer_of(received.settings.kind),
+            population=received.settings.population,
             kept=received.kept,
             on_step=self.on_step,
         )
         return member, skipped
 
     def _evaluate(self, client: str, received: Received, blank: Reply) -> Reply:
-        lora = received.lora
+        lora = received.settings.lora
         examples = self.data.clients[client].eval[: self.config.eval_client_examples]
         data, _ = encode_all(self._encoder, examples)
         adapter = self.strategy.adapter({**received.groups, **received.kept})

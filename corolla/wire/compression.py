@@ -45,6 +45,9 @@ _BOX = ""
 Key = tuple[str, str]
 """(group, name)."""
 
+Form = Mapping[str, Mapping[str, tuple[str, Sequence[int]]]]
+"""Groups, names, types and shapes of a payload, as JSON takes them."""
+
 
 @dataclass(frozen=True)
 class _Layout:
@@ -299,15 +302,15 @@ def feedback(
     return packed, left
 
 
-def form(payload: Payload) -> dict[str, dict[str, tuple[str, list[int]]]]:
-    """Groups, names, types and shapes of a payload, as JSON takes them."""
+def form(payload: Payload) -> Form:
+    """The form of a payload."""
     return {
         group: {n: (str(t.dtype).removeprefix("torch."), list(t.shape)) for n, t in params.items()}
         for group, params in payload.items()
     }
 
 
-def blank(described: Mapping[str, Mapping[str, tuple[str, Sequence[int]]]]) -> Payload:
+def blank(described: Form) -> Payload:
     """A payload of a form, without values (on the meta device). Raises WireError for another."""
     types = {str(dtype).removeprefix("torch."): dtype for dtype in codec.DTYPES}
     try:

@@ -152,9 +152,10 @@ def federate(
         _phones(folder, address, publisher, client, method),
     ):
         loaded = set_up(config, None)
-        network, evaluator = Phones(gateway), loaded.evaluator
         run = Run(
-            *(config, network, evaluator, folder / "run", loaded.facts, Silent()), own_devices=True
+            *(config, loaded.strategy, Phones(gateway), loaded.evaluator),
+            *(folder / "run", loaded.facts, Silent()),
+            own_devices=True,
         )
         return run.execute()
 

@@ -22,6 +22,7 @@ from corolla.server.deployment.pulling import bound
 from corolla.wire import messages as wire
 from corolla.wire.messages import Kind, Reply, Task, pack_reply, pack_task, unpack_task
 from corolla.wire.packet import Packet, from_flower, to_flower
+from corolla.wire.task_settings import RunSettings
 
 POLL = 0.2
 SETTLE = 2.0
@@ -314,6 +315,6 @@ def _packet(message: Message | WireError, asked: Packet, client: str) -> Packet:
     )
 
 
-def hello(run_id: str, settings: Mapping[str, object], model_sha256: str = "") -> Task:
+def hello(run_id: str, settings: RunSettings, model_sha256: str = "") -> Task:
     """The task that asks a node who it is."""
-    return Task(run_id, 0, "", Kind.HELLO, json.dumps(settings), model_sha256=model_sha256)
+    return Task(run_id, 0, "", Kind.HELLO, settings.to_json(), model_sha256=model_sha256)

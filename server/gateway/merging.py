@@ -1,10 +1,8 @@
 """From phones' replies to their gateway's: each passed by the gate, then summed or bundled."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -23,9 +21,10 @@ from corolla.server.rounds.verdicts import Expected, Judged
 from corolla.strategies import files, registry
 from corolla.tensors import factors
 from corolla.types import Params
-from corolla.wire import codec, compression, limits, messages
+from corolla.wire import codec, limits, messages
 from corolla.wire.messages import Reply, Task, pack_reply
 from corolla.wire.packet import Packet
+from corolla.wire.task_settings import TaskSettings
 
 
 @dataclass(frozen=True)
@@ -118,13 +117,12 @@ def _common(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str
 def prepare(task: Task, allow: Iterable[str] = ()) -> Merging:
     """What a gateway must know of its task. Raises ConfigError or WireError in one line."""
     try:
-        told: dict[str, Any] = json.loads(task.config)
-        run = dict(told["run"])
+        told = TaskSettings.from_json(task.config)
+        run, kind = dict(told.run), str(told.kind)
         if "strategy" in run:  # before anything imports it
             run["strategy"] = files.allowed(str(run["strategy"]), allow, "gateway")
         config = validate(run)
-        kind = str(told["class"])
-        form = compression.blank(told["fresh"])["adapter"]
+        form = (told.fresh or {})["adapter"]
     except (KeyError, TypeError, ValueError) as error:
         raise WireError(f"the task's settings cannot be read: {type(error).__name__}") from error
     config.of_class(kind)

@@ -4,7 +4,6 @@ A gateway is to its phones what a server is to it: it remembers cached groups an
 and a phone that missed rounds gets them from here.
 """
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,11 +17,10 @@ from corolla.types import Params, Payload
 from corolla.wire import codec
 from corolla.wire.limits import MAX_ROWS
 from corolla.wire.messages import Log, Task, pack_task
+from corolla.wire.task_settings import TaskSettings
 
 _LONGEST_LOG = 4 << 20
 """Bytes of rows: half of a header."""
-_OURS = ("fresh",)
-"""Settings of a task that only a gateway needs."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +45,12 @@ class Parcel:
 
     def native(self, log_version: str, kind: str) -> tuple[pb.Blob, list[pb.Blob]]:
         """As `header`, for a native phone that trains as one of a class."""
-        told, cached = {**json.loads(self.task.config), "class": kind}, [*self.cached]
+        told = replace(TaskSettings.from_json(self.task.config), kind=kind)
+        cached = [*self.cached]
         if self.first and not self.snapshot and log_version not in self.versions:
             cached.append(self.first)
         named = {blob.group: blob.content for blob in cached}
-        task = replace(self.task, config=json.dumps(told), cached=named)
+        task = replace(self.task, config=told.to_json(), cached=named)
         return self._header(task, log_version, cached)
 
     def _header(
@@ -170,7 +169,5 @@ def _long(log: Log) -> bool:
 
 
 def _settings(task: Task) -> str:
-    settings = json.loads(task.config)
-    ours = {key: value for key, value in settings.items() if key not in _OURS}
-    # Phones come and go: nothing they keep is counted on.
-    return json.dumps({**ours, "accepted": 0})
+    """Phones have no phones, and come and go: nothing they keep is counted on."""
+    return replace(TaskSettings.from_json(task.config), fresh=None, accepted=0).to_json()

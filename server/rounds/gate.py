@@ -15,6 +15,7 @@ from corolla.server.rounds.verdicts import Code, Expected, Judged, Verdict
 from corolla.types import Payload
 from corolla.wire import limits, messages
 from corolla.wire.compression import PLAIN, Pipeline
+from corolla.wire.envelope import Envelope, value_bytes
 from corolla.wire.messages import Reply, Task
 from corolla.wire.packet import Packet
 
@@ -74,14 +75,12 @@ def _judged(packet: Packet, client: str, task: Task, expect: Expected) -> Judged
     gate_checks.check_weight(
         reply.num_examples, max(1, reply.clients), max(1, reply.clients) * expect.most_examples
     )
-    wanted = expect.like if expect.sums is None else expect.sums
-    found = messages.content(reply, _framing(wanted))
-    content = messages.content_bytes(found)
+    steps, wanted = (expect.codec, expect.like) if expect.sums is None else (PLAIN, expect.sums)
+    update = Envelope(steps).open(reply, wanted, _framing(wanted))
+    content = value_bytes(reply.payload, reply.scalars)
     if expect.sums is None:
-        update = expect.codec.unpack(found, expect.like)
         gate_checks.check_update(update, expect.like, expect)
     else:
-        update = found
         gate_checks.check_sums(update, expect.sums, reply.num_examples, expect)
         gate_checks.check_classes(update, reply, expect)
     return Judged(Verdict(Code.ACCEPTED), reply, update, content)

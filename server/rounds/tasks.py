@@ -1,11 +1,11 @@
 """What a server sends to each client of a round, and what that costs by formula."""
 
-import json
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from corolla import seeds
 from corolla.config.run import RunConfig
@@ -15,9 +15,11 @@ from corolla.server.rounds import expectations
 from corolla.server.rounds.federation import Federation, Held
 from corolla.tensors import tree
 from corolla.types import Broadcast, Cost, LoraSpec, Payload
-from corolla.wire import codec, compression, limits, messages, scalar_groups
+from corolla.wire import codec, limits, messages, scalar_groups
 from corolla.wire.compression import Pipeline
+from corolla.wire.envelope import Envelope, Sealed
 from corolla.wire.messages import Kind, Log, Task, pack_task
+from corolla.wire.task_settings import TaskSettings
 
 _LONGEST_LOG = limits.MAX_HEADER // 2
 """Bytes of rows that surely fit a message."""
@@ -49,13 +51,12 @@ class Traffic:
 class _Content:
     """What a task carries, packed."""
 
-    data: bytes
-    scalars: Payload
+    sealed: Sealed
     log: Log | None
+    like: Payload | None
+    """What is compressed of it."""
     size: int
     """Bytes of the values, framing apart."""
-    described: Mapping[str, object]
-    """Settings that say of what form it is."""
 
 
 class _Contents:
@@ -86,11 +87,15 @@ class _Contents:
 
     def _make(self, lacks: AbstractSet[str], since: str, lora: LoraSpec) -> _Content:
         log, extra = _log(self.broadcast, self.versions, since, self.state)
-        packed, described = _packed(self.federation, self.broadcast, lora, self.round)
-        payload = {**packed, **{g: self.broadcast.cached[g] for g in lacks}, **extra}
-        size = messages.content_bytes(payload)
-        size += sum(scalar_groups.scalar_bytes(row) for row in (log.rows if log else ()))
-        return _Content(*messages.enclose(payload), log, size, described)
+        beside = {**{g: self.broadcast.cached[g] for g in lacks}, **extra}
+        config, payload = self.federation.config, _of_each_round(self.broadcast, lora)
+        envelope, seed = (
+            Envelope(config.downlink),
+            seeds.derive(config.seed, "broadcast", self.round),
+        )
+        sealed = envelope.seal(payload, seed, beside=beside)
+        rows = sum(scalar_groups.scalar_bytes(row) for row in (log.rows if log else ()))
+        return _Content(sealed, log, envelope.like(payload), sealed.size + rows)
 
 
 def make_tasks(
@@ -112,23 +117,23 @@ def make_tasks(
     for client, seats in members.items():
         known = held.get(client, frozenset())
         content = contents.of(client, known)
-        settings = {**_settings(federation, client, known, content.described), "run": run}
+        settings = _settings(federation, client, known, content.like, run)
         tasks[client] = task = Task(
             run_id=federation.run_id,
             round=round,
             base_version=version,
             kind=kind,
-            config=json.dumps(settings),
+            config=settings.to_json(),
             cached=contents.cached,
-            payload=content.data,
-            scalars=content.scalars,
+            payload=content.sealed.data,
+            scalars=content.sealed.scalars,
             log=content.log,
             model_sha256=federation.model_sha256,
             seats=seats if client in federation.seats else 0,
         )
         traffic.sent.setdefault(client, content.size)
         traffic.down += content.size
-        traffic.framing_down += len(content.data) + _header_bytes(task) - content.size
+        traffic.framing_down += len(task.payload) + _header_bytes(task) - content.size
     return tasks
 
 
@@ -144,21 +149,25 @@ def _settings(
     federation: Federation,
     member: str,
     known: AbstractSet[str],
-    described: Mapping[str, object],
-) -> Mapping[str, object]:
-    """What a member's task says beside the settings of the run."""
-    return {
-        "lora": vars(federation.lora(member)),
-        "class": federation.class_of(member),
-        "population": federation.population,
-        "accepted": _last_accepted(known),
-        **described,
-        **({"labels": list(federation.labels)} if federation.own_devices else {}),
-        **_for_gateway(federation, member),
-    }
+    like: Payload | None,
+    run: Mapping[str, Any],
+) -> TaskSettings:
+    """What a member's task tells beside what it carries, compressed of the form of `like`."""
+    lora = federation.lora(member)
+    gateway = member in federation.seats  # it has no model: it is told its phones' adapters
+    return TaskSettings(
+        lora,
+        federation.class_of(member),
+        federation.population,
+        _last_accepted(known),
+        run,
+        like,
+        labels=federation.labels if federation.own_devices else None,
+        fresh={"adapter": federation.fresh(lora)} if gateway else None,
+    )
 
 
-def run_settings(config: RunConfig, own_devices: bool) -> Mapping[str, object]:
+def run_settings(config: RunConfig, own_devices: bool) -> Mapping[str, Any]:
     """The settings of the run as a client gets them; devices of their own get no folder of ours.
 
     What follows from a setting that stays here is written out: the learning rate of each class.
@@ -169,25 +178,6 @@ def run_settings(config: RunConfig, own_devices: bool) -> Mapping[str, object]:
     classes = {c: {**own, "lr": config.of_class(c).lr} for c, own in run["classes"].items()}
     ours = {key: value for key, value in run.items() if key not in _OWN}
     return {**ours, "strategy": Path(config.strategy).name, "classes": classes}
-
-
-def _for_gateway(federation: Federation, member: str) -> Mapping[str, object]:
-    """A gateway has no model: it is told what an adapter of its phones looks like."""
-    if member not in federation.seats:
-        return {}
-    return {"fresh": compression.form({"adapter": federation.fresh(federation.lora(member))})}
-
-
-def _packed(
-    federation: Federation, broadcast: Broadcast, lora: LoraSpec, round: int
-) -> tuple[Payload, Mapping[str, object]]:
-    """What travels of a broadcast in each round, and what its receiver must know of its form."""
-    config, payload = federation.config, _of_each_round(broadcast, lora)
-    if not config.codec_down:
-        return payload, {}
-    dense, scalars = scalar_groups.split(payload)
-    packed = config.downlink.pack(dense, seeds.derive(config.seed, "broadcast", round))
-    return {**packed, **scalars}, {"form": compression.form(dense)}
 
 
 def _of_each_round(broadcast: Broadcast, lora: LoraSpec) -> Payload:

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from corolla import seeds
-from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.directions import seedlog
 from corolla.errors import ArtefactError, ConfigError, RoundError, StoppedError
 from corolla.host import logs
 from corolla.host.heap import peak_rss
 from corolla.host.processes import uninterrupted
+from corolla.interfaces import Strategy
 from corolla.models import records
 from corolla.server.rounds.call import RoundCall
 from corolla.server.rounds.cohort import read_trace
@@ -66,6 +66,7 @@ class Run:
     """One run and its folder. `facts` holds the hashes of model and data."""
 
     config: RunConfig
+    strategy: Strategy
     network: Network
     evaluator: Evaluator
     folder: Path
@@ -177,7 +178,6 @@ class Run:
 
     def _federation(self, past: Past) -> Federation:
         """Who takes part, with those that the journal knows; ConfigError where none can."""
-        strategy = build_strategy(self.config)
         # Who is known keeps its place; who is not there now may come back.
         clients = {**past.roster, **dict(sorted(self.network.clients().items()))}
         if not clients:
@@ -192,7 +192,7 @@ class Run:
         federation = Federation(
             str(run_id),
             self.config,
-            strategy,
+            self.strategy,
             clients,
             fresh,
             trace=trace,

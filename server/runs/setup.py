@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.data import federated
 from corolla.data.federated import FederatedData
 from corolla.directions.pools import SignPool
 from corolla.evaluation.scoring import loss_sum
+from corolla.interfaces import Strategy
 from corolla.models import devices, pretrained, trainable
 from corolla.models.full import FullModel
 from corolla.models.trainable import Trainable
@@ -30,9 +32,10 @@ _FURTHER = 2
 
 @dataclass(frozen=True)
 class Setup:
-    """Data, the model with its evaluator, and the facts that identify them in run.json."""
+    """Data, strategy, the model with its evaluator, and the facts of them for run.json."""
 
     data: FederatedData
+    strategy: Strategy
     model: Trainable
     evaluator: Evaluator
     facts: Mapping[str, Any]
@@ -62,7 +65,7 @@ def set_up(config: RunConfig, run_id: str | None, deployed: bool = False) -> Set
         facts["warnings"].append(
             "no max-norm and no robust rule: one client can move the model as far as it likes"
         )
-    return Setup(dataset, model, evaluator, facts)
+    return Setup(dataset, build_strategy(config), model, evaluator, facts)
 
 
 def _of_eps(config: RunConfig, evaluator: Evaluator) -> list[str]:

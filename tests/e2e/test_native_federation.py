@@ -85,7 +85,10 @@ def simulated(config: RunConfig, folder: Path, sent: Mapping[tuple[str, int], Pa
     loaded = set_up(config, None)
     worker = Worker(config, loaded.model, loaded.data, Memory(folder / "memory"))
     network = Recorded(worker, sent)
-    run = Run(config, network, loaded.evaluator, folder, loaded.facts, Silent(), False, False)
+    run = Run(
+        *(config, loaded.strategy, network, loaded.evaluator),
+        *(folder, loaded.facts, Silent()),
+    )
     run.execute()
     return str(json.loads((folder / "run.json").read_text())["state_sha256"])
 

@@ -24,7 +24,8 @@ from corolla.server.rounds.network import Network
 from corolla.strategies import registry
 from corolla.tensors import factors
 from corolla.types import Params, Payload
-from corolla.wire import messages, scalar_groups
+from corolla.wire import scalar_groups
+from corolla.wire.envelope import Envelope
 from corolla.wire.messages import Kind, Reply, pack_reply, unpack_task
 from corolla.wire.packet import Packet
 
@@ -91,13 +92,13 @@ class CanaryClients(Network):
         if task.kind != Kind.TRAIN:
             return None
         expected = expectations.expected(self.federation, client, Kind.TRAIN, task.round)
-        update = self.federation.config.uplink.pack(self.update(client, task.round), self.seed)
-        dense, scalars = messages.enclose(update)
+        envelope = Envelope(self.federation.config.uplink)
+        sealed = envelope.seal(self.update(client, task.round), self.seed)
         reply = Reply(
             *(task.run_id, task.round, task.base_version, task.kind, client),
             num_examples=expected.most_examples,
-            payload=dense,
-            scalars=scalars,
+            payload=sealed.data,
+            scalars=sealed.scalars,
         )
         return pack_reply(reply)
 

@@ -24,6 +24,7 @@ from corolla.data.partition import Split
 from corolla.data.rows import Example
 from corolla.errors import ConfigError
 from corolla.evaluation.scoring import log_likelihoods, loss_sum
+from corolla.interfaces import Strategy
 from corolla.models.dense import DenseModel
 from corolla.models.lora import LoraModel
 from corolla.models.trainable import Trainable
@@ -183,7 +184,7 @@ def _audited_clients(
     loud = min(LOUDNESS * config.clip, config.max_norm or math.inf)
     network = canaries.CanaryClients(federation, coins, loud, config.seed)
     with tempfile.TemporaryDirectory(prefix="corolla-audit-") as scratch:
-        run = run_with(config, network, loaded, Path(scratch, "run"))
+        run = run_with(config, strategy, network, loaded, Path(scratch, "run"))
     scores = dict.fromkeys(clients, 0.0)
     for round, before, after in run.steps:
         for client in run.cohorts.get(round, ()):
@@ -217,12 +218,12 @@ def _audited_examples(
     model = loaded.model
     sequences = _encoded(config, model, labels, made)
     before, after = (
-        _losses(config, model, state, sequences) for state in (run.steps[0][1], run.steps[-1][2])
+        _losses(config, loaded, state, sequences) for state in (run.steps[0][1], run.steps[-1][2])
     )
     scores = {"fall of the loss": [b - a for b, a in zip(before, after, strict=True)]}
-    turns = canaries.turns(build_strategy(config))
+    turns = canaries.turns(loaded.strategy)
     if isinstance(model, LoraModel | DenseModel) and not turns:
-        scores["step · gradient"] = _along(config, model, run, sequences)
+        scores["step · gradient"] = _along(config, loaded.strategy, model, run, sequences)
     return scores, run
 
 
@@ -235,10 +236,11 @@ def _encoded(
 
 
 def _losses(
-    config: RunConfig, model: Trainable, state: Payload, examples: Sequence[Sequence[Encoded]]
+    config: RunConfig, loaded: Setup, state: Payload, examples: Sequence[Sequence[Encoded]]
 ) -> list[float]:
     """The loss of each example, in nats per target, under a released state."""
-    model.show(build_strategy(config).adapter(state), config.lora)
+    model = loaded.model
+    model.show(loaded.strategy.adapter(state), config.lora)
     flat = [sequence for own in examples for sequence in own]
     found = iter(log_likelihoods(model.model, flat, model.base.pad_id, model.device))
     sums = [(-sum(next(found) for _ in own), sum(s.targets for s in own)) for own in examples]
@@ -247,12 +249,13 @@ def _losses(
 
 def _along(
     config: RunConfig,
+    strategy: Strategy,
     model: LoraModel | DenseModel,
     run: Watched,
     examples: Sequence[Sequence[Encoded]],
 ) -> list[float]:
     """How far all steps of the run went down the gradient of each example, of norm 1."""
-    strategy, scores = build_strategy(config), [0.0] * len(examples)
+    scores = [0.0] * len(examples)
     for _, before, after in run.steps:
         model.show(strategy.adapter(after), config.lora)
         there = model.read()
@@ -286,7 +289,7 @@ def _attacked(config: RunConfig, loaded: Setup, run: Watched) -> Attack:
     def fallen(examples: Sequence[Example]) -> list[float]:
         encoded = _encoded(config, loaded.model, loaded.data.labels, examples)
         told = [own for own in encoded if own]
-        before, after = (_losses(config, loaded.model, s, told) for s in (first, last))
+        before, after = (_losses(config, loaded, s, told) for s in (first, last))
         return [b - a for b, a in zip(before, after, strict=True)]
 
     return attack(fallen(members), fallen(others))

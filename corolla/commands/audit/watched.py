@@ -10,6 +10,7 @@ from typing import Any
 from corolla.client.training.worker import Worker
 from corolla.commands.simulate.in_process import InProcess
 from corolla.config.run import RunConfig
+from corolla.interfaces import Strategy
 from corolla.privacy.guarantee import Guarantee
 from corolla.server.rounds.federation import Federation
 from corolla.server.rounds.network import Network
@@ -72,10 +73,12 @@ class Watched(Run):
         return {e["round"]: list(e["cohort"]) for e in self.events if e["event"] == "planned"}
 
 
-def run_with(config: RunConfig, network: Network, loaded: Setup, folder: Path) -> Watched:
+def run_with(
+    config: RunConfig, strategy: Strategy, network: Network, loaded: Setup, folder: Path
+) -> Watched:
     """The whole run, as a simulation's: sampling, gate, noise, budget, journal."""
     folder.mkdir()
-    run = Watched(config, network, loaded.evaluator, folder, loaded.facts, Silent())
+    run = Watched(config, strategy, network, loaded.evaluator, folder, loaded.facts, Silent())
     run.execute()
     run.events = journal.read(folder)
     return run
@@ -86,4 +89,4 @@ def run_here(config: RunConfig, loaded: Setup) -> Watched:
     with tempfile.TemporaryDirectory(prefix="corolla-audit-") as scratch:
         memory = Memory(Path(scratch, "memory"), Path(scratch, "clients"))
         worker = Worker(config, loaded.model, loaded.data, memory)
-        return run_with(config, InProcess(worker), loaded, Path(scratch, "run"))
+        return run_with(config, loaded.strategy, InProcess(worker), loaded, Path(scratch, "run"))

@@ -179,7 +179,7 @@ def plan(config: RunConfig, budget: int | None = None) -> CostEstimate:
         clients=len(data.clients),
         cohort=federation.cohort_size,
         traffic=sent,
-        memory=memory(config, model, batches, sent, labels, budget),
+        memory=memory(federation, model, batches, sent, labels, budget),
         duration=duration(federation, model, batches, data),
         privacy=promised,
     )
@@ -207,7 +207,7 @@ def traffic(federation: Federation) -> Traffic:
 
 
 def memory(
-    config: RunConfig,
+    federation: Federation,
     model: Anatomy,
     batches: Batches,
     sent: Traffic,
@@ -215,6 +215,7 @@ def memory(
     budget: int | None,
 ) -> PeakMemory:
     """The peak memory of clients, the server and a simulation. Raises ConfigError as `choose`."""
+    config, strategy = federation.config, federation.strategy
     workload = Workload(model, batches.largest, batches.evaluated, labels)
 
     def of_client(own: RunConfig, trainer: TrainerName, stored: int | None = None) -> Estimate:
@@ -226,7 +227,7 @@ def memory(
     choice = None
     if budget is not None:
         own, trainer = classes[worst]
-        choice = choose(budget, workload, own, trainer=trainer)
+        choice = choose(budget, workload, own, trainer=trainer, strategy=strategy)
     together = [of_client(own, trainer, sent.stored) for own, trainer in classes]
     return PeakMemory(
         client=alone[worst],

@@ -115,6 +115,7 @@ def _in_process(
         worker = Worker(config, loaded.model, loaded.data, memory, record, on_step)
         run = Run(
             config,
+            loaded.strategy,
             InProcess(worker),
             loaded.evaluator,
             folder,

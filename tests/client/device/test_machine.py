@@ -7,6 +7,7 @@ import psutil
 import pytest
 
 from corolla.client.device import machine
+from corolla.config.build import build_strategy
 from corolla.config.load import validate
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, ModelError
@@ -58,7 +59,8 @@ def need(own: RunConfig, trainer: str = "first_order") -> int:
 
 def chosen(budget: int, own: RunConfig, alone: bool = False) -> dict[str, object]:
     model = anatomy.read("embedded")
-    choice = machine.choose(budget, Workload(model, BATCH), own, alone=alone)
+    strategy = None if alone else build_strategy(own)
+    choice = machine.choose(budget, Workload(model, BATCH), own, strategy=strategy)
     assert choice.estimate.total <= budget
     return choice.overrides
 
@@ -99,15 +101,18 @@ def test_then_zeroth_order_where_the_strategy_has_it() -> None:
     model, short = anatomy.read("embedded"), Batch(8, 32, 8 * 31)
     for strategy, changes in (("mixed", {"classes": classes}), ("fedavg", {})):
         own = config(strategy=strategy, rank=64, **changes)
+        built = build_strategy(own)
         least = {"micro_batch_size": 1, "gradient_checkpointing": True}
         smallest = own.model_copy(update=least)
         budget = footprint.client(Workload(model, short), smallest, "first_order").total - 1
         if strategy == "mixed":
-            found = machine.choose(budget, Workload(model, short), own, trainer="first_order")
+            found = machine.choose(
+                budget, Workload(model, short), own, trainer="first_order", strategy=built
+            )
             assert found.overrides["trainer"] == "zeroth_order"
         else:
             with pytest.raises(ConfigError, match="too little"):
-                machine.choose(budget, Workload(model, short), own)
+                machine.choose(budget, Workload(model, short), own, strategy=built)
 
 
 def test_a_budget_that_nothing_fits_says_what_is_needed() -> None:

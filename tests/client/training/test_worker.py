@@ -22,6 +22,7 @@ from corolla.types import LoraSpec, Params, Payload, TrainerName, row_name
 from corolla.wire import codec, messages
 from corolla.wire.messages import Capabilities, Kind, Log, Reply, Task, pack_task, unpack_reply
 from corolla.wire.packet import Packet
+from corolla.wire.task_settings import TaskSettings
 
 Settings = Callable[..., RunConfig]
 RUN = "ab" * 16
@@ -68,14 +69,13 @@ def task(
     if broadcast.log is not None:
         versions = seedlog.versions(origin(worker), broadcast.log)
         log = Log(versions[0], versions[0], versions[-1], broadcast.log, len(broadcast.log))
-    settings: dict[str, Any] = {"lora": vars(lora or worker.config.lora), "class": class_name}
-    settings |= {"population": 4, "accepted": 0}
+    spec, run = lora or worker.config.lora, worker.config.model_dump(mode="json")
     values: dict[str, Any] = {
         "run_id": RUN,
         "round": round,
         "base_version": "v",
         "kind": kind,
-        "config": json.dumps(settings),
+        "config": TaskSettings(spec, class_name, 4, 0, run).to_json(),
         "cached": {group: codec.content_id(params) for group, params in broadcast.cached.items()},
         "payload": payload,
         "scalars": scalars,

@@ -29,6 +29,7 @@ from corolla.strategies.fedavg import FedAvg
 from corolla.types import Payload, Update
 from corolla.wire import messages
 from corolla.wire.messages import Kind, Task, pack_task
+from corolla.wire.task_settings import TaskSettings
 from tests.client.training.test_worker import RUN, ask, task
 
 Settings = Callable[..., RunConfig]
@@ -104,8 +105,7 @@ def test_both_classes_of_a_mixed_federation_pay_for_their_own_steps(
         ("laptop", Release(4.0, 2 / 4, 3)),
         ("phone", Release(4.0, 1.0, 4)),
     ):
-        settings = {"lora": vars(worker.config.lora), "class": name, "population": 4}
-        text = json.dumps({**settings, "accepted": 0})
+        text = TaskSettings(worker.config.lora, name, 4, 0, {}).to_json()
         reply = ask(worker, "ada", task(worker, config=text))
         assert reply.error == ""
         assert reply.metrics.keys() == {"local_steps", "epsilon"}

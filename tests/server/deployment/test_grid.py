@@ -40,6 +40,7 @@ from corolla.wire.messages import (
     unpack_task,
 )
 from corolla.wire.packet import Packet, from_flower, to_flower
+from corolla.wire.task_settings import RunSettings
 
 RUN = "5f" * 16
 TASK = pack_task(Task(RUN, 1, "v", Kind.TRAIN, "{}"))
@@ -178,7 +179,9 @@ def network(
     grid: Grid, clock: Clock | None = None, deadline: float = 5.0, **admission: Any
 ) -> GridNetwork:
     stop = clock or Clock()
-    return GridNetwork(grid, hello(RUN, {}), deadline, stop, Admission(**admission), stop)
+    return GridNetwork(
+        grid, hello(RUN, RunSettings({})), deadline, stop, Admission(**admission), stop
+    )
 
 
 def test_clients_are_asked_by_name_and_answer_in_any_order() -> None:
@@ -578,7 +581,9 @@ def test_a_body_that_is_no_json_is_that_clients_error() -> None:
 def test_flower_still_calls_its_client_and_its_retries_what_we_do() -> None:
     grid = HttpGrid(token="t", insecure=True)
     assert grid._retry_invoker.max_tries is None or grid._retry_invoker.max_tries > 1
-    net = GridNetwork(grid, hello(RUN, {}), 1.0, threading.Event(), Admission(limits=Limits()))
+    net = GridNetwork(
+        grid, hello(RUN, RunSettings({})), 1.0, threading.Event(), Admission(limits=Limits())
+    )
     assert grid._retry_invoker.max_tries == 1
     assert net._bounded is not None
     assert id(grid._runtime_client) == id(net._bounded)

@@ -12,7 +12,9 @@ from corolla.phones import protocol
 from corolla.server.gateway.blobs import Blobs
 from corolla.server.gateway.outbound import Parcel, take_in
 from corolla.storage.memory import Memory
+from corolla.types import LoraSpec
 from corolla.wire.messages import Log
+from corolla.wire.task_settings import TaskSettings
 from tests.server.gateway import gateways
 from tests.strategies import tiny
 
@@ -40,7 +42,7 @@ def test_a_native_phone_gets_the_start_that_it_lacks(
     """The first state, or the snapshot in its place; neither if it holds a version."""
     blobs, last = Blobs(tmp_path / "blobs"), "1" * 32
     log = Log("0" * 32, last, last, [], 3)
-    told = json.dumps({"class": "strong", "run": {}})
+    told = TaskSettings(LoraSpec(1, 1.0), "strong", 9, 0, {}).to_json()
     parcel = Parcel(
         replace(gateways.a_task(tiny.config("fedavg"), log=log), config=told, seats=0),
         blobs,

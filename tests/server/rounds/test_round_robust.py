@@ -92,7 +92,10 @@ class Federation:
         loaded = set_up(config, RUN_ID)
         worker = Worker(config, loaded.model, loaded.data, Memory(self.folder / "memory"))
         network = Hostile(InProcess(worker), lies, until)
-        run = Run(config, network, loaded.evaluator, out, loaded.facts, Silent(), False, resume)
+        evaluator, facts = loaded.evaluator, loaded.facts
+        run = Run(
+            *(config, loaded.strategy, network, evaluator, out, facts, Silent()), resume=resume
+        )
         summary = run.execute()
         lines = (out / "metrics.jsonl").read_text().splitlines()
         return summary, [json.loads(line) for line in lines]

@@ -354,7 +354,7 @@ def test_of_devices_only_the_global_adapters_are_kept(settings: Settings, tmp_pa
     network, folder = in_process.InProcess(worker), tmp_path / "out"
     prepare_folder(folder, resume=False)
     run.Run(
-        *(config, network, loaded.evaluator, folder, loaded.facts, Watch()),
+        *(config, loaded.strategy, network, loaded.evaluator, folder, loaded.facts, Watch()),
         keep_updates=True,
         own_devices=True,
     ).execute()
