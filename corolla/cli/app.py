@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -78,6 +79,8 @@ def main(
 ) -> None:
     """Federated fine-tuning of language models on Flower."""
     sys.path.insert(0, str(Path.cwd()))  # strategies of one's own: module:Class in this folder
+    if hasattr(signal, "SIGCHLD"):  # ignored by some parents: then no child's exit code is known
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 _PANELS: dict[str, tuple[Callable[..., None], ...]] = {

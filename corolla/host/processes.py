@@ -6,9 +6,10 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -36,18 +37,8 @@ def stoppable() -> Iterator[threading.Event]:
     An exception between the start of a child and the note of it would leave it behind.
     """
     asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    with _noticed(asked, (signal.SIGINT, signal.SIGTERM, *_HANG_UP)):
         yield asked
-        return
-    before = {
-        number: signal.signal(number, lambda *_: asked.set())
-        for number in (signal.SIGINT, signal.SIGTERM, *_HANG_UP)
-    }
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
@@ -56,27 +47,56 @@ def terminate_as_interrupt() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    old = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    old = signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, old)
 
 
+def _interrupt(*_: object) -> None:
+    """Do what Ctrl-C does, also where that is ignored, as in the background of a script."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGINT)
+
+
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C, and what comes as Ctrl-C, waits for the end of what must not be left half done."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    """Ctrl-C, and SIGTERM where it comes as Ctrl-C, waits for the end of what must be whole."""
     asked = threading.Event()
-    old = signal.signal(signal.SIGINT, lambda *_: asked.set())
-    try:
+    as_interrupt = signal.getsignal(signal.SIGTERM) is _interrupt
+    with _noticed(asked, (signal.SIGINT, *((signal.SIGTERM,) if as_interrupt else ()))):
         yield
-    finally:
-        signal.signal(signal.SIGINT, old)
     if asked.is_set():
         raise KeyboardInterrupt
+
+
+@contextmanager
+def _noticed(asked: threading.Event, numbers: Sequence[signal.Signals]) -> Iterator[None]:
+    """Let signals set an event; what was ignored when this process began does nothing, but SIGTERM.
+
+    A shell that starts a program in the background, and nohup, have reasons to ignore Ctrl-C and
+    the end of a terminal. Children are not to inherit the former: they are stopped by it. A thread
+    other than the main one gets no signals.
+    """
+    before: dict[signal.Signals, Any] = {}
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in numbers:
+                ignored = signal.getsignal(number) is signal.SIG_IGN and number != signal.SIGTERM
+                if ignored and number in _HANG_UP:
+                    continue
+                handler = _nothing if ignored else lambda *_: asked.set()
+                before[number] = signal.signal(number, handler)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _nothing(*_: object) -> None:
+    """A signal that does nothing here, and what it does by default in a child."""
 
 
 def free_port() -> int:

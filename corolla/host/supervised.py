@@ -25,6 +25,8 @@ _LOG_BYTES = 1 << 20
 _TAIL = 8192
 """Bytes of a log that are looked at: it grows for months."""
 _FILES = 65536
+_CODE_UNKNOWN = 255
+"""Exit code of a child that the system has reaped: it must not pass for one that has succeeded."""
 _LASTED = 120.0
 """Seconds of life after which a death is a first one again."""
 
@@ -214,7 +216,8 @@ class Child:
         try:
             pid, status, usage = os.wait4(process.pid, 0 if wait else os.WNOHANG)
         except ChildProcessError:  # SIGCHLD is ignored here: the system has taken them
-            return process.wait()
+            process.wait()
+            return _CODE_UNKNOWN
         if not pid:
             return None
         process.returncode = os.waitstatus_to_exitcode(status)

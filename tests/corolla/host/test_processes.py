@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -14,6 +15,7 @@ from corolla.host.processes import (
     end,
     note_process,
     noted_process,
+    stoppable,
     terminate_as_interrupt,
     uninterrupted,
 )
@@ -48,6 +50,40 @@ def test_sigterm_is_ctrl_c_and_waits_as_well() -> None:
         done.append("written")
     assert done == ["written"]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.fixture
+def ignored() -> Iterator[None]:
+    """Ctrl-C and the end of the terminal are ignored, as in a script's background under nohup."""
+    numbers = (signal.SIGINT, signal.SIGHUP)
+    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("ignored")
+def test_what_was_ignored_at_the_start_stays_so() -> None:
+    with stoppable() as asked:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGHUP)
+        assert not asked.is_set()
+        signal.raise_signal(signal.SIGTERM)
+        assert asked.is_set()
+    with terminate_as_interrupt(), uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.usefixtures("ignored")
+def test_sigterm_ends_a_run_also_where_ctrl_c_is_ignored() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), terminate_as_interrupt():
+        with pytest.raises(KeyboardInterrupt), uninterrupted():
+            signal.raise_signal(signal.SIGTERM)
+            done.append("written")
+        signal.raise_signal(signal.SIGTERM)
+        done.append("not reached")
+    assert done == ["written"]
 
 
 def test_another_thread_has_no_signals() -> None:
