@@ -77,7 +77,7 @@ class _Contents:
 
         Of a log it gets the rows after the version it holds, or a snapshot where that is less.
         """
-        lacks = frozenset(g for g, i in self.cached.items() if i not in known)
+        lacks = tuple(g for g, i in self.cached.items() if i not in known)
         since = next((v for v in reversed(self.versions) if v in known), self.federation.origin)
         lora = self.federation.lora(member)
         form = (lacks, since, lora if self.broadcast.fitted else None)
@@ -85,7 +85,7 @@ class _Contents:
             self._made[form] = self._make(lacks, since, lora)
         return self._made[form]
 
-    def _make(self, lacks: AbstractSet[str], since: str, lora: LoraSpec) -> _Content:
+    def _make(self, lacks: Sequence[str], since: str, lora: LoraSpec) -> _Content:
         log, extra = _log(self.broadcast, self.versions, since, self.state)
         beside = {**{g: self.broadcast.cached[g] for g in lacks}, **extra}
         config, payload = self.federation.config, _of_each_round(self.broadcast, lora)
