@@ -6,7 +6,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +17,7 @@ from rich.markup import escape
 from corolla.cli import deployment, local
 from corolla.cli.screen import out
 from corolla.errors import CorollaError
+from corolla.host.files import private
 from corolla.version import __version__
 
 # Before anything imports them: no telemetry, no update check, no advice of tokenizers on forks.
@@ -55,11 +56,15 @@ def _user_errors() -> Iterator[None]:
 
 
 def _guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """The command, ended by what a user can cause as `_user_errors` says."""
+    """The command, ended by what a user can cause as `_user_errors` says.
+
+    What runs and devices keep is private; what others are to have, such as exports, is as usual.
+    """
+    kept = private if command in _KEEPING else nullcontext
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
-        with _user_errors():
+        with _user_errors(), kept():
             command(**given)
 
     return run
@@ -98,6 +103,12 @@ _PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Reference": (local.strategies, local.keys),
 }
 """Heading in `corolla --help` → its commands, in the order in which one needs them."""
+
+_KEEPING = (
+    *(local.simulate, local.compare, local.audit),
+    *(deployment.server, deployment.client, deployment.gateway, deployment.phone),
+)
+"""Commands whose files tell of clients: journals, checkpoints, updates, ledgers."""
 
 for _panel, _commands in _PANELS.items():
     for _command in _commands:

@@ -95,9 +95,9 @@ def server(
     from corolla.server.deployment.order import read_order, read_settings
 
     machine["certs"] = machine.pop("certificates")
-    chosen = read_settings(config, machine)
-    if resume:
-        stored = validate(read_order(out_dir).config)
+    stored = validate(read_order(out_dir).config) if resume else None
+    chosen = read_settings(config, machine, resumed=out_dir if resume else None)
+    if stored:
         run_config = unchanged(stored, options, settings or (), config)
     else:
         run_config = load(config, options, settings or ())

@@ -35,7 +35,9 @@ def resumed(
     """The config of the run in `folder`. Raises ConfigError when an option contradicts it."""
     path = folder / "run.json"
     if not path.is_file():
-        raise ConfigError(f"nothing to resume in {folder}: it has no run.json")
+        raise ConfigError(
+            f"nothing to resume in {folder}: it has no run.json; leave --resume out to begin"
+        )
     try:
         stored = validate(json.loads(path.read_text())["config"])
     except (OSError, ValueError, KeyError, TypeError) as error:

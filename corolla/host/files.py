@@ -61,6 +61,16 @@ def only_one(lock: Path, busy: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def private() -> Iterator[None]:
+    """What this process and its children create meanwhile can be read by its owner alone."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
 def sync_folder(folder: Path) -> None:
     """Bring new names in a folder to disk; files themselves are synced by who writes them."""
     if os.name != "posix":

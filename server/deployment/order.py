@@ -19,6 +19,7 @@ FOLDER = "COROLLA_SERVER"
 """The environment variable that names the folder: no path of the server enters the app bundle."""
 OUTCOME = Path("flower", "outcome.json")
 PROCESS = Path("flower", "serverapp.json")
+SERVED = Path("flower", "settings.json")
 LAST_WORDS = "corolla failed: "
 """Begins the line of a ServerApp that cannot write its outcome; stderr is the executor's log."""
 
@@ -46,18 +47,42 @@ class ServerSettings(BaseModel):
     superlink_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """On loopback; 0: any that is free."""
 
+    def write(self, folder: Path) -> None:
+        """Keep them for a server that goes on with the run of a folder."""
+        here = {key: path.resolve() for key, path in self if isinstance(path, Path)}
+        kept = self.model_copy(update=here)
+        write_atomic(folder / SERVED, (kept.model_dump_json(indent=2) + "\n").encode())
 
-def read_settings(file: Path | None, overrides: Mapping[str, object]) -> ServerSettings:
-    """Defaults, then the [server] table of the file, then options. Raises ConfigError."""
+
+def read_settings(
+    file: Path | None, overrides: Mapping[str, object], resumed: Path | None = None
+) -> ServerSettings:
+    """Settings of this machine: defaults, then the [server] table of the file, then options.
+
+    In the place of defaults a folder that is `resumed` gives those its server had last, so that a
+    door on loopback does not open to all networks. Raises ConfigError.
+    """
     given = {key: value for key, value in overrides.items() if value is not None}
+    before = _served(resumed) if resumed else {}
     try:
-        return ServerSettings.model_validate({**(server_table(file) if file else {}), **given})
+        return ServerSettings.model_validate(
+            {**before, **(server_table(file) if file else {}), **given}
+        )
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join([SERVER, *(str(part).replace("_", "-") for part in first["loc"])])
         known = ", ".join(key.replace("_", "-") for key in ServerSettings.model_fields)
         raise ConfigError(
             f"{name}: {first['msg']}, found {first['input']!r}; known keys are {known}"
+        ) from error
+
+
+def _served(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / SERVED).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"nothing to resume in {folder}: {SERVED} cannot be read, which has the address"
         ) from error
 
 

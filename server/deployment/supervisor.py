@@ -82,14 +82,13 @@ class Supervisor:
             self._end_stale()
             place = Place(folder, self.settings.superlink_port or free_port())
             place.prepare()
-            order.write(folder)
             (folder / OUTCOME).unlink(missing_ok=True)
             self._told = len(self._lines())
-            if self.settings.metrics_port is not None:
-                served = exporter.serve(folder, self.settings.metrics_port)
-                ends.callback(served.stop)
-                self.say(f"metrics at http://127.0.0.1:{served.port}/metrics")
+            metrics_port = self._serve_metrics(ends)
             front = self._front(place, door)
+            had = {"address": front.address if front else "", "metrics_port": metrics_port}
+            self.settings.model_copy(update=had).write(folder)
+            order.write(folder)
             link, executor = place.processes()
             ends.callback(stop, [link], _GRACE)
             ends.callback(stop, [executor], _GRACE)
@@ -137,6 +136,15 @@ class Supervisor:
         elif why := self._submission.given_up(control):
             self._keys.forget()
             self._submission.again(control, why)
+
+    def _serve_metrics(self, ends: ExitStack) -> int | None:
+        """Serve metrics until `ends` close; the port, None when nobody wants them."""
+        if self.settings.metrics_port is None:
+            return None
+        served = exporter.serve(self.folder, self.settings.metrics_port)
+        ends.callback(served.stop)
+        self.say(f"metrics at http://127.0.0.1:{served.port}/metrics")
+        return served.port
 
     def _front(self, place: Place, door: socket.socket | None) -> Front | None:
         if door is None:

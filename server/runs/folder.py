@@ -9,19 +9,30 @@ from corolla.config.load import validate
 from corolla.config.run import RunConfig
 from corolla.errors import ArtefactError, ConfigError
 from corolla.host.files import write_atomic
+from corolla.server.runs.journal import NAME
+
+_BEFORE_IT_BEGINS = {NAME, "run.json.part"}
+"""What a run writes before run.json is whole."""
 
 
 def prepare_folder(folder: Path, resume: bool) -> None:
-    """Make the output folder. Raises ConfigError unless it is new or empty, or resumed."""
+    """Make the output folder, for its owner alone: a journal is not for others.
+
+    A run that was killed before it wrote run.json has not begun: its folder is as good as empty.
+    Raises ConfigError unless the folder is new or empty, or resumed.
+    """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--out {folder} is a file: name a folder")
-    filled = folder.is_dir() and any(folder.iterdir())
-    if filled and not resume:
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    unbegun = NAME in names and names <= _BEFORE_IT_BEGINS
+    if names and not (resume or unbegun):
         raise ConfigError(f"--out {folder} is not empty: add --resume, or name another folder")
     if resume and not (folder / "run.json").is_file():
         raise ConfigError(f"nothing to resume in {folder}: it has no run.json")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if unbegun:
+            (folder / NAME).unlink()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot make --out {folder}: {error.strerror}") from error
 

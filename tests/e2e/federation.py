@@ -73,12 +73,12 @@ def running_server(
     options: str = OPTIONS,
     *,
     resume: bool = False,
-    address: str = "127.0.0.1:0",
     seconds: float = 180.0,
 ) -> Iterator[Server]:
     """`corolla server` with `options` in folder/out; yields when clients can join.
 
     Certificates are in folder/certs, keys of clients in folder/keys: made unless they are there.
+    One that resumes is told nothing but its folder: it is to be where it was.
     """
     tls, keys, out = folder / "certs", folder / "keys", folder / "out"
     keys.mkdir(parents=True, exist_ok=True)
@@ -87,8 +87,9 @@ def running_server(
     log = folder / "server.log"
     place = out / "flower" / "place.json"
     place.unlink(missing_ok=True)
-    command = ["server", *options.split(), "--out", str(out), "--address", address]
-    command += ["--certs", str(tls), "--clients-keys", str(keys), *(["--resume"] if resume else [])]
+    first = [*options.split(), "--address", "127.0.0.1:0"]
+    first += ["--certs", str(tls), "--clients-keys", str(keys)]
+    command = ["server", "--out", str(out), *(["--resume"] if resume else first)]
     with running(command, log) as process:
         deadline = time.monotonic() + seconds
         while not place.exists():

@@ -69,6 +69,8 @@ def test_resume_ends_in_the_same_adapter(
     for kept, first in (("updates", 1), ("global", 0)):
         names = [path.name for path in sorted((folder / kept).iterdir())]
         assert names == [f"round-{i:03d}" for i in range(first, 5)]
+    for path in (folder, *folder.rglob("*")):
+        assert not path.stat().st_mode & 0o077, f"others can read {path}"
 
 
 def test_resume_refuses_changed_data(tmp_path: Path) -> None:

@@ -214,8 +214,8 @@ def test_whatever_is_killed_the_run_ends_in_the_adapter_of_an_undisturbed_one(
         until(lambda: "round 3:" in server.said(), server, 400)
         server.process.kill()
         server.process.wait()
-        address = server.address
-        with running_server(tmp_path, options, resume=True, address=address) as again:
+        with running_server(tmp_path, resume=True) as again:
+            assert again.address == server.address
             assert again.finish(300) == 0, again.said()
     found = json.loads((server.out / "run.json").read_text())
     assert found["status"] == "done"

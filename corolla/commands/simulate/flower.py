@@ -40,7 +40,8 @@ def simulate_on_flower(
 ) -> Summary:
     """Run a federation on Ray: as many clients at once as there are cores for their threads.
 
-    Raises ConfigError when Ray is not installed, and what the server raises.
+    Raises ConfigError when Ray is not installed, RoundError when it fails, and what the server
+    raises.
     """
     if importlib.util.find_spec("ray") is None:
         raise ConfigError("engine flower needs Ray: pip install 'corolla[simulation]'")
@@ -78,6 +79,9 @@ def simulate_on_flower(
         try:
             with _quiet_flower(), terminate_as_interrupt():
                 run_simulation(server, app, nodes, backend_config=_backend(config))
+        except RuntimeError as error:  # of Flower, for whatever has ended Ray or kept it from work
+            if not failed:
+                raise RoundError(_why(error)) from error
         finally:
             stop.set()  # the server's thread would otherwise keep an interrupted process alive
     if failed:
@@ -85,6 +89,14 @@ def simulate_on_flower(
     if not done:
         raise RoundError("Flower's simulation engine ended without a result")
     return done[0]
+
+
+def _why(error: BaseException) -> str:
+    """One line for an error of the engine: what began it, and the way without the engine."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    first = " ".join(str(error).split()) or type(error).__name__
+    return f"Flower's simulation engine failed: {first} Try again, or leave --engine flower out"
 
 
 def _backend(config: RunConfig) -> Any:

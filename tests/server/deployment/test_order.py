@@ -31,6 +31,20 @@ def test_the_table_stands_beside_the_keys_of_a_run(tmp_path: Path) -> None:
     assert read_settings(None, {}) == ServerSettings()
 
 
+def test_a_server_that_goes_on_opens_no_other_door_than_before(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read, which has the address"):
+        read_settings(None, {}, resumed=tmp_path)
+    (tmp_path / "flower").mkdir()
+    served = ServerSettings(
+        address="127.0.0.1:28092", certs=Path("certs"), clients_keys=Path("keys"), metrics_port=9
+    )
+    served.write(tmp_path)
+    here = {"certs": Path.cwd() / "certs", "clients_keys": Path.cwd() / "keys"}
+    assert read_settings(None, {}, resumed=tmp_path) == served.model_copy(update=here)
+    given = read_settings(None, {"address": "127.0.0.1:1"}, resumed=tmp_path)
+    assert (given.address, given.metrics_port) == ("127.0.0.1:1", 9)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -11,7 +11,19 @@ from corolla.server.runs.folder import prepare_folder, stored_run
 def test_folders_are_prepared(tmp_path: Path) -> None:
     prepare_folder(tmp_path / "new" / "deep", resume=False)
     assert (tmp_path / "new" / "deep").is_dir()
+    assert (tmp_path / "new" / "deep").stat().st_mode & 0o777 == 0o700
     prepare_folder(tmp_path / "new" / "deep", resume=False)  # empty is as good as new
+
+
+def test_a_run_that_was_killed_before_run_json_has_not_begun(tmp_path: Path) -> None:
+    (tmp_path / "journal.jsonl").write_text("{}\n")
+    (tmp_path / "run.json.part").write_text("{")
+    (tmp_path / "mine.txt").write_text("")
+    with pytest.raises(ConfigError, match="not empty"):
+        prepare_folder(tmp_path, resume=False)
+    (tmp_path / "mine.txt").unlink()
+    prepare_folder(tmp_path, resume=False)
+    assert not (tmp_path / "journal.jsonl").exists()
 
 
 def test_folders_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
