@@ -5,7 +5,7 @@ from typing import Any
 
 from corolla.server.rounds.federation import Federation
 from corolla.server.rounds.tasks import Traffic, accepted_note, make_tasks, run_settings
-from corolla.types import LoraSpec
+from corolla.types import LoraSpec, Payload
 from corolla.wire.envelope import Envelope
 from corolla.wire.messages import Kind, Task
 from tests.server.rounds.members import CLASSES, CLIENTS, federation
@@ -55,9 +55,8 @@ def test_a_compressed_broadcast_tells_its_form_and_devices_get_the_labels() -> N
 
 def test_cached_groups_travel_in_the_order_of_the_state_whatever_the_hashes_of_names() -> None:
     own = federation(strategy="flora")
-    state = {"head": {}}
     block = own.fresh(LoraSpec(2, 16.0))
-    state |= {f"block-{i:06d}": block for i in range(8)}
+    state: Payload = {"head": {}, **{f"block-{i:06d}": block for i in range(8)}}
     made = make_tasks(own, state, {}, 9, Kind.TRAIN, {"ann": 1}, Traffic())
     found = [group for group in Envelope().open(made["ann"]) if group in made["ann"].cached]
     assert found == list(made["ann"].cached)
