@@ -1,12 +1,17 @@
 """Files and folders that are whole or absent, whatever happens while they are written."""
 
+import importlib.util
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from corolla.errors import ConfigError
+
+_HELD = ".held"
+"""The name of the file in a temporary folder whose lock says that a process uses the folder."""
 
 
 def write_atomic(path: Path, data: bytes, private: bool = False) -> None:
@@ -59,6 +64,27 @@ def only_one(lock: Path, busy: str) -> Iterator[None]:
         except OSError:
             raise ConfigError(busy) from None
         yield
+
+
+@contextmanager
+def scratch_folder(purpose: str) -> Iterator[Path]:
+    """A temporary folder, deleted at the end; those that killed processes have left go first.
+
+    A process holds a lock in its folder for as long as it lives: ids of processes would not tell,
+    they are used again, and containers that share a folder for temporary files have their own.
+    """
+    if importlib.util.find_spec("fcntl"):
+        for left in Path(tempfile.gettempdir()).glob(f"corolla-{purpose}-*/{_HELD}"):
+            with suppress(ConfigError, OSError):
+                if left.parent.lstat().st_uid == os.getuid():
+                    with only_one(left, "in use"):
+                        shutil.rmtree(left.parent, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"corolla-{purpose}-") as made, ExitStack() as held:
+        if importlib.util.find_spec("fcntl"):
+            new = Path(made, f"{_HELD}.new")
+            held.enter_context(only_one(new, "in use"))
+            new.rename(Path(made, _HELD))  # it appears with its lock held
+        yield Path(made)
 
 
 @contextmanager

@@ -5,11 +5,9 @@ found is a lower bound on epsilon, or how well an attack does; neither is a meas
 """
 
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,6 +22,7 @@ from corolla.data.partition import Split
 from corolla.data.rows import Example
 from corolla.errors import ConfigError
 from corolla.evaluation.scoring import log_likelihoods, loss_sum
+from corolla.host.files import scratch_folder
 from corolla.interfaces import Strategy
 from corolla.models.dense import DenseModel
 from corolla.models.lora import LoraModel
@@ -183,8 +182,8 @@ def _audited_clients(
     coins = dict(zip(clients, included, strict=True))
     loud = min(LOUDNESS * config.clip, config.max_norm or math.inf)
     network = canaries.CanaryClients(federation, coins, loud, config.seed)
-    with tempfile.TemporaryDirectory(prefix="corolla-audit-") as scratch:
-        run = run_with(config, strategy, network, loaded, Path(scratch, "run"))
+    with scratch_folder("audit") as scratch:
+        run = run_with(config, strategy, network, loaded, scratch / "run")
     scores = dict.fromkeys(clients, 0.0)
     for round, before, after in run.steps:
         for client in run.cohorts.get(round, ()):

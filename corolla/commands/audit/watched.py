@@ -1,7 +1,6 @@
 """Runs inside an audit: on this machine, watched, with nothing left but what they released."""
 
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from corolla.client.training.worker import Worker
 from corolla.commands.simulate.in_process import InProcess
 from corolla.config.run import RunConfig
+from corolla.host.files import scratch_folder
 from corolla.interfaces import Strategy
 from corolla.privacy.guarantee import Guarantee
 from corolla.server.rounds.federation import Federation
@@ -86,7 +86,7 @@ def run_with(
 
 def run_here(config: RunConfig, loaded: Setup) -> Watched:
     """A run whose clients are trained in this process."""
-    with tempfile.TemporaryDirectory(prefix="corolla-audit-") as scratch:
-        memory = Memory(Path(scratch, "memory"), Path(scratch, "clients"))
+    with scratch_folder("audit") as scratch:
+        memory = Memory(scratch / "memory", scratch / "clients")
         worker = Worker(config, loaded.model, loaded.data, memory)
-        return run_with(config, loaded.strategy, InProcess(worker), loaded, Path(scratch, "run"))
+        return run_with(config, loaded.strategy, InProcess(worker), loaded, scratch / "run")

@@ -7,7 +7,6 @@ import importlib.util
 import logging
 import os
 import secrets
-import tempfile
 import threading
 import warnings
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from typing import Any
 from corolla.config.run import RunConfig
 from corolla.data import federated
 from corolla.errors import ConfigError, RoundError
+from corolla.host.files import scratch_folder
 from corolla.host.processes import terminate_as_interrupt
 from corolla.models import pretrained
 from corolla.server.runs.observer import Observer
@@ -118,8 +118,8 @@ def _folders_of_clients(folder: Path, keep_updates: bool) -> Iterator[None]:
     """Tell the processes of Ray, which inherit the environment, where clients keep files."""
     from corolla.client.app import KEPT, MEMORY, RECORD
 
-    with tempfile.TemporaryDirectory(prefix="corolla-memory-") as memory:
-        os.environ[MEMORY] = memory
+    with scratch_folder("memory") as memory:
+        os.environ[MEMORY] = str(memory)
         os.environ[KEPT] = str((folder / "clients").resolve())
         os.environ[RECORD] = str((folder / "updates").resolve()) if keep_updates else ""
         try:

@@ -1,7 +1,6 @@
 """A whole federation on one machine. A composition root: it brings server and client together."""
 
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from corolla.client.training.worker import Worker
 from corolla.config.rules import refuse_kept_updates
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, StoppedError, WireError
+from corolla.host.files import scratch_folder
 from corolla.host.processes import terminate_as_interrupt
 from corolla.server.rounds.network import Network
 from corolla.server.runs.attempts import how_to_go_on
@@ -110,8 +110,8 @@ def _in_process(
 ) -> Summary:
     loaded = set_up(config, run_id)
     record = folder / "updates" if keep_updates else None
-    with tempfile.TemporaryDirectory(prefix="corolla-memory-") as scratch:
-        memory = Memory(Path(scratch), folder / "clients")
+    with scratch_folder("memory") as scratch:
+        memory = Memory(scratch, folder / "clients")
         worker = Worker(config, loaded.model, loaded.data, memory, record, on_step)
         run = Run(
             config,
