@@ -165,6 +165,8 @@ def _application(upstream: str, ca: Path, connections: int) -> Starlette:
         call = request.path_params["call"]
         if call not in FLEET:
             return PlainTextResponse("not found", 404)
+        if _malformed(request):
+            return PlainTextResponse("malformed", 400)
         if int(request.headers.get("content-length") or 0) > MAX_BODY:
             return PlainTextResponse("too large", 413)
         passed = {
@@ -201,6 +203,13 @@ def _application(upstream: str, ca: Path, connections: int) -> Starlette:
             yield
 
     return Starlette(routes=[Route("/v1/fleet/{call}", fleet, methods=["POST"])], lifespan=lifespan)
+
+
+def _malformed(request: Request) -> bool:
+    """Whether a request has two lengths, or a header that cannot travel on: beyond ASCII."""
+    headers = request.headers
+    two = "content-length" in headers and "transfer-encoding" in headers
+    return two or not all(value.isascii() for value in headers.values())
 
 
 async def _limited(request: Request) -> AsyncIterator[bytes]:

@@ -232,6 +232,20 @@ def test_what_two_parsers_could_read_apart_is_refused(front: Door, upstream: Ups
     assert {path for _, path, _, _ in upstream.seen} <= {"/v1/fleet/pull-messages", last}
 
 
+@pytest.mark.parametrize("front", ["builtin"], indirect=True)
+@pytest.mark.parametrize(
+    "headers",
+    ["content-length: 5\r\ntransfer-encoding: chunked", "content-length: 0\r\nflwr-public-key: é"],
+    ids=["two lengths", "beyond ASCII"],
+)
+def test_a_malformed_request_is_the_callers_fault(
+    front: Door, upstream: Upstream, headers: str
+) -> None:
+    start = f"POST /v1/fleet/get-run HTTP/1.1\r\n{headers}\r\n"
+    assert raw(front, start, b"0\r\n\r\n")[0] == 400
+    assert upstream.seen == []
+
+
 def test_bodies_have_a_limit_declared_or_not(
     client: httpx.Client, front: Door, upstream: Upstream
 ) -> None:
