@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from corolla.client.phone import policies
 from corolla.client.phone.channel import Caller
-from corolla.client.phone.policies import Entry
+from corolla.client.phone.policies import Entry, Spent
 from corolla.proto import device_pb2 as pb
 
 _EVERY = 0.5
@@ -33,7 +33,7 @@ class Alive:
         self._caller, self._lease = caller, lease
         self._policy, self._conditions, self._history = policy, conditions, history
         self._clock = caller.clock
-        self._began, self._charge = self._clock.now(), self._battery()
+        self._charge = self._battery()
         self._due = 0.0
         self._over = threading.Event()
         self._timer = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
@@ -56,9 +56,9 @@ class Alive:
             self.why = self._lapsed()
         return not self.why
 
-    def spent(self) -> tuple[float, float]:
-        """(seconds, percent of a full charge) since the lease began; a charger gives nothing."""
-        return self._clock.now() - self._began, max(0.0, self._charge - self._battery())
+    def spent(self) -> Spent:
+        """What was spent since the last entry of the history; a charger gives nothing back."""
+        return self._caller.meter.spent(max(0.0, self._charge - self._battery()))
 
     def _beat(self) -> None:
         """Renew the lease, three times in its time."""
@@ -78,7 +78,7 @@ class Alive:
             self._conditions(),
             self._history,
             self._clock.date(),
-            *self.spent(),
+            self.spent(),
         )
         first = policies.in_words(lacks[:1])
         return first + " any more" * first.startswith("not ")

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 import grpc
 
 from corolla.client.phone.clock import Clock
+from corolla.client.phone.meter import LEAST_SECONDS, Meter, SessionOverError, UsedUpError
 from corolla.errors import ConfigError, StoppedError
 from corolla.host.text import one_line
 from corolla.phones import protocol
@@ -21,11 +22,9 @@ FOREVER = float("inf")
 """Deadline of a call that is tried again until it has an answer."""
 _CALL_SECONDS = 30.0
 """Seconds after which a call has failed."""
+_OVERHEAD = 256
+"""Bytes of a call beside its messages, about: frames of HTTP/2 and TLS, headers, the token."""
 _FINAL = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNIMPLEMENTED)
-
-
-class SessionOverError(Exception):
-    """The gateway does not want a session's result. Never leaves this package."""
 
 
 class SlowCallError(Exception):
@@ -44,10 +43,9 @@ class Caller:
     tell: Callable[[str], None]
     """Told what the owner may want to know."""
     clock: Clock = field(default_factory=Clock)
-    bytes: int = 0
-    """Bytes up and down, of calls that were answered, since the last entry of the history."""
 
     def __post_init__(self) -> None:
+        self.meter = Meter(self.clock)
         self.stub: Any = device_pb2_grpc.PhonesStub(self.channel)  # type: ignore[no-untyped-call]
         self._metadata = (("authorization", f"Bearer {self.token}"),)
         self._random = random.Random(os.urandom(16))  # noqa: S311 - jitter
@@ -58,18 +56,19 @@ class Caller:
         request: Any,
         deadline: float = FOREVER,
         slow: bool = False,
+        coming: int = 0,
     ) -> R:
-        """The answer to a call.
+        """The answer to a call, of about `coming` bytes.
 
-        Raises SessionOverError when the gateway or the deadline has ended the session, ConfigError
-        for what only the owner can mend; where `slow`, SlowCallError for a call that took too long.
+        Raises SessionOverError when the gateway, the deadline or a limit of the day has ended the
+        session, ConfigError for what only the owner can mend; where `slow`, SlowCallError for a
+        call that took too long.
         """
         pause, longest = self.pauses
         while True:
+            left = self.meter.ask(request.ByteSize() + _OVERHEAD + coming)
             try:
-                found: Any = method(request, metadata=self._metadata, timeout=_CALL_SECONDS)
-                self.bytes += request.ByteSize() + found.ByteSize()
-                return cast(R, found)
+                return self._made(method, request, min(_CALL_SECONDS, left))
             except grpc.RpcError as error:
                 code, details = error.code(), one_line(error.details() or "", protocol.MAX_TEXT)
             self._refuse_final(code, details)
@@ -81,18 +80,44 @@ class Caller:
             self.wait(pause * (0.5 + self._random.random()))
             pause = min(2 * pause, longest)
 
-    def once(self, method: Callable[..., R], request: Any, seconds: float) -> R | None:
-        """The answer to a call that is not tried again, or None; its bytes do not count."""
+    def last_word(self, method: Callable[..., R], request: Any, deadline: float = FOREVER) -> R:
+        """The answer to a call that ends a session; it gets one try where the day is used up.
+
+        A few hundred bytes then free the gateway from waiting. Raises what `call` raises.
+        """
         try:
-            return method(request, metadata=self._metadata, timeout=seconds)
-        except grpc.RpcError:
+            return self.call(method, request, deadline)
+        except UsedUpError:
+            try:
+                return self._made(method, request, LEAST_SECONDS)
+            except grpc.RpcError:
+                pass
+            raise
+
+    def once(self, method: Callable[..., R], request: Any, seconds: float) -> R | None:
+        """The answer to a call that is not tried again, or None."""
+        try:
+            return self._made(method, request, min(seconds, self.meter.ask()))
+        except (grpc.RpcError, UsedUpError):
             return None
 
-    def download(self, request: pb.DownloadRequest, deadline: float = FOREVER) -> pb.Chunk:
-        """A chunk of a blob. Raises StoppedError when the phone was stopped."""
+    def _made(self, method: Callable[..., R], request: Any, seconds: float) -> R:
+        """One try of a call, which counts whatever comes of it."""
+        began, size = self.clock.now(), request.ByteSize() + _OVERHEAD
+        try:
+            found: Any = method(request, metadata=self._metadata, timeout=seconds)
+            size += found.ByteSize()
+            return cast(R, found)
+        finally:
+            self.meter.count(size, self.clock.now() - began)
+
+    def download(
+        self, request: pb.DownloadRequest, size: int, deadline: float = FOREVER
+    ) -> pb.Chunk:
+        """A chunk of a blob, of `size` bytes. Raises StoppedError when the phone was stopped."""
         if self.stop.is_set():  # a base model has many chunks
             raise StoppedError("stopped")
-        chunk: pb.Chunk = self.call(self.stub.Download, request, deadline)
+        chunk: pb.Chunk = self.call(self.stub.Download, request, deadline, coming=size)
         return chunk
 
     def wait(self, seconds: float) -> None:
@@ -101,8 +126,13 @@ class Caller:
             raise StoppedError("stopped")
 
     def pause(self, window: pb.RetryWindow) -> float:
-        """Seconds until the next check-in: of the gateway's window, at random."""
-        return protocol.wait(window, self._random.random())
+        """Seconds until the next check-in: of the gateway's window, at random, but not at once."""
+        return max(self.least_pause, protocol.wait(window, self._random.random()))
+
+    @property
+    def least_pause(self) -> float:
+        """Seconds between two check-ins, whatever a gateway says: as after two failures."""
+        return 2 * self.pauses[0]
 
     def _refuse_final(self, code: grpc.StatusCode, details: str) -> None:
         """Raises for a failure that another try would not change."""

@@ -1,7 +1,8 @@
 """What becomes of a session's work: the reply is delivered, and what the gateway says is kept."""
 
-from corolla.client.phone.channel import Caller, SessionOverError, SlowCallError
+from corolla.client.phone.channel import Caller, SlowCallError
 from corolla.client.phone.kept import Kept
+from corolla.client.phone.meter import SessionOverError
 from corolla.host.text import one_line
 from corolla.phones import protocol
 from corolla.proto import device_pb2 as pb
@@ -39,7 +40,8 @@ def deliver(caller: Caller, lease: str, packet: Packet, deadline: float) -> pb.A
             raise SessionOverError("the gateway does not take the update in")
         at = status.received
     request = pb.ReportRequest(lease=lease, reply=packet.header)
-    found: pb.Acknowledgement = caller.call(caller.stub.Report, request, deadline + _LAST_MINUTE)
+    report, until = caller.stub.Report, deadline + _LAST_MINUTE
+    found: pb.Acknowledgement = caller.last_word(report, request, until)
     return found
 
 

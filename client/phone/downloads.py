@@ -16,8 +16,8 @@ from corolla.phones import protocol
 from corolla.phones.protocol import CHUNK
 from corolla.proto import device_pb2 as pb
 
-Download = Callable[[pb.DownloadRequest], pb.Chunk]
-"""The call of that name; it tries again until it has an answer."""
+Download = Callable[[pb.DownloadRequest, int], pb.Chunk]
+"""The call of that name, and the bytes of its chunk; it tries again until it has an answer."""
 
 _TRIES = 3
 """How often a chunk is asked for that arrives damaged."""
@@ -100,16 +100,15 @@ def _fetch_file(
 
 
 def _chunk(blob: pb.Blob, at: int, expected: bytes | None, download: Download) -> bytes:
-    why = "a wrong chunk"
+    why, size = "a wrong chunk", min(CHUNK, blob.size - at)
+    request = pb.DownloadRequest(sha256=blob.sha256, offset=at)
     for _ in range(_TRIES):
         try:
-            found = protocol.check_chunk(
-                download(pb.DownloadRequest(sha256=blob.sha256, offset=at)), at, blob.size
-            )
+            found = protocol.check_chunk(download(request, size), at, blob.size)
         except WireError as error:
             why = str(error)
             continue
-        if len(found) == min(CHUNK, blob.size - at) and _is(found, expected):
+        if len(found) == size and _is(found, expected):
             return found
     raise WireError(f"the gateway sends a wrong chunk at {at} of {blob.sha256[:12]}: {why}")
 

@@ -103,8 +103,8 @@ class Work:
         return protocol.with_groups(task, payload, groups)
 
     def _fetch(self, blob: pb.Blob, most: int) -> bytes:
-        def download(request: pb.DownloadRequest) -> pb.Chunk:
-            return self.caller.download(request, self.deadline)
+        def download(request: pb.DownloadRequest, size: int) -> pb.Chunk:
+            return self.caller.download(request, size, self.deadline)
 
         return fetch(blob, self.kept.folder, download, most)
 

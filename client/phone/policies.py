@@ -65,6 +65,25 @@ class Entry:
     accepted: bool = False
 
 
+@dataclass(frozen=True)
+class Spent:
+    """What a device has spent: bytes up and down, seconds at work, percent of a full charge."""
+
+    bytes: float = 0.0
+    seconds: float = 0.0
+    battery: float = 0.0
+
+    def __add__(self, other: "Spent") -> "Spent":
+        return Spent(
+            self.bytes + other.bytes,
+            self.seconds + other.seconds,
+            self.battery + other.battery,
+        )
+
+
+NOTHING = Spent()
+
+
 def stricter(policy: pb.Policy, limits: Limits) -> pb.Policy:
     """A gateway's policy with an owner's limits."""
     both = pb.Policy()
@@ -81,18 +100,18 @@ def before_check_in(
     examples: int,
     history: Sequence[Entry],
     now: float,
+    spent: Spent = NOTHING,
 ) -> list[str]:
     """What does not hold, by the words of --policy. `device` has fields of Capabilities, and, where
-    it is known, "thermal"; `now` counts seconds since 1970.
+    it is known, "thermal"; `now` counts seconds since 1970; what was `spent` is not yet in the
+    history.
     """
     full = device.get("storage_bytes", 0) < policy.storage_bytes
-    spent = math.fsum(entry.bytes for entry in _today(history, now))
     return [
         *_conditions(policy, device),
         *(["storage"] if full else []),
         *(["examples"] if examples < policy.examples else []),
-        *(["daily-bytes"] if _used_up(policy.daily_bytes, spent) else []),
-        *_work(policy, history, now),
+        *used_up(policy, spent + spent_today(history, now)),
     ]
 
 
@@ -101,11 +120,10 @@ def while_training(
     device: Mapping[str, Any],
     history: Sequence[Entry],
     now: float,
-    seconds: float,
-    battery: float,
+    spent: Spent,
 ) -> list[str]:
-    """What does not hold any more after so many seconds of work and so much of the charge."""
-    return [*_conditions(policy, device), *_work(policy, history, now, seconds, battery)]
+    """What does not hold any more once so much was spent beside what the history has."""
+    return [*_conditions(policy, device), *used_up(policy, spent + spent_today(history, now))]
 
 
 def with_lease(
@@ -116,6 +134,26 @@ def with_lease(
     near = policy.separation and any(round - past.round < policy.separation for past in own)
     early = policy.period_seconds and any(now - past.at < policy.period_seconds for past in own)
     return [*(["separation"] if near else []), *(["period"] if early else [])]
+
+
+def used_up(policy: pb.Policy, spent: Spent) -> list[str]:
+    """The limits of a day that are reached, 0 being none."""
+    limits = {
+        "daily-bytes": (policy.daily_bytes, spent.bytes),
+        "daily-seconds": (policy.daily_seconds, spent.seconds),
+        "daily-battery": (policy.daily_battery_percent, spent.battery),
+    }
+    return [name for name, (limit, used) in limits.items() if 0 < limit <= used]
+
+
+def spent_today(history: Sequence[Entry], now: float) -> Spent:
+    """What was spent in the 24 hours before `now`."""
+    today = _today(history, now)
+    return Spent(
+        math.fsum(entry.bytes for entry in today),
+        math.fsum(entry.seconds for entry in today),
+        math.fsum(entry.battery for entry in today),
+    )
 
 
 def in_words(lacks: Sequence[str]) -> str:
@@ -159,27 +197,6 @@ def _conditions(policy: pb.Policy, device: Mapping[str, Any]) -> list[str]:
         "thermal": policy.thermal and device.get("thermal", 0) > policy.thermal,
     }
     return [name for name, lacks in lacking.items() if lacks]
-
-
-def _work(
-    policy: pb.Policy,
-    history: Sequence[Entry],
-    now: float,
-    seconds: float = 0.0,
-    battery: float = 0.0,
-) -> list[str]:
-    today = _today(history, now)
-    seconds += math.fsum(entry.seconds for entry in today)
-    battery += math.fsum(entry.battery for entry in today)
-    lacking = {
-        "daily-seconds": _used_up(policy.daily_seconds, seconds),
-        "daily-battery": _used_up(policy.daily_battery_percent, battery),
-    }
-    return [name for name, lacks in lacking.items() if lacks]
-
-
-def _used_up(limit: float, spent: float) -> bool:
-    return 0 < limit <= spent
 
 
 def _today(history: Sequence[Entry], now: float) -> list[Entry]:

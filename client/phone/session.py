@@ -7,7 +7,8 @@ yet delivered waits on the disk).
 
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ import grpc
 
 from corolla.client.phone import policies
 from corolla.client.phone.alive import Alive
-from corolla.client.phone.channel import Caller, SessionOverError
+from corolla.client.phone.channel import Caller
 from corolla.client.phone.clock import Clock
 from corolla.client.phone.delivery import deliver, settle
 from corolla.client.phone.downloads import fetch_model, verified
 from corolla.client.phone.kept import Kept
 from corolla.client.phone.lease import PhoneTrainer, Work
+from corolla.client.phone.meter import SessionOverError, UsedUpError
 from corolla.client.phone.policies import NO_LIMITS, Limits
 from corolla.errors import ConfigError, WireError
 from corolla.host import logs
@@ -33,6 +35,8 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
 """Seconds after a call that failed."""
 _LOOK = 30.0
 """Seconds between two looks at the device's conditions, at most, until a gateway says when."""
+_VISITS = 1 << 16
+"""Bytes of visits without a lease that make an entry of the history: it is written whole."""
 _CAPABILITIES = frozenset(update_pb2.Capabilities.DESCRIPTOR.fields_by_name)
 
 _log = logs.logger("phone")
@@ -83,17 +87,28 @@ class Phone:
 
         Raises ConfigError for what only the owner can mend, StoppedError when `stop` is set.
         """
-        while not (rounds and self.done >= rounds):
-            pause = self.visit()
-            if once:
-                return
-            if not (rounds and self.done >= rounds):
-                self.caller.wait(pause)
+        try:
+            while not (rounds and self.done >= rounds):
+                pause = self.visit()
+                if once:
+                    return
+                if not (rounds and self.done >= rounds):
+                    self.caller.wait(pause)
+        finally:
+            if self.caller.meter.spent().bytes:
+                with suppress(OSError):  # a full disk
+                    self._note(policies.Entry(self.clock.date(), "", 0))
 
     def visit(self) -> float:
         """Check in once and do what there is; the seconds until the next time."""
         try:
             return self._visit()
+        except UsedUpError as over:  # or as good as: the next visit would come no further
+            self._tell(f"waiting: {over}")
+            return self.settings.pauses[1]
+        except SessionOverError as over:
+            self._tell(f"the gateway refuses: {over}")
+            return self.settings.pauses[1]
         except OSError as error:  # a full disk: its owner may make room
             self._tell(f"this device fails: {error.strerror}")
             return self.settings.pauses[1]
@@ -101,8 +116,9 @@ class Phone:
     def _visit(self) -> float:
         device, examples = self.settings.conditions(), self.trainer.examples()
         policy, now = self.kept.policy(), self.clock.date()
-        history = self.kept.history(now)
-        lacks = policies.before_check_in(policy, device, examples, history, now)
+        history, meter = self.kept.history(now), self.caller.meter
+        meter.limit(policy, history, now)
+        lacks = policies.before_check_in(policy, device, examples, history, now, meter.spent())
         if lacks:
             self._tell(f"waiting: {policies.in_words(lacks)}")
             return self.caller.pause(self._window)
@@ -136,6 +152,8 @@ class Phone:
         if refusal.reason == pb.Refusal.REASON_MODEL:
             return self._get_model(refusal)
         self._tell(f"waiting: {one_line(refusal.text, protocol.MAX_TEXT)}")
+        if self.caller.meter.spent().bytes >= _VISITS:
+            self._note(policies.Entry(self.clock.date(), "", 0))
         if refusal.reason == pb.Refusal.REASON_NAME:  # until its holder is forgotten
             return self.settings.pauses[1]
         return self.caller.pause(found.retry)
@@ -147,16 +165,20 @@ class Phone:
             raise ConfigError(f"{one_line(refusal.text, protocol.MAX_TEXT)}: name one with --model")
         try:
             folder = fetch_model(refusal.base_model, self.kept.models, self.caller.download)
-        except SessionOverError:
-            return self.settings.pauses[0]
+        except UsedUpError:
+            raise
+        except SessionOverError as over:
+            self._tell(f"the base model is not fetched: {over}")
+            return self.caller.least_pause
         except WireError as error:
             self._tell(f"the gateway's base model is refused: {error}")
             return self.settings.pauses[1]
-        self._note(policies.Entry(self.clock.date(), "", 0, bytes=self.caller.bytes))
+        finally:
+            self._note(policies.Entry(self.clock.date(), "", 0))
         self._tell(f"base model {folder.name[:12]} is here")
         self.kept.keep_model(folder)
         self._whole = folder
-        return 0.0
+        return self.caller.least_pause
 
     def _model(self) -> Path | None:
         """The gateway's base model, if it is here and whole; None: an own one, or none yet."""
@@ -172,6 +194,8 @@ class Phone:
         with logs.bind(client=found.lease.client):
             try:
                 return self._serve(found.lease)
+            except UsedUpError:
+                raise
             except SessionOverError as over:
                 self._tell(f"dropped: {over}")
             except WireError as error:
@@ -192,26 +216,27 @@ class Phone:
                 answer = deliver(self.caller, lease.id, packet, work.deadline)
                 accepted = answer.accepted
                 self.kept.drop_replies()
-            except SessionOverError:
+            except SessionOverError as over:
                 self.kept.drop_replies()
+                if isinstance(over, UsedUpError):
+                    self._give_up(lease, task, over)
                 raise
             finally:
-                seconds, battery = alive.spent()
-                self._note(
-                    policies.Entry(
-                        at=self.clock.date(),
-                        run=task.run_id,
-                        round=task.round,
-                        seconds=seconds,
-                        bytes=self.caller.bytes,
-                        battery=battery,
-                        accepted=accepted,
-                    )
+                entry = policies.Entry(
+                    at=self.clock.date(), run=task.run_id, round=task.round, accepted=accepted
                 )
+                self._note(entry, alive.spent().battery)
         self.done += answer.accepted
         word = settle(self.kept, task, packet, answer)
         self._tell(f"round {task.round} as {one_line(lease.client, protocol.MAX_TEXT)}: {word}")
         return answer.retry
+
+    def _give_up(self, lease: pb.Lease, task: update_pb2.Task, why: UsedUpError) -> None:
+        """Tell the gateway that it need not wait."""
+        header = protocol.given_up(task, lease.client, f"given up: {why}").header
+        request = pb.ReportRequest(lease=lease.id, reply=header)
+        with suppress(SessionOverError):
+            self.caller.last_word(self.caller.stub.Report, request)
 
     def _work(self, lease: pb.Lease) -> Work:
         """What there is to do for a lease. Raises WireError when it is not this device's."""
@@ -222,12 +247,17 @@ class Phone:
         return Work(lease, deadline, self.caller, self.kept, self.trainer, self._model())
 
     def _alive(self, lease: pb.Lease) -> Alive:
-        policy, history = self.kept.policy(lease.policy), self.kept.history(self.clock.date())
+        now = self.clock.date()
+        policy, history = self.kept.policy(lease.policy), self.kept.history(now)
+        self.caller.meter.limit(policy, history, now)
+        self.caller.meter.works()
         return Alive(self.caller, lease, policy, self.settings.conditions, history)
 
-    def _note(self, entry: policies.Entry) -> None:
-        self.kept.note(entry)
-        self.caller.bytes = 0
+    def _note(self, entry: policies.Entry, battery: float = 0.0) -> None:
+        """Add an entry to the history, with what the meter has counted since the last one."""
+        spent = asdict(self.caller.meter.spent(battery))
+        self.kept.note(replace(entry, **spent))
+        self.caller.meter.settle()
 
     def _tell(self, line: str) -> None:
         if line != self._told:

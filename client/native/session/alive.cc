@@ -28,14 +28,14 @@ std::string any_more(const Lacks& lacks) {
 }  // namespace
 
 Alive::Alive(Channel& channel, const v1::Lease& lease, v1::Policy policy, Platform& platform,
-             const Stop& stop, Spent today, Moment deadline)
+             const Stop& stop, const Spending& spending, Moment deadline)
     : channel_(channel),
       id_(lease.id()),
       lease_seconds_(sound(lease.seconds())),
       policy_(std::move(policy)),
       platform_(platform),
       stop_(stop),
-      today_(today),
+      spending_(spending),
       deadline_(deadline),
       first_(platform.read()),
       now_(first_),
@@ -80,8 +80,7 @@ void Alive::look(bool again) {
   next_look_ = in_seconds(kEvery);
   now_ = platform_.read();
   thermal_max_ = std::max(thermal_max_, now_.thermal);
-  Spent today = today_;
-  today.seconds += seconds_at_work();
+  Spent today = spending_.total();
   today.battery += battery_spent();
   lacks_ = while_training(policy_, now_, today);
 }

@@ -17,9 +17,9 @@ namespace corolla {
 // belongs to the thread that trains.
 class Alive : public Conditions {
  public:
-  // `today`: what the device had spent when the session began.
+  // `spending` counts what the device has spent today.
   Alive(Channel& channel, const v1::Lease& lease, v1::Policy policy, Platform& platform,
-        const Stop& stop, Spent today, Moment deadline);
+        const Stop& stop, const Spending& spending, Moment deadline);
   ~Alive() override;
 
   std::string lapsed() override;
@@ -54,7 +54,7 @@ class Alive : public Conditions {
   v1::Policy policy_;
   Platform& platform_;
   const Stop& stop_;
-  Spent today_;
+  const Spending& spending_;
   Moment deadline_;
 
   std::atomic<bool> unwanted_{false};

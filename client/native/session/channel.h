@@ -3,27 +3,27 @@
 
 #include <grpcpp/grpcpp.h>
 
+#include <algorithm>
 #include <atomic>
 #include <functional>
 #include <memory>
 #include <string>
 
+#include "base/meter.h"
 #include "base/stop.h"
 #include "corolla/proto/device.grpc.pb.h"
+#include "session/spending.h"
 
 namespace corolla {
-
-// Ends a session: the gateway does not want its result.
-class Over : public Error {
- public:
-  using Error::Error;
-};
 
 // A call took too long: ask for less.
 class Slow : public Error {
  public:
   using Error::Error;
 };
+
+// Bytes of a call beside its messages, about: frames of HTTP/2 and TLS, headers, the token.
+constexpr uint64_t kOverhead = 256;
 
 struct Pauses {
   double first = 1, longest = 60;  // seconds after a call that failed
@@ -46,7 +46,7 @@ class Channel {
     prepare(context, seconds);
     response->Clear();
     grpc::Status status = (stub_.get()->*method)(&context, request, response);
-    up_ += request.ByteSizeLong();
+    up_ += request.ByteSizeLong() + kOverhead;
     if (status.ok()) down_ += response->ByteSizeLong();
     return status;
   }
@@ -66,22 +66,45 @@ class Channel {
 class Caller {
  public:
   Caller(Channel& channel, Pauses pauses, Stop& stop, std::function<void(const std::string&)> tell)
-      : channel_(channel), pauses_(pauses), stop_(stop), tell_(std::move(tell)) {}
+      : channel_(channel),
+        pauses_(pauses),
+        stop_(stop),
+        tell_(std::move(tell)),
+        spending_([&channel] { return channel.bytes_up() + channel.bytes_down(); }) {}
 
-  // Throws Over when the gateway or the deadline has ended the session, UsageError for what only
-  // the owner can mend, Stopped; where `slow`, Slow for a call that took too long.
+  // The answer to a call, of about `coming` bytes. Throws Over when the gateway, the deadline or a
+  // limit of the day has ended the session, UsageError for what only the owner can mend, Stopped;
+  // where `slow`, Slow for a call that took too long.
   template <class Q, class R>
   R call(Channel::Method<Q, R> method, const Q& request, Moment deadline = kForever,
-         bool slow = false) {
+         bool slow = false, uint64_t coming = 0) {
     R response;
     double pause = pauses_.first, seconds = kSeconds;
     while (true) {
       stop_.check();
-      grpc::Status status = channel_.once(method, request, &response, seconds);
+      double left = spending_.ask(request.ByteSizeLong() + kOverhead + coming);
+      grpc::Status status = made(method, request, response, std::min(seconds, left));
       if (status.ok()) return response;
       failed(status, deadline, slow, pause, seconds);
     }
   }
+
+  // A call that ends a session; it gets one try where the day is used up: a few hundred bytes then
+  // free the gateway from waiting.
+  template <class Q, class R>
+  R last_word(Channel::Method<Q, R> method, const Q& request, Moment deadline = kForever) {
+    try {
+      return call(method, request, deadline);
+    } catch (const UsedUp&) {
+      R response;
+      if (made(method, request, response, kLeastSeconds).ok()) return response;
+      throw;
+    }
+  }
+
+  // Seconds between two check-ins, whatever a gateway says: as after two failures.
+  double least_pause() const { return 2 * pauses_.first; }
+  Spending& spending() { return spending_; }
 
   Channel& channel() { return channel_; }
   const Pauses& pauses() const { return pauses_; }
@@ -89,6 +112,15 @@ class Caller {
 
  private:
   static constexpr double kSeconds = 30;  // of one call, on a usual line
+
+  // One try of a call, whose time counts whatever comes of it.
+  template <class Q, class R>
+  grpc::Status made(Channel::Method<Q, R> method, const Q& request, R& response, double seconds) {
+    Stopwatch watch;
+    grpc::Status status = channel_.once(method, request, &response, seconds);
+    spending_.took(watch.seconds());
+    return status;
+  }
 
   // Waits before the next try, and makes pause and patience grow; or throws.
   void failed(const grpc::Status& status, Moment deadline, bool slow, double& pause,
@@ -98,6 +130,7 @@ class Caller {
   Pauses pauses_;
   Stop& stop_;
   std::function<void(const std::string&)> tell_;
+  Spending spending_;
 };
 
 }  // namespace corolla

@@ -80,7 +80,7 @@ v1::Acknowledgement Delivery::deliver(const Begun& begun, const std::string& pay
   request.set_lease(begun.lease);
   request.set_reply(begun.header.SerializeAsString());
   Moment last = deadline == kForever ? kForever : deadline + kLastMinute;
-  return caller_.call(&Channel::Stub::Report, request, last);
+  return caller_.last_word(&Channel::Stub::Report, request, last);
 }
 
 v1::RetryWindow Delivery::end(const Begun& begun, const v1::Acknowledgement& answer) {
@@ -111,6 +111,8 @@ bool Delivery::deliver_left(bool metered, v1::RetryWindow& retry) {
   if (!begun || !begun->done || metered) return false;
   try {
     retry = end(*begun, deliver(*begun, kept_.payload(), kForever));
+  } catch (const UsedUp&) {  // another day
+    return false;
   } catch (const Over& over) {
     drop(*begun, over.what());
   }

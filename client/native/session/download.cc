@@ -36,7 +36,7 @@ std::string get_chunk(const v1::Blob& blob, uint64_t at, const std::string& expe
   request.set_sha256(blob.sha256());
   request.set_offset(at);
   for (int i = 0; i < kTries; ++i) {
-    v1::Chunk found = download(request);
+    v1::Chunk found = download(request, std::min(kChunk, blob.size() - at));
     try {
       check_chunk(found, at, blob.size());
     } catch (const WireError& error) {

@@ -16,8 +16,8 @@
 
 namespace corolla {
 
-// The call of that name; it tries again until it has an answer.
-using Download = std::function<v1::Chunk(const v1::DownloadRequest&)>;
+// The call of that name, and the bytes of its chunk; it tries again until it has an answer.
+using Download = std::function<v1::Chunk(const v1::DownloadRequest&, uint64_t)>;
 
 // The bytes of a blob, by way of a file in `folder`. Throws WireError when they are others.
 std::string fetch(const v1::Blob& blob, const std::filesystem::path& folder,

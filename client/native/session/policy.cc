@@ -14,11 +14,10 @@ void conditions(const v1::Policy& policy, const Readings& now, Lacks& lacks) {
   if (policy.thermal() && now.thermal > policy.thermal()) lacks.push_back("thermal");
 }
 
-bool used_up(double limit, double spent) { return limit > 0 && spent >= limit; }
+bool reached(double limit, double spent) { return limit > 0 && spent >= limit; }
 
-void work(const v1::Policy& policy, const Spent& today, Lacks& lacks) {
-  if (used_up(policy.daily_seconds(), today.seconds)) lacks.push_back("daily-seconds");
-  if (used_up(policy.daily_battery_percent(), today.battery)) lacks.push_back("daily-battery");
+void add_to(Lacks& lacks, const Lacks& more) {
+  lacks.insert(lacks.end(), more.begin(), more.end());
 }
 
 template <class T>
@@ -34,16 +33,23 @@ Lacks before_check_in(const v1::Policy& policy, const Readings& now, uint64_t ex
   conditions(policy, now, lacks);
   if (now.storage_bytes < policy.storage_bytes()) lacks.push_back("storage");
   if (examples < policy.examples()) lacks.push_back("examples");
-  double most_bytes = static_cast<double>(policy.daily_bytes());
-  if (used_up(most_bytes, today.bytes)) lacks.push_back("daily-bytes");
-  work(policy, today, lacks);
+  add_to(lacks, used_up(policy, today));
   return lacks;
 }
 
 Lacks while_training(const v1::Policy& policy, const Readings& now, const Spent& today) {
   Lacks lacks;
   conditions(policy, now, lacks);
-  work(policy, today, lacks);
+  add_to(lacks, used_up(policy, today));
+  return lacks;
+}
+
+Lacks used_up(const v1::Policy& policy, const Spent& today) {
+  Lacks lacks;
+  double most_bytes = static_cast<double>(policy.daily_bytes());
+  if (reached(most_bytes, today.bytes)) lacks.push_back("daily-bytes");
+  if (reached(policy.daily_seconds(), today.seconds)) lacks.push_back("daily-seconds");
+  if (reached(policy.daily_battery_percent(), today.battery)) lacks.push_back("daily-battery");
   return lacks;
 }
 

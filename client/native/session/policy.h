@@ -21,6 +21,9 @@ Lacks before_check_in(const v1::Policy& policy, const Readings& now, uint64_t ex
 // While it trains.
 Lacks while_training(const v1::Policy& policy, const Readings& now, const Spent& today);
 
+// The limits of a day that are reached.
+Lacks used_up(const v1::Policy& policy, const Spent& today);
+
 // With a task of a round: whether it comes too soon after the last contribution to that run.
 Lacks with_lease(const v1::Policy& policy, const std::vector<Contribution>& history,
                  const std::string& run, uint32_t round, double now);

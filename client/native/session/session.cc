@@ -13,6 +13,7 @@ namespace {
 
 constexpr double kUsual = 30, kDay = 86400;  // seconds
 constexpr uint64_t kMostExamples = 1 << 30;
+constexpr double kVisits = 1 << 16;  // bytes without a lease that make an entry of the history
 
 }  // namespace
 
@@ -31,24 +32,36 @@ Session::Session(Owner owner, Channel& channel, Pauses pauses, Platform& platfor
       timings_(owner_.state / "timings") {}
 
 void Session::run(uint64_t rounds, bool once) {
-  while (!rounds || delivery_.accepted() < rounds) {
-    refused_.clear();
-    double pause = visit();
-    if (once && !refused_.empty()) throw Error(refused_);
-    if (once) return;
-    if (!rounds || delivery_.accepted() < rounds) stop_.wait(pause);
+  try {
+    while (!rounds || delivery_.accepted() < rounds) {
+      refused_.clear();
+      double pause = visit();
+      if (once && !refused_.empty()) throw Error(refused_);
+      if (once) break;
+      if (!rounds || delivery_.accepted() < rounds) stop_.wait(pause);
+    }
+  } catch (...) {
+    note_visits();
+    throw;
   }
+  note_visits();
 }
 
 double Session::visit() {
   try {
+    Spending& spending = caller_.spending();
+    spending.limit(policy(), spent_today(history_.read(unix_now()), unix_now()));
     bool metered = policy().unmetered() && platform_.read().metered;
-    if (delivery_.deliver_left(metered, retry_)) return pause(retry_);
-    Spent today = spent_today(history_.read(unix_now()), unix_now());
-    Lacks lacks = before_check_in(policy(), platform_.read(), owner_.examples, today);
+    if (delivery_.deliver_left(metered, retry_)) {
+      spending.settle();
+      return pause(retry_);
+    }
+    Lacks lacks = before_check_in(policy(), platform_.read(), owner_.examples, spending.total());
     if (lacks.empty()) return check_in();
     tell("waiting: " + in_words(lacks));
     return retry_.max_seconds() > 0 ? pause(retry_) : kUsual;
+  } catch (const UsedUp& over) {  // or as good as: the next visit would come no further
+    tell(std::string("waiting: ") + over.what());
   } catch (const DiskError& error) {
     tell(std::string("this device fails: ") + error.what());
   } catch (const std::filesystem::filesystem_error& error) {
@@ -80,6 +93,7 @@ double Session::check_in() {
   if (refusal.reason() == v1::Refusal::REASON_MODEL && refusal.base_model().size())
     return get_bundle(refusal);
   tell("waiting: " + text);
+  if (caller_.spending().spent().bytes >= kVisits) note_visits();
   bool for_long = refusal.reason() == v1::Refusal::REASON_NAME ||  // until its holder is forgotten
                   refusal.reason() == v1::Refusal::REASON_MODEL;
   return for_long ? caller_.pauses().longest : pause(retry_);
@@ -131,35 +145,45 @@ v1::Policy Session::policy() const {
   return stricter(told, owner_.limits);
 }
 
+// What was spent without a lease counts as well.
+void Session::note_visits() {
+  Spent spent = caller_.spending().spent();
+  if (!(spent.bytes > 0)) return;
+  Contribution work;
+  work.at = unix_now();
+  work.bytes = spent.bytes;
+  work.seconds = spent.seconds;
+  history_.add(work);
+  caller_.spending().settle();
+}
+
 double Session::get_bundle(const v1::Refusal& refusal) {
   worker_.reset();  // the old programs go before the new ones come
-  uint64_t before = caller_.channel().bytes_down();
-  auto note = [&] {
-    Contribution work;
-    work.at = unix_now();
-    work.bytes = static_cast<double>(caller_.channel().bytes_down() - before);
-    if (work.bytes > 0) history_.add(work);
-  };
   try {
-    auto get = [this](const v1::DownloadRequest& request) { return download(request, kForever); };
+    auto get = [this](const v1::DownloadRequest& request, uint64_t size) {
+      return download(request, size, kForever);
+    };
     const Bundle& bundle =
         bundles_.fetch(refusal.base_model(), get, platform_.read().storage_bytes);
     tell("bundle " + bundle.name.substr(0, 12) + " of " + one_line(bundle.manifest.model) +
          " is here");
-    note();
-    return 0;
+    note_visits();
+    return caller_.least_pause();
+  } catch (const UsedUp&) {
+    note_visits();
+    throw;
   } catch (const Over&) {  // not offered any more
-    note();
-    return caller_.pauses().first;
+    note_visits();
+    return caller_.least_pause();
   } catch (const DiskError&) {
+    note_visits();
     throw;
   } catch (const Stopped&) {
-    note();
     throw;
   } catch (const UsageError&) {
     throw;
   } catch (const Error& error) {
-    note();
+    note_visits();
     refused_ = std::string("the gateway's bundle is refused: ") + error.what();
     tell(refused_);
     return caller_.pauses().longest;
@@ -167,19 +191,23 @@ double Session::get_bundle(const v1::Refusal& refusal) {
 }
 
 std::string Session::fetch(const v1::Blob& blob, uint64_t most, Moment deadline) {
-  auto get = [&](const v1::DownloadRequest& request) { return download(request, deadline); };
+  auto get = [&](const v1::DownloadRequest& request, uint64_t size) {
+    return download(request, size, deadline);
+  };
   return corolla::fetch(blob, owner_.state, get, most);
 }
 
-v1::Chunk Session::download(const v1::DownloadRequest& request, Moment deadline) {
-  return caller_.call(&Channel::Stub::Download, request, deadline);
+v1::Chunk Session::download(const v1::DownloadRequest& request, uint64_t size, Moment deadline) {
+  return caller_.call(&Channel::Stub::Download, request, deadline, false, size);
 }
 
-// A moment of one's own choice within the window; at most a day, whatever the other side says.
+// A moment of one's own choice within the window; not at once, and at most a day, whatever the
+// other side says.
 double Session::pause(const v1::RetryWindow& window) {
   double low = window.min_seconds(), high = window.max_seconds();
   bool sound = 0 <= low && low <= high && high <= kDay;
-  return sound ? caller_.jitter(low, high) : caller_.jitter(kUsual / 2, kUsual);
+  double chosen = sound ? caller_.jitter(low, high) : caller_.jitter(kUsual / 2, kUsual);
+  return std::max(caller_.least_pause(), chosen);
 }
 
 void Session::tell(const std::string& line) {

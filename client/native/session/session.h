@@ -68,6 +68,7 @@ class Session {
 
   double visit();  // seconds until the next
   double check_in();
+  void note_visits();
   double get_bundle(const v1::Refusal& refusal);
   v1::CheckInRequest request();
   v1::RetryWindow serve(const v1::Lease& lease);
@@ -75,10 +76,11 @@ class Session {
   Answer train(const v1::Task& task, Service& service);
   Answer work(const v1::Task& task, Service& service);
   Assignment allowed(const v1::Assignment& told, const Manifest& manifest) const;
+  void give_up(Service& service, const Over& over);
   void wait_unmetered(const Service& service);
 
   std::string fetch(const v1::Blob& blob, uint64_t most, Moment deadline);
-  v1::Chunk download(const v1::DownloadRequest& request, Moment deadline);
+  v1::Chunk download(const v1::DownloadRequest& request, uint64_t size, Moment deadline);
   v1::Policy policy() const;
   void learn(const v1::CheckInResponse& found);
   double pause(const v1::RetryWindow& window);

@@ -74,19 +74,25 @@ class Traffic {
 
 // A lease while it is served. `today`: what the device had spent before.
 struct Session::Service {
-  Service(const Session& own, Channel& channel, const v1::Lease& lease, Spent today)
+  Service(const Session& own, Caller& caller, const v1::Lease& lease, Spent today)
       : lease(lease),
         deadline(in_seconds(lease.deadline_seconds())),
         policy(stricter(lease.policy(), own.owner_.limits)),
-        traffic(channel, lease),
-        alive(channel, lease, policy, own.platform_, own.stop_, today, deadline) {
+        traffic(caller.channel(), lease),
+        spending(caller.spending()),
+        alive(caller.channel(), lease, policy, own.platform_, own.stop_, spending, deadline) {
     begun.lease = lease.id();
+    spending.limit(policy, today);
+    spending.works([this] { return alive.seconds_at_work(); });
   }
+
+  ~Service() { spending.settle(); }
 
   // Notes what the work has cost so far.
   void charge() {
-    begun.work.seconds = alive.seconds_at_work();
-    begun.work.bytes = static_cast<double>(traffic.up() + traffic.down());
+    Spent spent = spending.spent();
+    begun.work.seconds = spent.seconds;
+    begun.work.bytes = spent.bytes;
     begun.work.battery = alive.battery_spent();
   }
 
@@ -112,6 +118,7 @@ struct Session::Service {
   Moment deadline;
   v1::Policy policy;
   Traffic traffic;
+  Spending& spending;
   Alive alive;
   Begun begun;
 };
@@ -122,7 +129,7 @@ v1::RetryWindow Session::serve(const v1::Lease& lease) {
     throw WireError("the lease is of another device");
   delivery_.count_left(lease.id());
   Spent today = spent_today(history_.read(unix_now()), unix_now());
-  Service service(*this, caller_.channel(), lease, today);
+  Service service(*this, caller_, lease, today);
   drop_parts(owner_.state, offered(lease));
   Begun done;
   v1::Acknowledgement acknowledged;
@@ -133,8 +140,11 @@ v1::RetryWindow Session::serve(const v1::Lease& lease) {
     if (answer.header.error().empty()) wait_unmetered(service);
     acknowledged = delivery_.deliver(done, answer.payload, service.deadline);
   } catch (const Over& over) {
+    bool used_up = dynamic_cast<const UsedUp*>(&over) != nullptr;
+    if (used_up) give_up(service, over);
     service.charge();
     delivery_.drop(service.begun, over.what());
+    if (used_up) throw;
     return retry_;
   } catch (...) {
     service.charge();
@@ -142,6 +152,18 @@ v1::RetryWindow Session::serve(const v1::Lease& lease) {
     throw;
   }
   return delivery_.end(done, acknowledged);
+}
+
+// Tells the gateway that it need not wait.
+void Session::give_up(Service& service, const Over& over) {
+  v1::ReportRequest request;
+  service.begun.header.set_error(std::string("given up: ") + over.what());
+  request.set_lease(service.begun.lease);
+  request.set_reply(service.begun.header.SerializeAsString());
+  try {
+    caller_.last_word(&Channel::Stub::Report, request);
+  } catch (const Over&) {
+  }
 }
 
 // Reads the task, keeps on disk that it was begun, and has it done.

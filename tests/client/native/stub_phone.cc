@@ -134,6 +134,7 @@ json judged(const json& one, double now) {
   auto device = readings_of(one.at("device"));
   auto history = history_of(one.at("history"), now);
   Spent today = spent_today(history, now), working = today;
+  working.bytes += one.at("session").at("bytes").get<double>();
   working.seconds += one.at("session").at("seconds").get<double>();
   working.battery += one.at("session").at("battery").get<double>();
   return {{"start", before_check_in(policy, device, one.at("examples"), today)},

@@ -9,9 +9,9 @@ from typing import Any
 import grpc
 import pytest
 
-from corolla.client.phone.channel import SessionOverError
 from corolla.client.phone.delivery import deliver
 from corolla.client.phone.kept import Kept
+from corolla.client.phone.meter import SessionOverError
 from corolla.client.phone.policies import NO_LIMITS
 from corolla.phones import protocol
 from corolla.proto import device_pb2 as pb

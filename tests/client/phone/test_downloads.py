@@ -27,7 +27,7 @@ class Line:
     spoil: Callable[[pb.Chunk, int], None] = lambda chunk, number: None
     asked: list[int] = field(default_factory=list)
 
-    def __call__(self, request: pb.DownloadRequest) -> pb.Chunk:
+    def __call__(self, request: pb.DownloadRequest, size: int) -> pb.Chunk:
         chunk = self.blobs.chunk(request.sha256, request.offset)
         self.asked.append(request.offset)
         self.bytes_left -= len(chunk.content)

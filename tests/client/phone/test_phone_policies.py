@@ -118,7 +118,7 @@ def test_charge_that_is_spent_is_noted_and_a_low_battery_ends_the_work(
 @pytest.mark.parametrize(
     ("limits", "words"),
     [
-        (Limits(daily_bytes=1), "today's bytes are used up"),
+        (Limits(daily_bytes=5000), "today's bytes are used up"),
         (Limits(daily_seconds=1e-6), "today's time is used up"),
     ],
 )
@@ -128,10 +128,10 @@ def test_an_owners_limit_ends_the_work_of_a_day(limits: Limits, words: str, worl
         world, Scripted(gateways.a_task(CONFIG)), conditions=lambda: GOOD, limits=limits
     )
     phone.say = said.append
-    policies.add(path, Entry(time.time() - 90_000, "ab" * 16, 1, 1.0, 10.0))
+    policies.add(path, Entry(time.time() - 90_000, "ab" * 16, 1, 1.0, 9000.0))
     with phone.channel:
         phone.visit()  # a day ago
-        policies.add(path, Entry(time.time() - 3600, "ab" * 16, 2, 1.0, 10.0))
+        policies.add(path, Entry(time.time() - 3600, "ab" * 16, 2, 1.0, 9000.0))
         phone.visit()
     assert said == ["waiting: no round", f"waiting: {words}"]
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from corolla.client.phone import policies
-from corolla.client.phone.policies import Entry, Limits
+from corolla.client.phone.policies import Entry, Limits, Spent
 from corolla.proto import device_pb2 as pb
 
 TABLE: dict[str, Any] = json.loads(
@@ -26,9 +26,7 @@ def test_what_a_device_decides(case: dict[str, Any], tmp_path: Path) -> None:
     found = {
         "start": policies.before_check_in(policy, device, case["examples"], history, NOW),
         "lease": policies.with_lease(policy, history, case["run"], case["round"], NOW),
-        "working": policies.while_training(
-            policy, device, history, NOW, spent["seconds"], spent["battery"]
-        ),
+        "working": policies.while_training(policy, device, history, NOW, Spent(**spent)),
     }
     assert found == case["expected"]
 

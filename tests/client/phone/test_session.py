@@ -498,7 +498,7 @@ def test_a_phone_that_is_stopped_while_it_downloads_ends(world: World) -> None:
     phone = a_phone(world, Scripted(gateways.a_task(CONFIG)))
     phone.stop.set()
     with phone.channel, pytest.raises(StoppedError):
-        phone.caller.download(pb.DownloadRequest(sha256="0" * 64))
+        phone.caller.download(pb.DownloadRequest(sha256="0" * 64), 1)
 
 
 def test_a_task_that_cannot_be_read_is_given_up(world: World) -> None:

@@ -88,7 +88,7 @@ class Native:
             }
         )
 
-    def download(self, request: pb.DownloadRequest) -> pb.Chunk:
+    def download(self, request: pb.DownloadRequest, size: int) -> pb.Chunk:
         chunk: pb.Chunk = self.caller.call("Download", request)
         return chunk
 

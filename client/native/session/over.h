@@ -1,0 +1,13 @@
+// Ends a session: nothing can come of it any more.
+#pragma once
+
+#include "base/error.h"
+
+namespace corolla {
+
+class Over : public Error {
+ public:
+  using Error::Error;
+};
+
+}  // namespace corolla
