@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from corolla.aggregation.sums import WeightedMean
-from corolla.interfaces import Client
+from corolla.interfaces import Aggregator, Client
 from corolla.tensors import tree
 from corolla.types import (
     Adapter,
@@ -58,7 +58,7 @@ class FedAvg:
     def update_like(self, fresh: Params, size: Size) -> Payload:
         return {"adapter": fresh}
 
-    def aggregator(self) -> WeightedMean:
+    def aggregator(self) -> Aggregator:
         return WeightedMean()
 
     def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:

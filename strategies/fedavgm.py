@@ -10,26 +10,15 @@ from typing import ClassVar
 
 import torch
 
-from corolla.aggregation.sums import WeightedMean
-from corolla.interfaces import Client, Observed
+from corolla.interfaces import Observed
+from corolla.strategies.fedavg import FedAvg
 from corolla.strategies.options import option
 from corolla.tensors import factors, tree
-from corolla.types import (
-    Adapter,
-    Aggregates,
-    Broadcast,
-    Cost,
-    Metrics,
-    Params,
-    Payload,
-    Size,
-    TrainerName,
-    Update,
-)
+from corolla.types import Aggregates, Broadcast, Metrics, Params, Payload
 
 
 @dataclass(frozen=True)
-class FedAvgM:
+class FedAvgM(FedAvg):
     """v ← beta v + Σ p_m (w_m - w), w ← w + lr v, over the factors A and B and the head.
 
     With beta = 0 and lr = 1 it is FedAvg.
@@ -37,11 +26,6 @@ class FedAvgM:
 
     name: ClassVar[str] = "fedavgm"
     aggregates: ClassVar[Aggregates] = "other"
-    mixed_ranks: ClassVar[bool] = False
-    trainers: ClassVar[tuple[TrainerName, ...]] = ("first_order",)
-    full: ClassVar[bool] = False
-    stale: ClassVar[bool] = True
-    dense: ClassVar[bool] = True
     when: ClassVar[str] = "FedAvg with small cohorts, whose rounds pull in different directions"
 
     beta: float = option(0.9, "The momentum of the server.", 0.5)
@@ -57,27 +41,10 @@ class FedAvgM:
     def broadcast(self, state: Payload) -> Broadcast:
         return Broadcast({"adapter": state["adapter"]})
 
-    def local(self, client: Client, received: Payload) -> Update:
-        start = received["adapter"]
-        fit = client.trainer.fit(start)
-        return Update({"adapter": tree.sub(fit.params, start)}, fit.num_examples, fit.metrics)
-
-    def update_like(self, fresh: Params, size: Size) -> Payload:
-        return {"adapter": fresh}
-
-    def aggregator(self) -> WeightedMean:
-        return WeightedMean()
-
     def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
         momentum = tree.add(tree.scale(state["momentum"], self.beta), aggregate["adapter"])
         adapter = tree.add(state["adapter"], tree.scale(momentum, self.lr))
         return {"adapter": adapter, "momentum": momentum}, {}
-
-    def adapter(self, state: Payload) -> Adapter:
-        return Adapter(state["adapter"])
-
-    def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
-        return [Cost(up=4 * n, down=4 * n) for n in (s.A + s.B + s.head for s in cohort)]
 
     def expected(self, rounds: Sequence[Observed]) -> Params:
         """Torch's SGD with momentum, on the pseudo-gradients of all rounds."""

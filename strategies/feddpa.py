@@ -4,30 +4,18 @@ Yang et al., "Dual-Personalizing Adapter for Federated Foundation Models", NeurI
 arXiv 2403.19211.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from corolla.aggregation.sums import WeightedMean
 from corolla.interfaces import Client
+from corolla.strategies.fedavg import FedAvg
 from corolla.strategies.options import option
 from corolla.tensors import factors, tree
-from corolla.types import (
-    Adapter,
-    Aggregates,
-    Broadcast,
-    Cost,
-    Metrics,
-    Params,
-    Payload,
-    Size,
-    TrainerName,
-    Update,
-)
+from corolla.types import Adapter, Metrics, Payload, Update
 
 
 @dataclass(frozen=True)
-class FedDpa:
+class FedDpa(FedAvg):
     """A client's model is W + (1 - a) s B_g A_g + a s B_l A_l; only (B_g, A_g) and the head travel.
 
     In each round the local adapter is trained beside the global one it received, then the global
@@ -37,12 +25,10 @@ class FedDpa:
     """
 
     name: ClassVar[str] = "feddpa"
-    aggregates: ClassVar[Aggregates] = "factors"
-    mixed_ranks: ClassVar[bool] = False
-    trainers: ClassVar[tuple[TrainerName, ...]] = ("first_order",)
-    full: ClassVar[bool] = False
     personal: ClassVar[bool] = True
     keeps: ClassVar[bool] = True
+    dense: ClassVar[bool] = False
+    stale: ClassVar[bool] = False
     when: ClassVar[str] = "a model for each client beside a global one, at twice the local steps"
 
     share: float = option(
@@ -52,12 +38,6 @@ class FedDpa:
     def __post_init__(self) -> None:
         if not 0 <= self.share < 1:
             raise ValueError(f"share must be from 0 to below 1, found {self.share}")
-
-    def init(self, start: Params, seed: int) -> Payload:
-        return {"adapter": start}
-
-    def broadcast(self, state: Payload) -> Broadcast:
-        return Broadcast(state)
 
     def local(self, client: Client, received: Payload) -> Update:
         start = received["adapter"]
@@ -84,15 +64,6 @@ class FedDpa:
         metrics = {**fit.metrics, **spent, **metrics}
         return Update({"adapter": moved}, fit.num_examples, metrics, keep)
 
-    def update_like(self, fresh: Params, size: Size) -> Payload:
-        return {"adapter": fresh}
-
-    def aggregator(self) -> WeightedMean:
-        return WeightedMean()
-
-    def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
-        return {"adapter": tree.add(state["adapter"], aggregate["adapter"])}, {}
-
     def adapter(self, state: Payload) -> Adapter:
         whole = state["adapter"]
         if "personal" not in state:
@@ -101,6 +72,3 @@ class FedDpa:
         own = factors.bake(state["personal"], self.share)
         head = factors.select(whole, factors.is_head)
         return Adapter({**own, **head}, residuals=(factors.bake(shared, 1 - self.share),))
-
-    def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
-        return [Cost(up=4 * n, down=4 * n) for n in (s.A + s.B + s.head for s in cohort)]

@@ -14,7 +14,7 @@ from corolla import seeds
 from corolla.aggregation.sums import SeedSums
 from corolla.directions import pools, seedlog, signs
 from corolla.directions.pools import GaussianPool, SignPool
-from corolla.interfaces import Client
+from corolla.interfaces import Aggregator, Client
 from corolla.strategies.options import option
 from corolla.types import (
     Adapter,
@@ -78,7 +78,7 @@ class FedKSeed:
     def update_like(self, fresh: Params, size: Size) -> Payload:
         return {"scalars": seedlog.upload_like(size, torch.float32, self.size)}
 
-    def aggregator(self) -> SeedSums:
+    def aggregator(self) -> Aggregator:
         return SeedSums(self.size)
 
     def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:

@@ -6,34 +6,22 @@ Cost under 18 Kilobytes", ICML 2024, arXiv 2312.06353, section 4.3.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from corolla import seeds
-from corolla.aggregation.sums import SeedSums, summed, summed_like, terms
-from corolla.directions import pools, seedlog, signs
-from corolla.directions.pools import GaussianPool, SignPool
+from corolla.aggregation.history import SumsAndHistory
+from corolla.directions import seedlog, signs
 from corolla.interfaces import Client
+from corolla.strategies.fedkseed import FedKSeed
 from corolla.strategies.options import option
-from corolla.types import (
-    Adapter,
-    Aggregates,
-    Broadcast,
-    Cost,
-    Metrics,
-    Move,
-    Params,
-    Payload,
-    Size,
-    TrainerName,
-    Update,
-)
+from corolla.types import Broadcast, Cost, Metrics, Params, Payload, Size, Update
 
 
 @dataclass(frozen=True)
-class FedKSeedPro:
+class FedKSeedPro(FedKSeed):
     """FedKSeed with p_k ∝ exp(normalised mean of |g_k|), equations 8 to 10.
 
     The mean of |clip(g, ±1000)| of each seed over all rounds is scaled to [0, 1] and goes through
@@ -43,21 +31,9 @@ class FedKSeedPro:
     """
 
     name: ClassVar[str] = "fedkseed_pro"
-    aggregates: ClassVar[Aggregates] = "factors"
-    mixed_ranks: ClassVar[bool] = False
-    trainers: ClassVar[tuple[TrainerName, ...]] = ("zeroth_order",)
-    full: ClassVar[bool] = True
-    updates: ClassVar[str] = "scalars"
     when: ClassVar[str] = "FedKSeed with fewer directions, those that matter preferred"
 
     size: int = option(1024, "The number of directions of all rounds, a power of two.", 2048)
-    directions: Literal["gaussian", "sign"] = option(
-        "gaussian", "How directions are drawn: Gaussian, or signs, which replay faster.", "sign"
-    )
-
-    def __post_init__(self) -> None:
-        pools.check_power_of_two(self.size)
-        pools.check_kind(self.directions)
 
     def init(self, start: Params, seed: int) -> Payload:
         key = torch.tensor(seeds.derive(seed, "directions"))
@@ -80,11 +56,8 @@ class FedKSeedPro:
         scalars = seedlog.upload(walk, directions=chosen.int())
         return Update({"scalars": scalars}, walk.num_examples, walk.metrics)
 
-    def update_like(self, fresh: Params, size: Size) -> Payload:
-        return {"scalars": seedlog.upload_like(size, torch.float32, self.size)}
-
-    def aggregator(self) -> "_SumsAndHistory":
-        return _SumsAndHistory(self.size)
+    def aggregator(self) -> SumsAndHistory:
+        return SumsAndHistory(self.size)
 
     def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
         after = {
@@ -94,16 +67,8 @@ class FedKSeedPro:
         used = float((after["counts"]["scalars"] != 0).sum())
         return {**state, **after}, {"directions": used}
 
-    def adapter(self, state: Payload) -> Adapter:
-        sums = state["sums"]["scalars"]
-        moves = (Move(self._pool(state), sums),) if bool(sums.any()) else ()
-        return Adapter(state["start"], moves=moves)
-
     def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
         return [Cost(8 * s.scalars + 4, 8 * self.size + 4, at_most=True) for s in cohort]
-
-    def _pool(self, state: Payload) -> GaussianPool | SignPool:
-        return pools.pool(self.directions, self.size, int(state["sums"]["seed"]))
 
 
 def probabilities(magnitudes: Tensor, counts: Tensor) -> Tensor:
@@ -127,61 +92,3 @@ def _draw(seed: int, count: int, chances: Tensor) -> Tensor:
 
 def _plus(state: Payload, aggregate: Payload, group: str) -> Tensor:
     return (state[group]["scalars"].double() + aggregate[group]["scalars"]).float()
-
-
-_CLIP = 1000.0
-_HISTORY = "history"
-
-
-class _SumsAndHistory:
-    """The weighted sums of SeedSums, and Σ |clip(g)| and counts of each seed, unweighted."""
-
-    linear = True
-
-    def __init__(self, size: int) -> None:
-        self._moved = SeedSums(size)
-        self._magnitudes = torch.zeros(size, dtype=torch.float64)
-        self._counts = torch.zeros(size, dtype=torch.float64)
-
-    def add(self, payload: Payload, weight: float) -> None:
-        self._moved.add(payload, weight)
-        scalars = payload["scalars"]
-        where = seedlog.directions(scalars, len(self._counts))
-        magnitudes = scalars["scalars"].double().abs().clamp(max=_CLIP)
-        self._magnitudes.index_add_(0, where, magnitudes)
-        self._counts.index_add_(0, where, (magnitudes > 0).double())  # 0: skipped
-
-    def merge(self, other: Self) -> None:
-        self._moved.merge(other._moved)
-        self._magnitudes += other._magnitudes
-        self._counts += other._counts
-
-    def sums(self) -> Payload:
-        return {**self._moved.sums(), **summed({_HISTORY: self._history})}
-
-    def sums_like(self, like: Payload) -> Payload:
-        return {**self._moved.sums_like(like), **summed_like({_HISTORY: self._history})}
-
-    def absorb(self, sums: Payload, weight: float, like: Payload) -> None:
-        magnitudes, counts = (terms(sums)[_HISTORY][name] for name in self._history)
-        measured = weight * len(like["scalars"]["scalars"])
-        if not (
-            bool(((magnitudes >= 0) & (magnitudes <= _CLIP * counts) & (counts >= 0)).all())
-            and float(counts.sum()) <= measured
-            and bool((counts == counts.round()).all())
-        ):
-            raise ValueError("partial aggregate has a history that no updates have")
-        self._moved.absorb(sums, weight, like)
-        self._magnitudes += magnitudes
-        self._counts += counts
-
-    @property
-    def _history(self) -> Params:
-        return {"magnitudes": self._magnitudes, "counts": self._counts}
-
-    def finalise(self) -> Payload:
-        return {
-            "sums": self._moved.finalise()["scalars"],
-            "magnitudes": {"scalars": self._magnitudes},
-            "counts": {"scalars": self._counts},
-        }

@@ -4,32 +4,19 @@ Ling et al., "On the Convergence of Zeroth-Order Federated Tuning for Large Lang
 2024, arXiv 2402.05926.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from corolla.aggregation.sums import WeightedMean
 from corolla.directions.pools import GaussianPool, LowRankPool, SignPool
 from corolla.interfaces import Client
+from corolla.strategies.fedavg import FedAvg
 from corolla.strategies.options import option
 from corolla.tensors import tree
-from corolla.types import (
-    Adapter,
-    Aggregates,
-    Broadcast,
-    Cost,
-    Metrics,
-    Params,
-    Payload,
-    Pool,
-    Size,
-    TrainerName,
-    Update,
-)
+from corolla.types import Params, Payload, Pool, TrainerName, Update
 
 
 @dataclass(frozen=True)
-class FedMeZO:
+class FedMeZO(FedAvg):
     """FedAvg whose clients take MeZO's steps: a new direction for every query.
 
     Saves the memory of backpropagation and no bytes: whole adapters travel. Averages A and B apart,
@@ -39,11 +26,8 @@ class FedMeZO:
     """
 
     name: ClassVar[str] = "fedmezo"
-    aggregates: ClassVar[Aggregates] = "factors"
-    mixed_ranks: ClassVar[bool] = False
     trainers: ClassVar[tuple[TrainerName, ...]] = ("zeroth_order",)
-    full: ClassVar[bool] = False
-    dense: ClassVar[bool] = True
+    stale: ClassVar[bool] = False
     when: ClassVar[str] = "forward passes only, where bytes do not matter"
 
     directions: Literal["gaussian", "sign", "low_rank"] = option(
@@ -64,32 +48,11 @@ class FedMeZO:
         if self.lozo_rank < 1 or self.interval < 1:
             raise ValueError(f"lozo_rank and interval must be from 1, found {self}")
 
-    def init(self, start: Params, seed: int) -> Payload:
-        return {"adapter": start}
-
-    def broadcast(self, state: Payload) -> Broadcast:
-        return Broadcast(state)
-
     def local(self, client: Client, received: Payload) -> Update:
         start = received["adapter"]
         pool = self._pool(client.seed, start)
         walk = client.forward.walk(start, (), pool, range(client.forward.queries))
         return Update({"adapter": tree.sub(walk.params, start)}, walk.num_examples, walk.metrics)
-
-    def update_like(self, fresh: Params, size: Size) -> Payload:
-        return {"adapter": fresh}
-
-    def aggregator(self) -> WeightedMean:
-        return WeightedMean()
-
-    def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
-        return {"adapter": tree.add(state["adapter"], aggregate["adapter"])}, {}
-
-    def adapter(self, state: Payload) -> Adapter:
-        return Adapter(state["adapter"])
-
-    def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
-        return [Cost(up=4 * n, down=4 * n) for n in (s.A + s.B + s.head for s in cohort)]
 
     def _pool(self, seed: int, start: Params) -> Pool:
         if self.directions == "sign":

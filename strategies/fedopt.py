@@ -10,26 +10,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from corolla.aggregation.sums import WeightedMean
-from corolla.interfaces import Client, Observed
+from corolla.interfaces import Observed
+from corolla.strategies.fedavg import FedAvg
 from corolla.strategies.options import option
 from corolla.tensors import factors, tree
-from corolla.types import (
-    Adapter,
-    Aggregates,
-    Broadcast,
-    Cost,
-    Metrics,
-    Params,
-    Payload,
-    Size,
-    TrainerName,
-    Update,
-)
+from corolla.types import Aggregates, Broadcast, Metrics, Params, Payload
 
 
 @dataclass(frozen=True)
-class FedAdam:
+class FedAdam(FedAvg):
     """m ← β₁ m + (1 - β₁) Δ, v ← β₂ v + (1 - β₂) Δ², w ← w + lr m / (√v + tau).
 
     Δ = Σ p_m (w_m - w) over the factors A and B and the head; v starts at tau², there is no
@@ -39,11 +28,6 @@ class FedAdam:
 
     name: ClassVar[str] = "fedadam"
     aggregates: ClassVar[Aggregates] = "other"
-    mixed_ranks: ClassVar[bool] = False
-    trainers: ClassVar[tuple[TrainerName, ...]] = ("first_order",)
-    full: ClassVar[bool] = False
-    stale: ClassVar[bool] = True
-    dense: ClassVar[bool] = True
     when: ClassVar[str] = "FedAvg whose tensors differ in scale, and a server rate to search"
 
     lr: float = option(1e-2, "The learning rate of the server.", 1e-3)
@@ -66,17 +50,6 @@ class FedAdam:
     def broadcast(self, state: Payload) -> Broadcast:
         return Broadcast({"adapter": state["adapter"]})
 
-    def local(self, client: Client, received: Payload) -> Update:
-        start = received["adapter"]
-        fit = client.trainer.fit(start)
-        return Update({"adapter": tree.sub(fit.params, start)}, fit.num_examples, fit.metrics)
-
-    def update_like(self, fresh: Params, size: Size) -> Payload:
-        return {"adapter": fresh}
-
-    def aggregator(self) -> WeightedMean:
-        return WeightedMean()
-
     def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
         after: dict[str, dict[str, Tensor]] = {"adapter": {}, "momentum": {}, "variance": {}}
         for name, delta in aggregate["adapter"].items():
@@ -86,12 +59,6 @@ class FedAdam:
             after["adapter"][name] = state["adapter"][name] + step
             after["momentum"][name], after["variance"][name] = m, v
         return after, {}
-
-    def adapter(self, state: Payload) -> Adapter:
-        return Adapter(state["adapter"])
-
-    def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
-        return [Cost(up=4 * n, down=4 * n) for n in (s.A + s.B + s.head for s in cohort)]
 
     def expected(self, rounds: Sequence[Observed]) -> Params:
         """The sums written out: m_t = (1 - β₁) Σ_s β₁^(t-s) Δ_s, and v_t in the same way."""

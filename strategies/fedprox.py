@@ -3,30 +3,18 @@
 Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020, arXiv 1812.06127.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from corolla.aggregation.sums import WeightedMean
 from corolla.interfaces import Client
+from corolla.strategies.fedavg import FedAvg
 from corolla.strategies.options import option
 from corolla.tensors import tree
-from corolla.types import (
-    Adapter,
-    Aggregates,
-    Broadcast,
-    Cost,
-    Metrics,
-    Params,
-    Payload,
-    Size,
-    TrainerName,
-    Update,
-)
+from corolla.types import Params, Payload, Update
 
 
 @dataclass(frozen=True)
-class FedProx:
+class FedProx(FedAvg):
     """FedAvg with the local loss + (mu / 2) |w - w_t|², over the factors A and B and the head.
 
     On LoRA this ties the factors, not their product: it is not the same for (B R, R⁻¹ A). With
@@ -34,12 +22,6 @@ class FedProx:
     """
 
     name: ClassVar[str] = "fedprox"
-    aggregates: ClassVar[Aggregates] = "factors"
-    mixed_ranks: ClassVar[bool] = False
-    trainers: ClassVar[tuple[TrainerName, ...]] = ("first_order",)
-    full: ClassVar[bool] = False
-    stale: ClassVar[bool] = True
-    dense: ClassVar[bool] = True
     when: ClassVar[str] = "FedAvg whose clients drift apart: long local training, unlike data"
 
     mu: float = option(0.01, "The weight of the proximal term, (mu / 2) |w - w_t|².", 0.1)
@@ -47,12 +29,6 @@ class FedProx:
     def __post_init__(self) -> None:
         if not self.mu >= 0:
             raise ValueError(f"mu must be at least 0, found {self.mu}")
-
-    def init(self, start: Params, seed: int) -> Payload:
-        return {"adapter": start}
-
-    def broadcast(self, state: Payload) -> Broadcast:
-        return Broadcast(state)
 
     def local(self, client: Client, received: Payload) -> Update:
         start = received["adapter"]
@@ -62,18 +38,3 @@ class FedProx:
 
         fit = client.trainer.fit(start, correct=pull if self.mu else None)
         return Update({"adapter": tree.sub(fit.params, start)}, fit.num_examples, fit.metrics)
-
-    def update_like(self, fresh: Params, size: Size) -> Payload:
-        return {"adapter": fresh}
-
-    def aggregator(self) -> WeightedMean:
-        return WeightedMean()
-
-    def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
-        return {"adapter": tree.add(state["adapter"], aggregate["adapter"])}, {}
-
-    def adapter(self, state: Payload) -> Adapter:
-        return Adapter(state["adapter"])
-
-    def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
-        return [Cost(up=4 * n, down=4 * n) for n in (s.A + s.B + s.head for s in cohort)]

@@ -8,25 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from corolla.aggregation.sums import WeightedMean
-from corolla.interfaces import Client
+from corolla.strategies.ffa_lora import FfaLora
 from corolla.tensors import factors, tree
-from corolla.types import (
-    Adapter,
-    Aggregates,
-    Broadcast,
-    Cost,
-    Metrics,
-    Params,
-    Payload,
-    Size,
-    TrainerName,
-    Update,
-)
+from corolla.types import Broadcast, Cost, Metrics, Payload, Size
 
 
 @dataclass(frozen=True)
-class FedSvd:
+class FedSvd(FfaLora):
     """Clients train B only; after each round B A = U S Vᵀ, then A ← Vᵀ, B ← U S (at scaling 1).
 
     Exact: the mean is taken with A the same everywhere, and the decomposition changes no product.
@@ -36,31 +24,12 @@ class FedSvd:
     """
 
     name: ClassVar[str] = "fedsvd"
-    aggregates: ClassVar[Aggregates] = "weights"
-    mixed_ranks: ClassVar[bool] = False
-    trainers: ClassVar[tuple[TrainerName, ...]] = ("first_order",)
-    full: ClassVar[bool] = False
     rebases: ClassVar[bool] = True
+    stale: ClassVar[bool] = False
     when: ClassVar[str] = "differential privacy: noise on B alone, and an A that adapts"
-
-    def init(self, start: Params, seed: int) -> Payload:
-        a = factors.select(start, factors.is_a)
-        return {"A": a, "adapter": factors.select(start, factors.is_b, factors.is_head)}
 
     def broadcast(self, state: Payload) -> Broadcast:
         return Broadcast(state)
-
-    def local(self, client: Client, received: Payload) -> Update:
-        start = received["adapter"]
-        fit = client.trainer.fit({**received["A"], **start}, train=lambda n: not factors.is_a(n))
-        trained = {name: fit.params[name] for name in start}
-        return Update({"adapter": tree.sub(trained, start)}, fit.num_examples, fit.metrics)
-
-    def update_like(self, fresh: Params, size: Size) -> Payload:
-        return {"adapter": factors.select(fresh, factors.is_b, factors.is_head)}
-
-    def aggregator(self) -> WeightedMean:
-        return WeightedMean()
 
     def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
         adapter = dict(tree.add(state["adapter"], aggregate["adapter"]))
@@ -69,9 +38,6 @@ class FedSvd:
             a[module + factors.A] = vt.float()
             adapter[module + factors.B] = (u * s).float()
         return {"A": a, "adapter": adapter}, {}
-
-    def adapter(self, state: Payload) -> Adapter:
-        return Adapter({**state["A"], **state["adapter"]})
 
     def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
         return [Cost(up=4 * (s.B + s.head), down=4 * (s.A + s.B + s.head)) for s in cohort]

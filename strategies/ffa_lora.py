@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from corolla.aggregation.sums import WeightedMean
-from corolla.interfaces import Client
+from corolla.interfaces import Aggregator, Client
 from corolla.tensors import factors, tree
 from corolla.types import (
     Adapter,
@@ -57,7 +57,7 @@ class FfaLora:
     def update_like(self, fresh: Params, size: Size) -> Payload:
         return {"adapter": factors.select(fresh, factors.is_b, factors.is_head)}
 
-    def aggregator(self) -> WeightedMean:
+    def aggregator(self) -> Aggregator:
         return WeightedMean()
 
     def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:

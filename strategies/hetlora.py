@@ -6,11 +6,12 @@ EMNLP 2024, arXiv 2401.06432.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from corolla.aggregation.padded import NormWeighted
 from corolla.aggregation.sums import ByGroup, WeightedMean
 from corolla.interfaces import Client, Observed
 from corolla.strategies.options import option
@@ -110,7 +111,7 @@ class HetLora:
         }
 
     def aggregator(self) -> ByGroup:
-        return ByGroup({"factors": _NormWeighted(self.normalise), "head": WeightedMean()})
+        return ByGroup({"factors": NormWeighted(self.normalise), "head": WeightedMean()})
 
     def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
         after: dict[str, Tensor] = {}
@@ -175,51 +176,6 @@ class HetLora:
             return changed
 
         return correct
-
-
-class _NormWeighted:
-    """Padded factors weighted by |B_m A_m|_F in each module; equal weights where all are zero."""
-
-    linear = False
-
-    def __init__(self, normalise: bool) -> None:
-        self._normalise = normalise
-        self._parts: list[Params] = []
-
-    def add(self, payload: Payload, weight: float) -> None:
-        self._parts.append(payload["factors"])
-
-    def merge(self, other: Self) -> None:
-        self._parts.extend(other._parts)
-
-    def finalise(self) -> Payload:
-        if not self._parts:
-            raise ValueError("nothing to average: no client")
-        rank = max(factors.rank(part) for part in self._parts)
-        padded = [factors.pad(part, rank) for part in self._parts]
-        out: dict[str, Tensor] = {}
-        for module in factors.modules(padded[0]):
-            norms = torch.tensor([_gram_norm(part, module) for part in self._parts]).double()
-            norms = norms if float(norms.sum()) > 0 else torch.ones_like(norms)
-            has = torch.stack([_rows(part, module) for part in padded])
-            total = (norms[:, None] * has).sum(0) if self._normalise else norms.sum().expand(rank)
-            total = total.clamp(min=1e-300)  # a row that nobody has is zeros
-            for role, shape in ((factors.A, (-1, 1)), (factors.B, (1, -1))):
-                values = zip(norms, (part[module + role].double() for part in padded), strict=True)
-                mean = torch.stack([n * value for n, value in values]).sum(0)
-                out[module + role] = (mean / total.reshape(shape)).float()
-        return {"factors": out}
-
-
-def _rows(params: Params, module: str) -> Tensor:
-    """Which rows of A, or columns of B, a client has: neither padded nor pruned, (r,)."""
-    return params[module + factors.A].any(1) | params[module + factors.B].any(0)
-
-
-def _gram_norm(params: Params, module: str) -> float:
-    """|B A|_F = √tr(Bᵀ B A Aᵀ), without the product, in fp64."""
-    a, b = params[module + factors.A].double(), params[module + factors.B].double()
-    return float((b.T @ b * (a @ a.T).T).sum().clamp(min=0).sqrt())
 
 
 def _first(params: Params, rank: int) -> dict[str, Tensor]:

@@ -11,25 +11,15 @@ from typing import ClassVar
 import torch
 
 from corolla.aggregation.stacks import MeanAndResidual
-from corolla.interfaces import Client, Observed
+from corolla.interfaces import Observed
+from corolla.strategies.fedavg import FedAvg
 from corolla.strategies.options import option
 from corolla.tensors import factors, tree
-from corolla.types import (
-    Adapter,
-    Aggregates,
-    Broadcast,
-    Cost,
-    Metrics,
-    Params,
-    Payload,
-    Size,
-    TrainerName,
-    Update,
-)
+from corolla.types import Aggregates, Metrics, Params, Payload
 
 
 @dataclass(frozen=True)
-class LoraFair:
+class LoraFair(FedAvg):
     """A ← Ā, B ← B̄ + ΔB, where ΔB brings B A as near to Σ p_m B_m A_m as Ā allows.
 
     The paper finds ΔB by gradient steps on a similarity plus a penalty on |ΔB|; here is the closed
@@ -40,11 +30,10 @@ class LoraFair:
 
     name: ClassVar[str] = "lora_fair"
     aggregates: ClassVar[Aggregates] = "other"
-    mixed_ranks: ClassVar[bool] = False
-    trainers: ClassVar[tuple[TrainerName, ...]] = ("first_order",)
-    full: ClassVar[bool] = False
     individual: ClassVar[bool] = True
     bounded: ClassVar[bool] = False
+    dense: ClassVar[bool] = False
+    stale: ClassVar[bool] = False
     when: ClassVar[str] = "nearer to exact than FedAvg at the same bytes, one rank for all"
 
     penalty: float = option(
@@ -54,20 +43,6 @@ class LoraFair:
     def __post_init__(self) -> None:
         if not self.penalty >= 0:
             raise ValueError(f"penalty must be at least 0, found {self.penalty}")
-
-    def init(self, start: Params, seed: int) -> Payload:
-        return {"adapter": start}
-
-    def broadcast(self, state: Payload) -> Broadcast:
-        return Broadcast(state)
-
-    def local(self, client: Client, received: Payload) -> Update:
-        start = received["adapter"]
-        fit = client.trainer.fit(start)
-        return Update({"adapter": tree.sub(fit.params, start)}, fit.num_examples, fit.metrics)
-
-    def update_like(self, fresh: Params, size: Size) -> Payload:
-        return {"adapter": fresh}
 
     def aggregator(self) -> MeanAndResidual:
         return MeanAndResidual()
@@ -84,12 +59,6 @@ class LoraFair:
             step = left @ (right @ a.T) @ torch.linalg.pinv(gram, hermitian=True)
             adapter[module + factors.B] = (adapter[module + factors.B] + step).to(torch.float32)
         return {"adapter": adapter}, {}
-
-    def adapter(self, state: Payload) -> Adapter:
-        return Adapter(state["adapter"])
-
-    def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
-        return [Cost(up=4 * n, down=4 * n) for n in (s.A + s.B + s.head for s in cohort)]
 
     def expected(self, rounds: Sequence[Observed]) -> Params:
         """Least squares on dense matrices: [Āᵀ; √λ I] ΔBᵀ = [Rᵀ; 0]."""

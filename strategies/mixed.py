@@ -6,15 +6,14 @@ arXiv 2312.06353); how they are combined is ours.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from corolla import seeds
-from corolla.aggregation.sums import summed, summed_like, terms
+from corolla.aggregation.two_classes import TwoMeans
 from corolla.directions import moving, pools, seedlog, signs
 from corolla.directions.pools import SignPool
 from corolla.interfaces import Client
@@ -34,7 +33,6 @@ from corolla.types import (
     Update,
 )
 
-_ROUNDING = 1e-6
 _BOTH: tuple[TrainerName, ...] = ("first_order", "zeroth_order")
 
 
@@ -100,8 +98,8 @@ class Mixed:
             return {"adapter": fresh}
         return {"scalars": seedlog.upload_like(size, torch.float32)}
 
-    def aggregator(self) -> "_TwoMeans":
-        return _TwoMeans(self.size)
+    def aggregator(self) -> TwoMeans:
+        return TwoMeans(self.size)
 
     def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
         flat, layout = moving.flatten(state["adapter"])
@@ -151,106 +149,3 @@ def _precisions(aggregate: Payload, values: int) -> tuple[float, float] | None:
             return None
         found.append(mean / variance)
     return found[0], found[1]
-
-
-class _TwoMeans:
-    """Σ n u, Σ n, Σ n², Σ n |u|² and how many clients there are, for each of the two classes.
-
-    Zeroth-order updates stay sums of scalars: a client costs no pass over the weights here.
-    """
-
-    linear = True
-
-    def __init__(self, size: int) -> None:
-        self._dense: dict[str, Tensor] = {}
-        self._sums = torch.zeros(size, dtype=torch.float64)
-        # Examples, clients, squares of the updates, squares of the examples.
-        self._counts = torch.zeros(4, 2, dtype=torch.float64)
-
-    def add(self, payload: Payload, weight: float) -> None:
-        if "adapter" in payload:
-            square = tree.norm(payload["adapter"]) ** 2
-            for name, tensor in payload["adapter"].items():
-                self._dense[name] = self._dense.get(name, 0) + tensor.double() * weight
-            self._counts[:, 0] += torch.tensor([weight, 1, weight * square, weight**2])
-            return
-        scalars = payload["scalars"]
-        own = torch.zeros_like(self._sums)
-        values = scalars["scalars"].double() * float(scalars["step"])
-        own.index_add_(0, seedlog.directions(scalars, len(own)), values)
-        self._sums += weight * own
-        self._counts[:, 1] += torch.tensor(
-            [weight, 1, weight * float(own.square().sum()), weight**2]
-        )
-
-    def merge(self, other: Self) -> None:
-        for name, tensor in other._dense.items():
-            self._dense[name] = self._dense.get(name, 0) + tensor
-        self._sums += other._sums
-        self._counts += other._counts
-
-    def sums(self) -> Payload:
-        """Of the classes that were seen."""
-        first, zeroth = (bool(clients) for clients in self._counts[1])
-        return summed(
-            {
-                **({"adapter": self._dense} if first else {}),
-                **({"scalars": {"directions": self._sums}} if zeroth else {}),
-                "counts": {"counts": self._counts},
-            }
-        )
-
-    def sums_like(self, like: Payload) -> Payload:
-        first = {"adapter": like["adapter"]} if "adapter" in like else {}
-        zeroth = {"scalars": {"directions": self._sums}} if "scalars" in like else {}
-        return summed_like({**first, **zeroth, "counts": {"counts": self._counts}})
-
-    def absorb(self, sums: Payload, weight: float, like: Payload) -> None:
-        own = terms(sums)
-        counts = own["counts"]["counts"]
-        _check(counts, [own.get(group) for group in ("adapter", "scalars")], weight)
-        for name, tensor in own.get("adapter", {}).items():
-            self._dense[name] = self._dense.get(name, 0) + tensor
-        if "scalars" in own:
-            self._sums += own["scalars"]["directions"]
-        self._counts += counts
-
-    def tally(self, sums: Payload) -> Mapping[str, tuple[float, float]]:
-        examples, clients, _, _ = terms(sums)["counts"]["counts"].tolist()
-        return {"adapter": (examples[0], clients[0]), "scalars": (examples[1], clients[1])}
-
-    def finalise(self) -> Payload:
-        examples, clients, squares, own = self._counts
-        if not float(examples.sum()) > 0:
-            raise ValueError("nothing to average: the weights sum to 0")
-        per = examples.clamp(min=1e-300)
-        return {
-            "adapter": {name: tensor / per[0] for name, tensor in self._dense.items()},
-            "scalars": {"scalars": self._sums / per[1]},
-            "counts": {
-                "examples": examples,
-                "clients": clients,
-                "squares": squares / per,
-                "shares": own / per**2,
-            },
-        }
-
-
-def _check(counts: Tensor, sums: Sequence[Params | None], weight: float) -> None:
-    """Raises ValueError for counts (4, 2) that no updates with these sums and this weight have.
-
-    A class of which nobody was seen has no sums (None).
-    """
-    examples, clients, squares, own = counts
-    norms = torch.tensor([tree.norm(part or {}) ** 2 for part in sums], dtype=torch.float64)
-    most = examples.square()
-    if not (
-        bool((counts >= 0).all())
-        and (clients > 0).tolist() == [part is not None for part in sums]
-        and float(examples.sum()) == weight
-        and bool((clients == clients.round()).all() and (clients <= examples).all())
-        # By Cauchy and Schwarz, up to rounding: Σ n² ≥ (Σ n)² / M, and Σ n · Σ n|u|² ≥ |Σ n u|².
-        and bool(((own <= most) & (own * clients >= most * (1 - _ROUNDING))).all())
-        and bool((squares * examples >= norms * (1 - _ROUNDING)).all())
-    ):
-        raise ValueError("partial aggregate has counts that no updates have")

@@ -1,13 +1,12 @@
-"""Bundles for tests, compiled once: a minute for the small model, several for the embedded one.
+"""The bundle of tests, compiled once, which takes a minute.
 
-They are kept in build/ under a name made of all that they depend on, so that the next run of the
-tests finds them. Workers of pytest-xdist wait for the one that makes one.
+It is kept in build/ under a name made of all that it depends on, so that the next run of the tests
+finds it. Workers of pytest-xdist wait for the one that makes it.
 """
 
 import hashlib
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +31,7 @@ class Exported(NamedTuple):
     """A bundle of rank 8 for 128 tokens, in fp32 and q4."""
 
     model: str
-    """What it is the bundle of: a folder, or "embedded"."""
+    """The folder of what it is the bundle of."""
     folder: Path
     publisher: Path
     """The public key of who has signed it."""
@@ -40,37 +39,28 @@ class Exported(NamedTuple):
 
 def small_bundle() -> Exported:
     """Of a small model: the embedded one without all layers but the first."""
-    return _once("small", _small_model)
+    pytest.importorskip("executorch", reason="needs pip install 'corolla[phones]'")
+    home = ROOT / "build" / "bundles" / _state()
+    home.mkdir(parents=True, exist_ok=True)
+    model, folder, key = home / "model", home / "bundle", home / "publisher.key"
+    with FileLock(home / "lock"):
+        if not (folder / bundle.MANIFEST).is_file():
+            _write_small_model(model)
+            export.make(
+                export.ExportRequest(
+                    source=str(model), out=folder, key=key, rank=RANK, length=LENGTH
+                )
+            )
+    return Exported(str(model), folder, key.with_suffix(".pub"))
 
 
-def embedded_bundle() -> Exported:
-    """Of the embedded model."""
-    return _once("embedded", lambda folder: "embedded")
-
-
-def _small_model(folder: Path) -> str:
+def _write_small_model(folder: Path) -> None:
     source = asset("model")
     model = transformers.AutoModelForCausalLM.from_pretrained(source)
     model.model.layers = model.model.layers[:1]
     model.config.num_hidden_layers = 1
     model.save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-    return str(folder)
-
-
-def _once(name: str, make_model: Callable[[Path], str]) -> Exported:
-    pytest.importorskip("executorch", reason="needs pip install 'corolla[phones]'")
-    home = ROOT / "build" / "bundles" / _state() / name
-    home.mkdir(parents=True, exist_ok=True)
-    folder, key = home / "bundle", home / "publisher.key"
-    with FileLock(home / "lock"):
-        if not (folder / bundle.MANIFEST).is_file():
-            source = make_model(home / "model")
-            export.make(
-                export.ExportRequest(source=source, out=folder, key=key, rank=RANK, length=LENGTH)
-            )
-    model = home / "model"
-    return Exported(str(model) if model.is_dir() else name, folder, key.with_suffix(".pub"))
 
 
 def _state() -> str:

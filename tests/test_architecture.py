@@ -101,7 +101,6 @@ LONGEST = {"function": 60, "parameters": 7, "class": 250, "module": 450, "folder
 MEDIAN_MODULE = 150
 EXCEPTIONS = {
     "directions/signs.py": "one subject, a frozen specification: its parts are read together",
-    "strategies": "one file an algorithm, each read by itself",
 }
 """Module or module:name → why it may be longer. Ten at most."""
 

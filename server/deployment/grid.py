@@ -2,15 +2,18 @@
 
 import hashlib
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 import httpx
 from flwr.app import Message
+from flwr.common.constant import ErrorCode
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
@@ -30,6 +33,9 @@ SETTLE = 2.0
 _LARGEST = 1 << 40
 HELLO = 120.0
 """Seconds in which a node must say who it is; a device loads its model first."""
+REPEAT = 10.0
+"""Seconds after which a hello is said again while there is no answer, doubled each time: Flower may
+lose one, as when the ServerApp of before was killed."""
 _FIRST_HELLO = 600.0
 """The same where no node joins later: one that says nothing ends the run. The workers of Flower's
 engine import everything, all at once, before one of them answers."""
@@ -40,8 +46,25 @@ _AGAIN = 60.0
 _SEATS = 300.0
 """Seconds after which a gateway is asked again: its phones come and go, and its seats with them."""
 
+_LOST = (
+    ErrorCode.MESSAGE_UNAVAILABLE,
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+    ErrorCode.NODE_UNAVAILABLE,
+)
+"""Codes by which a SuperLink says that it has no answer, and not that a node has failed."""
+
 _log = logs.logger("grid")
 _T = TypeVar("_T")
+
+
+@dataclass
+class _Greeting:
+    """A node that is asked who it is: until when it may answer, and when it is asked again."""
+
+    until: float
+    again: float
+    pause: float
+    messages: set[str] = field(default_factory=set)
 
 
 class GridNetwork:
@@ -66,11 +89,12 @@ class GridNetwork:
         self._least, self._nodes = admission.clients, admission.nodes
         self._wait = deadline if admission.wait is None else admission.wait
         self._hello = HELLO if admission.clients else _FIRST_HELLO
+        self._repeat = REPEAT if admission.clients else math.inf
         self._names, self._limits = admission.names, admission.limits or Limits()
         self._bounded = bound(grid, stop) if admission.limits else None
         self._keys: dict[str, str] = _stored(admission.names)
         self._members: dict[str, tuple[int, int, int]] = {}  # name → node, examples, seats
-        self._asked: dict[str, tuple[int, float]] = {}  # message of a hello → node, until when
+        self._greeted: dict[int, _Greeting] = {}  # those that have not answered yet
         self._again: dict[int, tuple[float, float]] = {}  # node → when to ask again, pause
         self._reasons: dict[int, str] = {}
         self._begun = False
@@ -87,7 +111,7 @@ class GridNetwork:
         deadline = self._clock() + self._wait
         while not self._begun:
             online = len(self._greet())
-            all_said = not self._asked and online >= max(1, self._nodes)
+            all_said = not self._greeted and online >= max(1, self._nodes)
             if all_said and len(self._members) >= max(1, self._least):
                 self._begun = True
             elif self._clock() > deadline or (all_said and not self._least):
@@ -144,22 +168,39 @@ class GridNetwork:
         now = self._clock()
         infos: list[NodeInfo] = self._call(lambda: list(self.grid.get_nodes()), [])
         keys = {int(info.node_id): bytes(info.public_key) for info in infos}
-        busy = {node for node, _ in self._asked.values()}
         # Of a gateway, what it has said is old after a while.
-        known = {node for node, _, seats in self._members.values() if not seats} | busy
-        new = [n for n in sorted(keys) if n not in known and now >= self._again.get(n, (0, 0))[0]]
-        if new:
-            messages = {n: self._message(n, pack_task(self.hello), self._hello) for n in new}
-            sent = self._push(list(messages.values()), now)
-            for node, message in messages.items():
-                if message.metadata.message_id in sent:
-                    self._asked[message.metadata.message_id] = (node, now + self._hello)
-        for sent_id, found in self._pull({m: self._seats(n) for m, (n, _) in self._asked.items()}):
-            node, _ = self._asked.pop(sent_id)
+        known = {node for node, _, seats in self._members.values() if not seats}
+        for node in sorted(keys.keys() - known - self._greeted.keys()):
+            if now >= self._again.get(node, (0, 0))[0]:
+                self._greeted[node] = _Greeting(now + self._hello, now, self._repeat)
+        self._say_hello([n for n in sorted(keys) if n in self._greeted], now)
+        waiting = {m: node for node, own in self._greeted.items() for m in own.messages}
+        for sent_id, found in self._pull({m: self._seats(n) for m, n in waiting.items()}):
+            node = waiting[sent_id]
+            if node not in self._greeted:  # it has answered another one
+                continue
+            if isinstance(found, Message) and found.has_error() and found.error.code in _LOST:
+                self._greeted[node].messages.discard(sent_id)
+                continue
+            del self._greeted[node]
             self._learn(node, _packet(found, pack_task(self.hello), ""), keys)
-        for late in [m for m, (_, until) in self._asked.items() if now > until]:
-            self._refuse(self._asked.pop(late)[0], "no answer to hello")
+        for late in [node for node, own in self._greeted.items() if now > own.until]:
+            del self._greeted[late]
+            self._refuse(late, "no answer to hello")
         return set(keys)
+
+    def _say_hello(self, nodes: list[int], now: float) -> None:
+        """To those of the nodes whose time it is. Who cannot be sent it is as if never greeted."""
+        due = {node: self._greeted[node] for node in nodes if now >= self._greeted[node].again}
+        hello = pack_task(self.hello)
+        messages = {n: self._message(n, hello, own.until - now) for n, own in due.items()}
+        sent = self._push(list(messages.values()), now) if messages else set()
+        for node, own in due.items():
+            if (told := messages[node].metadata.message_id) in sent:
+                own.messages.add(told)
+                own.again, own.pause = now + own.pause, 2 * own.pause
+            elif not own.messages:
+                del self._greeted[node]
 
     def _learn(self, node: int, packet: Packet, keys: Mapping[int, bytes]) -> None:
         try:

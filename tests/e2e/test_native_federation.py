@@ -24,7 +24,7 @@ from corolla.storage.memory import Memory
 from corolla.wire import codec
 from corolla.wire.messages import unpack_reply
 from corolla.wire.packet import Packet
-from tests.bundles import embedded_bundle
+from tests.bundles import small_bundle
 from tests.client.native.conftest import built
 from tests.e2e import native
 from tests.e2e.federation import running_client, running_server
@@ -55,15 +55,15 @@ def rows(folder: Path) -> Path:
     return folder / "all.jsonl"
 
 
-def options(data: Path, rank: int) -> str:
+def options(model: str, data: Path, rank: int) -> str:
     classes = (
         "--set classes.full.trainer=first_order --set classes.full.share=3 "
         "--set classes.light.trainer=zeroth_order --set classes.light.share=2 "
         "--set classes.light.local-steps=4"
     )
     return (
-        f"--strategy mixed {classes} --data {data} --rounds {ROUNDS} --cohort 5 --rank {rank} "
-        "--local-steps 2 --batch-size 4 --set threads=1 --set eval-examples=8 "
+        f"--strategy mixed {classes} --model {model} --data {data} --rounds {ROUNDS} --cohort 5 "
+        f"--rank {rank} --local-steps 2 --batch-size 4 --set threads=1 --set eval-examples=8 "
         "--set eval-clients=0 --set max-length=48 --set quorum=1"
     )
 
@@ -96,9 +96,9 @@ def simulated(config: RunConfig, folder: Path, sent: Mapping[tuple[str, int], Pa
 def test_native_phones_of_both_kinds_and_a_python_client_end_in_one_adapter(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, native_build: Path
 ) -> None:
-    _, bundle, publisher = embedded_bundle()
+    model, bundle, publisher = small_bundle()
     rank = json.loads((bundle / "manifest.json").read_text())["rank"]
-    text = options(rows(tmp_path), rank)
+    text = options(model, rows(tmp_path), rank)
     config = configured(text)
     files = {f"gate/{phone}": tmp_path / f"{phone}.tokens" for phone in (*FULL, *LIGHT)}
     native.write_tokens(config, files)
@@ -106,7 +106,7 @@ def test_native_phones_of_both_kinds_and_a_python_client_end_in_one_adapter(
     share = f"--share-bundle {bundle}"
     with (
         running_server(tmp_path, served) as server,
-        running_client(tmp_path, server, "edge-a", tmp_path / "edge-a.jsonl"),
+        running_client(tmp_path, server, "edge-a", tmp_path / "edge-a.jsonl", f"--model {model}"),
         running_gateway(tmp_path, server, "gate", seats=4, options=share) as gate,
     ):
         commands = {

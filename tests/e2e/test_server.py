@@ -195,7 +195,7 @@ def test_whatever_is_killed_the_run_ends_in_the_adapter_of_an_undisturbed_one(
         timeout=300,
     )
     expected = json.loads((simulated / "run.json").read_text())
-    options += " --min-clients 2 --set wait=400"
+    options += " --min-clients 2"
     with (
         running_server(tmp_path, options) as server,
         running_client(tmp_path, server, "a", tmp_path / "a.jsonl"),
@@ -206,12 +206,11 @@ def test_whatever_is_killed_the_run_ends_in_the_adapter_of_an_undisturbed_one(
         assert app is not None
         app.kill()
         until(lambda: "the run goes on from round 1" in server.said(), server)
-        # A hello whose answer is lost with the run of before is asked again after three minutes.
-        until(lambda: "round 2:" in server.said(), server, 400)
+        until(lambda: "round 2:" in server.said(), server, 180)
         link = [p for p in children(server) if "flower-superlink" in " ".join(p.cmdline())]
         link[0].kill()
         until(lambda: "superlink ended with code -9" in server.said(), server)
-        until(lambda: "round 3:" in server.said(), server, 400)
+        until(lambda: "round 3:" in server.said(), server, 240)
         server.process.kill()
         server.process.wait()
         with running_server(tmp_path, resume=True) as again:

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from corolla.cli.app import app
 from corolla.config.run import RunConfig
+from corolla.embedded.assets import asset
 from corolla.errors import ConfigError, ModelError
 from corolla.models import adapter_files, lora, pretrained
 from corolla.phones import bundle, export, lowering, selftest
@@ -44,11 +45,10 @@ def run(folder: Path) -> lowering.Run:
     return lowering.load(folder / "fp32.pte", folder / "base.ptd")
 
 
-def plain(alpha: float) -> Any:
-    """The small model with an adapter of peft's own making, nothing of Corolla in it."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        small_bundle().model, dtype=torch.float32
-    )
+def plain(alpha: float, source: str | None = None) -> Any:
+    """The small model, or another, with an adapter that peft has made: nothing of it is ours."""
+    source = source or small_bundle().model
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     config = peft.LoraConfig(
         r=RANK, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"
     )
@@ -122,6 +122,29 @@ def test_fp32_is_torch(manifest: bundle.Manifest, run: lowering.Run, tokens: int
     for listed, gradient in zip(manifest.adapter, found, strict=True):
         assert gradient.shape == listed.shape
         assert torch.allclose(gradient, gradients[listed.name], rtol=0, atol=1e-5 * largest)
+
+
+def test_the_graph_of_several_layers_is_torch() -> None:
+    """Programs are of one layer here: that those of all layers would be given their factors in the
+    order of names, and compute what the model does, is seen before they are compiled."""
+    base = pretrained.load(RunConfig(model="embedded", task="causal", device="cpu"))
+    graph = lowering.Graph(lora.LoraModel(base))
+    model = plain(RANK, str(asset("model")))
+    assert len(model.base_model.model.model.layers) > 1
+    generator = torch.Generator().manual_seed(0)
+    for tensor in parameters(model).values():
+        tensor.data.copy_(torch.randn(tensor.shape, generator=generator) / 4 / len(tensor) ** 0.5)
+    ids, labels = batch(17)
+    wanted, gradients = torch_says(model, ids, labels)
+    own = {name: t.detach().requires_grad_() for name, t in sorted(parameters(model).items())}
+    loss = graph(ids, labels, *own.values())
+    assert loss.item() == pytest.approx(wanted, rel=1e-5)
+    loss.backward()
+    largest = max(float(g.abs().max()) for g in gradients.values())
+    assert largest > 0
+    for name, factor in own.items():
+        assert factor.grad is not None
+        assert torch.allclose(factor.grad, gradients[name], rtol=0, atol=1e-5 * largest)
 
 
 def test_the_client_does_the_scaling(manifest: bundle.Manifest, run: lowering.Run) -> None:

@@ -48,7 +48,10 @@ TASK = pack_task(Task(RUN, 1, "v", Kind.TRAIN, "{}"))
 
 @dataclass
 class Node:
-    """A client of a name; `silent`: it never answers; `fails`: Flower says so in its place."""
+    """A client of a name; `silent`: it never answers; `fails`: Flower says so in its place.
+
+    `lost`: for each of its next messages, how Flower loses it: with a code, or (0) without a word.
+    """
 
     name: str
     key: str
@@ -58,6 +61,7 @@ class Node:
     seats: int = 0
     examples: int = 10
     raises: Exception | None = None
+    lost: list[int] = field(default_factory=list)
     asked: list[Kind] = field(default_factory=list)
 
 
@@ -68,6 +72,7 @@ class LocalGrid(Grid):
         self.nodes, self.away, self.lost = nodes, 0, 0
         self.sent: dict[str, Message] = {}
         self.refused: set[int] = set()
+        self.dropped: set[str] = set()
 
     def set_run(self, run: Any) -> None: ...
 
@@ -112,6 +117,14 @@ class LocalGrid(Grid):
             message = self.sent.get(sent)
             node = self.nodes[message.metadata.dst_node_id] if message else None
             if message is None or node is None or node.silent or not node.online:
+                continue
+            if node.lost:
+                if code := node.lost.pop(0):
+                    del self.sent[sent]
+                    yield Message(Error(code, "unavailable"), reply_to=message)
+                else:
+                    self.dropped.add(sent)
+            if sent in self.dropped or sent not in self.sent:
                 continue
             del self.sent[sent]
             task = unpack_task(from_flower(message.content, 1 << 20))
@@ -349,6 +362,43 @@ def test_too_few_clients_are_waited_for_and_then_said(clock: Clock) -> None:
         network(LocalGrid({2: grid.nodes[2]})).clients()
     grid.nodes[3] = Node("c", "kc")
     assert network(grid, clients=2, wait=5).clients() == {"a": 10, "c": 10}
+
+
+@pytest.mark.parametrize("how", [0, 3, 4, 5])
+def test_a_hello_that_flower_loses_is_said_again_soon(clock: Clock, how: int) -> None:
+    """As when a ServerApp is killed while its tasks are on their way: the next one asks again."""
+    grid = LocalGrid({1: Node("a", "k", lost=[how]), 2: Node("b", "kb")})
+    began = clock()
+    assert network(grid, clock, clients=2, wait=100).clients() == {"a": 10, "b": 10}
+    assert clock() - began <= module.REPEAT + 2 * module.POLL
+    assert grid.nodes[1].asked == grid.nodes[2].asked == [Kind.HELLO]
+
+
+def test_a_node_is_asked_more_and_more_seldom_and_any_answer_counts(clock: Clock) -> None:
+    """Who is slow has answered the first hello in the end: those behind it change nothing."""
+    grid = LocalGrid({1: Node("a", "k", silent=True), 2: Node("b", "kb")})
+    net = network(grid, clock, clients=1, wait=100)
+    until(lambda: net.online() == {"b"}, clock)
+    times = list[float]()
+    began = clock()
+    while clock() - began < module.HELLO - 2 * module.POLL:
+        sent = len(grid.sent)
+        net.online()
+        times += [clock() - began] * (len(grid.sent) - sent)
+        clock.wait(module.POLL)
+    assert [round(time / module.REPEAT) for time in times] == [1, 3, 7]
+    grid.nodes[1].silent = False
+    until(lambda: net.online() == {"a", "b"}, clock)
+    asked = len(grid.nodes[1].asked)
+    clock.wait(2 * module.HELLO)
+    assert net.online() == {"a", "b"}
+    assert len(grid.nodes[1].asked) == asked
+
+
+def test_a_node_of_which_flower_knows_nothing_is_left_out_in_time(clock: Clock) -> None:
+    grid = LocalGrid({1: Node("a", "k", lost=[3] * 9), 2: Node("b", "kb")})
+    assert network(grid, clock, clients=1, wait=2 * module.HELLO).clients() == {"b": 10}
+    assert 4 <= 9 - len(grid.nodes[1].lost) <= 5
 
 
 def test_nodes_that_come_later_are_clients_too(clock: Clock) -> None:
