@@ -69,10 +69,13 @@ def find(name: str) -> type[Strategy]:
         return files.find(name)
     known = STRATEGIES.get(name.replace("-", "_"))
     if known is None:
-        hint = nearest(name.replace("-", "_"), STRATEGIES) or f"choose from {', '.join(STRATEGIES)}"
-        raise ConfigError(
-            f"unknown strategy {name!r}: {hint}, or name your own as module:Class or FILE.py:Class"
+        near = nearest(name.replace("-", "_"), STRATEGIES)
+        own = (
+            f"{near} Your own is"
+            if near
+            else f"choose from {', '.join(STRATEGIES)}, or name your own as"
         )
+        raise ConfigError(f"unknown strategy {name!r}: {own} module:Class or FILE.py:Class")
     return known
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from corolla.cli import deployment, local
+from corolla.cli.fields import Command
 from corolla.cli.screen import out
 from corolla.errors import CorollaError
 from corolla.version import __version__
@@ -98,4 +99,4 @@ _PANELS: dict[str, tuple[Callable[..., None], ...]] = {
 
 for _panel, _commands in _PANELS.items():
     for _command in _commands:
-        app.command(rich_help_panel=_panel)(_guarded(_command))
+        app.command(cls=Command, rich_help_panel=_panel)(_guarded(_command))
