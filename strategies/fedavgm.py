@@ -12,6 +12,7 @@ import torch
 
 from corolla.aggregation.sums import WeightedMean
 from corolla.interfaces import Client, Observed
+from corolla.strategies.listing import listed
 from corolla.strategies.options import option
 from corolla.tensors import factors, tree
 from corolla.types import (
@@ -28,6 +29,7 @@ from corolla.types import (
 )
 
 
+@listed
 @dataclass(frozen=True)
 class FedAvgM:
     """v ← beta v + Σ p_m (w_m - w), w ← w + lr v, over the factors A and B and the head.

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from corolla.aggregation.sums import WeightedMean
 from corolla.interfaces import Client
+from corolla.strategies.listing import listed
 from corolla.strategies.options import option
 from corolla.tensors import factors, tree
 from corolla.types import (
@@ -26,6 +27,7 @@ from corolla.types import (
 )
 
 
+@listed
 @dataclass(frozen=True)
 class FedDpa:
     """A client's model is W + (1 - a) s B_g A_g + a s B_l A_l; only (B_g, A_g) and the head travel.

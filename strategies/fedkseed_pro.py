@@ -16,6 +16,7 @@ from corolla.aggregation.sums import SeedSums, summed, summed_like, terms
 from corolla.directions import pools, seedlog, signs
 from corolla.directions.pools import GaussianPool, SignPool
 from corolla.interfaces import Client
+from corolla.strategies.listing import listed
 from corolla.strategies.options import option
 from corolla.types import (
     Adapter,
@@ -32,6 +33,7 @@ from corolla.types import (
 )
 
 
+@listed
 @dataclass(frozen=True)
 class FedKSeedPro:
     """FedKSeed with p_k ∝ exp(normalised mean of |g_k|), equations 8 to 10.

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 from corolla.aggregation.sums import WeightedMean
 from corolla.directions.pools import GaussianPool, LowRankPool, SignPool
 from corolla.interfaces import Client
+from corolla.strategies.listing import listed
 from corolla.strategies.options import option
 from corolla.tensors import tree
 from corolla.types import (
@@ -28,6 +29,7 @@ from corolla.types import (
 )
 
 
+@listed
 @dataclass(frozen=True)
 class FedMeZO:
     """FedAvg whose clients take MeZO's steps: a new direction for every query.

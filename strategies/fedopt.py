@@ -12,6 +12,7 @@ from torch import Tensor
 
 from corolla.aggregation.sums import WeightedMean
 from corolla.interfaces import Client, Observed
+from corolla.strategies.listing import listed
 from corolla.strategies.options import option
 from corolla.tensors import factors, tree
 from corolla.types import (
@@ -28,6 +29,7 @@ from corolla.types import (
 )
 
 
+@listed
 @dataclass(frozen=True)
 class FedAdam:
     """m ← β₁ m + (1 - β₁) Δ, v ← β₂ v + (1 - β₂) Δ², w ← w + lr m / (√v + tau).
@@ -118,6 +120,7 @@ class FedAdam:
         return self.beta2**t * self.tau**2 + (1 - self.beta2) * torch.stack(terms).sum(0)
 
 
+@listed
 @dataclass(frozen=True)
 class FedYogi(FedAdam):
     """FedAdam with v ← v - (1 - β₂) Δ² sign(v - Δ²): v forgets large steps slowly."""
@@ -137,6 +140,7 @@ class FedYogi(FedAdam):
         return v
 
 
+@listed
 @dataclass(frozen=True)
 class FedAdagrad(FedAdam):
     """FedAdam with v ← v + Δ², and no momentum by default: steps shrink for good."""

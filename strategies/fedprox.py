@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from corolla.aggregation.sums import WeightedMean
 from corolla.interfaces import Client
+from corolla.strategies.listing import listed
 from corolla.strategies.options import option
 from corolla.tensors import tree
 from corolla.types import (
@@ -25,6 +26,7 @@ from corolla.types import (
 )
 
 
+@listed
 @dataclass(frozen=True)
 class FedProx:
     """FedAvg with the local loss + (mu / 2) |w - w_t|², over the factors A and B and the head.

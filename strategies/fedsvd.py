@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from corolla.aggregation.sums import WeightedMean
 from corolla.interfaces import Client
+from corolla.strategies.listing import listed
 from corolla.tensors import factors, tree
 from corolla.types import (
     Adapter,
@@ -25,6 +26,7 @@ from corolla.types import (
 )
 
 
+@listed
 @dataclass(frozen=True)
 class FedSvd:
     """Clients train B only; after each round B A = U S Vᵀ, then A ← Vᵀ, B ← U S (at scaling 1).

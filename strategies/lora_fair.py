@@ -12,6 +12,7 @@ import torch
 
 from corolla.aggregation.stacks import MeanAndResidual
 from corolla.interfaces import Client, Observed
+from corolla.strategies.listing import listed
 from corolla.strategies.options import option
 from corolla.tensors import factors, tree
 from corolla.types import (
@@ -28,6 +29,7 @@ from corolla.types import (
 )
 
 
+@listed
 @dataclass(frozen=True)
 class LoraFair:
     """A ← Ā, B ← B̄ + ΔB, where ΔB brings B A as near to Σ p_m B_m A_m as Ā allows.

@@ -26,6 +26,7 @@ from corolla.cli.options import (
 )
 from corolla.cli.screen import out, say, spinner
 from corolla.errors import ConfigError
+from corolla.trackers import TRACKERS
 
 
 @takes(options=run_options())
@@ -38,7 +39,7 @@ def simulate(
     ] = False,
     resume: Resume = False,
     track: Annotated[
-        list[str] | None, typer.Option(help="tensorboard, wandb, mlflow, trackio; repeatable.")
+        list[str] | None, typer.Option(help=f"{', '.join(TRACKERS)}; repeatable.")
     ] = None,
     out_dir: Annotated[Path | None, typer.Option("--out", help="A new or empty folder.")] = None,
     settings: Set = None,

@@ -6,6 +6,7 @@ import os
 import sqlite3
 import struct
 import sys
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -152,8 +153,11 @@ def refuse(text: str) -> None:
     raise AssertionError(text)
 
 
-def test_every_tracker_has_its_test() -> None:
+def test_every_tracker_has_its_test_and_its_extra() -> None:
     assert READERS.keys() == trackers.TRACKERS.keys()
+    root = Path(__file__).resolve().parents[3]
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert trackers.TRACKERS.keys() <= project["optional-dependencies"].keys()
 
 
 def test_a_run_is_tracked_and_a_resumed_one_goes_on(
