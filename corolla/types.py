@@ -4,13 +4,16 @@ A round: the server broadcasts a payload, each client of the cohort trains and a
 Update, an Aggregator folds the updates, the Strategy applies the aggregate to its state.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-from torch import Tensor
+if TYPE_CHECKING:  # settings need some of these nouns, and a command's help no torch
+    from torch import Tensor
 
-Params = Mapping[str, Tensor]
+Params = Mapping[str, "Tensor"]
 """Tensor name → tensor. LoRA factors are `<module>.lora_A` (r, in) and `<module>.lora_B` (out, r);
 everything else (a classifier head) keeps its name in the base model."""
 
@@ -33,6 +36,12 @@ Aggregates = Literal["weights", "factors", "other"]
 
 TrainerName = Literal["first_order", "zeroth_order"]
 """Backpropagation, or forward passes only."""
+
+RobustRule = Literal["median", "trimmed_mean", "norm_clip", "krum", "multi_krum"]
+"""How a round is defended against hostile clients."""
+
+Space = Literal["tensors", "products"]
+"""Where updates are compared: tensor by tensor, or by the products of their factors."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from corolla import seeds
 from corolla.aggregation.sums import WeightedMean
 from corolla.interfaces import Client
+from corolla.strategies.listing import listed
 from corolla.tensors import factors, tree
 from corolla.types import (
     Adapter,
@@ -31,6 +32,7 @@ from corolla.types import (
 )
 
 
+@listed
 @dataclass(frozen=True)
 class FedSb:
     """W + s B R A with orthonormal, frozen B and A: only R (r, r) is trained, sent and averaged.

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from corolla.aggregation.sums import WeightedMean
 from corolla.interfaces import Aggregator, Client
+from corolla.strategies.listing import listed
 from corolla.tensors import tree
 from corolla.types import (
     Adapter,
@@ -26,6 +27,7 @@ from corolla.types import (
 )
 
 
+@listed
 @dataclass(frozen=True)
 class FedAvg:
     """Averages A and B separately: w ← w + Σ p_m (w_m - w), p_m = n_m / Σ n.

@@ -12,11 +12,13 @@ import torch
 
 from corolla.interfaces import Observed
 from corolla.strategies.fedavg import FedAvg
+from corolla.strategies.listing import listed
 from corolla.strategies.options import option
 from corolla.tensors import factors, tree
 from corolla.types import Aggregates, Broadcast, Metrics, Params, Payload
 
 
+@listed
 @dataclass(frozen=True)
 class FedAvgM(FedAvg):
     """v ← beta v + Σ p_m (w_m - w), w ← w + lr v, over the factors A and B and the head.

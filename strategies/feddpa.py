@@ -9,11 +9,13 @@ from typing import ClassVar
 
 from corolla.interfaces import Client
 from corolla.strategies.fedavg import FedAvg
+from corolla.strategies.listing import listed
 from corolla.strategies.options import option
 from corolla.tensors import factors, tree
 from corolla.types import Adapter, Metrics, Payload, Update
 
 
+@listed
 @dataclass(frozen=True)
 class FedDpa(FedAvg):
     """A client's model is W + (1 - a) s B_g A_g + a s B_l A_l; only (B_g, A_g) and the head travel.

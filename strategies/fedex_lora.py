@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from corolla.aggregation.stacks import MeanAndResidual
 from corolla.interfaces import Client
+from corolla.strategies.listing import listed
 from corolla.strategies.options import option
 from corolla.tensors import blocks, factors, tree
 from corolla.types import (
@@ -26,6 +27,7 @@ from corolla.types import (
 )
 
 
+@listed
 @dataclass(frozen=True)
 class FedExLora:
     """Averages A and B as FedAvg does, and freezes what their product lacks beside the base model.

@@ -15,6 +15,7 @@ from corolla.aggregation.sums import SeedSums
 from corolla.directions import pools, seedlog, signs
 from corolla.directions.pools import GaussianPool, SignPool
 from corolla.interfaces import Aggregator, Client
+from corolla.strategies.listing import listed
 from corolla.strategies.options import option
 from corolla.types import (
     Adapter,
@@ -31,6 +32,7 @@ from corolla.types import (
 )
 
 
+@listed
 @dataclass(frozen=True)
 class FedKSeed:
     """w = w_0 + Σ_k G_k z_k with the same `size` directions in all rounds.

@@ -16,10 +16,12 @@ from corolla.aggregation.history import SumsAndHistory
 from corolla.directions import seedlog, signs
 from corolla.interfaces import Client
 from corolla.strategies.fedkseed import FedKSeed
+from corolla.strategies.listing import listed
 from corolla.strategies.options import option
 from corolla.types import Broadcast, Cost, Metrics, Params, Payload, Size, Update
 
 
+@listed
 @dataclass(frozen=True)
 class FedKSeedPro(FedKSeed):
     """FedKSeed with p_k ∝ exp(normalised mean of |g_k|), equations 8 to 10.

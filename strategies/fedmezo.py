@@ -10,11 +10,13 @@ from typing import ClassVar, Literal
 from corolla.directions.pools import GaussianPool, LowRankPool, SignPool
 from corolla.interfaces import Client
 from corolla.strategies.fedavg import FedAvg
+from corolla.strategies.listing import listed
 from corolla.strategies.options import option
 from corolla.tensors import tree
 from corolla.types import Params, Payload, Pool, TrainerName, Update
 
 
+@listed
 @dataclass(frozen=True)
 class FedMeZO(FedAvg):
     """FedAvg whose clients take MeZO's steps: a new direction for every query.

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from corolla.interfaces import Observed
 from corolla.strategies.fedavg import FedAvg
+from corolla.strategies.listing import listed
 from corolla.strategies.options import option
 from corolla.tensors import factors, tree
 from corolla.types import Aggregates, Broadcast, Metrics, Params, Payload
 
 
+@listed
 @dataclass(frozen=True)
 class FedAdam(FedAvg):
     """m ← β₁ m + (1 - β₁) Δ, v ← β₂ v + (1 - β₂) Δ², w ← w + lr m / (√v + tau).
@@ -85,6 +87,7 @@ class FedAdam(FedAvg):
         return self.beta2**t * self.tau**2 + (1 - self.beta2) * torch.stack(terms).sum(0)
 
 
+@listed
 @dataclass(frozen=True)
 class FedYogi(FedAdam):
     """FedAdam with v ← v - (1 - β₂) Δ² sign(v - Δ²): v forgets large steps slowly."""
@@ -104,6 +107,7 @@ class FedYogi(FedAdam):
         return v
 
 
+@listed
 @dataclass(frozen=True)
 class FedAdagrad(FedAdam):
     """FedAdam with v ← v + Δ², and no momentum by default: steps shrink for good."""

@@ -8,11 +8,13 @@ from typing import ClassVar
 
 from corolla.interfaces import Client
 from corolla.strategies.fedavg import FedAvg
+from corolla.strategies.listing import listed
 from corolla.strategies.options import option
 from corolla.tensors import tree
 from corolla.types import Params, Payload, Update
 
 
+@listed
 @dataclass(frozen=True)
 class FedProx(FedAvg):
     """FedAvg with the local loss + (mu / 2) |w - w_t|², over the factors A and B and the head.

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from corolla.strategies.ffa_lora import FfaLora
+from corolla.strategies.listing import listed
 from corolla.tensors import factors, tree
 from corolla.types import Broadcast, Cost, Metrics, Payload, Size
 
 
+@listed
 @dataclass(frozen=True)
 class FedSvd(FfaLora):
     """Clients train B only; after each round B A = U S Vᵀ, then A ← Vᵀ, B ← U S (at scaling 1).

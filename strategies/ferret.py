@@ -13,6 +13,7 @@ import torch
 from corolla.aggregation.sums import WeightedMean
 from corolla.directions import moving, pools, seedlog, signs
 from corolla.interfaces import Client
+from corolla.strategies.listing import listed
 from corolla.strategies.options import option
 from corolla.tensors import tree
 from corolla.types import (
@@ -30,6 +31,7 @@ from corolla.types import (
 )
 
 
+@listed
 @dataclass(frozen=True)
 class Ferret:
     """γ_k = <z_k, Δ> / size for a client's update Δ; everybody moves by server_lr · Σ_k γ̄_k z_k.

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from corolla.aggregation.sums import WeightedMean
 from corolla.interfaces import Aggregator, Client
+from corolla.strategies.listing import listed
 from corolla.tensors import factors, tree
 from corolla.types import (
     Adapter,
@@ -25,6 +26,7 @@ from corolla.types import (
 )
 
 
+@listed
 @dataclass(frozen=True)
 class FfaLora:
     """Trains and averages B (and the head); A stays at its random start, the same everywhere.

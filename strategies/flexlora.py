@@ -14,6 +14,7 @@ from torch import Tensor
 from corolla.aggregation.stacks import Stack
 from corolla.aggregation.sums import ByGroup, WeightedMean
 from corolla.interfaces import Client, Observed
+from corolla.strategies.listing import listed
 from corolla.strategies.options import option
 from corolla.tensors import factors, tree
 from corolla.types import (
@@ -31,6 +32,7 @@ from corolla.types import (
 )
 
 
+@listed
 @dataclass(frozen=True)
 class FlexLora:
     """Σ p_m s_m B_m A_m = U S Vᵀ; a client of rank r goes on from its best approximation of rank r.

@@ -11,6 +11,7 @@ from typing import ClassVar
 from corolla.aggregation.stacks import Stack
 from corolla.aggregation.sums import ByGroup, WeightedMean
 from corolla.interfaces import Client
+from corolla.strategies.listing import listed
 from corolla.strategies.options import option
 from corolla.tensors import blocks, factors, tree
 from corolla.types import (
@@ -27,6 +28,7 @@ from corolla.types import (
 )
 
 
+@listed
 @dataclass(frozen=True)
 class Flora:
     """Stacks the clients' factors, so that the product is Σ p_m s_m B_m A_m exactly.

@@ -14,6 +14,7 @@ from torch import Tensor
 from corolla.aggregation.padded import NormWeighted
 from corolla.aggregation.sums import ByGroup, WeightedMean
 from corolla.interfaces import Client, Observed
+from corolla.strategies.listing import listed
 from corolla.strategies.options import option
 from corolla.tensors import factors, tree
 from corolla.types import (
@@ -32,6 +33,7 @@ from corolla.types import (
 )
 
 
+@listed
 @dataclass(frozen=True)
 class HetLora:
     """A client trains the first r_m rows of A and columns of B; the server averages padded factors.

@@ -13,11 +13,13 @@ import torch
 from corolla.aggregation.stacks import MeanAndResidual
 from corolla.interfaces import Observed
 from corolla.strategies.fedavg import FedAvg
+from corolla.strategies.listing import listed
 from corolla.strategies.options import option
 from corolla.tensors import factors, tree
 from corolla.types import Aggregates, Metrics, Params, Payload
 
 
+@listed
 @dataclass(frozen=True)
 class LoraFair(FedAvg):
     """A ← Ā, B ← B̄ + ΔB, where ΔB brings B A as near to Σ p_m B_m A_m as Ā allows.

@@ -17,6 +17,7 @@ from corolla.aggregation.two_classes import TwoMeans
 from corolla.directions import moving, pools, seedlog, signs
 from corolla.directions.pools import SignPool
 from corolla.interfaces import Client
+from corolla.strategies.listing import listed
 from corolla.strategies.options import option
 from corolla.tensors import tree
 from corolla.types import (
@@ -36,6 +37,7 @@ from corolla.types import (
 _BOTH: tuple[TrainerName, ...] = ("first_order", "zeroth_order")
 
 
+@listed
 @dataclass(frozen=True)
 class Mixed:
     """w ← w + λ_1 ū_1 + λ_0 ū_0, the mean updates of the first- and the zeroth-order clients.

@@ -1,6 +1,8 @@
-"""Strategies by name: the table of Corolla's own, and how one is found and made."""
+"""Strategies by name: all of Corolla's own, and how one is found and made."""
 
 import dataclasses
+import importlib
+import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,55 +10,24 @@ from corolla.errors import ConfigError
 from corolla.host.text import nearest
 from corolla.interfaces import Strategy, Traits
 from corolla.strategies import files
-from corolla.strategies.fed_sb import FedSb
-from corolla.strategies.fedavg import FedAvg
-from corolla.strategies.fedavgm import FedAvgM
-from corolla.strategies.feddpa import FedDpa
-from corolla.strategies.fedex_lora import FedExLora
-from corolla.strategies.fedkseed import FedKSeed
-from corolla.strategies.fedkseed_pro import FedKSeedPro
-from corolla.strategies.fedmezo import FedMeZO
-from corolla.strategies.fedopt import FedAdagrad, FedAdam, FedYogi
-from corolla.strategies.fedprox import FedProx
-from corolla.strategies.fedsa_lora import FedSaLora
-from corolla.strategies.fedsvd import FedSvd
-from corolla.strategies.ferret import Ferret
-from corolla.strategies.ffa_lora import FfaLora
-from corolla.strategies.flexlora import FlexLora
-from corolla.strategies.flora import Flora
-from corolla.strategies.hetlora import HetLora
-from corolla.strategies.lora_fair import LoraFair
-from corolla.strategies.mixed import Mixed
-from corolla.strategies.rolora import RoLora
-from corolla.strategies.scaffold import Scaffold
-from corolla.strategies.seed_pool import SeedPool
+from corolla.strategies.listing import LISTED
 
-STRATEGIES: dict[str, type[Strategy]] = {
-    "fedavg": FedAvg,
-    "ffa_lora": FfaLora,
-    "flora": Flora,
-    "fedex_lora": FedExLora,
-    "flexlora": FlexLora,
-    "lora_fair": LoraFair,
-    "rolora": RoLora,
-    "fedsvd": FedSvd,
-    "fed_sb": FedSb,
-    "hetlora": HetLora,
-    "fedprox": FedProx,
-    "scaffold": Scaffold,
-    "fedavgm": FedAvgM,
-    "fedadam": FedAdam,
-    "fedyogi": FedYogi,
-    "fedadagrad": FedAdagrad,
-    "fedsa_lora": FedSaLora,
-    "feddpa": FedDpa,
-    "seed_pool": SeedPool,
-    "fedkseed": FedKSeed,
-    "fedkseed_pro": FedKSeedPro,
-    "fedmezo": FedMeZO,
-    "ferret": Ferret,
-    "mixed": Mixed,
-}
+_FIRST = "fedavg"
+"""The strategy that most others change one thing of: lists and advice begin with it."""
+
+
+def _all() -> dict[str, type[Strategy]]:
+    """Imports every file of this folder, and takes the strategies that are marked in them."""
+    folder = __name__.rpartition(".")[0]
+    for file in pkgutil.iter_modules(importlib.import_module(folder).__path__, f"{folder}."):
+        if file.name != __name__:
+            importlib.import_module(file.name)
+    own = [cls for cls in LISTED if cls.__module__.startswith(f"{folder}.")]
+    return {cls.name: cls for cls in sorted(own, key=lambda cls: (cls.name != _FIRST, cls.name))}
+
+
+STRATEGIES: Mapping[str, type[Strategy]] = _all()
+"""Name → class, `fedavg` and then by the alphabet: each is marked as `listed` in its own file."""
 
 
 def find(name: str) -> type[Strategy]:
@@ -69,10 +40,13 @@ def find(name: str) -> type[Strategy]:
         return files.find(name)
     known = STRATEGIES.get(name.replace("-", "_"))
     if known is None:
-        hint = nearest(name.replace("-", "_"), STRATEGIES) or f"choose from {', '.join(STRATEGIES)}"
-        raise ConfigError(
-            f"unknown strategy {name!r}: {hint}, or name your own as module:Class or FILE.py:Class"
+        near = nearest(name.replace("-", "_"), STRATEGIES)
+        own = (
+            f"{near} Your own is"
+            if near
+            else f"choose from {', '.join(STRATEGIES)}, or name your own as"
         )
+        raise ConfigError(f"unknown strategy {name!r}: {own} module:Class or FILE.py:Class")
     return known
 
 

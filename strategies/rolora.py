@@ -12,6 +12,7 @@ import torch
 
 from corolla.aggregation.sums import WeightedMean
 from corolla.interfaces import Client
+from corolla.strategies.listing import listed
 from corolla.tensors import factors
 from corolla.types import (
     Adapter,
@@ -27,6 +28,7 @@ from corolla.types import (
 )
 
 
+@listed
 @dataclass(frozen=True)
 class RoLora:
     """Odd rounds train and average B with A frozen, even rounds A with B frozen; the head always.

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from corolla.aggregation.sums import ByGroup, Sum, WeightedMean
 from corolla.interfaces import Client
+from corolla.strategies.listing import listed
 from corolla.tensors import tree
 from corolla.types import (
     Adapter,
@@ -25,6 +26,7 @@ from corolla.types import (
 )
 
 
+@listed
 @dataclass(frozen=True)
 class Scaffold:
     """Local steps follow g - c_m + c; then c_m ← c_m - c + (x - y_m) / Σ lr (option II).

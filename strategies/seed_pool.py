@@ -15,6 +15,7 @@ import torch
 from corolla.aggregation.sums import SeedSums
 from corolla.directions import pools, seedlog, signs
 from corolla.interfaces import Client
+from corolla.strategies.listing import listed
 from corolla.strategies.options import option
 from corolla.types import (
     Adapter,
@@ -31,6 +32,7 @@ from corolla.types import (
 )
 
 
+@listed
 @dataclass(frozen=True)
 class SeedPool:
     """Clients send a scalar for each query, the server one row of `size` sums for each round.

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from corolla.trackers import TRACKERS
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("corolla", "server", "client", "strategies", "proto", "experiments")
 
@@ -68,10 +70,7 @@ PLACES = {
     "typer": {"cli"},
     "lm_eval": {"evaluation.harness"},
     "atheris": {"experiments.bench.fuzz_guided"},
-    "tensorboard": {"trackers.tensorboard"},
-    "wandb": {"trackers.wandb"},
-    "mlflow": {"trackers.mlflow"},
-    "trackio": {"trackers.trackio"},
+    **{name: {f"trackers.{name}"} for name in TRACKERS},
     "huggingface_hub": {"models.folders"},
     "executorch": {"phones.lowering"},
     "torchao": {"phones.lowering"},

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from corolla.config import wording
 from corolla.errors import ConfigError
 from corolla.host.text import nearest, parse_bytes
 
@@ -112,8 +113,8 @@ def load(file: Path | None, options: Mapping[str, object]) -> Own:
         option = "--" + str(first["loc"][0]).replace("_", "-")
         if first["type"] == "missing":
             raise ConfigError(f"{option} is missing") from error
-        message = str(first["msg"]).removeprefix("Value error, ")
-        raise ConfigError(f"{option}: {message}; found {first['input']!r}") from error
+        told = wording.told(first, Own.model_fields, null=False)
+        raise ConfigError(f"{option}: {told}") from error
 
 
 def state_of(file: Path | None, options: Mapping[str, object]) -> Path:

@@ -19,10 +19,8 @@ from corolla.data.rows import Example
 from corolla.directions import seedlog
 from corolla.errors import ConfigError, CorollaError, ModelError, WireError
 from corolla.evaluation.scoring import score
-from corolla.models.dense import DenseModel
-from corolla.models.lora import LoraModel
 from corolla.models.records import write_update
-from corolla.models.trainable import Trainable
+from corolla.models.trainable import Differentiable, Trainable
 from corolla.privacy import example_level, ledger
 from corolla.privacy.example_level import ExampleLevel
 from corolla.privacy.ledger import Ledger, Limit
@@ -63,7 +61,7 @@ class LocalClient:
 
     @property
     def trainer(self) -> FirstOrder:
-        if not isinstance(self.model, LoraModel | DenseModel):
+        if not isinstance(self.model, Differentiable):
             raise ConfigError(f"{self.config.strategy}: no first-order training of all parameters")
         return FirstOrder(
             self.model,

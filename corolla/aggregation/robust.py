@@ -18,7 +18,7 @@ No rule sees an attack within one standard deviation of the honest updates (Baru
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, Self, get_args
+from typing import Self, get_args
 
 import torch
 from torch import Tensor
@@ -26,10 +26,7 @@ from torch import Tensor
 from corolla.interfaces import Aggregator, Traits
 from corolla.tensors import factors, tree
 from corolla.tensors.factors import A, B
-from corolla.types import Metrics, Params, Payload
-
-Rule = Literal["median", "trimmed_mean", "norm_clip", "krum", "multi_krum"]
-Space = Literal["tensors", "products"]
+from corolla.types import Metrics, Params, Payload, RobustRule, Space
 
 _COORDINATES = ("median", "trimmed_mean")
 _KRUM = ("krum", "multi_krum")
@@ -61,14 +58,16 @@ class Robust:
 
     def __init__(
         self,
-        rule: Rule,
+        rule: RobustRule,
         inner: Callable[[], Aggregator],
         space: Space = "tensors",
         byzantine: int | None = None,
         history: Sequence[float] = (),
     ) -> None:
-        if rule not in get_args(Rule):
-            raise ValueError(f"unknown rule {rule!r}: choose from {', '.join(get_args(Rule))}")
+        if rule not in get_args(RobustRule):
+            raise ValueError(
+                f"unknown rule {rule!r}: choose from {', '.join(get_args(RobustRule))}"
+            )
         if space == "products" and rule in _COORDINATES:
             raise ValueError(f"{rule} is of coordinates, which products do not have")
         self.metrics: Metrics = {}
@@ -127,7 +126,7 @@ def hostile(updates: int, byzantine: int | None) -> int:
     return max(1, updates // 5) if byzantine is None else byzantine
 
 
-def least(rule: Rule, byzantine: int) -> int:
+def least(rule: RobustRule, byzantine: int) -> int:
     """How many updates a rule needs against that many hostile ones."""
     if rule in _KRUM:
         return 2 * byzantine + 3
@@ -139,7 +138,7 @@ def space_of(traits: Traits) -> Space:
     return "products" if traits.updates == "factors" else "tensors"
 
 
-def refusal(rule: Rule, space: Space, traits: Traits, likes: Sequence[Payload]) -> str | None:
+def refusal(rule: RobustRule, space: Space, traits: Traits, likes: Sequence[Payload]) -> str | None:
     """Why a rule does not fit a strategy of these traits, in one line; None where it does.
 
     `likes` are its updates' forms (`Strategy.update_like`), one of each rank and trainer.
@@ -292,7 +291,7 @@ def _shapes(updates: Sequence[Payload]) -> int:
     )
 
 
-def _check_alike(updates: Sequence[Payload], rule: Rule, space: Space) -> None:
+def _check_alike(updates: Sequence[Payload], rule: RobustRule, space: Space) -> None:
     """Raises ValueError for updates that a rule cannot take together."""
     first = updates[0]
     if any(update.keys() != first.keys() for update in updates):

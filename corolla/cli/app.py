@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from corolla.cli import deployment, local
+from corolla.cli.fields import Command
 from corolla.cli.screen import out
 from corolla.errors import CorollaError
 from corolla.host.files import private
@@ -112,4 +113,4 @@ _KEEPING = (
 
 for _panel, _commands in _PANELS.items():
     for _command in _commands:
-        app.command(rich_help_panel=_panel)(_guarded(_command))
+        app.command(cls=Command, rich_help_panel=_panel)(_guarded(_command))

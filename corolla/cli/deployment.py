@@ -72,7 +72,7 @@ def certs(
 @takes(
     options=run_options(
         *("clients", "engine", "dp", "epsilon", "delta", "clip"),
-        data="What it measures on: FILE.jsonl, hub name, 'embedded'.",
+        data="The data set that the server measures on: 'embedded', a .jsonl file or a hub name.",
     ),
     machine=SERVER,
 )

@@ -26,6 +26,7 @@ from corolla.cli.options import (
 )
 from corolla.cli.screen import out, say, spinner
 from corolla.errors import ConfigError
+from corolla.trackers import TRACKERS
 
 
 @takes(options=run_options())
@@ -38,7 +39,7 @@ def simulate(
     ] = False,
     resume: Resume = False,
     track: Annotated[
-        list[str] | None, typer.Option(help="tensorboard, wandb, mlflow, trackio; repeatable.")
+        list[str] | None, typer.Option(help=f"{', '.join(TRACKERS)}; repeatable.")
     ] = None,
     out_dir: Annotated[Path | None, typer.Option("--out", help="A new or empty folder.")] = None,
     settings: Set = None,
@@ -107,7 +108,10 @@ def plan(
 
 @takes(
     options=run_options(
-        "strategy", lr="Middle of the three that are tried.", seed="The first seed; the search's."
+        "strategy",
+        usual={"cohort": "4 with the embedded model and data, else 8, or all clients"},
+        lr="The middle of the three learning rates that are tried.",
+        seed="The first seed, with which learning rates are tried.",
     ),
     search=SEARCH,
 )
@@ -164,14 +168,7 @@ def check(
 
 
 @takes(
-    options=run_options(
-        "engine",
-        seed="Of the run, and of the coins.",
-        dp="none, example or client.",
-        epsilon="Budget of the run.",
-        delta="Less than 1 in what is protected.",
-        clip="L2 norm of what one can add.",
-    ),
+    options=run_options("engine", seed="The seed of the run, and of the coins."),
     tried=CANARIES,
 )
 def audit(

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import typer
 
+from corolla.cli.fields import Fields, FieldText, of_run, with_default
+
 Config = Annotated[Path | None, typer.Option(help="TOML file with the same names.")]
 NewFolder = Annotated[Path, typer.Option("--out", help="A new or empty folder.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on in --out.")]
@@ -25,19 +27,28 @@ class Option(NamedTuple):
     """An option of a command; its flag follows from its name where `flags` has none."""
 
     kind: Any
-    """The type that its text is read as."""
+    """The type that its text is read as, or the field that says it."""
     help: str
+    """What it is; "": as its field says."""
     default: Any = None
     """The value where none is given; `...` marks an option that must be given."""
     flags: tuple[str, ...] = ()
     more: Mapping[str, Any] = {}
     """Other arguments of `typer.Option`: min, max, metavar."""
+    usual: str = ""
+    """What holds where none is given, in words; "": the value itself."""
 
     def parameter(self, name: str) -> inspect.Parameter:
         """The option as typer finds it in the signature of a function."""
-        option = typer.Option(self.default, *self.flags, help=self.help, **self.more)
+        kind, text, more = self.kind, self.help, dict(self.more)
+        if isinstance(kind, FieldText):
+            more["click_type"] = FieldText(kind.key, kind.fields, self.usual)
+            kind = Any
+        elif self.usual:
+            text, more["show_default"] = with_default(text, self.usual), False
+        option = typer.Option(self.default, *self.flags, help=text, **more)
         return inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=self.kind
+            name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind
         )
 
 
@@ -73,32 +84,28 @@ def takes(**tables: Table) -> Callable[[Callable[..., None]], Callable[..., None
     return decorate
 
 
-RUN: Table = {
-    "strategy": Option(str | None, "fedavg, flora, …; yours: FILE.py:Class, module:Class."),
-    "model": Option(str | None, "Hub name, folder, .gguf, 'embedded'."),
-    "data": Option(str | None, "FILE.jsonl, hub name, 'embedded'."),
-    "clients": Option(int | None, "How many clients."),
-    "cohort": Option(int | None, "Clients per round."),
-    "rounds": Option(int | None, "Rounds."),
-    "local_steps": Option(int | None, "Optimiser steps per round."),
-    "batch_size": Option(int | None, "Sequences per step."),
-    "lr": Option(float | None, "Learning rate."),
-    "rank": Option(int | None, "LoRA rank."),
-    "alpha": Option(float | None, "LoRA alpha."),
-    "seed": Option(int | None, "Decides everything that is random."),
-    "engine": Option(str | None, "inprocess or flower (Ray)."),
-    "dp": Option(str | None, "Differential privacy of each: none, example, client."),
-    "epsilon": Option(float | None, "Privacy budget of the run."),
-    "delta": Option(float | None, "Of (epsilon, delta)."),
-    "clip": Option(float | None, "Norm of a gradient, or a client's update, at most."),
-}
+def keys(fields: Fields, *names: str) -> Table:
+    """Options that are keys: their types, defaults in effect and texts are those of the fields."""
+    return {name: Option(FieldText(name, fields), "") for name in names}
+
+
+RUN: Table = keys(
+    of_run,
+    *("strategy", "model", "data", "clients", "cohort", "rounds", "local_steps", "batch_size"),
+    *("lr", "rank", "alpha", "seed", "engine", "dp", "epsilon", "delta", "clip"),
+)
 """Keys of a run that are options; all others are given with --set."""
 
 
-def run_options(*left_out: str, **helps: str) -> Table:
-    """The options of RUN but those left out, with a text of its own for each name in `helps`."""
+def run_options(*left_out: str, usual: Mapping[str, str] = {}, **helps: str) -> Table:
+    """The options of RUN but those left out.
+
+    `helps` are texts, and `usual` defaults in effect, of those that mean something else here.
+    """
     return {
-        name: option._replace(help=helps.get(name, option.help))
+        name: option._replace(
+            help=helps.get(name, option.help), usual=usual.get(name, option.usual)
+        )
         for name, option in RUN.items()
         if name not in left_out
     }
@@ -108,8 +115,9 @@ SEARCH: Table = {
     "seeds": Option(int, "Runs of each strategy; 1 allows no claim.", 3),
     "lrs": Option(
         str,
-        "Tried by all; default: the usual one × 1/3, 1, 3.",
+        "Learning rates that all try.",
         "",
+        usual="the usual one × 1/3, 1, 3",
         more={"metavar": "A,B,C"},
     ),
     "jobs": Option(int, "Runs at a time; 0: as cores and memory allow.", 0),
@@ -118,52 +126,53 @@ SEARCH: Table = {
 
 CANARIES: Table = {
     "canaries": Option(int, "There or not, by a coin each.", 1000, more={"min": 1}),
-    "guesses": Option(int | None, "Of coins; default: a fifth of the canaries.", more={"min": 1}),
+    "guesses": Option(int | None, "Of coins.", more={"min": 1}, usual="a fifth of the canaries"),
     "unit": Option(Literal["example", "client"] | None, "What canaries are with dp=none."),
 }
 """What `corolla audit` tries."""
 
 PROGRAM: Table = {
-    "rank": Option(int | None, "LoRA rank; default: the adapter's, or 8.", more={"min": 1}),
+    "rank": Option(int | None, "LoRA rank.", more={"min": 1}, usual="the adapter's, or 8"),
     "target_modules": Option(
         str | None,
-        "Default: the adapter's, or all linear ones.",
+        "Layers with an adapter.",
         more={"metavar": "A,B"},
+        usual="the adapter's, or all linear ones",
     ),
-    "length": Option(int | None, "Tokens of a sequence, at most; default: 256."),
-    "base": Option(str | None, "fp32, q4 or fp32,q4; default: fp32,q4."),
+    "length": Option(int | None, "Tokens of a sequence, at most.", usual="256"),
+    "base": Option(str | None, "fp32, q4 or fp32,q4.", usual="fp32,q4"),
 }
 """What `corolla export --to executorch` makes programs of."""
 
 SERVER: Table = {
-    "address": Option(str | None, "HOST:PORT for clients; default 0.0.0.0:9092."),
+    "address": Option(str | None, "HOST:PORT for clients.", usual="0.0.0.0:9092"),
     "certificates": Option(
         Path | None, "Folder of server.pem: see corolla certs.", flags=("--certs",)
     ),
     "clients_keys": Option(Path | None, "Folder of clients' public keys, *.pub; watched."),
-    "metrics_port": Option(int | None, "Prometheus, on loopback."),
-    "min_clients": Option(int | None, "To wait for before round 1."),
+    "metrics_port": Option(int | None, "Prometheus, on loopback.", usual="none"),
+    "min_clients": Option(int | None, "To wait for before round 1.", usual="1"),
 }
 """The machine that `corolla server` runs on."""
 
 _ALLOW = Option(list[str] | None, "FILE.py:Class a server may name as strategy; repeatable.")
-_EPSILON = Option(float | None, "Its examples may cost, in all runs; default: any.")
-_DELTA = Option(float | None, "Of that; default: 1e-5.")
+_EPSILON = Option(float | None, "Its examples may cost, in all runs.", usual="any")
+_DELTA = Option(float | None, "Of that.", usual="1e-05")
 _THREADS = Option(int, "Of the CPU; 0: all.", 0)
 _SERVER = Option(str | None, "corolla server.", more={"metavar": "HOST:PORT"})
-_ROOTS = Option(Path | None, "ca.pem of the server; default: the system's.")
+_ROOTS = Option(Path | None, "ca.pem of the server.", usual="the system's")
 
 DEVICE: Table = {
     "server": _SERVER,
     "root_certificates": _ROOTS,
     "data": Option(str | None, "FILE.jsonl: all rows are trained on."),
-    "name": Option(str | None, "In the federation; default: made from the key."),
-    "model": Option(str | None, "The run's: hub name, folder, .gguf."),
-    "state": Option(Path | None, "Key, logs, what is kept; default: ~/.local/state/corolla."),
-    "memory": Option(str | None, "For training, at most: 2GB."),
+    "name": Option(str | None, "In the federation.", usual="made from the key"),
+    "model": Option(str | None, "The run's: hub name, folder, .gguf.", usual="embedded"),
+    "state": Option(Path | None, "Key, logs, what is kept.", usual="~/.local/state/corolla"),
+    "memory": Option(str | None, "For training, at most: 2GB.", usual="any"),
     "threads": _THREADS,
-    "device": Option(str | None, "cpu, cuda, mps; default: the best."),
-    "quantization": Option(str | None, "none, 8bit or 4bit."),
+    "device": Option(str | None, "cpu, cuda, mps.", usual="the best there is"),
+    "quantization": Option(str | None, "none, 8bit or 4bit.", usual="none"),
     "micro_batch_size": Option(int, "At most; 0: as the run says.", 0),
     "gradient_checkpointing": Option(
         bool,
@@ -232,10 +241,12 @@ PHONE: Table = {
     "gateway": Option(str, "corolla gateway.", ..., more={"metavar": "HOST:PORT"}),
     "token_file": Option(Path, "What the gateway's owner gave.", ...),
     "data": Option(str, "FILE.jsonl: all rows are trained on.", ...),
-    "root_certificates": Option(Path | None, "ca.pem of the gateway; default: the system's."),
-    "name": Option(str | None, "Default: made once, kept in --state."),
-    "model": Option(str | None, "Hub name, folder, 'embedded'; default: the gateway's."),
-    "state": Option(Path | None, "Models, logs, what is kept; default: as corolla client."),
+    "root_certificates": Option(Path | None, "ca.pem of the gateway.", usual="the system's"),
+    "name": Option(str | None, "In the federation.", usual="made once, kept in --state"),
+    "model": Option(str | None, "Hub name, folder, 'embedded'.", usual="the gateway's"),
+    "state": Option(
+        Path | None, "Models, logs, what is kept.", usual="~/.local/state/corolla/phone"
+    ),
     "threads": _THREADS,
     "epsilon": _EPSILON,
     "delta": _DELTA,
@@ -243,8 +254,8 @@ PHONE: Table = {
 """The device that `corolla phone` runs on."""
 
 CONDITIONS: Table = {
-    "charging": Option(bool | None, "Default: as found.", flags=("--charging/--on-battery",)),
-    "metered": Option(bool | None, "Default: as found.", flags=("--metered/--unmetered",)),
-    "idle": Option(bool | None, "Default: idle.", flags=("--idle/--in-use",)),
+    "charging": Option(bool | None, "Power.", flags=("--charging/--on-battery",), usual="as found"),
+    "metered": Option(bool | None, "Network.", flags=("--metered/--unmetered",), usual="as found"),
+    "idle": Option(bool | None, "Use.", flags=("--idle/--in-use",), usual="idle"),
 }
 """The state that a phone is in."""

@@ -43,8 +43,9 @@ def find(word: str) -> list[Key]:
             return named
     if asked and (found := [key for key in known if _has(key, asked)]):
         return found
-    hint = meant(word, [key.name for key in known]) or "corolla keys lists all"
-    raise ConfigError(f"no key has {word!r} in its name or text: {hint}")
+    near = meant(word, [key.name for key in known])
+    hint = f": {near}" if near else ", and none is like it: corolla keys lists all"
+    raise ConfigError(f"no key has {word!r} in its name or text{hint}")
 
 
 def _has(key: Key, word: str) -> bool:

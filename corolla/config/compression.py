@@ -1,9 +1,14 @@
 """How updates and broadcasts are compressed on their way."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from corolla.config.section import key
 from corolla.config.subject import Subject
-from corolla.wire import compression
-from corolla.wire.compression import Pipeline
+
+if TYPE_CHECKING:  # it needs torch, which takes a second to import, and a command's help does not
+    from corolla.wire.compression import Pipeline
 
 
 class Compression(Subject):
@@ -29,9 +34,15 @@ class Compression(Subject):
     @property
     def uplink(self) -> Pipeline:
         """How updates are compressed. Raises ConfigError."""
-        return compression.pipeline(self.codec)
+        return _pipeline(self.codec)
 
     @property
     def downlink(self) -> Pipeline:
         """How broadcasts are compressed. Raises ConfigError."""
-        return compression.pipeline(self.codec_down)
+        return _pipeline(self.codec_down)
+
+
+def _pipeline(steps: list[str]) -> Pipeline:
+    from corolla.wire import compression
+
+    return compression.pipeline(steps)

@@ -2,18 +2,15 @@
 
 from typing import Literal
 
-from corolla.aggregation import robust
-from corolla.aggregation.robust import Rule, Space
 from corolla.config.section import Positive, key
 from corolla.config.subject import Subject
-from corolla.interfaces import Strategy
-from corolla.strategies import registry
+from corolla.types import RobustRule, Space
 
 
 class Defence(Subject):
     """A rule of robust aggregation."""
 
-    robust: Literal["none", Rule] = key(
+    robust: Literal["none", RobustRule] = key(
         "none",
         "The rule that defends the aggregate against hostile clients.",
         "trimmed_mean",
@@ -40,8 +37,3 @@ class Defence(Subject):
         beside="robust=krum",
         against=("strategy=flora",),
     )
-
-    def compared_in(self, strategy: Strategy) -> Space:
-        """The space of the rule that `robust` names."""
-        own = robust.space_of(registry.traits(strategy))
-        return own if self.robust_space == "auto" else self.robust_space

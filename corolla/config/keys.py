@@ -1,11 +1,9 @@
 """All keys of a run, read from the fields themselves: what each is, by default, and excludes."""
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 from pydantic.fields import FieldInfo
 
@@ -13,6 +11,8 @@ from corolla.config.groups import ClientClass
 from corolla.config.load import load
 from corolla.config.run import RunConfig
 from corolla.config.section import Section
+from corolla.config.settings import Settings
+from corolla.config.wording import kind_of, written
 from corolla.errors import ConfigError
 from corolla.strategies.registry import STRATEGIES
 
@@ -69,7 +69,7 @@ class Key:
 def sections() -> dict[str, type[Section]]:
     """Group → the section of RunConfig whose fields are its keys, in the order of the keys."""
     bases = [base for base in RunConfig.__mro__ if issubclass(base, Section)]
-    own = [base for base in reversed(bases) if base not in (Section, RunConfig)]
+    own = [base for base in reversed(bases) if base not in (Section, Settings, RunConfig)]
     found = {base.__name__.lower(): base for base in own}
     order = list(RunConfig.model_fields)
     return dict(sorted(found.items(), key=lambda item: order.index(_own(item[1])[0])))
@@ -93,42 +93,6 @@ def table() -> list[Key]:
         key = f"classes.{NAME}.{name}"
         found.append(_of_field(key, CLASSES, field, key.replace(NAME, _CLASS)))
     return [*found, *_of_strategies()]
-
-
-def written(value: Any) -> str:
-    """A value as --set takes it."""
-    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
-
-
-def kind_of(annotation: Any, bounds: tuple[Any, ...] = ()) -> str:
-    """A type in words, with the bounds of numbers: "whole number from 1, or null"."""
-    form, inner = get_origin(annotation), get_args(annotation)
-    if form is Annotated:
-        nested = [b for bound in inner[1:] for b in getattr(bound, "metadata", [bound])]
-        return kind_of(inner[0], (*bounds, *nested))
-    if form in (Union, UnionType):
-        rest = [kind_of(part, bounds) for part in inner if part is not NoneType]
-        return " or ".join(rest) + (", or null" if NoneType in inner else "")
-    if form is Literal:
-        return ", ".join(str(value) for value in inner)
-    if form is list:
-        return f"list ({kind_of(inner[0])})"
-    if form is dict:
-        return "table"
-    return {bool: "true or false", str: "text"}.get(annotation) or _number(annotation, bounds)
-
-
-def _number(annotation: type, bounds: tuple[Any, ...]) -> str:
-    words = {"ge": "from", "gt": "above", "le": "to", "lt": "below"}
-    limits = {
-        word: getattr(b, name) for b in bounds for name, word in words.items() if _has(b, name)
-    }
-    said = "".join(f" {word} {limit:g}" for word, limit in limits.items() if limit < 2**31)
-    return ("whole number" if annotation is int else "number") + said
-
-
-def _has(bound: Any, name: str) -> bool:
-    return getattr(bound, name, None) is not None
 
 
 def _own(section: type[Section]) -> list[str]:

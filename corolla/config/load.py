@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from corolla.config import wording
 from corolla.config.build import build_strategy
 from corolla.config.groups import ClientClass
 from corolla.config.mistakes import unknown
@@ -99,7 +100,7 @@ def _gather(
             raise ConfigError(
                 f"--set {setting!r}: expected key=value (corolla keys lists and explains all keys)"
             )
-        _assign(values, tables, _key(key.strip()), _literal(text), "--set")
+        _assign(values, tables, _key(key.strip()), wording.read(text), "--set")
     values |= {key: value for key, value in overrides.items() if value is not None}
     if "strategy" in values and ":" not in str(values["strategy"]):
         values["strategy"] = str(values["strategy"]).replace("-", "_")
@@ -160,11 +161,3 @@ def _read(file: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read config file {file}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {file} is not TOML: {error}") from error
-
-
-def _literal(text: str) -> Any:
-    """A value as TOML or JSON would read it; anything else is a string."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text.strip()

@@ -1,12 +1,11 @@
 """What is said of a key that does not exist, and of a value that a key cannot have."""
 
-import json
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from corolla.config import wording
 from corolla.config.groups import ClientClass
 from corolla.errors import ConfigError
 from corolla.host.text import nearest
@@ -65,19 +64,25 @@ _FEW = 30
 """Names that a line can hold: all options of a class, or all strategies."""
 
 
-def meant(name: str, known: Collection[str], cutoff: float = 0.5) -> str:
+_NEAR = 0.7
+"""Similarity, as difflib has it, from which a name is taken for a misspelling of a key: one letter
+of four may be wrong. At 0.5 any word is near some key."""
+
+
+def meant(name: str, known: Collection[str]) -> str:
     """The question `did you mean 'KEY'?`, by meaning before spelling; "" if nothing is near."""
-    found = MEANINGS.get(name.replace("-", "_").lower(), "")
+    asked = name.replace("-", "_").lower()
+    found = MEANINGS.get(asked, "")
     if found in known or found.startswith("--"):
         return f"did you mean {found!r}?"
-    return nearest(name, known, cutoff=cutoff)
+    return nearest(asked, known, cutoff=_NEAR)
 
 
 def unknown(name: str, known: Collection[str], source: str = "") -> ConfigError:
     """The error for a key that is none of those known; `source` says where it stood."""
     hint = meant(name, known)
     if not hint and len(known) > _FEW:
-        hint = "corolla keys lists all there are"
+        hint = "no key is like it, corolla keys lists all"
     rest = f": {hint}" if hint else f"; known keys are {', '.join(known)}"
     return ConfigError(f"unknown key {name!r}{f' in {source}' if source else ''}{rest}")
 
@@ -85,17 +90,22 @@ def unknown(name: str, known: Collection[str], source: str = "") -> ConfigError:
 def first_of(error: ValidationError, fields: Mapping[str, FieldInfo]) -> ConfigError:
     """The first mistake that pydantic has found, in one line; `fields` are those of the config."""
     first = error.errors()[0]
-    path = [str(part) for part in first["loc"]]
-    if first["type"] == "extra_forbidden":
+    path, found = [str(part) for part in first["loc"]], wording.shown(first["input"])
+    if not path and first["type"] == "value_error":  # of several keys together
+        return ConfigError(str(first["msg"]).removeprefix("Value error, "))
+    if not path:
+        return ConfigError(f"expected a table of keys, found {found}")
+    if first["type"] == "extra_forbidden" or path[0] not in fields:
         *outer, name = path
         return unknown(name, ClientClass.model_fields if outer else fields, ".".join(outer))
-    where = ".".join(path).replace("_", "-")
-    message = str(first["msg"]).removeprefix("Value error, ")
-    if first["type"] in _FORMS and len(path) == 1:
-        example = json.dumps((fields[path[0]].examples or [None])[0], separators=(",", ":"))
-        message = f"expected a {_FORMS[first['type']]} such as {example}"
-    return ConfigError(f"{where}: {message}, found {first['input']!r}" if where else message)
+    if path[-1] == "[key]":
+        return ConfigError(f"{_dashed(path[:-2])}: expected keys that are text, found {found}")
+    return ConfigError(f"{_dashed(path)}: {wording.told(first, fields)}")
 
 
-_FORMS: Mapping[str, Any] = {"list_type": "list", "dict_type": "table"}
-"""What pydantic says a value is not → what it should be."""
+def _dashed(path: Sequence[str]) -> str:
+    """A key as the command line writes it; the name of a class stays as it is."""
+    return ".".join(
+        part if path[:place] == ["classes"] else part.replace("_", "-")
+        for place, part in enumerate(path)
+    )

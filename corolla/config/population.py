@@ -14,7 +14,7 @@ class Population(Subject):
 
     clients: Positive | None = key(
         None,
-        "The number of clients; rows without client_id are dealt out to so many.",
+        "The number of clients, which rows without client_id are dealt out to.",
         6,
         effect="all that client_id names, else 10",
     )
@@ -26,7 +26,7 @@ class Population(Subject):
         against=("clients=2",),
     )
     rounds: Annotated[int, Field(ge=1, le=100_000)] = key(
-        5, "The number of rounds, after each of which the global model is updated.", 20
+        5, "The number of rounds, each of which updates the global model.", 20
     )
     quorum: Annotated[float, Field(gt=0, le=1)] = key(
         0.5,

@@ -16,7 +16,7 @@ class Privacy(Defence, Training, Population):
 
     dp: Literal["none", "example", "client"] = key(
         "none",
-        "What differential privacy protects: nothing, each example, or each client as a whole.",
+        "What differential privacy protects: nothing, each example, or each client.",
         "client",
         beside="epsilon=8",
         against=(
@@ -31,17 +31,16 @@ class Privacy(Defence, Training, Population):
     )
     epsilon: Annotated[float, Field(gt=0)] | None = key(
         None,
-        "The privacy budget of the whole run: noise is made for it, and the run ends before it is "
-        "exceeded.",
+        "The privacy budget of the run, which noise is made for and no round exceeds.",
         8.0,
-        effect="none: dp needs it or noise_multiplier",
+        effect="none; dp needs it or noise_multiplier",
         beside="dp=example",
         against=("dp=none", "noise_multiplier=1", "parameters=prompt"),
     )
     delta: Annotated[float, Field(gt=0, lt=0.1)] = key(
         1e-5,
-        "The probability with which epsilon may not hold: less than 1 in the examples, or clients, "
-        "that there are.",
+        "The probability that epsilon may not hold: less than 1 in the number of examples, or "
+        "clients.",
         1e-6,
         beside="dp=example epsilon=8",
         against=("dp=none epsilon=null",),

@@ -14,7 +14,7 @@ from corolla.errors import ConfigError
 from corolla.interfaces import Aggregator, Strategy, Traits
 from corolla.strategies import registry
 from corolla.tensors import factors
-from corolla.types import LoraSpec, Params, Size, TrainerName
+from corolla.types import LoraSpec, Params, Size, Space, TrainerName
 from corolla.wire.compression import PLAIN, Pipeline
 
 
@@ -88,7 +88,7 @@ class Asked:
             for spec in set(run.loras)
             for how in self.trainers
         ]
-        return robust.refusal(run.robust, run.compared_in(self.strategy), self.traits, likes) or ""
+        return robust.refusal(run.robust, compared_in(run, self.strategy), self.traits, likes) or ""
 
     @cached_property
     def overfull(self) -> list[RunConfig]:
@@ -362,6 +362,12 @@ def refuse_kept_updates(config: RunConfig) -> None:
         raise ConfigError(
             "--keep-updates keeps what dp=client hides: the update of each client; leave it out"
         )
+
+
+def compared_in(config: RunConfig, strategy: Strategy) -> Space:
+    """Where the rule of robust aggregation compares updates of the strategy."""
+    own = robust.space_of(registry.traits(strategy))
+    return own if config.robust_space == "auto" else config.robust_space
 
 
 def not_noised(strategy: Strategy) -> str:

@@ -1,5 +1,6 @@
 """The settings of a run: one flat list of keys, the same in a TOML file, in --set and in code."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,34 +12,15 @@ from pydantic import (
 )
 
 from corolla.config import adapter, learning_rates, machine, mistakes, population, privacy, training
-from corolla.config.adapter import Adapter
-from corolla.config.compression import Compression
-from corolla.config.dataset import Dataset
-from corolla.config.defence import Defence
-from corolla.config.evaluation import Evaluation
-from corolla.config.machine import Machine
-from corolla.config.population import Population
-from corolla.config.privacy import Privacy
 from corolla.config.rule import Rule, refusal
-from corolla.config.subject import Subject
-from corolla.config.training import Training
+from corolla.config.section import given
+from corolla.config.settings import Settings
 from corolla.errors import ConfigError
 from corolla.strategies import files, registry
 from corolla.types import TrainerName
 
 
-class RunConfig(  # from the last section to the first: pydantic takes their keys in this order
-    Machine,
-    Evaluation,
-    Privacy,
-    Defence,
-    Compression,
-    Training,
-    Adapter,
-    Dataset,
-    Population,
-    Subject,
-):
+class RunConfig(Settings):
     """Everything that decides the result of a run, checked before anything is loaded."""
 
     @model_validator(mode="before")
@@ -46,9 +28,10 @@ class RunConfig(  # from the last section to the first: pydantic takes their key
     def _defaults_that_fit(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
+        values = given(values)
         if values.get("dp") == "example":  # what is noised is clipped already
             values = {"clip_norm": None, **values}
-        return {**learning_rates.defaults(values), **values}
+        return {**learning_rates.defaults(values, _usual_trainer(values)), **values}
 
     @field_validator("strategy")
     @classmethod
@@ -114,6 +97,14 @@ class RunConfig(  # from the last section to the first: pydantic takes their key
         """Whether metrics tell how long rounds would take on the devices that classes describe."""
         given = (own.speed or own.upload or own.download for own in self.classes.values())
         return bool(self.step_seconds or self.deadline_simulated or self.buffer or any(given))
+
+
+def _usual_trainer(values: Mapping[str, Any]) -> TrainerName:
+    """How clients of the strategy train, unless their class says otherwise."""
+    try:
+        return registry.find(str(values.get("strategy", "fedavg"))).trainers[0]
+    except ConfigError:  # said when the strategy is checked
+        return "first_order"
 
 
 RULES: tuple[Rule[RunConfig], ...] = (

@@ -1,8 +1,11 @@
 """What all groups of settings have in common."""
 
+import inspect
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from corolla.config import wording
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -12,6 +15,42 @@ class Section(BaseModel):
     """Settings that cannot be changed, and have no others beside them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **given: Any) -> None:
+        """The signature, which help() and editors show, tells what holds without a key."""
+        parameters = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=InEffect(told) if (told := wording.effect(field)) else field.default,
+                annotation=wording.plain(field.annotation),
+            )
+            for name, field in cls.model_fields.items()
+        ]
+        cls.__signature__ = inspect.Signature(parameters)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given(cls, values: Any) -> Any:
+        return given(values)
+
+
+class InEffect:
+    """What holds where a key is left out, in words; to give it is to leave the key out."""
+
+    def __init__(self, words: str) -> None:
+        self.words = words
+
+    def __repr__(self) -> str:
+        return f"<{self.words}>"
+
+
+def given(values: Any) -> Any:
+    """Values without those that say what holds where the key is left out."""
+    if not isinstance(values, dict):
+        return values
+    return {key: value for key, value in values.items() if not isinstance(value, InEffect)}
 
 
 def key(

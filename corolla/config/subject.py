@@ -12,8 +12,8 @@ class Subject(Section):
 
     strategy: str = key(
         "fedavg",
-        "The strategy that trains and aggregates: a name that `corolla strategies` lists, or "
-        "FILE.py:Class or module:Class of your own.",
+        "The strategy that trains and aggregates: one that `corolla strategies` lists, or your "
+        "own as FILE.py:Class or module:Class.",
         "fedex_lora",
     )
     options: dict[str, Any] = key(
@@ -25,22 +25,21 @@ class Subject(Section):
     )
     model: str = key(
         "embedded",
-        "The base model: the embedded one, a hub name, a folder or a .gguf file.",
+        "The base model: 'embedded', a hub name, a folder or a .gguf file.",
         "models/mine.gguf",
     )
     data: str = key(
         "embedded",
-        "The data set: the embedded one, a .jsonl file or a hub name.",
+        "The data set: 'embedded', a .jsonl file or a hub name.",
         "rows.jsonl",
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = key(
         0,
-        "The number that cohorts, the order of data and initial tensors are drawn from: equal "
-        "seeds give equal runs.",
+        "The number that everything random is drawn from: equal seeds give equal runs.",
         7,
     )
     engine: Literal["inprocess", "flower"] = key(
         "inprocess",
-        "Where simulated clients run: in this process, or in Flower's simulation engine on Ray.",
+        "Where simulated clients run: in this process, or on Ray as Flower simulates.",
         "flower",
     )

@@ -60,7 +60,7 @@ class Training(Adapter):
         10,
         "The number of optimiser steps that a client takes in a round.",
         20,
-        effect="50 where all clients are zeroth order, else 10",
+        effect="10, or 50 where all clients are zeroth order",
         against=("strategy=seed_pool queries=10000",),
     )
     local_epochs: Positive | None = key(

@@ -32,7 +32,7 @@ from corolla.config.kinds import KINDS, KindName
 from corolla.directions import moving
 from corolla.models import adapter_files, full, parts
 from corolla.models.pretrained import Base, heads_of
-from corolla.models.space import Beside, Space
+from corolla.models.space import Beside, Space, Unrounded
 from corolla.types import Adapter, LoraSpec, Move, Params
 from corolla.wire import codec
 
@@ -40,14 +40,13 @@ _NAME = "default"
 _IA3, _PROMPT = ".ia3", "prompt.weight"
 
 
-class DenseModel:
+class DenseModel(Unrounded):
     """One resident model of which the tensors of one role are trained.
 
     They are views of one flat fp32 vector; a model in half precision computes with roundings of
     it. `write` sets all of them and every buffer, so nothing of the client before survives.
     """
 
-    drifts = False
     frozen: tuple[Params, ...] = ()
 
     def __init__(

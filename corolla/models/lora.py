@@ -30,14 +30,14 @@ from corolla.models.adapter_files import (
     write_adapter,
 )
 from corolla.models.pretrained import Base, heads_of
-from corolla.models.space import Beside, Space
+from corolla.models.space import Beside, Space, Unrounded
 from corolla.tensors import factors
 from corolla.types import Adapter, LoraSpec, Move, Params
 
 _NAME = "default"
 
 
-class LoraModel:
+class LoraModel(Unrounded):
     """One resident base model with one adapter of any rank, and frozen low-rank blocks beside it.
 
     `write` sets every trainable tensor, every buffer and the blocks, so nothing of the client
@@ -47,7 +47,6 @@ class LoraModel:
 
     artefact = "adapter"
     """The name of the folder of a saved global model."""
-    drifts = False
 
     def __init__(
         self,

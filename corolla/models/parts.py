@@ -1,19 +1,28 @@
 """The parts of a model that are trained as they are: tensors of the base, and such that peft adds.
 
-A row for each kind of trained parameters that corolla/models/dense.py can train.
+A row for each kind of trained parameters that corolla/models/dense.py can train. Estimates read
+shapes from here: libraries that load models are imported where one is built.
 """
 
-from collections.abc import Callable, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from peft import IA3Config, PromptTuningConfig, TaskType
-from peft.utils import constants
-from torch import nn
-from transformers.pytorch_utils import Conv1D
-
+from corolla.config.run import RunConfig
 from corolla.errors import ModelError
-from corolla.models import lora
-from corolla.models.pretrained import Base, heads_of
+from corolla.models.anatomy import Anatomy, Shape
+
+if TYPE_CHECKING:
+    from peft import IA3Config, PromptTuningConfig
+    from torch import nn
+
+    from corolla.models.pretrained import Base
+
+Shapes = Callable[[Anatomy, RunConfig, int], Mapping[str, Shape]]
+"""Shapes of the trained tensors by name, in a model with so many labels (0: it generates).
+A classifier's head, which is trained with all kinds, is counted beside them."""
 
 
 def _no_targets(base: Base, given: Sequence[str] | None) -> list[str]:
@@ -31,6 +40,7 @@ class Part:
 
     names: Callable[[Base], list[str]]
     """Parameters of the base model."""
+    shapes: Shapes
     targets: Callable[[Base, Sequence[str] | None], list[str]] = _no_targets
     """Suffixes of the names of modules that get tensors of their own; given, or those that fit."""
     added: Callable[[Base, Sequence[str], int], IA3Config | PromptTuningConfig | None] = _nothing
@@ -53,6 +63,8 @@ def _names(base: Base) -> list[str]:
 
 def _heads(base: Base) -> list[str]:
     """The head of a classifier, which is trained whatever else is."""
+    from corolla.models.pretrained import heads_of
+
     heads = heads_of(base)
     return [name for name in _names(base) if name.partition(".")[0] in heads]
 
@@ -68,8 +80,8 @@ def _biases(base: Base) -> list[str]:
 
 def _output(base: Base) -> list[str]:
     """The output layer of a model that generates, the head of a classifier."""
-    if heads_of(base):
-        return _heads(base)
+    if heads := _heads(base):
+        return heads
     output = base.model.get_output_embeddings()
     if output.weight is base.model.get_input_embeddings().weight:
         raise ModelError(
@@ -82,7 +94,7 @@ def _output(base: Base) -> list[str]:
 
 def _no_tensors(base: Base) -> list[str]:
     """None, of a model that generates."""
-    if heads_of(base):
+    if _heads(base):
         raise ModelError(
             f"parameters=prompt is for models that generate: {base.name} is a classifier, which "
             f"reads its answer where virtual tokens would stand; use ia3, bias or head"
@@ -92,6 +104,8 @@ def _no_tensors(base: Base) -> list[str]:
 
 def _scaled(base: Base, given: Sequence[str] | None) -> list[str]:
     """The modules that (IA)³ scales in a model of this architecture. Raises ModelError."""
+    from peft.utils import constants
+
     if given:
         return list(given)
     kind = base.model.config.get_text_config().model_type
@@ -106,6 +120,13 @@ def _scaled(base: Base, given: Sequence[str] | None) -> list[str]:
 
 def _ia3(base: Base, targets: Sequence[str], virtual_tokens: int) -> IA3Config:
     """Scales of the inputs of what peft knows as feed-forward, of the outputs of all others."""
+    from peft import IA3Config, TaskType
+    from peft.utils import constants
+    from transformers.pytorch_utils import Conv1D
+
+    from corolla.models import lora
+    from corolla.models.pretrained import heads_of
+
     shapes = lora.targeted(base, targets)
     kind = base.model.config.get_text_config().model_type
     known = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(kind, [])
@@ -120,6 +141,8 @@ def _ia3(base: Base, targets: Sequence[str], virtual_tokens: int) -> IA3Config:
 
 
 def _prompt(base: Base, targets: Sequence[str], virtual_tokens: int) -> PromptTuningConfig:
+    from peft import PromptTuningConfig, TaskType
+
     return PromptTuningConfig(
         task_type=TaskType.CAUSAL_LM,
         num_virtual_tokens=virtual_tokens,
@@ -127,11 +150,34 @@ def _prompt(base: Base, targets: Sequence[str], virtual_tokens: int) -> PromptTu
     )
 
 
+def _ia3_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[str, Shape]:
+    found = anatomy.linear(config.target_modules or ("k_proj", "v_proj", "down_proj"))
+    sides = {n: s[1] if n.endswith("down_proj") else s[0] for n, s in found.items()}
+    return {f"{name}.ia3": (side,) for name, side in sides.items()}
+
+
+def _prompt_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[str, Shape]:
+    return {"prompt.weight": (config.virtual_tokens, anatomy.hidden)}
+
+
+def _bias_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[str, Shape]:
+    return {n: s for n, s in anatomy.tensors.items() if n.endswith("bias")}
+
+
+def _head_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[str, Shape]:
+    output = {n: s for n, s in anatomy.tensors.items() if n.startswith("lm_head")}
+    return {} if labels else output
+
+
+def _full_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[str, Shape]:
+    return anatomy.tensors
+
+
 PARTS = {
-    "ia3": Part(_heads, _scaled, _ia3),
-    "prompt": Part(_no_tensors, added=_prompt),
-    "bias": Part(_biases),
-    "head": Part(_output),
-    "full": Part(_names),
+    "ia3": Part(_heads, _ia3_shapes, _scaled, _ia3),
+    "prompt": Part(_no_tensors, _prompt_shapes, added=_prompt),
+    "bias": Part(_biases, _bias_shapes),
+    "head": Part(_output, _head_shapes),
+    "full": Part(_names, _full_shapes),
 }
 """Name of a kind → its part."""

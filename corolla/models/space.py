@@ -25,6 +25,17 @@ class Space(Protocol):
         """Move the point by Σ_k terms[k] · z_k. Call `look` before the model is used."""
 
 
+class Unrounded:
+    """A model whose trained tensors are in fp32: no move is lost, no weight is kept twice."""
+
+    drifts = False
+    kept_bytes = 0
+
+    def unmoved(self, eps: float) -> float:
+        """None of the trained values stay as they are."""
+        return 0.0
+
+
 class Beside:
     """A small vector (LoRA) with its point in a copy: what is shown is always exact.
 

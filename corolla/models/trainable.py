@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -34,6 +34,13 @@ class Trainable(Protocol):
     def frozen(self) -> tuple[Params, ...]:
         """The frozen blocks in use."""
 
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of weights that are kept in memory twice, for no file of the model has them."""
+
+    def unmoved(self, eps: float) -> float:
+        """The part of the trained values that a perturbation of eps leaves as they are."""
+
     def check_rank(self, spec: LoraSpec) -> None:
         """Raises ModelError for a rank larger than a module can have."""
 
@@ -62,6 +69,7 @@ class Trainable(Protocol):
         """sha256 of the tensors of a saved model."""
 
 
+@runtime_checkable
 class Differentiable(Trainable, Protocol):
     """A resident model whose trained tensors can have gradients."""
 

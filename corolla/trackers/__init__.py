@@ -7,6 +7,7 @@ told the library so. A tracker changes nothing in a run: one that fails is turne
 import importlib
 import importlib.util
 import json
+import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,13 +15,8 @@ from typing import Any, Protocol
 
 from corolla.errors import ConfigError
 
-TRACKERS = {
-    "tensorboard": "corolla.trackers.tensorboard",
-    "wandb": "corolla.trackers.wandb",
-    "mlflow": "corolla.trackers.mlflow",
-    "trackio": "corolla.trackers.trackio",
-}
-"""Name (of the library and of the extra) → module with a class Tracker."""
+TRACKERS = {file.name: f"{__name__}.{file.name}" for file in pkgutil.iter_modules(__path__)}
+"""Name (of the file, the library and the extra) → module with a class Tracker."""
 
 _SCORES = ("base", "final", "fairness")
 _TOTALS = ("seconds", "bytes_up", "bytes_down", "peak_rss")

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from corolla.config import wording
 from corolla.config.load import SERVER, server_table
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
@@ -71,10 +72,11 @@ def read_settings(
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join([SERVER, *(str(part).replace("_", "-") for part in first["loc"])])
-        known = ", ".join(key.replace("_", "-") for key in ServerSettings.model_fields)
-        raise ConfigError(
-            f"{name}: {first['msg']}, found {first['input']!r}; known keys are {known}"
-        ) from error
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(key.replace("_", "-") for key in ServerSettings.model_fields)
+            raise ConfigError(f"{name}: there is no such key; known keys are {known}") from error
+        told = wording.told(first, ServerSettings.model_fields, null=False)
+        raise ConfigError(f"{name}: {told}") from error
 
 
 def _served(folder: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import hashlib
 import torch
 
 from corolla.aggregation.robust import Robust
+from corolla.config.rules import compared_in
 from corolla.server.rounds import expectations
 from corolla.server.rounds.call import RoundCall
 from corolla.types import Payload
@@ -20,7 +21,7 @@ def defence_of(call: RoundCall) -> Robust | None:
         return None
     kept = call.memory.get(_NORMS, {}).get(_phase(call))
     history = () if kept is None else kept.tolist()
-    space = config.compared_in(strategy)
+    space = compared_in(config, strategy)
     return Robust(config.robust, strategy.aggregator, space, config.byzantine, history)
 
 

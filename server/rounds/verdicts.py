@@ -4,8 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum, auto
 
-from corolla.aggregation.robust import Space
-from corolla.types import Payload
+from corolla.types import Payload, Space
 from corolla.wire import limits
 from corolla.wire.compression import PLAIN, Pipeline
 from corolla.wire.messages import Reply

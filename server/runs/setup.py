@@ -16,7 +16,6 @@ from corolla.directions.pools import SignPool
 from corolla.evaluation.scoring import loss_sum
 from corolla.interfaces import Strategy
 from corolla.models import devices, pretrained, trainable
-from corolla.models.full import FullModel
 from corolla.models.trainable import Trainable
 from corolla.server.rounds.cohort import read_trace
 from corolla.server.runs.evaluate import Evaluator
@@ -73,13 +72,11 @@ def _of_eps(config: RunConfig, evaluator: Evaluator) -> list[str]:
     found = []
     names = [n for n in config.classes or ("",) if config.trainer_of(n) == "zeroth_order"]
     for eps in sorted({config.of_class(name).eps for name in names}):
-        if isinstance(evaluator.model, FullModel):
-            unmoved = evaluator.model.unmoved(eps)
-            if unmoved > _UNMOVED:
-                found.append(
-                    f"eps={eps:g} leaves {unmoved:.0%} of the {config.dtype} weights as they are, "
-                    f"by rounding: raise eps, or use dtype=float32"
-                )
+        if (unmoved := evaluator.model.unmoved(eps)) > _UNMOVED:
+            found.append(
+                f"eps={eps:g} leaves {unmoved:.0%} of the {config.dtype} weights as they are, "
+                f"by rounding: raise eps, or use dtype=float32"
+            )
         if config.dtype == "float32" and eps >= _SAFE_EPS:
             continue
         near, far = _slopes(config, evaluator, eps), _slopes(config, evaluator, _FURTHER * eps)
@@ -113,7 +110,7 @@ def _slopes(config: RunConfig, evaluator: Evaluator, eps: float) -> Tensor:
 def _of_model(model: Trainable) -> list[str]:
     """Warnings about memory."""
     found = []
-    if isinstance(model, FullModel) and model.kept_bytes > _KEPT:
+    if model.kept_bytes > _KEPT:
         found.append(
             f"{model.kept_bytes / 1e6:.0f} MB of weights are in no .safetensors file of the model "
             f"and are kept in memory twice"

@@ -75,7 +75,7 @@ class Gateway(device_pb2_grpc.PhonesServicer):
             return pb.CheckInResponse(refusal=refusal, retry=AT_ONCE)
         id = f"{next(self.leases):032x}"
         task = update_pb2.Task(
-            schema=3, run_id=id, round=1, base_version="v", kind=2, config="{}"
+            schema=3, run_id=id, round=1, base_version="v", kind=update_pb2.KIND_TRAIN, config="{}"
         ).SerializeToString()
         digest = hashlib.sha256(task).hexdigest()
         lease = pb.Lease(

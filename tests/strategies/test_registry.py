@@ -1,5 +1,8 @@
 import dataclasses
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from corolla.config.build import build_strategy
 from corolla.config.load import validate
 from corolla.errors import ConfigError
 from corolla.interfaces import Strategy
+from corolla.strategies import fedavg
 from corolla.strategies.fedavg import FedAvg
 from corolla.strategies.ffa_lora import FfaLora
 from corolla.strategies.flora import Flora
@@ -24,6 +28,34 @@ def test_names_stand_for_classes() -> None:
     for name, cls in STRATEGIES.items():
         assert find(name) is cls
         assert isinstance(create(name), cls)
+
+
+def test_every_strategy_of_the_folder_is_listed_by_its_own_file() -> None:
+    """After `fedavg` in alphabetical order, whatever was imported first."""
+    marks = re.compile(
+        r'^@listed$.*?^    name: ClassVar\[str\] = "(\w+)"', re.MULTILINE | re.DOTALL
+    )
+    files = Path(fedavg.__file__).parent.glob("*.py")
+    marked = [name for file in files for name in marks.findall(file.read_text())]
+    assert list(STRATEGIES) == ["fedavg", *sorted(set(marked) - {"fedavg"})]
+    assert len(STRATEGIES) == len(marked) >= 24
+
+
+def test_a_class_of_a_user_is_not_listed(tmp_path: Path) -> None:
+    """Who begins with a copy of a strategy copies its mark."""
+    source = Path(fedavg.__file__).read_text()
+    (tmp_path / "mine.py").write_text(source)
+    own = find(f"{tmp_path / 'mine.py'}:FedAvg")
+    assert own is not FedAvg
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import mine\n"
+        "from corolla.strategies.registry import STRATEGIES\n"
+        "print(STRATEGIES['fedavg'] is mine.FedAvg)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert (STRATEGIES["fedavg"] is FedAvg, done.stdout) == (True, "False\n")
 
 
 def test_a_hyphen_is_as_good_as_an_underscore() -> None:
@@ -114,6 +146,7 @@ def test_options_reach_the_strategy() -> None:
 MINE = """from dataclasses import dataclass
 from typing import ClassVar
 
+from corolla.strategies import fedavg
 from corolla.strategies.fedavg import FedAvg
 
 

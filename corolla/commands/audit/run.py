@@ -24,9 +24,7 @@ from corolla.errors import ConfigError
 from corolla.evaluation.scoring import log_likelihoods, loss_sum
 from corolla.host.files import scratch_folder
 from corolla.interfaces import Strategy
-from corolla.models.dense import DenseModel
-from corolla.models.lora import LoraModel
-from corolla.models.trainable import Trainable
+from corolla.models.trainable import Differentiable, Trainable
 from corolla.privacy.guarantee import Guarantee
 from corolla.server.rounds.federation import Federation
 from corolla.server.runs.setup import Setup, set_up
@@ -221,7 +219,7 @@ def _audited_examples(
     )
     scores = {"fall of the loss": [b - a for b, a in zip(before, after, strict=True)]}
     turns = canaries.turns(loaded.strategy)
-    if isinstance(model, LoraModel | DenseModel) and not turns:
+    if isinstance(model, Differentiable) and not turns:
         scores["step · gradient"] = _along(config, loaded.strategy, model, run, sequences)
     return scores, run
 
@@ -249,7 +247,7 @@ def _losses(
 def _along(
     config: RunConfig,
     strategy: Strategy,
-    model: LoraModel | DenseModel,
+    model: Differentiable,
     run: Watched,
     examples: Sequence[Sequence[Encoded]],
 ) -> list[float]:

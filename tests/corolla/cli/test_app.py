@@ -35,3 +35,16 @@ def test_commands_are_listed_under_headings() -> None:
     places = [shown.index(f" {heading} ") for heading in headings]
     assert places == sorted(places)
     assert shown.index(" export ") < places[-1] < shown.index(" keys ")
+
+
+def test_help_of_a_command_does_not_wait_for_torch() -> None:
+    """It reads the keys of a run, which need pydantic alone."""
+    code = (
+        "import sys; from typer.testing import CliRunner; from corolla.cli.app import app\n"
+        "shown = CliRunner().invoke(app, ['simulate', '--help']).output\n"
+        "print('default: fedavg' in shown, sorted({'torch', 'peft', 'flwr'} & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout == "True []\n"

@@ -1,5 +1,6 @@
 """The catalogue against the specification's formulas, and real shapes."""
 
+import importlib
 import json
 import re
 from collections.abc import Callable
@@ -66,16 +67,25 @@ FORMULAS: dict[str, Bytes] = {
 }
 
 
+def formula_of(name: str) -> Bytes:
+    """From the table above, or BYTES of the strategy's own test: each strategy has one."""
+    if name in FORMULAS:
+        return FORMULAS[name]
+    found: Bytes = importlib.import_module(f"tests.strategies.test_{name}").BYTES
+    return found
+
+
 def test_all_strategies_are_listed_and_have_a_formula() -> None:
     assert [entry.name for entry in catalogue.entries()] == list(STRATEGIES) != []
-    assert FORMULAS.keys() == STRATEGIES.keys()
+    assert FORMULAS.keys() <= STRATEGIES.keys()
+    assert all(formula_of(name) for name in STRATEGIES)
 
 
 @pytest.mark.parametrize("reference", REFERENCES)
-@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("name", STRATEGIES)
 def test_bytes_are_those_of_the_specification(name: str, reference: str) -> None:
     found = catalogue.costs(STRATEGIES[name](), REFERENCES[reference])
-    up, down = FORMULAS[name](REFERENCES[reference])
+    up, down = formula_of(name)(REFERENCES[reference])
     assert {cost.up for cost in found} == up
     assert {cost.down for cost in found} == down
 

@@ -71,7 +71,8 @@ def test_a_word_finds_the_keys_whose_name_group_or_text_has_it(word: str, found:
     ("word", "hint"),
     [
         ("epsillon", "did you mean 'epsilon'?"),
-        ("zzzz", "corolla keys lists all"),
+        ("zzzz", "none is like it: corolla keys lists all"),
+        ("nonsenseword", "none is like it: corolla keys lists all"),
         ("", "lists all"),
     ],
 )

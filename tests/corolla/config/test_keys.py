@@ -1,12 +1,13 @@
 """The reference of all keys, held against the config that it describes."""
 
-from typing import Annotated, Any, Literal
+import inspect
+import pydoc
+from typing import Any
 
 import pytest
-from pydantic import Field
 
 from corolla.config.groups import ClientClass
-from corolla.config.keys import CLASSES, OPTIONS, Key, kind_of, sections, table, titles, written
+from corolla.config.keys import CLASSES, OPTIONS, Key, sections, table, titles
 from corolla.config.load import load
 from corolla.config.run import RunConfig
 from corolla.strategies.registry import STRATEGIES, create
@@ -93,30 +94,38 @@ def test_the_rule_of_the_learning_rate_has_the_rates_of_runs(
 def test_the_rule_of_local_steps_has_those_of_runs() -> None:
     (rule,) = (key.usual for key in RUN if key.name == "local_steps")
     zeroth, first = RunConfig(strategy="seed_pool").local_steps, RunConfig().local_steps
-    assert rule == f"{zeroth} where all clients are zeroth order, else {first}"
+    assert rule == f"{first}, or {zeroth} where all clients are zeroth order"
 
 
-@pytest.mark.parametrize(
-    ("annotation", "words"),
-    [
-        (bool, "true or false"),
-        (str | None, "text, or null"),
-        (Annotated[int, Field(ge=1)] | None, "whole number from 1, or null"),
-        (Annotated[float, Field(gt=0, lt=1)], "number above 0 below 1"),
-        (Annotated[float, Field(ge=0, le=2.5)], "number from 0 to 2.5"),
-        (Literal["a", "b"], "a, b"),
-        (list[Annotated[int, Field(ge=1)]], "list (whole number from 1)"),
-        (list[str] | None, "list (text), or null"),
-        (dict[str, int], "table"),
-    ],
-)
-def test_types_are_said_in_words(annotation: object, words: str) -> None:
-    assert kind_of(annotation) == words
+@pytest.mark.parametrize("name", RunConfig.model_fields)
+def test_the_signature_of_a_run_shows_the_default_in_effect(name: str) -> None:
+    parameter = inspect.signature(RunConfig).parameters[name]
+    (key,) = (key for key in RUN if key.name == name)
+    assert parameter.default == getattr(RunConfig(), name) or repr(parameter.default) == (
+        f"<{key.usual}>"
+    )
+    assert parameter.default not in (None, "auto")
+    assert "FieldInfo" not in str(parameter)
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [("a", "a"), (1e-5, "1e-05"), (None, "null"), (True, "true"), ([4, 8], "[4,8]"), ({}, "{}")],
-)
-def test_values_are_written_as_set_takes_them(value: object, text: str) -> None:
-    assert written(value) == text
+def test_the_signature_of_a_class_of_clients_shows_the_default_in_effect() -> None:
+    shown = str(inspect.signature(ClientClass))
+    assert "(*, share: int = 1, trainer: " in shown
+    assert "local_steps: int | None = <the run's>" in shown
+
+
+def test_help_shows_defaults_in_effect() -> None:
+    told = pydoc.plain(pydoc.render_doc(RunConfig))
+    assert "cohort: int | None = <8, or all clients where there are fewer>" in told
+    assert "rounds: int = 5, " in told
+
+
+def test_to_give_what_the_signature_shows_is_to_give_nothing() -> None:
+    """Of runs that fit other defaults, too: the learning rate goes by the strategy."""
+    shown = {name: own.default for name, own in inspect.signature(RunConfig).parameters.items()}
+    assert RunConfig(**shown) == RunConfig()
+    changed = {"strategy": "seed_pool", "model": "some/model", "parameters": "full"}
+    assert RunConfig(**{**shown, **changed}) == RunConfig.model_validate(changed)
+    of_class = {n: own.default for n, own in inspect.signature(ClientClass).parameters.items()}
+    assert ClientClass(**of_class) == ClientClass()
+    assert RunConfig(classes={"phone": of_class}) == RunConfig(classes={"phone": {}})

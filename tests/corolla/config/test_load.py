@@ -68,7 +68,7 @@ def test_settings_are_read_as_their_type(
         ("strategy = 'flora'\n[flora]\nmax-rnk = 3", [], ["'max_rnk'", "'max_rank'"]),
         (None, ["strategy.mu=3"], ["fedavg", "no options", "'mu'"]),
         (None, ["strategy=fedavgg"], ["'fedavgg'", "'fedavg'"]),
-        (None, ["zzzzzz=3"], ["'zzzzzz'", "corolla keys lists all there are"]),
+        (None, ["zzzzzz=3"], ["'zzzzzz'", "no key is like it, corolla keys lists all"]),
     ],
 )
 def test_an_unknown_key_gets_the_nearest_one(
@@ -115,17 +115,17 @@ def test_names_of_strategies_may_have_dashes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "names"),
     [
-        (["rounds=0"], ["rounds", "greater than or equal to 1", "0"]),
-        (["rounds=many"], ["rounds", "integer", "'many'"]),
-        (["lr=-1"], ["lr", "greater than 0"]),
+        (["rounds=0"], ["rounds", "a whole number from 1 to 100000", "0"]),
+        (["rounds=many"], ["rounds", "a whole number from 1", "'many'"]),
+        (["lr=-1"], ["lr", "a number above 0"]),
         (["lr=0"], ["lr"]),
         (["batch-size=0"], ["batch-size"]),
-        (["eval_fraction=1"], ["eval-fraction", "less than 1"]),
+        (["eval_fraction=1"], ["eval-fraction", "a number above 0 below 1, found 1"]),
         (["dropout=1"], ["dropout"]),
         (["quorum=0"], ["quorum"]),
         (["seed=-1"], ["seed"]),
-        (["engine=ray"], ["engine", "'inprocess' or 'flower'", "'ray'"]),
-        (["schedule=step"], ["schedule", "'cosine'"]),
+        (["engine=ray"], ["engine", "one of inprocess, flower", "'ray'"]),
+        (["schedule=step"], ["schedule", "one of constant, linear, cosine"]),
         (["ranks=[4,0]"], ["ranks", "0"]),
         (["ranks=4"], ["ranks", "list"]),
         (["clients=3", "cohort=4"], ["cohort 4", "clients 3"]),

@@ -1,14 +1,18 @@
 """What is said of wrong keys and values, on the command line and in code."""
 
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from corolla.config.groups import ClientClass
 from corolla.config.mistakes import MEANINGS, meant, unknown
 from corolla.config.run import RunConfig
+from corolla.config.settings import Settings
 from corolla.errors import ConfigError
 from tests.corolla.config.configs import refused
 
@@ -68,7 +72,7 @@ def test_where_nothing_is_near_a_few_keys_are_named_and_many_are_not() -> None:
         "unknown key 'zzz' in x.toml; known keys are lr, rank"
     )
     assert str(unknown("zzz", RunConfig.model_fields)) == (
-        "unknown key 'zzz': corolla keys lists all there are"
+        "unknown key 'zzz': no key is like it, corolla keys lists all"
     )
 
 
@@ -83,15 +87,31 @@ def test_where_nothing_is_near_a_few_keys_are_named_and_many_are_not() -> None:
         ),
         (
             {"strategy": "fedav"},
-            "unknown strategy 'fedav': did you mean 'fedavg'?, or name your own as module:Class or "
+            "unknown strategy 'fedav': did you mean 'fedavg'? Your own is module:Class or "
             "FILE.py:Class",
         ),
-        ({"rounds": 0}, "rounds: Input should be greater than or equal to 1, found 0"),
+        ({"rounds": 0}, "rounds: expected a whole number from 1 to 100000, found 0"),
+        ({"lr": -1}, "lr: expected a number above 0, found -1"),
+        ({"eval_fraction": 2}, "eval-fraction: expected a number above 0 below 1, found 2"),
+        ({"dp": "all"}, "dp: expected one of none, example, client, found 'all'"),
+        ({"rslora": 3}, "rslora: expected true or false, found 3"),
+        ({"seed": 2**63}, f"seed: expected a whole number from 0 below 2**63, found {2**63}"),
+        ({"ranks": [4, 0]}, "ranks.1: expected a whole number from 1, found 0"),
+        ({"options": {1: 2}}, "options: expected keys that are text, found 1"),
+        ({"classes": {2: {}}}, "classes: expected keys that are text, found 2"),
+        (
+            {"classes": {"a_b": {"local_steps": 0}}},
+            "classes.a_b.local-steps: expected a whole number from 1, or null, found 0",
+        ),
+        (
+            {"classes": {"a_b": 3}},
+            'classes.a_b: expected a table such as {"share":2,"lr":0.001}, found 3',
+        ),
         ({"cohort": 3, "clients": 2}, "cohort 3 is larger than clients 2"),
         ({"ranks": 4}, "ranks: expected a list such as [4,8], found 4"),
         (
             {"target_modules": "foo"},
-            'target-modules: expected a list such as ["q_proj","v_proj"], found \'foo\'',
+            'target-modules: expected a list such as ["q_proj","v_proj"], or null, found \'foo\'',
         ),
         ({"options": 4}, 'options: expected a table such as {"max_rank":64}, found 4'),
     ],
@@ -116,3 +136,62 @@ def test_a_strategy_of_ones_own_that_is_not_there_is_refused_in_code(tmp_path: P
 def test_a_setting_without_a_value_leads_to_the_reference(tmp_path: Path) -> None:
     told = refused(tmp_path, settings=["help"])
     assert told == "--set 'help': expected key=value (corolla keys lists and explains all keys)"
+
+
+WRONG: tuple[Any, ...] = (
+    *(-1, 0, 2**64, 1.5, -0.5, math.nan, math.inf),
+    "wrong",
+    b"\xff",
+    None,
+    [],
+    [[]],
+    {},
+    {1: 2},
+)
+"""Of every type, and outside of most bounds."""
+
+
+@pytest.mark.parametrize("value", WRONG, ids=repr)
+@pytest.mark.parametrize("key", [*Settings.model_fields, *ClientClass.model_fields])
+def test_every_wrong_value_is_answered_in_the_same_words(key: str, value: object) -> None:
+    """Pydantic decides what is wrong; a list that is right for one key is not for another."""
+    of_run = key in Settings.model_fields
+    given = {key: value} if of_run else {"classes": {"phone": {key: value}}}
+    try:
+        Settings.model_validate(given)
+    except ValidationError:
+        with pytest.raises(ConfigError) as caught:
+            RunConfig.model_validate(given)
+        path = re.escape(("" if of_run else "classes.phone.") + key.replace("_", "-"))
+        assert re.fullmatch(rf"{path}(\.\d)?: expected [^:]+(:.*)?, found .+", str(caught.value))
+
+
+@pytest.mark.parametrize("key", Settings.model_fields)
+def test_every_key_refuses_some_of_these_values(key: str) -> None:
+    refused = 0
+    for value in WRONG:
+        try:
+            Settings.model_validate({key: value})
+        except ValidationError:
+            refused += 1
+    assert refused >= 6
+
+
+def test_a_run_that_is_no_table_is_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"^expected a table of keys, found 5$"):
+        RunConfig.model_validate(5)
+
+
+@pytest.mark.parametrize(
+    "word", ["nonsenseword", "random", "weight", "table", "water", "momentum", "top_p", "thing"]
+)
+def test_a_word_that_is_like_no_key_is_not_answered_by_one(word: str) -> None:
+    assert meant(word, RunConfig.model_fields) == ""
+
+
+@pytest.mark.parametrize(
+    ("word", "key"),
+    [("rnak", "rank"), ("sed", "seed"), ("Roundz", "rounds"), ("batchsize", "batch_size")],
+)
+def test_a_misspelt_key_is_answered_by_it(word: str, key: str) -> None:
+    assert meant(word, RunConfig.model_fields) == f"did you mean {key!r}?"

@@ -6,6 +6,7 @@ import os
 import sqlite3
 import struct
 import sys
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -152,8 +153,11 @@ def refuse(text: str) -> None:
     raise AssertionError(text)
 
 
-def test_every_tracker_has_its_test() -> None:
+def test_every_tracker_has_its_test_and_its_extra() -> None:
     assert READERS.keys() == trackers.TRACKERS.keys()
+    root = Path(__file__).resolve().parents[3]
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert trackers.TRACKERS.keys() <= project["optional-dependencies"].keys()
 
 
 def test_a_run_is_tracked_and_a_resumed_one_goes_on(
@@ -264,7 +268,8 @@ def test_an_unknown_tracker_is_one_line(tmp_path: Path) -> None:
     out = tmp_path / "run"
     result = CliRunner().invoke(app, ["simulate", "--track", "tensorbord", "--out", str(out)])
     assert result.exit_code == 2
-    assert "unknown tracker 'tensorbord': known are tensorboard, wandb" in result.stderr
+    known = ", ".join(sorted(READERS))
+    assert f"unknown tracker 'tensorbord': known are {known}" in result.stderr
     assert not out.exists()
 
 

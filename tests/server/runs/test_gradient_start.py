@@ -242,7 +242,7 @@ def test_a_file_that_is_missing_is_refused(tmp_path: Path) -> None:
             {"start": "gradient", "public": "x.jsonl", "parameters": "bias"},
             "found parameters=bias, quantization=none",
         ),
-        ({"start": "zero", "public": "x.jsonl"}, "'random' or 'gradient'"),
+        ({"start": "zero", "public": "x.jsonl"}, "one of random, gradient"),
         ({"start": "gradient", "public": "x.jsonl", "public_examples": 0}, "public-examples"),
     ],
 )
