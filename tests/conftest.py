@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from corolla.commands.check import tiny_models
 from corolla.commands.check.tiny_models import Size
 from corolla.config.run import RunConfig
-from corolla.server.runs import proof
+from corolla.evaluation import other_process
 from tests import scheduling
 from tests.e2e import forked
 from tests.e2e.forked import Commands
@@ -85,7 +85,7 @@ def _forks() -> Iterator[Callable[[], Commands]]:
         def command() -> list[str]:
             return [str(start().bin / "python"), "-m", "corolla.evaluation.reader"]
 
-        patch.setattr(proof, "command", command)
+        patch.setattr(other_process, "command", command)
         yield start
 
 

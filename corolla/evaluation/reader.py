@@ -1,8 +1,8 @@
 """Reads what a run has saved as anybody does: a process of its own, with transformers and peft.
 
-`python -m corolla.evaluation.reader` takes a Request as one line of JSON on standard input. It knows no
-run and shares no memory with one: the base comes from its files, under another seed. The answer is
-two files in the folder of the request; what fails is one line that begins with "error: ".
+`python -m corolla.evaluation.reader` takes a Request as one line of JSON on standard input. It
+knows no run and shares no memory with one: the base comes from its files, under another seed. The
+answer is two files in the folder of the request; what fails is one line that begins with "error: ".
 """
 
 import json

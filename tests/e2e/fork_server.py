@@ -102,14 +102,14 @@ def _read(connection: socket.socket, size: int) -> bytes:
 
 def _become(order: dict[str, Any]) -> NoReturn:
     """Run a module, as `python -m` does, and end as an interpreter does."""
-    from corolla.server.runs import proof
+    from corolla.evaluation import other_process
 
     os.chdir(order["folder"])
     os.environ.clear()
     os.environ.update(order["environment"])
     sys.argv = [order["module"], *order["arguments"]]
     sys.executable = order["python"]
-    proof.command = lambda: [order["reader"], "-m", "corolla.evaluation.reader"]
+    other_process.command = lambda: [order["reader"], "-m", "corolla.evaluation.reader"]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if order["largest_file"]:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error instead, as of a full disk

@@ -14,12 +14,12 @@ from corolla.config.run import RunConfig
 from corolla.data.rows import Example
 from corolla.directions.pools import SignPool
 from corolla.errors import ArtefactError
-from corolla.evaluation import reader
+from corolla.evaluation import other_process, reader
+from corolla.evaluation.other_process import OtherProcess
 from corolla.models import missing, pretrained, trainable
 from corolla.models.trainable import Trainable
-from corolla.server.runs import proof
 from corolla.server.runs.evaluate import Evaluator
-from corolla.server.runs.proof import OtherProcess, Proof, prove
+from corolla.server.runs.proof import Proof, prove
 from corolla.types import Adapter, LoraSpec, Move, Params
 from tests.corolla.models import checkpoints
 
@@ -186,7 +186,7 @@ def test_a_process_that_fails_is_one_line(
 ) -> None:
     judge = evaluator(settings())
     tuned, folder = saved(judge, tmp_path)
-    monkeypatch.setattr(proof, "command", lambda: [sys.executable, "-c", code])
+    monkeypatch.setattr(other_process, "command", lambda: [sys.executable, "-c", code])
     with pytest.raises(ArtefactError, match=says) as caught:
         proven(judge, tuned, folder)
     assert "\n" not in str(caught.value)
@@ -195,7 +195,7 @@ def test_a_process_that_fails_is_one_line(
 def test_nothing_of_the_other_process_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proof.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(other_process.tempfile, "tempdir", str(tmp_path))
     with pytest.raises(KeyboardInterrupt), OtherProcess() as other:
         pid = other._child.pid
         assert pid

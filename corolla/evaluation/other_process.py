@@ -1,0 +1,62 @@
+"""A process of its own that reads what is saved: it is started, asked and ended."""
+
+import json
+import shutil
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from corolla.errors import ArtefactError
+from corolla.evaluation import reader
+from corolla.evaluation.reader import Answer, Request
+from corolla.host.supervised import Child
+
+
+class OtherProcess:
+    """A process that reads what is saved; it imports its libraries from `with` on.
+
+    What it reads and says lies in a folder of its own, which is gone at the end.
+    """
+
+    def __enter__(self) -> Self:
+        self._folder = Path(tempfile.mkdtemp(prefix="corolla-proof-"))
+        self._child = Child(command(), self._folder / "reader.log", listener=lambda line: None)
+        self._child.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._child.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def ask(self, request: dict[str, Any], rows: dict[str, Tensor]) -> tuple[Answer, Tensor]:
+        """What it finds in `rows`, and the logits. Raises ArtefactError when it fails."""
+        save_file({n: t.cpu().contiguous() for n, t in rows.items()}, self._folder / reader.ROWS)
+        asked = asdict(Request(scratch=str(self._folder), **request))
+        self._child.tell(json.dumps(asked).encode() + b"\n")
+        if self._child.wait() != 0:
+            why = self._child.last_words(mark=";", silent="no output, ").removeprefix("error: ")
+            raise ArtefactError(f"{request['saved']} cannot be loaded in another process: {why}")
+        try:
+            answer = Answer(**json.loads((self._folder / reader.ANSWER).read_text()))
+            return answer, load_file(self._folder / reader.LOGITS)["logits"]
+        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+            raise ArtefactError(
+                f"{request['saved']}: the other process gave no answer: {error}"
+            ) from error
+
+
+def command() -> list[str]:
+    """What starts the other process."""
+    return [sys.executable, "-m", "corolla.evaluation.reader"]
