@@ -1,6 +1,7 @@
 """A process of its own that reads what is saved: it is started, asked and ended."""
 
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -27,7 +28,14 @@ class OtherProcess:
 
     def __enter__(self) -> Self:
         self._folder = Path(tempfile.mkdtemp(prefix="corolla-proof-"))
-        self._child = Child(command(), self._folder / "reader.log", listener=lambda line: None)
+        path = os.pathsep.join(folder for folder in sys.path if folder)
+        self._child = Child(
+            command(),
+            self._folder / "reader.log",
+            env={**os.environ, "PYTHONPATH": path},  # an app bundle is installed nowhere
+            cwd=self._folder,  # what lies in the user's is no module
+            listener=_nobody,
+        )
         self._child.start()
         return self
 
@@ -55,6 +63,10 @@ class OtherProcess:
             raise ArtefactError(
                 f"{request['saved']}: the other process gave no answer: {error}"
             ) from error
+
+
+def _nobody(line: str) -> None:
+    """Hears a line: its last ones are kept, for the case that it fails."""
 
 
 def command() -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
@@ -36,10 +36,9 @@ class Request:
     """What to load, how, and the folder (absolute) where rows are and answers go."""
 
     scratch: str
-    base: str
-    """Folder or hub name of the base model; "" where `saved` is a whole model."""
     saved: str
-    """Folder of the adapter or of the whole model."""
+    """Folder of the adapter, which names its base model, or of a whole model."""
+    whole: bool
     labels: int
     """Classes of a classifier; 0: a model that generates."""
     dtype: str
@@ -113,16 +112,18 @@ def _load(request: Request) -> tuple[Any, list[str], str]:
     kwargs: dict[str, Any] = {"dtype": getattr(torch, request.dtype), "output_loading_info": True}
     if request.quantised:
         kwargs["quantization_config"] = transformers.BitsAndBytesConfig(**request.quantised)
-    if request.base and request.labels:
-        kwargs["num_labels"] = request.labels
-    base, found = auto.from_pretrained(request.base or request.saved, **kwargs)
+    source = request.saved
+    if not request.whole:
+        source = str(PeftConfig.from_pretrained(request.saved).base_model_name_or_path)
+        kwargs |= {"num_labels": request.labels} if request.labels else {}
+    base, found = auto.from_pretrained(source, **kwargs)
     missing = found["missing_keys"]
     stored = tree.digest({n: t for n, t in base.state_dict().items() if n not in missing})
     if not request.quantised:
         base = base.to(request.device)
     # A decoder that classifies looks for the last token before the padding.
     base.config.pad_token_id = base.config.get_text_config().pad_token_id = request.pad_id
-    if not request.base:
+    if request.whole:
         return base, sorted(missing), stored
     model = PeftModel.from_pretrained(base, request.saved)
     brought = _brought(Path(request.saved))

@@ -113,10 +113,9 @@ def prove(judge: Evaluator, adapter: Adapter, folder: Path, other: OtherProcess)
 
 def _request(judge: Evaluator, folder: Path) -> dict[str, Any]:
     config, base = judge.config, judge.model.base
-    whole = judge.model.artefact == "model"
     return {
-        "base": "" if whole else base.path,
         "saved": str(folder.resolve()),
+        "whole": judge.model.artefact == "model",
         "labels": len(judge.labels) if base.task == "classify" else 0,
         "dtype": config.dtype,
         "quantised": pretrained.quantised(config),
