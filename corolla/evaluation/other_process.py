@@ -2,9 +2,9 @@
 
 import json
 import os
-import shutil
 import sys
 import tempfile
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -27,16 +27,23 @@ class OtherProcess:
     """
 
     def __enter__(self) -> Self:
-        self._folder = Path(tempfile.mkdtemp(prefix="corolla-proof-"))
         path = os.pathsep.join(folder for folder in sys.path if folder)
-        self._child = Child(
-            command(),
-            self._folder / "reader.log",
-            env={**os.environ, "PYTHONPATH": path},  # an app bundle is installed nowhere
-            cwd=self._folder,  # what lies in the user's is no module
-            listener=_nobody,
-        )
-        self._child.start()
+        with ExitStack() as ends:
+            try:
+                folder = ends.enter_context(tempfile.TemporaryDirectory(prefix="corolla-proof-"))
+                self._folder = Path(folder)
+                self._child = Child(
+                    command(),
+                    self._folder / "reader.log",
+                    env={**os.environ, "PYTHONPATH": path},  # an app bundle is installed nowhere
+                    cwd=self._folder,  # what lies in the user's is no module
+                    listener=_nobody,
+                )
+                ends.callback(self._child.close)
+                self._child.start()
+            except OSError as error:
+                raise ArtefactError(f"no other process to load what is saved: {error}") from error
+            self._ends = ends.pop_all()
         return self
 
     def __exit__(
@@ -45,12 +52,15 @@ class OtherProcess:
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._child.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._ends.close()
 
     def ask(self, request: dict[str, Any], rows: dict[str, Tensor]) -> tuple[Answer, Tensor]:
         """What it finds in `rows`, and the logits. Raises ArtefactError when it fails."""
-        save_file({n: t.cpu().contiguous() for n, t in rows.items()}, self._folder / reader.ROWS)
+        told = {name: tensor.cpu().contiguous() for name, tensor in rows.items()}
+        try:
+            save_file(told, self._folder / reader.ROWS)
+        except (OSError, SafetensorError) as error:  # a full disk
+            raise ArtefactError(f"rows for another process cannot be written: {error}") from error
         asked = asdict(Request(scratch=str(self._folder), **request))
         self._child.tell(json.dumps(asked).encode() + b"\n")
         if self._child.wait() != 0:

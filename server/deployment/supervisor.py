@@ -11,7 +11,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from threading import Event
 
@@ -115,6 +115,7 @@ class Supervisor:
         while not asked.is_set():
             self._tell_rounds()
             if self._submission.ended():
+                self._tell_proof()
                 return self.say(f"done: {self.folder}")
             self._tend(children, front)
             if time.monotonic() >= due:
@@ -207,6 +208,12 @@ class Supervisor:
                 f"{line['seconds']:.1f} s" + (f", held-out loss {loss:.4f}" if loss else "")
             )
         self._told = len(lines)
+
+    def _tell_proof(self) -> None:
+        """What was proven of what the run has saved."""
+        with suppress(OSError, ValueError, KeyError):
+            info = json.loads((self.folder / "run.json").read_text())
+            self.say(f"what is saved is what was trained: {info['reload']['claim']}")
 
     def _kept(self) -> str:
         return f"stopped{how_to_go_on(self.folder)}"

@@ -1,5 +1,7 @@
 """What is saved is loaded by another process; damage of each kind is found there or before."""
 
+import html
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -10,6 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from corolla.commands.simulate.in_process import simulate
 from corolla.config.run import RunConfig
 from corolla.data.rows import Example
 from corolla.directions.pools import SignPool
@@ -192,9 +195,41 @@ def test_a_process_that_fails_is_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_a_process_that_cannot_be_started_is_one_line(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = evaluator(settings())
+    tuned, folder = saved(judge, tmp_path)
+    monkeypatch.setattr(other_process, "command", lambda: [str(tmp_path / "no python")])
+    with pytest.raises(ArtefactError, match="no other process to load what is saved: "):
+        proven(judge, tuned, folder)
+
+
+def test_a_run_whose_proof_fails_says_so_and_saves_no_adapter(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "import sys; sys.stdin.readline(); sys.exit('error: OSError: no space')"
+    own = other_process.command
+    monkeypatch.setattr(other_process, "command", lambda: [sys.executable, "-c", code])
+    with pytest.raises(ArtefactError, match="in another process: OSError: no space"):
+        simulate(settings(rounds=1), tmp_path / "run")
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "running"
+    monkeypatch.setattr(other_process, "command", own)
+    summary = simulate(settings(rounds=1), tmp_path / "run", resume=True)
+    assert summary.artefact.is_dir()
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert info["reload"]["claim"] == summary.proof.line
+    assert (info["reload"]["dtype"], info["reload"]["rows"]) == ("float32", 4)
+    page = html.unescape((tmp_path / "run" / "report.html").read_text())
+    assert info["reload"]["claim"] in page
+
+
 def test_nothing_of_the_other_process_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    command = other_process.command()
+    monkeypatch.setattr(other_process, "command", lambda: command)
     monkeypatch.setattr(other_process.tempfile, "tempdir", str(tmp_path))
     with pytest.raises(KeyboardInterrupt), OtherProcess() as other:
         pid = other._child.pid
