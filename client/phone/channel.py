@@ -44,6 +44,8 @@ class Caller:
     tell: Callable[[str], None]
     """Told what the owner may want to know."""
     clock: Clock = field(default_factory=Clock)
+    patience: float = FOREVER
+    """Seconds for which a call without a deadline is tried again."""
     bytes: int = 0
     """Bytes up and down, of calls that were answered, since the last entry of the history."""
 
@@ -65,6 +67,8 @@ class Caller:
         for what only the owner can mend; where `slow`, SlowCallError for a call that took too long.
         """
         pause, longest = self.pauses
+        if deadline == FOREVER:
+            deadline = self.clock.now() + self.patience
         while True:
             try:
                 found: Any = method(request, metadata=self._metadata, timeout=_CALL_SECONDS)

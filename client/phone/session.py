@@ -22,7 +22,7 @@ from corolla.client.phone.downloads import fetch_model, verified
 from corolla.client.phone.kept import Kept
 from corolla.client.phone.lease import PhoneTrainer, Work
 from corolla.client.phone.policies import NO_LIMITS, Limits
-from corolla.errors import ConfigError, WireError
+from corolla.errors import ConfigError, PeerError, WireError
 from corolla.host import logs
 from corolla.host.text import one_line
 from corolla.phones import protocol
@@ -33,6 +33,8 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
 """Seconds after a call that failed."""
 _LOOK = 30.0
 """Seconds between two looks at the device's conditions, at most, until a gateway says when."""
+_PATIENCE = 20.0
+"""Seconds for which a call of a single check-in is tried again."""
 _CAPABILITIES = frozenset(update_pb2.Capabilities.DESCRIPTOR.fields_by_name)
 
 _log = logs.logger("phone")
@@ -81,12 +83,18 @@ class Phone:
     def run(self, rounds: int = 0, once: bool = False) -> None:
         """Serve until `rounds` updates were accepted (0: for ever), or for one check-in.
 
-        Raises ConfigError for what only the owner can mend, StoppedError when `stop` is set.
+        Raises ConfigError for what only the owner can mend, StoppedError when `stop` is set,
+        PeerError when the gateway of the one check-in does not answer.
         """
+        if once:
+            self.caller.patience = _PATIENCE
+            try:
+                self.visit()
+            except SessionOverError as over:
+                raise PeerError(f"the gateway does not answer: {over}") from over
+            return
         while not (rounds and self.done >= rounds):
             pause = self.visit()
-            if once:
-                return
             if not (rounds and self.done >= rounds):
                 self.caller.wait(pause)
 

@@ -22,7 +22,14 @@ from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, RoundError, StoppedError
 from corolla.host import certificates, logs, supervised
 from corolla.host.files import only_one, write_atomic
-from corolla.host.processes import end, free_port, note_process, noted_process, stoppable
+from corolla.host.processes import (
+    bypass_proxies,
+    end,
+    free_port,
+    note_process,
+    noted_process,
+    stoppable,
+)
 from corolla.host.supervised import Child, stop
 from corolla.server.deployment import superlink
 from corolla.server.deployment.front import Front, listen
@@ -161,7 +168,8 @@ class Supervisor:
             if asked.is_set():
                 raise StoppedError(self._kept())
             if link.restarts.deaths >= 3 or time.monotonic() > deadline:
-                raise RoundError(f"the SuperLink does not start: {link.last_line()}")
+                said = link.last_line() or "it has said nothing"
+                raise RoundError(f"the SuperLink does not start: {said}; {control.answer}")
             time.sleep(_POLL)
 
     def _tell_ready(self, place: Place, front: Front | None) -> None:
@@ -230,6 +238,7 @@ def begin(
 ) -> None:
     """Serve a run in a new folder, or go on with the one in it. Raises CorollaError."""
     superlink.check_version()
+    bypass_proxies()
     refuse_simulated(config)
     refuse_unbounded(config)
     if settings.clients_keys and not settings.clients_keys.is_dir():
