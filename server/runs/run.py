@@ -14,6 +14,7 @@ from corolla import seeds
 from corolla.config.run import RunConfig
 from corolla.directions import seedlog
 from corolla.errors import ArtefactError, ConfigError, RoundError, StoppedError
+from corolla.evaluation.other_process import OtherProcess
 from corolla.host import logs
 from corolla.host.heap import peak_rss
 from corolla.host.processes import uninterrupted
@@ -36,7 +37,7 @@ from corolla.server.runs.info import privacy_budget, privacy_info, run_info
 from corolla.server.runs.journal import Journal, Past, fail_point
 from corolla.server.runs.metrics_line import metrics_line
 from corolla.server.runs.observer import Observer
-from corolla.server.runs.proof import OtherProcess, Proof, prove
+from corolla.server.runs.proof import Proof, prove
 from corolla.server.runs.report import write_report
 from corolla.server.runs.summary import Summary
 from corolla.storage import folders

@@ -4,6 +4,7 @@ import html
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -230,9 +231,10 @@ def test_nothing_of_the_other_process_is_left(
 ) -> None:
     command = other_process.command()
     monkeypatch.setattr(other_process, "command", lambda: command)
-    monkeypatch.setattr(other_process.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    pid = 0
     with pytest.raises(KeyboardInterrupt), OtherProcess() as other:
-        pid = other._child.pid
+        pid = other._child.pid or 0
         assert pid
         assert len(list(tmp_path.iterdir())) == 1
         raise KeyboardInterrupt
