@@ -2,9 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
+import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from corolla.commands.check import tiny_models
 from corolla.commands.check.tiny_models import Size
 from corolla.config.run import RunConfig
+from corolla.evaluation import other_process
 from tests import scheduling
+from tests.e2e import forked
+from tests.e2e.forked import Commands
 
 torch.set_num_threads(1)
 if threading.current_thread() is threading.main_thread():
@@ -58,6 +65,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
     """Of `pytest -n 2`: see tests/scheduling.py."""
     return scheduling.Groups(config, log)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forks() -> Iterator[Callable[[], Commands]]:
+    """Starts, when it is first needed, the one process that this worker's commands are forks of.
+
+    The process in which a run reads what it has saved is one of them: importing what it needs takes
+    seconds. It is started cold by the commands that are, see tests/e2e/test_readme.py.
+    """
+    with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+
+        @cache
+        def start() -> Commands:
+            folder = Path(tempfile.mkdtemp(prefix="corolla-"))  # a socket's path has 107 characters
+            stack.callback(shutil.rmtree, folder)
+            return stack.enter_context(forked.serving(folder))
+
+        def command() -> list[str]:
+            return [str(start().bin / "python"), "-m", "corolla.evaluation.reader"]
+
+        patch.setattr(other_process, "command", command)
+        yield start
+
+
+@pytest.fixture(scope="session")
+def commands(_forks: Callable[[], Commands]) -> Commands:
+    """Commands of Corolla as forks of one process that has imported everything."""
+    return _forks()
 
 
 def byte_tokenizer(pad: str = "<pad>") -> transformers.PreTrainedTokenizerBase:

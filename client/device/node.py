@@ -150,6 +150,7 @@ class Node:
 
 def begin(own: Own, say: Say) -> None:
     """Be a client until a signal. Raises CorollaError for what its owner must change first."""
+    processes.bypass_proxies()
     found, _ = identity(own.state)
     name = own.name or found.name
     order = {"own": own.model_dump(mode="json"), "name": name}

@@ -43,6 +43,8 @@ class Caller:
     tell: Callable[[str], None]
     """Told what the owner may want to know."""
     clock: Clock = field(default_factory=Clock)
+    patience: float = FOREVER
+    """Seconds for which a call without a deadline is tried again."""
 
     def __post_init__(self) -> None:
         self.meter = Meter(self.clock)
@@ -65,6 +67,8 @@ class Caller:
         call that took too long.
         """
         pause, longest = self.pauses
+        if deadline == FOREVER:
+            deadline = self.clock.now() + self.patience
         while True:
             left = self.meter.ask(request.ByteSize() + _OVERHEAD + coming)
             try:

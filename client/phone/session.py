@@ -24,7 +24,7 @@ from corolla.client.phone.kept import Kept
 from corolla.client.phone.lease import PhoneTrainer, Work
 from corolla.client.phone.meter import SessionOverError, UsedUpError
 from corolla.client.phone.policies import NO_LIMITS, Limits
-from corolla.errors import ConfigError, WireError
+from corolla.errors import ConfigError, PeerError, WireError
 from corolla.host import logs
 from corolla.host.text import one_line
 from corolla.phones import protocol
@@ -37,6 +37,8 @@ _LOOK = 30.0
 """Seconds between two looks at the device's conditions, at most, until a gateway says when."""
 _VISITS = 1 << 16
 """Bytes of visits without a lease that make an entry of the history: it is written whole."""
+_PATIENCE = 20.0
+"""Seconds for which a call of a single check-in is tried again."""
 _CAPABILITIES = frozenset(update_pb2.Capabilities.DESCRIPTOR.fields_by_name)
 
 _log = logs.logger("phone")
@@ -85,13 +87,19 @@ class Phone:
     def run(self, rounds: int = 0, once: bool = False) -> None:
         """Serve until `rounds` updates were accepted (0: for ever), or for one check-in.
 
-        Raises ConfigError for what only the owner can mend, StoppedError when `stop` is set.
+        Raises ConfigError for what only the owner can mend, StoppedError when `stop` is set,
+        PeerError when the gateway of the one check-in does not answer.
         """
         try:
+            if once:
+                self._visit_once()
+                return
             while not (rounds and self.done >= rounds):
-                pause = self.visit()
-                if once:
-                    return
+                try:
+                    pause = self.visit()
+                except SessionOverError as over:
+                    self._tell(f"the gateway refuses: {over}")
+                    pause = self.settings.pauses[1]
                 if not (rounds and self.done >= rounds):
                     self.caller.wait(pause)
         finally:
@@ -99,15 +107,19 @@ class Phone:
                 with suppress(OSError):  # a full disk
                     self._note(policies.Entry(self.clock.date(), "", 0))
 
+    def _visit_once(self) -> None:
+        self.caller.patience = _PATIENCE
+        try:
+            self.visit()
+        except SessionOverError as over:
+            raise PeerError(f"the gateway does not answer: {over}") from over
+
     def visit(self) -> float:
         """Check in once and do what there is; the seconds until the next time."""
         try:
             return self._visit()
         except UsedUpError as over:  # or as good as: the next visit would come no further
             self._tell(f"waiting: {over}")
-            return self.settings.pauses[1]
-        except SessionOverError as over:
-            self._tell(f"the gateway refuses: {over}")
             return self.settings.pauses[1]
         except OSError as error:  # a full disk: its owner may make room
             self._tell(f"this device fails: {error.strerror}")

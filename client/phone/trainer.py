@@ -16,7 +16,7 @@ from corolla.client.phone.session import Phone, Settings
 from corolla.data.rows import read_rows
 from corolla.errors import ConfigError, StoppedError, WireError
 from corolla.host import logs
-from corolla.host.processes import stoppable
+from corolla.host.processes import bypass_proxies, stoppable
 from corolla.host.text import parse_bytes
 from corolla.phones import protocol
 from corolla.storage.memory import Memory
@@ -100,6 +100,7 @@ def begin(
     own: Own, chosen: Settings, say: Callable[[str], None], rounds: int = 0, once: bool = False
 ) -> None:
     """Be a phone until a signal, or for so many rounds. Raises CorollaError."""
+    bypass_proxies()
     with stoppable() as stop, only_one(own.state):
         logs.configure(own.state / "log.jsonl")
         trainer = TorchTrainer(own, say)

@@ -6,6 +6,7 @@ import, as torch does, is imported when a command runs.
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -272,7 +273,8 @@ def evaluate(
         names = [name for name in tasks.split(",") if name]
         scores = evaluate_tasks(adapter, model, names, limit, settings or ())
     else:
-        scores = evaluate_adapter(adapter, model, data, settings or ())
+        tell = typer.echo if not as_json else partial(typer.echo, err=True)
+        scores = evaluate_adapter(adapter, model, data, settings or (), tell)
     if as_json:
         print(json.dumps(scores, indent=2))
     else:

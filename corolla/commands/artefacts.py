@@ -21,19 +21,34 @@ from corolla.models import adapter_files, devices, pretrained
 from corolla.types import Metrics
 
 
+def _untold(line: str) -> None:
+    """Says nothing."""
+
+
 def evaluate_adapter(
-    adapter: Path, model: str | None, dataset: str | None, settings: Sequence[str] = ()
+    adapter: Path,
+    model: str | None,
+    dataset: str | None,
+    settings: Sequence[str] = (),
+    tell: Callable[[str], None] = _untold,
 ) -> dict[str, Metrics]:
     """Held-out scores of the base model and of the fine-tuned one: {"base": …, "adapter": …}.
 
     `adapter` is a PEFT adapter, or a whole model, where a run trains weights of its base. Model,
-    data and the examples are those of its run (run.json beside it) unless given.
+    data and the examples are those of its run (run.json beside it) unless given. `tell` hears which
+    weights of the base model are random. Raises ConfigError for another seed than the run's, with
+    which examples that were trained on would be held out.
     """
     config = _config(adapter, model, dataset, settings)
     data = federated.load(config)
     chosen = federated.spread(data.heldout, config.eval_examples)
     answers.check(chosen, config)
     base = pretrained.load(config, data.labels)
+    if base.missing:
+        tell(
+            f"base model: {', '.join(sorted(base.missing))} are not in {config.model}, but drawn "
+            f"from seed={config.seed}; what it scores depends on that"
+        )
     encoder = Encoder(base.tokenizer, data.labels, config.max_length)
     examples = [s for example in chosen for s in encoder(example)]
     device = devices.pick_device(config.device)
@@ -79,9 +94,26 @@ def _side_by_side(
 ) -> dict[str, Metrics]:
     before = measure(base.model)
     if _is_model(adapter):
-        whole = pretrained.load(config.model_copy(update={"model": str(adapter)}), labels)
-        return {"base": before, "model": measure(whole.model)}
-    return {"base": before, "adapter": measure(adapter_files.load_adapter(base.model, adapter))}
+        return {"base": before, "model": measure(_whole(adapter, config, labels).model)}
+    return {"base": before, "adapter": measure(_tuned(adapter, base))}
+
+
+def _tuned(adapter: Path, base: pretrained.Base) -> Any:
+    """The adapter on its base model. Raises ArtefactError for weights that neither of them has."""
+    if drawn := sorted(base.missing - adapter_files.names(adapter)):
+        raise ArtefactError(
+            f"{adapter} lacks {', '.join(drawn)}, which base model {base.name} has not either: "
+            f"each process that loads it draws others"
+        )
+    return adapter_files.load_adapter(base.model, adapter)
+
+
+def _whole(folder: Path, config: RunConfig, labels: Sequence[str]) -> pretrained.Base:
+    """A saved whole model. Raises ArtefactError for weights that it lacks."""
+    found = pretrained.load(config.model_copy(update={"model": str(folder)}), labels)
+    if found.missing:
+        raise ArtefactError(f"{folder} lacks {', '.join(sorted(found.missing))}")
+    return found
 
 
 def export_merged(adapter: Path, model: str | None, folder: Path) -> float:
@@ -101,7 +133,7 @@ def export_merged(adapter: Path, model: str | None, folder: Path) -> float:
     base = pretrained.load(config, labels)
     probe = _probe(base)
     with torch.no_grad():
-        tuned = adapter_files.load_adapter(base.model, adapter)
+        tuned = _tuned(adapter, base)
         wanted = tuned(**probe).logits
         merged = adapter_files.merge(tuned)
     scratch = folder.with_name(folder.name + ".part")
@@ -111,7 +143,7 @@ def export_merged(adapter: Path, model: str | None, folder: Path) -> float:
         merged.save_pretrained(scratch)
         base.tokenizer.save_pretrained(scratch)
         del merged, tuned, base
-        again = pretrained.load(config.model_copy(update={"model": str(scratch)}), labels)
+        again = _whole(scratch, config, labels)
         with torch.no_grad():
             found = again.model(**probe).logits
         difference = float((wanted - found).abs().max())
@@ -145,7 +177,14 @@ def _config(
         raise ConfigError(f"{adapter} has no run.json beside it: name its base model with --model")
     known = {} if _is_model(adapter) else {"model": adapter_files.base_of(adapter)}
     stored = validate(run["config"] if run else known)
-    return amended(stored, {"model": model, "data": dataset}, settings)
+    config = amended(stored, {"model": model, "data": dataset}, settings)
+    if run and config.data == stored.data and config.seed != stored.seed:
+        raise ConfigError(
+            f"seed={config.seed} would hold out other examples of {config.data} than the run did "
+            f"with seed={stored.seed}, and draw other weights where the base model lacks some: "
+            f"leave it out"
+        )
+    return config
 
 
 def _is_model(folder: Path) -> bool:
@@ -174,7 +213,8 @@ def _labels(adapter: Path) -> Sequence[str]:
     if labels := _run_info(adapter).get("labels"):
         return [str(label) for label in labels]
     head = adapter_files.head_of(adapter)
-    return [f"LABEL_{i}" for i in range(max(len(tensor) for tensor in head.values()))]
+    # Other layers of a head, and a pooler, are as wide as the model.
+    return [f"LABEL_{i}" for i in range(min(len(tensor) for tensor in head.values()))]
 
 
 def _probe(base: pretrained.Base) -> dict[str, torch.Tensor]:

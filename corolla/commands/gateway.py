@@ -11,6 +11,7 @@ from corolla.client.device.node import Node, Say, only_one
 from corolla.client.device.supernode import Link
 from corolla.errors import ConfigError, WireError
 from corolla.host import certificates
+from corolla.host.processes import bypass_proxies
 from corolla.host.text import parse_bytes
 from corolla.phones import protocol
 from corolla.server.gateway.access import read_tokens
@@ -136,6 +137,7 @@ def _absolute(path: Path | None) -> Path | None:
 def begin(server: str, root_certificates: Path | None, order: GatewayOrder, say: Say) -> None:
     """Be a gateway until a signal. Raises CorollaError for what its owner must change first."""
     protocol.check_address("--server", server)
+    bypass_proxies()
     own = order.gateway
     key, _ = identity(own.state)
     link = Link(server, root_certificates, own.name, own.state, key)

@@ -41,6 +41,8 @@ class Kind:
     whole: bool = False
     """All parameters of the base: backpropagation has gradients of all weights, and a strategy may
     move them in place."""
+    output: bool = False
+    """The output layer of a model that generates is trained, where it is not tied."""
     target_modules: bool = False
     """Modules of the base can be chosen."""
     virtual_tokens: bool = False
@@ -84,7 +86,7 @@ _ROWS = (
         not_private=_ADDED_UP,
     ),
     Kind("bias", artefact="model", hooked=True),
-    Kind("head", artefact="model", hooked=True),
+    Kind("head", artefact="model", output=True, hooked=True),
     Kind(
         "full",
         artefact="model",
@@ -92,6 +94,7 @@ _ROWS = (
         first_order=Rates(embedded=3e-3, other=3e-5),
         zeroth_order=Rates(embedded=3e-4, other=1e-6),
         whole=True,
+        output=True,
     ),
 )
 

@@ -17,6 +17,8 @@ from corolla.host.files import write_atomic
 
 _HANG_UP = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()
 """A terminal that goes away; Windows has no such signal."""
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+"""Hosts that no proxy reaches: to it they would be itself."""
 
 
 def when_orphaned(leave: Callable[[], None]) -> None:
@@ -97,6 +99,28 @@ def _noticed(asked: threading.Event, numbers: Sequence[signal.Signals]) -> Itera
 
 def _nothing(*_: object) -> None:
     """A signal that does nothing here, and what it does by default in a child."""
+
+
+def bypass_proxies() -> None:
+    """Calls on loopback, of this process and of its children, go past the environment's proxies."""
+    told = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    hosts = [host.strip() for host in told.split(",") if host.strip()]
+    hosts += [host for host in _LOOPBACK if host not in hosts]
+    for name in ("no_proxy", "NO_PROXY"):  # some libraries read one of them alone
+        os.environ[name] = ",".join(hosts)
+
+
+def named_proxies() -> str:
+    """Proxies of the environment, as ` (https_proxy=…)` without passwords; "" without any."""
+    names = ("http_proxy", "https_proxy", "all_proxy")
+    found = {
+        name: os.environ[name]
+        for known in names
+        for name in (known, known.upper())
+        if os.environ.get(name)
+    }
+    shown = (f"{name}={address.rpartition('@')[2]}" for name, address in found.items())
+    return f" ({', '.join(shown)})" if found else ""
 
 
 def free_port() -> int:

@@ -137,9 +137,20 @@ class Child:
             told = (process.stdout, self._listener)
             self._reader = threading.Thread(target=self._read, args=told, daemon=True)
             self._reader.start()
+            self.tell(first_line)
+
+    def tell(self, line: bytes) -> None:
+        """Write to the standard input of one with a listener."""
+        if self._process and self._process.stdin:
             with suppress(BrokenPipeError):  # it has ended already: `ended` will say so
-                process.stdin.write(first_line)
-                process.stdin.flush()
+                self._process.stdin.write(line)
+                self._process.stdin.flush()
+
+    def wait(self) -> int | None:
+        """Its exit code, once it has ended; None for one that was never started."""
+        if self.code is None:
+            self._reap(wait=True)
+        return self.code
 
     def ended(self) -> bool:
         """Whether it has ended: then `code` is known, and its listener has heard all."""

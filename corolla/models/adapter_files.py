@@ -91,6 +91,18 @@ def head_of(folder: Path) -> Params:
     return {n.removeprefix(PREFIX): t for n, t in tensors.items() if n.startswith(trained)}
 
 
+def names(folder: Path) -> set[str]:
+    """The names in the base model of what a saved adapter brings along; those of factors too.
+
+    Raises ArtefactError when it cannot be read.
+    """
+    try:
+        tensors, _ = codec.read(str(folder / "adapter_model.safetensors"))
+    except (OSError, ValueError, WireError) as error:
+        raise ArtefactError(f"{folder} is no adapter: {error}") from error
+    return {name.removeprefix(PREFIX) for name in tensors}
+
+
 def merge(model: PeftModel) -> PreTrainedModel:
     """The base model with the adapter merged in. Exact only where the base has the precision.
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import IA3Config, PeftModel, PromptTuningConfig, TaskType, get_peft_model
+from peft import PromptTuningConfig, TaskType, get_peft_model
 from peft.tuners.ia3 import IA3Layer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 from corolla import seeds
 from corolla.config.kinds import KINDS, KindName
 from corolla.directions import moving
-from corolla.models import adapter_files, full, parts
+from corolla.models import adapter_files, devices, full, parts
 from corolla.models.pretrained import Base, heads_of
 from corolla.models.space import Beside, Space, Unrounded
 from corolla.types import Adapter, LoraSpec, Move, Params
@@ -170,19 +170,10 @@ class DenseModel(Unrounded):
         lost = sum(float((saved[n].double() - t.double()).square().sum()) for n, t in shown.items())
         return math.sqrt(lost / sum(float(t.double().square().sum()) for t in shown.values()))
 
-    def reload(self, folder: Path) -> PreTrainedModel | PeftModel:
-        """A saved model as other tools load it, with plain peft or transformers.
-
-        Ends this object: there is never room for two models.
-        """
-        if self._config is None:
-            self._flat, self._leaves, self._start = torch.empty(0), {}, {}
-            return full.reload(folder, self.model, self._dtype)
-        if isinstance(self._config, IA3Config):
-            self.model.unload()
-        for name, tensor in self._start.items():  # a classifier's head
-            _give_back(self.base.model, name, tensor.to(self.device, self._dtype))
-        return adapter_files.load_adapter(self.base.model, folder)
+    def release(self) -> None:
+        """Free the memory of all weights. Ends this object."""
+        self._flat, self._leaves, self._start = torch.empty(0), {}, {}
+        devices.free(self.model)
 
     def digest(self, folder: Path) -> str:
         """sha256 of the tensors of a saved adapter, or of the weight files of a saved model."""
@@ -228,15 +219,6 @@ def _leaf(model: PreTrainedModel, parameter: nn.Parameter) -> nn.Parameter:
                 parametrize.register_parametrization(module, name, rounded, unsafe=True)
                 module.parametrizations[name].original = leaf
     return leaf
-
-
-def _give_back(model: PreTrainedModel, name: str, tensor: Tensor) -> None:
-    """Set a parameter that was trained, without a parametrization."""
-    path, _, last = name.rpartition(".")
-    module = model.get_submodule(path)
-    if parametrize.is_parametrized(module, last):
-        parametrize.remove_parametrizations(module, last, leave_parametrized=False)
-    module.get_parameter(last).data = tensor
 
 
 def _added(model: Any) -> Mapping[str, nn.Parameter]:

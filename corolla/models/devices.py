@@ -3,6 +3,7 @@
 import os
 
 import torch
+from torch import nn
 
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
@@ -30,3 +31,11 @@ def set_threads(config: RunConfig) -> None:
     limit = os.environ.get("OMP_NUM_THREADS", "")
     usual = int(limit) if limit.isdigit() and int(limit) else os.cpu_count() or 1
     torch.set_num_threads(config.threads or usual)
+
+
+def free(model: nn.Module) -> None:
+    """Give back the memory of all tensors of a model, which is of no use afterwards."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = tensor.data.new_empty(0)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # of torch: another process may need it

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from corolla.directions import moving
 from corolla.errors import ArtefactError, ModelError
 from corolla.host.files import making_folder
+from corolla.models import devices
 from corolla.models.folders import folder_of
 from corolla.models.pretrained import Base, Quiet
 from corolla.models.space import InPlace, Space
@@ -112,10 +113,10 @@ class FullModel:
         """How far a saved model is from the one that is shown: see `distance`."""
         return distance(folder, {name: tensor for _, name, tensor in self._tensors})
 
-    def reload(self, folder: Path) -> PreTrainedModel:
-        """The saved model as transformers loads it, on the device of this one: see `reload`."""
+    def release(self) -> None:
+        """Free the memory of all weights. Ends this object."""
         self._tensors, self._shown = [], None
-        return reload(folder, self.model, self.model.dtype)
+        devices.free(self.model)
 
     def digest(self, folder: Path) -> str:
         """sha256 over the weight files of a saved model, in the order of their names."""
@@ -162,18 +163,6 @@ def distance(folder: Path, shown: Mapping[str, Tensor]) -> float:
             lost += float((saved - own).square().sum())
             total += float(own.square().sum())
     return math.sqrt(lost / total) if total else math.inf
-
-
-def reload(folder: Path, model: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """A saved model as transformers loads it, on the device of `model`, in its place.
-
-    Ends `model`: its weights are given back first, there is never room for two.
-    """
-    device = model.device
-    model.to("meta")
-    with Quiet():
-        loaded: PreTrainedModel = type(model).from_pretrained(folder, dtype=dtype)
-    return loaded.to(device).eval()
 
 
 def digest(folder: Path) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -20,15 +20,16 @@ from transformers.pytorch_utils import Conv1D
 
 from corolla.directions import moving
 from corolla.errors import ModelError
+from corolla.models import devices
 from corolla.models.adapter_files import (
     PREFIX,
     _inputs_in_fp32,
     adapter_hash,
-    load_adapter,
     peft_speaks_to_transformers,
     read_adapter,
     write_adapter,
 )
+from corolla.models.missing import within
 from corolla.models.pretrained import Base, heads_of
 from corolla.models.space import Beside, Space, Unrounded
 from corolla.tensors import factors
@@ -253,9 +254,9 @@ class LoraModel(Unrounded):
             return math.inf
         return factors.distance(factors.stack([update, *self.frozen]), stored)
 
-    def reload(self, folder: Path) -> PeftModel:
-        """A saved adapter on this base model, with plain peft. Ends this object: see `detach`."""
-        return load_adapter(self.detach(), folder)
+    def release(self) -> None:
+        """Free the memory of all weights. Ends this object."""
+        devices.free(self.model)
 
     def digest(self, folder: Path) -> str:
         """sha256 of the tensors of a saved adapter."""
@@ -320,7 +321,7 @@ def _linear(model: PreTrainedModel, heads: Sequence[str]) -> Iterator[tuple[str,
     output = model.get_output_embeddings()
     for name, module in model.named_modules():
         is_linear = isinstance(module, nn.Linear | Conv1D) or "Linear" in type(module).__name__
-        if is_linear and module is not output and name.partition(".")[0] not in heads:
+        if is_linear and module is not output and not within(name, heads):
             yield name, module
 
 

@@ -62,11 +62,12 @@ def _names(base: Base) -> list[str]:
 
 
 def _heads(base: Base) -> list[str]:
-    """The head of a classifier, which is trained whatever else is."""
+    """The head of a classifier and a new pooler, which are trained whatever else is."""
+    from corolla.models.missing import within
     from corolla.models.pretrained import heads_of
 
     heads = heads_of(base)
-    return [name for name in _names(base) if name.partition(".")[0] in heads]
+    return [name for name in _names(base) if within(name, heads)]
 
 
 def _biases(base: Base) -> list[str]:
@@ -125,9 +126,10 @@ def _ia3(base: Base, targets: Sequence[str], virtual_tokens: int) -> IA3Config:
     from transformers.pytorch_utils import Conv1D
 
     from corolla.models import lora
+    from corolla.models.missing import within
     from corolla.models.pretrained import heads_of
 
-    shapes = lora.targeted(base, targets)
+    shapes, heads = lora.targeted(base, targets), heads_of(base)
     kind = base.model.config.get_text_config().model_type
     known = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(kind, [])
     return IA3Config(
@@ -135,7 +137,7 @@ def _ia3(base: Base, targets: Sequence[str], virtual_tokens: int) -> IA3Config:
         task_type=TaskType.CAUSAL_LM if base.task == "causal" else None,
         target_modules=list(targets),
         feedforward_modules=[target for target in targets if target in known],
-        exclude_modules=heads_of(base) or None,
+        exclude_modules=[n for n, _ in base.model.named_modules() if within(n, heads)] or None,
         fan_in_fan_out=any(isinstance(base.model.get_submodule(n), Conv1D) for n in shapes),
     )
 

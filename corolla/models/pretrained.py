@@ -1,11 +1,10 @@
 """Base models and tokenizers by name or path: embedded, hub, local folder, GGUF file."""
 
-import hashlib
 import importlib
 import shutil
 import struct
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,10 @@ from corolla.config.run import RunConfig
 from corolla.embedded.assets import asset
 from corolla.errors import ConfigError, ModelError
 from corolla.host import heap
+from corolla.models import missing as lost
 from corolla.models.devices import pick_device
 from corolla.models.folders import PACKAGED, converted, packaged
+from corolla.tensors import tree
 
 # What transformers, safetensors and gguf raise for files that are damaged or of an unknown kind.
 _LOADING = (
@@ -47,6 +48,10 @@ class Base:
     path: str
     fingerprint: str = ""
     """sha256 of the weights, so that two parties can tell that they have the same model."""
+    missing: frozenset[str] = frozenset()
+    """Names of the tensors that the checkpoint lacks: they are drawn from the run's seed."""
+    stored: str = ""
+    """sha256 of the weights that the checkpoint has: the same whatever the seed."""
 
     @property
     def pad_id(self) -> int:
@@ -59,7 +64,8 @@ def load(config: RunConfig, labels: Sequence[str] = ()) -> Base:
     """The base model of a run, on its device, in evaluation mode, without gradients.
 
     With labels (and task auto or classify) a sequence classifier whose head starts from the
-    run's seed unless the model has one. Raises ModelError when it cannot be loaded.
+    run's seed unless the model has one. Raises ModelError when it cannot be loaded, or lacks
+    weights that the run does not train.
     """
     task = {"auto": "classify" if labels else "causal"}.get(config.task, config.task)
     if task == "classify" and not labels:
@@ -67,7 +73,7 @@ def load(config: RunConfig, labels: Sequence[str] = ()) -> Base:
     path = resolve(config.model)
     kwargs: dict[str, Any] = {"dtype": getattr(torch, config.dtype)}
     if config.quantization != "none":
-        kwargs["quantization_config"] = _bitsandbytes(config)
+        kwargs["quantization_config"] = transformers.BitsAndBytesConfig(**quantised(config))
     if task == "classify":
         kwargs["num_labels"] = len(labels)
         kwargs["id2label"] = dict(enumerate(labels))
@@ -79,16 +85,22 @@ def load(config: RunConfig, labels: Sequence[str] = ()) -> Base:
         torch.random.manual_seed(seeds.derive(config.seed, "head"))
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
-            model: PreTrainedModel = auto.from_pretrained(path, **kwargs)
+            model, found = auto.from_pretrained(path, output_loading_info=True, **kwargs)
         except _LOADING as error:
             reason = " ".join(str(error).split())[:300]
             raise ModelError(f"cannot load model {config.model!r}: {reason}") from error
+    missing = frozenset(found["missing_keys"])
+    lost.refuse(
+        config.model, missing, _trained(config, task, model, missing), found["unexpected_keys"]
+    )
     if config.quantization == "none":
         model = model.to(device)
     if config.quantization == "4bit" and model.device.type == "cpu":
         _check_4bit_on_cpu(model)
     model.requires_grad_(False)
-    base = Base(model.eval(), tokenizer, task, config.model, str(path), fingerprint(model))
+    whole = fingerprint(model)
+    stored = fingerprint(model, missing) if missing else whole
+    base = Base(model.eval(), tokenizer, task, config.model, str(path), whole, missing, stored)
     # A decoder that classifies looks for the last token before the first pad: both must agree.
     model.config.pad_token_id = model.config.get_text_config().pad_token_id = base.pad_id
     check_length(config, model)
@@ -138,25 +150,16 @@ def resolve(name: str) -> str:
     return name
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """sha256 over the base model's tensors, by name."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        sha.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        sha.update(raw.numpy().data)
-    return sha.hexdigest()
+def fingerprint(model: PreTrainedModel, without: Collection[str] = ()) -> str:
+    """sha256 over the base model's tensors, by name; some can be left out."""
+    return tree.digest({n: t for n, t in model.state_dict().items() if n not in without})
 
 
 def heads_of(base: Base) -> list[str]:
-    """Modules outside the backbone that a classifier trains as they are."""
+    """Modules that a classifier trains as they are: its head, and a pooler that is new."""
     if base.task != "classify":
         return []
-    return [
-        name
-        for name, module in base.model.named_children()
-        if module is not base.model.base_model and any(True for _ in module.parameters())
-    ]
+    return [*lost.outside(base.model), *lost.poolers(base.model, base.missing)]
 
 
 def _convert(gguf: Path) -> Path:
@@ -170,7 +173,10 @@ def _convert(gguf: Path) -> Path:
         with torch.random.fork_rng(devices=[]), Quiet():
             where = {"gguf_file": gguf.name}
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
-            model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)
+            model, found = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, dtype=torch.float32, output_loading_info=True, **where
+            )
+            lost.refuse(str(gguf), found["missing_keys"], (), found["unexpected_keys"])
             # The tensors are plain fp32 by now; what says otherwise would forbid saving them.
             model.hf_quantizer = None
             if hasattr(model.config, "quantization_config"):
@@ -190,18 +196,31 @@ def _convert(gguf: Path) -> Path:
     return target
 
 
-def _bitsandbytes(config: RunConfig) -> transformers.BitsAndBytesConfig:
+def quantised(config: RunConfig) -> dict[str, Any]:
+    """What BitsAndBytesConfig is told; empty for a base as it is. Raises ConfigError."""
+    if config.quantization == "none":
+        return {}
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             f"quantization {config.quantization} needs bitsandbytes: pip install 'corolla[quant]'"
         )
     if config.quantization == "8bit":
-        return transformers.BitsAndBytesConfig(load_in_8bit=True)
-    return transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=getattr(torch, config.dtype),
-    )
+        return {"load_in_8bit": True}
+    return {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_compute_dtype": config.dtype,
+    }
+
+
+def _trained(
+    config: RunConfig, task: str, model: PreTrainedModel, missing: Collection[str]
+) -> list[str]:
+    """Modules that a run trains and saves whole, if the checkpoint lacks them."""
+    if task == "classify":
+        return [*lost.outside(model), *lost.poolers(model, missing)]
+    output = model.get_output_embeddings()
+    return [n for n, m in model.named_modules() if m is output and config.kind.output]
 
 
 def _check_4bit_on_cpu(model: PreTrainedModel) -> None:

@@ -62,8 +62,8 @@ class Trainable(Protocol):
     def distance_to(self, folder: Path, spec: LoraSpec) -> float:
         """How far a saved model is from the one that is shown: relative, in fp64."""
 
-    def reload(self, folder: Path) -> Any:
-        """A saved model as other tools load it. Ends this object."""
+    def release(self) -> None:
+        """Free the memory of all weights. Ends this object."""
 
     def digest(self, folder: Path) -> str:
         """sha256 of the tensors of a saved model."""

@@ -30,6 +30,7 @@ from flwr.supercore.fab import Fab
 from corolla.errors import ConfigError, RoundError
 from corolla.host import certificates
 from corolla.host.files import making_folder, write_atomic
+from corolla.host.processes import named_proxies
 from corolla.host.supervised import Child
 from corolla.server.deployment.order import FOLDER
 from corolla.version import __version__
@@ -146,16 +147,22 @@ class Control:
         self._url = f"https://127.0.0.1:{place.port}"
         self._tls = ssl.create_default_context(cafile=str(place.ca))
         self._client = ControlHttpClient(self._url, verify=self._tls, timeout=10.0)
+        self.answer = ""
+        """What `ready` has asked last, and what came back."""
 
     def close(self) -> None:
         self._client.close()
 
     def ready(self) -> bool:
         """Whether the SuperLink answers."""
+        asked = f"{self._url}/health"
         try:
-            return httpx.get(f"{self._url}/health", verify=self._tls, timeout=2).is_success
-        except httpx.HTTPError:
+            found = httpx.get(asked, verify=self._tls, timeout=2)
+        except httpx.HTTPError as error:
+            self.answer = f"GET {asked}: {error}{named_proxies()}"
             return False
+        self.answer = f"GET {asked}: {found.status_code} {found.reason_phrase}{named_proxies()}"
+        return found.is_success
 
     def register(self, pem: bytes) -> bool:
         """Let a node with this key join; False when it may already. Raises RoundError."""

@@ -11,7 +11,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from threading import Event
 
@@ -22,7 +22,14 @@ from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, RoundError, StoppedError
 from corolla.host import certificates, logs, supervised
 from corolla.host.files import only_one, write_atomic
-from corolla.host.processes import end, free_port, note_process, noted_process, stoppable
+from corolla.host.processes import (
+    bypass_proxies,
+    end,
+    free_port,
+    note_process,
+    noted_process,
+    stoppable,
+)
 from corolla.host.supervised import Child, stop
 from corolla.server.deployment import superlink
 from corolla.server.deployment.front import Front, listen
@@ -114,6 +121,7 @@ class Supervisor:
         while not asked.is_set():
             self._tell_rounds()
             if self._submission.ended():
+                self._tell_proof()
                 return self.say(f"done: {self.folder}")
             self._tend(children, front)
             if time.monotonic() >= due:
@@ -168,7 +176,8 @@ class Supervisor:
             if asked.is_set():
                 raise StoppedError(self._kept())
             if link.restarts.deaths >= 3 or time.monotonic() > deadline:
-                raise RoundError(f"the SuperLink does not start: {link.last_line()}")
+                said = link.last_line() or "it has said nothing"
+                raise RoundError(f"the SuperLink does not start: {said}; {control.answer}")
             time.sleep(_POLL)
 
     def _tell_ready(self, place: Place, front: Front | None) -> None:
@@ -216,6 +225,12 @@ class Supervisor:
             )
         self._told = len(lines)
 
+    def _tell_proof(self) -> None:
+        """What was proven of what the run has saved."""
+        with suppress(OSError, ValueError, KeyError):
+            info = json.loads((self.folder / "run.json").read_text())
+            self.say(f"what is saved is what was trained: {info['reload']['claim']}")
+
     def _kept(self) -> str:
         return f"stopped{how_to_go_on(self.folder)}"
 
@@ -231,6 +246,7 @@ def begin(
 ) -> None:
     """Serve a run in a new folder, or go on with the one in it. Raises CorollaError."""
     superlink.check_version()
+    bypass_proxies()
     refuse_simulated(config)
     refuse_unbounded(config)
     if settings.clients_keys and not settings.clients_keys.is_dir():

@@ -11,7 +11,7 @@ from corolla.config.run import RunConfig
 from corolla.data.encoding import Encoded, Encoder, collate
 from corolla.data.federated import spread
 from corolla.data.rows import Example
-from corolla.errors import ArtefactError, DataError
+from corolla.errors import DataError
 from corolla.evaluation import answers
 from corolla.evaluation.scoring import score
 from corolla.models.trainable import Trainable
@@ -101,41 +101,6 @@ class Evaluator:
         """Write a global model, an adapter or a whole one, with its tokenizer."""
         self.model.save(folder, adapter, self.config.lora)
         self.model.base.tokenizer.save_pretrained(str(folder))
-
-    def verify(self, adapter: Adapter, folder: Path) -> float:
-        """Load the saved model with plain peft (all parameters: with transformers).
-
-        Returns the largest difference from the server's logits. Also compares the effective updates
-        themselves, in fp64, because logits of a half-precision or quantised base say little. Ends
-        this evaluator: its base model is handed to peft. Raises
-        ArtefactError when a difference is more than rounding.
-        """
-        inputs = {name: self.probe[name] for name in ("input_ids", "attention_mask")}
-        with torch.no_grad():
-            self.model.show(adapter, self.config.lora)
-            mask = inputs["attention_mask"].bool()
-            ours = self.model.model(**inputs).logits.float()
-            apart = self.model.distance_to(folder, self.config.lora)
-            reloaded = self.model.reload(folder)
-            theirs = reloaded(**inputs).logits.float()
-        if ours.dim() == 3:  # virtual tokens come first
-            ours, theirs = (logits[:, -mask.shape[1] :][mask] for logits in (ours, theirs))
-        if not apart <= 1e-6:
-            raise ArtefactError(
-                f"{folder} as saved is another update than the server's: {apart:.2e} apart"
-            )
-        difference = float((ours - theirs).abs().max())
-        scale = max(1.0, float(ours.abs().max()))
-        # fp32: sums in another order; a half-precision base also rounds each layer's output.
-        tolerance = scale * (1e-5 if self.config.dtype == "float32" else 0.1)
-        if self.config.quantization != "none":
-            tolerance = scale * 0.1
-        if not difference <= tolerance:
-            raise ArtefactError(
-                f"{folder} reloaded differs from the server's model by {difference:.2e} in "
-                f"the logits (allowed {tolerance:.0e}): do not use it"
-            )
-        return difference
 
     def _answer(self, example: Example) -> Sample:
         tokenizer, model = self.model.base.tokenizer, self.model

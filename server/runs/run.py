@@ -14,6 +14,7 @@ from corolla import seeds
 from corolla.config.run import RunConfig
 from corolla.directions import seedlog
 from corolla.errors import ArtefactError, ConfigError, RoundError, StoppedError
+from corolla.evaluation.other_process import OtherProcess
 from corolla.host import logs
 from corolla.host.heap import peak_rss
 from corolla.host.processes import uninterrupted
@@ -36,6 +37,7 @@ from corolla.server.runs.info import privacy_budget, privacy_info, run_info
 from corolla.server.runs.journal import Journal, Past, fail_point
 from corolla.server.runs.metrics_line import metrics_line
 from corolla.server.runs.observer import Observer
+from corolla.server.runs.proof import Proof, prove
 from corolla.server.runs.report import write_report
 from corolla.server.runs.summary import Summary
 from corolla.storage import folders
@@ -267,13 +269,14 @@ class Run:
         """Measure and save the last model, verified, and write run.json and the report."""
         federation, at, info, base = course.federation, course.at, course.info, course.base
         adapter = federation.strategy.adapter(at.state)
-        final = self.evaluator.examine(adapter)
-        clients = evaluate_clients(
-            RoundCall(federation, at.state, at.held, self.config.rounds + 1), self.network
-        )
-        after = self._samples(adapter)
-        peak = peak_rss()
-        artefact, difference = self._save(adapter)
+        with OtherProcess() as other:  # it imports its libraries while this one measures
+            final = self.evaluator.examine(adapter)
+            clients = evaluate_clients(
+                RoundCall(federation, at.state, at.held, self.config.rounds + 1), self.network
+            )
+            after = self._samples(adapter)
+            peak = peak_rss()
+            artefact, proof = self._save(adapter, other)
         summary = Summary(
             folder=self.folder,
             artefact=artefact,
@@ -284,7 +287,7 @@ class Run:
             peak_rss=peak,
             adapter_hash=self.evaluator.model.digest(artefact),
             state_hash=tree.digest_all(at.state),
-            reload_difference=difference,
+            proof=proof,
             before=base["samples"],
             after=after,
             clients={
@@ -298,15 +301,15 @@ class Run:
         write_report(self.folder / "report.html", info, course.lines)
         return summary
 
-    def _save(self, adapter: Adapter) -> tuple[Path, float]:
-        """The folder of the model, verified first, and how far its logits are off as reloaded."""
+    def _save(self, adapter: Adapter, other: OtherProcess) -> tuple[Path, Proof]:
+        """The folder of the model, which is there once it is proven, and the proof."""
         folder = self.folder / self.evaluator.model.artefact
         unproven = folder.with_name(folder.name + ".unproven")
         self.evaluator.save(adapter, unproven)
-        difference = self.evaluator.verify(adapter, unproven)
+        proof = prove(self.evaluator, adapter, unproven, other)
         shutil.rmtree(folder, ignore_errors=True)
         unproven.replace(folder)
-        return folder, difference
+        return folder, proof
 
     def _keep_global(self, federation: Federation, state: Payload, round: int) -> None:
         folder = folders.round_folder(self.folder / "global", round)

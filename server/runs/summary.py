@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from corolla.server.runs.evaluate import Sample, fairness
+from corolla.server.runs.proof import Proof
 from corolla.types import Metrics
 
 
@@ -25,7 +26,8 @@ class Summary:
     """Bytes, of training: to reload a whole model may take more."""
     adapter_hash: str
     state_hash: str
-    reload_difference: float
+    proof: Proof
+    """That what is saved is what was trained."""
     before: Sequence[Sample]
     after: Sequence[Sample]
     clients: Mapping[str, Mapping[str, Metrics]]
@@ -79,7 +81,8 @@ class Summary:
             "peak_rss": self.peak_rss,
             "adapter_sha256": self.adapter_hash,
             "state_sha256": self.state_hash,
-            "reload_max_logit_difference": self.reload_difference,
+            "reload_max_logit_difference": self.proof.difference,
+            "reload": self.proof.to_json(),
             "bytes_per_client": self.per_client,
             "clients": self.clients,
             "fairness": self.fairness,

@@ -28,6 +28,7 @@ PRELOADED = (
     "corolla.commands.audit.run",
     "corolla.commands.plan.plan",
     "corolla.commands.artefacts",
+    "corolla.evaluation.reader",
     "corolla.trackers",
     "matplotlib.backends.backend_agg",
     "matplotlib.backends.backend_svg",
@@ -100,21 +101,27 @@ def _read(connection: socket.socket, size: int) -> bytes:
 
 
 def _become(order: dict[str, Any]) -> NoReturn:
-    """Run the command line, as `python -m corolla` does, and end as an interpreter does."""
+    """Run a module, as `python -m` does, and end as an interpreter does."""
+    from corolla.evaluation import other_process
+
     os.chdir(order["folder"])
     os.environ.clear()
     os.environ.update(order["environment"])
-    sys.argv = ["corolla", *order["arguments"]]
+    sys.argv = [order["module"], *order["arguments"]]
     sys.executable = order["python"]
+    other_process.command = lambda: [order["reader"], "-m", "corolla.evaluation.reader"]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if order["largest_file"]:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error instead, as of a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["largest_file"], resource.RLIM_INFINITY))
     code: Any = 0
     try:
-        from corolla.cli.app import app
+        if order["module"] == "corolla":
+            from corolla.cli.app import app
 
-        app()
+            app()
+        else:
+            code = importlib.import_module(order["module"]).main()
     except SystemExit as end:
         code = end.code or 0
     except BaseException:  # noqa: BLE001 - said as an interpreter says it

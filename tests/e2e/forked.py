@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+MODULES = ("corolla", "corolla.evaluation.reader")
+"""What `python -m` of the folder `bin` runs in a fork; anything else is started as ever."""
 SERVER = Path(__file__).with_name("fork_server.py")
 SCRIPT = '''#!{python} -ISu
 """Asks {socket} to run Corolla in this folder, with these streams; anything else runs as ever."""
@@ -25,16 +27,18 @@ import signal
 import socket
 import sys
 
-words = sys.argv[1:]
+words, module = sys.argv[1:], "corolla"
 if {is_python}:
-    if words[:2] != ["-m", "corolla"]:
+    if words[:1] != ["-m"] or words[1] not in {modules!r}:
         os.execv({python!r}, [{python!r}, *words])
-    words = words[2:]
+    module, words = words[1], words[2:]
 order = {{
+    "module": module,
     "arguments": words,
     "folder": os.getcwd(),
     "environment": dict(os.environ),
     "python": {bin!r} + "/python",
+    "reader": {bin!r} + "/python",
     "largest_file": 0,
 }}
 content = json.dumps(order).encode()
@@ -90,7 +94,10 @@ class Commands:
 
     socket: Path
     bin: Path
-    """Holds `corolla`, and a `python` whose `-m corolla` is the same; for the PATH of a shell."""
+    """Holds `corolla`, and a `python` whose `-m corolla` is the same; for the PATH of a shell.
+
+    A command reads what it has saved with that `python` too.
+    """
 
     def environment(self) -> dict[str, str]:
         """That of this process, where `corolla` is the one in `bin`."""
@@ -111,10 +118,12 @@ class Commands:
         bytes, as if the disk were full then; 0: any size.
         """
         order = {
+            "module": "corolla",
             "arguments": arguments,
             "folder": str(folder),
             "environment": {**os.environ, **(environment or {})},
             "python": sys.executable,
+            "reader": str(self.bin / "python"),
             "largest_file": largest_file,
         }
         with (
@@ -141,7 +150,11 @@ def serving(folder: Path) -> Iterator[Commands]:
         script = bin / name
         script.write_text(
             SCRIPT.format(
-                python=sys.executable, socket=str(path), bin=str(bin), is_python=name == "python"
+                python=sys.executable,
+                socket=str(path),
+                bin=str(bin),
+                is_python=name == "python",
+                modules=MODULES,
             )
         )
         script.chmod(0o755)

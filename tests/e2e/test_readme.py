@@ -5,6 +5,7 @@ test_compare.py); the others are forks of a process that has imported everything
 in PATH asks for them.
 """
 
+import json
 import os
 import re
 import subprocess
@@ -13,6 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from tests.e2e.forked import Commands
 
@@ -29,7 +33,8 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 TOML = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
 NAME = re.compile(r"# (\w+\.(?:py|toml))\n")
 FILES = {found[1]: block for block in [*BLOCKS, *TOML] if (found := NAME.match(block))}
-PYTHON = [block for block in BLOCKS if block not in FILES.values()]
+LOADING = [block for block in BLOCKS if "PeftModel.from_pretrained" in block]
+PYTHON = [block for block in BLOCKS if block not in [*FILES.values(), *LOADING]]
 
 
 def run(command: list[str], folder: Path, environment: Mapping[str, str]) -> str:
@@ -56,6 +61,38 @@ def test_shell_examples(block: int, commands: Commands, tmp_path: Path) -> None:
 @pytest.mark.parametrize("block", range(len(PYTHON)))
 def test_python_examples(block: int, tmp_path: Path) -> None:
     assert " -> " in run([sys.executable, "-c", PYTHON[block]], tmp_path, COLD)
+
+
+LOGITS = """
+from safetensors.torch import save_file
+with torch.no_grad():
+    save_file({{"logits": model(input_ids=torch.arange(40, 72)[None]).logits.float()}}, "{}")
+"""
+
+
+def test_the_adapter_is_loaded_as_it_was_trained(commands: Commands, tmp_path: Path) -> None:
+    """With the lines that stand there; without `dtype` the base is rounded as its file is."""
+    (block,) = LOADING
+    short = "--clients 4 --cohort 2 --rounds 1 --local-steps 2 --set eval-examples=8"
+    commands.run(
+        "simulate", "--strategy", "flora", *short.split(), "--out", "runs/flora", folder=tmp_path
+    )
+    commands.run("export", "runs/flora/adapter", "--out", "merged", folder=tmp_path)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        wanted = merged(input_ids=torch.arange(40, 72)[None]).logits
+    careless = block.replace(", dtype=torch.float32", "")
+    code = block + LOGITS.format("right") + careless + LOGITS.format("careless")
+    run([sys.executable, "-c", code], tmp_path, COLD)
+    right, off = (
+        float((load_file(tmp_path / name)["logits"] - wanted).abs().max())
+        for name in ("right", "careless")
+    )
+    claim = json.loads((tmp_path / "runs" / "flora" / "run.json").read_text())["reload"]
+    assert right <= claim["tolerance"]
+    assert claim["dtype"] == "float32"
+    assert "dtype=torch.float32" in block
+    assert off > 100 * right
 
 
 def test_the_readme_has_examples_and_its_links_lead_somewhere() -> None:

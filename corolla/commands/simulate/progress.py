@@ -182,19 +182,17 @@ def print_summary(console: Console, summary: Summary) -> None:
         answers.add_row("fine-tuned", f"[bold]{escape(_short(after.answer) or '(nothing)')}[/]")
         answers.add_row("data", escape(_short(before.reference)))
         console.print(answers)
-    reader = "plain PEFT" if summary.artefact.name == "adapter" else "transformers"
     console.print(
         f"{summary.artefact.name} {escape(str(summary.artefact))}  "
-        f"(sha256 {summary.adapter_hash[:16]}…; "
-        f"{reader} reloads it with the server's logits within {summary.reload_difference:.1e})",
+        f"(sha256 {summary.adapter_hash[:16]}…; {summary.proof.line})",
         highlight=False,
         soft_wrap=True,
     )
     if summary.personal:
         console.print(
             f"personal adapters {escape(str(summary.folder / 'clients'))}/<client>/adapter  "
-            f"({summary.artefact.name}/ is only what the clients share: judge this run by the loss "
-            f"of clients)",
+            f"(not loaded again; {summary.artefact.name}/ is only what the clients share: judge "
+            f"this run by the loss of clients)",
             highlight=False,
             soft_wrap=True,
         )

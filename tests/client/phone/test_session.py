@@ -19,8 +19,9 @@ from corolla.client.phone import delivery, session
 from corolla.client.phone.clock import Clock
 from corolla.client.phone.session import Phone, Settings
 from corolla.client.phone.trainer import TorchTrainer
-from corolla.errors import ConfigError, DataError, StoppedError, WireError
+from corolla.errors import ConfigError, DataError, PeerError, StoppedError, WireError
 from corolla.host import certificates
+from corolla.host.processes import free_port
 from corolla.phones import protocol
 from corolla.proto import device_pb2 as pb
 from corolla.proto import update_pb2
@@ -81,6 +82,23 @@ def test_a_phone_that_has_no_torch_checks_in_and_reports(tmp_path: Path) -> None
         "round 1 as gate/p1: not accepted: no runtime here",
         "heavy: []",
     ]
+
+
+@pytest.mark.parametrize("visits", [1, 2])
+def test_a_single_check_in_ends_where_nobody_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visits: int
+) -> None:
+    """On a port that nobody has; it was tried for ever."""
+    monkeypatch.setattr(session, "_PATIENCE", 0.05)
+    certificates.make(tmp_path / "certs", ("localhost",))
+    address = f"localhost:{free_port()}"
+    ca = tmp_path / "certs" / "ca.pem"
+    with rpc.tls_channel(address, ca, most_bytes=protocol.MAX_MESSAGE) as channel:
+        idle = Scripted(gateways.a_task(CONFIG, seats=1))
+        phone = Phone(Settings("p1", "t" * 32, tmp_path, pauses=(0.01, 0.02)), channel, idle)
+        for _ in range(visits):
+            with pytest.raises(PeerError, match=r"the gateway does not answer: .*UNAVAILABLE"):
+                phone.run(once=True)
 
 
 # --- sessions -------------------------------------------------------------------------------------

@@ -6,13 +6,18 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
 from corolla.host.processes import (
+    bypass_proxies,
     end,
+    free_port,
+    named_proxies,
     note_process,
     noted_process,
     stoppable,
@@ -147,3 +152,62 @@ def test_a_zombie_counts_as_ended(tmp_path: Path) -> None:
         assert time.monotonic() - began < 10
         assert noted_process(tmp_path / "child.json") is None
         assert psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE
+
+
+PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+
+
+@pytest.fixture
+def no_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without any; what a test sets is gone at its end."""
+    for name in PROXIES:
+        for own in (name, name.upper()):
+            monkeypatch.setenv(own, "")
+            monkeypatch.delenv(own)
+
+
+class Quiet(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(204)
+        self.end_headers()
+
+    def log_message(self, *told: object) -> None: ...
+
+
+@pytest.mark.usefixtures("no_proxies")
+@pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"])
+def test_calls_on_loopback_go_past_a_dead_proxy(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Also those of a child, which inherits the environment."""
+    monkeypatch.setenv(name, f"http://{'user:secret@'}127.0.0.1:{free_port()}")
+    with HTTPServer(("127.0.0.1", 0), Quiet) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/"
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(url)
+        bypass_proxies()
+        assert httpx.get(url).status_code == 204
+        code = "import sys, httpx; print(httpx.get(sys.argv[1]).status_code)"
+        done = subprocess.run([sys.executable, "-c", code, url], capture_output=True, check=True)
+        server.shutdown()
+    assert done.stdout == b"204\n"
+    assert f"{name}=127.0.0.1:" in named_proxies()
+    assert "secret" not in named_proxies()
+
+
+@pytest.mark.usefixtures("no_proxies")
+@pytest.mark.parametrize(
+    ("told", "wanted"),
+    [
+        ("", "127.0.0.1,localhost,::1"),
+        ("example.org, localhost", "example.org,localhost,127.0.0.1,::1"),
+        ("*", "*,127.0.0.1,localhost,::1"),
+    ],
+)
+def test_other_hosts_that_go_past_proxies_still_do(
+    monkeypatch: pytest.MonkeyPatch, told: str, wanted: str
+) -> None:
+    monkeypatch.setenv("NO_PROXY", told)
+    for _ in range(2):
+        bypass_proxies()
+        assert os.environ["no_proxy"] == os.environ["NO_PROXY"] == wanted
+    assert named_proxies() == ""

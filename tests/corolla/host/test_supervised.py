@@ -202,6 +202,21 @@ def test_its_first_line_of_input_reaches_it(start: Start) -> None:
     assert heard == ["HELLO"]
 
 
+def test_it_is_told_more_while_it_runs_and_waited_for(start: Start) -> None:
+    heard: list[str] = []
+    child = start("print(input() + input()); raise SystemExit(5)", listener=heard.append)
+    child.tell(b"a\n")
+    child.tell(b"b\n")
+    assert child.wait() == 5
+    assert heard == ["ab"]
+    assert child.wait() == 5
+    child.tell(b"to nobody\n")
+
+
+def test_one_that_was_never_started_is_not_waited_for(tmp_path: Path) -> None:
+    assert Child([sys.executable], tmp_path / "child.log").wait() is None
+
+
 def test_a_child_that_ends_before_it_reads_is_ended_as_any_other(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

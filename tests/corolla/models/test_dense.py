@@ -584,9 +584,6 @@ def test_a_saved_model_reloaded_by_others_gives_the_same_logits(
     torch.testing.assert_close(tiny.logits(other), wanted, rtol=0, atol=1e-6)
     model.write({n: t + 0.1 for n, t in params.items()}, SPEC)
     assert model.distance_to(adapter, SPEC) > 1e-3
-    again = model.reload(adapter)
-    torch.testing.assert_close(tiny.logits(again), wanted, rtol=0, atol=1e-6)
-    assert not any(p.requires_grad for p in again.parameters()) or role != "ia3"
 
 
 @pytest.mark.parametrize("role", ["ia3", "prompt", "full"])
@@ -633,7 +630,6 @@ def check_half(model: DenseModel, plain: Base, folder: Path) -> None:
         assert torch.equal(tiny.logits(type(plain.model).from_pretrained(place)), wanted)
     else:
         assert torch.equal(tiny.logits(adapter_files.load_adapter(plain.model, place)), wanted)
-    assert torch.equal(tiny.logits(model.reload(place)), wanted)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])

@@ -393,11 +393,8 @@ def test_transformers_loads_the_saved_model(
     assert torch.equal(logits(plain.eval()), after)
     assert not torch.equal(base, after)
     assert model.distance_to(tmp_path / "model", SPEC) == 0.0
-    loaded = model.reload(tmp_path / "model")
-    assert loaded.dtype == plain.dtype
-    assert torch.equal(logits(loaded), after)
-    # There is never room for two: what this one had was given back.
-    assert {p.device.type for p in model.model.parameters()} == {"meta"}
+    model.release()
+    assert sum(p.numel() for p in model.model.parameters()) == 0
 
 
 def test_a_classifier_is_saved_with_its_head(
@@ -409,7 +406,6 @@ def test_a_classifier_is_saved_with_its_head(
     after = logits(model.model)
     assert torch.equal(logits(plain.eval()), after)
     assert plain.config.id2label == {0: "no", 1: "perhaps", 2: "yes"}
-    assert torch.equal(logits(model.reload(tmp_path / "model")), after)
 
 
 def test_the_distance_to_a_saved_model_is_relative(

@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from corolla.config.run import RunConfig
 from corolla.data.rows import Example
-from corolla.errors import ArtefactError, DataError
+from corolla.errors import DataError
 from corolla.evaluation.answers import choice_accuracy
 from corolla.models import pretrained
 from corolla.models.lora import LoraModel
@@ -17,7 +17,6 @@ from corolla.models.trainable import Trainable
 from corolla.server.runs import evaluate
 from corolla.server.runs.evaluate import Evaluator, fairness
 from corolla.types import Adapter, LoraSpec, Params
-from corolla.wire import codec
 
 Settings = Callable[..., RunConfig]
 HELD = [Example(f"answer {i}", prompt=f"question {i}") for i in range(5)]
@@ -74,35 +73,6 @@ def test_an_adapter_without_factors_is_the_base_model(settings: Settings, tiny_m
     assert evaluator(settings()).score(Adapter({}))["loss"] == pytest.approx(
         plain_loss(None, tiny_model), rel=1e-5
     )
-
-
-def test_a_right_adapter_is_verified(settings: Settings, tmp_path: Path) -> None:
-    judge = evaluator(settings())
-    tuned = Adapter(
-        adapter(judge.model, settings().lora), (adapter(judge.model, LoraSpec(3, 3.0)),)
-    )
-    judge.save(tuned, tmp_path / "adapter")
-    assert judge.verify(tuned, tmp_path / "adapter") < 1e-5
-
-
-@pytest.mark.parametrize("damage", ["one value", "not a number", "scaling", "gone"])
-def test_a_wrong_adapter_is_not(settings: Settings, tmp_path: Path, damage: str) -> None:
-    judge = evaluator(settings())
-    tuned = Adapter(adapter(judge.model, settings().lora))
-    folder = tmp_path / "adapter"
-    judge.save(tuned, folder)
-    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
-    if damage == "gone":
-        weights.unlink()
-    elif damage == "scaling":
-        config.write_text(config.read_text().replace('"lora_alpha": 4', '"lora_alpha": 8'))
-    else:
-        params = dict(codec.read(str(weights))[0])
-        name = max(params)
-        params[name][0, 0] += 1.0 if damage == "one value" else float("nan")
-        codec.write(str(weights), params, {"format": "pt"})
-    with pytest.raises(ArtefactError):
-        judge.verify(tuned, folder)
 
 
 def test_no_more_examples_than_asked_for(settings: Settings) -> None:
@@ -171,33 +141,6 @@ def test_nothing_that_can_be_scored_is_one_line(settings: Settings) -> None:
 def test_held_out_examples_without_a_target_are_counted(settings: Settings) -> None:
     judge = evaluator(settings(), [*HELD, Example("yes", prompt="p" * 100)])
     assert judge.skipped == 1
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("factor", [0.5, 0.999])
-def test_a_saved_adapter_with_another_scaling_is_refused(
-    settings: Settings, tmp_path: Path, dtype: str, factor: float
-) -> None:
-    """Logits of a half-precision base would not show it: the updates themselves are compared."""
-    judge = evaluator(settings(dtype=dtype))
-    tuned = adapter(judge.model, settings().lora)
-    wrong = {n: factor * t if n.endswith("lora_B") else t for n, t in tuned.items()}
-    judge.save(Adapter(wrong), tmp_path / "adapter")
-    with pytest.raises(ArtefactError, match="another update"):
-        judge.verify(Adapter(tuned), tmp_path / "adapter")
-
-
-def test_a_head_is_trained_in_fp32_on_a_half_precision_base(
-    settings: Settings, tmp_path: Path
-) -> None:
-    labels = ["no", "yes"]
-    held = [Example("good enough", label="yes"), Example("bad enough at last", label="no")]
-    judge = evaluator(settings(dtype="bfloat16"), held, labels)
-    start = judge.model.init(settings().lora, 0)
-    assert {tensor.dtype for tensor in start.values()} == {torch.float32}
-    tuned = Adapter(adapter(judge.model, settings().lora))
-    judge.save(tuned, tmp_path / "adapter")
-    judge.verify(tuned, tmp_path / "adapter")
 
 
 def test_an_examination_adds_answers_and_choices(settings: Settings) -> None:

@@ -99,7 +99,7 @@ def test_a_strategy_runs_with_noise_on_its_sum(
     assert found[-1]["epsilon"] == privacy["epsilon"] == pytest.approx(wanted)
     assert (privacy["unit"], privacy["noise_multiplier"], privacy["clip"]) == ("client", 4.0, 0.01)
     assert summary.privacy == privacy["line"]
-    assert summary.reload_difference <= 1e-4
+    assert summary.proof.difference <= 1e-4
     AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "out" / "adapter"))
     for line in found:
         assert (line["train_loss"], line["client_loss"], line["clients"]) == (None, {}, 2)
@@ -368,7 +368,7 @@ OF_BEN: dict[str, Callable[[Packet], Packet]] = {
 }
 TOLD = {
     *("run_id", "seconds", "peak_rss", "adapter_sha256", "state_sha256", "final"),
-    *("eval_loss", "eval_accuracy", "reload_max_logit_difference"),
+    *("eval_loss", "eval_accuracy", "reload_max_logit_difference", "reload"),
 }
 """What may differ: chance, time, memory, and what follows from the model, which has noise on it."""
 
