@@ -34,7 +34,11 @@ from corolla.strategies import registry
 from corolla.types import LoraSpec, Params, TrainerName
 
 _POINTS = 10
-"""Rounds after which epsilon of examples is told: each takes a second."""
+"""Number of rounds after which epsilon of examples is told, at most."""
+
+_LEVELS = 100
+"""Number of epsilons of examples that are computed for these rounds: each takes a tenth of a
+second. The last round is told whatever that takes."""
 
 
 @dataclass(frozen=True)
@@ -254,8 +258,9 @@ def duration(
 def privacy(federation: Federation) -> Privacy | None:
     """What differential privacy will promise; with dp=example to the client it promises least.
 
-    That is the smallest or the largest of its class: examples of the smallest are drawn most often,
-    for which noise that is made for a budget makes up.
+    Every distinct number of examples is looked at: more of them are drawn less often each, in steps
+    that go up by whole epochs, so that epsilon rises and falls with the number. Clients of a run
+    count by the same function (accounting.epsilon); rounds that are abandoned cost them more.
     """
     config = federation.config
     if config.dp == "none":
@@ -275,14 +280,16 @@ def privacy(federation: Federation) -> Privacy | None:
     levels = [
         example_level.example_level(config.of_class(name), examples)
         for name, own in sizes.items()
-        for examples in sorted({min(own), max(own)})
+        for examples in sorted(own)
     ]
+    distinct = {own.release: own for own in levels}.values()
     often = config.participations or config.rounds
+    points = max(1, min(_POINTS, _LEVELS // len(distinct)))
     after = {
         number: max(
-            (own.guarantee(min(often, number)) for own in levels), key=lambda own: own.epsilon
+            (own.guarantee(min(often, number)) for own in distinct), key=lambda own: own.epsilon
         )
-        for number in calibration.planned_rounds(config.rounds, _POINTS)
+        for number in calibration.planned_rounds(config.rounds, points)
     }
     noises = [own.noise_multiplier for own in levels]
     return Privacy(after, (min(noises), max(noises)))
