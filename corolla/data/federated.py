@@ -2,7 +2,7 @@
 
 A row has `text`, or `prompt` and `response` (also called `question` and `answer`), or `prompt`,
 `choices` and `answer` (the index of the right one), or `text` and `label`; optionally `client_id`
-(the natural partition) and `split` (train, validation, test).
+(the natural partition; in all rows, or in none) and `split` (train, validation, test).
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from corolla.config.run import RunConfig
 from corolla.data.partition import Split, partition, split_client
-from corolla.data.rows import Example, check_one_kind, read_rows
+from corolla.data.rows import Example, check_clients, check_one_kind, read_rows
 from corolla.errors import DataError
 from corolla.host import logs
 
@@ -76,6 +76,7 @@ def load_device(
     """
     rows, fingerprint = read_rows(config.data)
     check_one_kind(rows, config.data)
+    check_clients(rows, config.data)
     if config.data == "embedded":
         names = sorted({str(row.client) for row in rows})
         rows = [row for row in rows if row.client == name]
@@ -108,6 +109,7 @@ def load_heldout(config: RunConfig) -> FederatedData:
     """
     rows, fingerprint = read_rows(config.data)
     check_one_kind(rows, config.data)
+    check_clients(rows, config.data)
     by_split = {name: [row for row in rows if row.split == name] for name in ("test", "validation")}
     heldout: Sequence[Example] = by_split["test"] or by_split["validation"]
     if not heldout and all(row.client is not None for row in rows):

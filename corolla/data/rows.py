@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,12 @@ class Example:
     client: str | None = None
     split: str | None = None
     choices: tuple[str, ...] = ()
+    line: int = field(default=0, compare=False)
+    """The line of its file, from 1; 0: of no file."""
+
+    def content(self) -> dict[str, Any]:
+        """All fields that say what the row is, wherever it stands."""
+        return {name: value for name, value in vars(self).items() if name != "line"}
 
 
 def read_rows(name: str) -> tuple[list[Example], str]:
@@ -38,7 +44,7 @@ def read_rows(name: str) -> tuple[list[Example], str]:
     if name == "embedded" or path.suffix in {".jsonl", ".json"} or path.exists():
         return _read_lines(path)
     rows = _read_hub(name)
-    digest = hashlib.sha256(json.dumps([vars(r) for r in rows], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([r.content() for r in rows], sort_keys=True).encode())
     return rows, digest.hexdigest()
 
 
@@ -55,7 +61,7 @@ def _read_lines(path: Path) -> tuple[list[Example], str]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, line {number}: not JSON: {error}") from error
-        rows.append(_example(row, f"{path}, line {number}"))
+        rows.append(_example(row, f"{path}, line {number}", number))
     if not rows:
         raise DataError(f"{path} has no rows")
     return rows, hashlib.sha256(content).hexdigest()
@@ -77,7 +83,7 @@ def _read_hub(name: str) -> list[Example]:
     return rows
 
 
-def _example(row: Any, where: str) -> Example:
+def _example(row: Any, where: str, line: int = 0) -> Example:
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object, found {type(row).__name__}")
     row, choices = _answered(row, where)
@@ -90,7 +96,7 @@ def _example(row: Any, where: str) -> Example:
     split = row.get("split") or ""
     if split and str(split) not in _SPLITS:
         raise DataError(f"{where}: unknown split {split!r}: use train, validation or test")
-    label, client = row.get("label"), row.get("client_id")
+    label, client = row.get("label"), _identity(row.get("client_id"))
     for key, value in (("text", text), ("prompt", prompt), ("label", label), ("client_id", client)):
         if not _encodable(str(value)):
             raise DataError(f"{where}: {key} has half of a surrogate pair, which is no text")
@@ -98,10 +104,18 @@ def _example(row: Any, where: str) -> Example:
         text,
         prompt,
         None if label is None else str(label),
-        None if client is None else str(client),
+        client,
         _SPLITS.get(split),
         choices,
+        line,
     )
+
+
+def _identity(value: Any) -> str | None:
+    """An id as text; None for what names nobody: null, NaN (a gap in a table), blank text."""
+    if value is None or value != value or (isinstance(value, str) and not value.strip()):  # NaN
+        return None
+    return str(value)
 
 
 def _answered(row: dict[str, Any], where: str) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -146,3 +160,19 @@ def check_one_kind(rows: Sequence[Example], name: str) -> None:
     chosen = sum(bool(row.choices) for row in rows)
     if chosen not in (0, len(rows)):
         raise DataError(f"{name}: {chosen} of {len(rows)} rows have choices; all or none must")
+
+
+def check_clients(rows: Sequence[Example], name: str, remedy: str = "") -> None:
+    """Raises DataError where some rows have client_id and others do not, with the first that lacks.
+
+    One row alone would decide what a client is, and what dp=client protects. `name` is that of the
+    file, `remedy` what else can be done.
+    """
+    lacking = [i for i, row in enumerate(rows) if row.client is None]
+    if 0 < len(lacking) < len(rows):
+        line = rows[lacking[0]].line
+        first = f"line {line}" if line else f"row {lacking[0] + 1}"
+        raise DataError(
+            f"{name}: {len(lacking)} of {len(rows)} rows have no client_id, the first is {first}; "
+            f"all or none must{remedy}"
+        )

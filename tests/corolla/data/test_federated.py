@@ -1,3 +1,4 @@
+import hashlib
 import itertools
 import json
 from collections.abc import Callable, Sequence
@@ -67,6 +68,11 @@ def everything(found: FederatedData) -> list[str]:
         ({"text": "a", "label": 0}, Example("a", label="0")),
         ({"text": "a", "label": None, "client_id": None}, Example("a")),
         ({"text": "a", "client_id": 7}, Example("a", client="7")),
+        ({"text": "a", "client_id": 0}, Example("a", client="0")),
+        ({"text": "a", "client_id": ""}, Example("a")),
+        ({"text": "a", "client_id": " \t\u00a0"}, Example("a")),
+        ({"text": "a", "client_id": float("nan")}, Example("a")),
+        ({"text": "a", "client_id": " b "}, Example("a", client=" b ")),
         ({"text": "a", "client_id": "../x"}, Example("a", client="../x")),
         ({"text": "a", "split": "train"}, Example("a", split="train")),
         ({"text": "a", "split": "dev"}, Example("a", split="validation")),
@@ -257,9 +263,77 @@ def test_as_many_clients_as_asked_or_none(rows: Rows, fraction: float) -> None:
 
 
 def test_natural_needs_client_ids(rows: Rows) -> None:
-    lines = [*numbered(20, client_id="a"), {"text": "b"}]
     with pytest.raises(DataError, match="needs client_id in every row"):
-        load(rows(lines), partition="natural")
+        load(rows(numbered(20)), partition="natural")
+
+
+NOBODY: list[dict[str, Any]] = [
+    {},
+    {"client_id": None},
+    {"client_id": ""},
+    {"client_id": "  "},
+    {"client_id": float("nan")},
+]
+
+
+@pytest.mark.parametrize("nobody", NOBODY)
+@pytest.mark.parametrize("partition", ["auto", "natural"])
+def test_rows_of_nobody_among_those_of_clients_are_refused(
+    rows: Rows, nobody: dict[str, Any], partition: str
+) -> None:
+    """The first of them is named by its line, empty ones counted."""
+    own = numbered(79, client_id="c0")
+    path = rows([*own[:40], "", {"text": "x", **nobody}, *own[40:], {"text": "y", **nobody}])
+    with pytest.raises(DataError) as caught:
+        load(path, partition=partition)
+    assert str(caught.value) == (
+        f"{path}: 2 of 81 rows have no client_id, the first is line 42; all or none must, or "
+        f"--set partition=iid deals all rows out at random"
+    )
+
+
+def test_at_random_rows_are_dealt_out_whoever_they_are_of(rows: Rows) -> None:
+    path = rows([*numbered(79, client_id="c0"), {"text": "x"}])
+    found = load(path, partition="iid", clients=4)
+    assert sorted(found.clients) == [f"client-{i}" for i in range(4)]
+    assert len(everything(found)) == 80
+
+
+@pytest.mark.parametrize("nobody", NOBODY)
+@pytest.mark.parametrize("split", [{}, {"split": "test"}])
+def test_held_out_rows_and_those_of_a_device_all_name_a_client_or_none_does(
+    rows: Rows, nobody: dict[str, Any], split: dict[str, str]
+) -> None:
+    path = rows([{"text": "x", **nobody}, *numbered(79, client_id="c0", **split)])
+    why = "1 of 80 rows have no client_id, the first is line 1; all or none must$"
+    with pytest.raises(DataError, match=why):
+        heldout(path)
+    for private in ({}, *PRIVATE):
+        with pytest.raises(DataError, match=why):
+            private_device(path, **private)
+    nobodys = rows([{**row, **nobody} for row in numbered(20)])
+    assert len(heldout(nobodys).heldout) == 20
+
+
+def test_of_a_hub_the_row_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lines are of no file; the fingerprint is that of the rows' content alone."""
+    table = [{"text": "a", "client_id": "c"}, {"text": "b", "client_id": None}]
+    monkeypatch.setattr("datasets.load_dataset", lambda name: {"train": table})
+    with pytest.raises(DataError, match="1 of 2 rows have no client_id, the first is row 2"):
+        load("some/set")
+    content = [
+        {
+            "text": row["text"],
+            "prompt": None,
+            "label": None,
+            "client": row["client_id"],
+            "split": "train",
+            "choices": [],
+        }
+        for row in table
+    ]
+    wanted = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    assert read_rows("some/set")[1] == wanted
 
 
 def test_too_many_clients_are_refused(rows: Rows) -> None:
