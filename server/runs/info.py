@@ -34,6 +34,7 @@ def run_info(
         "aggregates": _aggregates(federation.config, federation.strategy),
         "personal": traits(federation.strategy).personal,
         "num_clients": len(federation.clients),
+        "own_devices": federation.own_devices,
         "cohort": federation.cohort_size,
         "target_modules": evaluator.model.targets,
         "labels": list(evaluator.labels),
