@@ -16,7 +16,8 @@ class Privacy(Defence, Training, Population):
 
     dp: Literal["none", "example", "client"] = key(
         "none",
-        "What differential privacy protects: nothing, each example, or each client as a whole.",
+        "What differential privacy protects: nothing, each example (where rows have user_id, each "
+        "user of a client), or each client as a whole.",
         "client",
         beside="epsilon=8",
         against=(

@@ -5,12 +5,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from corolla.embedded.assets import asset
 from corolla.errors import DataError
 
 _SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"}
+_IDS = ("client_id", "user_id")
 _SPLITS |= {"eval": "validation", "dev": "validation", "test": "test"}
 
 
@@ -29,10 +30,13 @@ class Example:
     choices: tuple[str, ...] = ()
     line: int = field(default=0, compare=False)
     """The line of its file, from 1; 0: of no file."""
+    user: str | None = None
+    """The person, or whatever else dp=example protects as a whole; never sent to anybody."""
 
     def content(self) -> dict[str, Any]:
         """All fields that say what the row is, wherever it stands."""
-        return {name: value for name, value in vars(self).items() if name != "line"}
+        left_out = {"line"} if self.user is not None else {"line", "user"}
+        return {name: value for name, value in vars(self).items() if name not in left_out}
 
 
 def read_rows(name: str) -> tuple[list[Example], str]:
@@ -96,8 +100,9 @@ def _example(row: Any, where: str, line: int = 0) -> Example:
     split = row.get("split") or ""
     if split and str(split) not in _SPLITS:
         raise DataError(f"{where}: unknown split {split!r}: use train, validation or test")
-    label, client = row.get("label"), _identity(row.get("client_id"))
-    for key, value in (("text", text), ("prompt", prompt), ("label", label), ("client_id", client)):
+    label, client, user = (row.get("label"), *(_identity(row.get(key)) for key in _IDS))
+    ids = (("client_id", client), ("user_id", user))
+    for key, value in (("text", text), ("prompt", prompt), ("label", label), *ids):
         if not _encodable(str(value)):
             raise DataError(f"{where}: {key} has half of a surrogate pair, which is no text")
     return Example(
@@ -108,6 +113,7 @@ def _example(row: Any, where: str, line: int = 0) -> Example:
         _SPLITS.get(split),
         choices,
         line,
+        user,
     )
 
 
@@ -168,11 +174,36 @@ def check_clients(rows: Sequence[Example], name: str, remedy: str = "") -> None:
     One row alone would decide what a client is, and what dp=client protects. `name` is that of the
     file, `remedy` what else can be done.
     """
-    lacking = [i for i, row in enumerate(rows) if row.client is None]
-    if 0 < len(lacking) < len(rows):
-        line = rows[lacking[0]].line
-        first = f"line {line}" if line else f"row {lacking[0] + 1}"
+    _all_or_none(rows, [row.client is None for row in rows], name, "client_id", remedy)
+
+
+def check_users(rows: Sequence[Example], name: str) -> None:
+    """Raises DataError where some rows have user_id and others do not, as `check_clients` does.
+
+    One row alone would decide what dp=example protects.
+    """
+    _all_or_none(rows, [row.user is None for row in rows], name, "user_id", "")
+
+
+def _all_or_none(
+    rows: Sequence[Example], lacks: Sequence[bool], name: str, key: str, remedy: str
+) -> None:
+    if 0 < sum(lacks) < len(rows):
+        first = lacks.index(True)
+        line = rows[first].line
+        where = f"line {line}" if line else f"row {first + 1}"
         raise DataError(
-            f"{name}: {len(lacking)} of {len(rows)} rows have no client_id, the first is {first}; "
+            f"{name}: {sum(lacks)} of {len(rows)} rows have no {key}, the first is {where}; "
             f"all or none must{remedy}"
         )
+
+
+def unit_of(rows: Sequence[Example]) -> Literal["example", "user"]:
+    """What dp=example protects as a whole: each user of a client where rows name them."""
+    return "user" if any(row.user is not None for row in rows) else "example"
+
+
+def counted(dp: str, rows: Sequence[Example]) -> int:
+    """What a client with these training rows counts in: units with dp=example, else rows."""
+    users = dp == "example" and unit_of(rows) == "user"
+    return len({row.user for row in rows}) if users else len(rows)

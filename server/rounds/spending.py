@@ -7,10 +7,10 @@ from typing import Any
 
 from corolla.config.run import RunConfig
 from corolla.privacy.client_level import ClientLevel
-from corolla.privacy.guarantee import Guarantee
+from corolla.privacy.guarantee import NEIGHBOURS, Guarantee, Unit
 from corolla.privacy.randomness import NOISE
 from corolla.server.rounds.federation import Federation
-from corolla.types import Metrics, Payload
+from corolla.types import PER_USER, Metrics, Payload
 
 _MEASURED = "what clients measure, their losses"
 _LOOKS = f"{_MEASURED}, numbers of examples, what is refused and why, simulated seconds, answers"
@@ -38,6 +38,10 @@ class Spending:
     """The largest epsilon that a client has told."""
     who: set[str] = field(default_factory=set)
     """The clients that have told one."""
+    users: dict[str, float] = field(default_factory=dict)
+    """Client whose rows name users → 1; of a gateway the part of its phones whose rows do."""
+    expected: Unit = "example"
+    """What is protected as far as is known before a client has told."""
 
     @property
     def poisson(self) -> bool:
@@ -78,11 +82,30 @@ class Spending:
         """Why what a client sent may not be folded in; "" if it may."""
         return self.level.refusal(client, round) if self.level else ""
 
-    def hear(self, epsilons: Mapping[str, float]) -> Mapping[str, Any]:
+    @property
+    def unit(self) -> Unit:
+        """What is protected as a whole, as the clients say that have told."""
+        if self.level or not self.who:
+            return "client" if self.level else self.expected
+        if not any(self.users.values()):
+            return "example"
+        whole = all(self.users.get(client, 0.0) >= 1 for client in self.who)
+        return "user" if whole else "example or user"
+
+    def hear(self, metrics: Mapping[str, Metrics]) -> Mapping[str, Any]:
         """What clients say that they have spent on their examples; what there is to note of it."""
-        self.who |= epsilons.keys()
-        self.most = max([self.most, *epsilons.values()])
-        return {"unit": "example", "epsilon": self.most, "clients": sorted(epsilons)}
+        told = {client: own for client, own in metrics.items() if "epsilon" in own}
+        self.who |= told.keys()
+        self.most = max([self.most, *(own["epsilon"] for own in told.values())])
+        users = {client: own[PER_USER] for client, own in told.items() if own.get(PER_USER, 0) > 0}
+        self.users |= users
+        unit = self.unit
+        return {
+            "unit": unit,
+            "epsilon": self.most,
+            "clients": sorted(told),
+            **({"neighbours": NEIGHBOURS[unit], "users": users} if self.users else {}),
+        }
 
     def ended(self, federation: Federation, round: int) -> str:
         """Why a round may not be: its cost, or too few who may still take part; "" if it may.
@@ -123,8 +146,9 @@ class Spending:
             return self.level.guarantee()
         if self.config.dp == "none":
             return None
-        how = f"Poisson sampling of examples; the most that one of {len(self.who)} clients says"
-        return Guarantee("example", self.most, self.config.delta, self.config.epsilon, how)
+        drawn = {"example": "examples", "user": "users"}.get(self.unit, "examples or users")
+        how = f"Poisson sampling of {drawn}; the most that one of {len(self.who)} clients says"
+        return Guarantee(self.unit, self.most, self.config.delta, self.config.epsilon, how)
 
     def to_json(self) -> dict[str, Any] | None:
         """For run.json: the guarantee, in a line too, and the mechanism behind it."""
@@ -139,8 +163,3 @@ class Spending:
             "mechanism": config.dp_mechanism,
             "withheld": self.withheld,
         }
-
-
-def told(metrics: Mapping[str, Metrics]) -> dict[str, float]:
-    """Client → the epsilon it says."""
-    return {client: own["epsilon"] for client, own in metrics.items() if "epsilon" in own}

@@ -7,7 +7,7 @@ from typing import Any
 
 from corolla.config.run import RunConfig
 from corolla.interfaces import Strategy
-from corolla.privacy.guarantee import NEIGHBOURS
+from corolla.privacy.guarantee import NEIGHBOURS, Unit
 from corolla.server.rounds.federation import Federation
 from corolla.server.rounds.spending import Spending
 from corolla.server.runs.evaluate import Evaluator
@@ -51,11 +51,11 @@ def privacy_info(account: Spending) -> dict[str, Any]:
     return {"privacy": found} if found else {}
 
 
-def privacy_budget(config: RunConfig) -> dict[str, Any]:
+def privacy_budget(config: RunConfig, unit: Unit) -> dict[str, Any]:
     """What the journal says of differential privacy before anything is spent."""
     if config.dp == "none":
         return {}
-    facts = {"unit": config.dp, "neighbours": NEIGHBOURS[config.dp]}
+    facts = {"unit": unit, "neighbours": NEIGHBOURS[unit]}
     facts |= {"sampling": config.dp_sampling} if config.dp == "client" else {}
     return {"privacy": {**facts, "delta": config.delta, "budget": config.epsilon}}
 

@@ -19,6 +19,7 @@ from corolla.host.heap import peak_rss
 from corolla.host.processes import uninterrupted
 from corolla.interfaces import Strategy
 from corolla.models import records
+from corolla.privacy.guarantee import Unit
 from corolla.server.rounds.call import RoundCall
 from corolla.server.rounds.cohort import read_trace
 from corolla.server.rounds.federation import Federation
@@ -113,7 +114,8 @@ class Run:
     def _start(self, journal: Journal) -> Course:
         """Everything before the first round: checked, in the journal and in run.json."""
         federation = self._federation(journal.past)
-        account = open_account(federation, journal.past)
+        unit: Unit = "user" if self.facts.get("per_user") else "example"
+        account = open_account(federation, journal.past, unit)
         committed = journal.past.committed
         found = checkpoint.load(self.folder / "checkpoint", committed) if self.resume else None
         model, seed = self.evaluator.model, self.config.seed
@@ -134,7 +136,7 @@ class Run:
             state=at.sha256,
             roster=dict(federation.clients),
             seats=dict(federation.seats),
-            **privacy_budget(self.config),
+            **privacy_budget(self.config, account.unit),
         )
         lines = committed_lines(self.folder, at.round)
         info = run_info(self.facts, federation, self.evaluator, account, self.keep_updates)

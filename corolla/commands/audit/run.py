@@ -22,7 +22,7 @@ from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.data.encoding import Encoded, Encoder, collate
 from corolla.data.partition import Split
-from corolla.data.rows import Example
+from corolla.data.rows import Example, unit_of
 from corolla.errors import ConfigError
 from corolla.evaluation.scoring import log_likelihoods, loss_sum
 from corolla.interfaces import Strategy
@@ -227,6 +227,8 @@ def _audited_examples(
     name, split = next(iter(loaded.data.clients.items()))
     tokenizer, labels = loaded.model.base.tokenizer, loaded.data.labels
     made = canaries.examples(tokenizer, labels, len(included), config.max_length, config.seed)
+    if unit_of(split.train) == "user":  # each canary is a user of its own, with one row
+        made = [replace(example, user=f"canary {i}") for i, example in enumerate(made)]
     there = [example for example, coin in zip(made, included, strict=True) if coin]
     own = Split([*split.train, *there], split.eval)
     run = run_here(config, replace(loaded, data=replace(loaded.data, clients={name: own})))

@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -20,6 +20,7 @@ from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.data import federated
 from corolla.data.federated import FederatedData
+from corolla.data.rows import counted
 from corolla.errors import ConfigError
 from corolla.models import anatomy, footprint
 from corolla.models.anatomy import Anatomy
@@ -173,7 +174,7 @@ def plan(config: RunConfig, budget: int | None = None) -> CostEstimate:
         raise ConfigError(
             f"cohort {config.cohort} is larger than the {len(data.clients)} clients: lower it"
         )
-    promised = privacy(federation)
+    promised = privacy(federation, "user" if data.names_users else "example")
     sent = traffic(federation)
     batches = lengths.batches(federation, model, data, labels)
     return CostEstimate(
@@ -255,7 +256,7 @@ def duration(
     return Duration(flops, max(seconds), federation.cohort_size * statistics.fmean(seconds))
 
 
-def privacy(federation: Federation) -> Privacy | None:
+def privacy(federation: Federation, unit: Literal["example", "user"] = "example") -> Privacy | None:
     """What differential privacy will promise; with dp=example to the client it promises least.
 
     Every distinct number of examples is looked at: more of them are drawn less often each, in steps
@@ -265,7 +266,7 @@ def privacy(federation: Federation) -> Privacy | None:
     config = federation.config
     if config.dp == "none":
         return None
-    account = open_account(federation, Past())
+    account = open_account(federation, Past(), unit)
     if why := account.ended(federation, 1):
         raise ConfigError(why)
     if account.level:
@@ -278,7 +279,7 @@ def privacy(federation: Federation) -> Privacy | None:
     for client, examples in federation.clients.items():
         sizes.setdefault(federation.class_of(client), set()).add(examples)
     levels = [
-        example_level.example_level(config.of_class(name), examples)
+        example_level.example_level(config.of_class(name), examples, unit)
         for name, own in sizes.items()
         for examples in sorted(own)
     ]
@@ -304,7 +305,7 @@ def _federation(config: RunConfig, model: Anatomy, data: FederatedData, labels: 
         shapes = {} if in_place else footprint.trained_shapes(model, own, labels)
         return {name: torch.zeros(shape) for name, shape in shapes.items()}
 
-    numbers = {client: len(split.train) for client, split in data.clients.items()}
+    numbers = {client: counted(config.dp, split.train) for client, split in data.clients.items()}
     return Federation("0" * 32, config, strategy, numbers, fresh)
 
 
@@ -329,9 +330,13 @@ def _classes(config: RunConfig) -> list[tuple[RunConfig, TrainerName]]:
 
 
 def _steps(config: RunConfig, data: FederatedData) -> float:
-    """Local steps of a client in a round, on average."""
+    """Local steps of a client in a round, on average, each of a batch of rows.
+
+    A step of users takes as many rows more as a user has.
+    """
+    numbers = [(len(own.train), counted(config.dp, own.train)) for own in data.clients.values()]
     return statistics.fmean(
-        schedule.steps_per_round(config, len(split.train)) for split in data.clients.values()
+        schedule.steps_per_round(config, units) * rows / units for rows, units in numbers
     )
 
 

@@ -15,12 +15,13 @@ from typer.testing import CliRunner
 
 from corolla import seeds
 from corolla.cli.app import app
-from corolla.commands.audit import canaries, run
+from corolla.commands.audit import canaries, run, watched
 from corolla.commands.audit.run import Audit, Proof
 from corolla.commands.simulate.in_process import simulate
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
-from corolla.privacy import guarantee, randomness
+from corolla.privacy import accounting, guarantee, randomness
+from corolla.privacy.accounting import Release
 from corolla.privacy.client_level import ClientLevel
 from corolla.privacy.clipped_sum import ClippedSum
 from corolla.privacy.example_level import ExampleLevel
@@ -320,6 +321,21 @@ def test_the_command(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (told["canaries"], told["guesses"], told["unit"]) == (60, 30, "client")
 
 
+def test_canaries_among_users_are_users(home: Path, tmp_path: Path, settings: Settings) -> None:
+    """One row each, in a client of four users: 4 and the canaries that are in."""
+    rows = [json.loads(line) for line in (home / "data.jsonl").read_text().splitlines()]
+    rows = [{**row, "user_id": i % 4, "split": "train"} for i, row in enumerate(rows)]
+    rows += [{**rows[0], "split": split} for split in ("validation", "test")]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    private = {"dp": "example", "noise_multiplier": 2.0, "delta": 1e-3, "batch_size": 2}
+    config = settings(data=str(tmp_path / "data.jsonl"), local_steps=1, **private)
+    found = run.audit(config, count=20, guesses=4)
+    assert found.claimed is not None
+    assert found.claimed.unit == "user"
+    wanted = accounting.epsilon([Release(2.0, 2 / (4 + found.included), 1)], 1e-3)
+    assert found.claimed.epsilon == pytest.approx(wanted, rel=1e-6)
+
+
 # --- of a run that has been ----------------------------------------------------------------------
 
 
@@ -353,21 +369,21 @@ def test_a_run_is_audited_as_it_was(
     config = settings(cohort=2, **FEW, **changes)
     told = ran(tmp_path / "run", config)
     seen: list[RunConfig] = []
-    whole = run.run_with
+    whole = watched.run_with
 
-    def watched(given: RunConfig, *rest: Any) -> Any:
+    def noted(given: RunConfig, *rest: Any) -> Any:
         seen.append(given)
         return whole(given, *rest)
 
-    monkeypatch.setattr(run, "run_with", watched)
-    monkeypatch.setattr("corolla.commands.audit.watched.run_with", watched)
+    monkeypatch.setattr(run, "run_with", noted)
+    monkeypatch.setattr(watched, "run_with", noted)
     code, said = audited(str(tmp_path / "run"), "--canaries", "20", "--json")
     assert code == 0, said
     found = json.loads(said)
     assert found["of"] == {"folder": str(tmp_path / "run"), "stated": told["privacy"]["line"]}
     assert (found["unit"], found["rounds"]) == (config.dp, config.rounds)
     (given,) = seen
-    ours = {"cohort", "clients", *run.ONE_RUN, "eval_examples"}
+    ours = {"cohort", "clients", *watched.ONE_RUN, "eval_examples"}
     assert given.model_dump(exclude=ours) == config.model_dump(exclude=ours)
     if config.dp == "client":
         assert found["claimed"]["epsilon"] == pytest.approx(told["privacy"]["epsilon"])
