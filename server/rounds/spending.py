@@ -38,8 +38,10 @@ class Spending:
     """The largest epsilon that a client has told."""
     who: set[str] = field(default_factory=set)
     """The clients that have told one."""
-    users: dict[str, float] = field(default_factory=dict)
-    """Client whose rows name users → 1; of a gateway the part of its phones whose rows do."""
+    users: set[str] = field(default_factory=set)
+    """Clients whose rows named users; gateways of which some phone's did."""
+    unnamed: set[str] = field(default_factory=set)
+    """Clients whose rows named no users; gateways of which some phone's did not."""
     expected: Unit = "example"
     """What is protected as far as is known before a client has told."""
 
@@ -87,24 +89,27 @@ class Spending:
         """What is protected as a whole, as the clients say that have told."""
         if self.level or not self.who:
             return "client" if self.level else self.expected
-        if not any(self.users.values()):
+        if not self.users:
             return "example"
-        whole = all(self.users.get(client, 0.0) >= 1 for client in self.who)
-        return "user" if whole else "example or user"
+        return "example or user" if self.unnamed else "user"
 
     def hear(self, metrics: Mapping[str, Metrics]) -> Mapping[str, Any]:
         """What clients say that they have spent on their examples; what there is to note of it."""
         told = {client: own for client, own in metrics.items() if "epsilon" in own}
         self.who |= told.keys()
         self.most = max([self.most, *(own["epsilon"] for own in told.values())])
-        users = {client: own[PER_USER] for client, own in told.items() if own.get(PER_USER, 0) > 0}
+        shares = {client: own.get(PER_USER, 0.0) for client, own in told.items()}
+        users = {client for client, share in shares.items() if share > 0}
+        unnamed = {client for client, share in shares.items() if share < 1}
         self.users |= users
-        unit = self.unit
+        self.unnamed |= unnamed
+        named = {"users": sorted(users), "unnamed": sorted(unnamed)}
+        named |= {"neighbours": NEIGHBOURS[self.unit]}
         return {
-            "unit": unit,
+            "unit": self.unit,
             "epsilon": self.most,
             "clients": sorted(told),
-            **({"neighbours": NEIGHBOURS[unit], "users": users} if self.users else {}),
+            **(named if self.users else {}),
         }
 
     def ended(self, federation: Federation, round: int) -> str:

@@ -28,8 +28,9 @@ def open_account(federation: Federation, past: Past, unit: Unit = "example") -> 
         _refuse_delta(federation, unit)
         most = max((float(event["epsilon"]) for event in events), default=0.0)
         who = {client for event in events for client in event["clients"]}
-        users = {c: share for event in events for c, share in event.get("users", {}).items()}
-        return Spending(config, None, Counter(past.asked), most, who, users, unit)
+        users = {client for event in events for client in event.get("users", ())}
+        unnamed = {c for event in events for c in event.get("unnamed", event["clients"])}
+        return Spending(config, None, Counter(past.asked), most, who, users, unnamed, unit)
     if federation.own_devices:
         cohort = config.cohort or cohort
     elif (apart := cohort * config.separation) > population:

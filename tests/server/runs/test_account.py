@@ -126,7 +126,7 @@ def test_the_unit_is_what_clients_say() -> None:
     account = begun(dp="example", epsilon=8.0)
     assert account.unit == "example"
     first = account.hear({"ada": user, "cyd": {"loss": 1.0, "per_user": 1.0}})
-    assert (account.unit, first["unit"], first["users"]) == ("user", "user", {"ada": 1.0})
+    assert (account.unit, first["unit"], first["users"]) == ("user", "user", ["ada"])
     assert first["neighbours"] == "add or remove one user of a client, with all rows"
     second = account.hear({"ben": row})
     assert (account.unit, second["unit"]) == ("example or user", "example or user")
@@ -138,6 +138,13 @@ def test_the_unit_is_what_clients_say() -> None:
         assert begun(before=past(notes), dp="example", epsilon=8.0).unit == unit
     gate = begun(dp="example", epsilon=8.0)
     assert gate.hear({"gate": {**user, "per_user": 0.4}})["unit"] == "example or user"
+    assert gate.hear({"gate": user})["unit"] == "example or user"  # others of its phones were there
+    for other in (row, {**row, "per_user": 0.5}):
+        phones = begun(dp="example", epsilon=8.0)
+        heard = [phones.hear({"gate": told}) for told in (user, other)]
+        assert [note["unit"] for note in heard] == ["user", "example or user"]
+        notes = [{"event": "privacy", "round": 1, "attempt": 0, **note} for note in heard]
+        assert begun(before=past(notes), dp="example", epsilon=8.0).unit == "example or user"
     odd = begun(dp="example", epsilon=8.0)
     assert odd.hear({"ada": {**user, "per_user": -3.0}})["unit"] == "example"
 
