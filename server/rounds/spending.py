@@ -103,14 +103,12 @@ class Spending:
         unnamed = {client for client, share in shares.items() if share < 1}
         self.users |= users
         self.unnamed |= unnamed
-        named = {"users": sorted(users), "unnamed": sorted(unnamed)}
-        named |= {"neighbours": NEIGHBOURS[self.unit]}
-        return {
-            "unit": self.unit,
-            "epsilon": self.most,
-            "clients": sorted(told),
-            **(named if self.users else {}),
-        }
+        unit, found = self.unit, sorted(told)
+        note: dict[str, Any] = {"unit": unit, "epsilon": self.most, "clients": found}
+        if self.users:
+            named = {"users": sorted(users), "unnamed": sorted(unnamed)}
+            note |= {"neighbours": NEIGHBOURS[unit], **named}
+        return note
 
     def ended(self, federation: Federation, round: int) -> str:
         """Why a round may not be: its cost, or too few who may still take part; "" if it may.

@@ -10,6 +10,7 @@ from corolla.config.run import RunConfig
 from corolla.errors import ArtefactError, ConfigError
 from corolla.server.runs.folder import refuse_other_inputs, stored_run
 from corolla.server.runs.setup import Setup, set_up
+from corolla.server.runs.status import status
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,12 @@ def read(folder: Path) -> DoneRun:
     try:
         info = json.loads((folder / "run.json").read_text())
         private: Mapping[str, Any] = info.get("privacy", {})
-        return DoneRun(
-            folder,
-            config,
-            int(info["num_clients"]),
-            bool(info.get("own_devices", False)),
-            str(private.get("line", "")),
-        )
+        stated = str(private.get("line", ""))
+        if stated and "ended" not in info:  # run.json is as it was at the start
+            spent = status(folder).epsilon or 0.0
+            stated = f"not at its end, epsilon {spent:.4g} so far at delta {config.delta:g}"
+        own_devices = bool(info.get("own_devices", False))
+        return DoneRun(folder, config, int(info["num_clients"]), own_devices, stated)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtefactError(f"{folder / 'run.json'} cannot be read: {error!r}") from error
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from corolla import seeds
 from corolla.cli.app import app
-from corolla.commands.audit import canaries, run, watched
+from corolla.commands.audit import canaries, done, run, watched
 from corolla.commands.audit.run import Audit, Proof
 from corolla.commands.simulate.in_process import simulate
 from corolla.config.run import RunConfig
@@ -399,6 +399,16 @@ def test_membership_of_a_run(tmp_path: Path, settings: Settings) -> None:
     assert json.loads(said)["of"]["stated"] is None
     code, said = audited(str(tmp_path / "run"), "--membership")
     assert "says: no differential privacy" in said
+
+
+def test_a_run_under_way_says_what_it_has_spent(tmp_path: Path, settings: Settings) -> None:
+    """Its run.json is of its start, when that was nothing: the journal knows."""
+    config = settings(cohort=2, **FEW, dp="client", noise_multiplier=3.0)
+    told = ran(tmp_path / "run", config)
+    told = {name: value for name, value in told.items() if name != "ended"}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(told))
+    wanted = f"not at its end, epsilon {told['privacy']['epsilon']:.4g} so far at delta 1e-05"
+    assert done.read(tmp_path / "run").stated == wanted
 
 
 def edited(folder: Path, **changes: Any) -> None:
