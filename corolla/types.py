@@ -25,6 +25,9 @@ wire/scalar_groups.py): it travels in kilobytes, in the header of a message.
 """
 
 Metrics = Mapping[str, float]
+
+PER_USER = "per_user"
+"""The metric with which a client says, by 1, that its epsilon is of users, not of examples."""
 """Name → number, returned by whoever measured it, never logged."""
 
 Correct = Callable[[Params, Params], Params]

@@ -6,6 +6,7 @@ protobuf, TOML, make and CMake, and the files of deploy/.
 
 import ast
 import importlib.util
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -227,3 +228,13 @@ def test_every_room_is_on_the_map() -> None:
     rooms = {path.parent.name for side in sides for path in side.glob("*/__init__.py")}
     assert {"rounds", "training", "wire"} <= rooms
     assert rooms <= said
+
+
+def test_what_epsilon_means_is_arithmetic() -> None:
+    """Odds e^ε; from even odds e^ε / (1 + e^ε); true positives where 1 % are false."""
+    page = (ROOT / "docs" / "privacy.md").read_text()
+    for epsilon in (1, 3, 8):
+        odds = math.exp(epsilon)
+        found = min(odds * 0.01, 1 - 0.99 / odds)
+        row = f"| {epsilon} | {odds:.4g} times | {100 * odds / (1 + odds):.4g} % | "
+        assert row + f"{100 * found:.4g} % |" in page

@@ -13,7 +13,7 @@ from corolla.client.device.node import only_one
 from corolla.client.device.settings import Own
 from corolla.client.phone.policies import NO_LIMITS, Limits
 from corolla.client.phone.session import Phone, Settings
-from corolla.data.rows import read_rows
+from corolla.data.rows import check_clients, check_one_kind, read_rows
 from corolla.errors import ConfigError, StoppedError, WireError
 from corolla.host import logs
 from corolla.host.processes import bypass_proxies, stoppable
@@ -35,7 +35,10 @@ class TorchTrainer:
         `say` tells the owner why a task is not done.
         """
         self._own, self._say = own, say
-        self._rows = len(read_rows(own.data)[0])
+        rows, _ = read_rows(own.data)
+        check_one_kind(rows, own.data)
+        check_clients(rows, own.data)
+        self._rows = len(rows)
         self._trainer: Trainer | None = None
 
     def examples(self) -> int:

@@ -8,12 +8,16 @@ of standard deviation z C and is divided by the expected size of the sample. Wha
 An example is one record of a client, also where it became several sequences: these are clipped
 together. Its loss is the mean over its own targets. With the usual mean over a batch, an example's
 gradient would depend on the lengths of all others, and the sum could move by far more than C.
+
+Where rows name users, all records of a user are one example: its gradient is the sum of those of
+its records, and is clipped once.
 """
 
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import groupby
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -45,7 +49,7 @@ class SelfTestError(ModelError):
 
 
 Example = Sequence[Encoded]
-"""All sequences that one example became."""
+"""All sequences that one example became, those of a record one after another."""
 
 
 def examples(data: Sequence[Encoded], counted: int) -> list[Example]:
@@ -55,12 +59,23 @@ def examples(data: Sequence[Encoded], counted: int) -> list[Example]:
     """
     found: dict[int, list[Encoded]] = {}
     for i, sequence in enumerate(data):
-        own = found.setdefault(i if sequence.example is None else sequence.example, [])
+        record = i if sequence.example is None else sequence.example
+        own = found.setdefault(record if sequence.unit is None else sequence.unit, [])
         if sequence.targets:
             own.append(sequence)
     if len(found) > counted:
         raise DataError(f"privacy was accounted for {counted} examples, found {len(found)}")
     return [*found.values(), *([] for _ in range(counted - len(found)))]
+
+
+def records(example: Example) -> list[Example]:
+    """The sequences of each record of an example: of one, or of all of a user."""
+    return [list(own) for _, own in groupby(example, lambda sequence: sequence.example)]
+
+
+def shares(example: Example) -> list[float]:
+    """1 / the targets of the record of each sequence: so weighted, losses are means of records."""
+    return [1 / sum(sequence.targets for sequence in own) for own in records(example) for _ in own]
 
 
 def batches(private: ExampleLevel, known: Sequence[Example]) -> Iterator[list[Example]]:
@@ -111,11 +126,11 @@ class Clipper:
         total = {name: tensor[0] for name, tensor in self._seen(nothing).items()}
         batch = [example for example in batch if example]
         rows = [(k, sequence) for k, example in enumerate(batch) for sequence in example]
-        targets = [sum(sequence.targets for sequence in example) for example in batch]
+        shared = [share for example in batch for share in shares(example)]
         begun: Params = {}  # the gradient so far of an example that goes on in the next part
         for at in range(0, len(rows), self.size):
             part, after = rows[at : at + self.size], rows[at + self.size :][:1]
-            weights = [1 / targets[k] for k, _ in part]
+            weights = shared[at : at + self.size]
             gradients = self.gradients([sequence for _, sequence in part], weights)
             gradients = _by_owner(gradients, [k for k, _ in part])
             for name, tensor in begun.items():

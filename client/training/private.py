@@ -16,7 +16,7 @@ from corolla.host import logs
 from corolla.interfaces import Client, ForwardTrainer, LocalTrainer
 from corolla.privacy.example_level import ExampleLevel
 from corolla.privacy.ledger import Ledger, Limit
-from corolla.types import Update
+from corolla.types import PER_USER, Update
 from corolla.wire.messages import Kind, Task
 
 _PUBLIC = ("local_steps",)
@@ -144,4 +144,5 @@ def published(update: Update, private: ExampleLevel, epsilon: float) -> Update:
     """An update with what is known without its data, and what its run has cost with it."""
     known = {name: update.metrics[name] for name in _PUBLIC if name in update.metrics}
     most = min(private.examples, private.steps * private.batch)
-    return replace(update, num_examples=most, metrics={**known, "epsilon": epsilon})
+    unit = {PER_USER: 1.0} if private.unit == "user" else {}
+    return replace(update, num_examples=most, metrics={**known, "epsilon": epsilon, **unit})

@@ -83,8 +83,8 @@ class Slopes(Protocol):
     def note(self, batch: Batch, losses: Sequence[Tensor]) -> None:
         """Remembers what was measured on a batch, as far as it may be told."""
 
-    def released(self, slopes: Tensor) -> Tensor:
-        """The scalars (queries,) of a step from the slopes (queries, parts)."""
+    def released(self, slopes: Tensor, batch: Batch) -> Tensor:
+        """The scalars (queries,) of a step from the slopes (queries, parts) of a batch."""
 
     def outcome(self, scalars: Scalars, params: Params, steps: int) -> Walk:
         """The result of a round, with what may be told of it."""
@@ -112,7 +112,7 @@ class PlainSlopes:
         self._losses += losses
         self._targets += sum(sequence.targets for part in batch for sequence in part)
 
-    def released(self, slopes: Tensor) -> Tensor:
+    def released(self, slopes: Tensor, batch: Batch) -> Tensor:
         return slopes[:, 0]
 
     def outcome(self, scalars: Scalars, params: Params, steps: int) -> Walk:
@@ -138,7 +138,9 @@ class PrivateSlopes:
     standard deviation z C in each query and is divided by the expected size of the sample. The
     directions are public, so that these scalars are all there is to protect; what is made of them
     is private as they are. Each example is measured by itself: beside others of other lengths its
-    loss would round differently, and divided by 2 eps that is no longer nothing.
+    loss would round differently, and divided by 2 eps that is no longer nothing. Of a user, whose
+    records are one example, the slopes of each record are measured and summed: the slope of the sum
+    of their losses.
     """
 
     data: Sequence[Encoded]
@@ -151,12 +153,13 @@ class PrivateSlopes:
     def batches(self) -> Iterator[Batch]:
         known = dpsgd.examples(self.data, self.private.examples)
         for drawn in dpsgd.batches(self.private, known):
-            yield [own for own in drawn if own]
+            yield [record for own in drawn for record in dpsgd.records(own)]
 
     def note(self, batch: Batch, losses: Sequence[Tensor]) -> None:
         """Nothing of it may be told."""
 
-    def released(self, slopes: Tensor) -> Tensor:
+    def released(self, slopes: Tensor, batch: Batch) -> Tensor:
+        slopes = _by_unit(slopes, batch)
         factors = clip_factors(slopes.norm(dim=0), self.private.clip)
         clipped = torch.where(factors > 0, factors * slopes, 0.0)  # 0 · NaN is NaN
         return self.private.noised({"slopes": clipped.sum(1)})["slopes"]
@@ -165,3 +168,13 @@ class PrivateSlopes:
         public = min(self.private.examples, steps * self.private.batch)
         metrics = {"local_steps": float(steps)}
         return Walk(scalars.values, scalars.step_size, params, public, metrics)
+
+
+def _by_unit(slopes: Tensor, batch: Batch) -> Tensor:
+    """Sums over the records of each user (queries, users), from slopes (queries, records)."""
+    users = [record[0].unit for record in batch]
+    place = {unit: i for i, unit in enumerate(dict.fromkeys(users))}
+    if None in place or len(place) == len(users):  # as they are: a sum may lose the sign of a zero
+        return slopes
+    index = torch.tensor([place[unit] for unit in users])
+    return slopes.new_zeros(len(slopes), len(place)).index_add_(1, index, slopes)

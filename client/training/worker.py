@@ -15,7 +15,7 @@ from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.data.encoding import Encoded, Encoder
 from corolla.data.federated import FederatedData
-from corolla.data.rows import Example
+from corolla.data.rows import Example, counted, unit_of
 from corolla.directions import seedlog
 from corolla.errors import ConfigError, CorollaError, ModelError, WireError
 from corolla.evaluation.scoring import score
@@ -200,7 +200,7 @@ class Worker:
     def _hello(self, client: str, blank: Reply) -> Reply:
         return replace(
             blank,
-            num_examples=len(self.data.clients[client].train),
+            num_examples=counted(self.config.dp, self.data.clients[client].train),
             model_sha256=self.model.base.fingerprint,
             capabilities=self.device.capabilities,
         )
@@ -297,7 +297,8 @@ class Worker:
             member, skipped = self._member(client, task, received, config, seed)
             update = self.strategy.local(member, received.groups)
             return replace(update, metrics={**update.metrics, "skipped": float(skipped)})
-        level = example_level.example_level(config, len(self.data.clients[client].train))
+        rows = self.data.clients[client].train
+        level = example_level.example_level(config, counted(config.dp, rows), unit_of(rows))
         path = self.device.ledger or self.memory.kept_folder(client) / ledger.NAME
         spent = private.spend(Ledger(path), self.device.limit, task, level)
         with private.withheld():
@@ -356,5 +357,14 @@ def _of_memory(error: Exception) -> bool:
 def encode_all(encoder: Encoder, examples: Sequence[Example]) -> tuple[list[Encoded], int]:
     """(sequences, number of examples without a target)."""
     encoded = [encoder(example) for example in examples]
-    sequences = [replace(s, example=i) for i, own in enumerate(encoded) for s in own]
+    units = _units(examples)
+    sequences = [replace(s, example=i, unit=units[i]) for i, own in enumerate(encoded) for s in own]
     return sequences, sum(not own for own in encoded)
+
+
+def _units(examples: Sequence[Example]) -> list[int | None]:
+    """The number of each example's user, from 0 in the order in which they come; None without."""
+    numbers: dict[str, int] = {}
+    return [
+        None if row.user is None else numbers.setdefault(row.user, len(numbers)) for row in examples
+    ]

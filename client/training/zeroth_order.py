@@ -44,8 +44,8 @@ class ZerothOrder:
     and moves w by -lr / queries · Σ g z, at one learning rate within a round. With `estimator`
     "kerzoo" it looks at distance r eps and multiplies g by `kernel(r)`.
 
-    With `private`, L is the mean over the targets of one example of a Poisson sample, and slopes
-    are clipped and noised (see slopes.py).
+    With `private`, L is the mean over the targets of one record of a Poisson sample, and slopes are
+    summed by user, where rows name users, clipped and noised (see slopes.py).
     """
 
     model: Trainable
@@ -88,7 +88,7 @@ class ZerothOrder:
                 losses += [above, below]
                 slopes.append(factor * (above - below) / (2 * eps))
             source.note(batch, losses)
-            space.move(pool, scalars.take(queries, source.released(torch.stack(slopes))))
+            space.move(pool, scalars.take(queries, source.released(torch.stack(slopes), batch)))
             if self.model.drifts and isinstance(pool, SignPool) and (step + 1) % _RESYNC == 0:
                 space = self.model.enter(start, self.lora, [*moves, scalars.so_far(pool)])
             if self.on_step:

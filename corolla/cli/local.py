@@ -174,6 +174,12 @@ def check(
 )
 def audit(
     *,
+    run: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="RUN", help="A run's folder: what it did is audited; default: the options."
+        ),
+    ] = None,
     config: Config = None,
     options: Given,
     tried: Given,
@@ -183,21 +189,29 @@ def audit(
     as_json: AsJson = False,
     settings: Set = None,
 ) -> None:
-    """Try to refute a claim of differential privacy; exit code 1 when it is refuted."""
-    from corolla.config.load import load
-
-    run_config = load(config, options, settings or ())
+    """Try to refute the claim of privacy of a RUN, or of options; exit code 1 when refuted."""
+    given = ["config"] * bool(config) + ["set"] * bool(settings)
+    given += [name for name, value in options.items() if value is not None]
+    if run and given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError(
+            f"audit {run} takes model, data, strategy and privacy of that run: leave out {flags}"
+        )
+    from corolla.commands.audit import done
     from corolla.commands.audit import run as auditing
     from corolla.commands.audit.screen import print_audit, print_membership
+    from corolla.config.load import load
 
+    of = done.read(run) if run else None
+    run_config = of.config if of else load(config, options, settings or ())
     if membership:
-        attacked = auditing.membership(run_config)
+        attacked = auditing.membership(run_config, of)
         if as_json:
             print(json.dumps(attacked.to_json(), indent=2))
         else:
             print_membership(out, attacked)
         return
-    found = auditing.audit(run_config, tried["canaries"], tried["guesses"], tried["unit"])
+    found = auditing.audit(run_config, tried["canaries"], tried["guesses"], tried["unit"], of)
     if as_json:
         print(json.dumps(found.to_json(), indent=2))
     else:

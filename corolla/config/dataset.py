@@ -24,7 +24,7 @@ class Dataset(Subject):
         "How rows are dealt out to clients: by client_id, at random, by labels (dirichlet, "
         "shards), or in unequal sizes (linear, square, exponential).",
         "iid",
-        effect="natural where rows have client_id, else iid",
+        effect="natural where all rows have client_id, iid where none has",
     )
     partition_alpha: Annotated[float, Field(gt=0)] = key(
         0.5,

@@ -16,7 +16,8 @@ class Privacy(Defence, Training, Population):
 
     dp: Literal["none", "example", "client"] = key(
         "none",
-        "What differential privacy protects: nothing, each example, or each client.",
+        "What differential privacy protects: nothing, each example (where rows have user_id, each "
+        "user), or each client.",
         "client",
         beside="epsilon=8",
         against=(

@@ -22,6 +22,8 @@ class Encoded:
     labels: Sequence[int] | int
     example: int | None = None
     """Which of a client's examples it comes from: windows of one text count once."""
+    unit: int | None = None
+    """Which of a client's users, from 0, where rows name them."""
 
     @property
     def targets(self) -> int:

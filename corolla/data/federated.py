@@ -2,7 +2,8 @@
 
 A row has `text`, or `prompt` and `response` (also called `question` and `answer`), or `prompt`,
 `choices` and `answer` (the index of the right one), or `text` and `label`; optionally `client_id`
-(the natural partition) and `split` (train, validation, test).
+(the natural partition; in all rows, or in none), `split` (train, validation, test) and, in all rows
+or in none again, `user_id`: with dp=example all rows of a user at a client are protected as one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,14 @@ from dataclasses import dataclass, replace
 
 from corolla.config.run import RunConfig
 from corolla.data.partition import Split, partition, split_client
-from corolla.data.rows import Example, check_one_kind, read_rows
+from corolla.data.rows import (
+    Example,
+    check_clients,
+    check_one_kind,
+    check_users,
+    read_rows,
+    unit_of,
+)
 from corolla.errors import DataError
 from corolla.host import logs
 
@@ -29,6 +37,11 @@ class FederatedData:
     left_out: int = 0
     """Clients with fewer than min_examples training examples."""
 
+    @property
+    def names_users(self) -> bool:
+        """Whether the training rows of the clients say of which user they are."""
+        return any(unit_of(split.train) == "user" for split in self.clients.values())
+
 
 def load(config: RunConfig) -> FederatedData:
     """The federation of a run: rows, partition, splits; the same on every machine.
@@ -38,6 +51,8 @@ def load(config: RunConfig) -> FederatedData:
     """
     rows, fingerprint = read_rows(config.data)
     check_one_kind(rows, config.data)
+    if config.dp == "example":
+        check_users(rows, config.data)
     labels = _labels(rows, config)
     given = frozenset(row.split for row in rows if row.split not in (None, "train"))
     parts = partition(rows, given, config)
@@ -76,6 +91,9 @@ def load_device(
     """
     rows, fingerprint = read_rows(config.data)
     check_one_kind(rows, config.data)
+    check_clients(rows, config.data)
+    if config.dp == "example":
+        check_users(rows, config.data)
     if config.data == "embedded":
         names = sorted({str(row.client) for row in rows})
         rows = [row for row in rows if row.client == name]
@@ -108,6 +126,7 @@ def load_heldout(config: RunConfig) -> FederatedData:
     """
     rows, fingerprint = read_rows(config.data)
     check_one_kind(rows, config.data)
+    check_clients(rows, config.data)
     by_split = {name: [row for row in rows if row.split == name] for name in ("test", "validation")}
     heldout: Sequence[Example] = by_split["test"] or by_split["validation"]
     if not heldout and all(row.client is not None for row in rows):

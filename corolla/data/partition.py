@@ -9,7 +9,7 @@ import torch
 
 from corolla import seeds
 from corolla.config.run import RunConfig
-from corolla.data.rows import Example
+from corolla.data.rows import Example, check_clients
 from corolla.errors import ConfigError, DataError
 
 
@@ -25,8 +25,10 @@ def partition(
     rows: Sequence[Example], given: frozenset[str | None], config: RunConfig
 ) -> dict[str, list[Example]]:
     """Rows by client, as the run asks. Raises ConfigError or DataError where that cannot be."""
-    natural = all(row.client is not None for row in rows)
     kind = config.partition
+    if kind in ("auto", "natural"):
+        check_clients(rows, config.data, ", or --set partition=iid deals all rows out at random")
+    natural = all(row.client is not None for row in rows)
     if kind == "auto":
         kind = "natural" if natural else "iid"
     if kind == "natural":

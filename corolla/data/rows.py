@@ -3,14 +3,15 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from corolla.embedded.assets import asset
 from corolla.errors import DataError
 
 _SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"}
+_IDS = ("client_id", "user_id")
 _SPLITS |= {"eval": "validation", "dev": "validation", "test": "test"}
 
 
@@ -27,6 +28,15 @@ class Example:
     client: str | None = None
     split: str | None = None
     choices: tuple[str, ...] = ()
+    line: int = field(default=0, compare=False)
+    """The line of its file, from 1; 0: of no file."""
+    user: str | None = None
+    """The person, or whatever else dp=example protects as a whole; never sent to anybody."""
+
+    def content(self) -> dict[str, Any]:
+        """All fields that say what the row is, wherever it stands."""
+        left_out = {"line"} if self.user is not None else {"line", "user"}
+        return {name: value for name, value in vars(self).items() if name not in left_out}
 
 
 def read_rows(name: str) -> tuple[list[Example], str]:
@@ -38,7 +48,7 @@ def read_rows(name: str) -> tuple[list[Example], str]:
     if name == "embedded" or path.suffix in {".jsonl", ".json"} or path.exists():
         return _read_lines(path)
     rows = _read_hub(name)
-    digest = hashlib.sha256(json.dumps([vars(r) for r in rows], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([r.content() for r in rows], sort_keys=True).encode())
     return rows, digest.hexdigest()
 
 
@@ -55,7 +65,7 @@ def _read_lines(path: Path) -> tuple[list[Example], str]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, line {number}: not JSON: {error}") from error
-        rows.append(_example(row, f"{path}, line {number}"))
+        rows.append(_example(row, f"{path}, line {number}", number))
     if not rows:
         raise DataError(f"{path} has no rows")
     return rows, hashlib.sha256(content).hexdigest()
@@ -77,7 +87,7 @@ def _read_hub(name: str) -> list[Example]:
     return rows
 
 
-def _example(row: Any, where: str) -> Example:
+def _example(row: Any, where: str, line: int = 0) -> Example:
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object, found {type(row).__name__}")
     row, choices = _answered(row, where)
@@ -90,18 +100,28 @@ def _example(row: Any, where: str) -> Example:
     split = row.get("split") or ""
     if split and str(split) not in _SPLITS:
         raise DataError(f"{where}: unknown split {split!r}: use train, validation or test")
-    label, client = row.get("label"), row.get("client_id")
-    for key, value in (("text", text), ("prompt", prompt), ("label", label), ("client_id", client)):
+    label, client, user = (row.get("label"), *(_identity(row.get(key)) for key in _IDS))
+    ids = (("client_id", client), ("user_id", user))
+    for key, value in (("text", text), ("prompt", prompt), ("label", label), *ids):
         if not _encodable(str(value)):
             raise DataError(f"{where}: {key} has half of a surrogate pair, which is no text")
     return Example(
         text,
         prompt,
         None if label is None else str(label),
-        None if client is None else str(client),
+        client,
         _SPLITS.get(split),
         choices,
+        line,
+        user,
     )
+
+
+def _identity(value: Any) -> str | None:
+    """An id as text; None for what names nobody: null, NaN (a gap in a table), blank text."""
+    if value is None or value != value or (isinstance(value, str) and not value.strip()):  # NaN
+        return None
+    return str(value)
 
 
 def _answered(row: dict[str, Any], where: str) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -146,3 +166,44 @@ def check_one_kind(rows: Sequence[Example], name: str) -> None:
     chosen = sum(bool(row.choices) for row in rows)
     if chosen not in (0, len(rows)):
         raise DataError(f"{name}: {chosen} of {len(rows)} rows have choices; all or none must")
+
+
+def check_clients(rows: Sequence[Example], name: str, remedy: str = "") -> None:
+    """Raises DataError where some rows have client_id and others do not, with the first that lacks.
+
+    One row alone would decide what a client is, and what dp=client protects. `name` is that of the
+    file, `remedy` what else can be done.
+    """
+    _all_or_none(rows, [row.client is None for row in rows], name, "client_id", remedy)
+
+
+def check_users(rows: Sequence[Example], name: str) -> None:
+    """Raises DataError where some rows have user_id and others do not, as `check_clients` does.
+
+    One row alone would decide what dp=example protects.
+    """
+    _all_or_none(rows, [row.user is None for row in rows], name, "user_id", "")
+
+
+def _all_or_none(
+    rows: Sequence[Example], lacks: Sequence[bool], name: str, key: str, remedy: str
+) -> None:
+    if 0 < sum(lacks) < len(rows):
+        first = lacks.index(True)
+        line = rows[first].line
+        where = f"line {line}" if line else f"row {first + 1}"
+        raise DataError(
+            f"{name}: {sum(lacks)} of {len(rows)} rows have no {key}, the first is {where}; "
+            f"all or none must{remedy}"
+        )
+
+
+def unit_of(rows: Sequence[Example]) -> Literal["example", "user"]:
+    """What dp=example protects as a whole: each user of a client where rows name them."""
+    return "user" if any(row.user is not None for row in rows) else "example"
+
+
+def counted(dp: str, rows: Sequence[Example]) -> int:
+    """What a client with these training rows counts in: units with dp=example, else rows."""
+    users = dp == "example" and unit_of(rows) == "user"
+    return len({row.user for row in rows}) if users else len(rows)

@@ -141,7 +141,7 @@ def _epsilon(counted: _Counted, delta: float) -> float:
     return most if most > _HOPELESS else min(most, _by_pld(counted, delta))
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=4096)
 def _calibrate(wanted: float, delta: float, count: int, q: float) -> float:
     precision = (_PRECISION if q < 1 else 1e-9) / 4
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ class ExampleLevel:
 
     A step takes each example by an independent coin with probability batch / examples, sums their
     gradients, clipped to joint norm `clip`, adds noise of std noise_multiplier · clip, and divides
-    by the expected size of the batch. `steps` are those of a round.
+    by the expected size of the batch. `steps` are those of a round. Where rows name users, `unit`
+    is "user", and an example is all that a user has: `examples` and `batch` count users.
     """
 
     examples: int
@@ -33,6 +34,7 @@ class ExampleLevel:
     delta: float
     steps: int
     budget: float | None = None
+    unit: Literal["example", "user"] = "example"
     normal: Normal = os_normal
     uniform: Uniform = os_uniform
 
@@ -64,12 +66,14 @@ class ExampleLevel:
     def guarantee(self, rounds: int) -> Guarantee:
         """After the client has trained in so many rounds."""
         spent = accounting.epsilon([self.release] * rounds, self.delta)
-        how = f"Poisson sampling of examples, q = {self.sampling_probability:.4g}"
-        return Guarantee("example", spent, self.delta, self.budget, how)
+        how = f"Poisson sampling of {self.unit}s, q = {self.sampling_probability:.4g}"
+        return Guarantee(self.unit, spent, self.delta, self.budget, how)
 
 
-def example_level(config: "RunConfig", examples: int) -> ExampleLevel:
-    """That of a client with so many training examples.
+def example_level(
+    config: "RunConfig", examples: int, unit: Literal["example", "user"] = "example"
+) -> ExampleLevel:
+    """That of a client with so many training examples, or users.
 
     The noise is given, or that with which all rounds it may train in cost `epsilon`. Raises
     ConfigError for settings that do not go together, and a delta of 1 / examples or more.
@@ -78,11 +82,13 @@ def example_level(config: "RunConfig", examples: int) -> ExampleLevel:
         steps_per_round,  # it needs the config, which may need this module
     )
 
-    refuse_delta(config, examples, "training examples of a client")
+    of = "training examples of a client" if unit == "example" else "users of a client"
+    refuse_delta(config, examples, of)
     q = min(1.0, config.batch_size / examples)
     steps = steps_per_round(config, examples)
     rounds = min(config.rounds, config.participations or config.rounds)
     noise = noise_multiplier_for(config, steps * rounds, q)
     return ExampleLevel(
-        *(examples, config.batch_size, config.clip, noise, config.delta, steps), config.epsilon
+        *(examples, config.batch_size, config.clip, noise, config.delta, steps),
+        *(config.epsilon, unit),
     )

@@ -8,8 +8,15 @@ if TYPE_CHECKING:
     from corolla.config.run import RunConfig
 
 
-NEIGHBOURS = {
+Unit = Literal["example", "user", "example or user", "client"]
+"""What is protected as a whole; some clients can have rows that name users, and others not."""
+
+NEIGHBOURS: dict[Unit, str] = {
     "example": "add or remove one example",
+    "user": "add or remove one user of a client, with all rows",
+    "example or user": (
+        "add or remove one example, or one user of a client with all rows where these name users"
+    ),
     "client": "add or remove one client's updates",
 }
 """Unit → what two data sets differ in, at most, that nobody can tell apart.
@@ -20,9 +27,9 @@ A client's place in the cohorts stays: with another one in its stead, two update
 
 @dataclass(frozen=True)
 class Guarantee:
-    """What is promised to each example or client, in the terms that decide what it means."""
+    """What is promised to each example, user or client, in the terms that decide its meaning."""
 
-    unit: Literal["example", "client"]
+    unit: Unit
     epsilon: float
     delta: float
     budget: float | None

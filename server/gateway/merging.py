@@ -20,7 +20,7 @@ from corolla.server.rounds.metrics import mean_metrics
 from corolla.server.rounds.verdicts import Expected, Judged
 from corolla.strategies import files, registry
 from corolla.tensors import factors
-from corolla.types import Params
+from corolla.types import PER_USER, Params
 from corolla.wire import codec, limits, messages
 from corolla.wire.messages import Reply, Task, pack_reply
 from corolla.wire.packet import Packet
@@ -104,10 +104,14 @@ class Merging:
 
 
 def _common(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str, float]]:
-    """Metrics under the names that most phones report: one phone's own names crowd none out."""
+    """Metrics under the names that most phones report: one phone's own names crowd none out.
+
+    PER_USER is kept if one says it: those who do not are others.
+    """
     counts = Counter(name for own in metrics.values() for name in own)
     names = [name for name in sorted(counts) if 2 * counts[name] > len(metrics)]
-    kept = frozenset(sorted(names, key=lambda name: -counts[name])[: limits.MAX_METRICS])
+    most = limits.MAX_METRICS - 1
+    kept = frozenset(sorted(names, key=lambda name: -counts[name])[:most]) | {PER_USER}
     return {
         phone: {name: value for name, value in own.items() if name in kept}
         for phone, own in metrics.items()

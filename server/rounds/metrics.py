@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from corolla.config.run import RunConfig
 from corolla.server.rounds import simulated_time
 from corolla.server.rounds.tasks import Traffic
-from corolla.types import Metrics
+from corolla.types import PER_USER, Metrics
 
 _SUMMED = (
     *("target_tokens", "local_steps", "skipped"),
@@ -18,7 +18,8 @@ _SUMMED = (
 def mean_metrics(metrics: Mapping[str, Metrics], examples: Mapping[str, int]) -> Metrics:
     """Example-weighted means of what clients report; tokens, steps and skips are summed.
 
-    Of epsilon it is the largest: a client is promised what it was told, whatever others were.
+    Of epsilon it is the largest: a client is promised what it was told, whatever others were. Of
+    PER_USER it is the part of the clients that say it.
     """
     names = sorted({name for reported in metrics.values() for name in reported})
     result: dict[str, float] = {}
@@ -26,6 +27,8 @@ def mean_metrics(metrics: Mapping[str, Metrics], examples: Mapping[str, int]) ->
         values = {c: m[name] for c, m in metrics.items() if name in m}
         if name == "epsilon":
             result[name] = max(values.values())
+        elif name == PER_USER:
+            result[name] = math.fsum(values.values()) / len(metrics)
         elif name in _SUMMED:
             result[name] = math.fsum(values.values())
         else:

@@ -16,7 +16,7 @@ from corolla.server.rounds.federation import Held
 from corolla.server.rounds.fold import Fold, empty_fold
 from corolla.server.rounds.metrics import mean_metrics, simulated_seconds, staleness
 from corolla.server.rounds.network import Network
-from corolla.server.rounds.spending import Spending, told
+from corolla.server.rounds.spending import Spending
 from corolla.server.rounds.tasks import Traffic, costs, formula
 from corolla.server.rounds.verdicts import Code, Verdict
 from corolla.tensors import tree
@@ -161,7 +161,7 @@ def _release(fold: Fold, events: RoundEvents) -> _Release:
         aggregate = fold.aggregator.finalise()
         if spending.config.dp == "none":
             return _Release(aggregate)
-        events.note(spending.hear(told(fold.metrics)))
+        events.note(spending.hear(fold.metrics))
     except ValueError as error:
         raise RoundError(f"round {call.number}: {error}") from error
     return _Release(aggregate, metrics={"epsilon": spending.most})

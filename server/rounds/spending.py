@@ -7,10 +7,10 @@ from typing import Any
 
 from corolla.config.run import RunConfig
 from corolla.privacy.client_level import ClientLevel
-from corolla.privacy.guarantee import Guarantee
+from corolla.privacy.guarantee import NEIGHBOURS, Guarantee, Unit
 from corolla.privacy.randomness import NOISE
 from corolla.server.rounds.federation import Federation
-from corolla.types import Metrics, Payload
+from corolla.types import PER_USER, Metrics, Payload
 
 _MEASURED = "what clients measure, their losses"
 _LOOKS = f"{_MEASURED}, numbers of examples, what is refused and why, simulated seconds, answers"
@@ -38,6 +38,12 @@ class Spending:
     """The largest epsilon that a client has told."""
     who: set[str] = field(default_factory=set)
     """The clients that have told one."""
+    users: set[str] = field(default_factory=set)
+    """Clients whose rows named users; gateways of which some phone's did."""
+    unnamed: set[str] = field(default_factory=set)
+    """Clients whose rows named no users; gateways of which some phone's did not."""
+    expected: Unit = "example"
+    """What is protected as far as is known before a client has told."""
 
     @property
     def poisson(self) -> bool:
@@ -78,11 +84,31 @@ class Spending:
         """Why what a client sent may not be folded in; "" if it may."""
         return self.level.refusal(client, round) if self.level else ""
 
-    def hear(self, epsilons: Mapping[str, float]) -> Mapping[str, Any]:
+    @property
+    def unit(self) -> Unit:
+        """What is protected as a whole, as the clients say that have told."""
+        if self.level or not self.who:
+            return "client" if self.level else self.expected
+        if not self.users:
+            return "example"
+        return "example or user" if self.unnamed else "user"
+
+    def hear(self, metrics: Mapping[str, Metrics]) -> Mapping[str, Any]:
         """What clients say that they have spent on their examples; what there is to note of it."""
-        self.who |= epsilons.keys()
-        self.most = max([self.most, *epsilons.values()])
-        return {"unit": "example", "epsilon": self.most, "clients": sorted(epsilons)}
+        told = {client: own for client, own in metrics.items() if "epsilon" in own}
+        self.who |= told.keys()
+        self.most = max([self.most, *(own["epsilon"] for own in told.values())])
+        shares = {client: own.get(PER_USER, 0.0) for client, own in told.items()}
+        users = {client for client, share in shares.items() if share > 0}
+        unnamed = {client for client, share in shares.items() if share < 1}
+        self.users |= users
+        self.unnamed |= unnamed
+        unit, found = self.unit, sorted(told)
+        note: dict[str, Any] = {"unit": unit, "epsilon": self.most, "clients": found}
+        if self.users:
+            named = {"users": sorted(users), "unnamed": sorted(unnamed)}
+            note |= {"neighbours": NEIGHBOURS[unit], **named}
+        return note
 
     def ended(self, federation: Federation, round: int) -> str:
         """Why a round may not be: its cost, or too few who may still take part; "" if it may.
@@ -123,8 +149,9 @@ class Spending:
             return self.level.guarantee()
         if self.config.dp == "none":
             return None
-        how = f"Poisson sampling of examples; the most that one of {len(self.who)} clients says"
-        return Guarantee("example", self.most, self.config.delta, self.config.epsilon, how)
+        drawn = {"example": "examples", "user": "users"}.get(self.unit, "examples or users")
+        how = f"Poisson sampling of {drawn}; the most that one of {len(self.who)} clients says"
+        return Guarantee(self.unit, self.most, self.config.delta, self.config.epsilon, how)
 
     def to_json(self) -> dict[str, Any] | None:
         """For run.json: the guarantee, in a line too, and the mechanism behind it."""
@@ -139,8 +166,3 @@ class Spending:
             "mechanism": config.dp_mechanism,
             "withheld": self.withheld,
         }
-
-
-def told(metrics: Mapping[str, Metrics]) -> dict[str, float]:
-    """Client → the epsilon it says."""
-    return {client: own["epsilon"] for client, own in metrics.items() if "epsilon" in own}

@@ -4,13 +4,16 @@ from collections import Counter
 
 from corolla.errors import ConfigError
 from corolla.privacy.client_level import ClientLevel
+from corolla.privacy.guarantee import Unit
 from corolla.server.rounds.federation import Federation
 from corolla.server.rounds.spending import Spending
 from corolla.server.runs.journal import Past
 
 
-def open_account(federation: Federation, past: Past) -> Spending:
+def open_account(federation: Federation, past: Past, unit: Unit = "example") -> Spending:
     """The account of a run with what its earlier processes have spent.
+
+    `unit` is what dp=example protects, as far as is known before clients tell.
 
     Raises ConfigError where that would be no protection, and for cohorts that can never be.
     """
@@ -22,10 +25,12 @@ def open_account(federation: Federation, past: Past) -> Spending:
     if not federation.own_devices:  # of those, others may join
         _refuse_rounds(federation, population, cohort)
     if config.dp == "example":
-        _refuse_delta(federation)
+        _refuse_delta(federation, unit)
         most = max((float(event["epsilon"]) for event in events), default=0.0)
         who = {client for event in events for client in event["clients"]}
-        return Spending(config, None, Counter(past.asked), most, who)
+        users = {client for event in events for client in event.get("users", ())}
+        unnamed = {c for event in events for c in event.get("unnamed", event["clients"])}
+        return Spending(config, None, Counter(past.asked), most, who, users, unnamed, unit)
     if federation.own_devices:
         cohort = config.cohort or cohort
     elif (apart := cohort * config.separation) > population:
@@ -48,11 +53,12 @@ def _refuse_rounds(federation: Federation, population: int, cohort: int) -> None
         )
 
 
-def _refuse_delta(federation: Federation) -> None:
+def _refuse_delta(federation: Federation, unit: Unit) -> None:
     """The largest client's share of delta; devices of others refuse for themselves."""
     most = max((n for m, n in federation.clients.items() if m not in federation.seats), default=0)
+    of = "users" if unit == "user" else "training examples"
     if not federation.own_devices and most * federation.config.delta >= 1:
         raise ConfigError(
-            f"delta={federation.config.delta:g} is no protection among {most} training examples of "
-            f"a client: set less than {1 / most:.3g}"
+            f"delta={federation.config.delta:g} is no protection among {most} {of} of a client: "
+            f"set less than {1 / most:.3g}"
         )

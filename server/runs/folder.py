@@ -46,10 +46,15 @@ def stored_run(folder: Path) -> tuple[RunConfig, str, bool]:
         raise ArtefactError(f"{folder / 'run.json'} cannot be read: {error!r}") from error
 
 
-def refuse_other_inputs(folder: Path, config: RunConfig, facts: Mapping[str, Any]) -> None:
+def refuse_other_inputs(
+    folder: Path,
+    config: RunConfig,
+    facts: Mapping[str, Any],
+    inputs: Sequence[str] = ("model", "data", "availability"),
+) -> None:
     """Raises ConfigError when the model or the data changed since the run began."""
     before = json.loads((folder / "run.json").read_text())
-    for what in ("model", "data", "availability"):
+    for what in inputs:
         if before.get(f"{what}_sha256") != facts.get(f"{what}_sha256"):
             raise ConfigError(
                 f"the {what} ({getattr(config, what)}) is not what {folder} was "

@@ -7,7 +7,7 @@ from typing import Any
 
 from corolla.config.run import RunConfig
 from corolla.interfaces import Strategy
-from corolla.privacy.guarantee import NEIGHBOURS
+from corolla.privacy.guarantee import NEIGHBOURS, Unit
 from corolla.server.rounds.federation import Federation
 from corolla.server.rounds.spending import Spending
 from corolla.server.runs.evaluate import Evaluator
@@ -34,6 +34,7 @@ def run_info(
         "aggregates": _aggregates(federation.config, federation.strategy),
         "personal": traits(federation.strategy).personal,
         "num_clients": len(federation.clients),
+        "own_devices": federation.own_devices,
         "cohort": federation.cohort_size,
         "target_modules": evaluator.model.targets,
         "labels": list(evaluator.labels),
@@ -50,11 +51,11 @@ def privacy_info(account: Spending) -> dict[str, Any]:
     return {"privacy": found} if found else {}
 
 
-def privacy_budget(config: RunConfig) -> dict[str, Any]:
+def privacy_budget(config: RunConfig, unit: Unit) -> dict[str, Any]:
     """What the journal says of differential privacy before anything is spent."""
     if config.dp == "none":
         return {}
-    facts = {"unit": config.dp, "neighbours": NEIGHBOURS[config.dp]}
+    facts = {"unit": unit, "neighbours": NEIGHBOURS[unit]}
     facts |= {"sampling": config.dp_sampling} if config.dp == "client" else {}
     return {"privacy": {**facts, "delta": config.delta, "budget": config.epsilon}}
 

@@ -15,7 +15,8 @@ unseen. Each line is on disk before its event takes effect:
     verdicts   round, attempt, verdicts {client: code}, why {client: reason} of those refused
     privacy    round, attempt, unit, epsilon spent so far, clients; of dp=client also neighbours,
                mechanism, noise_multiplier, clip, sampling_probability, delta; before the noise of
-               a release is drawn, of dp=example before the round is committed
+               a release is drawn, of dp=example before the round is committed; where rows name
+               users also neighbours, users and unnamed: the clients whose rows do, and do not
     committed  round, state: sha256 of the checkpoint's tensors; after the checkpoint is on disk
     abandoned  round, attempt, why; the model is as it was
     paused     round, online, needed: too few members can be asked; ends with the next event

@@ -20,6 +20,7 @@ from corolla.host.heap import peak_rss
 from corolla.host.processes import uninterrupted
 from corolla.interfaces import Strategy
 from corolla.models import records
+from corolla.privacy.guarantee import Unit
 from corolla.server.rounds.call import RoundCall
 from corolla.server.rounds.cohort import read_trace
 from corolla.server.rounds.federation import Federation
@@ -115,7 +116,8 @@ class Run:
     def _start(self, journal: Journal) -> Course:
         """Everything before the first round: checked, in the journal and in run.json."""
         federation = self._federation(journal.past)
-        account = open_account(federation, journal.past)
+        unit: Unit = "user" if self.facts.get("per_user") else "example"
+        account = open_account(federation, journal.past, unit)
         committed = journal.past.committed
         found = checkpoint.load(self.folder / "checkpoint", committed) if self.resume else None
         model, seed = self.evaluator.model, self.config.seed
@@ -136,11 +138,11 @@ class Run:
             state=at.sha256,
             roster=dict(federation.clients),
             seats=dict(federation.seats),
-            **privacy_budget(self.config),
+            **privacy_budget(self.config, account.unit),
         )
         lines = committed_lines(self.folder, at.round)
         info = run_info(self.facts, federation, self.evaluator, account, self.keep_updates)
-        base = self._base(federation, untouched, info)
+        base = self._base(federation, untouched)
         write_info(self.folder, {**info, "base": base["metrics"], "status": "running"})
         self.observer.started({**info, "base": base["metrics"]}, at.round + 1)
         if self.keep_updates:
@@ -252,9 +254,7 @@ class Run:
         journal.append("committed", round=at.round, state=sha256)
         fail_point("committed", at.round)
 
-    def _base(
-        self, federation: Federation, state: Payload, info: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def _base(self, federation: Federation, state: Payload) -> dict[str, Any]:
         """Scores and answers of the untouched model: `state` is one of a zero update."""
         adapter = federation.strategy.adapter(state)
         metrics = self.evaluator.examine(adapter)

@@ -54,6 +54,7 @@ def set_up(config: RunConfig, run_id: str | None, deployed: bool = False) -> Set
         "model_sha256": base.fingerprint,
         "data_sha256": dataset.fingerprint,
         "clients_left_out": dataset.left_out,
+        **({"per_user": True} if config.dp == "example" and dataset.names_users else {}),
         **({"availability_sha256": trace.sha256} if trace else {}),
     }
     model = trainable.build(config, base)

@@ -98,6 +98,7 @@ def status(folder: Path) -> Status:
     known = [entry for entry in entries if entry["event"] in ("started", "resumed")]
     state, why, killed = _state(entries[-1], living)
     promised: Mapping[str, Any] = _last(known, "privacy") or {}
+    spent = [entry for entry in entries if entry["event"] == "privacy"]
     replies = _told(entries, promised)
     members = _members(replies)
     return Status(
@@ -122,9 +123,9 @@ def status(folder: Path) -> Status:
         epsilon=_epsilon(entries, lines),
         budget=promised.get("budget"),
         delta=promised.get("delta"),
-        unit=str(promised.get("unit", "")),
+        unit=str(_last([promised, *spent], "unit") or ""),
         sampling=str(promised.get("sampling", "")),
-        neighbours=str(promised.get("neighbours", "")),
+        neighbours=str(_last([promised, *spent], "neighbours") or ""),
         last_round_seconds=_last(lines, "seconds"),
         verdicts=dict(sorted(Counter(c for e in replies for c in e["verdicts"].values()).items())),
         members=members,

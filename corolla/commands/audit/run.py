@@ -13,13 +13,14 @@ from typing import Any, Literal
 import torch
 
 from corolla.commands.audit import bound, canaries
+from corolla.commands.audit.done import DoneRun, load, refuse_devices
 from corolla.commands.audit.membership import Attack, attack
 from corolla.commands.audit.watched import ONE_RUN, Watched, run_here, run_with
 from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.data.encoding import Encoded, Encoder, collate
 from corolla.data.partition import Split
-from corolla.data.rows import Example
+from corolla.data.rows import Example, unit_of
 from corolla.errors import ConfigError
 from corolla.evaluation.scoring import log_likelihoods, loss_sum
 from corolla.host.files import scratch_folder
@@ -27,7 +28,7 @@ from corolla.interfaces import Strategy
 from corolla.models.trainable import Differentiable, Trainable
 from corolla.privacy.guarantee import Guarantee
 from corolla.server.rounds.federation import Federation
-from corolla.server.runs.setup import Setup, set_up
+from corolla.server.runs.setup import Setup
 from corolla.types import Payload
 
 Unit = Literal["example", "client"]
@@ -68,6 +69,8 @@ class Audit:
     ceiling: float
     """The largest lower bound that so many guesses can prove, all of them right."""
     confidence: float = CONFIDENCE
+    of: DoneRun | None = None
+    """The run whose settings were audited; None: settings that were given."""
 
     @property
     def lower_bound(self) -> float:
@@ -82,7 +85,8 @@ class Audit:
     def to_json(self) -> dict[str, Any]:
         claimed = self.claimed.to_json() if self.claimed else None
         return {
-            **asdict(replace(self, claimed=None)),
+            **asdict(replace(self, claimed=None, of=None)),
+            "of": self.of and self.of.to_json(),
             "claimed": claimed,
             "lower_bound": self.lower_bound,
             "refuted": self.refuted,
@@ -98,9 +102,12 @@ class Membership:
     """By how the model was trained: `dp=example` or `dp=client`, and `dp=none`."""
     losses: Mapping[str, float]
     """The held-out loss of the same models, and that of the `base` model."""
+    of: DoneRun | None = None
+    """The run whose settings were audited; None: settings that were given."""
 
     def to_json(self) -> dict[str, Any]:
         return {
+            "of": self.of and self.of.to_json(),
             "claimed": self.claimed.to_json() if self.claimed else None,
             "attacks": {name: asdict(found) for name, found in self.attacks.items()},
             "losses": dict(self.losses),
@@ -108,12 +115,16 @@ class Membership:
 
 
 def audit(
-    config: RunConfig, count: int = 1000, guesses: int | None = None, unit: Unit | None = None
+    config: RunConfig,
+    count: int = 1000,
+    guesses: int | None = None,
+    unit: Unit | None = None,
+    of: DoneRun | None = None,
 ) -> Audit:
     """Toss a coin for each canary, run the federation, guess the coins from what it released.
 
     `unit` is what canaries are (default: what config.dp protects, else clients); `guesses` of how
-    many (default: a fifth of them). Raises ConfigError.
+    many (default: a fifth of them). `of`: a run that had this config. Raises ConfigError.
     """
     guesses = count // 5 if guesses is None else guesses
     unit = unit or ("example" if config.dp == "example" else "client")
@@ -123,7 +134,7 @@ def audit(
         raise ConfigError(f"dp={config.dp} protects each {config.dp}: canaries cannot be {unit}s")
     included = canaries.coins(count, config.seed)
     run = _audited_clients if unit == "client" else _audited_examples
-    scores, ran = run(config, included)
+    scores, ran = run(config, included, of)
     share = 1 - (1 - CONFIDENCE) / len(scores)  # all of them hold together (Bonferroni)
     proofs = []
     for name, values in scores.items():
@@ -141,37 +152,40 @@ def audit(
         rounds=len(ran.steps),
         proofs=proofs,
         ceiling=most,
+        of=of,
     )
 
 
-def membership(config: RunConfig) -> Membership:
+def membership(config: RunConfig, of: DoneRun | None = None) -> Membership:
     """Train as asked and, with differential privacy, once more without: who can be recognised?
 
     Members are the training examples of the clients that took part, the others are held-out
     examples of the same clients; an example is scored by how much lower its loss has become.
     """
+    refuse_devices(of)
     attacks: dict[str, Attack] = {}
     losses: dict[str, float] = {}
     claimed: Guarantee | None = None
     for dp in dict.fromkeys((config.dp, "none")):
         asked = config if dp == config.dp else _without_dp(config)
-        loaded = set_up(asked, None)
+        loaded = load(asked, of)
         run = run_here(asked, loaded)
         attacks[f"dp={dp}"] = _attacked(asked, loaded, run)
         losses |= {"base": run.base, f"dp={dp}": run.final}
         if dp != "none":
             claimed = run.claim
-    return Membership(claimed, attacks, losses)
+    return Membership(claimed, attacks, losses, of)
 
 
 def _audited_clients(
-    config: RunConfig, included: Sequence[bool]
+    config: RunConfig, included: Sequence[bool], of: DoneRun | None
 ) -> tuple[dict[str, list[float]], Watched]:
     """Scores of canary clients."""
     clients = canaries.names(len(included))
     config = config.model_copy(update={"eval_examples": _FEW, **ONE_RUN})
-    loaded = set_up(config, None)
-    cohort = _cohort(config, len(loaded.data.clients), len(clients))
+    loaded = load(config, of)
+    population = of.clients if of else len(loaded.data.clients)
+    cohort = _cohort(config, population, len(clients))
     config = config.model_copy(update={"clients": None, "cohort": cohort})
     strategy = build_strategy(config)
     fresh = cache(lambda spec: loaded.model.init(spec, 0))
@@ -201,14 +215,17 @@ def _cohort(config: RunConfig, population: int, count: int) -> int:
 
 
 def _audited_examples(
-    config: RunConfig, included: Sequence[bool]
+    config: RunConfig, included: Sequence[bool], of: DoneRun | None
 ) -> tuple[dict[str, list[float]], Watched]:
     """Scores of canary examples in one client's data."""
+    refuse_devices(of)
     config = config.model_copy(update={"cohort": 1, "eval_examples": _FEW, **ONE_RUN})
-    loaded = set_up(config, None)
+    loaded = load(config, of)
     name, split = next(iter(loaded.data.clients.items()))
     tokenizer, labels = loaded.model.base.tokenizer, loaded.data.labels
     made = canaries.examples(tokenizer, labels, len(included), config.max_length, config.seed)
+    if unit_of(split.train) == "user":  # each canary is a user of its own, with one row
+        made = [replace(example, user=f"canary {i}") for i, example in enumerate(made)]
     there = [example for example, coin in zip(made, included, strict=True) if coin]
     own = Split([*split.train, *there], split.eval)
     run = run_here(config, replace(loaded, data=replace(loaded.data, clients={name: own})))

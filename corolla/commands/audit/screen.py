@@ -4,12 +4,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from corolla.commands.audit.done import DoneRun
 from corolla.commands.audit.run import Audit, Membership
 from corolla.privacy.guarantee import Guarantee
 
 
 def print_audit(console: Console, audit: Audit) -> None:
     """What was claimed, what was proven, what could have been proven."""
+    _print_run(console, audit.of)
     _print_claim(console, audit.claimed)
     table = Table("score", "right guesses", "lower bound on epsilon")
     for proof in audit.proofs:
@@ -32,6 +34,7 @@ def print_audit(console: Console, audit: Audit) -> None:
 
 def print_membership(console: Console, membership: Membership) -> None:
     """Both models side by side."""
+    _print_run(console, membership.of)
     _print_claim(console, membership.claimed)
     table = Table("trained with", "AUC", "TPR at 1 % FPR", "members", "others", "held-out loss")
     for name, attack in membership.attacks.items():
@@ -50,6 +53,16 @@ def print_membership(console: Console, membership: Membership) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _print_run(console: Console, of: DoneRun | None) -> None:
+    if of:
+        stated = of.stated or "no differential privacy: epsilon ∞"
+        console.print(
+            f"run      {escape(str(of.folder))} says: {escape(stated)}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _print_claim(console: Console, claimed: Guarantee | None) -> None:

@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -20,6 +20,7 @@ from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.data import federated
 from corolla.data.federated import FederatedData
+from corolla.data.rows import counted
 from corolla.errors import ConfigError
 from corolla.models import anatomy, footprint
 from corolla.models.anatomy import Anatomy
@@ -34,7 +35,11 @@ from corolla.strategies import registry
 from corolla.types import LoraSpec, Params, TrainerName
 
 _POINTS = 10
-"""Rounds after which epsilon of examples is told: each takes a second."""
+"""Number of rounds after which epsilon of examples is told, at most."""
+
+_LEVELS = 100
+"""Number of epsilons of examples that are computed for these rounds: each takes a tenth of a
+second. The last round is told whatever that takes."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +174,7 @@ def plan(config: RunConfig, budget: int | None = None) -> CostEstimate:
         raise ConfigError(
             f"cohort {config.cohort} is larger than the {len(data.clients)} clients: lower it"
         )
-    promised = privacy(federation)
+    promised = privacy(federation, "user" if data.names_users else "example")
     sent = traffic(federation)
     batches = lengths.batches(federation, model, data, labels)
     return CostEstimate(
@@ -251,16 +256,17 @@ def duration(
     return Duration(flops, max(seconds), federation.cohort_size * statistics.fmean(seconds))
 
 
-def privacy(federation: Federation) -> Privacy | None:
+def privacy(federation: Federation, unit: Literal["example", "user"] = "example") -> Privacy | None:
     """What differential privacy will promise; with dp=example to the client it promises least.
 
-    That is the smallest or the largest of its class: examples of the smallest are drawn most often,
-    for which noise that is made for a budget makes up.
+    Every distinct number of examples is looked at: more of them are drawn less often each, in steps
+    that go up by whole epochs, so that epsilon rises and falls with the number. Clients of a run
+    count by the same function (accounting.epsilon); rounds that are abandoned cost them more.
     """
     config = federation.config
     if config.dp == "none":
         return None
-    account = open_account(federation, Past())
+    account = open_account(federation, Past(), unit)
     if why := account.ended(federation, 1):
         raise ConfigError(why)
     if account.level:
@@ -273,16 +279,18 @@ def privacy(federation: Federation) -> Privacy | None:
     for client, examples in federation.clients.items():
         sizes.setdefault(federation.class_of(client), set()).add(examples)
     levels = [
-        example_level.example_level(config.of_class(name), examples)
+        example_level.example_level(config.of_class(name), examples, unit)
         for name, own in sizes.items()
-        for examples in sorted({min(own), max(own)})
+        for examples in sorted(own)
     ]
+    distinct = {own.release: own for own in levels}.values()
     often = config.participations or config.rounds
+    points = max(1, min(_POINTS, _LEVELS // len(distinct)))
     after = {
         number: max(
-            (own.guarantee(min(often, number)) for own in levels), key=lambda own: own.epsilon
+            (own.guarantee(min(often, number)) for own in distinct), key=lambda own: own.epsilon
         )
-        for number in calibration.planned_rounds(config.rounds, _POINTS)
+        for number in calibration.planned_rounds(config.rounds, points)
     }
     noises = [own.noise_multiplier for own in levels]
     return Privacy(after, (min(noises), max(noises)))
@@ -297,7 +305,7 @@ def _federation(config: RunConfig, model: Anatomy, data: FederatedData, labels: 
         shapes = {} if in_place else footprint.trained_shapes(model, own, labels)
         return {name: torch.zeros(shape) for name, shape in shapes.items()}
 
-    numbers = {client: len(split.train) for client, split in data.clients.items()}
+    numbers = {client: counted(config.dp, split.train) for client, split in data.clients.items()}
     return Federation("0" * 32, config, strategy, numbers, fresh)
 
 
@@ -322,9 +330,13 @@ def _classes(config: RunConfig) -> list[tuple[RunConfig, TrainerName]]:
 
 
 def _steps(config: RunConfig, data: FederatedData) -> float:
-    """Local steps of a client in a round, on average."""
+    """Local steps of a client in a round, on average, each of a batch of rows.
+
+    A step of users takes as many rows more as a user has.
+    """
+    numbers = [(len(own.train), counted(config.dp, own.train)) for own in data.clients.values()]
     return statistics.fmean(
-        schedule.steps_per_round(config, len(split.train)) for split in data.clients.values()
+        schedule.steps_per_round(config, units) * rows / units for rows, units in numbers
     )
 
 

@@ -1,3 +1,4 @@
+import hashlib
 import itertools
 import json
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from corolla.config.run import RunConfig
 from corolla.data import federated
 from corolla.data.federated import FederatedData
-from corolla.data.rows import Example, read_rows
+from corolla.data.rows import Example, counted, read_rows, unit_of
 from corolla.errors import ConfigError, DataError
 
 # pyarrow warns about how datasets sorts, flwr-datasets about each attempt of a Dirichlet draw
@@ -67,6 +68,16 @@ def everything(found: FederatedData) -> list[str]:
         ({"text": "a", "label": 0}, Example("a", label="0")),
         ({"text": "a", "label": None, "client_id": None}, Example("a")),
         ({"text": "a", "client_id": 7}, Example("a", client="7")),
+        ({"text": "a", "client_id": 0}, Example("a", client="0")),
+        ({"text": "a", "client_id": ""}, Example("a")),
+        ({"text": "a", "client_id": " \t\u00a0"}, Example("a")),
+        ({"text": "a", "client_id": float("nan")}, Example("a")),
+        ({"text": "a", "client_id": " b "}, Example("a", client=" b ")),
+        ({"text": "a", "user_id": 12}, Example("a", user="12")),
+        ({"text": "a", "user_id": "u", "client_id": "c"}, Example("a", client="c", user="u")),
+        ({"text": "a", "user_id": None}, Example("a")),
+        ({"text": "a", "user_id": "\n "}, Example("a")),
+        ({"text": "a", "user_id": float("nan")}, Example("a")),
         ({"text": "a", "client_id": "../x"}, Example("a", client="../x")),
         ({"text": "a", "split": "train"}, Example("a", split="train")),
         ({"text": "a", "split": "dev"}, Example("a", split="validation")),
@@ -122,6 +133,7 @@ def test_every_form_of_row_is_read(rows: Rows, row: object, wanted: Example) -> 
         ('{"text": "a", "split": ["train"]}', "split"),
         ('{"text": "half a pair: \\ud800"}', "text"),
         ('{"text": "a", "client_id": "\\ud800"}', "client_id"),
+        ('{"text": "a", "user_id": "\\ud800"}', "user_id"),
     ],
 )
 def test_a_row_that_cannot_be_used_is_named(rows: Rows, line: str, reason: str) -> None:
@@ -257,9 +269,108 @@ def test_as_many_clients_as_asked_or_none(rows: Rows, fraction: float) -> None:
 
 
 def test_natural_needs_client_ids(rows: Rows) -> None:
-    lines = [*numbered(20, client_id="a"), {"text": "b"}]
     with pytest.raises(DataError, match="needs client_id in every row"):
-        load(rows(lines), partition="natural")
+        load(rows(numbered(20)), partition="natural")
+
+
+NOBODY: list[dict[str, Any]] = [
+    {},
+    {"client_id": None},
+    {"client_id": ""},
+    {"client_id": "  "},
+    {"client_id": float("nan")},
+]
+
+
+@pytest.mark.parametrize("nobody", NOBODY)
+@pytest.mark.parametrize("partition", ["auto", "natural"])
+def test_rows_of_nobody_among_those_of_clients_are_refused(
+    rows: Rows, nobody: dict[str, Any], partition: str
+) -> None:
+    """The first of them is named by its line, empty ones counted."""
+    own = numbered(79, client_id="c0")
+    path = rows([*own[:40], "", {"text": "x", **nobody}, *own[40:], {"text": "y", **nobody}])
+    with pytest.raises(DataError) as caught:
+        load(path, partition=partition)
+    assert str(caught.value) == (
+        f"{path}: 2 of 81 rows have no client_id, the first is line 42; all or none must, or "
+        f"--set partition=iid deals all rows out at random"
+    )
+
+
+def test_at_random_rows_are_dealt_out_whoever_they_are_of(rows: Rows) -> None:
+    path = rows([*numbered(79, client_id="c0"), {"text": "x"}])
+    found = load(path, partition="iid", clients=4)
+    assert sorted(found.clients) == [f"client-{i}" for i in range(4)]
+    assert len(everything(found)) == 80
+
+
+@pytest.mark.parametrize("nobody", NOBODY)
+@pytest.mark.parametrize("split", [{}, {"split": "test"}])
+def test_held_out_rows_and_those_of_a_device_all_name_a_client_or_none_does(
+    rows: Rows, nobody: dict[str, Any], split: dict[str, str]
+) -> None:
+    path = rows([{"text": "x", **nobody}, *numbered(79, client_id="c0", **split)])
+    why = "1 of 80 rows have no client_id, the first is line 1; all or none must$"
+    with pytest.raises(DataError, match=why):
+        heldout(path)
+    plain: dict[str, Any] = {}
+    for private in (plain, *PRIVATE):
+        with pytest.raises(DataError, match=why):
+            private_device(path, **private)
+    nobodys = rows([{**row, **nobody} for row in numbered(20)])
+    assert len(heldout(nobodys).heldout) == 20
+
+
+@pytest.mark.parametrize("nobody", [None, "", " ", float("nan")])
+@pytest.mark.parametrize("partition", ["natural", "iid"])
+def test_with_dp_of_examples_all_rows_name_a_user_or_none_does(
+    rows: Rows, nobody: object, partition: str
+) -> None:
+    """However they are dealt out: one row would decide what is protected. Else it has no effect."""
+    own = [{**row, "user_id": f"u{i % 5}"} for i, row in enumerate(numbered(79, client_id="c"))]
+    path = rows([*own, {"text": "x", "client_id": "c", "user_id": nobody}])
+    private: dict[str, Any] = {"dp": "example", "noise_multiplier": 1.0}
+    why = "1 of 80 rows have no user_id, the first is line 80; all or none must$"
+    with pytest.raises(DataError, match=why):
+        load(path, partition=partition, **private)
+    with pytest.raises(DataError, match=why):
+        private_device(path, **private)
+    assert load(path, partition=partition).clients.keys() == (
+        load(rows(own), partition=partition).clients.keys()
+    )
+
+
+def test_what_a_client_counts_in(rows: Rows) -> None:
+    own = [{**row, "user_id": f"u{i % 5}"} for i, row in enumerate(numbered(30, client_id="c"))]
+    found = load(rows(own)).clients["c"].train
+    assert (unit_of(found), unit_of([Example("a")]), unit_of([])) == ("user", "example", "example")
+    assert [counted(dp, found) for dp in ("none", "client", "example")] == [24, 24, 5]
+    assert counted("example", [Example("a"), Example("a")]) == 2
+
+
+def test_of_a_hub_the_row_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lines are of no file; the fingerprint is that of the rows' content alone."""
+    table: list[dict[str, Any]] = [
+        {"text": "a", "client_id": "c"},
+        {"text": "b", "client_id": None},
+    ]
+    monkeypatch.setattr("datasets.load_dataset", lambda name: {"train": table})
+    with pytest.raises(DataError, match="1 of 2 rows have no client_id, the first is row 2"):
+        load("some/set")
+    content = [
+        {
+            "text": row["text"],
+            "prompt": None,
+            "label": None,
+            "client": row["client_id"],
+            "split": "train",
+            "choices": [],
+        }
+        for row in table
+    ]
+    wanted = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    assert read_rows("some/set")[1] == wanted
 
 
 def test_too_many_clients_are_refused(rows: Rows) -> None:

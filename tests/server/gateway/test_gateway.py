@@ -246,6 +246,22 @@ def test_one_phones_own_metrics_do_not_spoil_the_gateways_reply(
     assert found.metrics == {"loss": 3.0}
 
 
+def test_that_one_phone_counts_users_is_not_lost_among_others() -> None:
+    """Nor among many names of a phone's own."""
+    task = gateways.a_task(CONFIG, seats=3)
+    packets = [gateways.update_of(task, f"gate/p{i}", 1.0, 1) for i in range(3)]
+    told = [messages.unpack_reply(packet, len(packet.payload)) for packet in packets]
+    own = {f"own{number}": 1.0 for number in range(limits.MAX_METRICS)}
+    metrics = [{"epsilon": 1.0, "per_user": 1.0}, {"epsilon": 2.0}, own]
+    sent = [
+        (f"gate/p{i}", 1, None, messages.pack_reply(replace(reply, metrics=said)))
+        for i, (reply, said) in enumerate(zip(told, metrics, strict=True))
+    ]
+    packet = prepare(task).merge("gate", sent)
+    found = messages.unpack_reply(packet, len(packet.payload))
+    assert found.metrics == {"epsilon": 2.0, "per_user": pytest.approx(1 / 3)}
+
+
 @pytest.mark.parametrize("robust", ["none", "median"])
 def test_a_reply_that_was_damaged_since_it_was_judged_is_left_out(robust: str) -> None:
     """Also of a bundle, which would be refused as a whole."""

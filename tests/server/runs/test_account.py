@@ -112,11 +112,41 @@ def test_the_population_is_that_of_the_start() -> None:
 
 def test_clients_say_what_their_examples_have_cost() -> None:
     account = begun(dp="example", epsilon=8.0)
-    assert account.hear({"ada": 1.5, "ben": 0.5})["epsilon"] == 1.5
-    assert account.hear({"ben": 0.7}) == {"unit": "example", "epsilon": 1.5, "clients": ["ben"]}
+    assert account.hear({"ada": {"epsilon": 1.5}, "ben": {"epsilon": 0.5}})["epsilon"] == 1.5
+    heard = account.hear({"ben": {"epsilon": 0.7}, "cyd": {"loss": 9.0}})
+    assert heard == {"unit": "example", "epsilon": 1.5, "clients": ["ben"]}
     found = account.guarantee()
     assert found and (found.unit, found.epsilon, found.budget) == ("example", 1.5, 8.0)
     assert "2 clients" in found.line()
+
+
+def test_the_unit_is_what_clients_say() -> None:
+    """A gateway says the part of its phones; a resumed run knows what was said before."""
+    user, row = {"epsilon": 1.0, "per_user": 1.0}, {"epsilon": 2.0}
+    account = begun(dp="example", epsilon=8.0)
+    assert account.unit == "example"
+    first = account.hear({"ada": user, "cyd": {"loss": 1.0, "per_user": 1.0}})
+    assert (account.unit, first["unit"], first["users"]) == ("user", "user", ["ada"])
+    assert first["neighbours"] == "add or remove one user of a client, with all rows"
+    second = account.hear({"ben": row})
+    assert (account.unit, second["unit"]) == ("example or user", "example or user")
+    found = account.guarantee()
+    assert found and "Poisson sampling of examples or users" in found.line()
+    assert "one user of a client with all rows where these name users" in found.line()
+    for notes, unit in (([first], "user"), ([first, second], "example or user")):
+        notes = [{"event": "privacy", "round": 1, "attempt": 0, **note} for note in notes]
+        assert begun(before=past(notes), dp="example", epsilon=8.0).unit == unit
+    gate = begun(dp="example", epsilon=8.0)
+    assert gate.hear({"gate": {**user, "per_user": 0.4}})["unit"] == "example or user"
+    assert gate.hear({"gate": user})["unit"] == "example or user"  # others of its phones were there
+    for other in (row, {**row, "per_user": 0.5}):
+        phones = begun(dp="example", epsilon=8.0)
+        heard = [phones.hear({"gate": told}) for told in (user, other)]
+        assert [note["unit"] for note in heard] == ["user", "example or user"]
+        notes = [{"event": "privacy", "round": 1, "attempt": 0, **note} for note in heard]
+        assert begun(before=past(notes), dp="example", epsilon=8.0).unit == "example or user"
+    odd = begun(dp="example", epsilon=8.0)
+    assert odd.hear({"ada": {**user, "per_user": -3.0}})["unit"] == "example"
 
 
 def test_a_client_is_asked_as_often_as_it_may_train_on_its_examples() -> None:

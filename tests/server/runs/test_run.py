@@ -295,7 +295,9 @@ def test_kept_updates_let_anybody_check_the_mean(settings: Settings, tmp_path: P
     assert all(torch.equal(final[n], t) for n, t in read(folder / "global" / "round-002").items())
 
 
-@pytest.mark.parametrize("hostile", ["../x", "a/b", "..", "日本", "<script>alert(1)</script>", ""])
+@pytest.mark.parametrize(
+    "hostile", ["../x", "a/b", "..", "日本", "<script>alert(1)</script>", " x "]
+)
 def test_names_of_clients_stay_inside_the_folder(
     settings: Settings, tmp_path: Path, with_report: None, hostile: str
 ) -> None:

@@ -15,11 +15,13 @@ from typer.testing import CliRunner
 
 from corolla import seeds
 from corolla.cli.app import app
-from corolla.commands.audit import canaries, run
+from corolla.commands.audit import canaries, done, run, watched
 from corolla.commands.audit.run import Audit, Proof
+from corolla.commands.simulate.in_process import simulate
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
-from corolla.privacy import guarantee, randomness
+from corolla.privacy import accounting, guarantee, randomness
+from corolla.privacy.accounting import Release
 from corolla.privacy.client_level import ClientLevel
 from corolla.privacy.clipped_sum import ClippedSum
 from corolla.privacy.example_level import ExampleLevel
@@ -317,3 +319,136 @@ def test_the_command(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert told["refuted"]
     assert told["lower_bound"] > told["claimed"]["epsilon"]
     assert (told["canaries"], told["guesses"], told["unit"]) == (60, 30, "client")
+
+
+def test_canaries_among_users_are_users(home: Path, tmp_path: Path, settings: Settings) -> None:
+    """One row each, in a client of four users: 4 and the canaries that are in."""
+    rows = [json.loads(line) for line in (home / "data.jsonl").read_text().splitlines()]
+    rows = [{**row, "user_id": i % 4, "split": "train"} for i, row in enumerate(rows)]
+    rows += [{**rows[0], "split": split} for split in ("validation", "test")]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    private = {"dp": "example", "noise_multiplier": 2.0, "delta": 1e-3, "batch_size": 2}
+    config = settings(data=str(tmp_path / "data.jsonl"), local_steps=1, **private)
+    found = run.audit(config, count=20, guesses=4)
+    assert found.claimed is not None
+    assert found.claimed.unit == "user"
+    wanted = accounting.epsilon([Release(2.0, 2 / (4 + found.included), 1)], 1e-3)
+    assert found.claimed.epsilon == pytest.approx(wanted, rel=1e-6)
+
+
+# --- of a run that has been ----------------------------------------------------------------------
+
+
+def audited(*words: str) -> tuple[int, str]:
+    said = CliRunner().invoke(app, ["audit", *words])
+    return said.exit_code, said.output
+
+
+def ran(folder: Path, config: RunConfig) -> Mapping[str, Any]:
+    """A run in `folder`: what its run.json says."""
+    simulate(config, folder)
+    told: Mapping[str, Any] = json.loads((folder / "run.json").read_text())
+    return told
+
+
+FEW = {"clip": 0.01, "eval_examples": 4, "local_steps": 1}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"strategy": "ffa_lora", "dp": "client", "epsilon": 0.5, "rounds": 2},
+        {"strategy": "fed_sb", "dp": "client", "noise_multiplier": 3.0, "dp_sampling": "poisson"},
+        {"dp": "example", "epsilon": 2.0, "delta": 1e-4, "batch_size": 2},
+    ],
+)
+def test_a_run_is_audited_as_it_was(
+    tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """Every setting of it that its privacy rests on; --json and the table name it."""
+    config = settings(cohort=2, **FEW, **changes)
+    told = ran(tmp_path / "run", config)
+    seen: list[RunConfig] = []
+    whole = watched.run_with
+
+    def noted(given: RunConfig, *rest: Any) -> Any:
+        seen.append(given)
+        return whole(given, *rest)
+
+    monkeypatch.setattr(run, "run_with", noted)
+    monkeypatch.setattr(watched, "run_with", noted)
+    code, said = audited(str(tmp_path / "run"), "--canaries", "20", "--json")
+    assert code == 0, said
+    found = json.loads(said)
+    assert found["of"] == {"folder": str(tmp_path / "run"), "stated": told["privacy"]["line"]}
+    assert (found["unit"], found["rounds"]) == (config.dp, config.rounds)
+    (given,) = seen
+    ours = {"cohort", "clients", *watched.ONE_RUN, "eval_examples"}
+    assert given.model_dump(exclude=ours) == config.model_dump(exclude=ours)
+    if config.dp == "client":
+        assert found["claimed"]["epsilon"] == pytest.approx(told["privacy"]["epsilon"])
+    code, said = audited(str(tmp_path / "run"), "--canaries", "20")
+    assert f"says: {told['privacy']['line']}" in said
+
+
+def test_membership_of_a_run(tmp_path: Path, settings: Settings) -> None:
+    told = ran(tmp_path / "run", settings(**{**FEW, "clip": 1.0}))
+    assert "privacy" not in told
+    code, said = audited(str(tmp_path / "run"), "--membership", "--json")
+    assert code == 0, said
+    assert json.loads(said)["of"]["stated"] is None
+    code, said = audited(str(tmp_path / "run"), "--membership")
+    assert "says: no differential privacy" in said
+
+
+def test_a_run_under_way_says_what_it_has_spent(tmp_path: Path, settings: Settings) -> None:
+    """Its run.json is of its start, when that was nothing: the journal knows."""
+    config = settings(cohort=2, **FEW, dp="client", noise_multiplier=3.0)
+    told = ran(tmp_path / "run", config)
+    told = {name: value for name, value in told.items() if name != "ended"}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(told))
+    wanted = f"not at its end, epsilon {told['privacy']['epsilon']:.4g} so far at delta 1e-05"
+    assert done.read(tmp_path / "run").stated == wanted
+
+
+def edited(folder: Path, **changes: Any) -> None:
+    told = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**told, **changes}))
+
+
+def test_what_is_no_run_is_refused_in_one_line(tmp_path: Path, settings: Settings) -> None:
+    folder = tmp_path / "run"
+    ran(folder, settings(cohort=2, **FEW, dp="example", noise_multiplier=1.0, delta=1e-4))
+
+    def refusal(*words: str) -> tuple[int, str]:
+        code, said = audited(*words)
+        assert said.startswith("error: ")
+        assert said.count("\n") == 1
+        return code, said
+
+    for other in (tmp_path, folder / "adapter", folder / "run.json", tmp_path / "nowhere"):
+        code, said = refusal(str(other))
+        assert (code, "is no run's folder, it has no run.json" in said) == (2, True)
+    code, said = refusal(str(folder), "--epsilon", "3", "--set", "lr=1", "--local-steps", "2")
+    assert (code, "leave out --set, --local-steps, --epsilon" in said) == (2, True)
+    before = (folder / "run.json").read_text()
+    edited(folder, model_sha256="0" * 64)
+    assert "is not what" in refusal(str(folder))[1]
+    edited(folder, **json.loads(before) | {"data_sha256": "0" * 64})
+    assert "the data (" in refusal(str(folder))[1]
+    edited(folder, **json.loads(before) | {"own_devices": True})
+    for words in ((), ("--membership",)):
+        assert "are on its clients' devices" in refusal(str(folder), *words)[1]
+    for torn in (before[: len(before) // 2], "[]", '{"config": {}}'):
+        (folder / "run.json").write_text(torn)
+        assert "cannot be read" in refusal(str(folder))[1]
+
+
+def test_of_a_server_the_number_of_its_clients_counts(tmp_path: Path, settings: Settings) -> None:
+    """Its data are what it measures on: they say nothing of who was there to be drawn."""
+    changes = {"dp": "client", "noise_multiplier": 3.0, "dp_sampling": "poisson", "cohort": 2}
+    ran(tmp_path / "run", settings(**FEW, **changes))
+    edited(tmp_path / "run", own_devices=True, num_clients=4)
+    code, said = audited(str(tmp_path / "run"), "--canaries", "20", "--json")
+    assert code == 0, said
+    assert "q = 0.5" in json.loads(said)["claimed"]["how"]

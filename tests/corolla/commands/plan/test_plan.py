@@ -1,19 +1,30 @@
 """What `corolla plan` says is what then happens."""
 
 import json
+import random
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
+from dp_accounting.pld import PLDAccountant
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from corolla.cli.app import app
-from corolla.commands.plan.plan import plan
+from corolla.commands.plan.plan import Privacy, plan, privacy
 from corolla.commands.simulate.in_process import simulate
+from corolla.config.build import build_strategy
 from corolla.config.load import load
+from corolla.config.run import RunConfig
 from corolla.privacy.accounting import gaussian_epsilon
+from corolla.privacy.example_level import example_level
+from corolla.privacy.ledger import Ledger
+from corolla.server.rounds.federation import Federation
 
 SMALL = ["clients=4", "cohort=2", "rounds=2", "local-steps=2", "batch-size=4", "eval-examples=8"]
 SMALL += ["eval-clients=2", "eval-client-examples=4", "max-length=64", "threads=1"]
@@ -124,6 +135,124 @@ def test_of_examples_the_worst_client_is_told(tmp_path: Path, noise: dict[str, f
     else:
         assert found.noise == (2.0, 2.0)
         assert f"q = {4 / 7:.4g}" in found.end.line()
+
+
+def counted(config: RunConfig, sizes: Sequence[int]) -> Privacy:
+    """What is planned for clients of so many training examples."""
+    numbers = {f"c{i}": size for i, size in enumerate(sizes)}
+    found = privacy(Federation("0" * 32, config, build_strategy(config), numbers, lambda spec: {}))
+    assert found is not None
+    return found
+
+
+def ledgers(config: RunConfig, sizes: Sequence[int], folder: Path) -> list[float]:
+    """The largest epsilon in the ledgers of these clients after each round of a run of all."""
+    most = []
+    levels = [example_level(config, size) for size in sizes]
+    files = [Ledger(folder / f"{i}.jsonl") for i in range(len(sizes))]
+    for round in range(1, config.rounds + 1):
+        for ledger, level in zip(files, levels, strict=True):
+            ledger.spend("run", round, level.release)
+        most.append(max(ledger.epsilon(config.delta, "run") for ledger in files))
+    return most
+
+
+def by_dp_accounting(config: RunConfig, size: int) -> float:
+    """Epsilon of a client of `size` examples, from dp-accounting and the text of the settings."""
+    epochs, batch = config.local_epochs, config.batch_size
+    steps = -(-size // batch) * epochs if epochs else config.local_steps
+    assert config.noise_multiplier is not None
+    one = PoissonSampledDpEvent(min(1.0, batch / size), GaussianDpEvent(config.noise_multiplier))
+    accountant = PLDAccountant(
+        NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=1e-3
+    )
+    accountant.compose(one, steps * config.rounds)
+    return float(accountant.get_epsilon(config.delta))
+
+
+def test_epsilon_of_a_size_between_smallest_and_largest(tmp_path: Path) -> None:
+    """17 examples in batches of 16 take two steps, in which each is drawn nearly always."""
+    config = RunConfig(
+        dp="example", noise_multiplier=1.0, delta=1e-3, rounds=2, batch_size=16, local_epochs=1
+    )
+    found = counted(config, [16, 17, 400])
+    assert found.end.epsilon == pytest.approx(7.268, abs=2e-3)
+    assert found.end.epsilon == ledgers(config, [16, 17, 400], tmp_path)[-1]
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 60), min_size=1, max_size=5),
+    batch=st.integers(4, 32),
+    steps=st.sampled_from([{"local_epochs": 1}, {"local_epochs": 2}, {"local_steps": 3}]),
+    rounds=st.integers(1, 3),
+    noise=st.floats(1.5, 4.0),
+)
+def test_a_run_never_spends_more_than_was_planned(
+    sizes: list[int], batch: int, steps: dict[str, int], rounds: int, noise: float
+) -> None:
+    """As much where all clients take part in each round; dp-accounting says the same."""
+    config = RunConfig(
+        dp="example",
+        noise_multiplier=noise,
+        delta=1e-3,
+        rounds=rounds,
+        batch_size=batch,
+        **steps,
+    )
+    found = counted(config, sizes)
+    with tempfile.TemporaryDirectory() as folder:
+        spent = ledgers(config, sizes, Path(folder))
+    assert {number: own.epsilon for number, own in found.after.items()} == dict(
+        enumerate(spent, start=1)
+    )
+    oracle = max(by_dp_accounting(config, size) for size in sizes)
+    assert found.end.epsilon == pytest.approx(oracle, rel=2e-3, abs=2e-3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nor_with_noise_that_is_made_for_a_budget(tmp_path: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    sizes = [draw.randint(1, 200) for _ in range(5)]
+    config = RunConfig(
+        dp="example", epsilon=3.0, delta=1e-3, rounds=4, batch_size=draw.randint(4, 32)
+    )
+    found = counted(config, sizes)
+    spent = ledgers(config, sizes, tmp_path)
+    assert {number: own.epsilon for number, own in found.after.items()} == dict(
+        enumerate(spent, start=1)
+    )
+    assert 2.99 <= found.end.epsilon <= 3.0
+    noises = [example_level(config, size).noise_multiplier for size in sizes]
+    assert found.noise == (min(noises), max(noises))
+
+
+def test_the_run_says_what_the_plan_said(tmp_path: Path) -> None:
+    """Plan, terminal and run.json; with three clients that all take part in both rounds."""
+    rows = [
+        {"client_id": name, "text": f"{name} {i}", "split": "train"}
+        for name, number in (("a", 4), ("b", 5), ("c", 12))
+        for i in range(number)
+    ]
+    rows += [{"client_id": "a", "text": split, "split": split} for split in ("val", "test")]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = ["rounds=2", "local-epochs=1", "batch-size=4", f"data={tmp_path / 'data.jsonl'}"]
+    own += ["cohort=3", "delta=1e-3", "noise-multiplier=1"]
+    config = load(None, {"dp": "example"}, [*SMALL[-3:], *own])
+    found = plan(config).privacy
+    assert found is not None
+    summary = simulate(config, tmp_path / "run")
+    told = json.loads((tmp_path / "run" / "run.json").read_text())["privacy"]
+    assert told["epsilon"] == found.end.epsilon
+    assert f"epsilon {found.end.epsilon:.4g} " in told["line"]
+    assert summary.privacy == told["line"]
+
+
+def test_many_sizes_leave_out_rounds_on_the_way() -> None:
+    """The last one is told, of all sizes."""
+    config = RunConfig(dp="example", noise_multiplier=2.0, delta=1e-4, rounds=20, local_epochs=1)
+    assert len(counted(config, range(8, 16)).after) == 10
+    assert list(counted(config, range(8, 200, 2)).after) == [20]
 
 
 def test_the_plan_of_privacy_is_shown() -> None:
