@@ -5,7 +5,7 @@ import os
 import sys
 import tempfile
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,9 +15,41 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from corolla.errors import ArtefactError
-from corolla.evaluation import reader
-from corolla.evaluation.reader import Answer, Request
 from corolla.host.supervised import Child
+
+ROWS, LOGITS, ANSWER = "rows.safetensors", "logits.safetensors", "answer.json"
+"""Files in the folder of a request: what is read, and what comes back."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to load, how, and the folder (absolute) where rows are and answers go."""
+
+    scratch: str
+    saved: str
+    """Folder of the adapter, which names its base model, or of a whole model."""
+    whole: bool
+    labels: int
+    """Classes of a classifier; 0: a model that generates."""
+    dtype: str
+    quantised: dict[str, Any]
+    """What BitsAndBytesConfig is told; empty for a base that is not quantised."""
+    device: str
+    threads: int
+    seed: int
+    pad_id: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was found beside the logits."""
+
+    loss: float
+    """Mean of the cross-entropy over all targets of the rows, in nats."""
+    stored: str
+    """sha256 of the tensors that the checkpoint of the base (or of the whole model) has."""
+    drawn: list[str]
+    """Names of tensors that neither the checkpoint nor what was saved has: they are random."""
 
 
 class OtherProcess:
@@ -58,7 +90,7 @@ class OtherProcess:
         """What it finds in `rows`, and the logits. Raises ArtefactError when it fails."""
         told = {name: tensor.cpu().contiguous() for name, tensor in rows.items()}
         try:
-            save_file(told, self._folder / reader.ROWS)
+            save_file(told, self._folder / ROWS)
         except (OSError, SafetensorError) as error:  # a full disk
             raise ArtefactError(f"rows for another process cannot be written: {error}") from error
         asked = asdict(Request(scratch=str(self._folder), **request))
@@ -67,8 +99,8 @@ class OtherProcess:
             why = self._child.last_words(mark=";", silent="no output, ").removeprefix("error: ")
             raise ArtefactError(f"{request['saved']} cannot be loaded in another process: {why}")
         try:
-            answer = Answer(**json.loads((self._folder / reader.ANSWER).read_text()))
-            return answer, load_file(self._folder / reader.LOGITS)["logits"]
+            answer = Answer(**json.loads((self._folder / ANSWER).read_text()))
+            return answer, load_file(self._folder / LOGITS)["logits"]
         except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
             raise ArtefactError(
                 f"{request['saved']}: the other process gave no answer: {error}"

@@ -8,7 +8,7 @@ answer is two files in the folder of the request; what fails is one line that be
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,46 +20,14 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from corolla.evaluation.other_process import ANSWER, LOGITS, ROWS, Answer, Request
 from corolla.host.processes import when_orphaned
 from corolla.tensors import tree
 
-ROWS, LOGITS, ANSWER = "rows.safetensors", "logits.safetensors", "answer.json"
-"""Files in the folder of a request: what is read, and what comes back."""
 _VALUES = 1 << 24
 """Logits that are compared at most: 64 MB, whatever the vocabulary."""
 _IGNORE = -100
 """Label of a token that is no target, to torch and transformers."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to load, how, and the folder (absolute) where rows are and answers go."""
-
-    scratch: str
-    saved: str
-    """Folder of the adapter, which names its base model, or of a whole model."""
-    whole: bool
-    labels: int
-    """Classes of a classifier; 0: a model that generates."""
-    dtype: str
-    quantised: dict[str, Any]
-    """What BitsAndBytesConfig is told; empty for a base that is not quantised."""
-    device: str
-    threads: int
-    seed: int
-    pad_id: int
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What was found beside the logits."""
-
-    loss: float
-    """Mean of the cross-entropy over all targets of the rows, in nats."""
-    stored: str
-    """sha256 of the tensors that the checkpoint of the base (or of the whole model) has."""
-    drawn: list[str]
-    """Names of tensors that neither the checkpoint nor what was saved has: they are random."""
 
 
 @torch.no_grad()

@@ -14,8 +14,7 @@ from corolla import seeds
 from corolla.config.run import RunConfig
 from corolla.errors import ArtefactError
 from corolla.evaluation import reader
-from corolla.evaluation.other_process import OtherProcess
-from corolla.evaluation.reader import Answer
+from corolla.evaluation.other_process import Answer, OtherProcess
 from corolla.models import pretrained
 from corolla.models.trainable import Trainable
 from corolla.server.runs.evaluate import Evaluator
