@@ -123,7 +123,8 @@ def _number(annotation: type, bounds: tuple[Any, ...]) -> str:
     limits = {
         word: getattr(b, name) for b in bounds for name, word in words.items() if _has(b, name)
     }
-    said = "".join(f" {word} {limit:g}" for word, limit in limits.items() if limit < 2**31)
+    forms = {word: str(n) if annotation is int else f"{n:g}" for word, n in limits.items()}
+    said = "".join(f" {word} {form}" for word, form in forms.items() if limits[word] < 2**62)
     return ("whole number" if annotation is int else "number") + said
 
 

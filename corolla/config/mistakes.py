@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 from corolla.config.groups import ClientClass
 from corolla.errors import ConfigError
 from corolla.host.text import nearest
+from corolla.wire.ranges import RANGES
 
 MEANINGS: Mapping[str, str] = {
     **dict.fromkeys(("learning_rate", "base_lr", "rate"), "lr"),
@@ -91,11 +92,22 @@ def first_of(error: ValidationError, fields: Mapping[str, FieldInfo]) -> ConfigE
         return unknown(name, ClientClass.model_fields if outer else fields, ".".join(outer))
     where = ".".join(path).replace("_", "-")
     message = str(first["msg"]).removeprefix("Value error, ")
+    if first["type"] in _OUTSIDE and path[-1] in RANGES:
+        message = f"expected a {RANGES[path[-1]]}"
     if first["type"] in _FORMS and len(path) == 1:
         example = json.dumps((fields[path[0]].examples or [None])[0], separators=(",", ":"))
         message = f"expected a {_FORMS[first['type']]} such as {example}"
     return ConfigError(f"{where}: {message}, found {first['input']!r}" if where else message)
 
+
+_OUTSIDE = (
+    "greater_than_equal",
+    "less_than_equal",
+    "finite_number",
+    "int_from_float",
+    "int_parsing_size",
+)
+"""What pydantic calls a number that is out of range."""
 
 _FORMS: Mapping[str, Any] = {"list_type": "list", "dict_type": "table"}
 """What pydantic says a value is not → what it should be."""

@@ -4,6 +4,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from corolla.wire.ranges import RANGES
+
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -12,6 +14,11 @@ class Section(BaseModel):
     """Settings that cannot be changed, and have no others beside them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def within(name: str) -> Any:
+    """The bounds of a number that a server chooses for its clients, for an annotation."""
+    return Field(ge=RANGES[name].least, le=RANGES[name].most)
 
 
 def key(

@@ -37,7 +37,7 @@ def make(settings: Settings, tmp_path: Path) -> Callable[..., Worker]:
         folder: str = "memory",
         **changes: Any,
     ) -> Worker:
-        config = settings(**changes)
+        config = settings(**{"rounds": 9, **changes})
         model = trainable.build(config, pretrained.load(config))
         own = federation or federated.load(config)
         return Worker(config, model, own, Memory(tmp_path / folder), record, on_step)

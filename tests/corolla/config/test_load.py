@@ -115,9 +115,9 @@ def test_names_of_strategies_may_have_dashes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "names"),
     [
-        (["rounds=0"], ["rounds", "greater than or equal to 1", "0"]),
+        (["rounds=0"], ["rounds", "whole number from 1 to 100000", "found 0"]),
         (["rounds=many"], ["rounds", "integer", "'many'"]),
-        (["lr=-1"], ["lr", "greater than 0"]),
+        (["lr=-1"], ["lr", "number from 1e-30 to 1e+06"]),
         (["lr=0"], ["lr"]),
         (["batch-size=0"], ["batch-size"]),
         (["eval_fraction=1"], ["eval-fraction", "less than 1"]),

@@ -86,7 +86,7 @@ def test_where_nothing_is_near_a_few_keys_are_named_and_many_are_not() -> None:
             "unknown strategy 'fedav': did you mean 'fedavg'?, or name your own as module:Class or "
             "FILE.py:Class",
         ),
-        ({"rounds": 0}, "rounds: Input should be greater than or equal to 1, found 0"),
+        ({"rounds": 0}, "rounds: expected a whole number from 1 to 100000, found 0"),
         ({"cohort": 3, "clients": 2}, "cohort 3 is larger than clients 2"),
         ({"ranks": 4}, "ranks: expected a list such as [4,8], found 4"),
         (

@@ -16,7 +16,7 @@ from tests.corolla.config.configs import load, refused
         (["participations=3"], "participations=3 is for dp=example or dp=client"),
         (["separation=3"], "separation=3 is for dp=client, found dp=none"),
         (["dp=client"], "dp=client needs epsilon"),
-        (["dp=client", "noise-multiplier=1e-9"], "greater than or equal to 0.001"),
+        (["dp=client", "noise-multiplier=1e-9"], "expected a number from 0.001 to 1e+06"),
         (["dp=example"], "dp=example needs epsilon"),
         (["dp=client", "epsilon=8", "noise-multiplier=1"], "give one of them"),
         (
