@@ -216,7 +216,8 @@ class Worker:
         the same.
         """
         settings = TaskSettings.from_json(task.config)
-        ranges.check("round", task.round, Range(1, self.config.rounds))
+        earliest = int(task.kind == Kind.TRAIN)  # 0 is the base model's
+        ranges.check("round", task.round, Range(earliest, self.config.rounds))
         sent = self.downlink.open(task, settings.like)
         for group in task.cached.keys() & sent.keys():
             self.memory.keep(group, sent[group], task.cached[group])

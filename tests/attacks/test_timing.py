@@ -1,7 +1,7 @@
 """How long an answer takes, with one long row among short ones and without it.
 
 A test cannot lean on a clock: what it compares is every operation of torch with the shapes that it
-is given. experiments/bench/private_rows.py measures seconds of the CPU.
+is given. experiments/bench/private_step.py measures seconds of the CPU.
 """
 
 from collections import Counter
