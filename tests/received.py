@@ -36,7 +36,7 @@ def told(settings: dict[str, Any], number: Number) -> str:
     """The settings of a task, as JSON text, with the number in its place."""
     found = json.loads(json.dumps(settings))
     found["class"] = CLASS
-    own = {"lr": 0.01}
+    own: dict[str, Any] = {}
     found["run"]["classes"] = {CLASS: own}
     place = {
         "run": found["run"],

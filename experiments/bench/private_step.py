@@ -50,7 +50,7 @@ import json, sys, time, torch
 from experiments.bench import private_step as bench
 options = bench.Options(**json.loads(sys.argv[1]))
 torch.set_num_threads(options.threads or torch.get_num_threads())
-found = bench.setting("lora", options)
+found = bench.setting(sys.argv[2], options)
 private = bench.level(found, options)
 for line in sys.stdin:
     wall, cpu = time.perf_counter(), time.process_time()
@@ -197,8 +197,8 @@ def rows(options: Options) -> Section:
         times = in_turn(contenders, options.repetitions)
         for name, took in times.items():
             section.times(name, took, 1e3 / options.steps, "ms")
-        without, with_it = times.values()
-        name = f"a long row / none, {size} at a time"
+        without, with_it = ([Took(own.cpu, own.cpu) for own in took] for took in times.values())
+        name = f"a long row / none, {size} at a time, CPU"
         section.ratio(name, with_it, without, at_most=LONG_ROW)
     return section
 
@@ -208,29 +208,31 @@ def before(options: Options) -> Section:
     if not options.before:
         return Section("before: nothing to compare with, see --before")
     here = Path(__file__).resolve().parents[2]
-    own = {name: value for name, value in asdict(options).items() if name != "before"}
-    checkouts = {"before": Path(options.before), "now": here}
-    children = {name: _child(path, json.dumps(own)) for name, path in checkouts.items()}
-    times: dict[str, list[Took]] = {name: [] for name in children}
-    try:
-        for repetition in range(options.repetitions + 1):  # the first does not count
-            for name in list(children)[:: -1 if repetition % 2 else 1]:
-                times[name].append(_round_of(children[name]))
-    finally:
-        for child in children.values():
-            child.kill()
     section = Section(
-        f"before: {options.model}, LoRA, {options.batch} x {options.length} random tokens, fp32"
+        f"before: {options.model}, {options.batch} x {options.length} random tokens, fp32"
     )
-    for name, took in times.items():
-        section.times(f"private step {name}", took[1:], 1e3 / options.steps, "ms")
-    section.ratio("now / before", times["now"][1:], times["before"][1:], at_most=BEFORE)
+    for parameters in ("lora", "full"):
+        checkouts = {"before": Path(options.before), "now": here}
+        children = {name: _child(path, parameters, options) for name, path in checkouts.items()}
+        times: dict[str, list[Took]] = {name: [] for name in children}
+        try:
+            for repetition in range(options.repetitions + 1):  # the first does not count
+                for name in list(children)[:: -1 if repetition % 2 else 1]:
+                    times[name].append(_round_of(children[name]))
+        finally:
+            for child in children.values():
+                child.kill()
+        for name, took in times.items():
+            section.times(f"{parameters}: private step {name}", took[1:], 1e3 / options.steps, "ms")
+        now, earlier = times["now"][1:], times["before"][1:]
+        section.ratio(f"{parameters}: now / before", now, earlier, at_most=BEFORE)
     return section
 
 
-def _child(checkout: Path, options: str) -> "subprocess.Popen[str]":
+def _child(checkout: Path, parameters: str, options: Options) -> "subprocess.Popen[str]":
+    own = {name: value for name, value in asdict(options).items() if name != "before"}
     return subprocess.Popen(
-        [sys.executable, "-c", _CHILD, options],
+        [sys.executable, "-c", _CHILD, json.dumps(own), parameters],
         cwd=checkout,
         env={**os.environ, "PYTHONPATH": str(checkout)},
         stdin=subprocess.PIPE,

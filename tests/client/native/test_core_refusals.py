@@ -163,12 +163,12 @@ def test_numbers_that_a_server_may_choose(make: Make, tmp_path: Path) -> None:
 
 def test_numbers_that_are_no_contribution(make: Make) -> None:
     """A device that diverges says so."""
-    case = make(optimizer="sgd", lr=1e6, clip_norm=None)
+    case = make(optimizer="sgd", lr=1e6, weight_decay=1e6, clip_norm=None)
     assert "lower lr" in refused(case, case.task())
 
 
 def test_a_walk_that_diverges(make: Make) -> None:
-    case = make(strategy="seed_pool", lr=1e6, eps=1e-2, local_steps=6)
+    case = make(strategy="seed_pool", lr=1e6, alpha=1e6, eps=1e-2, local_steps=6)
     assert "lower lr" in refused(case, case.task(), "loss")
 
 
