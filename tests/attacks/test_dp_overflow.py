@@ -19,6 +19,8 @@ from corolla.client.training import dpsgd, private
 from corolla.client.training.first_order import FirstOrder
 from corolla.config import load
 from corolla.config.run import RunConfig
+from corolla.data.encoding import Encoder
+from corolla.data.rows import Example
 from corolla.errors import ConfigError, DivergedError
 from corolla.privacy.example_level import ExampleLevel
 from corolla.privacy.randomness import clip_factors
@@ -45,22 +47,16 @@ def devices(tiny_model: Path, tmp_path: Path) -> dict[int, Trainer]:
     return {n: device(tmp_path / str(n), tiny_model, [ROW] * n) for n in (FEWER, MORE)}
 
 
-def query(server: Server, trainer: Trainer) -> dict[str, Any]:
+def query(server: Server) -> dict[str, Any]:
     """Settings at which one clip more overflows in fp32, found on a row that the server knows."""
-    example = trainer._data(trainer._config({}), ()).clients["ada"].train[0]
-    resident = trainer._first
-    assert resident is not None
-    [own] = dpsgd_encoder(resident[1], example)
+    row = Example(ROW["response"], prompt=ROW["prompt"])
+    [own] = private.sequences(Encoder(server.model.base.tokenizer, (), 32), [row])
     start = {n: 100 * t if n.endswith("lora_A") else t for n, t in server.start.items()}
     gradient = server.gradient(own.input_ids, own.targets, start)
     size = float(torch.cat([g.double().flatten() for g in gradient.values()]).norm())
     peak = max(float(g.double().abs().max()) for g in gradient.values())
     clip = LARGEST / ((FEWER + 0.5) * peak / size)
     return {"clip": clip, "alpha": 2 * clip / size, "start": start}
-
-
-def dpsgd_encoder(base: Any, example: Any) -> Any:
-    return private.sequences(private.Encoder(base.tokenizer, (), 32), [example])
 
 
 def in_fp32(total: dict[str, Tensor], gradients: Params, clip: float) -> None:
@@ -107,7 +103,7 @@ def defenceless(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_defences_one_row_more_is_seen_whatever_the_noise(
     server: Server, devices: dict[int, Trainer]
 ) -> None:
-    asked = query(server, devices[FEWER])
+    asked = query(server)
     for noise in (1.0, 100.0):
         task = server.task(noise_multiplier=noise, **asked)
         assert answer(devices[FEWER], task).error == ""
@@ -127,9 +123,9 @@ def shown(reply: Reply) -> tuple[object, ...]:
 
 
 def test_the_same_query_is_refused_before_a_row_is_looked_at(
-    server: Server, devices: dict[int, Trainer], monkeypatch: pytest.MonkeyPatch
+    server: Server, devices: dict[int, Trainer]
 ) -> None:
-    asked = query(server, devices[FEWER])
+    asked = query(server)
     for trainer in devices.values():
         reply = answer(trainer, server.task(**asked))
         assert "alpha: expected a number from 1e-06 to 1e+06, found" in reply.error
@@ -180,8 +176,8 @@ def test_no_sum_overflows_or_vanishes(dtype: torch.dtype) -> None:
         assert float((sums[1] - sums[0]).norm()) <= 1 + 1e-9
         if ranges.RANGES["clip"].holds(clip):
             level = ExampleLevel(MORE, 1024, clip, noise, 1e-5, 1)
-            for total in sums:
-                assert bool(level.noised({"w": total})["w"].isfinite().all())
+            for summed in sums:
+                assert bool(level.noised({"w": summed})["w"].isfinite().all())
 
 
 def test_a_clip_out_of_range_is_no_setting() -> None:

@@ -32,11 +32,11 @@ ROWS = {
 }
 
 
-class Work(TorchDispatchMode):
+class Work(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch says no types
     """Each operation with the shapes and types of the tensors that it is given."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.done: Counted = Counter()  # the tensors of a message have no order
 
     def __torch_dispatch__(
@@ -57,7 +57,8 @@ def works(tiny_model: Path, tmp_path: Path) -> Callable[..., Counted]:
         server = Server.of(tiny_model, **changes)
         trainer = device(tmp_path / str(next(count)), tiny_model, [SHORT] * 11 + [last])
         for round in (1, 2):
-            with Work() as seen:
+            seen = Work()
+            with seen:
                 assert answer(trainer, server.task(round)).error == ""
         return seen.done
 
