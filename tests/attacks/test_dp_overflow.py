@@ -133,9 +133,12 @@ def test_the_same_query_is_refused_before_a_row_is_looked_at(
 
 
 def asked_for(dtype: str) -> Iterator[tuple[int, float, float]]:
-    """Seed, clip and noise multiplier of each end-to-end query: every clip, the others in turn."""
-    at = 0 if dtype == "float32" else 1
-    yield from zip(itertools.cycle([*SEEDS][at:]), CLIPS, itertools.cycle([*NOISES][at:]))
+    """Seed, clip and noise multiplier of each query of devices: every clip, the others in turn.
+
+    Of a base in half precision, which is read anew for each setting, every third clip.
+    """
+    clips = CLIPS if dtype == "float32" else CLIPS[::3]
+    yield from zip(itertools.cycle(SEEDS), clips, itertools.cycle(NOISES), strict=False)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -154,7 +157,7 @@ def test_two_devices_answer_alike_at_every_clip(
         answered += fewer[0] == ""
         assert spent == [answered] * 2, (clip, seed, noise)
         assert (fewer[0] == "") == (ranges.RANGES["clip"].holds(clip)), fewer[0]
-    assert answered == 21
+    assert answered == (21 if dtype == "float32" else 7)
 
 
 def lines(trainer: Trainer) -> list[str]:
