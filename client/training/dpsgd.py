@@ -11,6 +11,11 @@ gradient would depend on the lengths of all others, and the sum could move by fa
 
 Where rows name users, all records of a user are one example: its gradient is the sum of those of
 its records, and is clipped once.
+
+A server chooses C and the weights that gradients are taken at, so no value of them may make the sum
+tell more than the noise covers: sums are in fp64 and in units of C (Casacuberta et al., "Widespread
+Underestimation of Sensitivity in Differentially Private Libraries", CCS 2022, arXiv 2207.10635, for
+what rounding and overflow do otherwise), and an example with which something goes wrong adds zero.
 """
 
 import math
@@ -26,9 +31,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from corolla.client.training.padding import blank, padded
 from corolla.data.encoding import IGNORE, Encoded, collate
 from corolla.errors import DataError, ModelError
 from corolla.evaluation.scoring import loss_sum, sequence_losses
+from corolla.host import logs
 from corolla.models.trainable import Differentiable
 from corolla.privacy.example_level import ExampleLevel
 from corolla.privacy.randomness import clip_factors
@@ -39,6 +46,11 @@ _RULES = (nn.Linear, nn.LayerNorm)
 
 _SLICE = 1 << 20
 """Values of a gradient whose norm is taken at a time: fp64 is twice as wide."""
+
+_SYNTHETIC = 9
+"""Tokens that synthetic examples are padded to: more than the longest has."""
+
+_log = logs.logger("worker")
 
 _tested: WeakKeyDictionary[nn.Module, set[tuple[frozenset[str], bool]]] = WeakKeyDictionary()
 """Model → (trained tensors, whether in batches) whose clipped gradients have been found right."""
@@ -75,7 +87,11 @@ def records(example: Example) -> list[Example]:
 
 def shares(example: Example) -> list[float]:
     """1 / the targets of the record of each sequence: so weighted, losses are means of records."""
-    return [1 / sum(sequence.targets for sequence in own) for own in records(example) for _ in own]
+    return [
+        1 / max(1, sum(sequence.targets for sequence in own))
+        for own in records(example)
+        for _ in own
+    ]
 
 
 def batches(private: ExampleLevel, known: Sequence[Example]) -> Iterator[list[Example]]:
@@ -93,6 +109,8 @@ class Clipper:
     plain backpropagation of one sequence at a time: slower, in the memory of one gradient, and
     right for any model. In half precision, and with quantised weights, a sequence rounds otherwise
     beside others of other lengths, so much that one example could move the sum by more than C.
+
+    With a `length`, the work of a step depends on the number of examples alone.
     """
 
     def __init__(
@@ -101,9 +119,14 @@ class Clipper:
         trained: Mapping[str, nn.Parameter],
         size: int,
         seen: Callable[[Params], Params] = lambda gradients: gradients,
+        length: int | None = None,
     ) -> None:
-        """`seen` maps gradients by name, (n, ...), to those of what is trained in their place."""
+        """`seen` maps gradients by name, (n, ...), to those of what is trained in their place.
+
+        `length`: tokens that each sequence is padded to; None: as many as the longest beside it.
+        """
         self._model = model
+        self._length = length
         self.trained = trained
         self._seen = seen
         alone = not (_in_fp32(model.model) and _have_rules(model.model, trained.values()))
@@ -116,22 +139,26 @@ class Clipper:
             yield self
 
     def __call__(self, batch: Sequence[Example], clip: float) -> dict[str, Tensor]:
-        """Σ over examples of min(1, clip / |g|) g; |g| is the joint L2 norm over all tensors.
+        """Σ over examples of g / max(clip, |g|), |g| the joint L2 norm over all tensors, in fp64.
 
-        An example with anything that is not finite adds nothing. One that does not reach a tensor
-        (an expert it was not routed to) has a gradient of zeros there. Raises ModelError when, in
-        a batch, gradients of a tensor cannot be told apart.
+        It is in units of the clip. An example with anything that is not finite adds nothing, and a
+        sequence that fails (memory that runs out, a length that was not planned for) has a gradient
+        of zeros, also where it does not reach a tensor (an expert it was not routed to). An example
+        without sequences costs what another costs.
         """
         nothing = {name: p.new_zeros(1, *p.shape) for name, p in self.trained.items()}
-        total = {name: tensor[0] for name, tensor in self._seen(nothing).items()}
-        batch = [example for example in batch if example]
+        total = {
+            name: torch.zeros(t.shape[1:], dtype=torch.float64, device=_with_fp64(t.device))
+            for name, t in self._seen(nothing).items()
+        }
+        batch = [example or [blank(self._model)] for example in batch]
         rows = [(k, sequence) for k, example in enumerate(batch) for sequence in example]
         shared = [share for example in batch for share in shares(example)]
         begun: Params = {}  # the gradient so far of an example that goes on in the next part
         for at in range(0, len(rows), self.size):
             part, after = rows[at : at + self.size], rows[at + self.size :][:1]
             weights = shared[at : at + self.size]
-            gradients = self.gradients([sequence for _, sequence in part], weights)
+            gradients = self._answered([sequence for _, sequence in part], weights)
             gradients = _by_owner(gradients, [k for k, _ in part])
             for name, tensor in begun.items():
                 gradients[name][0] += tensor
@@ -142,19 +169,40 @@ class Clipper:
             _add_clipped(total, gradients, clip)
         return total
 
+    def _answered(self, part: Sequence[Encoded], weights: Sequence[float]) -> dict[str, Tensor]:
+        """`gradients`, each sequence by itself where they fail together; zeros of one that fails.
+
+        A failure may be due to a sequence, and an error would tell so: others are not to miss it.
+        """
+        try:
+            return self.gradients(part, weights)
+        except Exception as error:  # noqa: BLE001 - an error would tell of a row
+            _cleared(self._model.model)
+            if len(part) == 1:
+                _log.error("a sequence adds nothing", why=type(error).__name__)
+                nothing = {name: p.new_zeros(1, *p.shape) for name, p in self.trained.items()}
+                return dict(self._seen(nothing))
+        pairs = zip(part, weights, strict=True)
+        alone = [self._answered([sequence], [weight]) for sequence, weight in pairs]
+        return {name: torch.cat([own[name] for own in alone]) for name in alone[0]}
+
     def gradients(self, part: Sequence[Encoded], weights: Sequence[float]) -> dict[str, Tensor]:
-        """Gradients of weight · summed loss, by sequence: name → (sequences, ...)."""
-        batch = collate(part, self._model.base.pad_id, self._model.device)
-        losses = sequence_losses(self._model.model, batch)
+        """Gradients of weight · summed loss, by sequence: name → (sequences, ...).
+
+        Raises ModelError when gradients of a tensor cannot be told apart.
+        """
+        losses = sequence_losses(self._model.model, padded(self._model, part, self._length))
         (losses @ losses.new_tensor(weights)).backward()  # type: ignore[no-untyped-call]
         found: dict[str, Tensor] = {}
         for name, parameter in self.trained.items():
             held: Any = parameter
-            if self.size > 1:
+            reached, held.grad = held.grad, None
+            if reached is None:
+                gradient = held.new_zeros(len(part), *held.shape)
+            elif self.size > 1:
                 gradient, held.grad_sample = held.grad_sample, None
             else:
-                gradient = torch.zeros_like(held)[None] if held.grad is None else held.grad[None]
-            held.grad = None
+                gradient = reached[None]
             if not isinstance(gradient, Tensor) or gradient.shape != (len(part), *held.shape):
                 raise ModelError(_apart(name))
             found[name] = gradient
@@ -166,15 +214,18 @@ def self_test(
     ready: Callable[[], Mapping[str, nn.Parameter]],
     names: Collection[str],
     size: int,
+    fixed: bool = False,
 ) -> None:
     """`compare` synthetic examples, once for a model and a set of trained tensors in a process.
 
-    `ready` makes the model train the tensors of these names, `size` sequences at a time. No private
-    example is looked at, and no chance is in it: whether a model fails tells nothing of the data.
+    `ready` makes the model train the tensors of these names, `size` sequences at a time, of one
+    length where it is `fixed`. No private example is looked at, and no chance is in it: whether a
+    model fails tells nothing of the data.
     """
     this, done = (frozenset(names), size > 1), _tested.setdefault(model.model, set())
     if this not in done:
-        compare(model, Clipper(model, ready(), size), synthetic(model))
+        length = _SYNTHETIC if fixed else None
+        compare(model, Clipper(model, ready(), size, length=length), synthetic(model))
         done.add(this)
 
 
@@ -216,14 +267,16 @@ def compare(model: Differentiable, clipper: Clipper, batch: Sequence[Example]) -
                     wanted[name] += tensor * min(1.0, clip / norm)
         try:
             with clipper.attached():
-                found = clipper(batch, clip)
+                sequences = [sequence for example in batch for sequence in example]
+                clipper.gradients(sequences, [1.0] * len(sequences))  # an error here is an error
+                found = {name: clip * total.cpu() for name, total in clipper(batch, clip).items()}
         except ModelError as error:
             raise SelfTestError(str(error)) from error
         except (TypeError, ValueError, AttributeError, NotImplementedError) as error:
             raise SelfTestError(_apart(type(error).__name__)) from error
     scale = _norm(wanted.values())
     for name, tensor in wanted.items():
-        if not _norm([found[name] - tensor]) <= 1e-4 * max(_norm([tensor]), scale / 10):
+        if not _norm([found[name] - tensor.cpu()]) <= 1e-4 * max(_norm([tensor]), scale / 10):
             raise SelfTestError(
                 "dp=example: in a batch, the gradients of examples are not what they are alone; "
                 "the model mixes them, or hooks do not see all of it: use micro_batch_size=1"
@@ -231,15 +284,13 @@ def compare(model: Differentiable, clipper: Clipper, batch: Sequence[Example]) -
 
 
 def lively(start: Params) -> Params:
-    """`start` with small random values where a tensor is zero, as B is at first.
+    """Small random values in the form of `start`, always the same.
 
-    Behind a factor of zeros all gradients are zero, and nothing can be compared.
+    Behind a factor of zeros all gradients are zero, and nothing can be compared; behind one that a
+    server made huge, rounding alone would fail the comparison.
     """
     draw = torch.Generator().manual_seed(0)
-    return {
-        name: tensor if tensor.any() else 0.02 * torch.randn(tensor.shape, generator=draw)
-        for name, tensor in start.items()
-    }
+    return {name: 0.02 * torch.randn(t.shape, generator=draw) for name, t in start.items()}
 
 
 @contextmanager
@@ -254,9 +305,18 @@ def _hooks(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         hooks.cleanup()
-        for module in model.modules():  # of a pass that was broken off
-            for left in ("activations", "max_batch_len"):
-                module.__dict__.pop(left, None)
+        _cleared(model)
+
+
+def _cleared(model: nn.Module) -> None:
+    """Takes off a model what a pass that was broken off has left on it."""
+    for module in model.modules():
+        for left in ("activations", "max_batch_len"):
+            module.__dict__.pop(left, None)
+    for parameter in model.parameters():
+        parameter.grad = None
+        if getattr(parameter, "grad_sample", None) is not None:
+            parameter.grad_sample = None  # type: ignore[attr-defined]
 
 
 def _in_fp32(model: nn.Module) -> bool:
@@ -293,15 +353,17 @@ def _by_owner(gradients: Params, owners: Sequence[int]) -> dict[str, Tensor]:
 
 
 def _add_clipped(total: Params, gradients: Params, clip: float) -> None:
-    """Add Σ_i min(1, clip / |g_i|) g_i to `total`, with nothing of a g_i that is not finite."""
+    """Add Σ_i g_i / max(clip, |g_i|) to `total`, in fp64, with nothing of a g_i not finite."""
     of_each = torch.stack([_norms(tensor) for tensor in gradients.values()])
     norms = torch.linalg.vector_norm(of_each, dim=0)
-    factors = clip_factors(norms, clip)
-    factors[factors < torch.finfo(torch.float32).tiny] = 0  # it would be rounded up too much
+    factors = clip_factors(norms / clip, 1.0) / clip  # of fp32 and a clip in range: never infinite
     for name, tensor in gradients.items():
-        if not bool(norms.isfinite().all()):
-            tensor = tensor.nan_to_num(0, 0, 0)  # 0 · inf is no 0
-        total[name] += torch.tensordot(factors.to(tensor.dtype).to(tensor.device), tensor, 1)
+        sums = total[name].view(-1)
+        rows, own = _flat(tensor).to(sums.device), factors.to(sums.device)
+        for part, summed in zip(
+            *(torch.split(t, _SLICE, dim=-1) for t in (rows, sums)), strict=True
+        ):
+            summed += own @ part.double().nan_to_num_(0, 0, 0)  # 0 · inf is no 0
 
 
 def _by_hand(
@@ -324,15 +386,23 @@ def _norms(rows: Tensor) -> Tensor:
 
     A sum of squares in fp32 loses percents where there are many values.
     """
-    flat = rows.detach().unsqueeze(-1).flatten(1)
-    if flat.device.type == "mps":
-        flat = flat.cpu()  # the device has no fp64
+    flat = _flat(rows)
     parts = [
         torch.linalg.vector_norm(part, dim=1, dtype=torch.float64)
-        for part in torch.split(flat, _SLICE, dim=1)
+        for part in torch.split(flat.to(_with_fp64(flat.device)), _SLICE, dim=1)
     ]
     norms: Tensor = torch.linalg.vector_norm(torch.stack(parts), dim=0)
     return norms.cpu()
+
+
+def _flat(rows: Tensor) -> Tensor:
+    """(n, ...) as (n, values)."""
+    return rows.detach().unsqueeze(-1).flatten(1)
+
+
+def _with_fp64(device: torch.device) -> torch.device:
+    """The device itself, or the CPU where it has no fp64."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def _norm(tensors: Collection[Tensor]) -> float:

@@ -73,7 +73,9 @@ class FirstOrder:
                     self.on_step(tokens)
         params = trained.finish()
         if not all(bool(torch.isfinite(t).all()) for t in params.values()):
-            raise DivergedError("weights are not finite after local training: lower lr")
+            if not self.private:
+                raise DivergedError("weights are not finite after local training: lower lr")
+            params = dict(start)  # there is an answer whatever the noise has made of the weights
         return gradients.outcome(params, steps, distance)
 
     def _gradients(self) -> Gradients:

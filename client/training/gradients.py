@@ -136,12 +136,14 @@ class PrivateGradients:
         with training(self.model.model, dropout):
             dpsgd.self_test(
                 self.model,
-                lambda: trained.write(dpsgd.lively(trained.written())),
+                lambda: trained.rehearse(dpsgd.lively(trained.written())),
                 trained.names,
                 size,
+                fixed=True,
             )
         parameters = trained.write(trained.written())
-        clipper = dpsgd.Clipper(self.model, parameters, size, trained.seen)
+        length = self.config.max_length
+        clipper = dpsgd.Clipper(self.model, parameters, size, trained.seen, length)
         with training(self.model.model, dropout), clipper.attached():
             yield self._iterate(trained, known, clipper)
 
@@ -153,7 +155,7 @@ class PrivateGradients:
             gradients = self.private.noised(clipper(batch, self.private.clip))
             for name, parameter in stepped.items():
                 parameter.grad = gradients[name].to(parameter.device)
-            yield sum(len(sequence.input_ids) for example in batch for sequence in example)
+            yield self.config.max_length * len(batch)
 
     def outcome(self, params: Params, steps: int, distance: float) -> Fit:
         """What is measured on the data stays here."""

@@ -3,24 +3,33 @@
 How its gradients are clipped and noised is in dpsgd.py; here is what surrounds the training.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from corolla.client.training.dpsgd import SelfTestError
 from corolla.config.run import RunConfig
+from corolla.data.encoding import Encoded, Encoder
+from corolla.data.rows import Example
 from corolla.errors import ArtefactError, ConfigError, CorollaError, RoundError, StoppedError
 from corolla.host import logs
 from corolla.interfaces import Client, ForwardTrainer, LocalTrainer
 from corolla.privacy.example_level import ExampleLevel
 from corolla.privacy.ledger import Ledger, Limit
-from corolla.types import PER_USER, Update
+from corolla.types import PER_USER, Payload, Update
 from corolla.wire.messages import Kind, Task
 
 _PUBLIC = ("local_steps",)
 """Metrics of training that are not measured on data."""
+
+_PUBLIC_ERRORS = (ConfigError, SelfTestError, StoppedError)
+"""Errors of settings, of who stops, and of the comparison before the first step: of no example."""
+
+_CHARACTERS = 32
+"""Characters of a row that are looked at for each token that it may have."""
 
 _log = logs.logger("worker")
 
@@ -122,6 +131,45 @@ def once(private: ExampleLevel) -> ExampleLevel:
     return replace(private, uniform=uniform)
 
 
+def sequences(encoder: Encoder, rows: Sequence[Example]) -> list[Encoded]:
+    """At most one sequence of each row, the start of a longer one, none of one that fails.
+
+    How long a row is decides neither how many sequences there are nor, beyond what may fill one,
+    how long it takes to make them; a failure would tell of the row.
+    """
+    longest = encoder.max_length - bool(encoder.labels)  # a mask of ones would be left out
+    encoder = replace(encoder, max_length=longest)
+    found, failed, shortened = list[Encoded](), 0, 0
+    for number, row in enumerate(rows):
+        most = _CHARACTERS * longest
+        prompt = None if row.prompt is None else row.prompt[:most]
+        try:
+            own = encoder(replace(row, text=row.text[:most], prompt=prompt))
+        except Exception:  # noqa: BLE001 - of a tokenizer, or of a row that it cannot take
+            own, failed = [], failed + 1
+        shortened += len(own) > 1 or len(row.text) > most
+        found += [replace(first, example=number) for first in own[:1]]
+    if failed or shortened:
+        _log.warning("rows in part", of=len(rows), not_encoded=failed, cut=shortened)
+    return found
+
+
+def answered(with_rows: Callable[[], Update], without: Callable[[], Update]) -> Update:
+    """An update made with a client's rows; where that fails, one made without any: noise alone.
+
+    Raises ConfigError, SelfTestError and StoppedError, which no row decides, and RoundError where
+    the update fails without rows as well.
+    """
+    try:
+        return with_rows()
+    except _PUBLIC_ERRORS:
+        raise
+    except Exception as error:  # noqa: BLE001 - an error would tell of rows
+        _log.error("trained without rows", why=_why(error))
+    with withheld():
+        return without()
+
+
 @contextmanager
 def withheld() -> Iterator[None]:
     """Keeps for the owner's log what goes wrong while an update is made from examples.
@@ -131,18 +179,32 @@ def withheld() -> Iterator[None]:
     """
     try:
         yield
-    except (ConfigError, SelfTestError, StoppedError):
+    except _PUBLIC_ERRORS:
         raise
     except Exception as error:
-        # The text of an error of other code may be of the data.
-        why = str(error) if isinstance(error, CorollaError) else type(error).__name__
-        _log.error("not trained", why=why)
+        _log.error("not trained", why=_why(error))
         raise RoundError("this device could not train; its own log says why") from error
 
 
 def published(update: Update, private: ExampleLevel, epsilon: float) -> Update:
-    """An update with what is known without its data, and what its run has cost with it."""
+    """An update with what is known without its data, and what its run has cost with it.
+
+    Values that are not finite, after noise and whatever a strategy makes of it, become 0.
+    """
     known = {name: update.metrics[name] for name in _PUBLIC if name in update.metrics}
     most = min(private.examples, private.steps * private.batch)
     unit = {PER_USER: 1.0} if private.unit == "user" else {}
-    return replace(update, num_examples=most, metrics={**known, "epsilon": epsilon, **unit})
+    metrics = {**known, "epsilon": epsilon, **unit}
+    return Update(_finite(update.payload), most, metrics, _finite(update.keep))
+
+
+def _finite(payload: Payload) -> Payload:
+    return {
+        group: {name: torch.nan_to_num(tensor, 0, 0, 0) for name, tensor in params.items()}
+        for group, params in payload.items()
+    }
+
+
+def _why(error: Exception) -> str:
+    """For the owner's log; the text of an error of other code may be of the data."""
+    return str(error) if isinstance(error, CorollaError) else type(error).__name__

@@ -17,9 +17,12 @@ from corolla.config.run import RunConfig
 from corolla.data.encoding import Encoded, examples_of
 from corolla.directions.pools import SignPool
 from corolla.errors import DivergedError
+from corolla.host import logs
 from corolla.privacy.example_level import ExampleLevel
 from corolla.privacy.randomness import clip_factors
 from corolla.types import Move, Params, Walk
+
+_log = logs.logger("worker")
 
 Batch = Sequence[Sequence[Encoded]]
 """The parts of a step's batch whose slopes are told apart."""
@@ -29,18 +32,24 @@ class Scalars:
     """The scalars of a walk, along `directions`, filled step by step."""
 
     def __init__(
-        self, count: int, dtype: torch.dtype, directions: Sequence[int], step_size: float
+        self,
+        count: int,
+        dtype: torch.dtype,
+        directions: Sequence[int],
+        step_size: float,
+        answers: bool = False,
     ) -> None:
+        """`answers`: an update follows whatever happens; what cannot be used is skipped."""
         self.values = torch.zeros(count, dtype=dtype)
         self.step_size = step_size
         self.skipped = 0
-        """Scalars that were not finite: they stay 0."""
-        self._directions = directions
+        """Scalars that were not finite, or of a step that is none: they stay 0."""
+        self._directions, self._answers = directions, answers
 
     def take(self, queries: Sequence[int], released: Tensor) -> dict[int, float]:
         """Keeps the scalars of a step; the multiple of each direction that the step moves by.
 
-        Raises DivergedError for a step that is too long to be one.
+        Raises DivergedError for a step that is too long to be one, if it does not answer anyhow.
         """
         rounded = released.float().to(self.values.dtype)
         update: dict[int, float] = {}
@@ -52,7 +61,11 @@ class Scalars:
             k = int(self._directions[query])
             update[k] = update.get(k, 0.0) + self.step_size * float(g)
         if not all(math.isfinite(scale) and abs(scale) < 1e30 for scale in update.values()):
-            raise DivergedError(f"a step of {max(update.values(), key=abs):.1e}: lower lr")
+            if not self._answers:
+                raise DivergedError(f"a step of {max(update.values(), key=abs):.1e}: lower lr")
+            self.values[list(queries)] = 0.0
+            self.skipped += len(queries)
+            return {}
         return update
 
     def so_far(self, pool: SignPool) -> Move:
@@ -62,12 +75,15 @@ class Scalars:
         return Move(pool, sums, self.step_size)
 
     def check(self) -> None:
-        """Raises DivergedError when more than half of the scalars are not finite."""
+        """Raises DivergedError when more than half are not finite, if it does not answer anyhow."""
         if 2 * self.skipped > len(self.values):
-            raise DivergedError(
+            why = (
                 f"{self.skipped} of {len(self.values)} scalars are not finite in "
                 f"{self.values.dtype}: lower lr or raise eps"
             )
+            if not self._answers:
+                raise DivergedError(why)
+            _log.warning("scalars left out", why=why)
 
 
 class Slopes(Protocol):
@@ -140,11 +156,13 @@ class PrivateSlopes:
     is private as they are. Each example is measured by itself: beside others of other lengths its
     loss would round differently, and divided by 2 eps that is no longer nothing. Of a user, whose
     records are one example, the slopes of each record are measured and summed: the slope of the sum
-    of their losses.
+    of their losses. Of one without sequences a blank is measured, so that the work depends on the
+    number of records alone.
     """
 
     data: Sequence[Encoded]
     private: ExampleLevel
+    blank: Encoded
 
     @property
     def counted(self) -> int:
@@ -153,14 +171,15 @@ class PrivateSlopes:
     def batches(self) -> Iterator[Batch]:
         known = dpsgd.examples(self.data, self.private.examples)
         for drawn in dpsgd.batches(self.private, known):
-            yield [record for own in drawn for record in dpsgd.records(own)]
+            yield [record for own in drawn for record in dpsgd.records(own or [self.blank])]
 
     def note(self, batch: Batch, losses: Sequence[Tensor]) -> None:
         """Nothing of it may be told."""
 
     def released(self, slopes: Tensor, batch: Batch) -> Tensor:
-        slopes = _by_unit(slopes, batch)
-        factors = clip_factors(slopes.norm(dim=0), self.private.clip)
+        """In units of the clip until the noise is on them: see dpsgd.py."""
+        slopes, clip = _by_unit(slopes, batch), self.private.clip
+        factors = clip_factors(slopes.norm(dim=0) / clip, 1.0) / clip
         clipped = torch.where(factors > 0, factors * slopes, 0.0)  # 0 · NaN is NaN
         return self.private.noised({"slopes": clipped.sum(1)})["slopes"]
 
@@ -172,9 +191,12 @@ class PrivateSlopes:
 
 def _by_unit(slopes: Tensor, batch: Batch) -> Tensor:
     """Sums over the records of each user (queries, users), from slopes (queries, records)."""
-    users = [record[0].unit for record in batch]
+    # What is of no user, a blank among them, is a unit of its own.
+    users = [
+        (0, i) if record[0].unit is None else (1, record[0].unit) for i, record in enumerate(batch)
+    ]
     place = {unit: i for i, unit in enumerate(dict.fromkeys(users))}
-    if None in place or len(place) == len(users):  # as they are: a sum may lose the sign of a zero
+    if len(place) == len(users):  # as they are: a sum may lose the sign of a zero
         return slopes
     index = torch.tensor([place[unit] for unit in users])
     return slopes.new_zeros(len(slopes), len(place)).index_add_(1, index, slopes)

@@ -61,6 +61,15 @@ class Trained:
             parameter.requires_grad_(True)
         return self.parameters
 
+    def rehearse(self, params: Params) -> dict[str, nn.Parameter]:
+        """Writes `params` at scaling 1 without frozen blocks: nothing of what was received."""
+        spec, frozen = self._spec, self._frozen
+        self._spec, self._frozen = LoraSpec(spec.rank, float(spec.rank)), ()
+        try:
+            return self.write(params)
+        finally:
+            self._spec, self._frozen = spec, frozen
+
     def pull(self) -> None:
         """The gradients of R from those of R · A."""
         for name, r in self._r.items():

@@ -28,10 +28,11 @@ from corolla.storage.folders import client_folder, round_folder
 from corolla.storage.memory import Memory
 from corolla.strategies import registry
 from corolla.types import LoraSpec, Payload, TrainerName, Update, row_name
-from corolla.wire import codec
+from corolla.wire import codec, ranges
 from corolla.wire.envelope import Envelope
 from corolla.wire.messages import Capabilities, Kind, Log, Reply, Task, pack_reply, unpack_task
 from corolla.wire.packet import Packet
+from corolla.wire.ranges import Range
 from corolla.wire.task_settings import TaskSettings
 
 _RESIDENT_CLIENTS = 64
@@ -208,9 +209,13 @@ class Worker:
     def _receive(self, client: str, task: Task) -> Received:
         """Keep what a task brings, and add to it what is held here already.
 
-        Raises _NotHeldError when that is not all it names; what came with it is kept all the same.
+        Raises WireError for numbers out of their ranges (see wire/ranges.py), before any row is
+        looked at, and _NotHeldError when that is not all it names; what came with it is kept all
+        the same.
         """
         settings = TaskSettings.from_json(task.config)
+        earliest = int(task.kind == Kind.TRAIN)  # 0 is the base model's
+        ranges.check("round", task.round, Range(earliest, self.config.rounds))
         sent = self.downlink.open(task, settings.like)
         for group in task.cached.keys() & sent.keys():
             self.memory.keep(group, sent[group], task.cached[group])
@@ -220,6 +225,7 @@ class Worker:
             raise _NotHeldError(missing or ["log"])
         self.memory.prune(task.cached)
         groups = {**followed, **sent, **self.memory.recall(task.cached)}
+        ranges.check_tensors(groups)
         kept, owed = self._kept(client, settings.accepted, commit=task.kind == Kind.TRAIN)
         return Received(settings, groups, kept, owed)
 
@@ -294,25 +300,35 @@ class Worker:
         """What the strategy makes of a client's examples; under dp=example it is paid for first."""
         config = self.config.of_class(received.settings.kind)
         if config.dp != "example":
-            member, skipped = self._member(client, task, received, config, seed)
+            data, skipped = self._tokens(client)
+            member = self._member(data, task, received, config, seed)
             update = self.strategy.local(member, received.groups)
             return replace(update, metrics={**update.metrics, "skipped": float(skipped)})
         rows = self.data.clients[client].train
         level = example_level.example_level(config, counted(config.dp, rows), unit_of(rows))
         path = self.device.ledger or self.memory.kept_folder(client) / ledger.NAME
         spent = private.spend(Ledger(path), self.device.limit, task, level)
-        with private.withheld():
-            member, _ = self._member(client, task, received, config, seed)
+
+        def local(rows: Callable[[], Sequence[Encoded]]) -> Update:
+            member = self._member(rows(), task, received, config, seed)
             guarded = private.Guarded(replace(member, private=private.once(level)))
-            update = self.strategy.local(guarded, received.groups)
+            return self.strategy.local(guarded, received.groups)
+
+        update = private.answered(
+            lambda: local(lambda: self._tokens(client)[0]), lambda: local(lambda: ())
+        )
         return private.published(update, level, spent)
 
     def _member(
-        self, client: str, task: Task, received: Received, config: RunConfig, seed: int
-    ) -> tuple[LocalClient, int]:
-        """A client as a strategy sees it, and how many of its examples have no target left."""
-        data, skipped = self._tokens(client)
-        member = LocalClient(
+        self,
+        data: Sequence[Encoded],
+        task: Task,
+        received: Received,
+        config: RunConfig,
+        seed: int,
+    ) -> LocalClient:
+        """A client with these sequences as a strategy sees it."""
+        return LocalClient(
             model=self.model,
             lora=received.settings.lora,
             data=data,
@@ -324,7 +340,6 @@ class Worker:
             kept=received.kept,
             on_step=self.on_step,
         )
-        return member, skipped
 
     def _evaluate(self, client: str, received: Received, blank: Reply) -> Reply:
         lora = received.settings.lora
@@ -340,9 +355,16 @@ class Worker:
         return replace(blank, num_examples=len(data), metrics=metrics)
 
     def _tokens(self, client: str) -> tuple[list[Encoded], int]:
-        """A client's training sequences, and how many examples have no target left."""
+        """A client's training sequences, and how many examples have no target left.
+
+        With dp=example nobody counts the latter.
+        """
         if client not in self._encoded:
-            self._encoded[client] = encode_all(self._encoder, self.data.clients[client].train)
+            rows = self.data.clients[client].train
+            if self.config.dp == "example":
+                self._encoded[client] = private.sequences(self._encoder, rows), 0
+            else:
+                self._encoded[client] = encode_all(self._encoder, rows)
         self._encoded.move_to_end(client)
         while len(self._encoded) > _RESIDENT_CLIENTS:
             self._encoded.popitem(last=False)

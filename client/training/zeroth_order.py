@@ -8,6 +8,7 @@ Backpropagation", ICML 2024, arXiv 2310.09639; Tang et al., "Private Fine-tuning
 Models with Zeroth-order Optimization", arXiv 2401.04343.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from corolla.client.training.padding import blank, padded
 from corolla.client.training.slopes import Batch, PlainSlopes, PrivateSlopes, Scalars, Slopes
 from corolla.config import schedule
 from corolla.config.run import RunConfig
@@ -22,11 +24,14 @@ from corolla.data.encoding import Encoded, collate
 from corolla.directions import signs
 from corolla.directions.pools import SignPool
 from corolla.errors import DataError
-from corolla.evaluation.scoring import loss_sum
+from corolla.evaluation.scoring import loss_sum, sequence_losses
+from corolla.host import logs
 from corolla.models.space import Space
 from corolla.models.trainable import Trainable
 from corolla.privacy.example_level import ExampleLevel
 from corolla.types import LoraSpec, Move, Params, Pool, Walk
+
+_log = logs.logger("worker")
 
 _RESYNC = 10
 """Steps in place after which half-precision weights are set anew from all scalars so far.
@@ -78,7 +83,8 @@ class ZerothOrder:
         step_size = schedule.step_size(config, self.round, source.counted)
         space = self.model.enter(start, self.lora, moves)
         eps, reach = self._reach(steps * per_step)
-        scalars = Scalars(steps * per_step, dtype, directions, step_size)
+        answers = self.private is not None
+        scalars = Scalars(steps * per_step, dtype, directions, step_size, answers)
         for step, batch in enumerate(source.batches()):
             queries = range(step * per_step, (step + 1) * per_step)
             losses, slopes = list[Tensor](), list[Tensor]()
@@ -92,8 +98,7 @@ class ZerothOrder:
             if self.model.drifts and isinstance(pool, SignPool) and (step + 1) % _RESYNC == 0:
                 space = self.model.enter(start, self.lora, [*moves, scalars.so_far(pool)])
             if self.on_step:
-                length = sum(len(sequence.input_ids) for part in batch for sequence in part)
-                self.on_step(2 * per_step * length)
+                self.on_step(2 * per_step * self._length(batch))
         space.look(pool, {})
         scalars.check()
         return source.outcome(scalars, self.model.read(), steps)
@@ -101,8 +106,15 @@ class ZerothOrder:
     @property
     def _slopes(self) -> Slopes:
         if self.private:
-            return PrivateSlopes(self.data, self.private)
+            return PrivateSlopes(self.data, self.private, blank(self.model))
         return PlainSlopes(self.data, self.config, self.seed)
+
+    def _length(self, batch: Batch) -> int:
+        """The tokens of a pass."""
+        sequences = [sequence for part in batch for sequence in part]
+        if self.private:
+            return self.config.max_length * len(sequences)
+        return sum(len(sequence.input_ids) for sequence in sequences)
 
     def _pair(
         self, space: Space, pool: Pool, k: int, distance: float, batch: Batch
@@ -126,17 +138,31 @@ class ZerothOrder:
 
     def _losses(self, parts: Batch) -> Tensor:
         """The loss of each part of a batch, in fp64."""
-        return torch.tensor([self._loss(part) for part in parts], dtype=torch.float64)
+        loss = self._private_loss if self.private else self._loss
+        return torch.tensor([loss(part) for part in parts], dtype=torch.float64)
+
+    def _private_loss(self, example: Sequence[Encoded]) -> float:
+        """The loss of one example, at the cost of any other; NaN of one that fails."""
+        try:
+            return self._loss(example)
+        except Exception as error:  # noqa: BLE001 - an error would tell of the example
+            _log.error("an example adds nothing", why=type(error).__name__)
+            return math.nan
 
     def _loss(self, batch: Sequence[Encoded]) -> float:
         """Σ loss / Σ targets in fp32, micro-batch by micro-batch; the sums of these in fp64."""
         size = self.config.micro_batch_size or len(batch)
-        pad, device = self.model.base.pad_id, self.model.device
         total = 0.0
         for start in range(0, len(batch), size):
-            part = collate(batch[start : start + size], pad, device)
-            total += float(loss_sum(self.model.model, part))
-        return total / sum(sequence.targets for sequence in batch)
+            total += float(self._sum(batch[start : start + size]))
+        return total / max(1, sum(sequence.targets for sequence in batch))
+
+    def _sum(self, part: Sequence[Encoded]) -> Tensor:
+        """The summed loss of a micro-batch; under privacy at a cost that tells nothing of it."""
+        model = self.model
+        if self.private:
+            return sequence_losses(model.model, padded(model, part, self.config.max_length)).sum()
+        return loss_sum(model.model, collate(part, model.base.pad_id, model.device))
 
 
 def kernel(r: float) -> float:

@@ -7,15 +7,15 @@ from pydantic import Field
 from corolla.config import kinds
 from corolla.config.kinds import Kind, KindName
 from corolla.config.rule import Rule
-from corolla.config.section import Positive, key
+from corolla.config.section import Positive, key, within
 from corolla.config.subject import Subject
 
 
 class Adapter(Subject):
     """An adapter, or the tensors that are trained in its place."""
 
-    rank: Positive = key(8, "The rank of LoRA adapters.", 16)
-    alpha: Annotated[float, Field(gt=0)] = key(
+    rank: Annotated[int, within("rank")] = key(8, "The rank of LoRA adapters.", 16)
+    alpha: Annotated[float, within("alpha")] = key(
         16.0, "The numerator of LoRA's scaling, alpha / rank.", 32.0
     )
     rslora: bool = key(
@@ -31,7 +31,7 @@ class Adapter(Subject):
         effect="all linear layers of the blocks",
         against=("parameters=bias",),
     )
-    ranks: list[Positive] = key(
+    ranks: list[Annotated[int, within("rank")]] = key(
         [],
         "The ranks of clients' adapters, which clients take in turn.",
         [4, 8],
@@ -39,7 +39,7 @@ class Adapter(Subject):
         beside="strategy=flora",
         against=("strategy=fedavg", "classes.phone.rank=4", "strategy=fedavg parameters=bias"),
     )
-    alphas: list[Annotated[float, Field(gt=0)]] = key(
+    alphas: list[Annotated[float, within("alpha")]] = key(
         [],
         "The numerators of clients' scalings, one for each of ranks.",
         [8.0, 16.0],

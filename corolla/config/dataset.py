@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from corolla.config.section import Fraction, Positive, key
+from corolla.config.section import Fraction, Positive, key, within
 from corolla.config.subject import Subject
 
 
@@ -48,9 +48,9 @@ class Dataset(Subject):
     min_examples: Positive = key(
         2, "The number of training examples below which a client is left out.", 10
     )
-    max_length: Annotated[int, Field(ge=8)] = key(
+    max_length: Annotated[int, within("max_length")] = key(
         256,
         "The number of tokens that a sequence has at most: longer text becomes several sequences, "
-        "a longer answer is cut.",
+        "a longer answer is cut; with dp=example longer text is cut, and shorter costs as much.",
         512,
     )

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from corolla.config.section import Positive, Section, key
+from corolla.config.section import Positive, Section, key, within
 from corolla.types import TrainerName
 
 
@@ -22,22 +22,22 @@ class ClientClass(Section):
         beside="strategy=mixed classes.laptop.trainer=first_order",
         against=("strategy=fedavg", "classes.laptop.trainer=zeroth_order"),
     )
-    lr: Annotated[float, Field(gt=0)] | None = key(
+    lr: Annotated[float, within("lr")] | None = key(
         None,
         "The learning rate of its clients.",
         1e-3,
         effect="the run's; where only this class is zeroth order, the default rate of such runs",
     )
-    local_steps: Positive | None = key(
+    local_steps: Annotated[int, within("local_steps")] | None = key(
         None,
         "The number of steps that its clients take in a round.",
         5,
         effect="the run's",
     )
-    batch_size: Positive | None = key(
+    batch_size: Annotated[int, within("batch_size")] | None = key(
         None, "The number of sequences of a step.", 4, effect="the run's"
     )
-    queries: Positive | None = key(
+    queries: Annotated[int, within("queries")] | None = key(
         None,
         "The number of directions that a zeroth-order step measures.",
         4,
@@ -45,14 +45,14 @@ class ClientClass(Section):
         beside="strategy=seed_pool",
         against=("local_steps=20000",),
     )
-    eps: Annotated[float, Field(ge=1e-20)] | None = key(
+    eps: Annotated[float, within("eps")] | None = key(
         None,
         "The distance along a direction at which a zeroth-order step looks.",
         1e-2,
         effect="the run's",
         beside="strategy=seed_pool",
     )
-    rank: Positive | None = key(
+    rank: Annotated[int, within("rank")] | None = key(
         None,
         "The rank of its clients' adapters.",
         4,
@@ -60,7 +60,7 @@ class ClientClass(Section):
         beside="strategy=flora",
         against=("strategy=fedavg classes.laptop.rank=8", "ranks=[4,8]"),
     )
-    alpha: Annotated[float, Field(gt=0)] | None = key(
+    alpha: Annotated[float, within("alpha")] | None = key(
         None,
         "The numerator of the scaling of its clients' adapters.",
         8.0,

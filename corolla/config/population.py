@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from corolla.config.rule import Rule
-from corolla.config.section import Positive, key
+from corolla.config.section import Positive, key, within
 from corolla.config.subject import Subject
 
 
@@ -25,7 +25,7 @@ class Population(Subject):
         effect="8, or all clients where there are fewer",
         against=("clients=2",),
     )
-    rounds: Annotated[int, Field(ge=1, le=100_000)] = key(
+    rounds: Annotated[int, within("rounds")] = key(
         5, "The number of rounds, each of which updates the global model.", 20
     )
     quorum: Annotated[float, Field(gt=0, le=1)] = key(

@@ -7,7 +7,7 @@ from pydantic import Field
 from corolla.config.defence import Defence
 from corolla.config.population import Population
 from corolla.config.rule import Rule
-from corolla.config.section import Fraction, Positive, key
+from corolla.config.section import Fraction, Positive, key, within
 from corolla.config.training import Training
 
 
@@ -30,7 +30,7 @@ class Privacy(Defence, Training, Population):
             "strategy=feddpa",
         ),
     )
-    epsilon: Annotated[float, Field(gt=0)] | None = key(
+    epsilon: Annotated[float, within("epsilon")] | None = key(
         None,
         "The privacy budget of the run, which noise is made for and no round exceeds.",
         8.0,
@@ -46,14 +46,14 @@ class Privacy(Defence, Training, Population):
         beside="dp=example epsilon=8",
         against=("dp=none epsilon=null",),
     )
-    clip: Annotated[float, Field(gt=0)] = key(
+    clip: Annotated[float, within("clip")] = key(
         1.0,
         "The L2 norm that one example's gradient, or one client's update, is clipped to.",
         0.5,
         beside="dp=client epsilon=8",
         against=("dp=none epsilon=null",),
     )
-    noise_multiplier: Annotated[float, Field(ge=1e-3)] | None = key(
+    noise_multiplier: Annotated[float, within("noise_multiplier")] | None = key(
         None,
         "The standard deviation of the noise on a sum, over clip, instead of epsilon.",
         1.0,

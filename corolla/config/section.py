@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from corolla.config import wording
+from corolla.wire.ranges import RANGES
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -51,6 +52,11 @@ def given(values: Any) -> Any:
     if not isinstance(values, dict):
         return values
     return {key: value for key, value in values.items() if not isinstance(value, InEffect)}
+
+
+def within(name: str) -> Any:
+    """The bounds of a number that a server chooses for its clients, for an annotation."""
+    return Field(ge=RANGES[name].least, le=RANGES[name].most)
 
 
 def key(

@@ -2,13 +2,11 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
-
 from corolla.config import learning_rates
 from corolla.config.adapter import Adapter
 from corolla.config.groups import ClientClass
 from corolla.config.rule import Rule
-from corolla.config.section import Positive, key
+from corolla.config.section import Positive, key, within
 from corolla.types import LoraSpec
 
 
@@ -30,10 +28,10 @@ class Training(Adapter):
         beside="strategy=scaffold lr=0.1",
         against=("optimizer=adamw",),
     )
-    lr: Annotated[float, Field(gt=0)] = key(
+    lr: Annotated[float, within("lr")] = key(
         3e-4, "The learning rate of local steps.", 1e-3, effect=learning_rates.in_words()
     )
-    queries: Positive = key(
+    queries: Annotated[int, within("queries")] = key(
         1,
         "The number of directions that a zeroth-order step measures.",
         4,
@@ -47,23 +45,23 @@ class Training(Adapter):
         "kerzoo",
         beside="strategy=seed_pool",
     )
-    eps: Annotated[float, Field(ge=1e-20)] = key(
+    eps: Annotated[float, within("eps")] = key(
         1e-3,
         "The distance along a direction at which a zeroth-order step looks, both ways.",
         1e-2,
         beside="strategy=seed_pool",
     )
-    weight_decay: Annotated[float, Field(ge=0)] = key(
+    weight_decay: Annotated[float, within("weight_decay")] = key(
         0.0, "The weight decay of the optimiser.", 0.01
     )
-    local_steps: Positive = key(
+    local_steps: Annotated[int, within("local_steps")] = key(
         10,
         "The number of optimiser steps that a client takes in a round.",
         20,
         effect="10, or 50 where all clients are zeroth order",
         against=("strategy=seed_pool queries=10000",),
     )
-    local_epochs: Positive | None = key(
+    local_epochs: Annotated[int, within("local_epochs")] | None = key(
         None,
         "The number of passes that a client makes over its data in a round, instead of "
         "local_steps.",
@@ -71,7 +69,9 @@ class Training(Adapter):
         effect="none: local_steps counts",
         against=("strategy=seed_pool",),
     )
-    batch_size: Positive = key(8, "The number of sequences of a local step.", 16)
+    batch_size: Annotated[int, within("batch_size")] = key(
+        8, "The number of sequences of a local step.", 16
+    )
     micro_batch_size: Positive | None = key(
         None,
         "The number of sequences that are computed at a time: fewer take less memory.",
@@ -82,10 +82,10 @@ class Training(Adapter):
     schedule: Literal["constant", "linear", "cosine"] = key(
         "cosine", "How the learning rate falls across all rounds.", "linear"
     )
-    warmup_rounds: Annotated[float, Field(ge=0)] = key(
+    warmup_rounds: Annotated[float, within("warmup_rounds")] = key(
         0.0, "The number of rounds, also a part of one, in which the rate rises to lr.", 0.5
     )
-    clip_norm: Annotated[float, Field(gt=0)] | None = key(
+    clip_norm: Annotated[float, within("clip_norm")] | None = key(
         1.0,
         "The L2 norm that the gradient of a local step is clipped to; null does not clip.",
         0.5,

@@ -102,24 +102,28 @@ def examples_of(data: Sequence[Encoded], indices: Sequence[int]) -> set[int]:
     return {i if (own := data[i].example) is None else own for i in indices}
 
 
-def collate(batch: Sequence[Encoded], pad_id: int, device: torch.device) -> dict[str, Tensor]:
+def collate(
+    batch: Sequence[Encoded], pad_id: int, device: torch.device, length: int | None = None
+) -> dict[str, Tensor]:
     """Right-padded `input_ids` and `attention_mask` (batch, time), and `labels`.
 
-    Labels are (batch, time) with IGNORE at padding, or (batch,) classes.
+    Labels are (batch, time) with IGNORE at padding, or (batch,) classes. `length`: tokens of each
+    (None: as many as the longest has). Raises ValueError for a sequence that is longer.
     """
-    longest = max(len(sequence.input_ids) for sequence in batch)
-    ids = torch.full((len(batch), longest), pad_id)
-    mask = torch.zeros((len(batch), longest), dtype=torch.long)
-    labels = torch.full((len(batch), longest), IGNORE)
-    classes = []
-    for row, sequence in enumerate(batch):
-        length = len(sequence.input_ids)
-        ids[row, :length] = torch.tensor(sequence.input_ids)
-        mask[row, :length] = 1
-        if isinstance(sequence.labels, int):
-            classes.append(sequence.labels)
-        else:
-            labels[row, :length] = torch.tensor(sequence.labels)
-    target = torch.tensor(classes) if classes else labels
-    batch_tensors = {"input_ids": ids, "attention_mask": mask, "labels": target}
-    return {name: tensor.to(device) for name, tensor in batch_tensors.items()}
+    longest = length or max(len(sequence.input_ids) for sequence in batch)
+    ids = [_filled(sequence.input_ids, longest, pad_id) for sequence in batch]
+    mask = [_filled([1] * len(sequence.input_ids), longest, 0) for sequence in batch]
+    labels = [
+        sequence.labels
+        if isinstance(sequence.labels, int)
+        else _filled(sequence.labels, longest, IGNORE)
+        for sequence in batch
+    ]
+    tensors = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return {name: torch.tensor(rows).to(device) for name, rows in tensors.items()}
+
+
+def _filled(values: Sequence[int], length: int, filler: int) -> list[int]:
+    if len(values) > length:
+        raise ValueError(f"a sequence of {len(values)} tokens is longer than {length}")
+    return [*values, *[filler] * (length - len(values))]

@@ -35,24 +35,28 @@ def loss_sum(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def sequence_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """The summed cross-entropy of each sequence over its targets, in fp32, (batch,).
 
-    Each depends on its own sequence alone: what differential privacy of examples rests on.
+    Each depends on its own sequence alone, and the work on the form of the batch alone: logits are
+    computed for every position, of which those without a target add nothing. Differential privacy
+    of examples rests on both.
     """
-    logits, wanted = _predictions(model, batch)
-    losses = F.cross_entropy(logits, wanted, reduction="none")
     labels = batch["labels"]
     if labels.dim() == 1:
-        return losses
-    rows = (labels[:, 1:] != IGNORE).nonzero()[:, 0]
-    return losses.new_zeros(len(labels)).index_add(0, rows, losses)
+        return F.cross_entropy(*_predictions(model, batch), reduction="none")
+    every = torch.ones_like(labels[:, 1:], dtype=torch.bool)
+    losses = F.cross_entropy(*_predictions(model, batch, every), reduction="none")
+    return losses.view(every.shape).sum(1)
 
 
-def _predictions(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(logits of the targets in fp32 (n, classes), targets (n,))."""
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+def _predictions(
+    model: Any, batch: dict[str, Tensor], wanted: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(logits in fp32 (n, classes), labels (n,)) of the targets, or of `wanted` positions."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
     labels = batch["labels"]
     if labels.dim() == 1:
         return model(**inputs).logits.float(), labels
-    wanted = labels[:, 1:] != IGNORE
+    if wanted is None:
+        wanted = labels[:, 1:] != IGNORE
     with _only(model, wanted):
         logits = model(**inputs).logits
     if logits.dim() == 3:  # a head that is not one module: the hook had nothing to hold on to

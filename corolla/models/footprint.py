@@ -55,6 +55,13 @@ class Batch:
         """Tokens with the padding."""
         return self.sequences * self.tokens
 
+    def of(self, config: RunConfig) -> "Batch":
+        """As it goes through the model: private rows have one form (client/training/padding.py)."""
+        if config.dp != "example":
+            return self
+        length = config.max_length
+        return Batch(self.sequences, length, self.sequences * (length - 1), padded=False)
+
     def limited(self, sequences: int) -> "Batch":
         """A part of it, of at most so many sequences; targets in proportion."""
         if sequences >= self.sequences:
@@ -104,7 +111,7 @@ def client(
     anatomy, evaluated, labels = work.model, work.evaluated, work.labels
     values = trained(anatomy, config, labels)
     in_place = config.kind.whole and trainer == "zeroth_order"
-    batch = work.batch.limited(config.micro_batch_size or config.batch_size)
+    batch = work.batch.of(config).limited(config.micro_batch_size or config.batch_size)
     batch = replace(batch, tokens=batch.tokens + config.prefix)
     sparing = config.gradient_checkpointing and trainer == "first_order"
     if trainer == "first_order":
@@ -181,6 +188,7 @@ def operations(anatomy: Anatomy, config: RunConfig, trainer: TrainerName, batch:
     A pass forward is 2 for each weight and position (Kaplan et al., arXiv 2001.08361); gradients of
     the inputs take the same again, those of the weights only where these are trained.
     """
+    batch = batch.of(config)
     linear = sum(math.prod(shape) for shape in anatomy.linear().values())
     forward = 2.0 * linear * batch.positions
     forward += 2.0 * anatomy.vocabulary * anatomy.hidden * batch.targets
@@ -198,7 +206,7 @@ def _apart(config: RunConfig, trainer: TrainerName, batch: Batch, values: int) -
         return 0.0
     exact = config.dtype == "float32" and config.quantization == "none"
     hooked = exact and config.kind.hooked  # else one sequence at a time
-    return 4.0 * values * (batch.sequences if hooked else 1)
+    return 4.0 * values * (batch.sequences if hooked else 1) + 8.0 * values  # the sum is in fp64
 
 
 def _kept(anatomy: Anatomy, config: RunConfig, batch: Batch) -> Blocks:

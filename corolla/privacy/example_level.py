@@ -23,8 +23,10 @@ class ExampleLevel:
 
     A step takes each example by an independent coin with probability batch / examples, sums their
     gradients, clipped to joint norm `clip`, adds noise of std noise_multiplier · clip, and divides
-    by the expected size of the batch. `steps` are those of a round. Where rows name users, `unit`
-    is "user", and an example is all that a user has: `examples` and `batch` count users.
+    by the expected size of the batch. `steps` are those of a round. Sums are in units of `clip`
+    until the noise is on them: whatever clip a server chooses, no sum of clipped gradients can
+    overflow, or be lost, before it is noised. Where rows name users, `unit` is "user", and an
+    example is all that a user has: `examples` and `batch` count users.
     """
 
     examples: int
@@ -53,14 +55,20 @@ class ExampleLevel:
         return (self.uniform(self.examples) < self.sampling_probability).nonzero()[:, 0].tolist()
 
     def noised(self, clipped_sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """(sum + N(0, (noise_multiplier · clip)²)) / expected batch, in the types given."""
-        std, expected = self.noise_multiplier * self.clip, min(self.batch, self.examples)
+        """Clip · (sum + N(0, noise_multiplier²)) / expected batch, of sums in units of `clip`.
+
+        Computed in fp64 and rounded once, to fp32, on the CPU: some devices have no fp64.
+        """
+        expected = min(self.batch, self.examples)
         found: dict[str, Tensor] = {}
         for name, total in sorted(clipped_sums.items()):
-            noisy = total.detach().to("cpu", copy=True).reshape(-1)  # some devices have no fp64
-            for part in torch.split(noisy, randomness.SLICE):
-                part.copy_((part.double() + std * self.normal(part.shape)) / expected)
-            found[name] = noisy.reshape(total.shape).to(total.device)
+            sums = total.detach().cpu().reshape(-1)
+            noisy = torch.empty(sums.shape, dtype=torch.float32)
+            parts = (torch.split(whole, randomness.SLICE) for whole in (sums, noisy))
+            for part, rounded in zip(*parts, strict=True):
+                drawn = self.noise_multiplier * self.normal(part.shape)
+                rounded.copy_(self.clip * ((part.double() + drawn) / expected))
+            found[name] = noisy.reshape(total.shape)
         return found
 
     def guarantee(self, rounds: int) -> Guarantee:

@@ -7,7 +7,7 @@ from typing import Any
 
 from corolla.errors import WireError
 from corolla.types import LoraSpec, Payload
-from corolla.wire import compression
+from corolla.wire import compression, ranges
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,16 @@ class TaskSettings:
     def from_json(cls, text: str) -> "TaskSettings":
         """Of the settings of a task; payloads are on the meta device.
 
-        Raises WireError for a form that is none, and for other settings LookupError, TypeError or
-        ValueError, of which each receiver says what is wrong in its own words.
+        Raises WireError for a form that is none and a number out of its range, and for other
+        settings LookupError, TypeError or ValueError, of which each receiver says what is wrong in
+        its own words.
         """
         told = json.loads(text)
         lora = LoraSpec(**told["lora"])
+        for name in ("rank", "alpha"):
+            ranges.check(name, getattr(lora, name))
+        for name in ("population", "accepted"):
+            ranges.check(name, told[name])
         form, fresh = told.get("form"), told.get("fresh")
         return cls(
             lora,

@@ -5,12 +5,24 @@
 Both are steps of `FirstOrder`, with AdamW, on batches of the same number of random sequences: the
 Poisson sample of the private step is made to have its expected size. Noise comes from the operating
 system, as in a run. Contenders take turns; a time is that of a round over its steps. Sections:
-lora, full (both unless named). Nothing fails for missing a bar. README.md has a table.
+lora, full, rows (all unless named), and before. Nothing fails for missing a bar. README.md has a
+table.
+
+rows: what a private round takes with one row of `length` tokens among short ones, and without it.
+before: a private step of another checkout, named by --before, and of this one, in turn:
+
+    git worktree add /tmp/earlier COMMIT
+    python -m experiments.bench.private_step before --before /tmp/earlier --threads 1
 """
 
+import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -28,6 +40,24 @@ from corolla.types import Params
 from experiments.bench.zeroth_order import Section, Took, command, in_turn
 
 BAR = 1.7
+LONG_ROW = 1.02
+"""Times the CPU seconds of a round without a long row, at most."""
+BEFORE = 1.2
+"""Times the seconds of a private step of an earlier checkout, at most."""
+
+_CHILD = """
+import json, sys, time, torch
+from experiments.bench import private_step as bench
+options = bench.Options(**json.loads(sys.argv[1]))
+torch.set_num_threads(options.threads or torch.get_num_threads())
+found = bench.setting(sys.argv[2], options)
+private = bench.level(found, options)
+for line in sys.stdin:
+    wall, cpu = time.perf_counter(), time.process_time()
+    found.round(private)
+    print(time.perf_counter() - wall, time.process_time() - cpu, flush=True)
+"""
+"""A process of one checkout: each line that it reads is a round."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +71,7 @@ class Options:
     batch: int = field(default=8, metadata={"help": "sequences of a step"})
     length: int = field(default=64, metadata={"help": "tokens of each"})
     rank: int = field(default=8, metadata={"help": "of the adapter"})
+    before: str = field(default="", metadata={"help": "another checkout, for the section before"})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -144,6 +175,81 @@ def compared(parameters: Literal["lora", "full"], options: Options) -> Section:
     return section
 
 
+def rows(options: Options) -> Section:
+    """A private round with one long row among short ones, over the same without it."""
+    section = Section(
+        f"rows: {options.model}, 12 rows of 4 tokens, or 11 and one of {options.length}, "
+        f"max_length {options.length}",
+        notes=["all rows are drawn in each step"],
+    )
+    for size in (1, options.batch):
+        found = setting("lora", options)
+        short = [Encoded(row.input_ids[:4], row.input_ids[:4]) for row in found.data[:12]]
+        private = replace(level(found, options), examples=12, batch=12)
+        lacking = replace(found, data=short)
+        having = replace(found, data=[*short[:-1], found.data[12]])
+        contenders: dict[str, Callable[[], object]] = {
+            f"no long row, {size} at a time": partial(
+                lacking.round, private, micro_batch_size=size
+            ),
+            f"a long row, {size} at a time": partial(having.round, private, micro_batch_size=size),
+        }
+        times = in_turn(contenders, options.repetitions)
+        for name, took in times.items():
+            section.times(name, took, 1e3 / options.steps, "ms")
+        without, with_it = ([Took(own.cpu, own.cpu) for own in took] for took in times.values())
+        name = f"a long row / none, {size} at a time, CPU"
+        section.ratio(name, with_it, without, at_most=LONG_ROW)
+    return section
+
+
+def before(options: Options) -> Section:
+    """A private step of this checkout over one of another, each in a process of its own."""
+    if not options.before:
+        return Section("before: nothing to compare with, see --before")
+    here = Path(__file__).resolve().parents[2]
+    section = Section(
+        f"before: {options.model}, {options.batch} x {options.length} random tokens, fp32"
+    )
+    for parameters in ("lora", "full"):
+        checkouts = {"before": Path(options.before), "now": here}
+        children = {name: _child(path, parameters, options) for name, path in checkouts.items()}
+        times: dict[str, list[Took]] = {name: [] for name in children}
+        try:
+            for repetition in range(options.repetitions + 1):  # the first does not count
+                for name in list(children)[:: -1 if repetition % 2 else 1]:
+                    times[name].append(_round_of(children[name]))
+        finally:
+            for child in children.values():
+                child.kill()
+        for name, took in times.items():
+            section.times(f"{parameters}: private step {name}", took[1:], 1e3 / options.steps, "ms")
+        now, earlier = times["now"][1:], times["before"][1:]
+        section.ratio(f"{parameters}: now / before", now, earlier, at_most=BEFORE)
+    return section
+
+
+def _child(checkout: Path, parameters: str, options: Options) -> "subprocess.Popen[str]":
+    own = {name: value for name, value in asdict(options).items() if name != "before"}
+    return subprocess.Popen(
+        [sys.executable, "-c", _CHILD, json.dumps(own), parameters],
+        cwd=checkout,
+        env={**os.environ, "PYTHONPATH": str(checkout)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _round_of(child: "subprocess.Popen[str]") -> Took:
+    assert child.stdin
+    assert child.stdout
+    child.stdin.write("\n")
+    child.stdin.flush()
+    wall, cpu = child.stdout.readline().split()
+    return Took(float(wall), float(cpu))
+
+
 def first_comparison(found: Setting, private: ExampleLevel, options: Options) -> list[Took]:
     """The comparison with gradients by hand, which is made once for a model in a process."""
     known = dpsgd.examples(found.data, private.examples)
@@ -163,6 +269,8 @@ def first_comparison(found: Setting, private: ExampleLevel, options: Options) ->
 SECTIONS: dict[str, Callable[[Options], Section]] = {
     "lora": lambda options: compared("lora", options),
     "full": lambda options: compared("full", options),
+    "rows": rows,
+    "before": before,
 }
 
 if __name__ == "__main__":

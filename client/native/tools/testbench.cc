@@ -14,6 +14,7 @@
 //   replay FILE OUT POOL SEED NUM   the flat vector "w" after the tensors "row-*", from row NUM on
 //   optimiser NAME DECAY CLIP FILE  JSON {"weights", "gradients", "rates"} -> weights; CLIP 0: none
 //   schedule FILE                   JSON {"run", "sequences", "seed", "round"} -> steps and rates
+//   settings FILE                   lines of JSON {"config", "class"} -> why each is refused, or ""
 //
 // With an engine also:
 //   scalars FILE                    a packed Scalars -> what it says, and packed again (hex)
@@ -30,6 +31,7 @@
 #include <fstream>
 #include <iostream>
 #include <iterator>
+#include <sstream>
 
 #include "base/half.h"
 #include "base/hash.h"
@@ -154,6 +156,20 @@ void schedules(const Arguments& given) {
             << "\n";
 }
 
+void settings(const Arguments& given) {
+  std::istringstream lines(slurp(given.at(1)));
+  for (std::string line; std::getline(lines, line);) {
+    const json told = parse_json(line, "the line");
+    std::string why;
+    try {
+      read_settings(told["config"].get<std::string>(), told["class"].get<std::string>());
+    } catch (const Error& error) {
+      why = error.what();
+    }
+    std::cout << json(why) << "\n";
+  }
+}
+
 const Commands kCommands = {
     {"vectors", {2, [](const Arguments& given) { check_vectors(slurp(given.at(1))); }}},
     {"self", {1, [](const Arguments&) { check_signs(); }}},
@@ -173,6 +189,7 @@ const Commands kCommands = {
     {"replay", {6, replays}},
     {"optimiser", {5, optimise}},
     {"schedule", {2, schedules}},
+    {"settings", {2, settings}},
 };
 
 }  // namespace

@@ -29,7 +29,8 @@ std::vector<float> Layout::flatten(const Params& params) const {
       throw Error("tensor " + place.name + " of the task is not as in the bundle");
     std::memcpy(flat.data() + place.range.begin, tensor.bytes.data(), tensor.bytes.size());
   }
-  if (!finite(flat)) throw Error("the task's adapter has a value that is not finite");
+  if (!std::all_of(flat.begin(), flat.end(), usable))
+    throw Error("the task's adapter has a value that is not finite, or larger than 1e12");
   return flat;
 }
 

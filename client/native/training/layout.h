@@ -1,6 +1,7 @@
 // Where each LoRA tensor lies in the one flat vector: sorted by name, row-major.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <functional>
 #include <string>
@@ -27,7 +28,7 @@ class Layout {
   size_t size() const { return size_; }
 
   // The tensors as one vector. Throws Error for one that is lacking, unknown, of another shape, or
-  // has a value that is not finite.
+  // has a value that is not usable.
   std::vector<float> flatten(const Params& params) const;
   // Those of `wanted`, out of a flat vector.
   Params unflatten(const std::vector<float>& flat,
@@ -45,6 +46,11 @@ class Layout {
 inline bool all(const Place&) { return true; }
 inline bool only_b(const Place& place) { return place.b; }
 
+constexpr double kLargest = 1e12;  // of a received value, as corolla/wire/ranges.py has it
+
 bool finite(const std::vector<float>& values);
+
+// Whether a client takes this value from a server; NaN it does not.
+inline bool usable(double x) { return std::fabs(x) <= kLargest; }
 
 }  // namespace corolla

@@ -64,8 +64,8 @@ Chain chain(const v1::Log& log, uint32_t pool) {
     made.rows.push_back(load_scalars(entry, where));
     const std::vector<double> sums = scalars_of(made.rows.back());
     if (sums.size() != pool) throw Error(where + " is of another number of directions");
-    if (!std::all_of(sums.begin(), sums.end(), [](double x) { return std::isfinite(x); }))
-      throw Error(where + " has a value that is not finite");
+    if (!std::all_of(sums.begin(), sums.end(), usable))
+      throw Error(where + " has a value that is not finite, or larger than 1e12");
     made.versions.push_back(after(made.versions.back(), made.rows.back()));
   }
   if (made.versions.back() != log.version())

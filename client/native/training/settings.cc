@@ -1,6 +1,8 @@
 #include "training/settings.h"
 
 #include <cmath>
+#include <cstdio>
+#include <map>
 
 #include "base/error.h"
 #include "base/json.h"
@@ -11,23 +13,54 @@ namespace {
 
 using nlohmann::json;
 
-constexpr int64_t kMany = 1 << 20;  // steps, rounds, queries: no run has more
+struct Limits {
+  double least, most;  // both are allowed
+};
 
-double number(const json& table, const char* key, double least, double most) {
+// As corolla/wire/ranges.py has them; tests/received_numbers.json tries both.
+const std::map<std::string, Limits> kNumbers = {
+    {"lr", {1e-30, 1e6}},        {"eps", {1e-20, 1e3}},         {"alpha", {1e-6, 1e6}},
+    {"weight_decay", {0, 1e6}},  {"warmup_rounds", {0, 1e5}},   {"clip_norm", {1e-10, 1e10}},
+    {"dropout", {0, 1}},
+};
+const std::map<std::string, Limits> kCounts = {
+    {"rank", {1, 65536}},         {"rounds", {1, 100000}},      {"local_steps", {1, 100000}},
+    {"local_epochs", {1, 100000}}, {"batch_size", {1, 65536}},  {"queries", {1, 65536}},
+    {"max_length", {8, 1048576}},  {"size", {1, kMaxPool}},
+};
+
+std::string written(double value) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%g", value);
+  return text;
+}
+
+[[noreturn]] void unusable(const json& table, const char* key, const std::string& kind,
+                           const Limits& limits) {
+  const auto found = table.find(key);
+  throw Error(std::string("the task has no usable ") + key + ": expected a " + kind + " from " +
+              written(limits.least) + " to " + written(limits.most) + ", found " +
+              (found == table.end() ? "nothing" : found->dump().substr(0, 40)));
+}
+
+double number(const json& table, const char* key) {
+  const Limits& limits = kNumbers.at(key);
   const auto found = table.find(key);
   const bool given = found != table.end() && found->is_number();
   const double value = given ? found->get<double>() : 0.0;
-  if (!given || !(value >= least && value <= most))
-    throw Error(std::string("the task has no usable ") + key);
+  if (!given || !(value >= limits.least && value <= limits.most))
+    unusable(table, key, "number", limits);
   return value;
 }
 
-int64_t whole(const json& table, const char* key, int64_t least, int64_t most) {
+int64_t whole(const json& table, const char* key) {
+  const Limits& limits = kCounts.at(key);
   const auto found = table.find(key);
-  if (found == table.end() || !found->is_number_integer())
-    throw Error(std::string("the task has no usable ") + key);
-  return static_cast<int64_t>(
-      number(table, key, static_cast<double>(least), static_cast<double>(most)));
+  const bool given = found != table.end() && found->is_number_integer();
+  const double value = given ? found->get<double>() : 0.0;
+  if (!given || !(value >= limits.least && value <= limits.most))
+    unusable(table, key, "whole number", limits);
+  return static_cast<int64_t>(value);
 }
 
 std::string text(const json& table, const char* key) {
@@ -68,8 +101,8 @@ void refuse_unknown(const json& run) {
 Lora lora(const json& table) {
   if (!table.is_object()) throw Error("the task has no rank");
   Lora made;
-  made.rank = static_cast<int>(whole(table, "rank", 1, 65536));
-  made.alpha = number(table, "alpha", 1e-30, 1e30);
+  made.rank = static_cast<int>(whole(table, "rank"));
+  made.alpha = number(table, "alpha");
   made.rslora = table.value("rslora", false);
   return made;
 }
@@ -84,25 +117,25 @@ Run settings_of(const json& table) {
   run.trainer = text(table, "trainer");
   const json options = table.value("options", json::object());
   if (given(options, "size")) {
-    run.pool = static_cast<uint32_t>(whole(options, "size", 1, kMaxPool));
+    run.pool = static_cast<uint32_t>(whole(options, "size"));
     if (!is_pool(run.pool)) throw Error("the task has a size that is no power of two");
   }
   run.scalars = text(options, "scalars");
-  run.rounds = whole(table, "rounds", 1, kMany);
+  run.rounds = whole(table, "rounds");
   run.optimizer = text(table, "optimizer");
   run.schedule = text(table, "schedule");
   run.estimator = text(table, "estimator");
-  run.lr = number(table, "lr", 0, 1e30);
-  run.eps = number(table, "eps", 1e-20, 1e30);
-  run.weight_decay = number(table, "weight_decay", 0, 1e30);
-  run.warmup_rounds = number(table, "warmup_rounds", 0, 1e12);
-  if (given(table, "clip_norm")) run.clip_norm = number(table, "clip_norm", 0, 1e30);
-  run.local_steps = whole(table, "local_steps", 1, kMany);
-  if (given(table, "local_epochs")) run.local_epochs = whole(table, "local_epochs", 1, kMany);
-  run.batch_size = whole(table, "batch_size", 1, kMany);
-  run.queries = whole(table, "queries", 1, kMany);
-  run.dropout = number(table, "dropout", 0, 1);
-  run.max_length = whole(table, "max_length", 1, kMany);
+  run.lr = number(table, "lr");
+  run.eps = number(table, "eps");
+  run.weight_decay = number(table, "weight_decay");
+  run.warmup_rounds = number(table, "warmup_rounds");
+  if (given(table, "clip_norm")) run.clip_norm = number(table, "clip_norm");
+  run.local_steps = whole(table, "local_steps");
+  if (given(table, "local_epochs")) run.local_epochs = whole(table, "local_epochs");
+  run.batch_size = whole(table, "batch_size");
+  run.queries = whole(table, "queries");
+  run.dropout = number(table, "dropout");
+  run.max_length = whole(table, "max_length");
   return run;
 }
 

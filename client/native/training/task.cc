@@ -170,6 +170,9 @@ void Trainer::train(const v1::Task& task, const std::string& payload, const Assi
                     Conditions& conditions, Answer& answer) {
   Settings settings = read_settings(task.config(), assignment.kind);
   const Run& run = settings.run;
+  if (task.round() < 1 || task.round() > settings.run.rounds)
+    throw Error("the task has no usable round: expected a whole number from 1 to " +
+                std::to_string(settings.run.rounds) + ", found " + std::to_string(task.round()));
   check(manifest_, assignment, settings);
   const Shelf shelf(state_, task.run_id());
   std::vector<std::string> missing;

@@ -54,9 +54,7 @@ class Watched(Run):
         self.claim = account.guarantee()
         return done
 
-    def _base(
-        self, federation: Federation, state: Payload, info: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def _base(self, federation: Federation, state: Payload) -> dict[str, Any]:
         self.base = self._loss(federation, state)
         return {"metrics": {"loss": self.base}, "samples": [], "clients": {}}
 

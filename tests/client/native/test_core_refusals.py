@@ -1,6 +1,7 @@
 """What a native device cannot do is one line in its reply, and nothing else."""
 
 import json
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from corolla.proto import update_pb2 as pb
 from corolla.wire import messages
 from corolla.wire.messages import Kind, Task, pack_task
+from tests import received
 from tests.bundles import Exported
 from tests.client.native import core_tasks
 from tests.client.native.core_tasks import Case
@@ -56,7 +58,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "usable local_steps": {"local_steps": 0},
     "usable batch_size": {"batch_size": 1 << 40},
     "usable seed": {"seed": -1},
-    "too many steps": {"local_epochs": 1 << 20},
+    "too many steps": {"local_epochs": 100_000, "batch_size": 1},
 }
 
 
@@ -118,7 +120,6 @@ def test_an_adapter_that_is_not_the_bundles(make: Make) -> None:
         "lacks tensor": {**{n: t for n, t in adapter.items() if n != name}, "x": adapter[name]},
         "not as in the bundle": {**adapter, name: adapter[name].T.contiguous()},
         "has 1 tensors": {name: adapter[name]},
-        "not finite": {**adapter, name: torch.full_like(adapter[name], float("nan"))},
     }
     for line, params in wrong.items():
         payload, _ = messages.enclose({"adapter": params})
@@ -127,14 +128,47 @@ def test_an_adapter_that_is_not_the_bundles(make: Make) -> None:
     assert "cannot be read" in refused(case, replace(case.task(), payload=b"\xff" * 100))
 
 
+def test_numbers_that_a_server_may_choose(make: Make, tmp_path: Path) -> None:
+    """The cases that Python's clients are held to as well."""
+    case = make()
+    config, name = case.task().config, next(iter(case.first["adapter"]))
+    lines, wanted = [], []
+    for one in received.cases("run", "lora", "class"):
+        text = received.told(json.loads(config), one)
+        lines.append(json.dumps({"config": text, "class": received.CLASS}) + "\n")
+        wanted.append(f"no usable {one.key}: expected a " if one.refused else "")
+    file = tmp_path / "settings.jsonl"
+    file.write_text("".join(lines))
+    done = subprocess.run(
+        [case.check, "settings", file], capture_output=True, text=True, check=True
+    )
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    for line, part, why in zip(lines, wanted, found, strict=True):
+        beyond = "1e400" in line  # no double: the settings are no JSON
+        assert bool(part) == bool(why), (line, why)
+        assert part in why or beyond, (line, why)
+    for one in received.cases("tensor"):
+        wild = torch.full_like(case.first["adapter"][name], float(one.value))
+        payload, _ = messages.enclose({"adapter": {**case.first["adapter"], name: wild}})
+        if one.refused:
+            why = refused(case, replace(case.task(), payload=payload))
+            assert "not finite, or larger than 1e12" in why
+    for number in (0, 4, 1 << 31):
+        why = refused(case, replace(case.task(), round=number))
+        assert (
+            why
+            == f"the task has no usable round: expected a whole number from 1 to 3, found {number}"
+        )
+
+
 def test_numbers_that_are_no_contribution(make: Make) -> None:
     """A device that diverges says so."""
-    case = make(optimizer="sgd", lr=1e30, clip_norm=None)
+    case = make(optimizer="sgd", lr=1e6, weight_decay=1e6, clip_norm=None)
     assert "lower lr" in refused(case, case.task())
 
 
 def test_a_walk_that_diverges(make: Make) -> None:
-    case = make(strategy="seed_pool", lr=1e29, eps=1e-2, local_steps=6)
+    case = make(strategy="seed_pool", lr=1e6, alpha=1e6, eps=1e-2, local_steps=6)
     assert "lower lr" in refused(case, case.task(), "loss")
 
 

@@ -1,6 +1,7 @@
 """Zeroth-order training with privacy of each example, held against loops written by hand."""
 
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,13 +11,12 @@ import torch
 import transformers
 from torch import Tensor
 
-from corolla.client.training import zeroth_order
+from corolla.client.training import padding
 from corolla.client.training.zeroth_order import ZerothOrder, kernel
 from corolla.config.run import RunConfig
 from corolla.data import encoding
 from corolla.data.encoding import Encoded
 from corolla.directions.pools import GaussianPool, SignPool
-from corolla.errors import DivergedError
 from corolla.models import pretrained, trainable
 from corolla.models.lora import LoraModel
 from corolla.privacy.example_level import ExampleLevel
@@ -407,13 +407,44 @@ def test_nothing_but_public_numbers_is_told(
     assert walk(model, config(), start, level()).num_examples == 3
 
 
-def test_scalars_that_do_not_fit_half_precision_are_said(
+def test_scalars_that_do_not_fit_half_precision_are_told_to_the_owner_alone(
+    model: LoraModel,
+    start: Params,
+    config: Callable[..., RunConfig],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """There is an answer whatever is measured."""
+    loud = level(normal=lambda shape: zeros(shape) + 1e6)
+    with caplog.at_level(logging.WARNING, "corolla"):
+        found = walk(model, config(), start, loud, dtype=torch.float16)
+    assert found.scalars.tolist() == [0.0]
+    whys = [getattr(record, "facts", {})["why"] for record in caplog.records]
+    assert whys == ["1 of 1 scalars are not finite in torch.float16: lower lr or raise eps"]
+
+
+def test_a_step_that_is_none_is_left_out(
     model: LoraModel, start: Params, config: Callable[..., RunConfig]
 ) -> None:
-    """Of noised numbers: it tells nothing else."""
-    with pytest.raises(DivergedError, match="1 of 1 scalars are not finite"):
-        loud = level(normal=lambda shape: zeros(shape) + 1e6)
-        walk(model, config(), start, loud, dtype=torch.float16)
+    """Without privacy it is an error; here the next step goes on from the same point."""
+    given = config(local_steps=2, queries=2, lr=1e6)
+    wild = level(steps=2, normal=lambda shape: zeros(shape) + 1e30)
+    found = walk(model, given, start, wild)
+    assert found.scalars.tolist() == [0.0] * 4
+    for name, tensor in found.params.items():
+        assert torch.equal(tensor, start[name])
+
+
+def test_an_example_that_fails_adds_nothing(
+    model: LoraModel,
+    start: Params,
+    config: Callable[..., RunConfig],
+) -> None:
+    """Longer than was planned for: as if it were not there."""
+    data = [*DATA[:5], Encoded([90] * 400, [90] * 400, 4)]
+    without = walk(model, config(), start, level(), DATA[:5])
+    found = walk(model, config(), start, level(), data)
+    assert torch.equal(found.scalars, without.scalars)
+    assert bool(found.scalars.abs() > 0)
 
 
 @pytest.mark.parametrize("micro", [1, 2, None])
@@ -432,7 +463,7 @@ def test_examples_go_through_the_model_one_by_one(
         seen.append([DATA.index(sequence) for sequence in part])
         return real(part, *rest)
 
-    monkeypatch.setattr(zeroth_order, "collate", spy)
+    monkeypatch.setattr(padding, "collate", spy)
     walk(model, config(micro_batch_size=micro), start, level())
     windows = [[3], [4]] if micro == 1 else [[3, 4]]
     assert seen == 2 * [[0], [1], [2], *windows, [5]]

@@ -37,7 +37,7 @@ def make(settings: Settings, tmp_path: Path) -> Callable[..., Worker]:
         folder: str = "memory",
         **changes: Any,
     ) -> Worker:
-        config = settings(**changes)
+        config = settings(**{"rounds": 9, **changes})
         model = trainable.build(config, pretrained.load(config))
         own = federation or federated.load(config)
         return Worker(config, model, own, Memory(tmp_path / folder), record, on_step)
@@ -234,7 +234,7 @@ def test_divergence_is_reported_and_harms_nobody_else(make: Callable[..., Worker
     worker = make()
     wanted = worker("ben", task(worker)).payload
     state = first(worker)
-    bad = {n: t * float("inf") for n, t in state["adapter"].items()}
+    bad = {n: torch.full_like(t, 1e12) for n, t in state["adapter"].items()}
     reply = ask(worker, "ada", task(worker, payload=codec.encode({"adapter": bad})))
     assert "loss is nan" in reply.error
     assert worker("ben", task(worker)).payload == wanted

@@ -16,6 +16,7 @@ from corolla.client.training.worker import Device, Worker
 from corolla.commands.simulate.in_process import simulate
 from corolla.config.run import RunConfig
 from corolla.data import federated
+from corolla.data.encoding import Encoded, Encoder
 from corolla.data.federated import FederatedData
 from corolla.data.partition import Split
 from corolla.data.rows import Example
@@ -52,7 +53,7 @@ def make(settings: Settings, tmp_path: Path) -> Callable[..., Worker]:
         given: dict[str, Any] = {"dp": "example", **changes}
         if given["dp"] != "none" and "epsilon" not in given:
             given = {"noise_multiplier": 4.0, **given}
-        config = settings(**given)
+        config = settings(**{"rounds": 9, **given})
         model = trainable.build(config, pretrained.load(config))
         own = federation or federated.load(config)
         memory = Memory(tmp_path / "memory")
@@ -337,7 +338,7 @@ def test_what_goes_wrong_in_training_is_told_in_public_words(
     caplog: pytest.LogCaptureFixture,
     error: Exception,
 ) -> None:
-    """One text for all of them; a corolla error stands in the owner's log."""
+    """One text for all of them, where it fails without rows too; the owner's log has the error."""
     worker = make(**EVERYBODY)
     monkeypatch.setattr(FedAvg, "local", lambda *args: (_ for _ in ()).throw(error))
     with caplog.at_level(logging.ERROR, "corolla"):
@@ -346,7 +347,54 @@ def test_what_goes_wrong_in_training_is_told_in_public_words(
     assert len(ledger(worker).releases()) == 1
     whys = [getattr(record, "facts", {}).get("why", "") for record in caplog.records]
     known = str(error) if isinstance(error, CorollaError) else type(error).__name__
-    assert whys == [known]
+    assert whys == [known, known]
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "seed_pool"])
+def test_what_goes_wrong_because_of_rows_is_an_update_of_noise(
+    make: Callable[..., Worker],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    strategy: str,
+) -> None:
+    """Whoever was charged gets an answer: an error would tell of the rows."""
+    worker = make(strategy=strategy, **EVERYBODY)
+    usual = ask(worker, "ada", task(worker))
+    cls = type(worker.strategy)
+    real, failed = cls.local, list[bool]()
+
+    def fail_once(strategy: Any, client: Client, received: Payload) -> Update:
+        update: Update = real(strategy, client, received)
+        if not failed:
+            failed.append(True)
+            raise MemoryError
+        return update
+
+    monkeypatch.setattr(cls, "local", fail_once)
+    with caplog.at_level(logging.ERROR, "corolla"):
+        reply = ask(worker, "ada", task(worker, round=2))
+    assert reply.error == ""
+    assert reply.metrics.keys() == usual.metrics.keys()
+    assert reply.num_examples == usual.num_examples
+    assert len(reply.payload) == len(usual.payload)
+    assert len(ledger(worker).releases()) == 2
+    facts = [getattr(record, "facts", {}) for record in caplog.records]
+    assert [own["why"] for own in facts] == ["MemoryError"]
+
+
+def test_what_is_not_finite_after_the_noise_is_sent_as_nothing(
+    make: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = FedAvg.local
+
+    def wild(strategy: FedAvg, client: Client, received: Payload) -> Update:
+        update = real(strategy, client, received)
+        wrong = {n: t.clone().fill_(math.nan) for n, t in update.payload["adapter"].items()}
+        return replace(update, payload={"adapter": wrong}, keep={"own": wrong})
+
+    monkeypatch.setattr(FedAvg, "local", wild)
+    worker = make(codec=["int8"], **EVERYBODY)  # which takes finite values alone
+    assert ask(worker, "ada", task(worker)).error == ""
 
 
 def test_why_a_model_cannot_be_trained_in_batches_is_told(make: Callable[..., Worker]) -> None:
@@ -359,16 +407,47 @@ def test_why_a_model_cannot_be_trained_in_batches_is_told(make: Callable[..., Wo
     assert error.startswith("dp=example: in a batch, the gradients of examples are not")
 
 
-def test_an_example_that_cannot_be_read_is_told_in_public_words(
-    make: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch
+def test_a_row_that_cannot_be_encoded_is_told_to_its_owner_alone(
+    make: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     worker = make(**EVERYBODY)
+    real, called = Encoder.__call__, list[Example]()
 
-    def fail(example: Example) -> None:
-        raise DataError("an example has a label that the model was not built for")
+    def fail(encoder: Encoder, row: Example) -> list[Encoded]:
+        called.append(row)
+        if len(called) == 2:
+            raise DataError("an example has a label that the model was not built for")
+        return real(encoder, row)
 
-    monkeypatch.setattr(worker, "_encoder", fail)
-    assert "could not train" in ask(worker, "ada", task(worker)).error
+    monkeypatch.setattr(Encoder, "__call__", fail)
+    with caplog.at_level(logging.WARNING, "corolla"):
+        reply = ask(worker, "ada", task(worker))
+    assert (reply.error, reply.num_examples) == ("", ADA)
+    assert [own.example for own in worker._tokens("ada")[0]] == [0, 2, 3]
+    facts = [getattr(record, "facts", {}) for record in caplog.records]
+    assert facts == [{"of": ADA, "not_encoded": 1, "cut": 0}]
+
+
+def test_a_row_is_one_sequence_of_what_may_fill_it(
+    make: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest of a long one is not even looked at; without privacy it is trained on."""
+    rows = [Example("x" * 20), Example("y" * 1_000_000), Example("z", prompt="p" * 1_000_000)]
+    federation = FederatedData("test", {"ada": Split(rows, [])}, rows, [], "")
+    assert len(make(federation=federation, dp="none")._tokens("ada")[0]) > 1000
+    seen: list[int] = []
+    worker = make(federation=federation, max_length=48, **EVERYBODY)
+    real = Encoder.__call__
+
+    def spy(encoder: Encoder, row: Example) -> list[Encoded]:
+        seen.append(len(row.text) + len(row.prompt or ""))
+        return real(encoder, row)
+
+    monkeypatch.setattr(Encoder, "__call__", spy)
+    found = worker._tokens("ada")[0]
+    assert [own.example for own in found] == [0, 1]
+    assert len(found[1].input_ids) == 48
+    assert max(seen) <= 32 * 48 + 1
 
 
 @dataclass(frozen=True)
@@ -408,7 +487,8 @@ def test_a_strategy_does_not_come_across_examples(
         worker.strategy = Curious()
         with caplog.at_level(logging.ERROR, "corolla"):
             assert bool(ask(worker, "ada", task(worker)).error) == refused
-    assert [getattr(record, "facts", {})["why"] for record in caplog.records] == ["AttributeError"]
+    whys = [getattr(record, "facts", {})["why"] for record in caplog.records]
+    assert whys == ["AttributeError"] * 2  # with rows, and without
 
 
 def test_a_strategy_cannot_take_privacy_off_a_client(make: Callable[..., Worker]) -> None:

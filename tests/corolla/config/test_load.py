@@ -117,7 +117,7 @@ def test_names_of_strategies_may_have_dashes(tmp_path: Path) -> None:
     [
         (["rounds=0"], ["rounds", "a whole number from 1 to 100000", "0"]),
         (["rounds=many"], ["rounds", "a whole number from 1", "'many'"]),
-        (["lr=-1"], ["lr", "a number above 0"]),
+        (["lr=-1"], ["lr", "a number from 1e-30 to 1e+06"]),
         (["lr=0"], ["lr"]),
         (["batch-size=0"], ["batch-size"]),
         (["eval_fraction=1"], ["eval-fraction", "a number above 0 below 1, found 1"]),

@@ -18,7 +18,7 @@ from tests.corolla.config.configs import load, refused
         (["dp=client"], "dp=client needs epsilon"),
         (
             ["dp=client", "noise-multiplier=1e-9"],
-            "expected a number from 0.001, or null, found 1e-09",
+            "expected a number from 0.001 to 1e+06, or null, found 1e-09",
         ),
         (["dp=example"], "dp=example needs epsilon"),
         (["dp=client", "epsilon=8", "noise-multiplier=1"], "give one of them"),

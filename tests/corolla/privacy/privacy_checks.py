@@ -273,17 +273,17 @@ def cohorts_are_poisson() -> None:
 
 
 def gradients_have_their_noise() -> None:
-    """(sum + N(0, (z C)²)) / expected batch, at all tensors of a step, in the types given."""
+    """C (sum + N(0, z²)) / expected batch, at all tensors of a step, of sums in units of C."""
     own = examples()
     sums: Params = {
         "w": torch.ones(300, 400),
         "b": torch.full((200_000,), -2.0, dtype=torch.float64),
     }
     found = own.noised(sums)
-    assert {n: t.dtype for n, t in found.items()} == {n: t.dtype for n, t in sums.items()}
+    assert {t.dtype for t in found.values()} == {torch.float32}
     for name, total in sums.items():
-        noise = found[name].double() * own.batch - total.double()
-        is_normal(noise.flatten() / (own.noise_multiplier * own.clip))
+        noise = found[name].double() * own.batch / own.clip - total.double()
+        is_normal(noise.flatten() / own.noise_multiplier)
 
 
 def noise_is_of_the_operating_system() -> None:

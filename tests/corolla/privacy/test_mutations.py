@@ -169,7 +169,8 @@ def cohorts_of_one_size(patch: pytest.MonkeyPatch) -> None:
 
 def gradients_without_noise(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
-        *(ExampleLevel, "noised"), lambda own, sums: {n: t / own.batch for n, t in sums.items()}
+        *(ExampleLevel, "noised"),
+        lambda own, sums: {n: (own.clip * t / own.batch).float() for n, t in sums.items()},
     )
 
 
@@ -177,7 +178,8 @@ def gradients_with_half_the_noise(patch: pytest.MonkeyPatch) -> None:
     real = ExampleLevel.noised
 
     def noised(own: ExampleLevel, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {n: (t + sums[n] / own.batch) / 2 for n, t in real(own, sums).items()}
+        noisy = real(own, sums).items()
+        return {n: ((t + own.clip * sums[n] / own.batch) / 2).float() for n, t in noisy}
 
     patch.setattr(ExampleLevel, "noised", noised)
 
