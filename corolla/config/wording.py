@@ -149,9 +149,9 @@ def _number(annotation: type, bounds: tuple[Any, ...]) -> str:
 
 
 def _limit(limit: float) -> str:
-    if limit >= 2**31:
-        return f"2**{int(limit).bit_length() - 1}"
-    return str(limit) if isinstance(limit, int) else f"{limit:g}"
+    if isinstance(limit, int):
+        return f"2**{limit.bit_length() - 1}" if limit >= 2**31 else str(limit)
+    return f"{limit:g}"
 
 
 def _has(bound: Any, name: str) -> bool:

@@ -60,8 +60,8 @@ def silent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise of nothing, and no row that happens not to be drawn."""
     real = example_level.example_level
 
-    def quiet(config: RunConfig, examples: int) -> ExampleLevel:
-        level = real(config, examples)
+    def quiet(config: RunConfig, examples: int, unit: Any) -> ExampleLevel:
+        level = real(config, examples, unit)
         zeros = lambda shape: torch.zeros(tuple(shape), dtype=torch.float64)  # noqa: E731
         return dataclasses.replace(level, normal=zeros)
 

@@ -119,7 +119,7 @@ def test_zstd_sends_at_most_what_the_formula_says(tmp_path: Path) -> None:
 def test_compressed_training_still_learns(tmp_path: Path) -> None:
     gains = []
     for steps in ([], ["top_k:0.25", "int8", "zstd"], ["int4"]):
-        run = started(tmp_path / str(len(steps)), codec=steps, lr=0.02, local_epochs=2)
+        run = started(tmp_path / str(len(steps)), codec=steps, lr=0.02, local_epochs=2, rounds=8)
         losses = [step(run).metrics["train_loss"] for _ in range(8)]
         gains.append(losses[0] - losses[-1])
     assert gains[0] > 0.08

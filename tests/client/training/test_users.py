@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,12 +87,17 @@ def test_the_gradient_of_a_user_is_the_sum_of_its_rows_clipped_once(size: int) -
     known = dpsgd.examples(data, 4)
     clipper = Clipper(model, trained, size)
     with clipper.attached():
-        found = clipper(known, clip)
-        fewer = clipper([known[0], known[3]], clip)
+        found = scaled(clipper(known, clip), clip)
+        fewer = scaled(clipper([known[0], known[3]], clip), clip)
     assert apart(found, clipped_by_hand(alone, clip)) <= 2e-6 * norm(found)
     assert apart(fewer, clipped_by_hand([alone[0], alone[3]], clip)) <= 2e-6 * norm(fewer)
     rows = [own_gradient(model, trained, [s for s in data if s.example == i]) for i in range(8)]
     assert apart(found, clipped_by_hand(rows, clip)) > 0.1 * norm(found)
+
+
+def scaled(sums: Mapping[str, Tensor], clip: float) -> dict[str, Tensor]:
+    """Sums as they are: a clipper's are in units of the clip."""
+    return {name: clip * tensor for name, tensor in sums.items()}
 
 
 @pytest.mark.parametrize("left_out", range(4))
@@ -105,8 +110,9 @@ def test_leaving_a_user_out_moves_the_sum_by_at_most_the_clip(left_out: int) -> 
     known = dpsgd.examples(data, 4)
     clipper = Clipper(model, trained, 8)
     with clipper.attached():
-        whole = clipper(known, clip)
-        rest = clipper([own for i, own in enumerate(known) if i != left_out], clip)
+        whole = scaled(clipper(known, clip), clip)
+        left = [own for i, own in enumerate(known) if i != left_out]
+        rest = scaled(clipper(left, clip), clip)
     assert 0.99 * clip <= apart(whole, rest) <= clip * (1 + 1e-5)
 
 

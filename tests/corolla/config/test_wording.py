@@ -84,10 +84,10 @@ def test_what_a_key_takes_is_said_in_words(key: str, words: str) -> None:
 
 def test_what_an_entry_takes_is_said_in_words() -> None:
     fields = Settings.model_fields
-    assert expected(entry(fields["ranks"], "0")) == "expected a whole number from 1"
+    assert expected(entry(fields["ranks"], "0")) == "expected a whole number from 1 to 65536"
     of_class = entry(fields["classes"], "phone")
     assert expected(of_class) == 'expected a table such as {"share":2,"lr":0.001}'
-    assert expected(entry(of_class, "lr")) == "expected a number above 0, or null"
+    assert expected(entry(of_class, "lr")) == "expected a number from 1e-30 to 1e+06, or null"
 
 
 def test_null_is_said_only_where_it_can_be_given() -> None:
