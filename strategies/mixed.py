@@ -17,7 +17,7 @@ from corolla import seeds
 from corolla.aggregation.sums import summed, summed_like, terms
 from corolla.directions import moving, pools, seedlog, signs
 from corolla.directions.pools import SignPool
-from corolla.interfaces import Client
+from corolla.interfaces import Client, Observed
 from corolla.strategies.options import option
 from corolla.tensors import tree
 from corolla.types import (
@@ -130,9 +130,67 @@ class Mixed:
             costs.append(Cost(up, whole + 16))
         return costs
 
+    @property
+    def weighted(self) -> bool:
+        """Whether a client counts by its examples alone."""
+        return self.weights == "examples"
+
+    def shares(self, observed: Observed) -> Mapping[str, float]:
+        """λ_c n_m / n_c, written out client by client.
+
+        |u|² of a zeroth-order client is (number of values) · |a|², as where its directions are
+        orthogonal.
+        """
+        if self.weights == "examples":
+            return observed.weights
+        values, names = sum(t.numel() for t in observed.start.values()), sorted(observed.start)
+        first, zeroth = _Spread(), _Spread()
+        for client, p in observed.weights.items():
+            own = observed.updates[client]
+            if "adapter" in own:
+                flat = torch.cat([own["adapter"][n].double().flatten() for n in names])
+                first.clients[client] = (p, flat)
+                continue
+            vector = torch.zeros(self.size, dtype=torch.float64)
+            where = seedlog.directions(own["scalars"], self.size).tolist()
+            for k, g in zip(where, own["scalars"]["scalars"].tolist(), strict=True):
+                vector[k] += g * float(own["scalars"]["step"]) * values**0.5
+            zeroth.clients[client] = (p, vector)
+        sure = first.precision, zeroth.precision
+        if not all(0 < s < math.inf for s in sure):
+            return observed.weights
+        return {
+            client: precision / sum(sure) * p / spread.total
+            for spread, precision in zip((first, zeroth), sure, strict=True)
+            for client, (p, _) in spread.clients.items()
+        }
+
     def _pool(self, state: Payload) -> SignPool:
         seed, round = state["key"]["key"].tolist()
         return SignPool(self.size, (seed, round))
+
+
+class _Spread:
+    """Client → (share of all examples, update) of one class."""
+
+    def __init__(self) -> None:
+        self.clients: dict[str, tuple[float, Tensor]] = {}
+
+    @property
+    def total(self) -> float:
+        return sum(p for p, _ in self.clients.values())
+
+    @property
+    def precision(self) -> float:
+        """|ū|² / v with v = s² Σp² / (1 - Σp²), s² = Σ p |u - ū|²; NaN of fewer than two."""
+        if len(self.clients) < 2:
+            return math.nan
+        own = [(p / self.total, u) for p, u in self.clients.values()]
+        mean = torch.stack([p * u for p, u in own]).sum(0)
+        spread = sum(p * float((u - mean).square().sum()) for p, u in own)
+        squares = sum(p * p for p, _ in own)
+        variance = spread * squares / (1 - squares)
+        return float(mean.square().sum()) / variance if variance > 0 else math.nan
 
 
 def _precisions(aggregate: Payload, values: int) -> tuple[float, float] | None:
@@ -172,16 +230,19 @@ class _TwoMeans:
             square = tree.norm(payload["adapter"]) ** 2
             for name, tensor in payload["adapter"].items():
                 self._dense[name] = self._dense.get(name, 0) + tensor.double() * weight
-            self._counts[:, 0] += torch.tensor([weight, 1, weight * square, weight**2])
+            self._count(0, weight, square)
             return
         scalars = payload["scalars"]
         own = torch.zeros_like(self._sums)
         values = scalars["scalars"].double() * float(scalars["step"])
         own.index_add_(0, seedlog.directions(scalars, len(own)), values)
         self._sums += weight * own
-        self._counts[:, 1] += torch.tensor(
-            [weight, 1, weight * float(own.square().sum()), weight**2]
-        )
+        self._count(1, weight, float(own.square().sum()))
+
+    def _count(self, which: int, weight: float, square: float) -> None:
+        """In fp64: n² of a client of millions of examples has more digits than fp32."""
+        own = [weight, 1, weight * square, weight**2]
+        self._counts[:, which] += torch.tensor(own, dtype=torch.float64)
 
     def merge(self, other: Self) -> None:
         for name, tensor in other._dense.items():

@@ -97,7 +97,7 @@ def _gather(
             raise ConfigError(
                 f"--set {setting!r}: expected key=value (corolla keys lists and explains all keys)"
             )
-        _assign(values, tables, _key(key.strip()), _literal(text), "--set")
+        _assign(values, tables, _key(key.strip()), literal(text), "--set")
     values |= {key: value for key, value in overrides.items() if value is not None}
     if "strategy" in values and ":" not in str(values["strategy"]):
         values["strategy"] = str(values["strategy"]).replace("-", "_")
@@ -160,7 +160,7 @@ def _read(file: Path) -> dict[str, Any]:
         raise ConfigError(f"config file {file} is not TOML: {error}") from error
 
 
-def _literal(text: str) -> Any:
+def literal(text: str) -> Any:
     """A value as TOML or JSON would read it; anything else is a string."""
     try:
         return json.loads(text)
