@@ -120,7 +120,7 @@ def _own_directions(probe: Probe, rounds: Sequence[Round]) -> Finding:
 
 def _mirrors(probe: Probe, rounds: Sequence[Round]) -> Finding:
     """What the server adds up is the mean, over all clients, of what these keep."""
-    kept = _kept(probe.network, rounds)
+    kept = {client: own for round in rounds for client, own in round.left.items()}
     state, worst = rounds[-1].result.state, Worst()
     groups = {group for own in kept.values() for group in own} & state.keys()
     for group in sorted(groups):
@@ -142,7 +142,7 @@ def _keeps(probe: Probe, last: Round) -> Finding:
     _again(probe, replace(last, held={}), lost, returned)
     idle = []
     for client in returned:
-        one, other = (_staged(network, client, last) for network in (probe.network, lost))
+        one, other = last.left[client], lost.worker.memory.kept(client, last.number, commit=False)
         if _same(one, other) and lost.sent[client] == last.sent[client]:
             idle.append(client)
     note = f"{', '.join(idle)}: what was kept has no effect" if idle else ""
@@ -154,7 +154,7 @@ def _stays(probe: Probe, last: Round) -> Finding:
     left = []
     for client, packet in last.sent.items():
         sent = packet.payload + packet.header
-        for group, params in _staged(probe.network, client, last).items():
+        for group, params in last.left[client].items():
             for name, tensor in params.items():
                 if bool(tensor.any()) and tensor.contiguous().numpy().tobytes() in sent:
                     left.append(f"{client} sends {group}/{name}")
@@ -174,17 +174,6 @@ def _again(probe: Probe, last: Round, network: Recorder, clients: Sequence[str] 
 def _copy(last: Round, name: str) -> Path:
     """What devices had kept before the last round, in a folder of its own."""
     return Path(shutil.copytree(last.kept, last.kept.parent / name))
-
-
-def _kept(network: Recorder, rounds: Sequence[Round]) -> dict[str, Payload]:
-    """What each client has kept since its last update."""
-    latest = {client: round.number for round in rounds for client in round.result.num_examples}
-    memory = network.worker.memory
-    return {client: memory.kept(client, number, commit=False) for client, number in latest.items()}
-
-
-def _staged(network: Recorder, client: str, last: Round) -> Payload:
-    return network.worker.memory.kept(client, last.number, commit=False)
 
 
 def _same(one: Payload, other: Payload) -> bool:

@@ -60,6 +60,8 @@ class Round:
     deltas: Mapping[str, Params]
     """Client → what its model added to the base weights after training."""
     sent: Mapping[str, Packet]
+    left: Mapping[str, Payload]
+    """Client → what it keeps of this round for itself."""
 
 
 class Probe:
@@ -102,7 +104,8 @@ class Probe:
             result = run_round(call, self.network)
             seen = self._observed(state, result)
             deltas = {client: self.network.deltas[client] for client in result.num_examples}
-            yield Round(round, state, held, kept, result, seen, deltas, dict(self.network.sent))
+            sent, left = dict(self.network.sent), self._left(round)
+            yield Round(round, state, held, kept, result, seen, deltas, sent, left)
             state, held = result.state, result.held
 
     def fresh(self) -> Payload:
@@ -113,6 +116,12 @@ class Probe:
         """What a state adds to each weight of the base model."""
         self.model.show(self.strategy.adapter(state), self.config.lora)
         return self.model.deltas()
+
+    def _left(self, round: int) -> dict[str, Payload]:
+        if not registry.traits(self.strategy).keeps:
+            return {}
+        memory = self.network.worker.memory
+        return {client: memory.kept(client, round, commit=False) for client in self.network.sent}
 
     def _model(self) -> LoraModel:
         labels = len(self.labels)

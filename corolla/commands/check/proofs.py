@@ -16,7 +16,7 @@ import torch
 from corolla.commands.check import folds, local, options, oracle, tiny_models, traffic
 from corolla.commands.check.findings import Finding, Proof, Result, made
 from corolla.commands.check.probe import Probe, Round
-from corolla.commands.check.tables import REGROUPED, ROUNDS, Trial
+from corolla.commands.check.tables import BRIEFLY, REGROUPED, ROUNDS, Trial
 from corolla.errors import ConfigError
 from corolla.server.rounds.call import RoundCall
 from corolla.server.rounds.round import run_round
@@ -86,12 +86,13 @@ class _Check:
 
     def _proven(self, kind: str, given: Mapping[str, object]) -> Iterator[Finding]:
         """All proofs with these options; briefly where they are those of a trial."""
+        briefly = given is not self.fixed
         try:
             with tempfile.TemporaryDirectory() as scratch:
                 probe = Probe(self.name, kind, Path(scratch), given)
-                done = list(probe.rounds(self.rounds))
+                done = list(probe.rounds(BRIEFLY if briefly else self.rounds))
                 self.done[_key(kind, given)] = _digest(done)
-                for proof in _proofs(probe, done, briefly=given is not self.fixed):
+                for proof in _proofs(probe, done, briefly):
                     yield replace(made(proof, kind), options=given)
         except Exception as error:  # noqa: BLE001 - whatever a strategy raises is its failure
             yield _raised(kind, error, given)
@@ -120,7 +121,7 @@ class _Check:
             try:
                 with tempfile.TemporaryDirectory() as scratch:
                     probe = Probe(self.name, kind, Path(scratch), usual)
-                    self.done[_key(kind, usual)] = _digest(list(probe.rounds(self.rounds)))
+                    self.done[_key(kind, usual)] = _digest(list(probe.rounds(BRIEFLY)))
             except Exception as error:  # noqa: BLE001 - whatever a strategy raises is its failure
                 yield _raised(kind, error, given)
                 return
@@ -170,9 +171,10 @@ def _key(kind: str, given: Mapping[str, object]) -> tuple[str, str]:
 
 
 def _digest(done: Sequence[Round]) -> str:
-    """Of all that clients sent and the server made of it, in every round."""
-    parts = [tree.digest_all(round.result.state) for round in done]
-    for round in done:
-        parts += [tree.digest_all(update) for update in round.observed.updates.values()]
+    """Of all that clients sent and kept and the server made of it, in the first rounds."""
+    parts: list[str] = []
+    for round in done[:BRIEFLY]:
+        payloads = [round.result.state, *round.observed.updates.values(), *round.left.values()]
+        parts += [tree.digest_all(payload) for payload in payloads]
         parts.append(repr((round.result.traffic.up, round.result.traffic.down, round.result.cost)))
     return " ".join(parts)

@@ -30,6 +30,10 @@ ROUNDS: Sequence[Sequence[str]] = (
 """Cohorts of the rounds that are run: odd and even, clients that are new and that come back."""
 
 
+BRIEFLY = 2
+"""Rounds that are run with an option away from its default."""
+
+
 @dataclass(frozen=True)
 class Weighting:
     """A cohort that the updates of the last round are folded in as, each row another.
@@ -83,6 +87,7 @@ TRIALS: Mapping[tuple[str, str], Sequence[Trial]] = {
     ("flora", "max_rank"): [Trial(24, {"compact_at": 3.0})],
     ("fedex_lora", "max_rank"): [Trial(24, {"compact_at": 1.25})],
     ("fedex_lora", "compact_at"): [Trial(1.0)],
+    ("mixed", "size"): [Trial(1024)],
     ("fedmezo", "interval"): [Trial(1, {"directions": "low_rank"})],
 }
 """(strategy, option) → values for models as small, where the option's own example has no effect."""

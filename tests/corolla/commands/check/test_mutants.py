@@ -37,6 +37,8 @@ class Mutant:
     found: Sequence[str]
     model: str = "llama"
     option: str = ""
+    rounds: int = 2
+    """Fewer than the command runs, where these are enough."""
 
 
 MUTANTS = [
@@ -82,7 +84,7 @@ MUTANTS = [
     Mutant("OwnFactorForgotten", (KEPT,)),
     Mutant("SameDirections", (DIRECTIONS,)),
     # What passed at first when somebody tried to get past the check.
-    Mutant("LateSign", (WEIGHTS, BY_EXAMPLES)),
+    Mutant("LateSign", (WEIGHTS, BY_EXAMPLES), rounds=5),
     Mutant("SaysItRounds", (FACTORS, BY_EXAMPLES, SHARES, SUMS, LINEAR)),
     Mutant("EvaluatesItsStart", (EVALUATES,)),
     Mutant("OnceForgotten", (FIRST,)),
@@ -144,7 +146,7 @@ def failed(module: str, mutant: Mutant) -> dict[str, Finding]:
     """Check → the finding that failed; of a mutant with an option, only those with that option."""
     name = f"{module}:{mutant.name}"
     tried = [mutant.option] if mutant.option else []
-    (result,) = conform([name], models=[mutant.model], tried=tried)
+    (result,) = conform([name], rounds=mutant.rounds, models=[mutant.model], tried=tried)
     assert not result.passed
     found = {f.check: f for f in result.findings if not f.passed}
     assert all(bool(f.options) == bool(mutant.option) for f in found.values())
@@ -175,7 +177,7 @@ def test_every_mutant_has_a_row() -> None:
 @pytest.mark.parametrize(
     ("name", "check", "said"),
     [
-        ("MedianOfMeans", EACH, "weights of ada, ben, cyd, dot, eve, fay, gus change nothing"),
+        ("MedianOfMeans", EACH, "weights of ada, ben, cyd, eve, fay, gus change nothing"),
         ("LastThirtyTwo", BY_EXAMPLES, "40 clients of 1 to 23 examples"),
         ("StillClientsForgotten", BY_EXAMPLES, "5 clients and 2 whose update changes nothing"),
         ("WeightsClamped", BY_EXAMPLES, "6 clients of 1 to 100,000 examples"),
