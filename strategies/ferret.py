@@ -105,9 +105,8 @@ class Ferret:
         signed = torch.from_numpy(signs.signs(key, 0, len(change))).double()
         place = torch.arange(len(change)) % self.size
         sums = torch.zeros(self.size, dtype=torch.float64).index_add_(0, place, signed * change)
-        parts = (self.server_lr * signed * sums[place]).split(
-            [last.start[n].numel() for n in names]
-        )
+        move = self.server_lr * signed * sums[place]
+        parts = torch.split(move, [last.start[n].numel() for n in names])
         return {
             n: last.start[n].double() + part.reshape(last.start[n].shape)
             for n, part in zip(names, parts, strict=True)

@@ -135,10 +135,11 @@ class Flora:
         for own in rounds:
             block, ranks = {}, {}
             for m in factors.modules(last.start):
-                block[m] = sum(
+                scaled = [
                     p * own.lora[c].scaling * factors.product(own.trained[c], m)
                     for c, p in own.weights.items()
-                )
+                ]
+                block[m] = torch.stack(scaled).sum(0)
                 ranks[m] = sum(own.lora[c].rank for c in own.weights)
                 if self.energy < 1:
                     block[m], ranks[m] = dense.cut(block[m], energy=self.energy)

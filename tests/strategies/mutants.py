@@ -371,7 +371,7 @@ class GatewaysOfOneExample(FedAvg):
 class _OneClass(_TwoMeans):
     """Merges the first-order half alone where the other one has sums, too."""
 
-    def merge(self, other: _TwoMeans) -> None:  # type: ignore[override]
+    def merge(self, other: Self) -> None:
         mine = self._sums.clone()
         super().merge(other)
         if bool(mine.any()):

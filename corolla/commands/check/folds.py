@@ -136,18 +136,18 @@ class Fold:
     def _still(self, number: int) -> Member:
         """A client that trained nothing: its update is zero, its model that of the server."""
         own = self.members[(number + 1) % len(self.members)]
-        named = {"name": f"still-{number}", "weight": 4.0, "deltas": self.probe.deltas(self.state)}
+        own = replace(own, name=f"still-{number}", weight=4.0, deltas=self.probe.deltas(self.state))
         seen, updates = self.last.observed, registry.traits(self.probe.strategy).updates
         if updates in ("differences", "scalars"):
             trained = {n: seen.start.get(n, t) for n, t in own.trained.items()}
-            return replace(own, payload=_zero(own.payload), trained=trained, **named)
+            return replace(own, payload=_zero(own.payload), trained=trained)
         payload = {
             group: {n: t if factors.is_a(n) else t * 0 for n, t in params.items()}
             for group, params in own.payload.items()
         }
         trained = {n: t * 0 if factors.is_b(n) else t for n, t in own.trained.items()}
         trained |= factors.select(seen.start, factors.is_head)
-        return replace(own, payload=payload, trained=trained, **named)
+        return replace(own, payload=payload, trained=trained)
 
 
 def _zero(payload: Payload) -> Payload:
@@ -258,7 +258,7 @@ def partial_sums(fold: Fold) -> Finding:
         whole, parts = _sums(fold, form), [_sums(fold, [member]) for member in form]
         for group, params in whole.items():
             for name, tensor in params.items():
-                added = sum(part[group][name].double() for part in parts)
+                added = torch.stack([part[group][name].double() for part in parts]).sum(0)
                 apart = oracle.relative({name: tensor.double()}, {name: added})
                 worst.see(apart, f"sums of {len(form)} clients do not add up in {group}/{name}")
     return worst.finding("partial sums", fold.probe.kind, oracle.EXACT)
@@ -273,7 +273,9 @@ def linear(fold: Fold) -> Finding:
         p = shares({m.name: m.weight for m in form})
         mean = {
             group: {
-                n: sum(p[m.name] * m.payload[group][n].double() for m in form).to(t)
+                n: torch.stack([p[m.name] * m.payload[group][n].double() for m in form])
+                .sum(0)
+                .to(t)
                 for n, t in params.items()
             }
             for group, params in form[0].payload.items()

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from corolla.commands.check import oracle
 from corolla.commands.check.findings import Finding, Proof, Worst
 from corolla.commands.check.probe import STILL, Probe, Recorder, Round, settings
@@ -125,7 +127,7 @@ def _mirrors(probe: Probe, rounds: Sequence[Round]) -> Finding:
     groups = {group for own in kept.values() for group in own} & state.keys()
     for group in sorted(groups):
         mean = {
-            n: sum(own[group][n].double() for own in kept.values()) / len(CLIENTS)
+            n: torch.stack([own[group][n].double() for own in kept.values()]).sum(0) / len(CLIENTS)
             for n in state[group]
         }
         apart = oracle.relative(state[group], mean)

@@ -52,7 +52,7 @@ def test_values_follow_from_the_option_itself() -> None:
 
 
 def test_an_option_without_a_value_to_try_is_told_how_to_declare_one() -> None:
-    with pytest.raises(ConfigError, match=r"default 'free' .* option\(default, text, example\)"):
+    with pytest.raises(ConfigError, match=r"default 'free' .*option\(default, text, example\)"):
         tried("text")
 
 
@@ -99,5 +99,5 @@ def test_what_is_no_option_is_answered_in_one_line(settings: list[str], message:
 
 def test_the_command_refuses_a_bad_option_before_anything_runs() -> None:
     done = CliRunner().invoke(app, ["check", "fedavgm", "--set", "strategy.beta=2"])
-    assert done.exit_code == 1
-    assert isinstance(done.exception, ConfigError | SystemExit)
+    assert done.exit_code == 2
+    assert "fedavgm on llama" not in done.output
