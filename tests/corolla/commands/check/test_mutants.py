@@ -114,7 +114,7 @@ SABOTAGED = [
     Mutant("ResidualNotTrainedBeside", (WEIGHTS, START, BY_EXAMPLES)),
     Mutant("SquareRootOnOneSide", (EXPECTED, BY_EXAMPLES)),
     Mutant("PenaltyNotRelative", (EXPECTED, BY_EXAMPLES)),
-    Mutant("FrozenHalfNotRestored", (WEIGHTS, BY_EXAMPLES)),
+    Mutant("FrozenHalfNotRestored", (WEIGHTS, START, BY_EXAMPLES)),
     Mutant("SingularValuesForgotten", (WEIGHTS, BY_EXAMPLES, ONE), "gpt2"),
     Mutant("CoresBySize", (WEIGHTS, *UNWEIGHTED)),
     Mutant("NormsForgotten", (EXPECTED, BY_EXAMPLES)),
