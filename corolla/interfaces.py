@@ -1,7 +1,7 @@
 """The roles of a federation as protocols: trainers, clients, aggregators and strategies."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol, Self, runtime_checkable
 
 import torch
@@ -233,8 +233,9 @@ class Observed:
     """One round as it happened, for a strategy that says what it should lead to.
 
     `spec` is the rank and scaling of the global adapter, `start` its tensors before the round;
-    `trained` what each client's model held after local training, `weights` their shares p_m, `lora`
-    their ranks and scalings.
+    `trained` what each client's model held after local training, `weights` their shares p_m of all
+    examples, `lora` their ranks and scalings. `state` is what the server kept before the round,
+    `updates` what each client sent.
     """
 
     spec: LoraSpec
@@ -242,10 +243,24 @@ class Observed:
     trained: Mapping[str, Params]
     weights: Mapping[str, float]
     lora: Mapping[str, LoraSpec]
+    state: Payload = field(default_factory=dict)
+    updates: Mapping[str, Payload] = field(default_factory=dict)
 
 
 class Claim(Protocol):
-    """What a strategy with aggregates="other" adds, so that `corolla check` has a proof to make."""
+    """What a strategy may add for `corolla check` to hold it against; each part may be left out.
+
+    Whoever aggregates "other" adds `expected`: without it nothing of the aggregate is proven.
+    """
+
+    weighted: bool
+    """A client counts by its number of examples (the default). Where it does not, `expected` or
+    `shares` says how it counts."""
+    exact: bool
+    """The mean in `aggregates` is taken with these options (the default). Where it is not, because
+    an option cuts ranks, `expected` says what comes out."""
+    rounding: float
+    """By how much an aggregate may be off, relative to a step, because it travels in few bits."""
 
     def expected(self, rounds: Sequence[Observed]) -> Params:
         """The global adapter's tensors after these rounds, in fp64, at the last round's `spec`.
@@ -254,3 +269,6 @@ class Claim(Protocol):
         compared by their products; those of a personal strategy, which says nothing of the
         tensors that clients keep, as they are.
         """
+
+    def shares(self, observed: Observed) -> Mapping[str, float]:
+        """Each client's share in the mean of a round, where it is not that of its examples."""

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from corolla.aggregation.stacks import MeanAndResidual
-from corolla.interfaces import Client
+from corolla.interfaces import Client, Observed
 from corolla.strategies.listing import listed
 from corolla.strategies.options import option
-from corolla.tensors import blocks, factors, tree
+from corolla.tensors import blocks, dense, factors, tree
 from corolla.types import (
     Adapter,
     Aggregates,
@@ -113,3 +115,29 @@ class FedExLora:
             whole = s.A + s.B + s.head
             costs.append(Cost(up=4 * whole, down=4 * (whole + residual)))
         return costs
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is cut."""
+        return self.residual_rank is None and self.max_rank is None
+
+    def expected(self, rounds: Sequence[Observed]) -> Params:
+        """The means of A and B beside the sum of all rounds' dense residuals, cut as asked."""
+        last, total = rounds[-1], dense.DenseBlocks(self.max_rank, self.compact_at)
+        for own in rounds:
+            block, ranks = {}, {}
+            means = factors.mean(own.trained, own.weights)
+            for m in factors.modules(last.start):
+                products = [p * factors.product(own.trained[c], m) for c, p in own.weights.items()]
+                block[m] = torch.stack(products).sum(0) - factors.product(means, m)
+                ranks[m] = (len(products) - 1) * own.spec.rank
+                if self.residual_rank is not None:
+                    most = min(self.residual_rank, ranks[m], *block[m].shape)
+                    block[m], ranks[m] = dense.cut(block[m], most) if most else (block[m], 0)
+            total.append(block, ranks)
+        found = factors.mean(last.trained, last.weights)
+        for m, added in total.sums.items():
+            eye = torch.eye(added.shape[1], dtype=added.dtype)
+            found[m + factors.B] = torch.cat([found[m + factors.B], added], dim=1)
+            found[m + factors.A] = torch.cat([found[m + factors.A], eye], dim=0)
+        return found

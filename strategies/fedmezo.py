@@ -37,9 +37,14 @@ class FedMeZO(FedAvg):
         "How directions are drawn: Gaussian, signs, or LOZO's matrices of low rank.",
         "low_rank",
     )
-    lozo_rank: int = option(2, "The rank of directions of low rank.", 4)
+    lozo_rank: int = option(
+        2, "The rank of directions of low rank.", 4, beside={"directions": "low_rank"}
+    )
     interval: int = option(
-        50, "The number of queries for which one factor of such a direction stays.", 20
+        50,
+        "The number of queries for which one factor of such a direction stays.",
+        20,
+        beside={"directions": "low_rank"},
     )
 
     def __post_init__(self) -> None:

@@ -12,10 +12,10 @@ import torch
 
 from corolla.aggregation.sums import WeightedMean
 from corolla.directions import moving, pools, seedlog, signs
-from corolla.interfaces import Client
+from corolla.interfaces import Client, Observed
 from corolla.strategies.listing import listed
 from corolla.strategies.options import option
-from corolla.tensors import tree
+from corolla.tensors import factors, tree
 from corolla.types import (
     Adapter,
     Aggregates,
@@ -93,3 +93,23 @@ class Ferret:
 
     def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
         return [Cost(4 * self.size, 4 * self.size + 4, at_most=True) for _ in cohort]
+
+    def expected(self, rounds: Sequence[Observed]) -> Params:
+        """Σ_k z_k z_kᵀ Δ / size written out: D_i Σ_j D_j Δ_j over all j = i mod size.
+
+        Rows of a Hadamard matrix are orthogonal, so that only the signs D of a round remain.
+        """
+        last = rounds[-1]
+        names = sorted(last.start)
+        mean = factors.mean(last.trained, last.weights)
+        change = torch.cat([(mean[n] - last.start[n].double()).flatten() for n in names])
+        key = (int(last.state["key"]["seed"]), len(rounds))
+        signed = torch.from_numpy(signs.signs(key, 0, len(change))).double()
+        place = torch.arange(len(change)) % self.size
+        sums = torch.zeros(self.size, dtype=torch.float64).index_add_(0, place, signed * change)
+        move = self.server_lr * signed * sums[place]
+        parts = torch.split(move, [last.start[n].numel() for n in names])
+        return {
+            n: last.start[n].double() + part.reshape(last.start[n].shape)
+            for n, part in zip(names, parts, strict=True)
+        }

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from corolla.aggregation.stacks import Stack
 from corolla.aggregation.sums import ByGroup, WeightedMean
-from corolla.interfaces import Client
+from corolla.interfaces import Client, Observed
 from corolla.strategies.listing import listed
 from corolla.strategies.options import option
-from corolla.tensors import blocks, factors, tree
+from corolla.tensors import blocks, dense, factors, tree
 from corolla.types import (
     Adapter,
     Aggregates,
@@ -123,3 +125,29 @@ class Flora:
         stack = sum(s.A + s.B for s in cohort)
         cut = self.energy < 1
         return [Cost(4 * (s.A + s.B + s.head), 4 * (stack + s.head), at_most=cut) for s in cohort]
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is cut."""
+        return self.energy == 1 and self.max_rank is None
+
+    def expected(self, rounds: Sequence[Observed]) -> Params:
+        """The sum of all rounds' dense means, each cut to `energy`, all to `max_rank`."""
+        last, total = rounds[-1], dense.DenseBlocks(self.max_rank, self.compact_at)
+        for own in rounds:
+            block, ranks = {}, {}
+            for m in factors.modules(last.start):
+                scaled = [
+                    p * own.lora[c].scaling * factors.product(own.trained[c], m)
+                    for c, p in own.weights.items()
+                ]
+                block[m] = torch.stack(scaled).sum(0)
+                ranks[m] = sum(own.lora[c].rank for c in own.weights)
+                if self.energy < 1:
+                    block[m], ranks[m] = dense.cut(block[m], energy=self.energy)
+            total.append(block, ranks)
+        found = factors.mean(last.trained, last.weights, factors.is_head)
+        for m, added in total.sums.items():
+            found[m + factors.B] = added / last.spec.scaling
+            found[m + factors.A] = torch.eye(added.shape[1], dtype=added.dtype)
+        return found

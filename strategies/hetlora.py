@@ -57,6 +57,7 @@ class HetLora:
     individual: ClassVar[bool] = True
     bounded: ClassVar[bool] = False
     keeps: ClassVar[bool] = True
+    weighted: ClassVar[bool] = False
     when: ClassVar[str] = "a baseline for different ranks: FLoRA and FlexLoRA average products"
 
     penalty: float = option(

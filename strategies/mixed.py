@@ -6,17 +6,17 @@ arXiv 2312.06353); how they are combined is ours.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 
 from corolla import seeds
-from corolla.aggregation.two_classes import TwoMeans
+from corolla.aggregation.two_classes import Spread, TwoMeans
 from corolla.directions import moving, pools, seedlog, signs
 from corolla.directions.pools import SignPool
-from corolla.interfaces import Client
+from corolla.interfaces import Client, Observed
 from corolla.strategies.listing import listed
 from corolla.strategies.options import option
 from corolla.tensors import tree
@@ -129,6 +129,41 @@ class Mixed:
             up = whole if s.trainer == "first_order" else 4 * s.scalars + 8
             costs.append(Cost(up, whole + 16))
         return costs
+
+    @property
+    def weighted(self) -> bool:
+        """Whether a client counts by its examples alone."""
+        return self.weights == "examples"
+
+    def shares(self, observed: Observed) -> Mapping[str, float]:
+        """λ_c n_m / n_c, written out client by client.
+
+        |u|² of a zeroth-order client is (number of values) · |a|², as where its directions are
+        orthogonal.
+        """
+        if self.weights == "examples":
+            return observed.weights
+        values, names = sum(t.numel() for t in observed.start.values()), sorted(observed.start)
+        first, zeroth = Spread(), Spread()
+        for client, p in observed.weights.items():
+            own = observed.updates[client]
+            if "adapter" in own:
+                flat = torch.cat([own["adapter"][n].double().flatten() for n in names])
+                first.clients[client] = (p, flat)
+                continue
+            vector = torch.zeros(self.size, dtype=torch.float64)
+            where = seedlog.directions(own["scalars"], self.size).tolist()
+            for k, g in zip(where, own["scalars"]["scalars"].tolist(), strict=True):
+                vector[k] += g * float(own["scalars"]["step"]) * values**0.5
+            zeroth.clients[client] = (p, vector)
+        sure = first.precision, zeroth.precision
+        if not all(0 < s < math.inf for s in sure):
+            return observed.weights
+        return {
+            client: precision / sum(sure) * p / spread.total
+            for spread, precision in zip((first, zeroth), sure, strict=True)
+            for client, (p, _) in spread.clients.items()
+        }
 
     def _pool(self, state: Payload) -> SignPool:
         seed, round = state["key"]["key"].tolist()

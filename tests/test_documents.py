@@ -23,7 +23,17 @@ ROOT = Path(__file__).resolve().parent.parent
 TOPS = ("corolla", "server", "client", "strategies", "proto", "tests", "experiments", "deploy")
 LINKS = {ROOT / "corolla" / side for side in ("server", "client", "strategies", "proto")}
 
-EXAMPLES = {"part_way.py", "mine.py", "x.py", "devices.toml", "client.toml", "topics.py", "b.h"}
+EXAMPLES = {
+    "part_way.py",
+    "clipped.py",
+    "median_of_means.py",
+    "mine.py",
+    "x.py",
+    "devices.toml",
+    "client.toml",
+    "topics.py",
+    "b.h",
+}
 """Files that a text has its reader write, or that Python brings."""
 PEERS = ("corolla.v1", "corolla.proto", "corolla/proto/update.pb", "corolla/proto/device.")
 """How names begin that are no modules and no files: packages and headers of protobuf."""

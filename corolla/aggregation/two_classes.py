@@ -1,5 +1,6 @@
 """An aggregator for two classes of clients: some send tensors, some send scalars."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Self
 
@@ -33,16 +34,19 @@ class TwoMeans:
             square = tree.norm(payload["adapter"]) ** 2
             for name, tensor in payload["adapter"].items():
                 self._dense[name] = self._dense.get(name, 0) + tensor.double() * weight
-            self._counts[:, 0] += torch.tensor([weight, 1, weight * square, weight**2])
+            self._count(0, weight, square)
             return
         scalars = payload["scalars"]
         own = torch.zeros_like(self._sums)
         values = scalars["scalars"].double() * float(scalars["step"])
         own.index_add_(0, seedlog.directions(scalars, len(own)), values)
         self._sums += weight * own
-        self._counts[:, 1] += torch.tensor(
-            [weight, 1, weight * float(own.square().sum()), weight**2]
-        )
+        self._count(1, weight, float(own.square().sum()))
+
+    def _count(self, which: int, weight: float, square: float) -> None:
+        """In fp64: n² of a client of millions of examples has more digits than fp32."""
+        own = [weight, 1, weight * square, weight**2]
+        self._counts[:, which] += torch.tensor(own, dtype=torch.float64)
 
     def merge(self, other: Self) -> None:
         for name, tensor in other._dense.items():
@@ -95,6 +99,29 @@ class TwoMeans:
                 "shares": own / per**2,
             },
         }
+
+
+class Spread:
+    """Client → (share of all examples, update) of one class."""
+
+    def __init__(self) -> None:
+        self.clients: dict[str, tuple[float, Tensor]] = {}
+
+    @property
+    def total(self) -> float:
+        return sum(p for p, _ in self.clients.values())
+
+    @property
+    def precision(self) -> float:
+        """|ū|² / v with v = s² Σp² / (1 - Σp²), s² = Σ p |u - ū|²; NaN of fewer than two."""
+        if len(self.clients) < 2:
+            return math.nan
+        own = [(p / self.total, u) for p, u in self.clients.values()]
+        mean = torch.stack([p * u for p, u in own]).sum(0)
+        spread = sum(p * float((u - mean).square().sum()) for p, u in own)
+        squares = sum(p * p for p, _ in own)
+        variance = spread * squares / (1 - squares)
+        return float(mean.square().sum()) / variance if variance > 0 else math.nan
 
 
 def _check(counts: Tensor, sums: Sequence[Params | None], weight: float) -> None:

@@ -150,16 +150,23 @@ def compare(
 
 def check(
     strategies: Annotated[
-        list[str] | None, typer.Argument(help="Names, FILE.py:Class, module:Class; default: all.")
+        list[str] | None,
+        typer.Argument(help="Names, FILE.py:Class, module:Class, or all, the default."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="An option: strategy.KEY or NAME.KEY."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Prove strategies on effective model weights; exit code 1 when one fails."""
+    from corolla.commands.check import options
     from corolla.commands.check.proofs import conform
     from corolla.commands.check.screen import print_findings
     from corolla.strategies.registry import STRATEGIES
 
-    results = conform(list(strategies or STRATEGIES), spinner(as_json))
+    names = [*STRATEGIES] if strategies in (None, [], ["all"]) else list(strategies or ())
+    results = conform(names, spinner(as_json), given=options.given(names, settings or ()))
     if as_json:
         print(json.dumps([result.to_json() for result in results], indent=2))
     else:

@@ -124,7 +124,9 @@ def _of_strategies() -> Iterator[Key]:
         declared: Any = cls  # a dataclass, which the protocol does not say
         for field in dataclasses.fields(declared):
             example = field.metadata.get("example")
-            own = f"{strategy}.{field.name}={written(example)}"
+            beside = field.metadata.get("beside", {}).items()
+            chosen = [*beside, (field.name, example)]
+            own = [f"{strategy}.{name}={written(value)}" for name, value in chosen]
             yield Key(
                 name=f"{strategy}.{field.name}",
                 group=OPTIONS,
@@ -132,7 +134,7 @@ def _of_strategies() -> Iterator[Key]:
                 default=field.default,
                 text=field.metadata.get("text", ""),
                 example=example,
-                settings=(f"strategy={strategy}", *needed, own),
+                settings=(f"strategy={strategy}", *needed, *own),
             )
 
 

@@ -11,7 +11,7 @@ from corolla.aggregation.stacks import Stack
 from corolla.aggregation.sums import ByGroup, SeedSums, WeightedMean
 from corolla.client.training.worker import LocalClient
 from corolla.directions.pools import SignPool
-from corolla.interfaces import Client, ForwardTrainer
+from corolla.interfaces import Client, ForwardTrainer, Observed
 from corolla.strategies.fed_sb import FedSb
 from corolla.strategies.fedavg import FedAvg
 from corolla.strategies.fedavgm import FedAvgM
@@ -287,7 +287,7 @@ class PenaltyNotRelative(LoraFair):
 
 
 def _first_a(params: Params) -> str:
-    return next(name for name in params if factors.is_a(name))
+    return min(name for name in params if factors.is_a(name))
 
 
 class PhaseStuck(RoLora):
@@ -627,6 +627,16 @@ class Own:
 
     def adapter(self, state: Payload) -> Adapter:
         return Adapter(state["all"])
+
+    @property
+    def exact(self) -> bool:
+        return self.server_lr == 1
+
+    def expected(self, rounds: Sequence[Observed]) -> Params:
+        """Part of the way from where the round began to the mean of what clients trained."""
+        last = rounds[-1]
+        mean = factors.mean(last.trained, last.weights)
+        return {n: t + self.server_lr * (mean[n] - t) for n, t in last.start.items()}
 
     def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
         return [Cost(4 * (s.B + s.head), 4 * (s.A + s.B + s.head)) for s in cohort]

@@ -34,14 +34,23 @@ from tests.strategies.tiny import Run
 
 DECLARED = {"weights": "mean of effective weights", "factors": "mean of factors"}
 SPEC = LoraSpec(4, 8.0)
+CLAIMED = [*DECLARED.values(), "as expected", "one client", "weights = examples"]
+CLAIMED += ["shares alone count", "linear as declared"]
 LIMITS = {
-    **dict.fromkeys([*DECLARED.values(), "as expected", "one client"], 1e-6),
-    **dict.fromkeys(["grouping", "order"], 1e-6),
-    **dict.fromkeys(["no leak between clients", "bytes up = formula", "bytes down = formula"], 0.0),
-    "weights = examples": 0.0,
+    **dict.fromkeys(CLAIMED, 1e-6),
+    **dict.fromkeys(["grouping", "order", "partial sums", "starts from the model"], 1e-6),
+    **dict.fromkeys(["bytes up = formula", "bytes down = formula"], 0.0),
+    **{"bytes at first = formula": 0.0, "evaluates the model": 1e-6},
+    **dict.fromkeys(["no leak between clients", "examples counted"], 0.0),
+    **dict.fromkeys(["every weight counts", "server half is pure"], 0.0),
+    **dict.fromkeys(["what is kept counts", "what is kept stays", "directions of one's own"], 0.0),
+    "mirrors what clients keep": 1e-6,
     "saved and reloaded": 1e-5,
-    "aggregate is finite": 0.0,
 }
+EFFECT = "option has an effect"
+ALWAYS = {"grouping", "order", "no leak between clients", "saved and reloaded"}
+ALWAYS |= {"bytes up = formula", "bytes down = formula", "weights = examples", "examples counted"}
+ALWAYS |= {"starts from the model", "server half is pure", "bytes at first = formula"}
 
 pytestmark = pytest.mark.parametrize("name", STRATEGIES, scope="module")
 
@@ -174,23 +183,46 @@ def test_more_than_one_way_to_train_needs_all_of_them(name: str) -> None:
 # Proofs on effective weights
 
 
+def proofs(name: str) -> set[str]:
+    """All that a strategy must be held against, by what it says of itself."""
+    strategy, said = create(name), traits(name)
+    claim = DECLARED.get(strategy.aggregates)
+    found = ALWAYS | ({claim, "one client"} if claim else {"as expected"})
+    if getattr(strategy, "weighted", True):
+        found |= {"shares alone count", "every weight counts"}
+    if strategy.aggregator().linear:
+        found |= {"partial sums", "linear as declared"}
+    if name in ("fedkseed", "fedkseed_pro"):
+        found |= {"directions of one's own"}
+    if said.mirrors:
+        found |= {"mirrors what clients keep"}
+    if said.mirrors or said.personal:
+        found |= {"what is kept counts"}
+    return found | ({"what is kept stays"} if said.personal else {"evaluates the model"})
+
+
 @pytest.mark.parametrize("model", tiny.KINDS)
 def test_conforms(name: str, result: Result, model: str) -> None:
     """Every expected proof is there, with the expected limit, and holds."""
-    claim = DECLARED.get(STRATEGIES[name].aggregates)
-    of_claim = {claim, "one client"} if claim else {"aggregate is finite"}
-    if not claim and hasattr(STRATEGIES[name], "expected"):
-        of_claim = {"as expected"}
-    expected = of_claim | {"grouping", "order", "no leak between clients", "saved and reloaded"}
-    expected |= {"bytes up = formula", "bytes down = formula", "weights = examples"}
-    found = {f.check: f for f in result.findings if f.model == model}
-    assert found.keys() == expected
-    limits = {check: LIMITS[check] for check in expected}
-    if claim:
-        limits |= {check: LIMITS[check] + rounding(name) for check in of_claim}
-    assert {check: found[check].limit for check in expected} == limits
+    found = {f.check: f for f in result.findings if f.model == model and not f.options}
+    assert found.keys() == proofs(name)
+    off = {check: rounding(name) if check in CLAIMED else 0.0 for check in found}
+    assert {c: f.limit for c, f in found.items()} == {c: LIMITS[c] + off[c] for c in found}
     assert rounding(name) <= 2**-11
     assert [finding for finding in found.values() if not finding.passed] == []
+    assert result.claims
+
+
+def test_conforms_with_every_option_away_from_its_default(name: str, result: Result) -> None:
+    """One at a time, each with an effect, and held against as much as with the defaults."""
+    cls: Any = STRATEGIES[name]
+    own = {f.name for f in dataclasses.fields(cls) if f.metadata["example"] != f.default}
+    tried = [f for f in result.findings if f.options]
+    assert own == {option for f in tried for option in f.options if f.check == EFFECT}
+    assert [finding for finding in tried if not finding.passed] == []
+    assert {f.check for f in tried} >= (
+        {EFFECT} | ALWAYS - {"no leak between clients"} if own else set()
+    )
     assert result.passed
 
 

@@ -239,6 +239,17 @@ def test_any_order_and_tree_gives_the_same_step() -> None:
     assert all(share == pytest.approx(found[0][1], rel=1e-9) for _, share in found)
 
 
+def test_many_examples_are_counted_to_the_last() -> None:
+    """fp32 has no 16,777,217, and loses what a square has beyond 7 digits."""
+    aggregator, n = make("inverse_variance").aggregator(), 16_777_217
+    for member in (first(n, 1), zeroth(n, 2)):
+        own = make().local(member, make().init(START, 7))
+        aggregator.add(own.payload, float(n))
+    counts = aggregator.finalise()["counts"]
+    assert counts["examples"].tolist() == [n, n]
+    assert aggregator.sums()["counts"]["sum.counts"][3].tolist() == [n**2, n**2]
+
+
 def test_nothing_to_average_is_an_error() -> None:
     with pytest.raises(ValueError, match="nothing to average"):
         make().aggregator().finalise()

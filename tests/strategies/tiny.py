@@ -23,7 +23,7 @@ from corolla.config.run import RunConfig
 from corolla.data.federated import FederatedData
 from corolla.data.partition import Split
 from corolla.data.rows import Example
-from corolla.directions import seedlog
+from corolla.directions import moving, seedlog
 from corolla.interfaces import ForwardTrainer, LocalTrainer, Observed, Strategy
 from corolla.models import pretrained
 from corolla.models.lora import LoraModel
@@ -365,12 +365,15 @@ def observed(run: "Run", before: Payload) -> Observed:
     spec, network = run.federation.config.lora, run.network
     adapter = run.federation.strategy.adapter(before)
     start = {**run.model.init(spec, 0), **adapter.trained}
+    if adapter.moves:
+        start |= moving.settle(adapter.trained, adapter.moves)
     if adapter.frozen:
         start |= factors.bake(adapter.frozen[0], 1 / spec.scaling)
     total = sum(network.examples.values())
     shares = {client: n / total for client, n in network.examples.items()}
     loras = {client: run.federation.lora(client) for client in shares}
-    return Observed(spec, start, dict(network.trained), shares, loras)
+    sent = {client: network.update(client) for client in shares}
+    return Observed(spec, start, dict(network.trained), shares, loras, before, sent)
 
 
 def effective(model: LoraModel) -> Params:

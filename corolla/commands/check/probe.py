@@ -16,12 +16,13 @@ import torch
 from corolla import seeds
 from corolla.client.training.worker import Worker
 from corolla.commands.check import tiny_models
+from corolla.commands.check.tables import BATCH, CLIENTS, ROUNDS, STEPS
 from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.data.federated import FederatedData
 from corolla.data.partition import Split
 from corolla.data.rows import Example
-from corolla.directions import seedlog
+from corolla.directions import moving, seedlog
 from corolla.interfaces import Observed
 from corolla.models.lora import LoraModel
 from corolla.models.pretrained import Base
@@ -33,13 +34,14 @@ from corolla.storage.memory import Memory
 from corolla.strategies import registry
 from corolla.tensors import factors
 from corolla.types import Params, Payload
+from corolla.wire import messages
 from corolla.wire.messages import unpack_reply
 from corolla.wire.packet import Packet
 
-CLIENTS = {"ada": 5, "ben": 11, "cyd": 8, "dot": 3}
-"""Client → examples: unequal, so that a forgotten weight shows."""
 MOST_BYTES = 1 << 40
 """Bound on the bytes of a reply that is unpacked: none, for the strategy is not hostile here."""
+STILL = 1e-12
+"""A learning rate with which training ends where it starts."""
 _SIZE = tiny_models.Size()
 _LABELS = ("no", "perhaps", "yes")
 
@@ -55,14 +57,22 @@ class Round:
     """A copy of what devices kept."""
     result: RoundResult
     observed: Observed
+    deltas: Mapping[str, Params]
+    """Client → what its model added to the base weights after training."""
+    sent: Mapping[str, Packet]
+    left: Mapping[str, Payload]
+    """Client → what it keeps of this round for itself."""
 
 
 class Probe:
     """A strategy on a tiny model, with a federation of CLIENTS whose devices keep in `folder`."""
 
-    def __init__(self, name: str, kind: str, folder: Path) -> None:
-        self.kind, self.folder = kind, folder
-        self.config = _config(name, kind)
+    def __init__(
+        self, name: str, kind: str, folder: Path, options: Mapping[str, object] | None = None
+    ) -> None:
+        self.name, self.kind, self.folder = name, kind, folder
+        self.options = dict(options or {})
+        self.config = settings(name, kind, self.options)
         self.labels = list(_LABELS) if kind == "bert" else []
         self.data = _data(self.labels)
         self.strategy = build_strategy(self.config)
@@ -70,26 +80,32 @@ class Probe:
         self.model = self.network.model
         self.federation = self._federation()
 
-    def network_on(self, folder: Path, reverse: bool = False) -> "Recorder":
-        """The same clients on a model of their own, with what devices keep in `folder`."""
-        labels = len(self.labels)
-        model = tiny_models.build(self.kind, _SIZE, labels, seed=0).requires_grad_(False)
-        tokenizer = tiny_models.word_tokenizer(_SIZE.vocabulary)
-        task = "classify" if labels else "causal"
-        lora_model = LoraModel(Base(model, tokenizer, task, self.kind, self.kind))
+    def network_on(
+        self, folder: Path, model: LoraModel | None = None, config: RunConfig | None = None
+    ) -> "Recorder":
+        """The same clients, with what devices keep in `folder`, on this model or one of their own.
+
+        With other settings where they are given.
+        """
         folder.mkdir(exist_ok=True)
-        worker = Worker(self.config, lora_model, self.data, Memory(folder))
-        return Recorder(worker, lora_model, reverse)
+        lora_model = model or self._model()
+        worker = Worker(config or self.config, lora_model, self.data, Memory(folder))
+        return Recorder(worker, lora_model)
 
     def rounds(self, number: int) -> Iterator[Round]:
-        """Run rounds from a fresh state, each when it is asked for."""
+        """Run rounds from a fresh state, each when it is asked for, of the cohorts of ROUNDS."""
         state: Payload = self.fresh()
         held: Held = {}
         for round in range(1, number + 1):
             kept = self.folder / f"kept-{round}"
             shutil.copytree(self.network.worker.memory.folder, kept)
-            result = run_round(RoundCall(self.federation, state, held, round), self.network)
-            yield Round(round, state, held, kept, result, self._observed(state, result))
+            members = dict.fromkeys(ROUNDS[(round - 1) % len(ROUNDS)], 1)
+            call = RoundCall(self.federation, state, held, round, cohort=members)
+            result = run_round(call, self.network)
+            seen = self._observed(state, result)
+            deltas = {client: self.network.deltas[client] for client in result.num_examples}
+            sent, left = dict(self.network.sent), self._left(round)
+            yield Round(round, state, held, kept, result, seen, deltas, sent, left)
             state, held = result.state, result.held
 
     def fresh(self) -> Payload:
@@ -100,6 +116,19 @@ class Probe:
         """What a state adds to each weight of the base model."""
         self.model.show(self.strategy.adapter(state), self.config.lora)
         return self.model.deltas()
+
+    def _left(self, round: int) -> dict[str, Payload]:
+        if not registry.traits(self.strategy).keeps:
+            return {}
+        memory = self.network.worker.memory
+        return {client: memory.kept(client, round, commit=False) for client in self.network.sent}
+
+    def _model(self) -> LoraModel:
+        labels = len(self.labels)
+        model = tiny_models.build(self.kind, _SIZE, labels, seed=0).requires_grad_(False)
+        tokenizer = tiny_models.word_tokenizer(_SIZE.vocabulary)
+        task = "classify" if labels else "causal"
+        return LoraModel(Base(model, tokenizer, task, self.kind, self.kind))
 
     def _federation(self) -> Federation:
         config, model = self.config, self.model
@@ -114,21 +143,23 @@ class Probe:
         spec, adapter = self.config.lora, self.strategy.adapter(state)
         trained = {c: self.network.trained[c] for c in result.num_examples}
         start = {**self.model.init(spec, 0), **adapter.trained}
+        if adapter.moves:
+            start |= moving.settle(adapter.trained, adapter.moves)
         if adapter.frozen:
             start |= factors.bake(adapter.frozen[0], 1 / spec.scaling)
         loras = {client: self.federation.lora(client) for client in trained}
-        return Observed(spec, start, trained, shares(result.num_examples), loras)
+        sent = {client: update(self.network.sent[client]) for client in trained}
+        return Observed(spec, start, trained, shares(result.num_examples), loras, state, sent)
 
 
 class Recorder(Network):
     """A network of clients in this process that remembers what each model was after training."""
 
-    def __init__(self, worker: Worker, model: LoraModel, reverse: bool = False) -> None:
-        self.worker, self.model, self.reverse = worker, model, reverse
+    def __init__(self, worker: Worker, model: LoraModel) -> None:
+        self.worker, self.model, self.reverse = worker, model, False
         self.deltas: dict[str, Params] = {}
         self.trained: dict[str, Params] = {}
         self.sent: dict[str, Packet] = {}
-        self.examples: dict[str, int] = {}
 
     def clients(self) -> Mapping[str, int]:
         return dict(CLIENTS)
@@ -137,36 +168,48 @@ class Recorder(Network):
         self.sent = {}
         for client in sorted(packets, reverse=self.reverse):
             answer = self.worker(client, packets[client])
-            self.deltas[client] = self.model.deltas()
-            self.trained[client] = self.model.read()
+            if not unpack_reply(answer, MOST_BYTES).error:
+                self.deltas[client] = self.model.deltas()
+                self.trained[client] = self.model.read()
             self.sent[client] = answer
-            self.examples[client] = unpack_reply(answer, MOST_BYTES).num_examples
             yield client, answer
 
 
-def shares(examples: Mapping[str, int]) -> dict[str, float]:
+def update(packet: Packet) -> Payload:
+    """What a client has sent."""
+    return messages.content(unpack_reply(packet, MOST_BYTES))
+
+
+def shares(examples: Mapping[str, float]) -> dict[str, float]:
     """Client → its part of all examples."""
     total = sum(examples.values())
     return {client: n / total for client, n in examples.items()}
 
 
-def _config(name: str, kind: str) -> RunConfig:
-    """Three of four clients a round, with mixed ranks and trainers where the strategy allows."""
+def settings(
+    name: str, kind: str, options: Mapping[str, object], lr: float | None = None
+) -> RunConfig:
+    """Of the whole federation, with mixed ranks and trainers where the strategy allows."""
     cls = registry.find(name)
+    optimizer = registry.traits(cls).optimizers[0]
+    lr = lr or (0.3 if optimizer == "sgd" else 1e-2)
     spec: dict[str, Any] = {"rank": 4, "alpha": 8.0, "rslora": kind == "gpt2"}
     if cls.mixed_ranks:
         spec |= {"ranks": [4, 8, 16], "alphas": [8.0, 4.0, 64.0]}
     if len(cls.trainers) > 1:
-        spec["classes"] = {trainer: {"trainer": trainer, "lr": 1e-2} for trainer in cls.trainers}
-    optimizer = registry.traits(cls).optimizers[0]
+        of_class = 1e-2 if lr > STILL else lr
+        spec["classes"] = {
+            trainer: {"trainer": trainer, "lr": of_class} for trainer in cls.trainers
+        }
     return RunConfig(
         strategy=name,
-        cohort=3,
+        options=dict(options),
+        cohort=len(CLIENTS),
         rounds=10,
         optimizer=optimizer,
-        lr=0.3 if optimizer == "sgd" else 1e-2,
-        local_steps=3,
-        batch_size=4,
+        lr=lr,
+        local_steps=1 if lr == STILL else STEPS,
+        batch_size=BATCH,
         **spec,
     )
 
@@ -176,7 +219,7 @@ def _data(labels: Sequence[str]) -> FederatedData:
     generator = seeds.generator(0, "conformance")
     clients = {}
     for index, (client, number) in enumerate(CLIENTS.items()):
-        words = torch.randint(20 * index, 20 * index + 30, (number, 9), generator=generator)
+        words = torch.randint(10 * index, 10 * index + 30, (number, 9), generator=generator)
         rows = [
             Example(" ".join(f"w{w}" for w in row), label=labels[row[0] % 3] if labels else None)
             for row in words.tolist()
