@@ -15,6 +15,7 @@ from corolla.cli.options import (
     CANARIES,
     PROGRAM,
     SEARCH,
+    SIMULATION,
     AsJson,
     Config,
     Given,
@@ -28,18 +29,13 @@ from corolla.cli.screen import out, say, spinner
 from corolla.errors import ConfigError
 
 
-@takes(options=run_options())
+@takes(options=run_options(), kept=SIMULATION)
 def simulate(
     *,
     config: Config = None,
     options: Given,
-    keep_updates: Annotated[
-        bool, typer.Option("--keep-updates", help="Keep every client's adapter as a PEFT folder.")
-    ] = False,
+    kept: Given,
     resume: Resume = False,
-    track: Annotated[
-        list[str] | None, typer.Option(help="tensorboard, wandb, mlflow, trackio; repeatable.")
-    ] = None,
     out_dir: Annotated[Path | None, typer.Option("--out", help="A new or empty folder.")] = None,
     settings: Set = None,
 ) -> None:
@@ -62,17 +58,19 @@ def simulate(
 
     with (
         Bars(out, run_config.rounds) as bars,
-        tracking(track or (), folder, bars.warned) as trackers,
+        tracking(kept["track"] or (), folder, bars.warned) as trackers,
     ):
         summary = run(
             run_config,
             folder,
             Many([bars, *trackers]),
-            keep_updates=keep_updates,
+            keep_updates=kept["keep_updates"],
             resume=resume,
             on_step=bars.stepped,
         )
     print_summary(out, summary)
+    if kept["fail_on_warning"] and summary.warnings:
+        raise typer.Exit(1)
 
 
 @takes(options=run_options())
@@ -132,14 +130,15 @@ def compare(
         from corolla.commands.compare.grid import learning_rates, make_grid
         from corolla.commands.compare.screen import CellBars, print_comparison
 
-    jobs: int = search["jobs"]
+    jobs, strict = int(search["jobs"]), search.pop("fail_on_warning")
     search["lrs"] = learning_rates(search["lrs"])
     grid = make_grid(strategies, config, options, settings or (), **search)
     bars = CellBars(out)
     with bars.progress:
         results = comparing.compare(grid, out_dir, jobs=jobs, resume=resume, watch=bars)
     print_comparison(out, results, out_dir)
-    if results["failed"]:
+    warned = any(entry.get("warnings") for entry in results["methods"])
+    if results["failed"] or (strict and warned):
         raise typer.Exit(1)
 
 

@@ -104,6 +104,19 @@ def run_options(*left_out: str, **helps: str) -> Table:
     }
 
 
+FAIL_ON_WARNING = Option(
+    bool, "Exit with 1 when a run warns of anything.", False, flags=("--fail-on-warning",)
+)
+
+SIMULATION: Table = {
+    "keep_updates": Option(
+        bool, "Keep every client's adapter as a PEFT folder.", False, flags=("--keep-updates",)
+    ),
+    "track": Option(list[str] | None, "tensorboard, wandb, mlflow, trackio; repeatable."),
+    "fail_on_warning": FAIL_ON_WARNING,
+}
+"""What `corolla simulate` keeps and tells."""
+
 SEARCH: Table = {
     "seeds": Option(int, "Runs of each strategy; 1 allows no claim.", 3),
     "lrs": Option(
@@ -113,6 +126,7 @@ SEARCH: Table = {
         more={"metavar": "A,B,C"},
     ),
     "jobs": Option(int, "Runs at a time; 0: as cores and memory allow.", 0),
+    "fail_on_warning": FAIL_ON_WARNING,
 }
 """How `corolla compare` searches."""
 
@@ -143,6 +157,7 @@ SERVER: Table = {
     "clients_keys": Option(Path | None, "Folder of clients' public keys, *.pub; watched."),
     "metrics_port": Option(int | None, "Prometheus, on loopback."),
     "min_clients": Option(int | None, "To wait for before round 1."),
+    "fail_on_warning": FAIL_ON_WARNING,
 }
 """The machine that `corolla server` runs on."""
 

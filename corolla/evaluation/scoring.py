@@ -90,20 +90,30 @@ def score(
     pad_id: int,
     device: torch.device,
     batch_size: int = 8,
+    rows: Sequence[int] | None = None,
 ) -> Metrics:
     """`loss` (nats per target), `accuracy` of the most likely target, `targets` (how many).
 
-    Of a classifier also `f1`, see `macro_f1`. Sequences are batched by length, which does not
-    change the result. NaN without targets.
+    Of a classifier also `f1`, see `macro_f1`. With `rows`, which name the row that each sequence
+    is a part of, also `loss_error`, see `standard_error`. Sequences are batched by length, which
+    does not change the result. NaN without targets.
     """
-    ordered = sorted(data, key=lambda sequence: len(sequence.input_ids))
+    order = sorted(range(len(data)), key=lambda i: len(data[i].input_ids))
     losses: list[float] = []
     classes: list[tuple[int, int]] = []
+    by_row: dict[int, tuple[float, int]] = {}
     right = targets = 0
-    for start in range(0, len(ordered), batch_size):
-        batch = collate(ordered[start : start + batch_size], pad_id, device)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = collate([data[i] for i in chosen], pad_id, device)
         logits, wanted = _predictions(model, batch)
         losses.append(float(F.cross_entropy(logits, wanted, reduction="sum")))
+        if rows is not None:
+            surprises = iter(F.cross_entropy(logits, wanted, reduction="none").tolist())
+            for i in chosen:
+                total, number = by_row.get(rows[i], (0.0, 0))
+                own = math.fsum(islice(surprises, data[i].targets))
+                by_row[rows[i]] = total + own, number + data[i].targets
         guessed = logits.argmax(dim=-1)
         right += int((guessed == wanted).sum())
         targets += wanted.numel()
@@ -115,8 +125,22 @@ def score(
         "loss": math.fsum(losses) / targets,
         "accuracy": right / targets,
         **({"f1": macro_f1(classes)} if classes else {}),
+        **({"loss_error": standard_error(list(by_row.values()))} if len(by_row) > 1 else {}),
         "targets": float(targets),
     }
+
+
+def standard_error(rows: Sequence[tuple[float, int]]) -> float:
+    """The standard error of a loss Σ loss / Σ targets over two rows or more, (loss, targets) each.
+
+    Rows are drawn, and their targets come together: sqrt(n / (n - 1) · Σ (l_i - L t_i)²) / Σ t_i,
+    the linearised error of a ratio (Cochran, "Sampling Techniques", 1977, section 6.4). With equal
+    numbers of targets it is that of the mean of the rows' losses.
+    """
+    targets = sum(number for _, number in rows)
+    mean = math.fsum(loss for loss, _ in rows) / targets
+    squares = math.fsum((loss - mean * number) ** 2 for loss, number in rows)
+    return math.sqrt(len(rows) / (len(rows) - 1) * squares) / targets
 
 
 def macro_f1(pairs: Sequence[tuple[int, int]]) -> float:

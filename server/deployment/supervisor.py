@@ -40,7 +40,7 @@ from corolla.server.deployment.submission import Submission
 from corolla.server.deployment.superlink import Control, Place
 from corolla.server.runs import exporter
 from corolla.server.runs.attempts import how_to_go_on
-from corolla.server.runs.folder import prepare_folder
+from corolla.server.runs.folder import prepare_folder, stored_warnings
 
 _POLL = 0.25
 _LOOK = 1.0
@@ -115,6 +115,8 @@ class Supervisor:
         while not asked.is_set():
             self._tell_rounds()
             if self._submission.ended():
+                for text in stored_warnings(self.folder):
+                    self.say(f"warning: {text}")
                 return self.say(f"done: {self.folder}")
             self._tend(children, front)
             if time.monotonic() >= due:
@@ -220,8 +222,11 @@ def begin(
     keep_updates: bool,
     resume: bool,
     say: Callable[[str], None],
-) -> None:
-    """Serve a run in a new folder, or go on with the one in it. Raises CorollaError."""
+) -> list[str]:
+    """Serve a run in a new folder, or go on with the one in it: what the run warns of.
+
+    Raises CorollaError.
+    """
     superlink.check_version()
     refuse_simulated(config)
     refuse_unbounded(config)
@@ -248,3 +253,4 @@ def begin(
                 settings.max_seats,
             )
         Supervisor(folder.resolve(), settings, say).run(order, door)
+    return stored_warnings(folder)

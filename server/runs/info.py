@@ -41,6 +41,7 @@ def run_info(
         "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
         "platform": platform.platform(),
         **privacy_info(account),
+        "warnings": list(facts.get("warnings", ())),
     }
 
 

@@ -32,6 +32,7 @@ def metrics_line(round: int, done: Done, scores: Metrics, account: Spending) -> 
         **({"attempt": done.attempt} if done.attempt else {}),
         "sampling_probability": result.sampling_probability,
         "client_loss": dict(result.client_loss),
+        **account.gradient_norms(done.federation, result.updates),
         **({"delta": config.delta, "withheld": account.withheld} if dp != "none" else {}),
     }
     if result.dropped and dp != "client":

@@ -14,6 +14,7 @@ from corolla import seeds
 from corolla.config.run import RunConfig
 from corolla.directions import seedlog
 from corolla.errors import ArtefactError, ConfigError, RoundError, StoppedError
+from corolla.evaluation.warnings import outcome
 from corolla.host import logs
 from corolla.host.heap import peak_rss
 from corolla.host.processes import uninterrupted
@@ -294,9 +295,10 @@ class Run:
             privacy=info.get("privacy", {}).get("line", ""),
         )
         info |= summary.to_json(samples=self.config.dp != "client")
+        info["warnings"] += [w.to_json() for w in outcome(self.config, info, course.lines)]
         write_info(self.folder, info)
         write_report(self.folder / "report.html", info, course.lines)
-        return summary
+        return replace(summary, warnings=info["warnings"])
 
     def _save(self, adapter: Adapter) -> tuple[Path, float]:
         """The folder of the model, verified first, and how far its logits are off as reloaded."""

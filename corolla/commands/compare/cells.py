@@ -58,6 +58,8 @@ class Cell:
     cpu_seconds: float | None = None
     beside: bool = False
     """Whether another cell ran at the same time: its seconds are those of a shared machine."""
+    warnings: Sequence[Mapping[str, Any]] = ()
+    """What the run warns of, as its run.json has it."""
     aggregation_errors: Sequence[float] | None = None
     initial_sha256: str | None = None
 
@@ -118,6 +120,7 @@ def _cell(
         work=[method["trainers"], *(config[k] for k in _WORK)],
         tokens=[line.get("target_tokens") for line in lines],
         epsilon=info.get("privacy", {}).get("epsilon"),
+        warnings=info["warnings"],
         **costs,
     )
 

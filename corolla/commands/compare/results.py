@@ -147,6 +147,7 @@ def _summary(cells: Sequence[Cell], budgets: Mapping[str, float] | None) -> dict
         "beside": any(cell.beside for cell in cells),
         "peak_rss": max(cell.peak_rss for cell in cells),
         "dropped": sum(cell.dropped for cell in cells),
+        "warnings": _warnings(cells),
         "epsilon": max(spent) if spent else None,
         "aggregation_errors": errors,
         "at_bytes": None,
@@ -165,6 +166,12 @@ def _summary(cells: Sequence[Cell], budgets: Mapping[str, float] | None) -> dict
                 "within_first_round": any(within for _, within in met),
             }
     return summary
+
+
+def _warnings(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """What runs of one method warn of, by seed; settings warn alike at each, and are told once."""
+    found = [{**warning, "seed": cell.seed} for cell in cells for warning in cell.warnings]
+    return list({warning["text"]: warning for warning in reversed(found)}.values())[::-1]
 
 
 def _curve(cells: Sequence[Cell]) -> list[dict[str, float]]:

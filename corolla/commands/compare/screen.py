@@ -57,6 +57,14 @@ def print_comparison(console: Console, results: Mapping[str, Any], folder: Path)
             f"extend --lrs before you conclude anything",
             soft_wrap=True,
         )
+    for e in methods:
+        for warning in e.get("warnings", ()):
+            console.print(
+                f"[yellow]warning:[/] {escape(e['label'])}, seed {warning['seed']}: "
+                f"{escape(warning['text'])}",
+                soft_wrap=True,
+                highlight=False,
+            )
     for text in results["unequal"]:
         console.print(f"[red]unequal terms:[/] {escape(text)}", soft_wrap=True)
     for name, line in results["failed"].items():

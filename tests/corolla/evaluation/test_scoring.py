@@ -2,13 +2,21 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from scipy import stats
 from torch import Tensor, nn
 
 from corolla.data.encoding import IGNORE, Encoded, collate
-from corolla.evaluation.scoring import log_likelihoods, loss_sum, macro_f1, score
+from corolla.evaluation.scoring import (
+    log_likelihoods,
+    loss_sum,
+    macro_f1,
+    score,
+    standard_error,
+)
 
 CPU = torch.device("cpu")
 DATA = [
@@ -84,6 +92,31 @@ def test_a_score_does_not_depend_on_batches(model: transformers.PreTrainedModel,
     assert found["loss"] == pytest.approx(losses / 8, rel=1e-5)
     assert found["accuracy"] == right / 8
     assert found["targets"] == 8.0
+
+
+def test_the_standard_error_is_that_of_rows_drawn_anew() -> None:
+    """Of equal rows that of scipy's mean; of unequal ones that of means of many samples."""
+    rng = np.random.default_rng(0)
+    equal = [(4 * float(x), 4) for x in rng.normal(3.0, 1.0, 50)]
+    wanted = stats.sem([loss / 4 for loss, _ in equal])
+    assert standard_error(equal) == pytest.approx(wanted, rel=1e-12)
+    targets = rng.integers(1, 30, 400)
+    rows = [(float(n * rng.normal(2.0, 0.5)), int(n)) for n in targets]
+    losses, numbers = np.array(rows).T
+    drawn = rng.integers(0, len(rows), (4000, len(rows)))
+    means = losses[drawn].sum(1) / numbers[drawn].sum(1)
+    assert standard_error(rows) == pytest.approx(means.std(), rel=0.05)
+
+
+def test_sequences_of_one_row_count_as_one(model: transformers.PreTrainedModel) -> None:
+    own = [score(model, [sequence], 1, CPU) for sequence in DATA]
+    sums = [(s["loss"] * s["targets"], int(s["targets"])) for s in own]
+    first = (sums[0][0] + sums[2][0], sums[0][1] + sums[2][1])
+    found = score(model, DATA, 1, CPU, 3, rows=[7, 1, 7, 2])
+    wanted = standard_error([first, sums[1], sums[3]])
+    assert found.pop("loss_error") == pytest.approx(wanted, rel=1e-4)
+    assert found == score(model, DATA, 1, CPU, 3)  # bit for bit
+    assert "loss_error" not in score(model, DATA, 1, CPU, rows=[0, 0, 0, 0])
 
 
 def test_accuracy_by_hand() -> None:

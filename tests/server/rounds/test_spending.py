@@ -176,7 +176,7 @@ def test_what_clients_measure_does_not_leave_the_server() -> None:
     private = Private()
     found = private.step(cyd=silent)
     assert (found.num_examples, found.client_loss) == ({}, {})
-    assert set(found.metrics) == {"clip", "noise_std", "epsilon"}
+    assert set(found.metrics) == {"clip", "noise_std", "epsilon", "noise_norm", "update_norm"}
     assert found.dropped == {"cyd": ""}
     assert found.metrics["epsilon"] == pytest.approx(gaussian_epsilon(1 / Z, 1e-5))
     event = private.events[0]

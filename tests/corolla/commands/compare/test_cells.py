@@ -34,6 +34,7 @@ def folder(path: Path, **changes: Any) -> Path:
         "bytes_up": 800,
         "bytes_down": 1600,
         "peak_rss": 123,
+        "warnings": [],
         "model_sha256": "m",
         "data_sha256": "d",
     }

@@ -74,6 +74,7 @@ class Fake:
             "bytes_up": 8,
             "bytes_down": 8,
             "peak_rss": Fake.peak,
+            "warnings": [],
             "model_sha256": "m",
             "data_sha256": "d",
         }
