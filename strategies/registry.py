@@ -76,6 +76,16 @@ def find(name: str) -> type[Strategy]:
     return known
 
 
+def label(name: str) -> str:
+    """What people call a strategy, everywhere: its key here; of one's own its `name`.
+
+    A class that has none of its own, only that of the class it extends, is called as the class.
+    Raises ConfigError as `find` does.
+    """
+    cls = find(name)
+    return str(cls.name) if "name" in vars(cls) else cls.__name__
+
+
 def create(name: str, options: Mapping[str, object] | None = None) -> Strategy:
     """A strategy with its hyper-parameters. Raises ConfigError for an unknown or bad option."""
     cls, given = find(name), options or {}

@@ -64,7 +64,7 @@ class LocalClient:
     @property
     def trainer(self) -> FirstOrder:
         if not isinstance(self.model, LoraModel | DenseModel):
-            raise ConfigError(f"{self.config.strategy}: no first-order training of all parameters")
+            raise ConfigError(f"{registry.label(self.config.strategy)}: no first-order training of all parameters")
         return FirstOrder(
             self.model,
             lora=self.lora,

@@ -41,6 +41,7 @@ def simulate(
 ) -> None:
     """Fine-tune a model with a federation of simulated clients on this machine."""
     from corolla.config.load import load, resumed
+    from corolla.strategies.registry import label
 
     if resume and out_dir is None:
         raise ConfigError("--resume needs --out: the folder of the run to go on with")
@@ -49,7 +50,7 @@ def simulate(
     else:
         run_config = load(config, options, settings or ())
     now = time.strftime("%Y%m%d-%H%M%S")
-    folder = out_dir or Path("runs") / f"{run_config.strategy.split(':')[-1]}-{now}"
+    folder = out_dir or Path("runs") / f"{label(run_config.strategy)}-{now}"
     with out.status("loading"):  # torch, transformers and peft take seconds to import
         from corolla.commands.simulate.in_process import simulate as run
         from corolla.commands.simulate.progress import Bars, print_summary

@@ -116,8 +116,15 @@ class RunConfig(  # from the last section to the first: pydantic takes their key
         return bool(self.step_seconds or self.deadline_simulated or self.buffer or any(given))
 
 
+_POOLED = Rule[RunConfig](
+    when=lambda run: run.pooled and max(run.cohort or 1, run.buffer or 1) > 1,
+    why=lambda run: f"pooled=true leaves one client, found cohort {run.cohort or run.buffer}",
+    instead="leave cohort and buffer out",
+)
+
 RULES: tuple[Rule[RunConfig], ...] = (
     *population.COHORT,
+    _POOLED,
     *adapter.ALPHAS,
     *training.MICRO_BATCH,
     *training.RANKS,

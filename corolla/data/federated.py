@@ -5,6 +5,7 @@ A row has `text`, or `prompt` and `response` (also called `question` and `answer
 (the natural partition) and `split` (train, validation, test).
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -54,10 +55,24 @@ def load(config: RunConfig) -> FederatedData:
             f"{config.min_examples} training examples; lower it or the number of clients"
         )
     heldout = heldout or [row for split in clients.values() for row in split.eval]
+    if config.pooled:
+        clients = _pooled(clients)
     if not heldout:
         raise DataError(f"{config.data} leaves no held-out examples: raise eval_fraction")
     left_out = len(parts) - len(clients)
     return FederatedData(config.data, clients, heldout, labels, fingerprint, left_out)
+
+
+def _pooled(clients: Mapping[str, Split]) -> dict[str, Split]:
+    """One client with the rows of all, in the order of ids; one that is alone stays as it is.
+
+    Its own examples are taken in turn from each, so that the first ones are of as many as can be.
+    """
+    if len(clients) < 2:
+        return dict(clients)
+    train = [row for split in clients.values() for row in split.train]
+    turns = itertools.zip_longest(*(split.eval for split in clients.values()))
+    return {"all": Split(train, [row for turn in turns for row in turn if row is not None])}
 
 
 def load_device(

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from corolla.config import effects
 from corolla.config.run import RunConfig
 
 VERDICTS = ("worse", "diverging", "noise")
@@ -59,6 +60,14 @@ class Measured:
     final: float | None
     error: float | None
     """The standard error of `final`; None where one row or client was measured."""
+
+
+def of_settings(config: RunConfig, deployed: bool = False) -> list[RunWarning]:
+    """A warning for each setting that the run does not read (corolla.config.effects)."""
+    return [
+        RunWarning("no_effect", f"{idle.setting} has no effect ({idle.why})", idle.instead)
+        for idle in effects.without_effect(config, deployed)
+    ]
 
 
 def outcome(

@@ -14,7 +14,7 @@ from corolla.data import federated
 from corolla.data.federated import FederatedData
 from corolla.directions.pools import SignPool
 from corolla.evaluation.scoring import loss_sum
-from corolla.evaluation.warnings import RunWarning
+from corolla.evaluation.warnings import RunWarning, of_settings
 from corolla.interfaces import Strategy
 from corolla.models import devices, pretrained, trainable
 from corolla.models.full import FullModel
@@ -60,7 +60,7 @@ def set_up(config: RunConfig, run_id: str | None, deployed: bool = False) -> Set
     }
     model = trainable.build(config, base)
     evaluator = Evaluator(config, model, dataset.heldout, dataset.labels)
-    warned = [*_of_model(model), *_of_eps(config, evaluator)]
+    warned = [*of_settings(config, deployed), *_of_model(model), *_of_eps(config, evaluator)]
     bounded = config.max_norm is not None or config.robust != "none" or config.dp == "client"
     if deployed and not bounded:
         why = "no max-norm and no robust rule: one client can move the model as far as it likes"

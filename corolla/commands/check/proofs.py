@@ -56,7 +56,7 @@ def conform(
                 with torch.random.fork_rng(devices=[]):
                     findings += _findings(name, kind, rounds)
             claims = cls.aggregates != "other" or hasattr(cls, "expected")
-            results.append(Result(name, cls.aggregates, findings, claims))
+            results.append(Result(registry.label(name), cls.aggregates, findings, claims))
     finally:
         torch.set_num_threads(threads)
     return results

@@ -61,7 +61,7 @@ class Bars:
         self._progress.remove_task(self._busy)
         config = facts["config"]
         self.console.print(
-            f"[bold]{escape(config['strategy'])}[/] on {escape(config['data'])}: "
+            f"[bold]{escape(facts['strategy'])}[/] on {escape(config['data'])}: "
             f"{facts['num_clients']} clients, {facts['cohort']} a round, base model "
             f"{escape(config['model'])}, held-out loss {facts['base']['loss']:.4f}",
             soft_wrap=True,

@@ -14,6 +14,7 @@ from corolla.server.runs.report import write_report
 SAMPLE = {"prompt": "is it?", "reference": "yes", "answer": "no"}
 INFO: dict[str, Any] = {
     "config": RunConfig().model_dump(mode="json"),
+    "strategy": "fedavg",
     "corolla": "0.1.0",
     "num_clients": 2,
     "cohort": 2,
