@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from corolla.interfaces import Client, Observed
 from corolla.strategies.fedavg import FedAvg
-from corolla.tensors import factors
+from corolla.tensors import tree
 from corolla.types import (
     Adapter,
     Aggregates,
@@ -28,7 +28,7 @@ from corolla.types import (
 class Local(FedAvg):
     """A client goes on from what it trained last, in the rounds in which it is drawn.
 
-    All start from one adapter, and nothing that they train travels: an update is one zero. With one
+    All start from one adapter, and nothing that they train travels: an update is empty. With one
     client it is FedAvg, bit for bit: a mean of one.
     """
 
@@ -40,8 +40,11 @@ class Local(FedAvg):
     when: ClassVar[str] = "to see what clients can do without each other"
 
     def local(self, client: Client, received: Payload) -> Update:
-        fit = client.trainer.fit(client.kept.get("personal") or received["adapter"])
-        return Update({}, fit.num_examples, fit.metrics, {"personal": fit.params})
+        start = client.kept.get("personal") or received["adapter"]
+        fit = client.trainer.fit(start)
+        # As FedAvg's server with an update of one, whose roundings this has to have.
+        own = tree.add(start, tree.sub(fit.params, start))
+        return Update({}, fit.num_examples, fit.metrics, {"personal": own})
 
     def update_like(self, fresh: Params, size: Size) -> Payload:
         return {}

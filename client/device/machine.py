@@ -176,8 +176,9 @@ def choose(
     least = min(tried, key=lambda estimate: estimate.total)
     raise ConfigError(
         f"{_size(budget)} of memory is too little for {registry.label(config.strategy)} on "
-        f"{work.model.name}: the least is {_size(least.total)}, of which weights {_size(least.terms['weights'])}; lower "
-        f"max-length ({config.max_length}), or take a smaller model"
+        f"{work.model.name}: the least is {_size(least.total)}, of which weights "
+        f"{_size(least.terms['weights'])}; lower max-length ({config.max_length}), or take a "
+        f"smaller model"
     )
 
 

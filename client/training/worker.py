@@ -18,7 +18,7 @@ from corolla.data.federated import FederatedData
 from corolla.data.rows import Example
 from corolla.directions import seedlog
 from corolla.errors import ConfigError, CorollaError, ModelError, WireError
-from corolla.evaluation.scoring import score
+from corolla.evaluation.scoring import halves, score_by_row
 from corolla.models.dense import DenseModel
 from corolla.models.lora import LoraModel
 from corolla.models.records import write_update
@@ -64,7 +64,9 @@ class LocalClient:
     @property
     def trainer(self) -> FirstOrder:
         if not isinstance(self.model, LoraModel | DenseModel):
-            raise ConfigError(f"{registry.label(self.config.strategy)}: no first-order training of all parameters")
+            raise ConfigError(
+                f"{registry.label(self.config.strategy)}: no first-order training of all parameters"
+            )
         return FirstOrder(
             self.model,
             lora=self.lora,
@@ -337,8 +339,12 @@ class Worker:
             self.model.save(self.memory.kept_folder(client) / "adapter", adapter, lora)
         at_a_time = min(8, self.config.micro_batch_size or 8)  # what training fits in, this does
         base, device = self.model.base, self.model.device
-        metrics = score(self.model.model, data, base.pad_id, device, at_a_time)
-        return replace(blank, num_examples=len(data), metrics=metrics)
+        numbers = [sequence.example for sequence in data]
+        place = list(self.data.clients).index(client)  # clients of one row are of either half
+        metrics, rows = score_by_row(
+            self.model.model, data, numbers, base.pad_id, device, at_a_time
+        )
+        return replace(blank, num_examples=len(data), metrics={**metrics, **halves(rows, place)})
 
     def _tokens(self, client: str) -> tuple[list[Encoded], int]:
         """A client's training sequences, and how many examples have no target left."""

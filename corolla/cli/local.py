@@ -113,7 +113,7 @@ def plan(
 def compare(
     *,
     strategies: Annotated[
-        list[str], typer.Argument(help="Two or more: names, FILE.py:Class, module:Class.")
+        list[str], typer.Argument(help="Two or more: NAME or NAME@key=value,…; FILE.py:Class.")
     ],
     out_dir: NewFolder,
     config: Config = None,
@@ -122,7 +122,7 @@ def compare(
     resume: Resume = False,
     settings: Set = None,
 ) -> None:
-    """Compare strategies on equal terms: same data, clients and search; seeds, intervals, plots.
+    """Compare strategies on equal terms: same data, clients and search; seeds, verdicts, plots.
 
     With the embedded model and data: cohorts of 4 and shorter evaluation, unless given.
     """

@@ -126,6 +126,13 @@ SEARCH: Table = {
         more={"metavar": "A,B,C"},
     ),
     "jobs": Option(int, "Runs at a time; 0: as cores and memory allow.", 0),
+    "baselines": Option(
+        str,
+        "Also: each client alone (local), one client with all rows (global).",
+        "",
+        flags=("--with",),
+        more={"metavar": "local,global"},
+    ),
     "fail_on_warning": FAIL_ON_WARNING,
 }
 """How `corolla compare` searches."""

@@ -303,4 +303,8 @@ def _defaults(config: RunConfig) -> dict[str, Any]:
 
 
 def _subject(reader: Reader) -> str:
-    return f"class {reader.kind}" if reader.kind else f"strategy {registry.label(reader.config.strategy)}"
+    return (
+        f"class {reader.kind}"
+        if reader.kind
+        else f"strategy {registry.label(reader.config.strategy)}"
+    )

@@ -27,6 +27,8 @@ class FederatedData:
     heldout: Sequence[Example]
     labels: Sequence[str]
     fingerprint: str
+    validation_reported: bool = False
+    """Whether clients' own validation examples are the held-out set, for want of other rows."""
     left_out: int = 0
     """Clients with fewer than min_examples training examples."""
 
@@ -54,13 +56,14 @@ def load(config: RunConfig) -> FederatedData:
             f"no clients left of {len(parts)} in {config.data}: none has min_examples="
             f"{config.min_examples} training examples; lower it or the number of clients"
         )
+    own = not heldout
     heldout = heldout or [row for split in clients.values() for row in split.eval]
     if config.pooled:
         clients = _pooled(clients)
     if not heldout:
         raise DataError(f"{config.data} leaves no held-out examples: raise eval_fraction")
     left_out = len(parts) - len(clients)
-    return FederatedData(config.data, clients, heldout, labels, fingerprint, left_out)
+    return FederatedData(config.data, clients, heldout, labels, fingerprint, own, left_out)
 
 
 def _pooled(clients: Mapping[str, Split]) -> dict[str, Split]:

@@ -13,7 +13,7 @@ from corolla.data.federated import spread
 from corolla.data.rows import Example
 from corolla.errors import ArtefactError, DataError
 from corolla.evaluation import answers
-from corolla.evaluation.scoring import score
+from corolla.evaluation.scoring import score_by_row, standard_error
 from corolla.models.trainable import Trainable
 from corolla.types import Adapter, Metrics
 
@@ -86,7 +86,8 @@ class Evaluator:
         """Loss, its standard error over rows, and accuracy on the held-out examples."""
         self.model.show(adapter, self.config.lora)
         base, device = self.model.base, self.model.device
-        return score(self.model.model, self._data, base.pad_id, device, rows=self._rows)
+        scores, rows = score_by_row(self.model.model, self._data, self._rows, base.pad_id, device)
+        return {**scores, **standard_error(rows)}
 
     def examine(self, adapter: Adapter) -> Metrics:
         """All scores: also of answers and choices, which take longer than a loss."""

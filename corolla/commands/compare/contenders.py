@@ -55,7 +55,7 @@ class Contender:
 def contender(text: str) -> Contender:
     """`NAME`, or `NAME@key=value,key=value`. Raises ConfigError for what cannot be read."""
     name, *rest = _SETTINGS.split(text, maxsplit=1)
-    if not rest and text.rstrip().endswith("@") or not name:
+    if (not rest and text.rstrip().endswith("@")) or not name:
         raise ConfigError(f"contender {text!r}: expected NAME or NAME@key=value,key=value")
     settings = tuple(_split(rest[0], text)) if rest else ()
     for setting in settings:
@@ -96,11 +96,13 @@ def file_names(labels: Sequence[str]) -> dict[str, str]:
 def of_others(settings: Collection[str], chosen: str) -> list[str]:
     """The settings without options of single strategies that are not the chosen one."""
     others = registry.STRATEGIES.keys() - {chosen.replace("-", "_")}
-    return [s for s in settings if s.partition("=")[0].replace("-", "_").split(".")[0] not in others]
+    return [
+        s for s in settings if s.partition("=")[0].replace("-", "_").split(".")[0] not in others
+    ]
 
 
 def _cut(label: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.,=@+-]", "_", label)[:70]
+    return re.sub(r"[^A-Za-z0-9_.,=@+-]|^[^A-Za-z0-9_]", "_", label)[:70]
 
 
 def _key(setting: str) -> str:

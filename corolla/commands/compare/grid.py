@@ -1,8 +1,8 @@
 """The grid of a comparison: methods, each a strategy with its settings, learning rates and seeds.
 
-All of a method's learning rates are tried at the first seed; the best, by the loss on the clients'
-own validation examples, is run with the other seeds. With differential privacy each method has one
-learning rate.
+All of a method's learning rates are tried at the first seed; the best, by the loss on every second
+of the clients' own examples, is run with the other seeds. With differential privacy each method has
+one learning rate.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,6 +43,7 @@ class Method:
             "strategy": registry.label(self.config.strategy),
             "personal": registry.traits(cls).personal,
             "baseline": self.baseline,
+            "file_name": self.file_name or self.label,
             "aggregates": "other" if approximate else cls.aggregates,
             "trainers": list(cls.trainers),
         }
@@ -139,6 +140,8 @@ def make_grid(
             f"{twice} is named twice: each once, with other settings or classes of other names"
         )
     configs = [_config(own, file, options or {}, settings, jobs) for own in named]
+    if baselines and any(config.dp == "client" for config in configs):
+        raise ConfigError(f"--with {baselines}: dp=client protects one client among others")
     own_models = [registry.traits(registry.find(c.strategy)).personal for c in configs]
     if any(own_models):  # all are measured on clients that train, as personal models have to be
         participants = {"eval_participants": True}

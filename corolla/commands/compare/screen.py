@@ -103,7 +103,7 @@ def _costs(methods: Sequence[Entry]) -> Table:
         errors = e["aggregation_errors"]
         table.add_row(
             _label(e),
-            human_bytes(e["bytes"]),
+            "–" if e["baseline"] else human_bytes(e["bytes"]),
             number(e["seconds"]) + (" †" if e["beside"] else ""),
             number(e["cpu_seconds"], 0),
             human_bytes(e["peak_rss"]),

@@ -70,7 +70,12 @@ class Fake:
             "num_clients": 2,
             "base": {"loss": 5.0},
             "final": {"loss": loss, "accuracy": 0.5},
-            "clients": {"ada": {"base": {"loss": 5.0, "examples": 1}, "final": {"loss": loss}}},
+            "clients": {
+                "ada": {
+                    "base": {"loss": 5.0, "examples": 1},
+                    "final": {"loss": loss, "loss_choosing": loss, "loss_reported": loss},
+                }
+            },
             "bytes_up": 8,
             "bytes_down": 8,
             "peak_rss": Fake.peak,
