@@ -244,6 +244,14 @@ class Observed:
     lora: Mapping[str, LoraSpec]
 
 
+@runtime_checkable
+class PricedByState(Protocol):
+    """What a strategy adds whose broadcasts are now and then of another size than its rounds'."""
+
+    def cost_from(self, state: Payload, cohort: Sequence[Size]) -> Sequence[Cost]:
+        """As `Strategy.cost`, for a round that starts from `state`."""
+
+
 class Claim(Protocol):
     """What a strategy with aggregates="other" adds, so that `corolla check` has a proof to make."""
 

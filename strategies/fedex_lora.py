@@ -111,3 +111,11 @@ class FedExLora:
             whole = s.A + s.B + s.head
             costs.append(Cost(up=4 * whole, down=4 * (whole + residual)))
         return costs
+
+    def cost_from(self, state: Payload, cohort: Sequence[Size]) -> Sequence[Cost]:
+        """After a compaction, what it made of all blocks stands for the last round's residual."""
+        block = blocks.compacted(state)
+        if block is None:
+            return self.cost(cohort)
+        wholes = [s.A + s.B + s.head for s in cohort]
+        return [Cost(4 * whole, 4 * (whole + tree.count(block))) for whole in wholes]

@@ -121,3 +121,11 @@ class Flora:
         stack = sum(s.A + s.B for s in cohort)
         cut = self.energy < 1
         return [Cost(4 * (s.A + s.B + s.head), 4 * (stack + s.head), at_most=cut) for s in cohort]
+
+    def cost_from(self, state: Payload, cohort: Sequence[Size]) -> Sequence[Cost]:
+        """After a compaction, what it made of all blocks stands for the last round's stack."""
+        block = blocks.compacted(state)
+        if block is None:
+            return self.cost(cohort)
+        made = tree.count(block)
+        return [Cost(4 * (s.A + s.B + s.head), 4 * (made + s.head)) for s in cohort]
