@@ -21,7 +21,7 @@ from corolla.errors import ConfigError, CorollaError, ModelError, WireError
 from corolla.evaluation.scoring import halves, score_by_row
 from corolla.models.dense import DenseModel
 from corolla.models.lora import LoraModel
-from corolla.models.records import write_update
+from corolla.models.records import write_decoded, write_update
 from corolla.models.trainable import Trainable
 from corolla.privacy import example_level, ledger
 from corolla.privacy.example_level import ExampleLevel
@@ -279,20 +279,18 @@ class Worker:
         self.model.check_rank(lora)
         seed = seeds.derive(self.config.seed, "client", client, task.round)
         update = self._update(client, task, received, seed)
+        sealed = self.uplink.seal(update.payload, seed, received.owed)
+        reply = replace(blank, payload=sealed.data, scalars=sealed.scalars)
         if self.record:
             folder = client_folder(round_folder(self.record, task.round), client)
             write_update(folder, self.model, lora, update, client)
-        sealed = self.uplink.seal(update.payload, seed, received.owed)
+            if self.config.uplink.lossy:
+                opened = self.uplink.open(reply, self.uplink.like(update.payload))
+                write_decoded(folder, self.model, lora, update.payload, opened)
         if self.traits.keeps or self.uplink.owes:
             owed = {_OWED + group: params for group, params in sealed.owed.items()}
             self.memory.stage(client, task.round, {**update.keep, **owed})
-        return replace(
-            blank,
-            num_examples=update.num_examples,
-            metrics=update.metrics,
-            payload=sealed.data,
-            scalars=sealed.scalars,
-        )
+        return replace(reply, num_examples=update.num_examples, metrics=update.metrics)
 
     def _update(self, client: str, task: Task, received: Received, seed: int) -> Update:
         """What the strategy makes of a client's examples; under dp=example it is paid for first."""
