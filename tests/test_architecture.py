@@ -27,7 +27,7 @@ LAYERS = (
     ("strategies",),
     ("config",),
     ("privacy", "data", "models"),
-    ("evaluation", "phones"),
+    ("evaluation", "phones", "warnings"),
     ("client", "server"),
     ("commands",),
     ("cli",),

@@ -337,7 +337,7 @@ class Worker:
             self.model.save(self.memory.kept_folder(client) / "adapter", adapter, lora)
         at_a_time = min(8, self.config.micro_batch_size or 8)  # what training fits in, this does
         base, device = self.model.base, self.model.device
-        numbers = [sequence.example for sequence in data]
+        numbers = [sequence.example or 0 for sequence in data]  # encode_all has numbered them
         place = list(self.data.clients).index(client)  # clients of one row are of either half
         metrics, rows = score_by_row(
             self.model.model, data, numbers, base.pad_id, device, at_a_time

@@ -128,12 +128,14 @@ def compare(
     """
     with out.status("loading"):
         from corolla.commands.compare import compare as comparing
+        from corolla.commands.compare.contenders import baselines
         from corolla.commands.compare.grid import learning_rates, make_grid
         from corolla.commands.compare.screen import CellBars, print_comparison
 
     jobs, strict = int(search["jobs"]), search.pop("fail_on_warning")
     search["lrs"] = learning_rates(search["lrs"])
-    grid = make_grid(strategies, config, options, settings or (), **search)
+    named = [*strategies, *baselines(search.pop("baselines"))]
+    grid = make_grid(named, config, options, settings or (), **search)
     bars = CellBars(out)
     with bars.progress:
         results = comparing.compare(grid, out_dir, jobs=jobs, resume=resume, watch=bars)

@@ -14,7 +14,6 @@ from corolla import seeds
 from corolla.config.run import RunConfig
 from corolla.directions import seedlog
 from corolla.errors import ArtefactError, ConfigError, RoundError, StoppedError
-from corolla.evaluation.warnings import outcome
 from corolla.host import logs
 from corolla.host.heap import peak_rss
 from corolla.host.processes import uninterrupted
@@ -43,6 +42,7 @@ from corolla.storage import folders
 from corolla.strategies.registry import traits
 from corolla.tensors import tree
 from corolla.types import Adapter, Metrics, Payload
+from corolla.warnings.outcome import outcome
 
 _log = logs.logger("run")
 

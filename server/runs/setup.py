@@ -14,13 +14,13 @@ from corolla.data import federated
 from corolla.data.federated import FederatedData
 from corolla.directions.pools import SignPool
 from corolla.evaluation.scoring import loss_sum
-from corolla.evaluation.warnings import RunWarning, of_settings
 from corolla.interfaces import Strategy
 from corolla.models import devices, pretrained, trainable
 from corolla.models.full import FullModel
 from corolla.models.trainable import Trainable
 from corolla.server.rounds.cohort import read_trace
 from corolla.server.runs.evaluate import Evaluator
+from corolla.warnings.outcome import RunWarning, of_settings
 
 _UNMOVED = 0.1
 _KEPT = 1 << 24

@@ -34,7 +34,7 @@ class Summary:
     privacy: str
     """What is promised to each example or client; "" without differential privacy."""
     warnings: Sequence[Mapping[str, Any]] = ()
-    """All that the run warns of, as run.json has it (see corolla/evaluation/warnings.py)."""
+    """All that the run warns of, as run.json has it (see corolla/warnings/outcome.py)."""
 
     @property
     def rounds(self) -> int:

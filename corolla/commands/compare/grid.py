@@ -110,7 +110,7 @@ class ComparisonGrid:
 
 
 def make_grid(
-    names: Sequence[str],
+    names: Sequence[str | Contender],
     file: Path | None = None,
     options: Mapping[str, object] | None = None,
     settings: Sequence[str] = (),
@@ -118,12 +118,11 @@ def make_grid(
     seeds: int = 3,
     lrs: Sequence[float] = (),
     jobs: int = 0,
-    baselines: str = "",
 ) -> ComparisonGrid:
     """The comparison that a command line asks for. Raises ConfigError for what makes no sense.
 
-    `names` are contenders, see contenders.py, and `baselines` those of --with. With `jobs` other
-    than 1 every cell gets one thread, unless `threads` is given.
+    `names` are contenders, or what they are called (see contenders.py). With `jobs` other than 1
+    every cell gets one thread, unless `threads` is given.
     """
     if seeds < 1:
         raise ConfigError(f"--seeds {seeds}: expected at least 1; 3 give a verdict")
@@ -131,8 +130,8 @@ def make_grid(
         raise ConfigError(f"--lrs {', '.join(map(str, lrs))}: expected different positive numbers")
     if jobs < 0:
         raise ConfigError(f"--jobs {jobs}: expected 1 or more; 0 is as many as cores")
-    named = [*map(contenders.contender, names), *contenders.baselines(baselines)]
-    if not names:
+    named = [own if isinstance(own, Contender) else contenders.contender(own) for own in names]
+    if not any(own.baseline is None for own in named):
         raise ConfigError(f"name strategies to compare: {', '.join(registry.STRATEGIES)}")
     labels = [own.label for own in named]
     if twice := next((label for label in labels if labels.count(label) > 1), None):
@@ -140,8 +139,9 @@ def make_grid(
             f"{twice} is named twice: each once, with other settings or classes of other names"
         )
     configs = [_config(own, file, options or {}, settings, jobs) for own in named]
-    if baselines and any(config.dp == "client" for config in configs):
-        raise ConfigError(f"--with {baselines}: dp=client protects one client among others")
+    alone = [own.label for own in named if own.baseline]
+    if alone and any(config.dp == "client" for config in configs):
+        raise ConfigError(f"--with {alone[0]}: dp=client protects one client among others")
     own_models = [registry.traits(registry.find(c.strategy)).personal for c in configs]
     if any(own_models):  # all are measured on clients that train, as personal models have to be
         participants = {"eval_participants": True}

@@ -18,9 +18,9 @@ from rich.progress import (
 from rich.table import Table
 
 from corolla.evaluation.scoring import SHARES
-from corolla.evaluation.warnings import VERDICTS
 from corolla.host.text import human_bytes
 from corolla.server.runs.summary import Summary
+from corolla.warnings.outcome import VERDICTS
 
 
 class Bars:

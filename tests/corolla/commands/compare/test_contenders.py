@@ -125,7 +125,7 @@ def test_baselines_are_named() -> None:
 
 
 def test_with_baselines_all_are_measured_on_clients_that_train() -> None:
-    local, whole = make_grid(["fedavg"], baselines="local,global", options={"cohort": 3}).methods[
+    local, whole = make_grid(["fedavg", *baselines("local,global")], options={"cohort": 3}).methods[
         1:
     ]
     assert (local.config.cohort, whole.config.cohort) == (3, None)
@@ -133,7 +133,7 @@ def test_with_baselines_all_are_measured_on_clients_that_train() -> None:
     assert whole.config.eval_participants
     assert [method.describe()["strategy"] for method in (local, whole)] == ["local", "fedavg"]
     with pytest.raises(ConfigError, match="dp=client"):
-        make_grid(["fedavg"], baselines="global", options={"dp": "client", "epsilon": 8.0})
+        make_grid(["fedavg", *baselines("global")], options={"dp": "client", "epsilon": 8.0})
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def test_with_one_client_alone_and_together_are_the_same_bits(
     given = {**shared, "data": str(tmp_path / "one.jsonl"), "rounds": 3, "local_steps": 2}
     small = ["max-length=48", "threads=1", "device=cpu", "batch-size=3"]
     grid = make_grid(
-        ["fedavg"], options=given, settings=small, baselines="local,global", lrs=[0.01]
+        ["fedavg", *baselines("local,global")], options=given, settings=small, lrs=[0.01]
     )
     found = {}
     for label, config in configs(grid).items():

@@ -2,7 +2,7 @@
 
 They are told, not refused: what several strategies are given in common, as in a comparison, need
 not mean something to each of them. What would be unsafe, or mean something else than it says, is
-refused by the rules beside this module.
+refused by the rules of corolla.config.
 """
 
 import math

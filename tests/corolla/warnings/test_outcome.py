@@ -10,8 +10,8 @@ import pytest
 
 from corolla.commands.simulate import in_process
 from corolla.config.run import RunConfig
-from corolla.evaluation.warnings import VERDICTS, RunWarning, outcome
 from corolla.server.runs import evaluate, run
+from corolla.warnings.outcome import VERDICTS, RunWarning, outcome
 
 Settings = Callable[..., RunConfig]
 
@@ -96,8 +96,9 @@ def test_noise_above_the_mean_update_in_half_of_the_rounds() -> None:
     private = RunConfig(dp="client", epsilon=8)
 
     def noisy(*noise: float) -> list[RunWarning]:
-        norms = {"noise_norm": noise, "update_norm": [1.0] * len(noise)}
-        return judged(*[3.0] * len(noise), config=private, **norms)
+        norms = [1.0] * len(noise)
+        losses = [3.0] * len(noise)
+        return judged(*losses, config=private, noise_norm=noise, update_norm=norms)
 
     assert ids(noisy(0.5, 0.9, 1.5)) == []
     (found,) = noisy(0.5, 0.9, 1.5, 2.1)

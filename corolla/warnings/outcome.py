@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from corolla.config import effects
 from corolla.config.run import RunConfig
+from corolla.warnings import effects
 
 VERDICTS = ("worse", "diverging", "noise")
 """Ids of warnings of a run that has ended; all others are told when it begins."""
@@ -63,7 +63,7 @@ class Measured:
 
 
 def of_settings(config: RunConfig, deployed: bool = False) -> list[RunWarning]:
-    """A warning for each setting that the run does not read (corolla.config.effects)."""
+    """A warning for each setting that the run does not read (corolla.warnings.effects)."""
     return [
         RunWarning("no_effect", f"{idle.setting} has no effect ({idle.why})", idle.instead)
         for idle in effects.without_effect(config, deployed)

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from corolla.commands.simulate import in_process
-from corolla.config.effects import EFFECTS, without_effect
 from corolla.config.groups import ClientClass
 from corolla.config.keys import CLASSES, OPTIONS, Key, table
 from corolla.config.load import load
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
 from corolla.server.runs import evaluate, run
+from corolla.warnings.effects import EFFECTS, without_effect
 
 Settings = Callable[..., RunConfig]
 
@@ -30,7 +30,7 @@ ELSEWHERE = {
     "task": "its example is what these rows are taken for anyway",
 }
 """Key → where it acts: nothing of the small run here shows it."""
-RUNS = {
+RUNS: dict[str, dict[str, Any]] = {
     "max_length": {"max_length": 16},
     "clip_norm": {"clip_norm": 1e-3},
     "target_loss": {"target_loss": 100.0},
@@ -43,6 +43,7 @@ RUNS = {
     "rank": {"rank": 3},
     "warmup_rounds": {"warmup_rounds": 2},
     "robust": {"robust": "median"},
+    "pooled": {"pooled": True, "cohort": None},
 }
 """Key → values that show in the small run what its example would show in a larger one."""
 
@@ -139,7 +140,7 @@ def test_what_is_neither_refused_nor_told_changes_the_run(
     monkeypatch.setattr(evaluate.Evaluator, "samples", lambda self, adapter: [])
     monkeypatch.setattr(evaluate.Evaluator, "verify", lambda self, adapter, folder: 0.0)
     monkeypatch.setattr(run, "write_report", lambda path, info, lines: None)
-    usual = {"rounds": 2, "cohort": 2, "local_steps": 1, "eval_client_examples": 2}
+    usual: dict[str, Any] = {"rounds": 2, "cohort": 2, "local_steps": 1, "eval_client_examples": 2}
     if not small:
         small.update(done(settings(**usual), tmp_path / "usual"))
     given = RUNS.get(key.name, {key.name: key.example})
