@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from corolla.config.run import RunConfig
+from corolla.errors import ConfigError
 from corolla.privacy.client_level import ClientLevel
 from corolla.privacy.example_level import ExampleLevel, example_level
 from corolla.privacy.guarantee import Guarantee
@@ -93,14 +94,19 @@ class Spending:
 
         The noise is the least that there may be in the mean of so many updates: that of the
         largest client. `update_norm` is the most that clipped gradients add up to. Neither is
-        measured on data. Empty where a client's examples are not known.
+        measured on data. Empty where nobody here knows how many examples clients have.
         """
         sizes = {n: c for c, n in federation.clients.items() if c not in federation.seats}
-        if self.config.dp != "example" or not sizes or not updates:
+        # What devices of others say that they have makes the server calibrate nothing.
+        guessed = federation.own_devices and self.config.noise_multiplier is None
+        if self.config.dp != "example" or not sizes or not updates or guessed:
             return {}
         member = sizes[max(sizes)]
         own = self.config.of_class(federation.class_of(member))
-        level = self.levels.get(member) or example_level(own, max(sizes))
+        try:
+            level = self.levels.get(member) or example_level(own, max(sizes))
+        except ConfigError:  # a delta that is none for so many examples: the device refuses
+            return {}
         self.levels[member] = level
         size, fresh = federation.size(member), federation.fresh(federation.lora(member))
         values = own.queries
