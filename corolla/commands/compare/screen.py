@@ -14,6 +14,9 @@ from corolla.commands.compare.plots import Entry
 from corolla.commands.compare.report import interval, number, sentences
 from corolla.host.text import human_bytes
 
+_LABEL = 10
+"""Columns that a name has at least: a longer one takes several lines rather than cut numbers."""
+
 
 class CellBars:
     """A bar over cells on a terminal; one line a cell elsewhere."""
@@ -121,7 +124,7 @@ def _table(title: str, *columns: str) -> Table:
     table = Table(
         title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False
     )
-    table.add_column("", no_wrap=True)
+    table.add_column("", overflow="fold", min_width=_LABEL)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     return table

@@ -210,3 +210,13 @@ def test_the_verdict_and_warnings_are_shown_and_baselines_have_no_bytes(
     text = io.StringIO()
     print_comparison(Console(file=text, width=120), results, tmp_path)
     assert "warning: fedavg, seed 0: worse <than> the base model" in text.getvalue()
+
+
+def test_a_long_name_takes_lines_and_cuts_no_number(tmp_path: Path) -> None:
+    text, name = io.StringIO(), "fedavg@parameters=ia3,lr=0.03,local_steps=20"
+    results = made(**{"fedavg": cells("fedavg", 3.0, 3.1, 3.2), name: cells(name, 1.0, 1.1, 1.2)})
+    print_comparison(Console(file=text, width=80), results, tmp_path)
+    assert "…" not in text.getvalue().partition("report")[0]
+    folded = [line.split(" ")[1] for line in text.getvalue().splitlines() if line.startswith(" ")]
+    assert name in "".join(folded)
+    assert "1.100 ± 0.248" in text.getvalue()
