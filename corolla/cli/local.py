@@ -128,13 +128,13 @@ def compare(
     """
     with out.status("loading"):
         from corolla.commands.compare import compare as comparing
-        from corolla.commands.compare.contenders import baselines
+        from corolla.commands.compare.contenders import Contender, baselines
         from corolla.commands.compare.grid import learning_rates, make_grid
         from corolla.commands.compare.screen import CellBars, print_comparison
 
     jobs, strict = int(search["jobs"]), search.pop("fail_on_warning")
     search["lrs"] = learning_rates(search["lrs"])
-    named = [*strategies, *baselines(search.pop("baselines"))]
+    named: list[str | Contender] = [*strategies, *baselines(search.pop("baselines"))]
     grid = make_grid(named, config, options, settings or (), **search)
     bars = CellBars(out)
     with bars.progress:
