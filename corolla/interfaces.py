@@ -113,7 +113,7 @@ class Aggregator(Protocol):
         """Only sums are needed: secure sums and differential privacy on the sum apply."""
 
     def add(self, payload: Payload, weight: float) -> None:
-        """Fold one client's payload in; `weight` is its number of examples."""
+        """Fold one client's payload in; `weight` is the distinct examples that it trained on."""
 
     def merge(self, other: Self) -> None:
         """Fold in what another aggregator has seen."""
@@ -153,7 +153,8 @@ class Strategy(Protocol):
 
     name: ClassVar[str]
     aggregates: ClassVar[Aggregates]
-    """What of the global model is the clients' mean, weighted by examples; `check` proves it."""
+    """What of the global model is the clients' mean, weighted by the distinct examples that each
+    trained on in the round; `check` proves it."""
     mixed_ranks: ClassVar[bool]
     """Clients may train adapters of different ranks."""
     trainers: ClassVar[tuple[TrainerName, ...]]
@@ -245,6 +246,14 @@ class Observed:
     lora: Mapping[str, LoraSpec]
     state: Payload = field(default_factory=dict)
     updates: Mapping[str, Payload] = field(default_factory=dict)
+
+
+@runtime_checkable
+class PricedByState(Protocol):
+    """What a strategy adds whose broadcasts are now and then of another size than its rounds'."""
+
+    def cost_from(self, state: Payload, cohort: Sequence[Size]) -> Sequence[Cost]:
+        """As `Strategy.cost`, for a round that starts from `state`."""
 
 
 class Claim(Protocol):

@@ -189,8 +189,8 @@ class _Log(Silent):
 
     def started(self, facts: Mapping[str, Any], first_round: int) -> None:
         log(INFO, "%d clients, held-out loss %.4f", facts["num_clients"], facts["base"]["loss"])
-        for warning in facts.get("warnings", ()):
-            log(WARNING, "%s", warning)
+        for warning in facts["warnings"]:
+            self.warned(warning["text"])
 
     def warned(self, text: str) -> None:
         log(WARNING, "%s", text)
@@ -212,8 +212,8 @@ class _Lines(Silent):
 
     def started(self, facts: Mapping[str, Any], first_round: int) -> None:
         self._log.info("started", round=first_round, clients=facts["num_clients"])
-        for warning in facts.get("warnings", ()):
-            self.warned(warning)
+        for warning in facts["warnings"]:
+            self.warned(warning["text"])
 
     def warned(self, text: str) -> None:
         self._log.warning("warned", why=text)

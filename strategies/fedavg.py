@@ -30,7 +30,8 @@ from corolla.types import (
 @listed
 @dataclass(frozen=True)
 class FedAvg:
-    """Averages A and B separately: w ← w + Σ p_m (w_m - w), p_m = n_m / Σ n.
+    """Averages A and B separately: w ← w + Σ p_m (w_m - w), p_m = n_m / Σ n, where
+    n_m counts the distinct examples that a client trained on in the round.
 
     Not exact on the effective weights: with the means Ā and B̄,
     Σ p_m B_m A_m - B̄ Ā = Σ p_m (B_m - B̄)(A_m - Ā), the weighted covariance of the factors,

@@ -141,3 +141,11 @@ class FedExLora:
             found[m + factors.B] = torch.cat([found[m + factors.B], added], dim=1)
             found[m + factors.A] = torch.cat([found[m + factors.A], eye], dim=0)
         return found
+
+    def cost_from(self, state: Payload, cohort: Sequence[Size]) -> Sequence[Cost]:
+        """After a compaction, what it made of all blocks stands for the last round's residual."""
+        block = blocks.compacted(state)
+        if block is None:
+            return self.cost(cohort)
+        wholes = [s.A + s.B + s.head for s in cohort]
+        return [Cost(4 * whole, 4 * (whole + tree.count(block))) for whole in wholes]

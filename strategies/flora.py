@@ -151,3 +151,11 @@ class Flora:
             found[m + factors.B] = added / last.spec.scaling
             found[m + factors.A] = torch.eye(added.shape[1], dtype=added.dtype)
         return found
+
+    def cost_from(self, state: Payload, cohort: Sequence[Size]) -> Sequence[Cost]:
+        """After a compaction, what it made of all blocks stands for the last round's stack."""
+        block = blocks.compacted(state)
+        if block is None:
+            return self.cost(cohort)
+        made = tree.count(block)
+        return [Cost(4 * (s.A + s.B + s.head), 4 * (made + s.head)) for s in cohort]

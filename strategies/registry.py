@@ -9,8 +9,8 @@ from typing import Any
 from corolla.errors import ConfigError
 from corolla.host.text import nearest
 from corolla.interfaces import Strategy, Traits
-from corolla.strategies import files
 from corolla.strategies.listing import LISTED
+from corolla.strategies.own import files
 
 _FIRST = "fedavg"
 """The strategy that most others change one thing of: lists and advice begin with it."""
@@ -48,6 +48,16 @@ def find(name: str) -> type[Strategy]:
         )
         raise ConfigError(f"unknown strategy {name!r}: {own} module:Class or FILE.py:Class")
     return known
+
+
+def label(name: str) -> str:
+    """What people call a strategy, everywhere: its key here; of one's own its `name`.
+
+    A class that has none of its own, only that of the class it extends, is called as the class.
+    Raises ConfigError as `find` does.
+    """
+    cls = find(name)
+    return str(cls.name) if "name" in vars(cls) else cls.__name__
 
 
 def create(name: str, options: Mapping[str, object] | None = None) -> Strategy:

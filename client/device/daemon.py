@@ -44,7 +44,7 @@ from corolla.models.trainable import Trainable
 from corolla.privacy import ledger
 from corolla.privacy.ledger import Limit
 from corolla.storage.memory import Memory
-from corolla.strategies import files
+from corolla.strategies.own import files
 from corolla.version import __version__
 from corolla.wire import rpc
 from corolla.wire.messages import Capabilities, Reply, Task, pack_reply, unpack_reply, unpack_task

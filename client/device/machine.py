@@ -19,6 +19,7 @@ from corolla.errors import ConfigError
 from corolla.interfaces import Strategy
 from corolla.models import anatomy, footprint
 from corolla.models.footprint import Batch, Estimate, Workload
+from corolla.strategies import registry
 from corolla.types import TrainerName
 from corolla.wire.messages import Capabilities
 
@@ -174,9 +175,10 @@ def choose(
         tried.append(estimate)
     least = min(tried, key=lambda estimate: estimate.total)
     raise ConfigError(
-        f"{_size(budget)} of memory is too little for {config.strategy} on {work.model.name}: the "
-        f"least is {_size(least.total)}, of which weights {_size(least.terms['weights'])}; lower "
-        f"max-length ({config.max_length}), or take a smaller model"
+        f"{_size(budget)} of memory is too little for {registry.label(config.strategy)} on "
+        f"{work.model.name}: the least is {_size(least.total)}, of which weights "
+        f"{_size(least.terms['weights'])}; lower max-length ({config.max_length}), or take a "
+        f"smaller model"
     )
 
 

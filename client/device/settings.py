@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from corolla.config import wording
 from corolla.errors import ConfigError
+from corolla.host import wording
 from corolla.host.text import nearest, parse_bytes
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")

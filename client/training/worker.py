@@ -18,8 +18,8 @@ from corolla.data.federated import FederatedData
 from corolla.data.rows import Example, counted, unit_of
 from corolla.directions import seedlog
 from corolla.errors import ConfigError, CorollaError, ModelError, WireError
-from corolla.evaluation.scoring import score
-from corolla.models.records import write_update
+from corolla.evaluation.scoring import halves, score_by_row
+from corolla.models.records import write_decoded, write_update
 from corolla.models.trainable import Differentiable, Trainable
 from corolla.privacy import example_level, ledger
 from corolla.privacy.example_level import ExampleLevel
@@ -63,7 +63,9 @@ class LocalClient:
     @property
     def trainer(self) -> FirstOrder:
         if not isinstance(self.model, Differentiable):
-            raise ConfigError(f"{self.config.strategy}: no first-order training of all parameters")
+            raise ConfigError(
+                f"{registry.label(self.config.strategy)}: no first-order training of all parameters"
+            )
         return FirstOrder(
             self.model,
             lora=self.lora,
@@ -281,20 +283,18 @@ class Worker:
         self.model.check_rank(lora)
         seed = seeds.derive(self.config.seed, "client", client, task.round)
         update = self._update(client, task, received, seed)
+        sealed = self.uplink.seal(update.payload, seed, received.owed)
+        reply = replace(blank, payload=sealed.data, scalars=sealed.scalars)
         if self.record:
             folder = client_folder(round_folder(self.record, task.round), client)
             write_update(folder, self.model, lora, update, client)
-        sealed = self.uplink.seal(update.payload, seed, received.owed)
+            if self.config.uplink.lossy:
+                opened = self.uplink.open(reply, self.uplink.like(update.payload))
+                write_decoded(folder, self.model, lora, update.payload, opened)
         if self.traits.keeps or self.uplink.owes:
             owed = {_OWED + group: params for group, params in sealed.owed.items()}
             self.memory.stage(client, task.round, {**update.keep, **owed})
-        return replace(
-            blank,
-            num_examples=update.num_examples,
-            metrics=update.metrics,
-            payload=sealed.data,
-            scalars=sealed.scalars,
-        )
+        return replace(reply, num_examples=update.num_examples, metrics=update.metrics)
 
     def _update(self, client: str, task: Task, received: Received, seed: int) -> Update:
         """What the strategy makes of a client's examples; under dp=example it is paid for first."""
@@ -351,8 +351,12 @@ class Worker:
             self.model.save(self.memory.kept_folder(client) / "adapter", adapter, lora)
         at_a_time = min(8, self.config.micro_batch_size or 8)  # what training fits in, this does
         base, device = self.model.base, self.model.device
-        metrics = score(self.model.model, data, base.pad_id, device, at_a_time)
-        return replace(blank, num_examples=len(data), metrics=metrics)
+        numbers = [sequence.example or 0 for sequence in data]  # encode_all has numbered them
+        place = list(self.data.clients).index(client)  # clients of one row are of either half
+        metrics, rows = score_by_row(
+            self.model.model, data, numbers, base.pad_id, device, at_a_time
+        )
+        return replace(blank, num_examples=len(data), metrics={**metrics, **halves(rows, place)})
 
     def _tokens(self, client: str) -> tuple[list[Encoded], int]:
         """A client's training sequences, and how many examples have no target left.

@@ -94,7 +94,7 @@ def server(
     from corolla.config.load import load, unchanged, validate
     from corolla.server.deployment.order import read_order, read_settings
 
-    machine["certs"] = machine.pop("certificates")
+    machine["certs"], strict = machine.pop("certificates"), machine.pop("fail_on_warning")
     stored = validate(read_order(out_dir).config) if resume else None
     chosen = read_settings(config, machine, resumed=out_dir if resume else None)
     if stored:
@@ -103,7 +103,9 @@ def server(
         run_config = load(config, options, settings or ())
     from corolla.server.deployment.supervisor import begin
 
-    begin(run_config, out_dir, chosen, keep_updates=keep_updates, resume=resume, say=say)
+    warned = begin(run_config, out_dir, chosen, keep_updates=keep_updates, resume=resume, say=say)
+    if strict and warned:
+        raise typer.Exit(1)
 
 
 @takes(device=DEVICE)

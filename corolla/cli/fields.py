@@ -64,7 +64,7 @@ class FieldText(click.ParamType):  # type: ignore[type-arg]
 
     def explained(self, own: str) -> str:
         """The text of the field, or its option's own, with choices and the default in effect."""
-        from corolla.config import wording
+        from corolla.host import wording
 
         field, (_, choices) = self.fields()[self.key], self._types()
         text = own or field.description or ""
@@ -73,7 +73,7 @@ class FieldText(click.ParamType):  # type: ignore[type-arg]
 
     def _types(self) -> tuple[click.ParamType[Any, Any], tuple[str, ...]]:
         """What the text is read as; and the words that there are to choose from."""
-        from corolla.config import wording
+        from corolla.host import wording
 
         form = wording.parts(self.fields()[self.key].annotation)[0]
         if get_origin(form) is Literal:

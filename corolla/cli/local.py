@@ -16,6 +16,7 @@ from corolla.cli.options import (
     CANARIES,
     PROGRAM,
     SEARCH,
+    SIMULATION,
     AsJson,
     Config,
     Given,
@@ -27,26 +28,21 @@ from corolla.cli.options import (
 )
 from corolla.cli.screen import out, say, spinner
 from corolla.errors import ConfigError
-from corolla.trackers import TRACKERS
 
 
-@takes(options=run_options())
+@takes(options=run_options(), kept=SIMULATION)
 def simulate(
     *,
     config: Config = None,
     options: Given,
-    keep_updates: Annotated[
-        bool, typer.Option("--keep-updates", help="Keep every client's adapter as a PEFT folder.")
-    ] = False,
+    kept: Given,
     resume: Resume = False,
-    track: Annotated[
-        list[str] | None, typer.Option(help=f"{', '.join(TRACKERS)}; repeatable.")
-    ] = None,
     out_dir: Annotated[Path | None, typer.Option("--out", help="A new or empty folder.")] = None,
     settings: Set = None,
 ) -> None:
     """Fine-tune a model with a federation of simulated clients on this machine."""
     from corolla.config.load import load, resumed
+    from corolla.strategies.registry import label
 
     if resume and out_dir is None:
         raise ConfigError("--resume needs --out: the folder of the run to go on with")
@@ -55,7 +51,7 @@ def simulate(
     else:
         run_config = load(config, options, settings or ())
     now = time.strftime("%Y%m%d-%H%M%S")
-    folder = out_dir or Path("runs") / f"{run_config.strategy.split(':')[-1]}-{now}"
+    folder = out_dir or Path("runs") / f"{label(run_config.strategy)}-{now}"
     with out.status("loading"):  # torch, transformers and peft take seconds to import
         from corolla.commands.simulate.in_process import simulate as run
         from corolla.commands.simulate.progress import Bars, print_summary
@@ -64,17 +60,19 @@ def simulate(
 
     with (
         Bars(out, run_config.rounds) as bars,
-        tracking(track or (), folder, bars.warned) as trackers,
+        tracking(kept["track"] or (), folder, bars.warned) as trackers,
     ):
         summary = run(
             run_config,
             folder,
             Many([bars, *trackers]),
-            keep_updates=keep_updates,
+            keep_updates=kept["keep_updates"],
             resume=resume,
             on_step=bars.stepped,
         )
     print_summary(out, summary)
+    if kept["fail_on_warning"] and summary.warnings:
+        raise typer.Exit(1)
 
 
 @takes(options=run_options())
@@ -119,7 +117,7 @@ def plan(
 def compare(
     *,
     strategies: Annotated[
-        list[str], typer.Argument(help="Two or more: names, FILE.py:Class, module:Class.")
+        list[str], typer.Argument(help="Two or more: NAME or NAME@key=value,…; FILE.py:Class.")
     ],
     out_dir: NewFolder,
     config: Config = None,
@@ -128,23 +126,26 @@ def compare(
     resume: Resume = False,
     settings: Set = None,
 ) -> None:
-    """Compare strategies on equal terms: same data, clients and search; seeds, intervals, plots.
+    """Compare strategies on equal terms: same data, clients and search; seeds, verdicts, plots.
 
     With the embedded model and data: cohorts of 4 and shorter evaluation, unless given.
     """
     with out.status("loading"):
         from corolla.commands.compare import compare as comparing
+        from corolla.commands.compare.contenders import Contender, baselines
         from corolla.commands.compare.grid import learning_rates, make_grid
         from corolla.commands.compare.screen import CellBars, print_comparison
 
-    jobs: int = search["jobs"]
+    jobs, strict = int(search["jobs"]), search.pop("fail_on_warning")
     search["lrs"] = learning_rates(search["lrs"])
-    grid = make_grid(strategies, config, options, settings or (), **search)
+    named: list[str | Contender] = [*strategies, *baselines(search.pop("baselines"))]
+    grid = make_grid(named, config, options, settings or (), **search)
     bars = CellBars(out)
     with bars.progress:
         results = comparing.compare(grid, out_dir, jobs=jobs, resume=resume, watch=bars)
     print_comparison(out, results, out_dir)
-    if results["failed"]:
+    warned = any(entry.get("warnings") for entry in results["methods"])
+    if results["failed"] or (strict and warned):
         raise typer.Exit(1)
 
 

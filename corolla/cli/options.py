@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import typer
 
 from corolla.cli.fields import Fields, FieldText, of_run, with_default
+from corolla.trackers import TRACKERS
 
 Config = Annotated[Path | None, typer.Option(help="TOML file with the same names.")]
 NewFolder = Annotated[Path, typer.Option("--out", help="A new or empty folder.")]
@@ -111,6 +112,19 @@ def run_options(*left_out: str, usual: Mapping[str, str] = {}, **helps: str) -> 
     }
 
 
+FAIL_ON_WARNING = Option(
+    bool, "Exit with 1 when a run warns of anything.", False, flags=("--fail-on-warning",)
+)
+
+SIMULATION: Table = {
+    "keep_updates": Option(
+        bool, "Keep every client's adapter as a PEFT folder.", False, flags=("--keep-updates",)
+    ),
+    "track": Option(list[str] | None, f"{', '.join(TRACKERS)}; repeatable."),
+    "fail_on_warning": FAIL_ON_WARNING,
+}
+"""What `corolla simulate` keeps and tells."""
+
 SEARCH: Table = {
     "seeds": Option(int, "Runs of each strategy; 1 allows no claim.", 3),
     "lrs": Option(
@@ -121,6 +135,14 @@ SEARCH: Table = {
         more={"metavar": "A,B,C"},
     ),
     "jobs": Option(int, "Runs at a time; 0: as cores and memory allow.", 0),
+    "baselines": Option(
+        str,
+        "Also: each client alone (local), one client with all rows (global).",
+        "",
+        flags=("--with",),
+        more={"metavar": "local,global"},
+    ),
+    "fail_on_warning": FAIL_ON_WARNING,
 }
 """How `corolla compare` searches."""
 
@@ -152,6 +174,7 @@ SERVER: Table = {
     "clients_keys": Option(Path | None, "Folder of clients' public keys, *.pub; watched."),
     "metrics_port": Option(int | None, "Prometheus, on loopback.", usual="none"),
     "min_clients": Option(int | None, "To wait for before round 1.", usual="1"),
+    "fail_on_warning": FAIL_ON_WARNING,
 }
 """The machine that `corolla server` runs on."""
 

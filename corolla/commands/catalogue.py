@@ -41,7 +41,8 @@ Written by `corolla strategies --markdown` from the code itself, with the defaul
 _COMBINED = """
 ## What they average, and what they go with
 
-What is averaged, weighted by examples: "effective weights" is exact; "A and B apart" is not, unless
+What is averaged, each client by the number of different examples that it trained on in the
+round: "effective weights" is exact; "A and B apart" is not, unless
 clients agree on one of them, and is the mean of the weights themselves where all parameters or any
 tensors are trained. `corolla check` proves it. Secure sum: the server needs no more than the sum
 over clients. DP: that sum can carry the noise of dp=client. Keeps: devices keep

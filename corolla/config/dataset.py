@@ -39,6 +39,13 @@ class Dataset(Subject):
         4,
         beside="partition=shards",
     )
+    pooled: bool = key(
+        False,
+        "Whether the training rows of all clients are dealt to one: training as if data were "
+        "central. What is held out stays as it is.",
+        True,
+        against=("cohort=2",),
+    )
     eval_fraction: Fraction = key(
         0.1,
         "The part of each client's examples that is kept for its own evaluation; as many again are "

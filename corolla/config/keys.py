@@ -12,8 +12,8 @@ from corolla.config.load import load
 from corolla.config.run import RunConfig
 from corolla.config.section import Section
 from corolla.config.settings import Settings
-from corolla.config.wording import kind_of, written
 from corolla.errors import ConfigError
+from corolla.host.wording import kind_of, written
 from corolla.strategies.registry import STRATEGIES
 
 CLASSES, OPTIONS = "classes", "strategies"

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from corolla.config import wording
 from corolla.config.build import build_strategy
 from corolla.config.groups import ClientClass
 from corolla.config.mistakes import unknown
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
+from corolla.host import wording
 from corolla.strategies import registry
 
 SERVER = "server"
@@ -94,17 +94,27 @@ def _gather(
     for key, value in (_read(file) if file else {}).items():
         if key != SERVER:
             _assign(values, tables, _key(key), value, str(file))
+    named: set[str] = set()
+    given = {key: value for key, value in overrides.items() if value is not None}
     for setting in settings:
         key, found, text = setting.partition("=")
         if not found:
             raise ConfigError(
                 f"--set {setting!r}: expected key=value (corolla keys lists and explains all keys)"
             )
-        _assign(values, tables, _key(key.strip()), wording.read(text), "--set")
-    values |= {key: value for key, value in overrides.items() if value is not None}
+        name, value = _key(key.strip()), wording.read(text)
+        named |= {name.partition(".")[0]} & registry.STRATEGIES.keys()
+        if name in given and given[name] != value:
+            raise ConfigError(
+                f"{key.strip()} is given twice, as --set {setting} and as {given[name]!r}: give one"
+            )
+        _assign(values, tables, name, value, "--set")
+    values |= given
     if "strategy" in values and ":" not in str(values["strategy"]):
         values["strategy"] = str(values["strategy"]).replace("-", "_")
     chosen = str(values.get("strategy", default_strategy))
+    for table in named - {"strategy", chosen}:
+        raise ConfigError(f"{table}.NAME in --set is for strategy {table}, found {chosen}")
     options = {**values.get("options", {}), **tables.get("strategy", {}), **tables.get(chosen, {})}
     return {**values, "options": options} if options else values
 
@@ -147,11 +157,12 @@ def _assign_class(values: dict[str, Any], field: str, value: Any, source: str) -
     classes = values.setdefault("classes", {})
     if not name or not isinstance(given, dict) or not isinstance(classes, dict):
         raise ConfigError(f"classes.{field} in {source}: expected classes.NAME.KEY=value")
+    own = classes.setdefault(name, {})
     for part, setting in given.items():
         known = part.replace("-", "_")
         if known not in ClientClass.model_fields:
             raise unknown(known, ClientClass.model_fields, source)
-        classes.setdefault(name, {})[known] = setting
+        own[known] = setting
 
 
 def _read(file: Path) -> dict[str, Any]:

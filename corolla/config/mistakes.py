@@ -5,9 +5,9 @@ from collections.abc import Collection, Mapping, Sequence
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from corolla.config import wording
 from corolla.config.groups import ClientClass
 from corolla.errors import ConfigError
+from corolla.host import wording
 from corolla.host.text import nearest
 
 MEANINGS: Mapping[str, str] = {

@@ -86,7 +86,8 @@ class Population(Subject):
     selection: Literal["uniform", "weighted"] = key(
         "uniform",
         "How a cohort is drawn: each client alike, or by numbers of training examples, which then "
-        "count twice, in the draw and in the mean.",
+        "count in the draw; in the mean a client still counts by the distinct examples that it "
+        "trained on in the round.",
         "weighted",
         against=("dp=client epsilon=8",),
     )

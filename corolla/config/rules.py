@@ -33,7 +33,7 @@ class Asked:
     @property
     def subject(self) -> str:
         """The strategy in a sentence."""
-        return f"strategy {self.config.strategy}"
+        return f"strategy {registry.label(self.config.strategy)}"
 
     @property
     def classes(self) -> tuple[str, ...]:

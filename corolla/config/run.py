@@ -16,7 +16,8 @@ from corolla.config.rule import Rule, refusal
 from corolla.config.section import given
 from corolla.config.settings import Settings
 from corolla.errors import ConfigError
-from corolla.strategies import files, registry
+from corolla.strategies import registry
+from corolla.strategies.own import files
 from corolla.types import TrainerName
 
 
@@ -107,8 +108,16 @@ def _usual_trainer(values: Mapping[str, Any]) -> TrainerName:
         return "first_order"
 
 
+_POOLED = Rule[RunConfig](
+    when=lambda run: run.pooled and max(run.cohort or 1, run.buffer or 1) > 1,
+    why=lambda run: f"pooled=true leaves one client, found cohort {run.cohort or run.buffer}",
+    instead="leave cohort and buffer out",
+)
+
+
 RULES: tuple[Rule[RunConfig], ...] = (
     *population.COHORT,
+    _POOLED,
     *adapter.ALPHAS,
     *training.MICRO_BATCH,
     *training.RANKS,

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from corolla.config import wording
+from corolla.host import wording
 from corolla.wire.ranges import RANGES
 
 Positive = Annotated[int, Field(ge=1)]

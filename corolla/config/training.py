@@ -17,7 +17,7 @@ class Training(Adapter):
         {},
         "Classes of clients by name, each with settings of its own (classes.NAME.KEY); clients "
         "take them in turn, by their shares.",
-        {"phone": {"share": 2, "lr": 0.001}},
+        {"phone": {"share": 2, "lr": 0.001}, "laptop": {}},
         effect="none: all clients are alike",
     )
 

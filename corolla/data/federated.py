@@ -6,6 +6,7 @@ A row has `text`, or `prompt` and `response` (also called `question` and `answer
 or in none again, `user_id`: with dp=example all rows of a user at a client are protected as one.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -34,6 +35,8 @@ class FederatedData:
     heldout: Sequence[Example]
     labels: Sequence[str]
     fingerprint: str
+    validation_reported: bool = False
+    """Whether clients' own validation examples are the held-out set, for want of other rows."""
     left_out: int = 0
     """Clients with fewer than min_examples training examples."""
 
@@ -68,11 +71,26 @@ def load(config: RunConfig) -> FederatedData:
             f"no clients left of {len(parts)} in {config.data}: none has min_examples="
             f"{config.min_examples} training examples; lower it or the number of clients"
         )
+    own = not heldout
     heldout = heldout or [row for split in clients.values() for row in split.eval]
+    if config.pooled:
+        clients = _pooled(clients)
     if not heldout:
         raise DataError(f"{config.data} leaves no held-out examples: raise eval_fraction")
     left_out = len(parts) - len(clients)
-    return FederatedData(config.data, clients, heldout, labels, fingerprint, left_out)
+    return FederatedData(config.data, clients, heldout, labels, fingerprint, own, left_out)
+
+
+def _pooled(clients: Mapping[str, Split]) -> dict[str, Split]:
+    """One client with the rows of all, in the order of ids; one that is alone stays as it is.
+
+    Its own examples are taken in turn from each, so that the first ones are of as many as can be.
+    """
+    if len(clients) < 2:
+        return dict(clients)
+    train = [row for split in clients.values() for row in split.train]
+    turns = itertools.zip_longest(*(split.eval for split in clients.values()))
+    return {"all": Split(train, [row for turn in turns for row in turn if row is not None])}
 
 
 def load_device(

@@ -19,7 +19,12 @@ from corolla.models.pretrained import Base
 from corolla.types import Metrics
 
 _BATCH = 16
-_NUMBER = re.compile(r"(?P<sign>(?<![\w).])[-−])?\$?(?P<rest>[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
+_GROUPED = r"[0-9]{1,3}(?:[,\u00a0\u202f ][0-9]{3})+(?![0-9])"
+_NUMBER = re.compile(
+    r"(?P<sign>(?<![\w).])[-−])?\$?"
+    rf"(?P<rest>(?:(?:{_GROUPED}|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{{1,3}}(?!\w))?)"
+)
+"""A number with groups of three digits, which commas or spaces part, a fraction and an exponent."""
 
 
 def ask(model: Any, base: Base, examples: Sequence[Example], config: RunConfig) -> Metrics:
@@ -73,16 +78,17 @@ def same(answer: str, reference: str, kind: str) -> bool:
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number after the last `####`, else the last number; $, commas and a last dot are not it.
+    """The number after the last `####`, else the last number; $ and a last dot are not it.
 
-    As answers of GSM8K are written (Cobbe et al. 2021, arXiv 2110.14168).
+    As answers of GSM8K are written (Cobbe et al. 2021, arXiv 2110.14168): 1,000 and 1 000 are a
+    thousand, and so is 1e3; in 1,2,3 there are three numbers.
     """
     _, mark, after = text.rpartition("####")
     found = list(_NUMBER.finditer(after))
     if not found:
         return None
     number = found[0 if mark else -1]
-    size = Decimal(number["rest"].replace(",", ""))
+    size = Decimal(re.sub(r"[,\s]", "", number["rest"]))
     return -size if number["sign"] else size
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -22,6 +22,10 @@ SHARES = {
     "choice_accuracy_norm": "right choice, per byte",
 }
 """Scores between 0 and 1, and what people call them."""
+
+
+RowLosses = Mapping[int, tuple[float, int]]
+"""Number of a row → (its summed loss, its targets)."""
 
 
 def loss_sum(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -87,7 +91,6 @@ def _only(model: Any, wanted: Tensor) -> Iterator[None]:
         hook.remove()
 
 
-@torch.no_grad()
 def score(
     model: nn.Module,
     data: Sequence[Encoded],
@@ -100,27 +103,77 @@ def score(
     Of a classifier also `f1`, see `macro_f1`. Sequences are batched by length, which does not
     change the result. NaN without targets.
     """
-    ordered = sorted(data, key=lambda sequence: len(sequence.input_ids))
+    return score_by_row(model, data, range(len(data)), pad_id, device, batch_size)[0]
+
+
+@torch.no_grad()
+def score_by_row(
+    model: nn.Module,
+    data: Sequence[Encoded],
+    rows: Sequence[int],
+    pad_id: int,
+    device: torch.device,
+    batch_size: int = 8,
+) -> tuple[Metrics, RowLosses]:
+    """What `score` gives, and the losses of the rows that the sequences are parts of, by number."""
+    order = sorted(range(len(data)), key=lambda i: len(data[i].input_ids))
     losses: list[float] = []
     classes: list[tuple[int, int]] = []
+    by_row: dict[int, tuple[float, int]] = {}
     right = targets = 0
-    for start in range(0, len(ordered), batch_size):
-        batch = collate(ordered[start : start + batch_size], pad_id, device)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = collate([data[i] for i in chosen], pad_id, device)
         logits, wanted = _predictions(model, batch)
         losses.append(float(F.cross_entropy(logits, wanted, reduction="sum")))
+        surprises = iter(F.cross_entropy(logits, wanted, reduction="none").tolist())
+        for i in chosen:
+            total, number = by_row.get(rows[i], (0.0, 0))
+            own = math.fsum(islice(surprises, data[i].targets))
+            by_row[rows[i]] = total + own, number + data[i].targets
         guessed = logits.argmax(dim=-1)
         right += int((guessed == wanted).sum())
         targets += wanted.numel()
         if batch["labels"].dim() == 1:
             classes += zip(wanted.tolist(), guessed.tolist(), strict=True)
     if not targets:
-        return {"loss": math.nan, "accuracy": math.nan, "targets": 0.0}
-    return {
+        return {"loss": math.nan, "accuracy": math.nan, "targets": 0.0}, {}
+    metrics = {
         "loss": math.fsum(losses) / targets,
         "accuracy": right / targets,
         **({"f1": macro_f1(classes)} if classes else {}),
         "targets": float(targets),
     }
+    return metrics, by_row
+
+
+def standard_error(rows: RowLosses) -> Metrics:
+    """`loss_error`, the standard error of a loss Σ loss / Σ targets over rows; none of one row.
+
+    Rows are drawn, and their targets come together: sqrt(n / (n - 1) · Σ (l_i - L t_i)²) / Σ t_i,
+    the linearised error of a ratio (Cochran, "Sampling Techniques", 1977, section 6.4). With equal
+    numbers of targets it is that of the mean of the rows' losses.
+    """
+    if len(rows) < 2:
+        return {}
+    targets = sum(number for _, number in rows.values())
+    mean = math.fsum(loss for loss, _ in rows.values()) / targets
+    squares = math.fsum((loss - mean * number) ** 2 for loss, number in rows.values())
+    return {"loss_error": math.sqrt(len(rows) / (len(rows) - 1) * squares) / targets}
+
+
+def halves(rows: RowLosses, first: int = 0) -> Metrics:
+    """The losses of every second row, so that a choice by one half can be reported by the other.
+
+    `loss_choosing` is of rows 0, 2, … and `loss_reported` of 1, 3, …, as counted from `first`;
+    none where there is no row.
+    """
+    found: dict[str, float] = {}
+    for name, remainder in (("loss_choosing", 0), ("loss_reported", 1)):
+        own = [rows[row] for row in rows if (first + row) % 2 == remainder]
+        if own:
+            found[name] = math.fsum(loss for loss, _ in own) / sum(number for _, number in own)
+    return found
 
 
 def macro_f1(pairs: Sequence[tuple[int, int]]) -> float:

@@ -5,8 +5,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from corolla.storage.folders import client_folder
-from corolla.types import Adapter, LoraSpec, Update
+from corolla.types import Adapter, LoraSpec, Payload, Update
+from corolla.wire import codec
+
+_TRAINED = ("adapter", "factors", "head")
+"""Groups of updates that hold what was trained: differences, or factors with their scaling."""
 
 if TYPE_CHECKING:  # it loads transformers, which a gateway has no use for
     from corolla.models.trainable import Trainable
@@ -31,8 +37,39 @@ def write_update(
     (folder / "update.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
+def write_decoded(
+    folder: Path, model: "Trainable", lora: LoraSpec, sent: Payload, opened: Payload
+) -> None:
+    """What the server decodes of an update that a lossy codec has encoded, beside the adapter.
+
+    `sent` is what was encoded. `decoded.safetensors` has the tensors as they travel, GROUP/NAME.
+    Where all of them are of the model, `decoded/` is the adapter that they stand for: what was
+    trained, with what the codec has changed of it.
+    """
+    tensors = {f"{group}/{name}": t for group, own in opened.items() for name, t in own.items()}
+    codec.write(str(folder / "decoded.safetensors"), tensors, {"format": "pt"})
+    trained = dict(model.read())
+    for group, own in opened.items():
+        for name, tensor in own.items():
+            if group not in _TRAINED or name not in trained or trained[name].shape != tensor.shape:
+                return
+            lost = tensor - sent[group][name]
+            scale = _scale(sent[group][name], trained[name]) if group == "factors" else 1.0
+            trained[name] = trained[name] + lost / scale
+    model.save(folder / "decoded", Adapter(trained, model.frozen), lora)
+
+
+def _scale(sent: Tensor, trained: Tensor) -> float:
+    """What a factor was multiplied by to be sent: each strategy divides the scaling its own way."""
+    square = float(trained.double().square().sum())
+    return float((sent.double() * trained.double()).sum()) / square if square else 1.0
+
+
 def write_weights(folder: Path, num_examples: Mapping[str, int]) -> None:
-    """Add each accepted client's weight p_m = n_m / Σ n to the `update.json` files of a round."""
+    """Add each accepted client's weight p_m = n_m / Σ n to the `update.json` files of a round.
+
+    n_m are the distinct examples that it trained on in this round.
+    """
     total = sum(num_examples.values())
     for client, examples in num_examples.items():
         path = client_folder(folder, client) / "update.json"

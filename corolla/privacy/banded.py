@@ -38,6 +38,14 @@ def sensitivity(rounds: int, bands: int, participations: int, separation: int) -
     return math.sqrt(math.fsum(v * v for start in starts for v in c[: rounds - start]))
 
 
+def spread(round: int, bands: int) -> float:
+    """The standard deviation of a value of C⁻¹ z in a round, from 1 on; 1 with one band."""
+    c, row = coefficients(bands), [1.0]
+    for t in range(1, round):
+        row.append(-sum(c[j] * row[t - j] for j in range(1, min(bands, t + 1))))
+    return math.sqrt(math.fsum(v * v for v in row))
+
+
 def correlate(fresh: Noise, past: Sequence[Noise], bands: int) -> Noise:
     """The next row of C⁻¹ z: w_t = z_t - Σ_{0<j<bands} c_j w_{t-j}, with w_{t-1} first in `past`.
 

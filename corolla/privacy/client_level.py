@@ -34,6 +34,7 @@ from corolla.privacy.randomness import (
     NOISE,
     Normal,
     Uniform,
+    joint_norm,
     os_normal,
     os_uniform,
 )
@@ -157,6 +158,7 @@ class ClientLevel:
             for group, own in summed.total.items()
         }
         metrics = {"clip": summed.clip, "noise_std": std / self.cohort, "epsilon": spent}
+        metrics |= self._norms(aggregate, metrics["noise_std"], round)
         if self.config.clip_quantile is None:
             return aggregate, self._remember(noise, memory), metrics
         bits = summed.within - summed.clients / 2  # ±1/2 of each client
@@ -164,6 +166,16 @@ class ClientLevel:
         clip = summed.clip * math.exp(-_RATE * (within - self.config.clip_quantile))
         after = {CLIP_GROUP: {"clip": torch.tensor(clip, dtype=torch.float64)}}
         return aggregate, after, {**metrics, "clipped": 1 - within}
+
+    def _norms(self, aggregate: Payload, std: float, round: int) -> Metrics:
+        """The norms of the noise, as expected, and of the mean update: made of what is released.
+
+        The squares of both add up to that of the aggregate, on average.
+        """
+        values = sum(tensor.numel() for own in aggregate.values() for tensor in own.values())
+        noise = std * math.sqrt(values) * banded.spread(round, noise_bands(self.config))
+        square = float(joint_norm(aggregate)) ** 2 - noise**2
+        return {"noise_norm": noise, "update_norm": math.sqrt(max(0.0, square))}
 
     def guarantee(self) -> Guarantee:
         """What has been spent so far."""

@@ -1,5 +1,6 @@
 """Example-level privacy: noise on sums of clipped gradients, drawn on the device."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -70,6 +71,16 @@ class ExampleLevel:
                 rounded.copy_(self.clip * ((part.double() + drawn) / expected))
             found[name] = noisy.reshape(total.shape)
         return found
+
+    def noise_norm(self, values: int) -> float:
+        """The expected L2 norm of the noise on a round's gradients of so many values, all steps."""
+        expected = min(self.batch, self.examples)
+        return self.noise_multiplier * self.clip * math.sqrt(values * self.steps) / expected
+
+    @property
+    def gradient_bound(self) -> float:
+        """The L2 norm that a round's clipped gradients have at most, with batches as expected."""
+        return self.clip * self.steps
 
     def guarantee(self, rounds: int) -> Guarantee:
         """After the client has trained in so many rounds."""

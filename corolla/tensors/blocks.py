@@ -9,6 +9,15 @@ def of(payload: Payload) -> Payload:
     return {group: payload[group] for group in sorted(payload) if group.startswith("block-")}
 
 
+def compacted(state: Payload) -> Params | None:
+    """The block that the last round made of all, which everybody receives; None: it made another.
+
+    Only a block that others were compacted to has number 0, until the next one is appended.
+    """
+    blocks = of(state)
+    return blocks["block-000000"] if list(blocks) == ["block-000000"] else None
+
+
 def append(
     state: Payload, block: Params, max_rank: int | None, compact_at: float
 ) -> tuple[Payload, Metrics]:

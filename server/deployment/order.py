@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from corolla.config import wording
 from corolla.config.load import SERVER, server_table
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
+from corolla.host import wording
 from corolla.host.files import write_atomic
 from corolla.server.runs.journal import ORDER
 from corolla.wire.limits import MAX_SEATS

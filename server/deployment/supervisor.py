@@ -31,7 +31,7 @@ from corolla.host.processes import (
     stoppable,
 )
 from corolla.host.supervised import Child, stop
-from corolla.server.deployment import superlink
+from corolla.server.deployment import exporter, superlink
 from corolla.server.deployment.front import Front, listen
 from corolla.server.deployment.keys import ClientKeys
 from corolla.server.deployment.order import (
@@ -45,9 +45,8 @@ from corolla.server.deployment.order import (
 )
 from corolla.server.deployment.submission import Submission
 from corolla.server.deployment.superlink import Control, Place
-from corolla.server.runs import exporter
 from corolla.server.runs.attempts import how_to_go_on
-from corolla.server.runs.folder import prepare_folder
+from corolla.server.runs.folder import prepare_folder, stored_warnings
 
 _POLL = 0.25
 _LOOK = 1.0
@@ -122,6 +121,8 @@ class Supervisor:
             self._tell_rounds()
             if self._submission.ended():
                 self._tell_proof()
+                for text in stored_warnings(self.folder):
+                    self.say(f"warning: {text}")
                 return self.say(f"done: {self.folder}")
             self._tend(children, front)
             if time.monotonic() >= due:
@@ -243,8 +244,11 @@ def begin(
     keep_updates: bool,
     resume: bool,
     say: Callable[[str], None],
-) -> None:
-    """Serve a run in a new folder, or go on with the one in it. Raises CorollaError."""
+) -> list[str]:
+    """Serve a run in a new folder, or go on with the one in it: what the run warns of.
+
+    Raises CorollaError.
+    """
     superlink.check_version()
     bypass_proxies()
     refuse_simulated(config)
@@ -272,3 +276,4 @@ def begin(
                 settings.max_seats,
             )
         Supervisor(folder.resolve(), settings, say).run(order, door)
+    return stored_warnings(folder)

@@ -17,8 +17,9 @@ from corolla.server.rounds.fold import Fold, empty_fold
 from corolla.server.rounds.metrics import mean_metrics, simulated_seconds, staleness
 from corolla.server.rounds.network import Network
 from corolla.server.rounds.spending import Spending
-from corolla.server.rounds.tasks import Traffic, costs, formula
+from corolla.server.rounds.tasks import Traffic, costs, formula, trained
 from corolla.server.rounds.verdicts import Code, Verdict
+from corolla.strategies import registry
 from corolla.tensors import tree
 from corolla.types import Cost, Metrics, Payload
 from corolla.wire.messages import Kind
@@ -190,9 +191,17 @@ def _cost(fold: Fold) -> Cost:
 
 
 def evaluate_clients(call: RoundCall, network: Network) -> dict[str, Metrics]:
-    """The global model's scores on up to `eval_clients` clients' own held-out examples."""
-    online = network.online()
-    members = {client: 1 for client in call.federation.evaluated if client in online}
+    """The global model's scores on up to `eval_clients` clients' own held-out examples.
+
+    After the last round of a personal strategy all clients that have trained are asked, whoever is
+    measured: a client saves its model when it evaluates it.
+    """
+    online, measured = network.online(), call.federation.evaluated
+    asked = set(measured)
+    personal = registry.traits(call.federation.strategy).personal
+    if personal and call.number > call.federation.config.rounds:
+        asked |= trained(call.held) - call.federation.seats.keys()
+    members = dict.fromkeys(sorted(asked & set(online)), 1)
     if not members:
         return {}
     asking = Asking(call, network, Spending(call.federation.config))
@@ -200,5 +209,7 @@ def evaluate_clients(call: RoundCall, network: Network) -> dict[str, Metrics]:
     return {
         answer.client: {**reply.metrics, "examples": reply.num_examples}
         for answer in answers
-        if (reply := answer.judged.reply) is not None and "loss" in reply.metrics
+        if (reply := answer.judged.reply) is not None
+        and "loss" in reply.metrics
+        and answer.client in measured
     }

@@ -1,16 +1,19 @@
 """What differential privacy lets a run ask of its clients, and what that has cost so far."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from corolla.config.run import RunConfig
+from corolla.errors import ConfigError
 from corolla.privacy.client_level import ClientLevel
+from corolla.privacy.example_level import ExampleLevel, example_level
 from corolla.privacy.guarantee import NEIGHBOURS, Guarantee, Unit
 from corolla.privacy.randomness import NOISE
 from corolla.server.rounds.federation import Federation
-from corolla.types import PER_USER, Metrics, Payload
+from corolla.types import PER_USER, Metrics, Params, Payload
 
 _MEASURED = "what clients measure, their losses"
 _LOOKS = f"{_MEASURED}, numbers of examples, what is refused and why, simulated seconds, answers"
@@ -44,6 +47,8 @@ class Spending:
     """Clients whose rows named no users; gateways of which some phone's did not."""
     expected: Unit = "example"
     """What is protected as far as is known before a client has told."""
+    levels: dict[str, ExampleLevel] = field(default_factory=dict)
+    """Client → the noise on its gradients, with dp=example, once it was worked out."""
 
     @property
     def poisson(self) -> bool:
@@ -110,6 +115,33 @@ class Spending:
             note |= {"neighbours": NEIGHBOURS[unit], **named}
         return note
 
+    def gradient_norms(self, federation: Federation, updates: int) -> Metrics:
+        """With dp=example the norms of a round's noise and of its mean update, in gradients.
+
+        The noise is the least that there may be in the mean of so many updates: that of the
+        largest client. `update_norm` is the most that clipped gradients add up to. Neither is
+        measured on data. Empty where nobody here knows how many examples clients have.
+        """
+        sizes = {n: c for c, n in federation.clients.items() if c not in federation.seats}
+        # What devices of others say that they have makes the server calibrate nothing.
+        guessed = federation.own_devices and self.config.noise_multiplier is None
+        if self.config.dp != "example" or not sizes or not updates or guessed:
+            return {}
+        member = sizes[max(sizes)]
+        own = self.config.of_class(federation.class_of(member))
+        try:
+            level = self.levels.get(member) or example_level(own, max(sizes))
+        except ConfigError:  # a delta that is none for so many examples: the device refuses
+            return {}
+        self.levels[member] = level
+        size, fresh = federation.size(member), federation.fresh(federation.lora(member))
+        values = own.queries
+        if size.trainer == "first_order":  # what is trained and sent: some send more, as scaffold
+            sent = federation.strategy.update_like(fresh, size).values()
+            values = min(_values(fresh), sum(map(_values, sent)))
+        noise = level.noise_norm(values) / math.sqrt(updates)
+        return {"noise_norm": noise, "update_norm": level.gradient_bound}
+
     def ended(self, federation: Federation, round: int) -> str:
         """Why a round may not be: its cost, or too few who may still take part; "" if it may.
 
@@ -166,3 +198,7 @@ class Spending:
             "mechanism": config.dp_mechanism,
             "withheld": self.withheld,
         }
+
+
+def _values(params: Params) -> int:
+    return sum(tensor.numel() for tensor in params.values())

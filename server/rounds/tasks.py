@@ -11,10 +11,11 @@ from corolla import seeds
 from corolla.config.run import RunConfig
 from corolla.directions import seedlog
 from corolla.errors import RoundError
+from corolla.interfaces import PricedByState, Strategy
 from corolla.server.rounds import expectations
 from corolla.server.rounds.federation import Federation, Held
 from corolla.tensors import tree
-from corolla.types import Broadcast, Cost, LoraSpec, Payload
+from corolla.types import Broadcast, Cost, LoraSpec, Payload, Size
 from corolla.wire import codec, limits, messages, scalar_groups
 from corolla.wire.compression import Pipeline
 from corolla.wire.envelope import Envelope, Sealed
@@ -213,6 +214,11 @@ def _last_accepted(known: AbstractSet[str]) -> int:
     )
 
 
+def trained(held: Held) -> frozenset[str]:
+    """The members that keep something of an update which was accepted."""
+    return frozenset(member for member, known in held.items() if _last_accepted(known))
+
+
 def accepted_only(held: Held, client: str) -> frozenset[str]:
     """What the server must remember even of a client whose memory it does not count on."""
     return frozenset(i for i in held.get(client, ()) if i.startswith(_ACCEPTED))
@@ -228,7 +234,7 @@ def costs(
     """
     config, strategy = federation.config, federation.strategy
     sizes = [federation.size(client, round) for client in updates]
-    costs = list(strategy.cost(sizes))
+    costs = list(_priced(strategy, state, sizes))
     broadcast = strategy.broadcast(state) if config.codec_down else Broadcast({})
     for i, (client, count) in enumerate(updates.items()):
         lora = federation.lora(client)
@@ -245,6 +251,13 @@ def costs(
         if client in federation.seats:
             costs[i] = _of_gateway(federation, client, round, count, costs[i])
     return costs
+
+
+def _priced(strategy: Strategy, state: Payload, sizes: Sequence[Size]) -> Sequence[Cost]:
+    """The strategy's formula, which for some depends on the state of the server."""
+    if isinstance(strategy, PricedByState):
+        return strategy.cost_from(state, sizes)
+    return strategy.cost(sizes)
 
 
 def _of_gateway(federation: Federation, gateway: str, round: int, count: int, one: Cost) -> Cost:

@@ -13,7 +13,7 @@ from corolla.data.federated import spread
 from corolla.data.rows import Example
 from corolla.errors import DataError
 from corolla.evaluation import answers
-from corolla.evaluation.scoring import score
+from corolla.evaluation.scoring import score_by_row, standard_error
 from corolla.models.trainable import Trainable
 from corolla.types import Adapter, Metrics
 
@@ -65,6 +65,7 @@ class Evaluator:
         answers.check(chosen, config)
         encoded = [self._encoder(example) for example in chosen]
         self._data = [sequence for sequences in encoded for sequence in sequences]
+        self._rows = [row for row, sequences in enumerate(encoded) for _ in sequences]
         self.skipped = sum(not sequences for sequences in encoded)
         """Held-out examples without a target left, e.g. a prompt as long as max_length."""
         if not self._data:
@@ -82,9 +83,11 @@ class Evaluator:
         return collate(self._data[:4], self.model.base.pad_id, self.model.device)
 
     def score(self, adapter: Adapter) -> Metrics:
-        """Loss and accuracy on the held-out examples."""
+        """Loss, its standard error over rows, and accuracy on the held-out examples."""
         self.model.show(adapter, self.config.lora)
-        return score(self.model.model, self._data, self.model.base.pad_id, self.model.device)
+        base, device = self.model.base, self.model.device
+        scores, rows = score_by_row(self.model.model, self._data, self._rows, base.pad_id, device)
+        return {**scores, **standard_error(rows)}
 
     def examine(self, adapter: Adapter) -> Metrics:
         """All scores: also of answers and choices, which take longer than a loss."""

@@ -46,6 +46,15 @@ def stored_run(folder: Path) -> tuple[RunConfig, str, bool]:
         raise ArtefactError(f"{folder / 'run.json'} cannot be read: {error!r}") from error
 
 
+def stored_warnings(folder: Path) -> list[str]:
+    """The sentences of all warnings of a run's folder; none where run.json cannot be read."""
+    try:
+        info = json.loads((folder / "run.json").read_text())
+        return [str(warning["text"]) for warning in info["warnings"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
 def refuse_other_inputs(
     folder: Path,
     config: RunConfig,

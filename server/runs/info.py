@@ -11,7 +11,7 @@ from corolla.privacy.guarantee import NEIGHBOURS, Unit
 from corolla.server.rounds.federation import Federation
 from corolla.server.rounds.spending import Spending
 from corolla.server.runs.evaluate import Evaluator
-from corolla.strategies.registry import traits
+from corolla.strategies.registry import label, traits
 from corolla.types import Aggregates
 from corolla.version import __version__
 
@@ -31,6 +31,7 @@ def run_info(
         "run_id": federation.run_id,
         "keep_updates": keep_updates,
         "config": federation.config.model_dump(mode="json"),
+        "strategy": label(federation.config.strategy),
         "aggregates": _aggregates(federation.config, federation.strategy),
         "personal": traits(federation.strategy).personal,
         "num_clients": len(federation.clients),
@@ -42,6 +43,7 @@ def run_info(
         "versions": {"python": platform.python_version()} | {p: version(p) for p in packages},
         "platform": platform.platform(),
         **privacy_info(account),
+        "warnings": list(facts.get("warnings", ())),
     }
 
 

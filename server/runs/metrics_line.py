@@ -23,7 +23,7 @@ def metrics_line(round: int, done: Done, scores: Metrics, account: Spending) -> 
         "eval_loss": scores.get("loss"),
         "eval_accuracy": scores.get("accuracy"),
         **({"eval_f1": scores["f1"]} if "f1" in scores else {}),
-        **({"personal_loss": own} if (own := scores.get("personal_loss")) is not None else {}),
+        **{name: own for name, own in scores.items() if name.startswith("personal_loss")},
         **(_planned(done, account) if account.level else _counted(result)),
         "formula_up": result.cost.up,
         "formula_down": result.cost.down,
@@ -32,6 +32,7 @@ def metrics_line(round: int, done: Done, scores: Metrics, account: Spending) -> 
         **({"attempt": done.attempt} if done.attempt else {}),
         "sampling_probability": result.sampling_probability,
         "client_loss": dict(result.client_loss),
+        **account.gradient_norms(done.federation, result.updates),
         **({"delta": config.delta, "withheld": account.withheld} if dp != "none" else {}),
     }
     if result.dropped and dp != "client":

@@ -45,6 +45,7 @@ from corolla.storage import folders
 from corolla.strategies.registry import traits
 from corolla.tensors import tree
 from corolla.types import Adapter, Metrics, Payload
+from corolla.warnings.outcome import outcome
 
 _log = logs.logger("run")
 
@@ -237,7 +238,7 @@ class Run:
                 own = evaluate_clients(
                     RoundCall(federation, result.state, result.held, round), self.network
                 )
-                scores = {**scores, "personal_loss": _mean_loss(own)} if own else scores
+                scores = {**scores, **_of_personal(own)}
         return metrics_line(round, done, scores, account)
 
     def _commit(self, at: Checkpoint, lines: Sequence[Mapping[str, Any]], journal: Journal) -> None:
@@ -297,9 +298,10 @@ class Run:
             privacy=info.get("privacy", {}).get("line", ""),
         )
         info |= summary.to_json(samples=self.config.dp != "client")
+        info["warnings"] += [w.to_json() for w in outcome(self.config, info, course.lines)]
         write_info(self.folder, info)
         write_report(self.folder / "report.html", info, course.lines)
-        return summary
+        return replace(summary, warnings=info["warnings"])
 
     def _save(self, adapter: Adapter, other: OtherProcess) -> tuple[Path, Proof]:
         """The folder of the model, which is there once it is proven, and the proof."""
@@ -337,9 +339,13 @@ def _public(at: Checkpoint, account: Spending) -> Checkpoint:
     return replace(at, memory=memory) if len(memory) < len(at.memory) else at
 
 
-def _mean_loss(clients: Mapping[str, Metrics]) -> float:
-    """The mean over clients of the loss on their own held-out examples."""
-    return sum(m["loss"] for m in clients.values()) / len(clients)
+def _of_personal(clients: Mapping[str, Metrics]) -> Metrics:
+    """The means over clients of the losses on their own held-out examples, and on half of them."""
+    found: Metrics = {}
+    for name in ("loss", "loss_reported"):
+        if known := [m[name] for m in clients.values() if name in m]:
+            found = {**found, f"personal_{name}": sum(known) / len(known)}
+    return found
 
 
 def _say_last(journal: Journal, event: Literal["stopped", "failed"], why: str) -> None:

@@ -19,6 +19,7 @@ from corolla.models import devices, pretrained, trainable
 from corolla.models.trainable import Trainable
 from corolla.server.rounds.cohort import read_trace
 from corolla.server.runs.evaluate import Evaluator
+from corolla.warnings.outcome import RunWarning, of_settings
 
 _UNMOVED = 0.1
 _KEPT = 1 << 24
@@ -59,36 +60,37 @@ def set_up(config: RunConfig, run_id: str | None, deployed: bool = False) -> Set
     }
     model = trainable.build(config, base)
     evaluator = Evaluator(config, model, dataset.heldout, dataset.labels)
-    facts["warnings"] = [*_of_model(model), *_of_eps(config, evaluator)]
+    warned = [*of_settings(config, deployed), *_of_model(model), *_of_eps(config, evaluator)]
     bounded = config.max_norm is not None or config.robust != "none" or config.dp == "client"
     if deployed and not bounded:
-        facts["warnings"].append(
-            "no max-norm and no robust rule: one client can move the model as far as it likes"
-        )
+        why = "no max-norm and no robust rule: one client can move the model as far as it likes"
+        warned.append(RunWarning("unbounded", why, "set max-norm or robust"))
+    facts["warnings"] = [warning.to_json() for warning in warned]
     return Setup(dataset, build_strategy(config), model, evaluator, facts)
 
 
-def _of_eps(config: RunConfig, evaluator: Evaluator) -> list[str]:
+def _of_eps(config: RunConfig, evaluator: Evaluator) -> list[RunWarning]:
     """Warnings about perturbations so small that what is measured is rounding."""
-    found = []
+    found: list[RunWarning] = []
     names = [n for n in config.classes or ("",) if config.trainer_of(n) == "zeroth_order"]
     for eps in sorted({config.of_class(name).eps for name in names}):
         if (unmoved := evaluator.model.unmoved(eps)) > _UNMOVED:
-            found.append(
-                f"eps={eps:g} leaves {unmoved:.0%} of the {config.dtype} weights as they are, "
-                f"by rounding: raise eps, or use dtype=float32"
-            )
+            why = f"eps={eps:g} leaves {unmoved:.0%} of the {config.dtype} weights as they are, "
+            instead, numbers = "raise eps, or use dtype=float32", {"eps": eps, "part": unmoved}
+            found.append(RunWarning("eps", why + "by rounding", instead, numbers))
         if config.dtype == "float32" and eps >= _SAFE_EPS:
             continue
         near, far = _slopes(config, evaluator, eps), _slopes(config, evaluator, _FURTHER * eps)
         apart = float((near - far).square().mean().sqrt())
         typical = float(far.square().mean().sqrt())
         if not apart < typical / 2:
-            found.append(
+            why = (
                 f"slopes measured at eps={eps:g} and at {_FURTHER} eps differ by {apart:.2g}, and "
-                f"are of size {typical:.2g}: they are rounding in {config.dtype}; raise eps"
-                + ("" if config.dtype == "float32" else ", or use dtype=float32")
+                f"are of size {typical:.2g}, so they are rounding in {config.dtype}"
             )
+            other = "" if config.dtype == "float32" else ", or use dtype=float32"
+            numbers = {"eps": eps, "apart": apart, "typical": typical}
+            found.append(RunWarning("eps", why, f"raise eps{other}", numbers))
     return found
 
 
@@ -108,12 +110,14 @@ def _slopes(config: RunConfig, evaluator: Evaluator, eps: float) -> Tensor:
     return torch.tensor(slopes, dtype=torch.float64)
 
 
-def _of_model(model: Trainable) -> list[str]:
+def _of_model(model: Trainable) -> list[RunWarning]:
     """Warnings about memory."""
     found = []
     if model.kept_bytes > _KEPT:
-        found.append(
+        why = (
             f"{model.kept_bytes / 1e6:.0f} MB of weights are in no .safetensors file of the model "
             f"and are kept in memory twice"
         )
+        instead = "save the model with save_pretrained, which writes such files"
+        found.append(RunWarning("memory", why, instead, {"bytes": model.kept_bytes}))
     return found

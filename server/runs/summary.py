@@ -35,6 +35,8 @@ class Summary:
     """What counts are the clients' own models: the global one is a part of each."""
     privacy: str
     """What is promised to each example or client; "" without differential privacy."""
+    warnings: Sequence[Mapping[str, Any]] = ()
+    """All that the run warns of, as run.json has it (see corolla/warnings/outcome.py)."""
 
     @property
     def rounds(self) -> int:

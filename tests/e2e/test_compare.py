@@ -107,6 +107,36 @@ def test_a_cell_says_what_its_process_took(
     assert found["methods"][0]["cpu_seconds"] > 1
 
 
+def test_a_contender_is_the_run_with_its_settings_and_stands_beside_baselines(
+    commands: Commands,
+    tiny_model: Path,
+    federation_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(commands.bin / "python"))
+    given = options(tiny_model, federation_file, tmp_path / "out")
+    few = ["--rounds", "1", "--seeds", "1", "--lrs", "0.01", "--with", "local,global"]
+    result = RUNNER.invoke(app, ["compare", "fedavg@rank=3,alpha=5", *given, *few])
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (found["failed"], found["unequal"]) == ({}, [])
+    labels = ["fedavg@rank=3,alpha=5", "local", "global"]
+    assert [entry["label"] for entry in found["methods"]] == labels
+    assert [row["verdict"] for row in found["held_out"]["rows"]] == ["not judged"]
+    assert [row["label"] for row in found["own"]["rows"]] == ["local"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "fedavg@rank=3,alpha=5" in page and "one client with the training rows of all" in page
+    cell = tmp_path / "out" / "cells" / "fedavg@rank=3,alpha=5-0.01-0" / "run.json"
+    same = "--cohort 3 --local-steps 2 --batch-size 3 --rounds 1 --lr 0.01"
+    own = "--set rank=3 --set alpha=5 --set eval-participants=true --set threads=1"
+    where = ["--model", str(tiny_model), "--data", str(federation_file), "--out", "alone"]
+    commands.run("simulate", *same.split(), *own.split(), *QUICK.split(), *where, folder=tmp_path)
+    runs = (cell, tmp_path / "alone" / "run.json")
+    hashes = [json.loads(path.read_text())["adapter_sha256"] for path in runs]
+    assert hashes[0] == hashes[1]
+
+
 def test_cells_are_runs_and_the_csv_says_what_they_say(compared: tuple[Path, str]) -> None:
     folder, _ = compared
     with (folder / "results.csv").open() as file:

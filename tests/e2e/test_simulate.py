@@ -202,3 +202,26 @@ def test_a_strategy_in_the_current_folder_is_found(
     broken = RUNNER.invoke(app, ["simulate", "--strategy", "broken_here:Mine"])
     assert broken.exit_code == 2
     assert "cannot import" in broken.stderr
+
+
+def test_warnings_change_the_exit_code_where_that_is_asked_for(
+    tiny_model: Path, federation_file: Path, tmp_path: Path
+) -> None:
+    """Of a setting that is not read; the run is the same."""
+    small = ["--model", str(tiny_model), "--data", str(federation_file), "--rounds", "1"]
+    small += ["--local-steps", "1", "--cohort", "2", *QUICK, "--set", "max-length=48"]
+    for name, more, code in (
+        ("told", ["--set", "eps=0.1"], 0),
+        ("strict", ["--set", "eps=0.1", "--fail-on-warning"], 1),
+        ("silent", ["--fail-on-warning"], 0),
+    ):
+        result = RUNNER.invoke(app, ["simulate", *small, *more, "--out", str(tmp_path / name)])
+        assert result.exit_code == code, result.output
+        said = "warning: eps=0.1 has no effect (it is for zeroth-order clients"
+        assert result.output.count(said) == (name != "silent")
+        assert (tmp_path / name / "adapter").is_dir()
+    found = [info(tmp_path / name)["adapter_sha256"] for name in ("told", "strict", "silent")]
+    assert len(set(found)) == 1
+    (warning,) = json.loads((tmp_path / "told" / "run.json").read_text())["warnings"]
+    assert warning.keys() == {"id", "text", "numbers"}
+    assert warning["id"] == "no_effect"

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from corolla.commands.check.tables import TRIALS, Trial
-from corolla.config import wording
 from corolla.errors import ConfigError
+from corolla.host import wording
 from corolla.strategies import registry
 
 

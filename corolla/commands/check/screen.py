@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from corolla.commands.check.findings import Finding, Result
-from corolla.config.wording import written
+from corolla.host.wording import written
 
 
 def print_findings(console: Console, results: Sequence[Result]) -> None:

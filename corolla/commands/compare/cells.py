@@ -33,15 +33,22 @@ class Point:
 
 @dataclass(frozen=True)
 class Cell:
-    """One finished run. `loss` is that of its last point; `own_loss` the mean over clients."""
+    """One finished run. `loss` is that of its last point; `own_loss` the mean over clients.
+
+    The latter is of the half of each client's own examples that chooses nothing.
+    """
 
     method: str
     lr: float
     seed: int
     personal: bool
+    pooled: bool
+    """Whether one client had the rows of all: it and nobody else was drawn and measured."""
     points: Sequence[Point]
     accuracy: float
     own_loss: float | None
+    choosing_loss: float | None
+    """The mean over clients on the other half, by which learning rates are chosen."""
     peak_rss: int
     bytes_up: float
     bytes_down: float
@@ -58,6 +65,8 @@ class Cell:
     cpu_seconds: float | None = None
     beside: bool = False
     """Whether another cell ran at the same time: its seconds are those of a shared machine."""
+    warnings: Sequence[Mapping[str, Any]] = ()
+    """What the run warns of, as its run.json has it."""
     aggregation_errors: Sequence[float] | None = None
     initial_sha256: str | None = None
 
@@ -90,11 +99,17 @@ def _cell(
 ) -> Cell:
     config, personal = info["config"], method["personal"]
     clients = info["clients"]
-    own = [scores["final"]["loss"] for scores in clients.values() if "loss" in scores["final"]]
-    before = [s["base"]["loss"] for s in clients.values() if "loss" in s["base"]]
+    pooled = config["pooled"]
+    own = _mean(clients, "final", "loss_reported")
+    if personal and own is None:
+        raise ArtefactError(
+            "clients have too few examples of their own to choose a rate by some and report "
+            "others: raise eval-fraction, eval-clients or eval-client-examples"
+        )
     clock = "sim_seconds" if all("sim_seconds" in line for line in lines) else "seconds"
-    key = "personal_loss" if personal else "eval_loss"
-    first = statistics.fmean(before) if personal and before else info["base"]["loss"]
+    key = "personal_loss_reported" if personal else "eval_loss"
+    before = _mean(clients, "base", "loss_reported") if personal else None
+    first = info["base"]["loss"] if before is None else before
     points, sent, passed = [Point(0, 0.0, 0.0, first)], 0.0, 0.0
     for line in lines:
         sent += (line["bytes_up"] + line["bytes_down"]) / info["num_clients"]
@@ -106,9 +121,11 @@ def _cell(
         lr=config["lr"],
         seed=config["seed"],
         personal=personal,
+        pooled=pooled,
         points=points,
         accuracy=info["final"]["accuracy"],
-        own_loss=statistics.fmean(own) if own else None,
+        own_loss=None if pooled else own,
+        choosing_loss=_mean(clients, "final", "loss_choosing"),
         peak_rss=info["peak_rss"],
         bytes_up=info["bytes_up"] / info["num_clients"],
         bytes_down=info["bytes_down"] / info["num_clients"],
@@ -118,8 +135,15 @@ def _cell(
         work=[method["trainers"], *(config[k] for k in _WORK)],
         tokens=[line.get("target_tokens") for line in lines],
         epsilon=info.get("privacy", {}).get("epsilon"),
+        warnings=info["warnings"],
         **costs,
     )
+
+
+def _mean(clients: Mapping[str, Any], when: str, name: str) -> float | None:
+    """The mean of a loss over the clients that were measured then; None where none was."""
+    known = [scores[when][name] for scores in clients.values() if name in scores[when]]
+    return statistics.fmean(known) if known else None
 
 
 def _evidence(

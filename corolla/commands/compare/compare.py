@@ -41,7 +41,12 @@ def compare(
     has finished.
     """
     first = grid.methods[0].config
-    federated.load(first)  # a mistake in the data is said once, not by every cell
+    data = federated.load(first)  # a mistake in the data is said once, not by every cell
+    if data.validation_reported and any(len(method.lrs) > 1 for method in grid.methods):
+        raise ConfigError(
+            f"{first.data} has no test rows, so the validation rows of clients would choose the "
+            f"learning rate and be reported: mark rows with split=test, or give one rate (--lrs)"
+        )
     alone = jobs == 0 and devices.pick_device(first.device).type != "cpu"
     most = 1 if alone else jobs or cores()
     _prepare(grid, folder, resume)

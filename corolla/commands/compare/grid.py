@@ -1,19 +1,22 @@
 """The grid of a comparison: methods, each a strategy with its settings, learning rates and seeds.
 
-All of a method's learning rates are tried at the first seed; the best, by the loss on the clients'
-own validation examples, is run with the other seeds. With differential privacy each method has one
-learning rate.
+All of a method's learning rates are tried at the first seed; the best, by the loss on every second
+of the clients' own examples, is run with the other seeds. With differential privacy each method has
+one learning rate.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from corolla.commands.compare import contenders
+from corolla.commands.compare.contenders import Baseline, Contender
 from corolla.config.load import load
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
-from corolla.strategies import files, registry
+from corolla.strategies import registry
+from corolla.strategies.own import files
 
 FACTORS = (1 / 3, 1.0, 3.0)
 """Learning rates that are tried without --lrs, relative to each strategy's usual one."""
@@ -28,6 +31,9 @@ class Method:
     label: str
     config: RunConfig
     lrs: tuple[float, ...]
+    file_name: str = ""
+    """The beginning of the names of its cells; "": its label."""
+    baseline: Baseline | None = None
 
     def describe(self) -> dict[str, Any]:
         """What results say of the method: its strategy, what it aggregates, how clients train."""
@@ -35,11 +41,17 @@ class Method:
         approximate = self.config.robust != "none" or self.config.uplink.lossy
         return {
             "label": self.label,
-            "strategy": self.config.strategy,
+            "strategy": registry.label(self.config.strategy),
             "personal": registry.traits(cls).personal,
+            "baseline": self.baseline,
+            "file_name": self.file_name or self.label,
             "aggregates": "other" if approximate else cls.aggregates,
             "trainers": list(cls.trainers),
         }
+
+    def cell(self, lr: float, seed: int) -> str:
+        """The name of a cell, also of its files."""
+        return f"{self.file_name or self.label}-{lr:g}-{seed}"
 
 
 @dataclass(frozen=True)
@@ -53,7 +65,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        return f"{self.method.label}-{self.lr:g}-{self.seed}"
+        return self.method.cell(self.lr, self.seed)
 
     @property
     def config(self) -> RunConfig:
@@ -94,12 +106,12 @@ class ComparisonGrid:
     def _job(self, method: Method, lr: float, seed: int) -> Job:
         config = method.config
         kept = config.kind.factors and not config.buffer and config.dp != "client"
-        keep = seed == self.seeds[-1] and kept
+        keep = seed == self.seeds[-1] and kept and not method.baseline
         return Job(method, lr, seed, keep)
 
 
 def make_grid(
-    names: Sequence[str],
+    names: Sequence[str | Contender],
     file: Path | None = None,
     options: Mapping[str, object] | None = None,
     settings: Sequence[str] = (),
@@ -110,51 +122,89 @@ def make_grid(
 ) -> ComparisonGrid:
     """The comparison that a command line asks for. Raises ConfigError for what makes no sense.
 
-    With `jobs` other than 1 every cell gets one thread, unless `threads` is given.
+    `names` are contenders, or what they are called (see contenders.py). With `jobs` other than 1
+    every cell gets one thread, unless `threads` is given.
     """
     if seeds < 1:
-        raise ConfigError(f"--seeds {seeds}: expected at least 1; 3 give an interval")
+        raise ConfigError(f"--seeds {seeds}: expected at least 1; 3 give a verdict")
     if any(not 0 < lr < float("inf") for lr in lrs) or len({f"{lr:g}" for lr in lrs}) < len(lrs):
         raise ConfigError(f"--lrs {', '.join(map(str, lrs))}: expected different positive numbers")
     if jobs < 0:
         raise ConfigError(f"--jobs {jobs}: expected 1 or more; 0 is as many as cores")
-    methods = [
-        _method(name, load(file, {**(options or {}), "strategy": name}, settings), lrs, jobs)
-        for name in names
-    ]
-    if any(registry.traits(registry.find(m.config.strategy)).personal for m in methods):
-        # Personal models are those of clients that train: all methods are measured on these.
-        participants = {"eval_participants": True}
-        methods = [replace(m, config=m.config.model_copy(update=participants)) for m in methods]
-    labels = [method.label for method in methods]
-    if not labels:
+    named = [own if isinstance(own, Contender) else contenders.contender(own) for own in names]
+    if not any(own.baseline is None for own in named):
         raise ConfigError(f"name strategies to compare: {', '.join(registry.STRATEGIES)}")
+    labels = [own.label for own in named]
     if twice := next((label for label in labels if labels.count(label) > 1), None):
-        raise ConfigError(f"{twice} is named twice: each strategy once, classes by different names")
-    first = methods[0].config
-    if first.eval_clients < 1:
+        raise ConfigError(
+            f"{twice} is named twice: each once, with other settings or classes of other names"
+        )
+    configs = [_config(own, file, options or {}, settings, jobs) for own in named]
+    alone = [own.label for own in named if own.baseline]
+    if alone and any(config.dp == "client" for config in configs):
+        raise ConfigError(f"--with {alone[0]}: dp=client protects one client among others")
+    own_models = [registry.traits(registry.find(c.strategy)).personal for c in configs]
+    if any(own_models):  # all are measured on clients that train, as personal models have to be
+        participants = {"eval_participants": True}
+        configs = [
+            config if personal else config.model_copy(update=participants)
+            for config, personal in zip(configs, own_models, strict=True)
+        ]
+    tried = _rates(named, configs, lrs)
+    if configs[0].eval_clients < 1:
         raise ConfigError("eval-clients=0 leaves no clients whose examples choose the lr: raise it")
-    return ComparisonGrid(tuple(methods), tuple(range(first.seed, first.seed + seeds)))
+    files_of = contenders.file_names(labels)
+    methods = [
+        Method(own.label, config, rates, files_of[own.label], own.baseline)
+        for own, config, rates in zip(named, configs, tried, strict=True)
+    ]
+    first = configs[0].seed
+    return ComparisonGrid(tuple(methods), tuple(range(first, first + seeds)))
 
 
-def _method(name: str, config: RunConfig, lrs: Sequence[float], jobs: int) -> Method:
-    """A strategy with the settings that a comparison changes, and the learning rates to try."""
+def _config(
+    own: Contender,
+    file: Path | None,
+    options: Mapping[str, object],
+    settings: Sequence[str],
+    jobs: int,
+) -> RunConfig:
+    """The settings of a contender, its own before those of all, and those of a comparison."""
+    common = {key: value for key, value in options.items() if key not in own.keys}
+    common |= {"strategy": own.strategy}
+    given = [*contenders.of_others(settings, own.strategy), *own.settings]
+    config = load(file, common, given)
     changes: dict[str, Any] = {}
     if config.model == config.data == "embedded":
         changes = {key: value for key, value in QUICK.items() if key not in config.model_fields_set}
+        if config.dp != "none":  # nothing is measured on clients' examples
+            del changes["eval_client_examples"]
         if "cohort" in changes and config.clients:
             changes["cohort"] = min(changes["cohort"], config.clients)
     if jobs != 1 and not config.threads:
         changes["threads"] = 1
-    factors = FACTORS if config.dp == "none" else (1.0,)
-    tried = tuple(lrs) or tuple(float(f"{config.lr * f:.3g}") for f in factors)
-    if config.dp != "none" and len(tried) > 1:
+    return config.model_copy(update=changes)
+
+
+def _rates(
+    named: Sequence[Contender], configs: Sequence[RunConfig], lrs: Sequence[float]
+) -> list[tuple[float, ...]]:
+    """The learning rates to try, as many for each; one where clients' examples may not choose.
+
+    Raises ConfigError for rates that are given twice, or may not be tried.
+    """
+    own = next((c for c in named if lrs and "lr" in c.keys), None)
+    if own:
+        raise ConfigError(f"--lrs names the rates of all, {own.label} one of its own: give one")
+    private = next((config.dp for config in configs if config.dp != "none"), None)
+    if private and len(lrs) > 1:
         raise ConfigError(
-            f"--lrs {', '.join(f'{lr:g}' for lr in tried)}: with dp={config.dp} clients' "
-            f"examples may not choose one, for no epsilon counts that: give one, or leave "
-            f"--lrs out for each strategy's usual one"
+            f"--lrs {', '.join(f'{lr:g}' for lr in lrs)}: with dp={private} clients' examples may "
+            f"not choose one, for no epsilon counts that: give one, or leave --lrs out for each "
+            f"strategy's usual one"
         )
-    return Method(_label(name), config.model_copy(update=changes), tried)
+    factors = (1.0,) if private else FACTORS
+    return [tuple(lrs) or tuple(float(f"{c.lr * f:.3g}") for f in factors) for c in configs]
 
 
 def learning_rates(text: str) -> list[float]:
@@ -163,8 +213,3 @@ def learning_rates(text: str) -> list[float]:
         return [float(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
         raise ConfigError(f"--lrs {text!r}: expected numbers between commas") from error
-
-
-def _label(name: str) -> str:
-    """`flora`; of one's own the name of the class."""
-    return name.rpartition(":")[2] if ":" in name else name.replace("-", "_")

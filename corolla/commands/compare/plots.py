@@ -35,15 +35,15 @@ def charts(results: Mapping[str, Any]) -> Iterator[Chart]:
     seeds = len(results["seeds"])
     band = f"Mean of {seeds} seeds; the band reaches from the lowest to the highest." * (seeds > 1)
     shown = [e for e in results["methods"] if "curve" in e]
-    if any(not e["personal"] for e in shown):
+    if any(not e["personal"] and not e["baseline"] for e in shown):
         yield from _of_global_models(results, band)
     if any(e["personal"] for e in shown):
         own = "mean loss on clients' own examples"
         yield Chart("loss-personal", "Personal models", band, _curves("round", own, True))
     if any(len(e["search"]) > 1 for e in results["methods"]):
         caption = (
-            "Mean loss on the clients' own validation examples at the first seed; the chosen rate "
-            "is ringed."
+            "Mean loss on every second of the clients' own examples at the first seed; the chosen "
+            "rate is ringed."
         )
         yield Chart("lr-search", "Search of the learning rate", caption, _search)
     if any(e["aggregation_errors"] for e in shown):
@@ -120,6 +120,8 @@ def _curves(key: str, ylabel: str, personal: bool, xlabel: str = "") -> Draw:
         for index, e in enumerate(methods):
             if "curve" not in e or e["personal"] != personal:
                 continue
+            if key == "bytes" and e["baseline"]:  # what a baseline is does not travel
+                continue
             curve = e["curve"][skip:]
             x = [point[key] for point in curve]
             look = style(index)
@@ -137,7 +139,7 @@ def _curves(key: str, ylabel: str, personal: bool, xlabel: str = "") -> Draw:
 
 def _pareto(front: Sequence[str]) -> Draw:
     def draw(axes: Any, methods: Sequence[Entry]) -> None:
-        shown = {e["label"]: e for e in methods if e.get("loss")}
+        shown = {e["label"]: e for e in methods if e.get("loss") and not e["baseline"]}
         line = [(shown[label]["bytes"], shown[label]["loss"]["mean"]) for label in front]
         axes.plot(*zip(*line, strict=True), color="#9aa5b1", linewidth=1, zorder=1)
         for index, e in enumerate(methods):

@@ -11,6 +11,7 @@ import jinja2
 
 from corolla.commands.compare import plots
 from corolla.commands.compare.plots import Entry
+from corolla.commands.compare.results import JUDGED
 from corolla.embedded.assets import asset
 from corolla.host.files import write_atomic
 from corolla.host.text import human_bytes
@@ -68,21 +69,22 @@ def sentences(results: Mapping[str, Any]) -> list[str]:
         for row in table["rows"]:
             pair = f"{row['label']} and {table['reference']}"
             n = row["difference"]["n"]
-            if row["verdict"]:
+            if row["verdict"] in ("lower", "higher"):
                 said.append(
                     f"{row['label']} has a {row['verdict']} {what} than {table['reference']}: by "
                     f"{abs(row['difference']['mean']):.4f} (paired over {n} seeds, "
                     f"p = {row['p_holm']:.2g} after Holm's correction)."
                 )
-            elif n < 2:
-                said.append(f"{pair}: one seed, so nothing is said of their {what}.")
-            else:
-                why = (
-                    f"p = {row['p_holm']:.2g} after Holm's correction"
-                    if row["intervals_apart"]
-                    else "their intervals overlap"
+            elif row["verdict"] == "not judged":
+                seeds = "1 seed" if n == 1 else f"{n} seeds"
+                said.append(
+                    f"{pair}: {what} not judged on {seeds}; a verdict needs {JUDGED} or more."
                 )
-                said.append(f"{pair}: no difference in {what} is shown ({why}, {n} seeds).")
+            else:
+                said.append(
+                    f"{pair}: no difference in {what} is shown (paired over {n} seeds, "
+                    f"p = {row['p_holm']:.2g} after Holm's correction)."
+                )
     return said
 
 

@@ -16,25 +16,30 @@ from corolla.commands.compare.statistics import holm, mean, p_value
 
 SIGNIFICANT = 0.05
 """Largest p value, after Holm's correction, of a difference that is shown."""
+JUDGED = 3
+"""Number of seeds from which on a difference is judged: two have an interval of 12.7 errors."""
 
 
 def unequal(cells: Iterable[Cell]) -> list[str]:
     """Where cells of one seed differ in what must be equal; empty when the terms were equal."""
     found = []
     by_seed = sorted(cells, key=lambda cell: cell.seed)
+    told = ("model", "data", "base model's loss")
     found += [
         f"the {what} is not the same in all cells: it changed on the way"
         for what in ("model", "data")
         if len({str(cell.evidence.get(what)) for cell in {c.seed: c for c in by_seed}.values()}) > 1
     ]
     for seed, group in itertools.groupby(by_seed, key=lambda cell: cell.seed):
-        first, *others = group
+        first, *others = sorted(group, key=lambda cell: cell.pooled)
         alike: dict[str, Cell] = {}
         for cell in (first, *others):
             pair = f"of {cell.method} and {first.method} differ"
             for what, value in first.evidence.items():
-                if cell.evidence[what] != value:
+                if cell.evidence[what] != value and (what in told or not cell.pooled):
                     found.append(f"seed {seed}: {what} {pair}")
+            if cell.pooled:
+                continue
             model = alike.setdefault(json.dumps(cell.work), cell)
             if cell.tokens != model.tokens:
                 pair = f"of {cell.method} and {model.method} differ"
@@ -80,7 +85,7 @@ def results(
     `finals` holds each method's cells, one a seed, at its learning rate.
     """
     cells = [cell for group in finals.values() for cell in group]
-    budgets = _budgets([cell for cell in cells if not cell.personal])
+    budgets = _budgets([cell for cell in cells if not cell.personal and not cell.pooled])
     entries = []
     for method in methods:
         label = method["label"]
@@ -105,9 +110,15 @@ def results(
         "initial": _initial(cells),
         "evidence": {
             str(cell.seed): {**cell.evidence, "cohorts": digest(cell.evidence["cohorts"])}
-            for cell in max(finals.values(), key=len, default=())
+            for cell in max(_federated(finals), key=len, default=())
         },
     }
+
+
+def _federated(finals: Mapping[str, Sequence[Cell]]) -> list[Sequence[Cell]]:
+    """The cells of each method, but for those in which one client has the rows of all."""
+    groups = [group for group in finals.values() if group]
+    return [group for group in groups if not group[0].pooled] or groups
 
 
 def _initial(cells: Sequence[Cell]) -> dict[str, list[str]]:
@@ -147,6 +158,7 @@ def _summary(cells: Sequence[Cell], budgets: Mapping[str, float] | None) -> dict
         "beside": any(cell.beside for cell in cells),
         "peak_rss": max(cell.peak_rss for cell in cells),
         "dropped": sum(cell.dropped for cell in cells),
+        "warnings": _warnings(cells),
         "epsilon": max(spent) if spent else None,
         "aggregation_errors": errors,
         "at_bytes": None,
@@ -157,7 +169,7 @@ def _summary(cells: Sequence[Cell], budgets: Mapping[str, float] | None) -> dict
             for c in cells
         ],
     }
-    if budgets and not personal:
+    if budgets and not personal and not cells[0].pooled:
         for key, price in (("bytes", _bytes), ("seconds", _seconds)):
             met = [interpolate(cell.points, price, budgets[key]) for cell in cells]
             summary[f"at_{key}"] = {
@@ -165,6 +177,12 @@ def _summary(cells: Sequence[Cell], budgets: Mapping[str, float] | None) -> dict
                 "within_first_round": any(within for _, within in met),
             }
     return summary
+
+
+def _warnings(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """What runs of one method warn of, by seed; settings warn alike at each, and are told once."""
+    found = [{**warning, "seed": cell.seed} for cell in cells for warning in cell.warnings]
+    return list({warning["text"]: warning for warning in reversed(found)}.values())[::-1]
 
 
 def _curve(cells: Sequence[Cell]) -> list[dict[str, float]]:
@@ -188,7 +206,11 @@ def _curve(cells: Sequence[Cell]) -> list[dict[str, float]]:
 def _against_first(
     finals: Mapping[str, Sequence[Cell]], value: Callable[[Cell], float | None]
 ) -> dict[str, Any] | None:
-    """Paired differences to the first method over seeds, and what may be said of them."""
+    """Paired differences to the first method over seeds, and what may be said of them.
+
+    A verdict is that of the paired t test at 95 %, with Holm's correction for the pairs of this
+    table: "lower", "higher" or "no difference"; "not judged" of fewer seeds than JUDGED.
+    """
     values: dict[str, dict[int, float]] = {}
     for label, cells in finals.items():
         known = {cell.seed: v for cell in cells if (v := value(cell)) is not None}
@@ -202,32 +224,37 @@ def _against_first(
         label: [values[label][seed] - first[seed] for seed in sorted(first.keys() & values[label])]
         for label in others
     }
-    tested = {label: p_value(d) for label, d in pairs.items() if len(d) > 1}
+    tested = {label: p_value(d) for label, d in pairs.items() if len(d) >= JUDGED}
     adjusted = holm(tested)
     rows = []
     for label, differences in pairs.items():
         if not differences:
             continue
-        apart = mean(list(values[label].values())).apart_from(mean(list(first.values())))
         p = adjusted.get(label)
-        shown = apart and p is not None and p < SIGNIFICANT
-        sign = "lower" if statistics.fmean(differences) < 0 else "higher"
         rows.append(
             {
                 "label": label,
                 "difference": _told(differences),
                 "p": tested.get(label),
                 "p_holm": p,
-                "intervals_apart": apart,
-                "verdict": sign if shown else None,
+                "verdict": _verdict(statistics.fmean(differences), p),
             }
         )
     return {"reference": reference, "rows": rows}
 
 
+def _verdict(difference: float, p: float | None) -> str:
+    if p is None:
+        return "not judged"
+    if p >= SIGNIFICANT:
+        return "no difference"
+    return "lower" if difference < 0 else "higher"
+
+
 def _pareto(entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Global methods that no other beats in both bytes and mean held-out loss."""
-    told = [(e["bytes"], e["loss"]["mean"], e["label"]) for e in entries if e.get("loss")]
+    """Global methods that no other beats in both bytes and mean held-out loss; no baselines."""
+    shown = [e for e in entries if e.get("loss") and not e["baseline"]]
+    told = [(e["bytes"], e["loss"]["mean"], e["label"]) for e in shown]
     front, best = [], math.inf
     for _, loss, label in sorted(told):
         if loss < best:

@@ -106,7 +106,7 @@ class Runner:
         chosen = best_lr(self.losses(method))
         if chosen is None:
             return []
-        names = [f"{method.label}-{chosen:g}-{seed}" for seed in self.grid.seeds]
+        names = [method.cell(chosen, seed) for seed in self.grid.seeds]
         return [self._cells[name] for name in names if name in self._cells]
 
     def _start(self, job: Job) -> None:
@@ -192,7 +192,7 @@ class Runner:
 
 def _chosen_by(cell: Cell) -> float | None:
     """What decides between learning rates; where clients measure nothing, there is only one."""
-    return cell.loss if cell.epsilon is not None else cell.own_loss
+    return cell.loss if cell.epsilon is not None else cell.choosing_loss
 
 
 def _without_none(value: Any) -> Any:

@@ -14,6 +14,9 @@ from corolla.commands.compare.plots import Entry
 from corolla.commands.compare.report import interval, number, sentences
 from corolla.host.text import human_bytes
 
+_LABEL = 10
+"""Columns that a name has at least: a longer one takes several lines rather than cut numbers."""
+
 
 class CellBars:
     """A bar over cells on a terminal; one line a cell elsewhere."""
@@ -57,6 +60,14 @@ def print_comparison(console: Console, results: Mapping[str, Any], folder: Path)
             f"extend --lrs before you conclude anything",
             soft_wrap=True,
         )
+    for e in methods:
+        for warning in e.get("warnings", ()):
+            console.print(
+                f"[yellow]warning:[/] {escape(e['label'])}, seed {warning['seed']}: "
+                f"{escape(warning['text'])}",
+                soft_wrap=True,
+                highlight=False,
+            )
     for text in results["unequal"]:
         console.print(f"[red]unequal terms:[/] {escape(text)}", soft_wrap=True)
     for name, line in results["failed"].items():
@@ -95,7 +106,7 @@ def _costs(methods: Sequence[Entry]) -> Table:
         errors = e["aggregation_errors"]
         table.add_row(
             _label(e),
-            human_bytes(e["bytes"]),
+            "–" if e["baseline"] else human_bytes(e["bytes"]),
             number(e["seconds"]) + (" †" if e["beside"] else ""),
             number(e["cpu_seconds"], 0),
             human_bytes(e["peak_rss"]),
@@ -113,7 +124,7 @@ def _table(title: str, *columns: str) -> Table:
     table = Table(
         title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False
     )
-    table.add_column("", no_wrap=True)
+    table.add_column("", overflow="fold", min_width=_LABEL)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     return table

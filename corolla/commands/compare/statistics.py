@@ -20,12 +20,6 @@ class Mean:
     high: float | None
     n: int
 
-    def apart_from(self, other: "Mean") -> bool:
-        """Whether both have intervals and these do not overlap."""
-        if self.low is None or self.high is None or other.low is None or other.high is None:
-            return False
-        return self.high < other.low or other.high < self.low
-
 
 def mean(values: Sequence[float]) -> Mean:
     """Mean and 95 % Student-t interval of one or more independent values."""

@@ -20,6 +20,7 @@ from rich.table import Table
 from corolla.evaluation.scoring import SHARES
 from corolla.host.text import human_bytes
 from corolla.server.runs.summary import Summary
+from corolla.warnings.outcome import VERDICTS
 
 
 class Bars:
@@ -60,7 +61,7 @@ class Bars:
         self._progress.remove_task(self._busy)
         config = facts["config"]
         self.console.print(
-            f"[bold]{escape(config['strategy'])}[/] on {escape(config['data'])}: "
+            f"[bold]{escape(facts['strategy'])}[/] on {escape(config['data'])}: "
             f"{facts['num_clients']} clients, {facts['cohort']} a round, base model "
             f"{escape(config['model'])}, held-out loss {facts['base']['loss']:.4f}",
             soft_wrap=True,
@@ -72,8 +73,8 @@ class Bars:
             )
         if found := facts.get("privacy"):
             self.console.print(f"privacy  {escape(_noise(found))}", soft_wrap=True, highlight=False)
-        for warning in facts.get("warnings", ()):
-            self.warned(warning)
+        for warning in facts["warnings"]:
+            self.warned(warning["text"])
         if first_round > 1:
             self.console.print(f"resumed after round {first_round - 1}")
         self._rounds = self._progress.add_task(
@@ -83,7 +84,7 @@ class Bars:
 
     def warned(self, text: str) -> None:
         """Something that does not end the run."""
-        self.console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
+        say_warning(self.console, text)
 
     def round_started(self, round: int, cohort: int) -> None:
         self._tokens, self._since = 0, time.monotonic()
@@ -122,6 +123,11 @@ class Bars:
         self.console.print(
             "  ".join(part for part in parts if part), highlight=False, soft_wrap=True
         )
+
+
+def say_warning(console: Console, text: str) -> None:
+    """Prints a warning in one line."""
+    console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True, highlight=False)
 
 
 def _noise(found: Mapping[str, Any]) -> str:
@@ -171,6 +177,9 @@ def print_summary(console: Console, summary: Summary) -> None:
     if summary.sim_seconds is not None:
         table.add_row("simulated time", f"{summary.sim_seconds:,.1f} s", "")
     console.print(table)
+    for warning in summary.warnings:
+        if warning["id"] in VERDICTS:  # others were told when the run began
+            say_warning(console, warning["text"])
     if summary.privacy:
         console.print(f"privacy  {escape(summary.privacy)}", soft_wrap=True, highlight=False)
     for before, after in zip(summary.before, summary.after, strict=True):

@@ -20,8 +20,30 @@ def test_nothing_given_is_the_default(tmp_path: Path) -> None:
 
 def test_later_sources_win(tmp_path: Path) -> None:
     toml = "rounds = 2\nrank = 3\nseed = 4"
-    found = load(tmp_path, toml, ["rank=5", "seed=6"], seed=7)
+    found = load(tmp_path, toml, ["rank=5"], seed=7)
     assert (found.rounds, found.rank, found.seed) == (2, 5, 7)
+
+
+def test_one_key_as_an_option_and_another_with_set_is_refused(tmp_path: Path) -> None:
+    said = refused(tmp_path, None, ["rounds=2"], rounds=1)
+    assert said == "rounds is given twice, as --set rounds=2 and as 1: give one"
+    assert "local-steps" in refused(tmp_path, None, ["local-steps=2"], local_steps=1)
+    assert load(tmp_path, None, ["rounds=2", "lr=3e-3"], rounds=2, lr=0.003).rounds == 2
+
+
+def test_options_of_another_strategy_are_refused_where_one_is_chosen(tmp_path: Path) -> None:
+    """In a file they may stand: one serves a comparison."""
+    said = refused(tmp_path, None, ["flora.max-rank=3"])
+    assert said == "flora.NAME in --set is for strategy flora, found fedavg"
+    assert load(tmp_path, "[flora]\nmax_rank = 3").options == {}
+
+
+def test_a_class_without_settings_is_a_class(tmp_path: Path) -> None:
+    for toml, settings in (
+        ("[classes.a]\nlr = 1e-3\n[classes.b]", []),
+        (None, ['classes={"a":{"lr":1e-3},"b":{}}']),
+    ):
+        assert list(load(tmp_path, toml, settings).classes) == ["a", "b"]
 
 
 def test_an_option_that_was_not_given_decides_nothing(tmp_path: Path) -> None:

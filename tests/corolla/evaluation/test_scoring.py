@@ -2,13 +2,23 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from scipy import stats
 from torch import Tensor, nn
 
 from corolla.data.encoding import IGNORE, Encoded, collate
-from corolla.evaluation.scoring import log_likelihoods, loss_sum, macro_f1, score
+from corolla.evaluation.scoring import (
+    halves,
+    log_likelihoods,
+    loss_sum,
+    macro_f1,
+    score,
+    score_by_row,
+    standard_error,
+)
 
 CPU = torch.device("cpu")
 DATA = [
@@ -86,6 +96,32 @@ def test_a_score_does_not_depend_on_batches(model: transformers.PreTrainedModel,
     assert found["targets"] == 8.0
 
 
+def test_the_standard_error_is_that_of_rows_drawn_anew() -> None:
+    """Of equal rows that of scipy's mean; of unequal ones that of means of many samples."""
+    rng = np.random.default_rng(0)
+    equal = {i: (4 * float(x), 4) for i, x in enumerate(rng.normal(3.0, 1.0, 50))}
+    wanted = stats.sem([loss / 4 for loss, _ in equal.values()])
+    assert standard_error(equal) == pytest.approx({"loss_error": wanted}, rel=1e-12)
+    targets = rng.integers(1, 30, 400)
+    rows = {i: (float(n * rng.normal(2.0, 0.5)), int(n)) for i, n in enumerate(targets)}
+    losses, numbers = np.array(list(rows.values())).T
+    drawn = rng.integers(0, len(rows), (4000, len(rows)))
+    means = losses[drawn].sum(1) / numbers[drawn].sum(1)
+    assert standard_error(rows)["loss_error"] == pytest.approx(means.std(), rel=0.05)
+    assert standard_error({0: (1.0, 1)}) == {}
+
+
+def test_sequences_of_one_row_count_as_one(model: transformers.PreTrainedModel) -> None:
+    own = [score(model, [sequence], 1, CPU) for sequence in DATA]
+    sums = [(s["loss"] * s["targets"], int(s["targets"])) for s in own]
+    metrics, found = score_by_row(model, DATA, [7, 1, 7, 2], 1, CPU, 3)
+    assert metrics == score(model, DATA, 1, CPU, 3)
+    assert found.keys() == {1, 2, 7}
+    first = (sums[0][0] + sums[2][0], sums[0][1] + sums[2][1])
+    for row, wanted in ((7, first), (1, sums[1]), (2, sums[3])):
+        assert found[row] == pytest.approx(wanted, rel=1e-5)
+
+
 def test_accuracy_by_hand() -> None:
     logits = torch.tensor([[[0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [9.0, 0.0]]])
     found = score(Fixed(logits), [Encoded([0, 1, 1, 1], [0, 1, 1, 1])], 0, CPU)
@@ -146,3 +182,14 @@ def test_nothing_to_score_is_not_a_number(model: transformers.PreTrainedModel) -
 def test_a_score_leaves_no_gradients(model: transformers.PreTrainedModel) -> None:
     score(model, DATA, 1, CPU)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_choice_and_its_report_are_of_different_rows() -> None:
+    rows = {0: (4.0, 2), 1: (9.0, 3), 2: (8.0, 2), 4: (0.0, 2)}  # row 3 has no target
+    assert halves(rows) == {"loss_choosing": 12 / 6, "loss_reported": 3.0}
+    assert halves(rows, 1) == {"loss_choosing": 3.0, "loss_reported": 12 / 6}
+    assert (halves({0: (1.0, 2)}), halves({0: (1.0, 2)}, 3)) == (
+        {"loss_choosing": 0.5},
+        {"loss_reported": 0.5},
+    )
+    assert halves({}) == {}

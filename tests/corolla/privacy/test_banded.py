@@ -80,3 +80,10 @@ def test_sums_over_rounds_are_less_noisy_at_equal_privacy(n: int, wanted: float)
     prefix = torch.ones(n, n, dtype=torch.float64).tril() @ inverse
     error = float(prefix.square().sum(dim=1).mean().sqrt()) * banded.sensitivity(n, n, 1, n)
     assert independent / error == pytest.approx(wanted, abs=6e-3)
+
+
+@pytest.mark.parametrize("bands", [1, 2, 4, 12])
+def test_the_spread_of_a_round_is_that_of_the_dense_inverse(bands: int) -> None:
+    inverse = torch.linalg.inv(dense(12, bands))
+    wanted = inverse.norm(dim=1).tolist()
+    assert [banded.spread(t, bands) for t in range(1, 13)] == pytest.approx(wanted, rel=1e-12)

@@ -689,3 +689,36 @@ def _from(generator: torch.Generator) -> Normal:
         return torch.stack(values).double().reshape(tuple(shape))
 
     return draw
+
+
+# --- what is said of the noise
+
+
+@pytest.mark.parametrize("bands", [1, 2])
+def test_the_norms_of_noise_and_mean_update_are_those_of_what_is_released(bands: int) -> None:
+    like: Payload = {"adapter": {"w": torch.zeros(40_000)}}
+    update: Payload = {"adapter": {"w": torch.full((40_000,), C / 200)}}  # of norm C
+    changes: dict[str, Any] = {"noise_multiplier": 0.02, "normal": Seeded()}
+    if bands > 1:
+        changes |= {"dp_mechanism": "banded", "separation": bands}
+    own = level(cohort=5, **changes)
+    memory: Payload = {}
+    for round in (1, 2):
+        names = [f"c{round}{i}" for i in range(4)]  # one of five is silent
+        released, memory, told = release(
+            own, [(update, 1.0)] * 4, like, memory=memory, round=round, clients=names
+        )
+        noise = flat(released) - 4 / 5 * flat(update)
+        assert told["noise_norm"] == pytest.approx(float(noise.norm()), rel=0.02)
+        assert told["update_norm"] == pytest.approx(4 / 5 * C, rel=0.02)
+    quiet = level(noise_multiplier=1e3, normal=silent)
+    assert release(quiet, [(update, 1.0)], like)[2]["update_norm"] == 0.0  # never below nothing
+
+
+def test_the_noise_of_a_round_of_gradients_is_that_which_is_drawn() -> None:
+    own = ExampleLevel(100, 8, C, 2.0, DELTA, steps=25, normal=Seeded())
+    drawn = sum(flat({"g": own.noised({"w": torch.zeros(10_000)})}) for _ in range(own.steps))
+    assert isinstance(drawn, Tensor)
+    assert own.noise_norm(10_000) == pytest.approx(float(drawn.norm()), rel=0.03)
+    assert own.gradient_bound == 25 * C
+    assert ExampleLevel(4, 8, C, 2.0, DELTA, 25).noise_norm(1) == pytest.approx(2 * C * 5 / 4)

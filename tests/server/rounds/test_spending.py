@@ -176,7 +176,7 @@ def test_what_clients_measure_does_not_leave_the_server() -> None:
     private = Private()
     found = private.step(cyd=silent)
     assert (found.num_examples, found.client_loss) == ({}, {})
-    assert set(found.metrics) == {"clip", "noise_std", "epsilon"}
+    assert set(found.metrics) == {"clip", "noise_std", "epsilon", "noise_norm", "update_norm"}
     assert found.dropped == {"cyd": ""}
     assert found.metrics["epsilon"] == pytest.approx(gaussian_epsilon(1 / Z, 1e-5))
     event = private.events[0]
@@ -270,3 +270,30 @@ def test_gateways_send_every_update() -> None:
     config = RunConfig(dp="client", noise_multiplier=1.0)
     assert merges(config, build_strategy(config)) is None
     assert merges(RunConfig(dp="example", epsilon=1), build_strategy(config)) is not None
+
+
+def test_the_noise_on_gradients_is_that_of_the_largest_client_in_the_mean() -> None:
+    """z clip √(values · steps) / batch, over √updates; clip · steps is all that gradients add."""
+    given = {"dp": "example", "noise_multiplier": 2.0, "clip": 0.5, "delta": 1e-4}
+    config = RunConfig(**given, batch_size=2, local_steps=9)
+
+    def norms(config: RunConfig = config, **changes: Any) -> Mapping[str, float]:
+        made = build_strategy(config)
+        federation = Federation("ab" * 16, config, made, EXAMPLES, lambda spec: FRESH)
+        return Spending(config).gradient_norms(replace(federation, **changes), 4)
+
+    values, batch = sum(t.numel() for t in FRESH.values()), min(2, max(EXAMPLES.values()))
+    wanted = 2.0 * 0.5 * math.sqrt(values * 9) / batch / math.sqrt(4)
+    assert norms() == pytest.approx({"noise_norm": wanted, "update_norm": 0.5 * 9})
+    # One number a query of forward passes; who sends control variates too trains no more values.
+    forward = RunConfig(**given, batch_size=2, local_steps=9, strategy="seed_pool", queries=3)
+    assert norms(forward)["noise_norm"] == pytest.approx(wanted * math.sqrt(3 / values))
+    scaffold = RunConfig(**given, batch_size=2, local_steps=9, strategy="scaffold", optimizer="sgd")
+    assert norms(scaffold) == norms()
+    # Nothing without privacy, without an update, and of what devices only say.
+    assert norms(RunConfig()) == {}
+    assert norms(seats=dict.fromkeys(EXAMPLES, 3)) == {}
+    assert norms(own_devices=True) == norms()
+    assert norms(own_devices=True, clients={"ada": 10**9}) == {}
+    budget = RunConfig(dp="example", epsilon=8, delta=1e-4)
+    assert norms(budget, own_devices=True) == {}

@@ -1,11 +1,12 @@
 """Which folders a run takes, and what is said of one that is damaged."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from corolla.errors import ArtefactError, ConfigError
-from corolla.server.runs.folder import prepare_folder, stored_run
+from corolla.server.runs.folder import prepare_folder, stored_run, stored_warnings
 
 
 def test_folders_are_prepared(tmp_path: Path) -> None:
@@ -51,3 +52,13 @@ def test_a_damaged_note_of_a_run_is_said(tmp_path: Path, content: str) -> None:
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(ArtefactError, match="cannot be read"):
         stored_run(tmp_path)
+
+
+def test_warnings_of_a_run_are_read_from_its_folder(tmp_path: Path) -> None:
+    """A server tells them; where the file cannot be read it has told worse already."""
+    assert stored_warnings(tmp_path) == []
+    told = [{"id": "worse", "text": "worse: lower lr", "numbers": {}}]
+    (tmp_path / "run.json").write_text(json.dumps({"warnings": told}))
+    assert stored_warnings(tmp_path) == ["worse: lower lr"]
+    (tmp_path / "run.json").write_text("[")
+    assert stored_warnings(tmp_path) == []

@@ -14,6 +14,7 @@ from corolla.server.runs.report import write_report
 SAMPLE = {"prompt": "is it?", "reference": "yes", "answer": "no"}
 INFO: dict[str, Any] = {
     "config": RunConfig().model_dump(mode="json"),
+    "strategy": "fedavg",
     "corolla": "0.1.0",
     "num_clients": 2,
     "cohort": 2,
@@ -26,6 +27,7 @@ INFO: dict[str, Any] = {
     "aggregates": "weights",
     "adapter_sha256": "ab" * 32,
     "model_sha256": "cd" * 32,
+    "warnings": [],
     "data_sha256": "ef" * 32,
     "reload": {"claim": "another process loads it within 1.0e-07"},
     "personal": False,
@@ -235,3 +237,13 @@ def test_refused_replies_and_rounds_tried_again_are_told(tmp_path: Path) -> None
     assert "Replies: 5 accepted, 1 norm." in text
     assert "Rounds tried again (attempts that were abandoned): 2 (2)." in text
     assert "patience 3 <is> over" in text
+
+
+def test_warnings_stand_above_all_else_and_are_text(tmp_path: Path) -> None:
+    assert 'class="warn"' not in report(tmp_path)
+    told = {"id": "worse", "text": "worse <b>than</b> the base: lower lr", "numbers": {}}
+    text = report(tmp_path, {**INFO, "warnings": [told, {**told, "id": "no_effect"}]})
+    page = assert_alone(text)
+    assert page.text.count("worse <b>than</b> the base: lower lr") == 2
+    assert text.index('class="warn"') < text.index('class="cards"')
+    assert "(no effect)" in text

@@ -1,3 +1,4 @@
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from corolla.client.training.worker import Worker
 from corolla.commands.simulate import in_process
@@ -363,3 +365,75 @@ def test_of_devices_only_the_global_adapters_are_kept(settings: Settings, tmp_pa
     kept = sorted(path.name for path in (folder / "global").iterdir())
     assert kept == ["round-000", "round-001", "round-002"]
     assert not (folder / "updates").exists()
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("codec_up", [["int4"], ["top_k:0.2", "int8"]], ids=str)
+def test_what_the_server_decodes_is_kept_beside_what_was_trained(
+    settings: Settings, tmp_path: Path, codec_up: list[str]
+) -> None:
+    """The mean of what was decoded is the global adapter; that of what was trained is not."""
+    config = settings(rounds=2, codec=codec_up)
+    folder = simulate(config, tmp_path / "out", keep_updates=True).folder
+    for round in ("round-001", "round-002"):
+        after = tensors(folder / "global" / round)
+        for part, exact in (("decoded", True), (".", False)):
+            mean = {name: torch.zeros_like(t) for name, t in after.items()}
+            for note in (folder / "updates" / round).glob("*/update.json"):
+                weight = json.loads(note.read_text())["weight"]
+                for name, tensor in tensors(note.parent / part).items():
+                    mean[name] += weight * tensor
+            gap = max(float((mean[name] - after[name]).abs().max()) for name in after)
+            assert (gap < 1e-6) is exact
+
+
+@pytest.mark.parametrize("strategy", ["flora", "flexlora", "hetlora", "fed_sb"])
+def test_decoded_factors_are_kept_where_they_are_those_of_the_model(
+    settings: Settings, tmp_path: Path, strategy: str
+) -> None:
+    config = settings(strategy=strategy, rounds=1, cohort=1, codec=["fp16"])
+    folder = simulate(config, tmp_path / "out", keep_updates=True).folder
+    (kept,) = (folder / "updates" / "round-001").iterdir()
+    assert (kept / "decoded.safetensors").is_file()
+    assert (kept / "decoded").is_dir() == (strategy != "fed_sb")  # R is none of the model's tensors
+    if strategy != "fed_sb":
+        trained, decoded = tensors(kept), tensors(kept / "decoded")
+        for name, tensor in trained.items():
+            assert torch.allclose(decoded[name], tensor, rtol=1e-3, atol=1e-7)
+        assert any(not torch.equal(decoded[name], tensor) for name, tensor in trained.items())
+
+
+def test_a_lossless_codec_has_nothing_else_to_keep(settings: Settings, tmp_path: Path) -> None:
+    config = settings(rounds=1, cohort=1, codec=["zstd"])
+    folder = simulate(config, tmp_path / "out", keep_updates=True).folder
+    assert not list((folder / "updates").rglob("decoded*"))
+
+
+@pytest.mark.parametrize("strategy", ["flora", "fedex_lora"])
+def test_bytes_after_a_compaction_are_those_of_the_formula(
+    settings: Settings, tmp_path: Path, strategy: str
+) -> None:
+    config = settings(strategy=strategy, rounds=5, options={"max_rank": 3, "compact_at": 4.0})
+    folder = simulate(config, tmp_path / "out").folder
+    found = lines(folder)
+    ranks = [line["frozen_rank"] for line in found]
+    assert any(after <= before for before, after in itertools.pairwise(ranks))  # compacted
+    for line in found[1:]:  # before the first round there is no block to send
+        assert line["bytes_down"] == line["formula_down"]
+
+
+@pytest.mark.parametrize("strategy", ["fedsa_lora", "feddpa"])
+def test_every_client_that_trained_has_its_personal_adapter(
+    settings: Settings, tmp_path: Path, strategy: str
+) -> None:
+    """Whoever is measured."""
+    folder = simulate(
+        settings(strategy=strategy, eval_clients=1, rounds=2), tmp_path / "out"
+    ).folder
+    saved = {path.parent.name for path in (folder / "clients").glob("*/adapter")}
+    assert saved == {"ada", "ben", "cyd", "dot"}
+    info = strict((folder / "run.json").read_text())
+    assert len(info["clients"]) == 1

@@ -21,25 +21,34 @@ def folder(path: Path, **changes: Any) -> Path:
     """A finished run of two rounds, as the files of a run folder."""
     info: dict[str, Any] = {
         "config": {
-            **{"lr": 0.01, "seed": 3, "local_steps": 2, "local_epochs": None},
+            **{"lr": 0.01, "seed": 3, "local_steps": 2, "local_epochs": None, "pooled": False},
             **{"batch_size": 4, "queries": 1, "classes": {}},
         },
         "num_clients": 4,
         "base": {"loss": 5.0},
         "final": {"loss": 3.0, "accuracy": 0.25},
         "clients": {
-            "ada": {"base": {"loss": 6.0, "examples": 2}, "final": {"loss": 2.0}},
-            "ben": {"base": {"loss": 4.0, "examples": 3}, "final": {"loss": 4.0}},
+            "ada": {
+                "base": {"loss": 6.0, "examples": 2, "loss_reported": 7.0, "loss_choosing": 5.0},
+                "final": {"loss": 2.0, "loss_reported": 2.5, "loss_choosing": 1.5},
+            },
+            "ben": {
+                "base": {"loss": 4.0, "examples": 3, "loss_reported": 5.0, "loss_choosing": 3.0},
+                "final": {"loss": 4.0, "loss_reported": 4.5, "loss_choosing": 3.5},
+            },
+            "cyd": {"base": {"loss": 9.0, "examples": 1}, "final": {"loss_choosing": 1.0}},
         },
         "bytes_up": 800,
         "bytes_down": 1600,
         "peak_rss": 123,
+        "warnings": [],
         "model_sha256": "m",
         "data_sha256": "d",
     }
     lines = [
         {
-            **{"round": r, "eval_loss": 5.0 - r, "personal_loss": 5.0 - 2 * r, "bytes_up": 400},
+            **{"round": r, "eval_loss": 5.0 - r, "bytes_up": 400},
+            **{"personal_loss": 9.0, "personal_loss_reported": 5.0 - 2 * r},
             **{"bytes_down": 800, "seconds": 2.0, "clients": 2, "dropped": 1, "target_tokens": 9.0},
             **{"client_loss": {"ada": 1.0, "ben": 1.0}, "dropped_why": {"cyd": "asleep"}},
         }
@@ -56,14 +65,15 @@ def folder(path: Path, **changes: Any) -> Path:
 def test_a_run_folder_as_a_cell(tmp_path: Path) -> None:
     found = read_cell(folder(tmp_path / "run"), FEDAVG, {"cpu_seconds": 1.5})
     assert found.points == [Point(0, 0, 0, 5.0), Point(1, 300, 2, 4.0), Point(2, 600, 4, 3.0)]
-    assert (found.loss, found.own_loss, found.lr, found.seed) == (3.0, 3.0, 0.01, 3)
+    assert (found.loss, found.own_loss, found.lr, found.seed) == (3.0, 3.5, 0.01, 3)
+    assert found.choosing_loss == 2.0  # of other rows than are reported
     assert (found.bytes_up, found.bytes_down, found.dropped) == (200, 400, 2)
     assert (found.cpu_seconds, found.simulated, found.tokens) == (1.5, False, [9.0, 9.0])
 
 
 def test_a_personal_run_is_read_by_its_clients_losses(tmp_path: Path) -> None:
     found = read_cell(folder(tmp_path / "run"), PERSONAL, {})
-    assert [point.loss for point in found.points] == [5.0, 3.0, 1.0]  # 5 = mean of 6 and 4
+    assert [point.loss for point in found.points] == [6.0, 3.0, 1.0]  # 6 = mean of 7 and 5
 
 
 def test_simulated_seconds_stand_for_measured_ones(tmp_path: Path) -> None:

@@ -70,10 +70,16 @@ class Fake:
             "num_clients": 2,
             "base": {"loss": 5.0},
             "final": {"loss": loss, "accuracy": 0.5},
-            "clients": {"ada": {"base": {"loss": 5.0, "examples": 1}, "final": {"loss": loss}}},
+            "clients": {
+                "ada": {
+                    "base": {"loss": 5.0, "examples": 1},
+                    "final": {"loss": loss, "loss_choosing": loss, "loss_reported": loss},
+                }
+            },
             "bytes_up": 8,
             "bytes_down": 8,
             "peak_rss": Fake.peak,
+            "warnings": [],
             "model_sha256": "m",
             "data_sha256": "d",
         }
@@ -228,3 +234,24 @@ def test_settings_reach_a_cell_by_its_file_even_those_that_toml_cannot_write(
     pairs = [b for a, b in itertools.pairwise(command) if a == "--set"]
     assert load(cell, {}, pairs) == config.model_copy(update={"lr": 0.1, "seed": 5})
     assert load(cell, {}).clip_norm == 1.0  # the file alone would have said otherwise
+
+
+def test_validation_rows_do_not_choose_a_rate_and_stand_in_the_report(
+    small: ComparisonGrid, tmp_path: Path
+) -> None:
+    rows = [
+        {"client_id": c, "text": f"{c} {i}", "split": "validation" if i == 0 else "train"}
+        for c in ("ada", "ben")
+        for i in range(6)
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"model": small.methods[0].config.model, "data": str(file), "rounds": 1}
+    several = make_grid(["fedavg"], options=given, lrs=[0.01, 0.02])
+    with pytest.raises(ConfigError, match="mark rows with split=test, or give one rate"):
+        compare(several, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    one = make_grid(["fedavg"], options=given, lrs=[0.01], seeds=1)
+    assert compare(one, tmp_path / "out")["methods"][0]["loss"]["n"] == 1
+    file.write_text(file.read_text() + json.dumps({**rows[1], "split": "test"}) + "\n")
+    assert compare(several, tmp_path / "tested")["failed"] == {}

@@ -20,6 +20,7 @@ def cells(method: str, *finals: float, price: float = 1e5, **changes: Any) -> li
     """One run of two rounds a seed; the loss falls from 5 to `finals[seed]`."""
     values: dict[str, Any] = {
         **{"method": method, "lr": 0.1, "personal": False, "accuracy": 0.25, "own_loss": 3.0},
+        **{"pooled": False, "choosing_loss": 3.0},
         **{"peak_rss": 5e8, "bytes_up": 1.0, "bytes_down": 2.0, "dropped": 0, "simulated": False},
         **{"evidence": {"cohorts": ["c"], "model": "m" * 64, "data": "d" * 64}, "work": [1]},
         **{"tokens": [1.0], "cpu_seconds": 12.0, "beside": True, "aggregation_errors": [0.1, 0.2]},
@@ -43,6 +44,7 @@ def made(**finals: list[Cell]) -> dict[str, Any]:
     trained: dict[str, Any] = {"aggregates": "factors", "trainers": ["first_order"]}
     methods = [
         {"label": n, "strategy": n, "personal": bool(g) and g[0].personal, **trained}
+        | {"baseline": "local" if n == "local" else None, "file_name": n}
         for n, g in finals.items()
     ]
     searches: dict[str, dict[float, float | None]] = {
@@ -124,7 +126,8 @@ def test_the_report_of_one_seed_claims_nothing(undrawn: None, tmp_path: Path) ->
     found = page(results, tmp_path)
     assert "One seed: no interval" in found.text
     assert "±" not in found.text.replace("± half", "")
-    assert sentences(results) == ["b and a: one seed, so nothing is said of their held-out loss."]
+    wanted = "b and a: held-out loss not judged on 1 seed; a verdict needs 3 or more."
+    assert sentences(results) == [wanted]
 
 
 def test_one_method_alone_and_personal_ones_alone_have_a_report(tmp_path: Path) -> None:
@@ -186,3 +189,34 @@ def test_the_terminal_fits_eighty_columns_and_says_what_went_wrong(tmp_path: Pat
     assert all("…" not in line for line in tables)
     assert "3.100 ± 0.248" in text.getvalue()
     assert "failed: lost-0.1-0: a <b>reason</b>" in text.getvalue()
+
+
+def test_the_verdict_and_warnings_are_shown_and_baselines_have_no_bytes(
+    undrawn: None, tmp_path: Path
+) -> None:
+    told = {"id": "worse", "text": "worse <than> the base model", "numbers": {}}
+    results = made(
+        fedavg=cells("fedavg", 3.0, 3.01, 3.02, warnings=[told]),
+        flora=cells("flora", 3.01, 3.0, 3.021),
+        local=cells("local", 1.0, 1.1, 1.2, personal=True),
+    )
+    found = page(results, tmp_path)
+    assert "Warning, fedavg, seed 0: worse <than> the base model" in found.text
+    assert found.text.count("worse <than> the base model") == 1  # once for all seeds
+    assert "local is each client alone" in found.text
+    assert "no difference" in found.text
+    (said,) = [s for s in sentences(results) if "held-out" in s]
+    assert said.startswith("flora and fedavg: no difference in held-out loss is shown (paired")
+    text = io.StringIO()
+    print_comparison(Console(file=text, width=120), results, tmp_path)
+    assert "warning: fedavg, seed 0: worse <than> the base model" in text.getvalue()
+
+
+def test_a_long_name_takes_lines_and_cuts_no_number(tmp_path: Path) -> None:
+    text, name = io.StringIO(), "fedavg@parameters=ia3,lr=0.03,local_steps=20"
+    results = made(**{"fedavg": cells("fedavg", 3.0, 3.1, 3.2), name: cells(name, 1.0, 1.1, 1.2)})
+    print_comparison(Console(file=text, width=80), results, tmp_path)
+    assert "…" not in text.getvalue().partition("report")[0]
+    folded = [line.split(" ")[1] for line in text.getvalue().splitlines() if line.startswith(" ")]
+    assert name in "".join(folded)
+    assert "1.100 ± 0.248" in text.getvalue()

@@ -3,6 +3,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from scipy import stats
 
 from corolla.commands.compare.cells import Cell, Point
 from corolla.commands.compare.results import best_lr, edge, interpolate, results, unequal
@@ -16,9 +17,11 @@ def cell(method: str, seed: int, losses: list[float], step: float = 100.0, **cha
         "lr": 0.1,
         "seed": seed,
         "personal": False,
+        "pooled": False,
         "points": points,
         "accuracy": 0.5,
         "own_loss": losses[-1] + 1,
+        "choosing_loss": losses[-1] + 2,
         "peak_rss": 1000,
         "bytes_up": 1.0,
         "bytes_down": 2.0,
@@ -34,7 +37,10 @@ def cell(method: str, seed: int, losses: list[float], step: float = 100.0, **cha
 def compared(*groups: list[Cell]) -> dict[str, Any]:
     finals = {group[0].method: group for group in groups}
     methods = [
-        {"label": name, "personal": g[0].personal, "trainers": ["first_order"]}
+        {
+            **{"label": name, "personal": g[0].personal, "trainers": ["first_order"]},
+            "baseline": "global" if g[0].pooled else None,
+        }
         for name, g in finals.items()
     ]
     return results(methods, {name: {0.1: 1.0} for name in finals}, finals)
@@ -97,30 +103,65 @@ def test_who_is_beaten_in_both_is_not_on_the_front() -> None:
     assert found["pareto"] == ["a", "c"]
 
 
-def test_an_order_is_claimed_only_with_intervals_apart_and_a_small_p() -> None:
-    def runs(method: str, *finals: float) -> list[Cell]:
-        return [cell(method, seed, [4.0, loss]) for seed, loss in enumerate(finals)]
+def runs(method: str, *finals: float, **changes: Any) -> list[Cell]:
+    return [cell(method, seed, [4.0, loss], **changes) for seed, loss in enumerate(finals)]
 
+
+def test_the_verdict_is_that_of_the_paired_test_with_holms_correction() -> None:
     first = runs("first", 2.00, 2.01, 2.02)
     clear, near = runs("clear", 1.00, 1.01, 1.021), runs("near", 1.99, 2.03, 2.00)
     rows = {row["label"]: row for row in compared(first, clear, near)["held_out"]["rows"]}
     assert rows["clear"]["verdict"] == "lower"
     assert rows["clear"]["difference"]["mean"] == pytest.approx(-0.99967, abs=1e-5)
     assert rows["clear"]["p_holm"] == pytest.approx(2 * rows["clear"]["p"])
-    assert rows["near"]["verdict"] is None
-    # Paired, the difference is sure; the intervals overlap, so no order is claimed.
-    wide = runs("first", 1.0, 2.0, 3.0)
-    shifted = runs("shifted", 0.9, 1.9, 2.9001)
-    row = compared(wide, shifted)["held_out"]["rows"][0]
+    wanted = stats.ttest_rel([1.00, 1.01, 1.021], [2.00, 2.01, 2.02]).pvalue
+    assert rows["clear"]["p"] == pytest.approx(wanted, rel=1e-9)
+    assert rows["near"]["verdict"] == "no difference"
+    # Paired, the difference is sure, however far apart the seeds are.
+    wide, shifted = runs("first", 1.0, 2.0, 3.0), runs("shifted", 1.1, 2.1, 3.0999)
+    (row,) = compared(wide, shifted)["held_out"]["rows"]
     assert row["p_holm"] < 0.001
-    assert (row["intervals_apart"], row["verdict"]) == (False, None)
+    assert row["verdict"] == "higher"
 
 
-def test_one_seed_allows_no_claim() -> None:
-    found = compared([cell("a", 0, [4, 1])], [cell("b", 0, [4, 3])])
-    assert found["methods"][0]["loss"] == {"mean": 1.0, "low": None, "high": None, "n": 1}
-    row = found["held_out"]["rows"][0]
-    assert (row["p"], row["verdict"], row["difference"]["mean"]) == (None, None, 2.0)
+def test_a_difference_that_holm_takes_back_is_none() -> None:
+    """p of about 0.03 alone is not 0.06 of two."""
+    first, other = runs("first", 2.00, 2.00, 2.00), runs("other", 1.9, 1.93, 1.86)
+    (alone,) = compared(first, other)["held_out"]["rows"]
+    assert 0.025 < alone["p"] < 0.05 and alone["verdict"] == "lower"
+    beside = compared(first, other, runs("third", 2.1, 1.8, 2.0))["held_out"]["rows"]
+    assert [row["verdict"] for row in beside] == ["no difference"] * 2
+    assert beside[0]["p"] == alone["p"]
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_fewer_than_three_seeds_are_not_judged(seeds: int) -> None:
+    found = compared(runs("a", *[1.0, 1.1][:seeds]), runs("b", *[3.0, 3.1001][:seeds]))
+    (row,) = found["held_out"]["rows"]
+    assert (row["p"], row["p_holm"], row["verdict"]) == (None, None, "not judged")
+    assert row["difference"]["mean"] == pytest.approx(2.0, abs=1e-3)
+    assert found["methods"][0]["loss"]["n"] == seeds
+
+
+def test_contenders_that_differ_in_nothing_are_exactly_equal() -> None:
+    found = compared(runs("a", 1.1, 1.2, 1.3), runs("b", 1.1, 1.2, 1.3))
+    (row,) = found["held_out"]["rows"]
+    assert (row["difference"]["mean"], row["p"], row["verdict"]) == (0.0, 1.0, "no difference")
+
+
+def test_one_client_with_all_rows_has_a_loss_and_no_price() -> None:
+    apart = {"evidence": {"model": "m", "cohorts": ["x"]}, "pooled": True, "tokens": [99.0, 99.0]}
+    whole = runs("global", 1.0, 1.1, 1.2, step=1.0, **apart, own_loss=None)
+    found = compared(runs("a", 2.0, 2.1, 2.2), runs("b", 3.0, 3.1, 3.2), whole)
+    assert found["unequal"] == []
+    assert found["budgets"]["bytes"] == 100  # not what a client sends that need not send
+    assert found["pareto"] == ["a"]
+    entry = found["methods"][2]
+    assert (entry["at_bytes"], entry["at_seconds"], entry["own_loss"]) == (None, None, None)
+    assert [row["label"] for row in found["held_out"]["rows"]] == ["b", "global"]
+    assert [row["label"] for row in found["own"]["rows"]] == ["b"]
+    other = [replace(c, evidence={**c.evidence, "model": "other"}) for c in whole]
+    assert unequal([*runs("a", 2.0, 2.1, 2.2), *other])
 
 
 def test_differences_are_paired_by_seed() -> None:

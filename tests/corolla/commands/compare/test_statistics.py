@@ -1,7 +1,9 @@
 import math
 from statistics import stdev
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from corolla.commands.compare import statistics
 
@@ -26,21 +28,9 @@ def test_an_interval_computed_by_hand() -> None:
     assert found.high == pytest.approx(4.484, abs=1e-3)
 
 
-def test_one_value_has_no_interval_and_is_apart_from_nothing() -> None:
+def test_one_value_has_no_interval() -> None:
     one = statistics.mean([5.0])
     assert (one.mean, one.low, one.high) == (5.0, None, None)
-    assert not one.apart_from(statistics.mean([1.0, 1.0]))
-    assert not statistics.mean([1.0, 1.0]).apart_from(one)
-
-
-def test_intervals_are_apart_only_without_a_common_point() -> None:
-    def reaching(low: float, high: float) -> statistics.Mean:
-        return statistics.Mean((low + high) / 2, low, high, 3)
-
-    assert reaching(0, 1).apart_from(reaching(2, 3))
-    assert reaching(2, 3).apart_from(reaching(0, 1))
-    assert not reaching(0, 2).apart_from(reaching(2, 3))
-    assert not reaching(0, 9).apart_from(reaching(2, 3))
 
 
 def test_paired_p_by_hand() -> None:
@@ -49,6 +39,24 @@ def test_paired_p_by_hand() -> None:
     assert statistics.p_value([-1.0, -2.0, -3.0]) == statistics.p_value([1.0, 2.0, 3.0])
     assert statistics.p_value([0.0, 0.0]) == 1
     assert statistics.p_value([1.0, 1.0]) == 0
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 20])
+def test_paired_p_is_that_of_scipy(n: int) -> None:
+    rng = np.random.default_rng(n)
+    first, second = rng.normal(3.0, 1.0, n), rng.normal(3.2, 1.0, n)
+    found = statistics.p_value((second - first).tolist())
+    assert found == pytest.approx(float(stats.ttest_rel(second, first).pvalue), rel=1e-9)
+
+
+def test_holm_on_the_example_of_the_encyclopaedia() -> None:
+    """p of 0.01, 0.04, 0.03, 0.005 at 0.05: H4 and H1 are rejected, H3 and H2 are not.
+
+    Wikipedia, "Holm–Bonferroni method", Example.
+    """
+    found = statistics.holm({"H1": 0.01, "H2": 0.04, "H3": 0.03, "H4": 0.005})
+    assert found == pytest.approx({"H4": 0.02, "H1": 0.03, "H3": 0.06, "H2": 0.06})
+    assert {name for name, p in found.items() if p <= 0.05} == {"H4", "H1"}
 
 
 def test_holm_multiplies_the_smallest_by_the_number_and_never_falls() -> None:

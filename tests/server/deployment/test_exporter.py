@@ -11,7 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from corolla.errors import ConfigError
-from corolla.server.runs.exporter import serve
+from corolla.server.deployment.exporter import serve
 from corolla.server.runs.journal import Journal
 from tests.server.runs.test_status import begun, committed, line, write
 

@@ -8,7 +8,7 @@ from pydantic.fields import FieldInfo
 
 from corolla.config.groups import ClientClass
 from corolla.config.settings import Settings
-from corolla.config.wording import entry, expected, kind_of, plain, read, shown, told, written
+from corolla.host.wording import entry, expected, kind_of, plain, read, shown, told, written
 
 Positive = Annotated[int, Field(ge=1)]
 

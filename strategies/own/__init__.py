@@ -1,0 +1,1 @@
+"""Strategies of people's own, in files beside Corolla."""
