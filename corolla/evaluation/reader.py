@@ -78,6 +78,7 @@ def _load(request: Request) -> tuple[Any, list[str], str]:
     """(the model, what is random in it, the hash of the checkpoint), by transformers and peft."""
     auto: Any = AutoModelForSequenceClassification if request.labels else AutoModelForCausalLM
     kwargs: dict[str, Any] = {"dtype": getattr(torch, request.dtype), "output_loading_info": True}
+    kwargs["trust_remote_code"] = False
     if request.quantised:
         kwargs["quantization_config"] = transformers.BitsAndBytesConfig(**request.quantised)
     source = request.saved

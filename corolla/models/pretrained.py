@@ -84,11 +84,12 @@ def load(config: RunConfig, labels: Sequence[str] = ()) -> Base:
     with torch.random.fork_rng(devices=[]), Quiet():
         torch.random.manual_seed(seeds.derive(config.seed, "head"))
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
-            model, found = auto.from_pretrained(path, output_loading_info=True, **kwargs)
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            model, found = auto.from_pretrained(
+                path, output_loading_info=True, trust_remote_code=False, **kwargs
+            )
         except _LOADING as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ModelError(f"cannot load model {config.model!r}: {reason}") from error
+            raise ModelError(f"cannot load model {config.model!r}: {why(error)}") from error
     missing = frozenset(found["missing_keys"])
     lost.refuse(
         config.model, missing, _trained(config, task, model, missing), found["unexpected_keys"]
@@ -110,6 +111,14 @@ def load(config: RunConfig, labels: Sequence[str] = ()) -> Base:
         model.enable_input_require_grads()
         heap.spare_memory()
     return base
+
+
+def why(error: Exception) -> str:
+    """One line of what transformers says of a model that it does not load."""
+    reason = " ".join(str(error).split())
+    if "trust_remote_code" in reason:
+        return "it brings code of its own, which is never run: use an architecture of transformers"
+    return reason[:300]
 
 
 def check_length(config: RunConfig, model: PreTrainedModel) -> None:
@@ -171,7 +180,7 @@ def _convert(gguf: Path) -> Path:
     scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting-"))
     try:
         with torch.random.fork_rng(devices=[]), Quiet():
-            where = {"gguf_file": gguf.name}
+            where = {"gguf_file": gguf.name, "trust_remote_code": False}
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
             model, found = AutoModelForCausalLM.from_pretrained(
                 gguf.parent, dtype=torch.float32, output_loading_info=True, **where

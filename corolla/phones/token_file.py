@@ -66,8 +66,10 @@ def _tokenizer(model: str) -> PreTrainedTokenizerBase:
     path = model if (Path(model) / bundle.MANIFEST).is_file() else pretrained.resolve(model)
     try:
         with pretrained.Quiet():
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                path, trust_remote_code=False
+            )
     except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"cannot load the tokenizer of {model!r}: {reason}") from error
+        why = pretrained.why(error)
+        raise ModelError(f"cannot load the tokenizer of {model!r}: {why}") from error
     return tokenizer

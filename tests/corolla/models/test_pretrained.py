@@ -1,3 +1,4 @@
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import transformers
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, ModelError
 from corolla.models import devices, folders, pretrained
+from corolla.phones import token_file
 
 Settings = Callable[..., RunConfig]
 
@@ -90,6 +92,25 @@ def test_a_damaged_folder_is_said_in_one_line(
     with pytest.raises(ModelError, match="cannot load model") as caught:
         pretrained.load(settings(model=str(folder)))
     assert "\n" not in str(caught.value)
+
+
+def test_code_that_a_model_brings_is_never_run(
+    settings: Settings, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Nor is anybody asked: a terminal may be an owner's who has no idea what it is about."""
+    folder, run = tmp_path / "model", tmp_path / "run"
+    shutil.copytree(tiny_model, folder)
+    (folder / "evil.py").write_text(f"open({str(run)!r}, 'w')\nclass Config: ...\n")
+    config = json.loads((folder / "config.json").read_text())
+    code = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Config"}
+    config |= {"model_type": "evil", "auto_map": code}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="brings code of its own, which is never run") as caught:
+        pretrained.load(settings(model=str(folder)))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ModelError, match="brings code of its own, which is never run"):
+        token_file.write(str(folder), "embedded", tmp_path / "tokens.jsonl", 64)
+    assert not run.exists()
 
 
 def test_a_hub_name_without_network_is_said_in_one_line(settings: Settings) -> None:
