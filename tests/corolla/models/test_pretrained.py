@@ -11,7 +11,6 @@ import transformers
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, ModelError
 from corolla.models import devices, folders, pretrained
-from corolla.phones import token_file
 
 Settings = Callable[..., RunConfig]
 
@@ -108,8 +107,6 @@ def test_code_that_a_model_brings_is_never_run(
     with pytest.raises(ModelError, match="brings code of its own, which is never run") as caught:
         pretrained.load(settings(model=str(folder)))
     assert "\n" not in str(caught.value)
-    with pytest.raises(ModelError, match="brings code of its own, which is never run"):
-        token_file.write(str(folder), "embedded", tmp_path / "tokens.jsonl", 64)
     assert not run.exists()
 
 
