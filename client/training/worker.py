@@ -216,16 +216,17 @@ class Worker:
         the same.
         """
         settings = TaskSettings.from_json(task.config)
-        earliest = int(task.kind == Kind.TRAIN)  # 0 is the base model's
-        ranges.check("round", task.round, Range(earliest, self.config.rounds))
+        beside = int(task.kind != Kind.TRAIN)  # the untouched model is measured, and the last one
+        allowed = Range(1 - beside, self.config.rounds + beside)
+        ranges.check("round", task.round, allowed)
         sent = self.downlink.open(task, settings.like)
         for group in task.cached.keys() & sent.keys():
             self.memory.keep(group, sent[group], task.cached[group])
+        self.memory.prune(task.cached)  # first: a server may name ever other groups, and send few
         missing = self.memory.missing(task.cached)
         followed = self._follow(task.log, sent) if task.log else {}
         if missing or followed is None:
             raise _NotHeldError(missing or ["log"])
-        self.memory.prune(task.cached)
         groups = {**followed, **sent, **self.memory.recall(task.cached)}
         ranges.check_tensors(groups)
         kept, owed = self._kept(client, settings.accepted, commit=task.kind == Kind.TRAIN)

@@ -16,7 +16,7 @@ from corolla.data import federated
 from corolla.data.encoding import Encoded, Encoder, collate
 from corolla.errors import ArtefactError, ConfigError
 from corolla.evaluation import answers, harness
-from corolla.evaluation.scoring import SHARES, score
+from corolla.evaluation.scoring import SHARES, score_by_row, standard_error
 from corolla.models import adapter_files, devices, pretrained
 from corolla.types import Metrics
 
@@ -50,12 +50,13 @@ def evaluate_adapter(
             f"from seed={config.seed}; what it scores depends on that"
         )
     encoder = Encoder(base.tokenizer, data.labels, config.max_length)
-    examples = [s for example in chosen for s in encoder(example)]
+    parts = [(row, s) for row, example in enumerate(chosen) for s in encoder(example)]
+    numbers, examples = [row for row, _ in parts], [sequence for _, sequence in parts]
     device = devices.pick_device(config.device)
 
     def measure(model: Any) -> Metrics:
-        scores = score(model, examples, base.pad_id, device)
-        return {**scores, **answers.ask(model, base, chosen, config)}
+        scores, rows = score_by_row(model, examples, numbers, base.pad_id, device)
+        return {**scores, **standard_error(rows), **answers.ask(model, base, chosen, config)}
 
     return _side_by_side(adapter, config, base, data.labels, measure)
 

@@ -91,22 +91,6 @@ def _only(model: Any, wanted: Tensor) -> Iterator[None]:
         hook.remove()
 
 
-def score(
-    model: nn.Module,
-    data: Sequence[Encoded],
-    pad_id: int,
-    device: torch.device,
-    batch_size: int = 8,
-) -> Metrics:
-    """`loss` (nats per target), `accuracy` of the most likely target, `targets` (how many).
-
-    Of a classifier also `f1`, see `macro_f1`. Sequences are batched by length, which does not
-    change the result. NaN without targets.
-    """
-    return score_by_row(model, data, range(len(data)), pad_id, device, batch_size)[0]
-
-
-@torch.no_grad()
 def score_by_row(
     model: nn.Module,
     data: Sequence[Encoded],
@@ -115,7 +99,12 @@ def score_by_row(
     device: torch.device,
     batch_size: int = 8,
 ) -> tuple[Metrics, RowLosses]:
-    """What `score` gives, and the losses of the rows that the sequences are parts of, by number."""
+    """Scores, and the losses of the rows that the sequences are parts of, by number.
+
+    `loss` (nats per target), `accuracy` of the most likely target, `targets` (how many). Of a
+    classifier also `f1`, see `macro_f1`. Sequences are batched by length, which does not change
+    the result. NaN without targets.
+    """
     order = sorted(range(len(data)), key=lambda i: len(data[i].input_ids))
     losses: list[float] = []
     classes: list[tuple[int, int]] = []

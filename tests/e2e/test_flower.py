@@ -54,7 +54,7 @@ def _updates(folder: Path) -> Iterator[Path]:
 @pytest.mark.deployment
 def test_a_client_that_diverges_on_flower_is_one_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "corolla", "simulate", *OPTIONS.split(), *QUICK.split()]
-    command += ["--engine", "flower", "--lr", "1e30", "--out", str(tmp_path / "run")]
+    command += ["--engine", "flower", "--lr", "1e6", "--out", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 1
     lines = [line for line in done.stderr.splitlines() if line.strip()]
