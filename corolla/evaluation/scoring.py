@@ -91,6 +91,7 @@ def _only(model: Any, wanted: Tensor) -> Iterator[None]:
         hook.remove()
 
 
+@torch.no_grad()
 def score_by_row(
     model: nn.Module,
     data: Sequence[Encoded],
