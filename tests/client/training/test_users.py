@@ -1,6 +1,7 @@
 """Rows that name users: with dp=example all of a user's rows are one unit, in both trainers."""
 
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from corolla.client.training import dpsgd
 from corolla.client.training.dpsgd import Clipper
+from corolla.client.training.private import sequences as sequences_of_rows
 from corolla.client.training.worker import Device, Worker, encode_all
 from corolla.commands.plan.plan import plan
 from corolla.commands.simulate.in_process import simulate
@@ -277,7 +279,9 @@ def test_units_are_numbered_as_users_come(make: Callable[..., Worker]) -> None:
     found, _ = encode_all(encoder, rows)
     order = list(dict.fromkeys(row.user for row in rows))
     assert [s.unit for s in found] == [order.index(rows[s.example or 0].user) for s in found]
-    assert {s.unit for s in encode_all(encoder, [Example("a b c")])[0]} == {None}
+    assert [s.unit for s in sequences_of_rows(encoder, rows)] == [s.unit for s in found]
+    for encode in (lambda *own: encode_all(*own)[0], sequences_of_rows):
+        assert {s.unit for s in encode(encoder, [Example("a b c")])} == {None}
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "ffa_lora", "seed_pool", "fedkseed", "fedmezo"])
@@ -302,6 +306,38 @@ def test_steps_sampling_ledger_and_weight_are_of_users(
     accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE)
     accountant.compose(PoissonSampledDpEvent(2 / 3, GaussianDpEvent(4.0)), 2)
     assert reply.metrics["epsilon"] == pytest.approx(accountant.get_epsilon(1e-3), rel=2e-3)
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedmezo"])
+@pytest.mark.parametrize("unusable", [0, 6])
+def test_a_device_trains_on_its_users_with_all_their_rows(
+    make: Callable[..., Worker],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    strategy: str,
+    unusable: int,
+) -> None:
+    """Also where users without a usable row leave room for as many examples as others have rows."""
+    real, known = dpsgd.examples, list[list[dpsgd.Example]]()
+
+    def examples(data: Sequence[Encoded], counted: int) -> list[dpsgd.Example]:
+        known.append(real(data, counted))
+        return known[-1]
+
+    monkeypatch.setattr(dpsgd, "examples", examples)
+    worker = make(strategy=strategy)
+    split = worker.data.clients["ada"]
+    lost = [replace(split.train[0], prompt="p" * 200, user=f"no-{i}") for i in range(unusable)]
+    rows = [*lost, *split.train]
+    worker.data = replace(worker.data, clients={"ada": replace(split, train=rows)})
+    with caplog.at_level(logging.INFO, "corolla"):
+        reply = ask(worker, "ada", task(worker))
+    assert (reply.error, reply.num_examples) == ("", min(2 * 2, 3 + unusable))
+    assert "trained without rows" not in caplog.text
+    units = known[0]  # what comes later is synthetic
+    assert sorted(map(len, units)) == [0] * unusable + [1, 3, 5]
+    for unit in units:
+        assert len({rows[s.example or 0].user for s in unit}) <= 1
 
 
 def test_a_delta_that_protects_no_user_is_refused(make: Callable[..., Worker]) -> None:
