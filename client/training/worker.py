@@ -201,9 +201,11 @@ class Worker:
         return self._train(client, task, received, blank)
 
     def _hello(self, client: str, blank: Reply) -> Reply:
+        # With a limit nothing else is done than dp=example, and of users no number of rows is told.
+        dp = "example" if self.device.limit else self.config.dp
         return replace(
             blank,
-            num_examples=counted(self.config.dp, self.data.clients[client].train),
+            num_examples=counted(dp, self.data.clients[client].train),
             model_sha256=self.model.base.fingerprint,
             capabilities=self.device.capabilities,
         )

@@ -30,7 +30,7 @@ from corolla.errors import DataError
 from corolla.models import pretrained, trainable
 from corolla.models.lora import LoraModel
 from corolla.privacy.accounting import Release
-from corolla.privacy.ledger import Ledger
+from corolla.privacy.ledger import Ledger, Limit
 from corolla.server.runs.status import status
 from corolla.storage.memory import Memory
 from corolla.types import Params
@@ -338,6 +338,20 @@ def test_a_device_trains_on_its_users_with_all_their_rows(
     assert sorted(map(len, units)) == [0] * unusable + [1, 3, 5]
     for unit in units:
         assert len({rows[s.example or 0].user for s in unit}) <= 1
+
+
+@pytest.mark.parametrize("dp", ["none", "client", "example"])
+def test_a_limited_device_tells_the_number_of_its_users_alone(
+    make: Callable[..., Worker], dp: str
+) -> None:
+    """Whatever it is asked for: it does nothing but dp=example. Others tell dp=none their rows."""
+    worker = make(dp=dp, noise_multiplier=None if dp == "none" else 4.0)
+    rows = len(worker.data.clients["ada"].train)
+    assert rows > 3
+    for limit, wanted in ((Limit(4.0, 1e-5), 3), (None, 3 if dp == "example" else rows)):
+        worker.device = Device(limit=limit)
+        hello = unpack_reply(worker("ada", task(worker, Kind.HELLO)), 0)
+        assert hello.num_examples == wanted
 
 
 def test_a_delta_that_protects_no_user_is_refused(make: Callable[..., Worker]) -> None:
