@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from corolla.client.training.padding import blank, padded
+from corolla.client.training.padding import blank, filled, padded
 from corolla.data.encoding import IGNORE, Encoded, collate
 from corolla.errors import DataError, ModelError
 from corolla.evaluation.scoring import loss_sum, sequence_losses
@@ -67,13 +67,14 @@ Example = Sequence[Encoded]
 def examples(data: Sequence[Encoded], counted: int) -> list[Example]:
     """The sequences of each of a client's `counted` examples; none where no target is left.
 
+    Of a user those without a target stay: its rows are all computed, whatever is left of them.
     Raises DataError when there are more than were accounted for.
     """
     found: dict[int, list[Encoded]] = {}
     for i, sequence in enumerate(data):
         record = i if sequence.example is None else sequence.example
         own = found.setdefault(record if sequence.unit is None else sequence.unit, [])
-        if sequence.targets:
+        if sequence.targets or sequence.unit is not None:
             own.append(sequence)
     if len(found) > counted:
         raise DataError(f"privacy was accounted for {counted} examples, found {len(found)}")
@@ -151,7 +152,8 @@ class Clipper:
             name: torch.zeros(t.shape[1:], dtype=torch.float64, device=_with_fp64(t.device))
             for name, t in self._seen(nothing).items()
         }
-        batch = [example or [blank(self._model)] for example in batch]
+        nothing_left = blank(self._model)
+        batch = [filled(example, nothing_left) for example in batch]
         rows = [(k, sequence) for k, example in enumerate(batch) for sequence in example]
         shared = [share for example in batch for share in shares(example)]
         begun: Params = {}  # the gradient so far of an example that goes on in the next part

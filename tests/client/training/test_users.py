@@ -253,7 +253,9 @@ ROWS = [5, 1, 3]
 def make(settings: Settings, tmp_path: Path) -> Callable[..., Worker]:
     """A device of nine rows of three users, taken in turn."""
 
-    def worker(folder: str = "memory", users: bool = True, **changes: Any) -> Worker:
+    def worker(
+        folder: str = "memory", users: bool = True, labels: Sequence[str] = (), **changes: Any
+    ) -> Worker:
         owners = [u for u, count in enumerate(ROWS) for _ in range(count)]
         owners = owners[::2] + owners[1::2]
         rows = [
@@ -265,7 +267,8 @@ def make(settings: Settings, tmp_path: Path) -> Callable[..., Worker]:
         given = {"dp": "example", "noise_multiplier": 4.0, "batch_size": 2, "local_steps": 2}
         config = settings(data=str(path), **{**given, **changes})
         own = federated.load_device(config, "ada", [])
-        model = trainable.build(config, pretrained.load(config))
+        own = replace(own, labels=labels)
+        model = trainable.build(config, pretrained.load(config, labels))
         memory = Memory(tmp_path / folder)
         return Worker(config, model, own, memory, device=Device())
 
@@ -335,9 +338,33 @@ def test_a_device_trains_on_its_users_with_all_their_rows(
     assert (reply.error, reply.num_examples) == ("", min(2 * 2, 3 + unusable))
     assert "trained without rows" not in caplog.text
     units = known[0]  # what comes later is synthetic
-    assert sorted(map(len, units)) == [0] * unusable + [1, 3, 5]
+    usable = sorted(sum(s.targets > 0 for s in unit) for unit in units)
+    assert usable == [0] * unusable + [1, 3, 5]
     for unit in units:
         assert len({rows[s.example or 0].user for s in unit}) <= 1
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedmezo"])
+@pytest.mark.parametrize("labels", [[], ["a", "b"]], ids=["text", "classes"])
+def test_a_row_of_a_user_takes_its_time_whatever_is_left_of_it(
+    make: Callable[..., Worker], strategy: str, labels: list[str]
+) -> None:
+    """Nothing, where a prompt fills the sequence, or the run does not know its label."""
+    passes: list[list[tuple[int, ...]]] = []
+    for lost in (False, True):
+        worker = make(folder=f"lost-{lost}", strategy=strategy, batch_size=16, labels=labels)
+        split, seen = worker.data.clients["ada"], list[tuple[int, ...]]()
+        rows = [replace(row, label=labels[0] if labels else None) for row in split.train]
+        if lost:
+            rows[0] = replace(rows[0], **({"label": None} if labels else {"prompt": "p" * 200}))
+        worker.data = replace(worker.data, clients={"ada": replace(split, train=rows)})
+        worker.model.model.register_forward_pre_hook(
+            lambda _, args, named, seen=seen: seen.append(tuple(named["input_ids"].shape)),
+            with_kwargs=True,
+        )
+        assert ask(worker, "ada", task(worker)).error == ""
+        passes.append(seen)
+    assert passes[0] == passes[1]
 
 
 @pytest.mark.parametrize("dp", ["none", "client", "example"])
