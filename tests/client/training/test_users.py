@@ -118,6 +118,38 @@ def test_leaving_a_user_out_moves_the_sum_by_at_most_the_clip(left_out: int) -> 
     assert 0.99 * clip <= apart(whole, rest) <= clip * (1 + 1e-5)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 64])
+def test_no_user_decides_what_the_rows_of_others_are_beside(size: int) -> None:
+    """A device may round a row otherwise in another place, or beside more: by a server's weights
+    that can be much."""
+    model, data = LoraModel(base("llama")), records()
+    trained = written(model, alive(model))
+    known, seen = dpsgd.examples(data, 4), list[list[tuple[int, ...]]]()
+    model.model.register_forward_pre_hook(
+        lambda _, args, named: seen.append([tuple(row) for row in named["input_ids"].tolist()]),
+        with_kwargs=True,
+    )
+
+    def places(batch: Sequence[dpsgd.Example]) -> list[dict[tuple[int, ...], tuple[int, int]]]:
+        """Of each user but the first: row → (its place, how many there are in its pass)."""
+        seen.clear()
+        with (clipper := Clipper(model, trained, size, length=12)).attached():
+            clipper(batch, 1.0)
+        found = {row: (i, len(rows)) for rows in seen for i, row in enumerate(rows)}
+        return [
+            {
+                row: found[row]
+                for row in found
+                for s in own
+                if row[: len(ids := tuple(s.input_ids))] == ids
+            }
+            for own in known[1:]
+        ]
+
+    assert all(places(known))
+    assert places(known) == places([[], *known[1:]])
+
+
 def test_a_step_of_users_is_that_of_opacus(settings: Settings) -> None:
     """Its clipping and its noise, on the sums of the users' gradients that autograd made."""
 
