@@ -13,7 +13,7 @@ from corolla.client.device.node import only_one
 from corolla.client.device.settings import Own
 from corolla.client.phone.policies import NO_LIMITS, Limits
 from corolla.client.phone.session import Phone, Settings
-from corolla.data.rows import check_clients, check_one_kind, read_rows
+from corolla.data.rows import check_clients, check_one_kind, counted, read_rows
 from corolla.errors import ConfigError, StoppedError, WireError
 from corolla.host import logs
 from corolla.host.processes import bypass_proxies, stoppable
@@ -38,11 +38,11 @@ class TorchTrainer:
         rows, _ = read_rows(own.data)
         check_one_kind(rows, own.data)
         check_clients(rows, own.data)
-        self._rows = len(rows)
+        self._examples = counted("example" if own.epsilon else "none", rows)
         self._trainer: Trainer | None = None
 
     def examples(self) -> int:
-        return self._rows
+        return self._examples
 
     def missing(self, run_id: str, groups: Mapping[str, str]) -> Sequence[str]:
         return Memory(self._own.state / "runs" / run_id).missing(groups)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from corolla.client.training.padding import blank, padded
+from corolla.client.training.padding import blank, filled, padded
 from corolla.data.encoding import IGNORE, Encoded, collate
 from corolla.errors import DataError, ModelError
 from corolla.evaluation.scoring import loss_sum, sequence_losses
@@ -67,13 +67,14 @@ Example = Sequence[Encoded]
 def examples(data: Sequence[Encoded], counted: int) -> list[Example]:
     """The sequences of each of a client's `counted` examples; none where no target is left.
 
+    Of a user those without a target stay: its rows are all computed, whatever is left of them.
     Raises DataError when there are more than were accounted for.
     """
     found: dict[int, list[Encoded]] = {}
     for i, sequence in enumerate(data):
         record = i if sequence.example is None else sequence.example
         own = found.setdefault(record if sequence.unit is None else sequence.unit, [])
-        if sequence.targets:
+        if sequence.targets or sequence.unit is not None:
             own.append(sequence)
     if len(found) > counted:
         raise DataError(f"privacy was accounted for {counted} examples, found {len(found)}")
@@ -110,7 +111,8 @@ class Clipper:
     right for any model. In half precision, and with quantised weights, a sequence rounds otherwise
     beside others of other lengths, so much that one example could move the sum by more than C.
 
-    With a `length`, the work of a step depends on the number of examples alone.
+    With a `length`, the work of a step depends on the number of examples alone, or on that of the
+    rows of each user.
     """
 
     def __init__(
@@ -151,21 +153,19 @@ class Clipper:
             name: torch.zeros(t.shape[1:], dtype=torch.float64, device=_with_fp64(t.device))
             for name, t in self._seen(nothing).items()
         }
-        batch = [example or [blank(self._model)] for example in batch]
-        rows = [(k, sequence) for k, example in enumerate(batch) for sequence in example]
-        shared = [share for example in batch for share in shares(example)]
-        begun: Params = {}  # the gradient so far of an example that goes on in the next part
-        for at in range(0, len(rows), self.size):
-            part, after = rows[at : at + self.size], rows[at + self.size :][:1]
-            weights = shared[at : at + self.size]
-            gradients = self._answered([sequence for _, sequence in part], weights)
-            gradients = _by_owner(gradients, [k for k, _ in part])
-            for name, tensor in begun.items():
-                gradients[name][0] += tensor
-            begun = {}
-            if after and after[0][0] == part[-1][0]:
-                begun = {name: tensor[-1] for name, tensor in gradients.items()}
-                gradients = {name: tensor[:-1] for name, tensor in gradients.items()}
+        nothing_left = blank(self._model)
+        batch = [filled(example, nothing_left) for example in batch]
+        for at in range(0, len(batch), self.size):
+            part = batch[at : at + self.size]
+            weights = [shares(example) for example in part]
+            first = [example[0] for example in part], [own[0] for own in weights]
+            gradients = self._answered(*first)
+            # What follows of an example goes by itself: it is not to shift what others are beside.
+            for k, (example, own) in enumerate(zip(part, weights, strict=True)):
+                for i in range(1, len(example), self.size):
+                    j = i + self.size
+                    for name, tensor in self._answered(example[i:j], own[i:j]).items():
+                        gradients[name][k] += tensor.sum(0)
             _add_clipped(total, gradients, clip)
         return total
 
@@ -336,20 +336,6 @@ def _have_rules(model: Any, trained: Collection[nn.Parameter]) -> bool:
         for module in model.modules()
         if any(id(parameter) in wanted for parameter in module.parameters(recurse=False))
     )
-
-
-def _by_owner(gradients: Params, owners: Sequence[int]) -> dict[str, Tensor]:
-    """Sums over the sequences of each example; `owners` are in order, and consecutive."""
-    number = owners[-1] - owners[0] + 1
-    if number == len(owners):
-        return dict(gradients)
-    index = torch.tensor(owners) - owners[0]
-    return {
-        name: tensor.new_zeros(number, *tensor.shape[1:]).index_add_(
-            0, index.to(tensor.device), tensor
-        )
-        for name, tensor in gradients.items()
-    }
 
 
 def _add_clipped(total: Params, gradients: Params, clip: float) -> None:

@@ -5,6 +5,7 @@ its time nor its memory tells of a row.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -19,6 +20,12 @@ def blank(model: Trainable) -> Encoded:
     """
     ids = [model.base.pad_id]
     return Encoded(ids, IGNORE if model.base.task == "classify" else [IGNORE])
+
+
+def filled(example: Sequence[Encoded], blank: Encoded) -> list[Encoded]:
+    """The sequences of an example, a blank for each row of which nothing is left; at least one."""
+    found = [s if s.input_ids else replace(blank, example=s.example, unit=s.unit) for s in example]
+    return found or [blank]
 
 
 def padded(model: Trainable, part: Sequence[Encoded], length: int | None) -> dict[str, Tensor]:

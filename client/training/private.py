@@ -13,7 +13,7 @@ from torch import Tensor
 from corolla.client.training.dpsgd import SelfTestError
 from corolla.config.run import RunConfig
 from corolla.data.encoding import Encoded, Encoder
-from corolla.data.rows import Example
+from corolla.data.rows import Example, units
 from corolla.errors import ArtefactError, ConfigError, CorollaError, RoundError, StoppedError
 from corolla.host import logs
 from corolla.interfaces import Client, ForwardTrainer, LocalTrainer
@@ -30,6 +30,9 @@ _PUBLIC_ERRORS = (ConfigError, SelfTestError, StoppedError)
 
 _CHARACTERS = 32
 """Characters of a row that are looked at for each token that it may have."""
+
+_NOTHING = Encoded((), ())
+"""The place of a row that gave no sequence, among those of its user."""
 
 _log = logs.logger("worker")
 
@@ -134,13 +137,14 @@ def once(private: ExampleLevel) -> ExampleLevel:
 def sequences(encoder: Encoder, rows: Sequence[Example]) -> list[Encoded]:
     """At most one sequence of each row, the start of a longer one, none of one that fails.
 
+    Where rows name users, one without tokens stands for it, so that the row still takes its time.
     How long a row is decides neither how many sequences there are nor, beyond what may fill one,
     how long it takes to make them; a failure would tell of the row.
     """
     longest = encoder.max_length - bool(encoder.labels)  # a mask of ones would be left out
     encoder = replace(encoder, max_length=longest)
     found, failed, shortened = list[Encoded](), 0, 0
-    for number, row in enumerate(rows):
+    for number, (row, unit) in enumerate(zip(rows, units(rows), strict=True)):
         most = _CHARACTERS * longest
         prompt = None if row.prompt is None else row.prompt[:most]
         try:
@@ -148,7 +152,8 @@ def sequences(encoder: Encoder, rows: Sequence[Example]) -> list[Encoded]:
         except Exception:  # noqa: BLE001 - of a tokenizer, or of a row that it cannot take
             own, failed = [], failed + 1
         shortened += len(own) > 1 or len(row.text) > most
-        found += [replace(first, example=number) for first in own[:1]]
+        own = own[:1] if own or unit is None else [_NOTHING]
+        found += [replace(first, example=number, unit=unit) for first in own]
     if failed or shortened:
         _log.warning("rows in part", of=len(rows), not_encoded=failed, cut=shortened)
     return found

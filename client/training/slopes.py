@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from corolla.client.training import dpsgd
+from corolla.client.training.padding import filled
 from corolla.config import schedule
 from corolla.config.run import RunConfig
 from corolla.data.encoding import Encoded, examples_of
@@ -156,8 +157,8 @@ class PrivateSlopes:
     is private as they are. Each example is measured by itself: beside others of other lengths its
     loss would round differently, and divided by 2 eps that is no longer nothing. Of a user, whose
     records are one example, the slopes of each record are measured and summed: the slope of the sum
-    of their losses. Of one without sequences a blank is measured, so that the work depends on the
-    number of records alone.
+    of their losses. In the place of a record of which nothing is left a blank is measured, so that
+    the work depends on the number of records alone.
     """
 
     data: Sequence[Encoded]
@@ -171,7 +172,7 @@ class PrivateSlopes:
     def batches(self) -> Iterator[Batch]:
         known = dpsgd.examples(self.data, self.private.examples)
         for drawn in dpsgd.batches(self.private, known):
-            yield [record for own in drawn for record in dpsgd.records(own or [self.blank])]
+            yield [record for own in drawn for record in dpsgd.records(filled(own, self.blank))]
 
     def note(self, batch: Batch, losses: Sequence[Tensor]) -> None:
         """Nothing of it may be told."""

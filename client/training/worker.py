@@ -15,7 +15,7 @@ from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.data.encoding import Encoded, Encoder
 from corolla.data.federated import FederatedData
-from corolla.data.rows import Example, counted, unit_of
+from corolla.data.rows import Example, counted, unit_of, units
 from corolla.directions import seedlog
 from corolla.errors import ConfigError, CorollaError, ModelError, WireError
 from corolla.evaluation.scoring import halves, score_by_row
@@ -201,9 +201,11 @@ class Worker:
         return self._train(client, task, received, blank)
 
     def _hello(self, client: str, blank: Reply) -> Reply:
+        # With a limit nothing else is done than dp=example, and of users no number of rows is told.
+        dp = "example" if self.device.limit else self.config.dp
         return replace(
             blank,
-            num_examples=counted(self.config.dp, self.data.clients[client].train),
+            num_examples=counted(dp, self.data.clients[client].train),
             model_sha256=self.model.base.fingerprint,
             capabilities=self.device.capabilities,
         )
@@ -384,14 +386,6 @@ def _of_memory(error: Exception) -> bool:
 def encode_all(encoder: Encoder, examples: Sequence[Example]) -> tuple[list[Encoded], int]:
     """(sequences, number of examples without a target)."""
     encoded = [encoder(example) for example in examples]
-    units = _units(examples)
-    sequences = [replace(s, example=i, unit=units[i]) for i, own in enumerate(encoded) for s in own]
+    numbered = enumerate(zip(encoded, units(examples), strict=True))
+    sequences = [replace(s, example=i, unit=unit) for i, (own, unit) in numbered for s in own]
     return sequences, sum(not own for own in encoded)
-
-
-def _units(examples: Sequence[Example]) -> list[int | None]:
-    """The number of each example's user, from 0 in the order in which they come; None without."""
-    numbers: dict[str, int] = {}
-    return [
-        None if row.user is None else numbers.setdefault(row.user, len(numbers)) for row in examples
-    ]

@@ -53,7 +53,10 @@ class Dataset(Subject):
         0.2,
     )
     min_examples: Positive = key(
-        2, "The number of training examples below which a client is left out.", 10
+        2,
+        "The number of training examples, or with dp=example of users where rows name them, below "
+        "which a client is left out.",
+        10,
     )
     max_length: Annotated[int, within("max_length")] = key(
         256,

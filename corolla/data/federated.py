@@ -17,6 +17,7 @@ from corolla.data.rows import (
     check_clients,
     check_one_kind,
     check_users,
+    counted,
     read_rows,
     unit_of,
 )
@@ -64,7 +65,7 @@ def load(config: RunConfig) -> FederatedData:
     for client in sorted(parts):
         split, held = split_client(parts[client], given, config, client)
         heldout += held
-        if len(split.train) >= config.min_examples:
+        if counted(config.dp, split.train) >= config.min_examples:
             clients[client] = split
     if not clients:
         raise DataError(
@@ -128,10 +129,11 @@ def load_device(
     else:
         given = frozenset(row.split for row in rows if row.split not in (None, "train"))
         split, _ = split_client(rows, given, config, name)
-    if len(split.train) < config.min_examples:
+    left = counted("example" if limited else config.dp, split.train)
+    if left < config.min_examples:  # who asks learns of it: of users, how many, not of their rows
+        of = f"{left} of {len(rows)} rows" if left == len(split.train) else f"{left} users"
         raise DataError(
-            f"{len(split.train)} of {len(rows)} rows are left to train on, the run asks for "
-            f"min_examples={config.min_examples}"
+            f"{of} are left to train on, the run asks for min_examples={config.min_examples}"
         )
     return FederatedData(config.data, {name: split}, (), list(labels), fingerprint)
 

@@ -207,3 +207,11 @@ def counted(dp: str, rows: Sequence[Example]) -> int:
     """What a client with these training rows counts in: units with dp=example, else rows."""
     users = dp == "example" and unit_of(rows) == "user"
     return len({row.user for row in rows}) if users else len(rows)
+
+
+def units(rows: Sequence[Example]) -> list[int | None]:
+    """The number of each row's user, from 0 in the order in which they come; None without."""
+    numbers: dict[str, int] = {}
+    return [
+        None if row.user is None else numbers.setdefault(row.user, len(numbers)) for row in rows
+    ]

@@ -16,6 +16,9 @@ def metrics_line(round: int, done: Done, scores: Metrics, account: Spending) -> 
     metrics = dict(result.metrics)
     if dp == "none":
         metrics.pop("epsilon", None)  # whatever a client says: nobody has promised it anything
+    if not account.level:  # with dp=client no client tells metrics, and these are of the release
+        for name in ("noise_norm", "update_norm"):
+            metrics.pop(name, None)
     line: dict[str, Any] = {
         **metrics,  # first: no name that a client sends may replace one of ours
         "round": round,

@@ -582,3 +582,14 @@ def test_grpc_is_what_carries_it() -> None:
     names = {m.name for m in pb.DESCRIPTOR.services_by_name["Phones"].methods}
     assert names == {"CheckIn", "Download", "Upload", "Report", "Heartbeat"}
     assert grpc.StatusCode.UNAUTHENTICATED.value[0] == 16
+
+
+@pytest.mark.parametrize(("limit", "wanted"), [({}, 7), ({"epsilon": 4.0, "delta": 1e-5}, 2)])
+def test_a_limited_phone_tells_the_number_of_its_users_alone(
+    tmp_path: Path, limit: dict[str, float], wanted: int
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    lines = [{"text": f"{i}", "user_id": "a" if i else "b"} for i in range(7)]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    own = {"server": "localhost:1", "data": str(rows), "model": "embedded", "state": tmp_path}
+    assert TorchTrainer(Own.model_validate({**own, **limit})).examples() == wanted

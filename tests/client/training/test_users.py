@@ -1,6 +1,7 @@
 """Rows that name users: with dp=example all of a user's rows are one unit, in both trainers."""
 
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from corolla.client.training import dpsgd
 from corolla.client.training.dpsgd import Clipper
+from corolla.client.training.private import sequences as sequences_of_rows
 from corolla.client.training.worker import Device, Worker, encode_all
 from corolla.commands.plan.plan import plan
 from corolla.commands.simulate.in_process import simulate
@@ -28,7 +30,7 @@ from corolla.errors import DataError
 from corolla.models import pretrained, trainable
 from corolla.models.lora import LoraModel
 from corolla.privacy.accounting import Release
-from corolla.privacy.ledger import Ledger
+from corolla.privacy.ledger import Ledger, Limit
 from corolla.server.runs.status import status
 from corolla.storage.memory import Memory
 from corolla.types import Params
@@ -114,6 +116,38 @@ def test_leaving_a_user_out_moves_the_sum_by_at_most_the_clip(left_out: int) -> 
         left = [own for i, own in enumerate(known) if i != left_out]
         rest = scaled(clipper(left, clip), clip)
     assert 0.99 * clip <= apart(whole, rest) <= clip * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 64])
+def test_no_user_decides_what_the_rows_of_others_are_beside(size: int) -> None:
+    """A device may round a row otherwise in another place, or beside more: by a server's weights
+    that can be much."""
+    model, data = LoraModel(base("llama")), records()
+    trained = written(model, alive(model))
+    known, seen = dpsgd.examples(data, 4), list[list[tuple[int, ...]]]()
+    model.model.register_forward_pre_hook(
+        lambda _, args, named: seen.append([tuple(row) for row in named["input_ids"].tolist()]),
+        with_kwargs=True,
+    )
+
+    def places(batch: Sequence[dpsgd.Example]) -> list[dict[tuple[int, ...], tuple[int, int]]]:
+        """Of each user but the first: row → (its place, how many there are in its pass)."""
+        seen.clear()
+        with (clipper := Clipper(model, trained, size, length=12)).attached():
+            clipper(batch, 1.0)
+        found = {row: (i, len(rows)) for rows in seen for i, row in enumerate(rows)}
+        return [
+            {
+                row: found[row]
+                for row in found
+                for s in own
+                if row[: len(ids := tuple(s.input_ids))] == ids
+            }
+            for own in known[1:]
+        ]
+
+    assert all(places(known))
+    assert places(known) == places([[], *known[1:]])
 
 
 def test_a_step_of_users_is_that_of_opacus(settings: Settings) -> None:
@@ -251,7 +285,9 @@ ROWS = [5, 1, 3]
 def make(settings: Settings, tmp_path: Path) -> Callable[..., Worker]:
     """A device of nine rows of three users, taken in turn."""
 
-    def worker(folder: str = "memory", users: bool = True, **changes: Any) -> Worker:
+    def worker(
+        folder: str = "memory", users: bool = True, labels: Sequence[str] = (), **changes: Any
+    ) -> Worker:
         owners = [u for u, count in enumerate(ROWS) for _ in range(count)]
         owners = owners[::2] + owners[1::2]
         rows = [
@@ -263,7 +299,8 @@ def make(settings: Settings, tmp_path: Path) -> Callable[..., Worker]:
         given = {"dp": "example", "noise_multiplier": 4.0, "batch_size": 2, "local_steps": 2}
         config = settings(data=str(path), **{**given, **changes})
         own = federated.load_device(config, "ada", [])
-        model = trainable.build(config, pretrained.load(config))
+        own = replace(own, labels=labels)
+        model = trainable.build(config, pretrained.load(config, labels))
         memory = Memory(tmp_path / folder)
         return Worker(config, model, own, memory, device=Device())
 
@@ -277,7 +314,9 @@ def test_units_are_numbered_as_users_come(make: Callable[..., Worker]) -> None:
     found, _ = encode_all(encoder, rows)
     order = list(dict.fromkeys(row.user for row in rows))
     assert [s.unit for s in found] == [order.index(rows[s.example or 0].user) for s in found]
-    assert {s.unit for s in encode_all(encoder, [Example("a b c")])[0]} == {None}
+    assert [s.unit for s in sequences_of_rows(encoder, rows)] == [s.unit for s in found]
+    for encode in (lambda *own: encode_all(*own)[0], sequences_of_rows):
+        assert {s.unit for s in encode(encoder, [Example("a b c")])} == {None}
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "ffa_lora", "seed_pool", "fedkseed", "fedmezo"])
@@ -302,6 +341,76 @@ def test_steps_sampling_ledger_and_weight_are_of_users(
     accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE)
     accountant.compose(PoissonSampledDpEvent(2 / 3, GaussianDpEvent(4.0)), 2)
     assert reply.metrics["epsilon"] == pytest.approx(accountant.get_epsilon(1e-3), rel=2e-3)
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedmezo"])
+@pytest.mark.parametrize("unusable", [0, 6])
+def test_a_device_trains_on_its_users_with_all_their_rows(
+    make: Callable[..., Worker],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    strategy: str,
+    unusable: int,
+) -> None:
+    """Also where users without a usable row leave room for as many examples as others have rows."""
+    real, known = dpsgd.examples, list[list[dpsgd.Example]]()
+
+    def examples(data: Sequence[Encoded], counted: int) -> list[dpsgd.Example]:
+        known.append(real(data, counted))
+        return known[-1]
+
+    monkeypatch.setattr(dpsgd, "examples", examples)
+    worker = make(strategy=strategy)
+    split = worker.data.clients["ada"]
+    lost = [replace(split.train[0], prompt="p" * 200, user=f"no-{i}") for i in range(unusable)]
+    rows = [*lost, *split.train]
+    worker.data = replace(worker.data, clients={"ada": replace(split, train=rows)})
+    with caplog.at_level(logging.INFO, "corolla"):
+        reply = ask(worker, "ada", task(worker))
+    assert (reply.error, reply.num_examples) == ("", min(2 * 2, 3 + unusable))
+    assert "trained without rows" not in caplog.text
+    units = known[0]  # what comes later is synthetic
+    usable = sorted(sum(s.targets > 0 for s in unit) for unit in units)
+    assert usable == [0] * unusable + [1, 3, 5]
+    for unit in units:
+        assert len({rows[s.example or 0].user for s in unit}) <= 1
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedmezo"])
+@pytest.mark.parametrize("labels", [[], ["a", "b"]], ids=["text", "classes"])
+def test_a_row_of_a_user_takes_its_time_whatever_is_left_of_it(
+    make: Callable[..., Worker], strategy: str, labels: list[str]
+) -> None:
+    """Nothing, where a prompt fills the sequence, or the run does not know its label."""
+    passes: list[list[tuple[int, ...]]] = []
+    for lost in (False, True):
+        worker = make(folder=f"lost-{lost}", strategy=strategy, batch_size=16, labels=labels)
+        split, seen = worker.data.clients["ada"], list[tuple[int, ...]]()
+        rows = [replace(row, label=labels[0] if labels else None) for row in split.train]
+        if lost:
+            rows[0] = replace(rows[0], **({"label": None} if labels else {"prompt": "p" * 200}))
+        worker.data = replace(worker.data, clients={"ada": replace(split, train=rows)})
+        worker.model.model.register_forward_pre_hook(
+            lambda _, args, named, seen=seen: seen.append(tuple(named["input_ids"].shape)),
+            with_kwargs=True,
+        )
+        assert ask(worker, "ada", task(worker)).error == ""
+        passes.append(seen)
+    assert passes[0] == passes[1]
+
+
+@pytest.mark.parametrize("dp", ["none", "client", "example"])
+def test_a_limited_device_tells_the_number_of_its_users_alone(
+    make: Callable[..., Worker], dp: str
+) -> None:
+    """Whatever it is asked for: it does nothing but dp=example. Others tell dp=none their rows."""
+    worker = make(dp=dp, noise_multiplier=None if dp == "none" else 4.0)
+    rows = len(worker.data.clients["ada"].train)
+    assert rows > 3
+    for limit, wanted in ((Limit(4.0, 1e-5), 3), (None, 3 if dp == "example" else rows)):
+        worker.device = Device(limit=limit)
+        hello = unpack_reply(worker("ada", task(worker, Kind.HELLO)), 0)
+        assert hello.num_examples == wanted
 
 
 def test_a_delta_that_protects_no_user_is_refused(make: Callable[..., Worker]) -> None:

@@ -626,6 +626,28 @@ def test_a_device_with_too_little_is_told(rows: Rows) -> None:
     assert len(device(rows(numbered(1)), "p", min_examples=1).clients["p"].train) == 1
 
 
+@pytest.mark.parametrize("private", PRIVATE)
+def test_no_number_of_rows_of_users_decides_a_refusal(rows: Rows, private: dict[str, Any]) -> None:
+    """A server could find it out by min_examples; of users it is told how many there are."""
+    for many in (1, 30):
+        owners = [{"text": f"{i}", "user_id": "a"} for i in range(many)]
+        path = rows([*owners, {"text": "x", "user_id": "b"}])
+        assert len(private_device(path, min_examples=2, **private).clients["p"].train) == many + 1
+        with pytest.raises(DataError, match=r"^2 (of 2 rows|users) are left to train on"):
+            private_device(path, min_examples=3, **private)
+
+
+def test_a_simulation_leaves_out_clients_with_few_users(rows: Rows) -> None:
+    lines = [
+        {"text": f"{c} {i}", "client_id": c, "user_id": f"u{i % users}", "split": "train"}
+        for c, users in (("ada", 1), ("ben", 4))
+        for i in range(8)
+    ]
+    path = rows([*lines, {**lines[0], "split": "test"}])
+    for private, wanted in (({}, {"ada", "ben"}), (PRIVATE[0], {"ben"})):
+        assert load(path, min_examples=4, **private).clients.keys() == wanted
+
+
 def heldout(path: Path | str, **changes: Any) -> FederatedData:
     return federated.load_heldout(RunConfig(data=str(path), **changes))
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from corolla.config.load import load
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
 from corolla.server.runs import evaluate, run
+from corolla.server.runs.proof import Proof
 from corolla.warnings.effects import EFFECTS, without_effect
 
 Settings = Callable[..., RunConfig]
@@ -121,6 +123,10 @@ def silent(key: Key) -> bool:
 SILENT = [key for key in KEYS.values() if silent(key) and key.group not in (CLASSES, OPTIONS)]
 
 
+PROOF = Proof(0.0, 1e-4, 0.0, 1, 1, "PEFT", "float32", "none", 0)
+"""The same of every run: it is not what is to differ."""
+
+
 @pytest.fixture(scope="module")
 def small() -> dict[str, Any]:
     """The files of the run without any setting, once it was made."""
@@ -138,7 +144,8 @@ def test_what_is_neither_refused_nor_told_changes_the_run(
     key: Key,
 ) -> None:
     monkeypatch.setattr(evaluate.Evaluator, "samples", lambda self, adapter: [])
-    monkeypatch.setattr(evaluate.Evaluator, "verify", lambda self, adapter, folder: 0.0)
+    monkeypatch.setattr(run, "OtherProcess", nullcontext)
+    monkeypatch.setattr(run, "prove", lambda judge, adapter, folder, other: PROOF)
     monkeypatch.setattr(run, "write_report", lambda path, info, lines: None)
     usual: dict[str, Any] = {"rounds": 2, "cohort": 2, "local_steps": 1, "eval_client_examples": 2}
     if not small:

@@ -436,9 +436,11 @@ def test_a_run_that_can_spend_no_more_between_attempts_is_done(
 def test_without_privacy_nobody_is_promised_an_epsilon(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever one client says that it has measured."""
-    monkeypatch.setattr(rounds, "mean_metrics", lambda metrics, examples: {"epsilon": 0.1})
+    """Whatever one client says that it has measured; nor is anything told of noise."""
+    said = {"epsilon": 0.1, "noise_norm": 9.0, "update_norm": 1.0}
+    monkeypatch.setattr(rounds, "mean_metrics", lambda metrics, examples: said)
     simulate(settings(rounds=1), tmp_path / "out")
-    assert "epsilon" not in lines(tmp_path / "out")[0]
+    assert not said.keys() & lines(tmp_path / "out")[0].keys()
+    assert "noise" not in [warning["id"] for warning in info(tmp_path / "out")["warnings"]]
     assert "privacy" not in info(tmp_path / "out")
     assert status(tmp_path / "out").epsilon is None
