@@ -125,7 +125,7 @@ def test_blocks_stay_apart_from_the_base(tmp_path: Path) -> None:
 def test_a_late_joiner_gets_every_block_and_trains_as_if_it_had_been_there(
     tmp_path: Path,
 ) -> None:
-    run = tiny.start(tiny.config("flora", cohort=2, rank=2), "bert", tmp_path / "one")
+    run = tiny.start(tiny.config("flora", cohort=2, rank=2, rounds=6), "bert", tmp_path / "one")
     met: dict[str, frozenset[str]] = {}
     late = 0
     for round in range(1, 7):
@@ -138,7 +138,9 @@ def test_a_late_joiner_gets_every_block_and_trains_as_if_it_had_been_there(
             assert got == {g for g in blocks if ids[g] not in known.get(name, frozenset())}
             late += name not in known and len(blocks) > 1
             met[name] = frozenset(ids.values())
-        again = tiny.start(tiny.config("flora", cohort=2, rank=2), "bert", tmp_path / str(round))
+        again = tiny.start(
+            tiny.config("flora", cohort=2, rank=2, rounds=6), "bert", tmp_path / str(round)
+        )
         again.state, again.done = before, run.done[:-1]  # everybody lacks everything
         again.step()
         assert again.network.sent == run.network.sent

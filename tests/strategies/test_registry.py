@@ -217,6 +217,7 @@ def test_every_mistake_with_a_file_is_one_line(
 
 
 def test_check_and_simulate_take_a_file(mine: Path, tmp_path: Path) -> None:
+    mine.write_text(MINE.replace("    half: float = 0.5\n", ""))  # it has no effect
     run = CliRunner().invoke
     checked = run(app, ["check", f"{mine}:Mine", "--json"])
     assert checked.exit_code == 0, checked.output

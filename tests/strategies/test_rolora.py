@@ -79,7 +79,7 @@ def test_the_phase_is_the_broadcasts_and_no_counter_of_the_client(phase: int, tr
 
 
 def test_a_factor_is_sent_to_who_lacks_it_and_both_to_who_was_absent(tmp_path: Path) -> None:
-    run = tiny.start(tiny.config("rolora", cohort=2), "bert", tmp_path)
+    run = tiny.start(tiny.config("rolora", cohort=2, rounds=8), "bert", tmp_path)
     holds: dict[str, set[str]] = {}
     sizes = []
     for _ in range(8):

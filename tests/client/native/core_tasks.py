@@ -29,7 +29,7 @@ RUN = "ab" * 16
 def config(**changes: Any) -> RunConfig:
     """A run whose steps are few; on the embedded model, if `changes` do not say another."""
     values: dict[str, Any] = {
-        "rounds": 3,
+        "rounds": 9,
         "clients": 4,
         "cohort": 2,
         "rank": 8,

@@ -150,8 +150,8 @@ def test_arguments_are_explained(keyed: typer.Typer) -> None:
     """Click 8.5 forgets what typer 0.20 has told it of them."""
     assert "A word. [required]" in help_of(keyed)
     for command, text in (
-        ("compare", "Two or more: names"),
-        ("check", "default: all."),
+        ("compare", "Two or more: NAME"),
+        ("check", "or all, the default."),
         ("keys", "A key, or a word"),
     ):
         assert text in help_of(main, command)

@@ -185,9 +185,8 @@ def test_a_task_asked_twice_is_done_once_and_a_new_one_takes_its_place(
 def test_a_late_joiner_gets_what_it_missed_and_a_lost_gateway_starts_from_a_snapshot(
     tmp_path: Path,
 ) -> None:
-    config = tiny.config(
-        "seed_pool", cohort=2, deadline=60.0, options={"size": 4096, "scalars": "fp32"}
-    )
+    options = {"size": 4096, "scalars": "fp32"}
+    config = tiny.config("seed_pool", cohort=2, deadline=60.0, rounds=7, options=options)
     shared = Shared(config, gateways.renamed("gate/"), tmp_path / "memories")
 
     def trainers(names: str) -> dict[str, Any]:

@@ -101,7 +101,7 @@ class Setting:
 @pytest.fixture
 def setup(settings: Settings, tmp_path: Path) -> Callable[..., Setting]:
     def make(**changes: Any) -> Setting:
-        config = settings(**changes)
+        config = settings(**{"rounds": 20, **changes})
         model = LoraModel(pretrained.load(config))
         worker = Worker(config, model, federated.load(config), Memory(tmp_path / "memory"))
         clients = {c: len(s.train) for c, s in worker.data.clients.items()}
