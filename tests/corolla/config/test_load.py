@@ -137,6 +137,7 @@ def test_names_of_strategies_may_have_dashes(tmp_path: Path) -> None:
         load(tmp_path, "strategy = 'ffa-lora'"),
         load(tmp_path, None, ["strategy=ffa-lora"]),
         load(tmp_path, strategy="ffa-lora"),
+        RunConfig(strategy="ffa-lora"),
     ):
         assert found.strategy == "ffa_lora"
 
