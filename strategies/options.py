@@ -1,6 +1,7 @@
 """Options of strategies: the fields of their dataclasses, each with what it says of itself."""
 
 import dataclasses
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,3 +16,26 @@ def option(
     """
     known = {"text": text, "example": example, "beside": dict(beside or {})}
     return dataclasses.field(default=default, metadata=known)
+
+
+def types(cls: type) -> Mapping[str, Any]:
+    """The types of a strategy's options by name; none where they cannot be read."""
+    try:
+        return typing.get_type_hints(cls)
+    except NameError:  # an annotation that only a type checker imports
+        return {}
+
+
+def misfit(kind: Any, value: object) -> str:
+    """What an option of a plain type should have been given; "" if it has been, or has another.
+
+    What else it asks of its values a strategy says by itself.
+    """
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is bool:
+        return "" if isinstance(value, bool) else "true or false"
+    if kind is int:
+        return "" if number and isinstance(value, int) else "a whole number"
+    if kind is float:
+        return "" if number and value == value else "a number"
+    return ""

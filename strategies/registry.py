@@ -9,6 +9,7 @@ from typing import Any
 from corolla.errors import ConfigError
 from corolla.host.text import nearest
 from corolla.interfaces import Strategy, Traits
+from corolla.strategies import options as options_of
 from corolla.strategies.listing import LISTED
 from corolla.strategies.own import files
 
@@ -68,13 +69,14 @@ def create(name: str, options: Mapping[str, object] | None = None) -> Strategy:
         if dataclasses.is_dataclass(cls)
         else {}
     )
+    types = options_of.types(cls)
     for key, value in given.items():
         if key not in usual:
             has = f"its options are {', '.join(usual)}" if usual else "it has no options"
             hint = nearest(key, usual) or has
             raise ConfigError(f"strategy {name} has no option {key!r}: {hint}")
-        if isinstance(usual[key], bool) and not isinstance(value, bool):
-            raise ConfigError(f"strategy {name}: {key} is true or false, found {value!r}")
+        if wanted := options_of.misfit(types.get(key, type(usual[key])), value):
+            raise ConfigError(f"strategy {name}: {key} is {wanted}, found {value!r}")
     try:
         return cls(**given)
     except (TypeError, ValueError) as error:

@@ -177,7 +177,13 @@ def check(
 
 
 @takes(
-    options=run_options("engine", seed="The seed of the run, and of the coins."),
+    options=run_options(
+        "engine",
+        clients="The number of clients; canaries are clients beside them, or rows of the first.",
+        cohort="The number of clients in a round, for --membership and dp-sampling=poisson; else "
+        "canaries are all asked that may be.",
+        seed="The seed of the run, and of the coins.",
+    ),
     tried=CANARIES,
 )
 def audit(

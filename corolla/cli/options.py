@@ -188,7 +188,7 @@ _ROOTS = Option(Path | None, "ca.pem of the server.", usual="the system's")
 DEVICE: Table = {
     "server": _SERVER,
     "root_certificates": _ROOTS,
-    "data": Option(str | None, "FILE.jsonl: all rows are trained on."),
+    "data": Option(str | None, "FILE.jsonl: its own rows, for training and evaluation."),
     "name": Option(str | None, "In the federation.", usual="made from the key"),
     "model": Option(str | None, "The run's: hub name, folder, .gguf.", usual="embedded"),
     "state": Option(Path | None, "Key, logs, what is kept.", usual="~/.local/state/corolla"),
@@ -263,7 +263,7 @@ GATEWAY: Table = {
 PHONE: Table = {
     "gateway": Option(str, "corolla gateway.", ..., more={"metavar": "HOST:PORT"}),
     "token_file": Option(Path, "What the gateway's owner gave.", ...),
-    "data": Option(str, "FILE.jsonl: all rows are trained on.", ...),
+    "data": Option(str, "FILE.jsonl: its own rows, for training and evaluation.", ...),
     "root_certificates": Option(Path | None, "ca.pem of the gateway.", usual="the system's"),
     "name": Option(str | None, "In the federation.", usual="made once, kept in --state"),
     "model": Option(str | None, "Hub name, folder, 'embedded'.", usual="the gateway's"),

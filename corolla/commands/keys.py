@@ -19,8 +19,8 @@ _HEADER = """# All keys of the configuration
 Written by `corolla keys --markdown` from the fields themselves; `corolla keys WORD` tells the same
 of one key, or finds those whose name or text has a word. A key is given as `--set KEY=VALUE`, or
 stands in a TOML file (`--config`) under the same name, with `-` or `_`. An option of the command
-holds before `--set`, and that before the file. "By default" is what a run takes where nothing is
-given; `null` is for `--set`: in a file the key is left out.
+and `--set` hold before the file, and may not contradict each other. "By default" is what a run
+takes where nothing is given; `null` is for `--set`: in a file the key is left out.
 """
 _WIDTH = 24
 """Columns of the longest names: those of options and of classes."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from corolla.config.build import build_strategy
 from corolla.config.groups import ClientClass
-from corolla.config.mistakes import unknown
+from corolla.config.mistakes import no_table, unknown
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
 from corolla.host import wording
@@ -115,8 +115,11 @@ def _gather(
     chosen = str(values.get("strategy", default_strategy))
     for table in named - {"strategy", chosen}:
         raise ConfigError(f"{table}.NAME in --set is for strategy {table}, found {chosen}")
-    options = {**values.get("options", {}), **tables.get("strategy", {}), **tables.get(chosen, {})}
-    return {**values, "options": options} if options else values
+    options = {**tables.get("strategy", {}), **tables.get(chosen, {})}
+    before = values.get("options", {})
+    if not options or not isinstance(before, dict):  # what is no table is told with all keys
+        return values
+    return {**values, "options": {**before, **options}}
 
 
 def validate(values: Mapping[str, Any]) -> RunConfig:
@@ -137,7 +140,7 @@ def _assign(
             _assign(values, tables, f"{key}.{name}", entry, source)
     elif dot:
         if table not in registry.STRATEGIES and table != "strategy":
-            raise unknown(table, ["strategy", *registry.STRATEGIES], source)
+            raise no_table(table, field, RunConfig.model_fields, source)
         tables.setdefault(table, {})[field.replace("-", "_")] = value
     elif key not in RunConfig.model_fields:
         raise unknown(key, RunConfig.model_fields, source)

@@ -33,7 +33,10 @@ class Machine(Adapter):
         True,
     )
     threads: Annotated[int, Field(ge=0)] = key(
-        0, "The number of threads of the CPU.", 2, effect="as many as there are cores"
+        0,
+        "The number of threads of the CPU.",
+        2,
+        effect="OMP_NUM_THREADS where it is set, else as many as there are cores",
     )
 
 

@@ -1,6 +1,8 @@
 """What is said of a key that does not exist, and of a value that a key cannot have."""
 
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -9,6 +11,7 @@ from corolla.config.groups import ClientClass
 from corolla.errors import ConfigError
 from corolla.host import wording
 from corolla.host.text import nearest
+from corolla.strategies.registry import STRATEGIES
 
 MEANINGS: Mapping[str, str] = {
     **dict.fromkeys(("learning_rate", "base_lr", "rate"), "lr"),
@@ -81,10 +84,46 @@ def meant(name: str, known: Collection[str]) -> str:
 def unknown(name: str, known: Collection[str], source: str = "") -> ConfigError:
     """The error for a key that is none of those known; `source` says where it stood."""
     hint = meant(name, known)
+    if not hint and "strategy" in known:
+        hint = _option(name.replace("-", "_").lower(), in_code=not source)
     if not hint and len(known) > _FEW:
         hint = "no key is like it, corolla keys lists all"
     rest = f": {hint}" if hint else f"; known keys are {', '.join(known)}"
     return ConfigError(f"unknown key {name!r}{f' in {source}' if source else ''}{rest}")
+
+
+def no_table(table: str, entry: str, fields: Mapping[str, FieldInfo], source: str) -> ConfigError:
+    """The error for `TABLE.ENTRY` where the table is no strategy's, nor that of classes.
+
+    Either is a misspelt strategy with an option of it, or a key that stands in no table.
+    """
+    if table == "options":
+        wanted = f"strategy.{entry}"
+        return ConfigError(f"options of the strategy are set as {wanted!r} in {source}")
+    if table in fields:
+        asked = wording.expected(fields[table])
+        return ConfigError(f"{_dashed([table])}: {asked}, found a table with {entry!r} in {source}")
+    name = entry.partition(".")[0].replace("-", "_")
+    near = nearest(table, ["strategy", "classes", *STRATEGIES])
+    of_near = any(f"'{known}'" in near for known in _takers(name))
+    key = "" if of_near else meant(name, fields)
+    told = f"{key.removesuffix('?')}, which stands in no table?" if key else near
+    if not told:
+        told = "there are classes, strategy, those of strategies and, in a file, server"
+    return ConfigError(f"unknown table {table!r} in {source}: {told}")
+
+
+def _option(name: str, in_code: bool) -> str:
+    """The question whether an option of strategies is meant; "" if none takes it."""
+    takers, wanted = _takers(name), f"{name!r} in options" if in_code else repr(f"strategy.{name}")
+    return f"did you mean {wanted}, an option of {', '.join(takers)}?" if takers else ""
+
+
+def _takers(option: str) -> list[str]:
+    """The strategies that take an option."""
+    declared: Mapping[str, Any] = STRATEGIES  # dataclasses, which the protocol does not say
+    fields = {name: dataclasses.fields(cls) for name, cls in declared.items()}
+    return [name for name, own in fields.items() if option in [field.name for field in own]]
 
 
 def first_of(error: ValidationError, fields: Mapping[str, FieldInfo]) -> ConfigError:

@@ -39,10 +39,11 @@ class RunConfig(Settings):
     def _absolute_file(cls, name: str) -> str:
         """As paths of model and data: FILE.py:Class must mean the same from another folder.
 
-        Raises ConfigError for a strategy that there is not.
+        A name of Corolla's own is written with _. Raises ConfigError for a strategy that there is
+        not.
         """
         registry.find(name)
-        return files.absolute(name)
+        return files.absolute(name) if ":" in name else name.replace("-", "_")
 
     @field_validator("model", "data", "availability", "public")
     @classmethod

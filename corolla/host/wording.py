@@ -28,7 +28,7 @@ def read(text: str) -> Any:
     """A value as TOML or JSON would read it; anything else is a text."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text.strip()
 
 

@@ -1,9 +1,11 @@
 import dataclasses
 import json
+import math
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from typer.testing import CliRunner
@@ -127,7 +129,11 @@ def test_what_cannot_be_a_strategy_is_refused(name: str, message: str) -> None:
             "strategy flora: max_rank must be a whole number from 1, found 0",
         ),
         ("flora", {"max_rank": 2.5}, "strategy flora: max_rank must be"),
-        ("flora", {"compact_at": "often"}, "strategy flora: "),
+        ("flora", {"compact_at": "often"}, "strategy flora: compact_at is a number, found 'often'"),
+        ("fedavgm", {"beta": [0.5]}, "strategy fedavgm: beta is a number, found [0.5]"),
+        ("fedavgm", {"lr": True}, "strategy fedavgm: lr is a number, found True"),
+        ("fedmezo", {"lozo_rank": 1.5}, "fedmezo: lozo_rank is a whole number, found 1.5"),
+        ("flexlora", {"balanced": 1}, "flexlora: balanced is true or false, found 1"),
         (OWN + "Own", {"server_lr": -1}, "server_lr must be positive, found -1"),
     ],
 )
@@ -136,6 +142,16 @@ def test_bad_options_are_a_users_error(name: str, options: dict[str, object], me
         create(name, options)
     assert message in str(raised.value)
     assert raised.value.exit_code == 2
+
+
+@pytest.mark.parametrize("value", ["x", [1], {}, math.nan])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_an_option_of_another_type_is_said_in_words(name: str, value: object) -> None:
+    for option in dataclasses.fields(cast(Any, STRATEGIES[name])):
+        with pytest.raises(ConfigError) as raised:
+            create(name, {option.name: value})
+        assert option.name in str(raised.value)
+        assert "not supported between" not in str(raised.value)
 
 
 def test_options_reach_the_strategy() -> None:

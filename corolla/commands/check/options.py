@@ -9,6 +9,7 @@ from corolla.commands.check.tables import TRIALS, Trial
 from corolla.errors import ConfigError
 from corolla.host import wording
 from corolla.strategies import registry
+from corolla.strategies.options import types
 
 
 def given(names: Sequence[str], settings: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -24,7 +25,8 @@ def given(names: Sequence[str], settings: Sequence[str]) -> dict[str, dict[str, 
         if not (equals and dot and option and (table == "strategy" or table in tables)):
             raise ConfigError(
                 f"--set {setting!r}: check takes options of the strategies that it checks, as "
-                f"strategy.KEY=VALUE or NAME.KEY=VALUE; all else of its runs is fixed"
+                f"strategy.KEY=VALUE or NAME.KEY=VALUE; all else of its runs is fixed "
+                f"(corolla keys strategies lists all options)"
             )
         for name in names if table == "strategy" else [tables[table]]:
             found[name][option] = wording.read(text)
@@ -49,7 +51,7 @@ def trials(name: str, option: str, fixed: Mapping[str, object]) -> Sequence[Tria
     beside = field.metadata.get("beside", {})
     if (cls.name, option) in TRIALS:
         return TRIALS[cls.name, option]
-    kind = _types(cls).get(option)
+    kind = types(cls).get(option)
     if typing.get_origin(kind) is Literal:
         others = [value for value in typing.get_args(kind) if value != field.default]
         return [Trial(value, beside) for value in others]
@@ -71,13 +73,6 @@ def trials(name: str, option: str, fixed: Mapping[str, object]) -> Sequence[Tria
 def _fields(name: str) -> Sequence[dataclasses.Field[Any]]:
     cls: Any = registry.find(name)
     return dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
-
-
-def _types(cls: type) -> Mapping[str, Any]:
-    try:
-        return typing.get_type_hints(cls)
-    except NameError:  # an annotation that only a type checker imports
-        return {}
 
 
 def _neighbours(default: object) -> Iterator[object]:

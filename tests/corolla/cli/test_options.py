@@ -1,4 +1,4 @@
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_origin
 
 import pytest
 import typer
@@ -127,7 +127,8 @@ def test_help_of_a_key_is_what_its_field_says(command: str) -> None:
     assert shown == again
     for key in table():
         if key.name in RUN:
-            words = f"{key.kind}; " if key.name in ("engine", "dp") else ""
+            form = get_origin(RunConfig.model_fields[key.name].annotation)
+            words = f"{key.kind}; " if form is Literal else ""
             usual = key.usual.partition(";")[0]
             assert f"{key.text} [{words}default: {usual}]" in shown
 

@@ -91,6 +91,13 @@ def test_settings_are_read_as_their_type(
         (None, ["strategy.mu=3"], ["fedavg", "no options", "'mu'"]),
         (None, ["strategy=fedavgg"], ["'fedavgg'", "'fedavg'"]),
         (None, ["zzzzzz=3"], ["'zzzzzz'", "no key is like it, corolla keys lists all"]),
+        (None, ["beta=0.5"], ["'beta'", "'strategy.beta', an option of fedavgm?"]),
+        ("[training]\nlr = 1.0", [], ["'training'", "'lr', which stands in no table?"]),
+        (None, ["lora.r=8"], ["'lora'", "'rank', which stands in no table?"]),
+        (None, ["zzz.zzz=8"], ["'zzz'", "there are classes, strategy"]),
+        (None, ["lr.a=1"], ["lr: expected a number from", "found a table with 'a'"]),
+        ("[ranks]\na = 1", [], ["ranks: expected a list such as [4,8], found a table"]),
+        (None, ["options.max_rank=3"], ["set as 'strategy.max_rank'"]),
     ],
 )
 def test_an_unknown_key_gets_the_nearest_one(
@@ -130,6 +137,7 @@ def test_names_of_strategies_may_have_dashes(tmp_path: Path) -> None:
         load(tmp_path, "strategy = 'ffa-lora'"),
         load(tmp_path, None, ["strategy=ffa-lora"]),
         load(tmp_path, strategy="ffa-lora"),
+        RunConfig(strategy="ffa-lora"),
     ):
         assert found.strategy == "ffa_lora"
 
@@ -161,6 +169,12 @@ def test_names_of_strategies_may_have_dashes(tmp_path: Path) -> None:
         (["strategy=flora", "flora.max_rank=0"], ["max_rank must be a whole number from 1"]),
         (["strategy=flora", "flora.max_rank=many"], ["flora"]),
         (["model=[1,\n2]"], ["model"]),
+        (["options=3"], ['options: expected a table such as {"max_rank":64}, found 3']),
+        (
+            ["strategy=flora", "options=[1]", "flora.max_rank=8"],
+            ["options: expected a table", "[1]"],
+        ),
+        (["ranks=" + "[" * 100_000], ["ranks: expected a list such as [4,8], found '[[["]),
     ],
 )
 def test_a_bad_value_is_refused_in_one_line(

@@ -81,6 +81,7 @@ def test_where_nothing_is_near_a_few_keys_are_named_and_many_are_not() -> None:
     [
         ({"round": 2}, "unknown key 'round': did you mean 'rounds'?"),
         ({"learning_rate": 1.0}, "unknown key 'learning_rate': did you mean 'lr'?"),
+        ({"mu": 1}, "unknown key 'mu': did you mean 'mu' in options, an option of fedprox?"),
         (
             {"classes": {"phone": {"steps": 2}}},
             "unknown key 'steps' in classes.phone: did you mean 'local_steps'?",
