@@ -3,10 +3,8 @@
 import json
 import os
 import sys
-import tempfile
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from corolla.errors import ArtefactError
+from corolla.host.files import scratch_folder
 from corolla.host.supervised import Child
 
 ROWS, LOGITS, ANSWER = "rows.safetensors", "logits.safetensors", "answer.json"
@@ -62,8 +61,7 @@ class OtherProcess:
         path = os.pathsep.join(folder for folder in sys.path if folder)
         with ExitStack() as ends:
             try:
-                folder = ends.enter_context(tempfile.TemporaryDirectory(prefix="corolla-proof-"))
-                self._folder = Path(folder)
+                self._folder = ends.enter_context(scratch_folder("proof"))
                 self._child = Child(
                     command(),
                     self._folder / "reader.log",

@@ -97,6 +97,15 @@ def private() -> Iterator[None]:
         os.umask(before)
 
 
+def written(path: Path) -> tuple[int, int]:
+    """The time in ns at which a file was written last, and its bytes; zeros where there is none."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return 0, 0
+    return stat.st_mtime_ns, stat.st_size
+
+
 def sync_folder(folder: Path) -> None:
     """Bring new names in a folder to disk; files themselves are synced by who writes them."""
     if os.name != "posix":

@@ -13,6 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from corolla.errors import ConfigError, CorollaError
+from corolla.host.files import written
 from corolla.server.runs import journal
 from corolla.server.runs.journal import alive
 from corolla.server.runs.status import State, Status, status
@@ -31,7 +32,7 @@ class RunCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         try:
-            found = _status(self.folder, alive(self.folder), *map(_written, self.files))
+            found = _status(self.folder, alive(self.folder), *map(written, self.files))
         except CorollaError:
             yield GaugeMetricFamily("corolla_up", "Whether there is a run to tell of", 0)
             return
@@ -43,14 +44,6 @@ class RunCollector(Collector):
 @lru_cache(maxsize=1)
 def _status(folder: Path, living: bool | None, *written: tuple[int, int]) -> Status:
     return status(folder)
-
-
-def _written(path: Path) -> tuple[int, int]:
-    try:
-        stat = path.stat()
-    except OSError:
-        return 0, 0
-    return stat.st_mtime_ns, stat.st_size
 
 
 def _counters(found: Status) -> Iterator[Metric]:

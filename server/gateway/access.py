@@ -8,6 +8,7 @@ from pathlib import Path
 
 from corolla.errors import ConfigError, WireError
 from corolla.host import logs
+from corolla.host.files import written
 from corolla.phones import protocol
 
 SHORTEST = 16
@@ -63,7 +64,7 @@ class TokenFile(Mapping[str, Token]):
 
     def __init__(self, path: Path) -> None:
         """Raises ConfigError."""
-        self._path, self._seen = path, _written(path)
+        self._path, self._seen = path, written(path)
         self._tokens = read_tokens(path)
 
     def __getitem__(self, owner: str) -> Token:
@@ -77,7 +78,7 @@ class TokenFile(Mapping[str, Token]):
         return len(self._tokens)
 
     def _read_again(self) -> None:
-        now = _written(self._path)
+        now = written(self._path)
         if now == self._seen:
             return
         self._seen = now
@@ -102,12 +103,3 @@ def who(tokens: Mapping[str, Token], authorization: str) -> Token | None:
 
 def _owner(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()[:32]
-
-
-def _written(path: Path) -> tuple[int, int]:
-    """When a file was written, and its size; a file that is gone: zeros."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return 0, 0
-    return stat.st_mtime_ns, stat.st_size
