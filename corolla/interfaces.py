@@ -153,8 +153,8 @@ class Strategy(Protocol):
 
     name: ClassVar[str]
     aggregates: ClassVar[Aggregates]
-    """What of the global model is the clients' mean, weighted by the distinct examples that each
-    trained on in the round; `check` proves it."""
+    """The part of the global model that is the clients' mean, weighted by the distinct examples
+    that each trained on in the round; `check` proves it."""
     mixed_ranks: ClassVar[bool]
     """Clients may train adapters of different ranks."""
     trainers: ClassVar[tuple[TrainerName, ...]]
@@ -250,14 +250,14 @@ class Observed:
 
 @runtime_checkable
 class PricedByState(Protocol):
-    """What a strategy adds whose broadcasts are now and then of another size than its rounds'."""
+    """The price of a strategy whose broadcasts are now and then of another size."""
 
     def cost_from(self, state: Payload, cohort: Sequence[Size]) -> Sequence[Cost]:
         """As `Strategy.cost`, for a round that starts from `state`."""
 
 
 class Claim(Protocol):
-    """What a strategy may add for `corolla check` to hold it against; each part may be left out.
+    """The claims that a strategy may add for `corolla check` to prove; each may be left out.
 
     Whoever aggregates "other" adds `expected`: without it nothing of the aggregate is proven.
     """

@@ -44,7 +44,7 @@ RobustRule = Literal["median", "trimmed_mean", "norm_clip", "krum", "multi_krum"
 """How a round is defended against hostile clients."""
 
 Space = Literal["tensors", "products"]
-"""Where updates are compared: tensor by tensor, or by the products of their factors."""
+"""The space in which updates are compared: tensor by tensor, or by products of their factors."""
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ class FedExLora:
 
     @property
     def exact(self) -> bool:
-        """Whether nothing is cut."""
+        """True where the options cut nothing."""
         return self.residual_rank is None and self.max_rank is None
 
     def expected(self, rounds: Sequence[Observed]) -> Params:

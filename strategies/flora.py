@@ -128,7 +128,7 @@ class Flora:
 
     @property
     def exact(self) -> bool:
-        """Whether nothing is cut."""
+        """True where the options cut nothing."""
         return self.energy == 1 and self.max_rank is None
 
     def expected(self, rounds: Sequence[Observed]) -> Params:

@@ -59,5 +59,5 @@ class Local(FedAvg):
         return [Cost(up=0, down=4 * n) for n in (s.A + s.B + s.head for s in cohort)]
 
     def expected(self, rounds: Sequence[Observed]) -> Params:
-        """What all started from: nobody else changes it."""
+        """Returns the adapter that all started from, in fp64: nobody else changes it."""
         return {name: tensor.double() for name, tensor in rounds[0].start.items()}

@@ -132,7 +132,7 @@ class Mixed:
 
     @property
     def weighted(self) -> bool:
-        """Whether a client counts by its examples alone."""
+        """True where a client counts by its examples alone."""
         return self.weights == "examples"
 
     def shares(self, observed: Observed) -> Mapping[str, float]:

@@ -27,7 +27,7 @@ def types(cls: type) -> Mapping[str, Any]:
 
 
 def misfit(kind: Any, value: object) -> str:
-    """What an option of a plain type should have been given; "" if it has been, or has another.
+    """Names the values of a plain type; "" if `value` is one of them, or the type is not plain.
 
     What else it asks of its values a strategy says by itself.
     """

@@ -52,7 +52,7 @@ def find(name: str) -> type[Strategy]:
 
 
 def label(name: str) -> str:
-    """What people call a strategy, everywhere: its key here; of one's own its `name`.
+    """Returns a strategy's name, as people say it: its key here; of one's own, its `name`.
 
     A class that has none of its own, only that of the class it extends, is called as the class.
     Raises ConfigError as `find` does.

@@ -57,7 +57,7 @@ class Alive:
         return not self.why
 
     def spent(self) -> Spent:
-        """What was spent since the last entry of the history; a charger gives nothing back."""
+        """Returns the Spent since the last entry of the history; a charger gives nothing back."""
         return self._caller.meter.spent(max(0.0, self._charge - self._battery()))
 
     def _beat(self) -> None:

@@ -1,6 +1,7 @@
-"""What this device spends of the day that its owner and its gateway allow: one meter for all calls.
+"""The meter counts bytes and seconds of a day against the limits of owner and gateway.
 
-It is asked before each call and told after it, so that no lease, download or visit is beside it.
+All calls have this one meter. It is asked before each call and told after it, so that no lease,
+download or visit is beside it.
 """
 
 import threading
@@ -20,7 +21,7 @@ class SessionOverError(Exception):
 
 
 class UsedUpError(SessionOverError):
-    """What may be spent in a day is spent. Never leaves this package."""
+    """A limit of the day is reached, or a call would go over it. Never leaves this package."""
 
 
 class Meter:

@@ -67,7 +67,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Spent:
-    """What a device has spent: bytes up and down, seconds at work, percent of a full charge."""
+    """The use of a device: bytes up and down, seconds at work, percent of a full charge."""
 
     bytes: float = 0.0
     seconds: float = 0.0
@@ -122,7 +122,7 @@ def while_training(
     now: float,
     spent: Spent,
 ) -> list[str]:
-    """What does not hold any more once so much was spent beside what the history has."""
+    """Names the conditions that fail once `spent` is added to what the history has of the day."""
     return [*_conditions(policy, device), *used_up(policy, spent + spent_today(history, now))]
 
 
@@ -147,7 +147,7 @@ def used_up(policy: pb.Policy, spent: Spent) -> list[str]:
 
 
 def spent_today(history: Sequence[Entry], now: float) -> Spent:
-    """What was spent in the 24 hours before `now`."""
+    """Sums the entries of the 24 hours before `now`, in seconds since 1970."""
     today = _today(history, now)
     return Spent(
         math.fsum(entry.bytes for entry in today),

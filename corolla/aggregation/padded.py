@@ -44,7 +44,7 @@ class NormWeighted:
 
 
 def _rows(params: Params, module: str) -> Tensor:
-    """Which rows of A, or columns of B, a client has: neither padded nor pruned, (r,)."""
+    """Marks, as (r,), the rows of A and columns of B that are neither padded nor pruned."""
     return params[module + factors.A].any(1) | params[module + factors.B].any(0)
 
 

@@ -72,7 +72,7 @@ class FieldText(click.ParamType):  # type: ignore[type-arg]
         return with_default(text, usual, choices)
 
     def _types(self) -> tuple[click.ParamType[Any, Any], tuple[str, ...]]:
-        """What the text is read as; and the words that there are to choose from."""
+        """Returns the click type that reads the text, and the words to choose from (or none)."""
         from corolla.host import wording
 
         form = wording.parts(self.fields()[self.key].annotation)[0]

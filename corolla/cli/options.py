@@ -30,14 +30,14 @@ class Option(NamedTuple):
     kind: Any
     """The type that its text is read as, or the field that says it."""
     help: str
-    """What it is; "": as its field says."""
+    """The text in --help; "": that of its field."""
     default: Any = None
     """The value where none is given; `...` marks an option that must be given."""
     flags: tuple[str, ...] = ()
     more: Mapping[str, Any] = {}
     """Other arguments of `typer.Option`: min, max, metavar."""
     usual: str = ""
-    """What holds where none is given, in words; "": the value itself."""
+    """The default in effect, in words; "": the value itself."""
 
     def parameter(self, name: str) -> inspect.Parameter:
         """The option as typer finds it in the signature of a function."""
@@ -123,7 +123,7 @@ SIMULATION: Table = {
     "track": Option(list[str] | None, f"{', '.join(TRACKERS)}; repeatable."),
     "fail_on_warning": FAIL_ON_WARNING,
 }
-"""What `corolla simulate` keeps and tells."""
+"""Options of `corolla simulate`: updates to keep, trackers to tell, warnings as errors."""
 
 SEARCH: Table = {
     "seeds": Option(int, "Runs of each strategy; 1 allows no claim.", 3),

@@ -87,7 +87,7 @@ class Adapter(Subject):
 
     @property
     def kind(self) -> Kind:
-        """What there is to know of the parameters that are trained."""
+        """The kind of the parameters that are trained, with its facts and defaults."""
         return kinds.KINDS[self.parameters]
 
     @property

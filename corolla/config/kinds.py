@@ -1,4 +1,4 @@
-"""What a run can train: one row for each kind of trained parameters, asked by `config.kind`.
+"""The kinds of parameters that a run can train, one row each, asked by `config.kind`.
 
 Rows hold facts and defaults. How many values a kind trains, and the model that trains them, are in
 corolla/models/kinds.py, with a row for each kind as well.
@@ -25,7 +25,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Kind:
-    """What everybody asks of a kind of trained parameters."""
+    """A kind of trained parameters: the facts and defaults that everybody asks for."""
 
     name: KindName
     artefact: Literal["adapter", "model"]
@@ -50,7 +50,7 @@ class Kind:
     quantised: bool = False
     """The base may be quantised."""
     not_private: str = ""
-    """What it does to the gradients of examples that dp=example has no use for, as the end of a
+    """The effect on gradients of examples for which dp=example is refused, as the end of a
     sentence; "" where dp=example goes with it."""
     hooked: bool = False
     """Hooks tell the gradients of a batch's examples apart; else examples go one at a time."""
@@ -101,4 +101,4 @@ _ROWS = (
 KINDS: Mapping[str, Kind] = {kind.name: kind for kind in _ROWS}
 """Name, as the key `parameters` says it → the kind."""
 DEFAULT = KINDS["lora"]
-"""What is trained unless a run says otherwise."""
+"""The kind that is trained unless a run says otherwise."""

@@ -365,7 +365,7 @@ def refuse_kept_updates(config: RunConfig) -> None:
 
 
 def compared_in(config: RunConfig, strategy: Strategy) -> Space:
-    """Where the rule of robust aggregation compares updates of the strategy."""
+    """Returns the space in which the rule of robust aggregation compares the strategy's updates."""
     own = robust.space_of(registry.traits(strategy))
     return own if config.robust_space == "auto" else config.robust_space
 

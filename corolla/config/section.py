@@ -38,7 +38,7 @@ class Section(BaseModel):
 
 
 class InEffect:
-    """What holds where a key is left out, in words; to give it is to leave the key out."""
+    """The default in effect of a key, in words; to give it is to leave the key out."""
 
     def __init__(self, words: str) -> None:
         self.words = words

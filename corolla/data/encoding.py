@@ -23,7 +23,7 @@ class Encoded:
     example: int | None = None
     """Which of a client's examples it comes from: windows of one text count once."""
     unit: int | None = None
-    """Which of a client's users, from 0, where rows name them."""
+    """The number, from 0, of its user among the client's; None where rows name no users."""
 
     @property
     def targets(self) -> int:

@@ -37,13 +37,13 @@ class FederatedData:
     labels: Sequence[str]
     fingerprint: str
     validation_reported: bool = False
-    """Whether clients' own validation examples are the held-out set, for want of other rows."""
+    """True where clients' own validation examples are the held-out set, for want of other rows."""
     left_out: int = 0
     """Clients with fewer than min_examples training examples."""
 
     @property
     def names_users(self) -> bool:
-        """Whether the training rows of the clients say of which user they are."""
+        """True where the training rows of any client name users."""
         return any(unit_of(split.train) == "user" for split in self.clients.values())
 
 

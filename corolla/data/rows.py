@@ -199,12 +199,12 @@ def _all_or_none(
 
 
 def unit_of(rows: Sequence[Example]) -> Literal["example", "user"]:
-    """What dp=example protects as a whole: each user of a client where rows name them."""
+    """Returns the unit that dp=example protects as a whole: "user" where rows name users."""
     return "user" if any(row.user is not None for row in rows) else "example"
 
 
 def counted(dp: str, rows: Sequence[Example]) -> int:
-    """What a client with these training rows counts in: units with dp=example, else rows."""
+    """Counts the users of these rows with dp=example, where rows name them; else the rows."""
     users = dp == "example" and unit_of(rows) == "user"
     return len({row.user for row in rows}) if users else len(rows)
 

@@ -22,7 +22,7 @@ ROWS, LOGITS, ANSWER = "rows.safetensors", "logits.safetensors", "answer.json"
 
 @dataclass(frozen=True)
 class Request:
-    """What to load, how, and the folder (absolute) where rows are and answers go."""
+    """A request to the other process: what to load, how, and the folder (absolute) of files."""
 
     scratch: str
     saved: str
@@ -32,7 +32,7 @@ class Request:
     """Classes of a classifier; 0: a model that generates."""
     dtype: str
     quantised: dict[str, Any]
-    """What BitsAndBytesConfig is told; empty for a base that is not quantised."""
+    """Arguments of BitsAndBytesConfig; empty for a base that is not quantised."""
     device: str
     threads: int
     seed: int
@@ -41,7 +41,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What was found beside the logits."""
+    """The findings of the other process, beside the logits."""
 
     loss: float
     """Mean of the cross-entropy over all targets of the rows, in nats."""
@@ -85,7 +85,7 @@ class OtherProcess:
         self._ends.close()
 
     def ask(self, request: dict[str, Any], rows: dict[str, Tensor]) -> tuple[Answer, Tensor]:
-        """What it finds in `rows`, and the logits. Raises ArtefactError when it fails."""
+        """Has rows read. Returns the answer and the logits; raises ArtefactError when it fails."""
         told = {name: tensor.cpu().contiguous() for name, tensor in rows.items()}
         try:
             save_file(told, self._folder / ROWS)
@@ -110,5 +110,5 @@ def _nobody(line: str) -> None:
 
 
 def command() -> list[str]:
-    """What starts the other process."""
+    """Returns the command line that starts the other process."""
     return [sys.executable, "-m", "corolla.evaluation.reader"]

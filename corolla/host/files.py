@@ -89,7 +89,7 @@ def scratch_folder(purpose: str) -> Iterator[Path]:
 
 @contextmanager
 def private() -> Iterator[None]:
-    """What this process and its children create meanwhile can be read by its owner alone."""
+    """Lets the owner alone read what this process and its children create meanwhile."""
     before = os.umask(0o077)
     try:
         yield

@@ -33,7 +33,7 @@ def read(text: str) -> Any:
 
 
 def effect(field: FieldInfo) -> str:
-    """What a run takes by itself, in words, where that is not the field's default; else ""."""
+    """Returns in words what a run takes by itself; "" where the default of the field holds."""
     about = field.json_schema_extra
     return str(about.get("effect", "")) if isinstance(about, dict) else ""
 
@@ -98,7 +98,7 @@ def within(field: FieldInfo, path: Iterable[str]) -> FieldInfo:
 
 
 def told(error: ErrorDetails, fields: Mapping[str, FieldInfo], null: bool = True) -> str:
-    """What one of these fields should have been, and what it was found to be.
+    """Returns the words for a refused value: what its field should have been, and what was found.
 
     Without `null` nothing is said of null, which TOML and options do not have.
     """

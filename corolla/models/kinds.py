@@ -1,4 +1,4 @@
-"""What each kind of trained parameters is in a model: shapes by formula, and the model itself.
+"""The form of each kind of trained parameters: shapes by formula, and how the model is built.
 
 Facts and defaults of a kind are in corolla/config/kinds.py. Tensors that are trained as they are
 have a row in corolla/models/parts.py, and need none here. Libraries that load models are imported

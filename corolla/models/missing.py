@@ -16,7 +16,7 @@ _SHOWN = 3
 
 
 def within(name: str, modules: Iterable[str]) -> bool:
-    """Whether a tensor or module is one of `modules` or in one."""
+    """Returns whether a tensor or module is one of `modules` or in one."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
@@ -67,7 +67,7 @@ def _has_layers(module: nn.Module) -> bool:
 
 
 def _is_new(name: str, module: nn.Module, missing: Collection[str]) -> bool:
-    """Whether it can be trained as it is, and the checkpoint has none of its parameters."""
+    """Returns whether a module can be trained as it is and the checkpoint has none of it."""
     own = dict(module.named_parameters())
     with_parameters = [
         part for part in module.modules() if any(True for _ in part.parameters(False))

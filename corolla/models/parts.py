@@ -36,7 +36,7 @@ def _nothing(base: Base, targets: Sequence[str], virtual_tokens: int) -> None:
 
 @dataclass(frozen=True)
 class Part:
-    """Which tensors of a model are trained. All functions raise ModelError where there are none."""
+    """The trained tensors of a model. All functions raise ModelError where there are none."""
 
     names: Callable[[Base], list[str]]
     """Parameters of the base model."""
@@ -44,7 +44,7 @@ class Part:
     targets: Callable[[Base, Sequence[str] | None], list[str]] = _no_targets
     """Suffixes of the names of modules that get tensors of their own; given, or those that fit."""
     added: Callable[[Base, Sequence[str], int], IA3Config | PromptTuningConfig | None] = _nothing
-    """What peft adds, for targets and a number of virtual tokens."""
+    """The peft config for targets and a number of virtual tokens; None where peft adds nothing."""
 
 
 def chosen(base: Base, role: str) -> dict[str, nn.Parameter]:

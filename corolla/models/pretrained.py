@@ -206,7 +206,7 @@ def _convert(gguf: Path) -> Path:
 
 
 def quantised(config: RunConfig) -> dict[str, Any]:
-    """What BitsAndBytesConfig is told; empty for a base as it is. Raises ConfigError."""
+    """Returns arguments of BitsAndBytesConfig, {} for a base as it is. Raises ConfigError."""
     if config.quantization == "none":
         return {}
     if importlib.util.find_spec("bitsandbytes") is None:

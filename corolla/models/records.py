@@ -40,7 +40,7 @@ def write_update(
 def write_decoded(
     folder: Path, model: "Trainable", lora: LoraSpec, sent: Payload, opened: Payload
 ) -> None:
-    """What the server decodes of an update that a lossy codec has encoded, beside the adapter.
+    """Writes, beside the adapter, an update as the server decodes it after a lossy codec.
 
     `sent` is what was encoded. `decoded.safetensors` has the tensors as they travel, GROUP/NAME.
     Where all of them are of the model, `decoded/` is the adapter that they stand for: what was
@@ -60,7 +60,10 @@ def write_decoded(
 
 
 def _scale(sent: Tensor, trained: Tensor) -> float:
-    """What a factor was multiplied by to be sent: each strategy divides the scaling its own way."""
+    """Computes the number that a factor was multiplied by to be sent; 1.0 for a factor of zeros.
+
+    Each strategy divides the scaling its own way.
+    """
     square = float(trained.double().square().sum())
     return float((sent.double() * trained.double()).sum()) / square if square else 1.0
 

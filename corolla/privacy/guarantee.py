@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 Unit = Literal["example", "user", "example or user", "client"]
-"""What is protected as a whole; some clients can have rows that name users, and others not."""
+"""The unit that is protected as a whole; some clients can have rows that name users, others not."""
 
 NEIGHBOURS: dict[Unit, str] = {
     "example": "add or remove one example",
@@ -27,7 +27,7 @@ A client's place in the cohorts stays: with another one in its stead, two update
 
 @dataclass(frozen=True)
 class Guarantee:
-    """What is promised to each example, user or client, in the terms that decide its meaning."""
+    """The promise to each example, user or client, in the terms that decide its meaning."""
 
     unit: Unit
     epsilon: float

@@ -24,7 +24,7 @@ def cut(whole: Tensor, rank: int | None = None, energy: float = 1.0) -> tuple[Te
 
 
 class DenseBlocks:
-    """What frozen blocks add to each module (out, in), by the rule of corolla.tensors.blocks.
+    """The sum of frozen blocks in each module (out, in), by the rule of corolla.tensors.blocks.
 
     Their ranks are those that the factors have, which decide when all are cut to `max_rank`.
     """

@@ -1,1 +1,1 @@
-"""What a run warns of: settings that it does not read, and results that are harmful."""
+"""Warnings of a run: settings that it does not read, and results that are harmful."""

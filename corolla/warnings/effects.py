@@ -26,13 +26,13 @@ class Reader:
 
     config: RunConfig
     deployed: bool = False
-    """Whether clients are devices of their own, and the run is that of `corolla server`."""
+    """True where clients are devices of their own, and the run is that of `corolla server`."""
     kind: str = ""
     """The name of the class; "" for the whole run."""
 
     @cached_property
     def traits(self) -> Traits:
-        """What the strategy says of itself."""
+        """The traits that the strategy declares."""
         return registry.traits(registry.find(self.config.strategy))
 
     @cached_property
@@ -43,7 +43,7 @@ class Reader:
 
     @property
     def distant(self) -> bool:
-        """Whether answers come over Flower, at a time of their own."""
+        """True where answers come over Flower, at a time of their own."""
         return self.deployed or self.config.engine == "flower"
 
     @property
@@ -52,7 +52,7 @@ class Reader:
         return math.ceil(self.config.rounds / self.config.eval_every)
 
     def overridden(self, key: str) -> bool:
-        """Whether every class gives its own value of a key."""
+        """Returns whether there are classes and every one gives its own value of a key."""
         classes = [] if self.kind else self.config.classes.values()
         return bool(classes) and all(getattr(own, key) is not None for own in classes)
 
@@ -286,7 +286,7 @@ def without_effect(config: RunConfig, deployed: bool = False) -> Iterator[Idle]:
 
 
 def _told(key: str, name: str, value: object, reader: Reader) -> Iterator[Idle]:
-    """What the first of the rules of a key that applies says."""
+    """Yields the Idle of the first rule of a key that applies; nothing where none does."""
     for rule in EFFECTS.get(key, ()):
         if rule.when(reader):
             yield Idle(key, f"{name}={value}", rule.why(reader), str(rule.instead))

@@ -1,4 +1,4 @@
-"""What a run warns of, with what to do: settings that do harm, and results that are harmful.
+"""Warnings of a run, with what to do: settings that do harm, and results that are harmful.
 
 Three verdicts are made of a run that has ended, from what run.json and metrics.jsonl hold:
 
@@ -34,7 +34,7 @@ class RunWarning:
     """One of VERDICTS; or eps, memory, unbounded or no_effect, of a run that begins."""
     why: str
     instead: str
-    """What to do about it."""
+    """The advice on what to do about it; "" without any."""
     numbers: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -175,7 +175,7 @@ def _noise(config: RunConfig, lines: Sequence[Mapping[str, Any]]) -> Iterator[Ru
 
 
 def _calmer(config: RunConfig) -> str:
-    """What makes a run do less harm."""
+    """Returns the advice by which a run does less harm."""
     calmer = f"lower lr (here {config.lr:g}), or take fewer local steps"
     if config.dp != "none":
         return f"{calmer}; or ask more clients a round, or allow more epsilon ({_PRIVACY})"

@@ -10,13 +10,13 @@ from corolla.wire.messages import Reply, Task
 
 @dataclass(frozen=True)
 class Sealed:
-    """What a message carries of a payload."""
+    """A payload as a message carries it: dense groups as bytes, scalar groups beside."""
 
     data: bytes
     """The dense groups, compressed."""
     scalars: Payload
     owed: Payload = field(default_factory=dict)
-    """What the steps have left out of differences: to be added to the next payload."""
+    """The remainders of differences that the steps left out: to be added to the next payload."""
 
     @property
     def size(self) -> int:
@@ -42,7 +42,7 @@ class Envelope:
         owed: Payload | None = None,
         beside: Payload | None = None,
     ) -> Sealed:
-        """What a message carries of a payload; `seed` decides the stochastic rounding.
+        """Packs a payload for a message; `seed` decides the stochastic rounding.
 
         With `owed` the payload is of differences, and this was left out of those before it. Groups
         `beside` it travel as they are. Raises WireError for values that are not finite, which no
@@ -67,7 +67,7 @@ class Envelope:
         return found if like is None else self.steps.unpack(found, like)
 
     def like(self, payload: Payload) -> Payload | None:
-        """What of a payload has the form that `open` asks for; None where nothing is compressed."""
+        """Returns the dense groups, whose form `open` asks for; None if nothing is compressed."""
         return None if self.steps == PLAIN else scalar_groups.split(payload)[0]
 
 

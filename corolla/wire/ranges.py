@@ -29,11 +29,11 @@ class Range:
 
     @property
     def whole(self) -> bool:
-        """Whether it holds whole numbers alone."""
+        """True for a range of whole numbers alone."""
         return isinstance(self.least, int)
 
     def holds(self, value: object) -> bool:
-        """Whether a value is a number of this kind, within the range; NaN is in none."""
+        """Returns whether a value is a number of this kind, within the range; NaN is in none."""
         kinds = int if self.whole else (int, float)
         known = isinstance(value, kinds) and not isinstance(value, bool)
         return known and self.least <= value <= self.most  # type: ignore[operator]

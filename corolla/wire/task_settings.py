@@ -1,4 +1,4 @@
-"""What a task tells beside its payload, as the JSON text in its header."""
+"""The settings of a task, which stand beside its payload as the JSON text in its header."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from corolla.wire import compression, ranges
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What every task tells of its run, a hello included."""
+    """The settings that every task tells of its run, a hello included."""
 
     run: Mapping[str, Any]
     """The settings of the run, by their keys."""
@@ -41,7 +41,7 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """What a task to train or to evaluate tells its receiver."""
+    """The settings that a task to train or to evaluate tells its receiver."""
 
     lora: LoraSpec
     """Rank and scaling of its adapter."""

@@ -206,7 +206,7 @@ def _application(upstream: str, ca: Path, connections: int) -> Starlette:
 
 
 def _malformed(request: Request) -> bool:
-    """Whether a request has two lengths, or a header that cannot travel on: beyond ASCII."""
+    """Returns whether a request has two lengths, or headers beyond ASCII, which cannot go on."""
     headers = request.headers
     two = "content-length" in headers and "transfer-encoding" in headers
     return two or not all(value.isascii() for value in headers.values())

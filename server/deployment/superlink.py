@@ -148,7 +148,7 @@ class Control:
         self._tls = ssl.create_default_context(cafile=str(place.ca))
         self._client = ControlHttpClient(self._url, verify=self._tls, timeout=10.0)
         self.answer = ""
-        """What `ready` has asked last, and what came back."""
+        """The last request of `ready`, and what came back."""
 
     def close(self) -> None:
         self._client.close()

@@ -227,7 +227,7 @@ class Supervisor:
         self._told = len(lines)
 
     def _tell_proof(self) -> None:
-        """What was proven of what the run has saved."""
+        """Says the claim that was proven of the saved model, where run.json has one."""
         with suppress(OSError, ValueError, KeyError):
             info = json.loads((self.folder / "run.json").read_text())
             self.say(f"what is saved is what was trained: {info['reload']['claim']}")

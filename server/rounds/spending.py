@@ -46,7 +46,7 @@ class Spending:
     unnamed: set[str] = field(default_factory=set)
     """Clients whose rows named no users; gateways of which some phone's did not."""
     expected: Unit = "example"
-    """What is protected as far as is known before a client has told."""
+    """The unit that is protected as far as is known before a client has told."""
     levels: dict[str, ExampleLevel] = field(default_factory=dict)
     """Client → the noise on its gradients, with dp=example, once it was worked out."""
 
@@ -91,7 +91,7 @@ class Spending:
 
     @property
     def unit(self) -> Unit:
-        """What is protected as a whole, as the clients say that have told."""
+        """The unit that is protected as a whole, as the clients say that have told."""
         if self.level or not self.who:
             return "client" if self.level else self.expected
         if not self.users:

@@ -55,7 +55,7 @@ class _Content:
     sealed: Sealed
     log: Log | None
     like: Payload | None
-    """What is compressed of it."""
+    """The dense groups, whose form the receiver needs; None where nothing is compressed."""
     size: int
     """Bytes of the values, framing apart."""
 
@@ -153,7 +153,7 @@ def _settings(
     like: Payload | None,
     run: Mapping[str, Any],
 ) -> TaskSettings:
-    """What a member's task tells beside what it carries, compressed of the form of `like`."""
+    """Returns the settings of a member's task; `like` has the form of what is compressed in it."""
     lora = federation.lora(member)
     gateway = member in federation.seats  # it has no model: it is told its phones' adapters
     return TaskSettings(

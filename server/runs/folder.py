@@ -12,7 +12,7 @@ from corolla.host.files import write_atomic
 from corolla.server.runs.journal import NAME
 
 _BEFORE_IT_BEGINS = {NAME, "run.json.part"}
-"""What a run writes before run.json is whole."""
+"""Names of files that a run writes before run.json is whole."""
 
 
 def prepare_folder(folder: Path, resume: bool) -> None:

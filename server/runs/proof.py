@@ -1,4 +1,4 @@
-"""Whether what a run has saved is what it has trained: another process loads it, from the files.
+"""The proof that a saved model is the trained one: another process loads it, from the files.
 
 The process has another seed, no memory of the run, and plain transformers and peft (reader.py): it
 reads the base model from disk, so that what is in no file cannot be right by chance.
@@ -30,7 +30,7 @@ _UPDATE = 1e-6
 
 @dataclass(frozen=True)
 class Proof:
-    """What another process has found of a saved model."""
+    """The findings of another process on a saved model."""
 
     difference: float
     """Largest difference of its logits from the server's."""
@@ -52,7 +52,7 @@ class Proof:
 
     @property
     def line(self) -> str:
-        """What was proven, as the end of a sentence."""
+        """The claim that was proven, as the end of a sentence."""
         what = "with the base anew from disk" if self.reader == "PEFT" else "from disk"
         how = "" if self.quantization == "none" else f", {self.quantization}"
         return (

@@ -100,5 +100,5 @@ class Server:
 
 
 def answer(trainer: Trainer, task: Task) -> Reply:
-    """What the device sends."""
+    """Returns the device's reply to a task."""
     return unpack_reply(trainer(pack_task(task), lambda: True), 1 << 30)

@@ -1,4 +1,4 @@
-"""What a device sends does not show what its rows are, but for what the noise is made for.
+"""An answer of a device does not show what its rows are, but for what the noise is made for.
 
 The noise is silenced here: what is left of a row in an answer is then within the bound that the
 noise covers, and all else of the answer is equal.
@@ -31,7 +31,7 @@ from tests.client.training.test_worker import ask, task
 
 Settings = Callable[..., RunConfig]
 USUAL = [Example(f"row {i} of text") for i in range(6)]
-"""What a client has; a neighbour has another last row."""
+"""The rows of a client; a neighbour has another last row."""
 
 LAST = {
     "longer than may be": Example("z" * 100_000),
@@ -100,7 +100,7 @@ def answered(
 
 
 def values(reply: Reply, worker: Worker) -> dict[str, Tensor]:
-    """What a reply says of the weights, by name."""
+    """Returns the tensors of the weights that a reply has, as GROUP/NAME → tensor."""
     like = None
     if worker.config.codec:
         like = {"adapter": worker.model.init(worker.config.lora, 0)}

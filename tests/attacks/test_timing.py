@@ -50,7 +50,10 @@ class Work(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch says no
 
 @pytest.fixture
 def works(tiny_model: Path, tmp_path: Path) -> Callable[..., Counted]:
-    """What the second answer takes: the first also encodes rows, and compares gradients."""
+    """Returns a function that counts the operations of a second answer, given its last row.
+
+    The first answer also encodes rows, and compares gradients.
+    """
     count = iter(range(1000))
 
     def work(last: dict[str, str], **changes: Any) -> Counted:

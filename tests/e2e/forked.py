@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 MODULES = ("corolla", "corolla.evaluation.reader")
-"""What `python -m` of the folder `bin` runs in a fork; anything else is started as ever."""
+"""Modules that `python -m` of the folder `bin` runs in a fork; all else is started as ever."""
 SERVER = Path(__file__).with_name("fork_server.py")
 SCRIPT = '''#!{python} -ISu
 """Asks {socket} to run Corolla in this folder, with these streams; anything else runs as ever."""

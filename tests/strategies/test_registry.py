@@ -44,7 +44,7 @@ def test_every_strategy_of_the_folder_is_listed_by_its_own_file() -> None:
 
 
 def test_a_class_of_a_user_is_not_listed(tmp_path: Path) -> None:
-    """Who begins with a copy of a strategy copies its mark."""
+    """A user's class that begins with a copy of a strategy copies its mark."""
     source = Path(fedavg.__file__).read_text()
     (tmp_path / "mine.py").write_text(source)
     own = find(f"{tmp_path / 'mine.py'}:FedAvg")

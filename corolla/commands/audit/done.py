@@ -22,12 +22,12 @@ class DoneRun:
     clients: int
     """Number of its clients."""
     own_devices: bool
-    """Whether its clients were devices, whose rows are not on this machine."""
+    """True where its clients were devices, whose rows are not on this machine."""
     stated: str
     """The guarantee that it states, in one line; "" without differential privacy."""
 
     def to_json(self) -> dict[str, Any]:
-        """What an audit says of the run."""
+        """Returns the run's entry in an audit's JSON: its folder and guarantee (or None)."""
         return {"folder": str(self.folder), "stated": self.stated or None}
 
 
@@ -56,7 +56,7 @@ def read(folder: Path) -> DoneRun:
 
 
 def load(config: RunConfig, done: DoneRun | None) -> Setup:
-    """What a run with `config` loads. Raises ConfigError unless the inputs are those of `done`."""
+    """Loads the inputs of a run. Raises ConfigError unless the inputs are those of `done`."""
     if done is None:
         return set_up(config, None)
     loaded = set_up(config, None, deployed=done.own_devices)

@@ -188,7 +188,7 @@ def by_examples(fold: Fold) -> Finding:
 
 
 def only_shares(fold: Fold) -> Finding:
-    """What changes no share may change nothing."""
+    """Checks that shares alone count: weights scaled, an update in parts, one of little weight."""
     worst = Worst()
     for row in fold.regrouped:
         own = fold.cohort(row)
@@ -265,7 +265,7 @@ def partial_sums(fold: Fold) -> Finding:
 
 
 def linear(fold: Fold) -> Finding:
-    """What says that only sums are needed gives the same when all clients send their mean."""
+    """Checks that a linear aggregate stays the same when all clients send their weighted mean."""
     worst = Worst()
     for form in _forms(fold.members):
         if any(n in params for params in form[0].payload.values() for n in _NO_SUMS):

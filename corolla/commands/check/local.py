@@ -87,7 +87,7 @@ def _starts_from_the_model(probe: Probe, last: Round) -> Finding:
 
 
 def _evaluates_the_model(probe: Probe, last: Round) -> Finding:
-    """What clients evaluate is the server's model, but for what is cut to their rank."""
+    """Checks that clients evaluate the server's model, but for what is cut to their rank."""
     network = probe.network_on(probe.folder / "evaluates", probe.model)
     state, worst = last.result.state, Worst()
     call = RoundCall(probe.federation, state, {}, last.number + 1)
@@ -121,7 +121,7 @@ def _own_directions(probe: Probe, rounds: Sequence[Round]) -> Finding:
 
 
 def _mirrors(probe: Probe, rounds: Sequence[Round]) -> Finding:
-    """What the server adds up is the mean, over all clients, of what these keep."""
+    """Checks that each group of the state that clients keep too is their mean, over all clients."""
     kept = {client: own for round in rounds for client, own in round.left.items()}
     state, worst = rounds[-1].result.state, Worst()
     groups = {group for own in kept.values() for group in own} & state.keys()
@@ -138,7 +138,7 @@ def _mirrors(probe: Probe, rounds: Sequence[Round]) -> Finding:
 
 
 def _keeps(probe: Probe, last: Round) -> Finding:
-    """Who has kept something ends the last round elsewhere than who has lost it."""
+    """Checks that a client that kept something ends the round elsewhere than one that lost it."""
     returned = [client for client in last.sent if last.held.get(client)]
     lost = probe.network_on(_copy(last, "lost"), probe.model)
     _again(probe, replace(last, held={}), lost, returned)
@@ -174,7 +174,7 @@ def _again(probe: Probe, last: Round, network: Recorder, clients: Sequence[str] 
 
 
 def _copy(last: Round, name: str) -> Path:
-    """What devices had kept before the last round, in a folder of its own."""
+    """Copies what devices had kept before the last round to a folder of its own; its path."""
     return Path(shutil.copytree(last.kept, last.kept.parent / name))
 
 

@@ -1,4 +1,4 @@
-"""What a round should have led to: dense computations in fp64 on the clients' own models."""
+"""The model that a round should have led to: dense computations in fp64 on the clients' models."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,14 +33,14 @@ CLAIMS: Mapping[Claimed, str] = {
 
 
 def claim_of(strategy: Strategy | type[Strategy]) -> Claimed:
-    """What a strategy can be held against."""
+    """Returns the claim to check: "weights" or "factors", "expected", or "nothing"."""
     if strategy.aggregates != "other" and getattr(strategy, "exact", True):
         return strategy.aggregates
     return "expected" if hasattr(strategy, "expected") else "nothing"
 
 
 def shares_of(strategy: Strategy, observed: Observed) -> Mapping[str, float]:
-    """What each client counts for: its examples, or what the strategy says."""
+    """Returns client → its weight in the mean: its examples, or that of the strategy's `shares`."""
     own = getattr(strategy, "shares", None)
     found: Mapping[str, float] = observed.weights if own is None else own(observed)
     return found

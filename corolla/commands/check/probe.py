@@ -176,7 +176,7 @@ class Recorder(Network):
 
 
 def update(packet: Packet) -> Payload:
-    """What a client has sent."""
+    """Returns the payload that the packet of a client's reply carries."""
     return messages.content(unpack_reply(packet, MOST_BYTES))
 
 

@@ -1,4 +1,4 @@
-"""What travels: bytes against the strategy's formula, and the saved adapter against plain peft."""
+"""Checks of traffic: bytes against the strategy's formula, the saved adapter against plain peft."""
 
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -53,7 +53,7 @@ def _bytes_down(probe: Probe, done: Sequence[Round]) -> Finding:
 
 
 def _bytes_at_first(probe: Probe, first: Round) -> Finding:
-    """What clients receive in their first round is in the formula, with what is sent once."""
+    """Checks that bytes down in the first round fit the formula, with what is sent once."""
     costs = _costs(probe, first.sent, 1)
     formula = sum(cost.down + cost.once for cost in costs)
     measured = first.result.traffic.down

@@ -43,7 +43,7 @@ class Cell:
     seed: int
     personal: bool
     pooled: bool
-    """Whether one client had the rows of all: it and nobody else was drawn and measured."""
+    """True where one client had the rows of all: it and nobody else was drawn and measured."""
     points: Sequence[Point]
     accuracy: float
     own_loss: float | None
@@ -66,7 +66,7 @@ class Cell:
     beside: bool = False
     """Whether another cell ran at the same time: its seconds are those of a shared machine."""
     warnings: Sequence[Mapping[str, Any]] = ()
-    """What the run warns of, as its run.json has it."""
+    """The warnings of the run, as its run.json has them."""
     aggregation_errors: Sequence[float] | None = None
     initial_sha256: str | None = None
 

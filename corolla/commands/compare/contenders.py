@@ -1,4 +1,4 @@
-"""Who takes part in a comparison: strategies, each with settings of its own, and two baselines.
+"""Contenders of a comparison: strategies, each with settings of its own, and two baselines.
 
 `NAME@key=value,key=value` is a strategy with settings, as `--set` would give them. `local` is each
 client alone; `global` is one client that has the training rows of all.
@@ -40,7 +40,7 @@ class Contender:
     """A strategy with settings of its own, or a baseline."""
 
     label: str
-    """What it is called in tables, plots and files."""
+    """The name in tables, plots and files."""
     strategy: str
     settings: tuple[str, ...] = ()
     """KEY=VALUE, as --set takes them."""

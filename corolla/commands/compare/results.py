@@ -180,7 +180,7 @@ def _summary(cells: Sequence[Cell], budgets: Mapping[str, float] | None) -> dict
 
 
 def _warnings(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """What runs of one method warn of, by seed; settings warn alike at each, and are told once."""
+    """Returns one method's warnings; a text is there once, with the first seed that has it."""
     found = [{**warning, "seed": cell.seed} for cell in cells for warning in cell.warnings]
     return list({warning["text"]: warning for warning in reversed(found)}.values())[::-1]
 

@@ -116,7 +116,7 @@ def test_text_that_is_no_number_is_refused(
 
 
 def help_of(app: typer.Typer, *words: str) -> str:
-    """What --help prints, on one line."""
+    """Returns the text of --help, on one line."""
     shown = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "400"}).output
     return " ".join(shown.split())
 

@@ -1,4 +1,4 @@
-"""What a user is told when Flower's simulation engine fails of itself."""
+"""A failure of Flower's simulation engine itself is told to its user in one line."""
 
 from pathlib import Path
 from typing import Any, NoReturn

@@ -1,4 +1,4 @@
-"""What a run can train is one row a kind, and nobody else asks for a kind by its name."""
+"""The kinds that a run can train are one row each, and nobody else asks for a kind by its name."""
 
 import ast
 from dataclasses import fields
@@ -17,7 +17,7 @@ OWN = {"corolla/config/kinds.py", "corolla/models/kinds.py", "corolla/models/par
 FOLDERS = ("corolla", "server", "client", "strategies")
 """Not experiments: each measures the kinds that it names."""
 ASKED = {"parameters", "role", "kind", "name"}
-"""What a variable or an attribute with the name of a kind is called."""
+"""Names of variables and attributes that hold the name of a kind."""
 NAMES = tuple(KINDS)
 
 USUAL = (3e-3, 3e-4, 3e-3, 1e-4)
@@ -81,12 +81,12 @@ def test_a_text_has_virtual_tokens_before_it_where_they_are_trained() -> None:
 
 
 def named(node: ast.AST) -> bool:
-    """Whether a constant of an expression is the name of a kind."""
+    """Returns whether a constant of an expression is the name of a kind."""
     return any(isinstance(n, ast.Constant) and n.value in NAMES for n in ast.walk(node))
 
 
 def asks(node: ast.AST) -> bool:
-    """Whether an expression is a variable or an attribute that may hold the name of a kind."""
+    """Returns whether an expression is a variable or an attribute that may hold a kind's name."""
     if isinstance(node, ast.Attribute):
         return node.attr in ASKED
     return isinstance(node, ast.Name) and node.id in ASKED

@@ -113,7 +113,7 @@ def test_every_line_of_the_table_is_a_key() -> None:
 
 
 def silent(key: Key) -> bool:
-    """Whether the example is neither refused nor told of where nothing else is set."""
+    """Returns whether the example is neither refused nor told of where nothing else is set."""
     try:
         return not told(key.settings[-1])
     except ConfigError:
@@ -155,7 +155,7 @@ def test_what_is_neither_refused_nor_told_changes_the_run(
 
 
 def done(config: RunConfig, folder: Path) -> Mapping[str, Any]:
-    """What a run did, without its settings and clocks."""
+    """Runs `config`; returns run.json and metrics.jsonl without its settings and clocks."""
     in_process.simulate(config, folder)
     info = json.loads((folder / "run.json").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

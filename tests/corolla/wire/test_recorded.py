@@ -72,7 +72,7 @@ SCALARS: Mapping[str, Params] = {
 
 
 def factors(steps: str) -> Payload:
-    """What goes through steps; the largest value is the number of levels, so all are levels."""
+    """Returns a payload whose largest value is the number of levels, so that all are levels."""
 
     def peaked(tensor: torch.Tensor) -> torch.Tensor:
         tensor.view(-1)[4] = 7.0 if "int4" in steps else 127.0
@@ -97,7 +97,7 @@ FRAMES = ("zstd", "fp16 zstd")
 
 
 def sealed(payload: Payload, steps: str = "") -> tuple[bytes, Payload]:
-    """What a message carries of a payload that goes through steps."""
+    """Returns the bytes and the scalar groups of a payload that went through steps."""
     made = Envelope(compression.pipeline(steps.split())).seal(payload, seed=11)
     return made.data, made.scalars
 

@@ -1,4 +1,4 @@
-"""What a task tells beside its payload: one text, read by servers, gateways and clients."""
+"""The settings of a task are one text beside its payload, read by servers, gateways and clients."""
 
 import json
 from dataclasses import replace

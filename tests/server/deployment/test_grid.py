@@ -375,7 +375,7 @@ def test_a_hello_that_flower_loses_is_said_again_soon(clock: Clock, how: int) ->
 
 
 def test_a_node_is_asked_more_and_more_seldom_and_any_answer_counts(clock: Clock) -> None:
-    """Who is slow has answered the first hello in the end: those behind it change nothing."""
+    """A slow node has answered the first hello in the end: those behind it change nothing."""
     grid = LocalGrid({1: Node("a", "k", silent=True), 2: Node("b", "kb")})
     net = network(grid, clock, clients=1, wait=100)
     until(lambda: net.online() == {"b"}, clock)

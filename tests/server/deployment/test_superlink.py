@@ -1,4 +1,4 @@
-"""Whether a SuperLink answers, asked on real sockets; what is said when it does not."""
+"""A SuperLink is asked on real sockets whether it answers, and a message says if it does not."""
 
 import ssl
 import threading

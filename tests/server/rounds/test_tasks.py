@@ -1,4 +1,4 @@
-"""What tasks tell beside their payloads: the text that clients and gateways of this schema read."""
+"""The settings of tasks are the text that clients and gateways of this schema read."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""What is saved is loaded by another process; damage of each kind is found there or before."""
+"""A saved model is loaded by another process; damage of each kind is found there or before."""
 
 import html
 import json

@@ -1,4 +1,4 @@
-"""Who takes part in a comparison: names with settings, and the two baselines."""
+"""Contenders of a comparison: names with settings, and the two baselines."""
 
 import json
 from collections.abc import Callable

@@ -138,7 +138,7 @@ def test_of_examples_the_worst_client_is_told(tmp_path: Path, noise: dict[str, f
 
 
 def counted(config: RunConfig, sizes: Sequence[int]) -> Privacy:
-    """What is planned for clients of so many training examples."""
+    """Returns the planned privacy of clients with so many training examples."""
     numbers = {f"c{i}": size for i, size in enumerate(sizes)}
     found = privacy(Federation("0" * 32, config, build_strategy(config), numbers, lambda spec: {}))
     assert found is not None
