@@ -102,7 +102,13 @@ def _read(connection: socket.socket, size: int) -> bytes:
 
 def _become(order: dict[str, Any]) -> NoReturn:
     """Run a module, as `python -m` does, and end as an interpreter does."""
+    import torch
+
     from corolla.evaluation import other_process
+
+    # torch makes its pool of threads anew at its first use after a fork, and not safely when two
+    # threads are the first: models are loaded by several.
+    torch.set_num_threads(torch.get_num_threads())
 
     os.chdir(order["folder"])
     os.environ.clear()

@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import grpc
 import pytest
 
 from corolla.errors import ConfigError, PeerError, WireError
 from corolla.host import certificates
+from corolla.proto import device_pb2, device_pb2_grpc
 from corolla.wire import rpc
 from corolla.wire.packet import Packet
 from corolla.wire.rpc import Wanted
@@ -149,23 +151,24 @@ def test_packets_are_answered_one_at_a_time(tmp_path: Path) -> None:
 
 
 def test_what_was_given_up_while_it_waited_is_never_begun(tmp_path: Path) -> None:
-    begun, given_up = list[bytes](), threading.Event()
+    """The three share a connection: who is told of the end of the first knows that of the second."""
+    begun, first_begun = list[bytes](), threading.Event()
 
     def slow(packet: Packet, wanted: Wanted) -> Packet:
         begun.append(packet.header)
-        given_up.wait(30)
+        first_begun.set()
+        while packet.header == b"1" and wanted():
+            time.sleep(0.01)
         return packet
 
-    with trainer(tmp_path, slow) as path:
-        first = threading.Thread(target=rpc.ask_trainer, args=(path, Packet(b"1", b""), 30))
-        first.start()
-        while not begun:
-            time.sleep(0.01)
-        with pytest.raises(PeerError):
-            rpc.ask_trainer(path, Packet(b"2", b""), 0.3)
-        given_up.set()
-        first.join()
-        assert rpc.ask_trainer(path, Packet(b"3", b""), 30).header == b"3"
+    with trainer(tmp_path, slow) as path, grpc.insecure_channel(f"unix:{path}") as channel:
+        ask = device_pb2_grpc.TrainerStub(channel).Answer  # type: ignore[no-untyped-call]
+        first = ask.future(device_pb2.Packet(header=b"1"))
+        assert first_begun.wait(30)
+        second = ask.future(device_pb2.Packet(header=b"2"))
+        second.cancel()
+        first.cancel()
+        assert ask(device_pb2.Packet(header=b"3"), timeout=30).header == b"3"
     assert begun == [b"1", b"3"]
 
 
