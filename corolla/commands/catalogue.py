@@ -140,15 +140,16 @@ def markdown() -> str:
 
 
 def print_catalogue(console: Console) -> None:
-    """The same for a terminal, in short."""
-    reference = "Llama-3.2-3B, q and v, rank 16"
-    table = Table(box=box.SIMPLE_HEAD, caption=f"bytes: {reference}, cohorts of {COHORT}")
-    for column in ("strategy", "averages", "sent", "received", "when to use it"):
-        table.add_column(column)
-    for e in entries():
-        sent, received = _bytes(e.costs[reference])
-        table.add_row(e.name, AGGREGATES[e.aggregates], sent, received, e.traits.when)
-    console.print(table)
+    """The same for a terminal, in short: two tables, which fit 80 columns."""
+    known, reference = entries(), "Llama-3.2-3B, q and v, rank 16"
+    uses = Table("strategy", "when to use it", box=box.SIMPLE_HEAD)
+    costs = Table("strategy", "averages", "sent", "received", box=box.SIMPLE_HEAD)
+    for e in known:
+        uses.add_row(e.name, e.traits.when)
+        costs.add_row(e.name, AGGREGATES[e.aggregates], *_bytes(e.costs[reference]))
+    console.print(uses)
+    console.print(f"bytes of a client in a round: {reference}, cohorts of {COHORT}")
+    console.print(costs)
 
 
 _CAN = (

@@ -33,7 +33,7 @@ def load(
 def resumed(
     folder: Path, file: Path | None, overrides: Mapping[str, object], settings: Sequence[str] = ()
 ) -> RunConfig:
-    """The config of the run in `folder`. Raises ConfigError when an option contradicts it."""
+    """The config of the run in `folder`, with more rounds if asked: see `unchanged`."""
     path = folder / "run.json"
     if not path.is_file():
         raise ConfigError(
@@ -52,15 +52,36 @@ def unchanged(
     settings: Sequence[str] = (),
     file: Path | None = None,
 ) -> RunConfig:
-    """A stored config. Raises ConfigError when what is given contradicts it."""
+    """A stored config; `rounds` alone may be raised, to extend a run.
+
+    Raises ConfigError when what is given contradicts it, and for more rounds where each round
+    depends on how many there are.
+    """
     asked = amended(stored, overrides, settings, file)
+    if asked.rounds > stored.rounds:
+        _refuse_extension(stored)
     for key in RunConfig.model_fields:
-        if getattr(asked, key) != getattr(stored, key):
+        extends = key == "rounds" and asked.rounds > stored.rounds
+        if getattr(asked, key) != getattr(stored, key) and not extends:
             raise ConfigError(
                 f"--resume goes on with {key.replace('_', '-')}={getattr(stored, key)!r}, "
                 f"found {getattr(asked, key)!r}: leave it out"
             )
-    return stored
+    return asked
+
+
+def _refuse_extension(stored: RunConfig) -> None:
+    """Raises ConfigError where a longer run would have had other rounds from the first one on."""
+    if stored.dp != "none":
+        why = f"dp={stored.dp} accounts for them before the first one"
+    elif stored.schedule != "constant":
+        why = f"schedule={stored.schedule} lets the learning rate fall to 0 over them"
+    else:
+        return
+    raise ConfigError(
+        f"a run of rounds={stored.rounds} cannot be extended: {why}; leave --rounds out, or start "
+        f"a new run"
+    )
 
 
 def amended(

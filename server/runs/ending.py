@@ -18,7 +18,9 @@ def ended(
         return ""
     if lines[-1]["round"] >= config.rounds:
         return f"all {config.rounds} rounds"
-    losses = [line["eval_loss"] for line in lines if line["eval_loss"] is not None]
+    # Of a run that was extended the last round of before may have been measured out of turn.
+    due = [line for line in lines if line["round"] % config.eval_every == 0]
+    losses = [line["eval_loss"] for line in due if line["eval_loss"] is not None]
     if config.target_loss is not None and losses and losses[-1] <= config.target_loss:
         return f"target-loss {config.target_loss:g} reached: held-out loss {losses[-1]:.4f}"
     if config.patience and (vain := _in_vain([base_loss, *losses])) >= config.patience:

@@ -35,6 +35,7 @@ def run_info(
         "aggregates": _aggregates(federation.config, federation.strategy),
         "personal": traits(federation.strategy).personal,
         "num_clients": len(federation.clients),
+        **_examples(federation),
         "own_devices": federation.own_devices,
         "cohort": federation.cohort_size,
         "target_modules": evaluator.model.targets,
@@ -45,6 +46,13 @@ def run_info(
         **privacy_info(account),
         "warnings": list(facts.get("warnings", ())),
     }
+
+
+def _examples(federation: Federation) -> dict[str, int]:
+    """The training examples of all clients; not told where privacy is promised."""
+    if federation.config.dp != "none":
+        return {}
+    return {"num_examples": sum(federation.clients.values())}
 
 
 def privacy_info(account: Spending) -> dict[str, Any]:

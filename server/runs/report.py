@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from corolla.embedded.assets import asset
+from corolla.embedded.pages import inline, render_page
 from corolla.evaluation.scoring import SHARES
 from corolla.host.files import write_atomic
 from corolla.host.text import human_bytes
@@ -20,10 +18,9 @@ _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "KB"), (1, "bytes"))
 
 def write_report(path: Path, info: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> None:
     """Write the report of a run from what run.json and metrics.jsonl hold."""
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        asset("report.html.j2").read_text(encoding="utf-8")
-    )
-    page = template.render(
+    page = render_page(
+        "report.html.j2",
+        called=Path(info["config"]["data"]).name or info["config"]["data"],
         size=human_bytes,
         number=_number,
         info=info,
@@ -40,7 +37,7 @@ def write_report(path: Path, info: Mapping[str, Any], lines: Sequence[Mapping[st
         troubles=_troubles(lines),
         shares=SHARES,
     )
-    write_atomic(path, page.encode())
+    write_atomic(path, page)
 
 
 def _samples(told: Mapping[str, Sequence[Any]] | None) -> list[tuple[Any, Any]] | None:
@@ -180,5 +177,4 @@ def _svg(draw: Any, height: float = 3.4) -> str:
         draw(axes)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    return inline(buffer.getvalue())

@@ -7,12 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from corolla.commands.compare import plots
 from corolla.commands.compare.plots import Entry
 from corolla.commands.compare.results import JUDGED
-from corolla.embedded.assets import asset
+from corolla.embedded.pages import inline, render_page, shown
 from corolla.host.files import write_atomic
 from corolla.host.text import human_bytes
 
@@ -27,21 +25,20 @@ def write_comparison(folder: Path, results: Mapping[str, Any]) -> None:
         svg, png = plots.render(chart.draw, results["methods"])
         write_atomic(folder / "plots" / f"{chart.name}.svg", svg.encode())
         write_atomic(folder / "plots" / f"{chart.name}.png", png)
-        charts.append((chart.title, chart.caption, svg[svg.index("<svg") :]))
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        asset("comparison.html.j2").read_text(encoding="utf-8")
-    )
-    page = template.render(
+        charts.append((chart.title, chart.caption, inline(svg)))
+    numbered = enumerate(results["methods"])
+    page = render_page(
+        "comparison.html.j2",
         r=results,
         size=human_bytes,
         interval=interval,
         number=number,
         charts=charts,
         sentences=sentences(results),
-        colour={e["label"]: plots.style(i)["color"] for i, e in enumerate(results["methods"])},
+        colour={e["label"]: shown(plots.COLOURS[i % len(plots.COLOURS)]) for i, e in numbered},
         config=results["plan"]["methods"][0]["config"],
     )
-    write_atomic(folder / "report.html", page.encode())
+    write_atomic(folder / "report.html", page)
 
 
 def interval(value: Entry | None, digits: int = 4, scale: float = 1.0) -> str:

@@ -169,14 +169,21 @@ def print_summary(console: Console, summary: Summary) -> None:
             table.add_row(
                 f"clients' own loss, {called}", *(f"{fair[w][key]:.4f}" for w in ("base", "final"))
             )
-    table.add_section()
-    table.add_row("bytes up / down", human_bytes(summary.bytes_up), human_bytes(summary.bytes_down))
-    up, down = (f"{human_bytes(n)} ({human_bytes(f)})" for n, f in summary.per_client)
-    table.add_row("  per client and round (formula)", up, down)
-    table.add_row("time, peak memory", f"{summary.seconds:.1f} s", human_bytes(summary.peak_rss))
-    if summary.sim_seconds is not None:
-        table.add_row("simulated time", f"{summary.sim_seconds:,.1f} s", "")
     console.print(table)
+    costs = Table("", "sent by clients", "received by clients", title="Bytes", title_justify="left")
+    costs.add_row(
+        "all clients, all rounds", human_bytes(summary.bytes_up), human_bytes(summary.bytes_down)
+    )
+    up, down = (f"{human_bytes(n)} ({human_bytes(f)})" for n, f in summary.per_client)
+    costs.add_row("a client in the last round (by the formula)", up, down)
+    console.print(costs)
+    simulated = summary.sim_seconds
+    told = f", {simulated:,.1f} s simulated" if simulated is not None else ""
+    console.print(
+        f"time {summary.seconds:.1f} s{told}; peak memory of this process "
+        f"{human_bytes(summary.peak_rss)}",
+        highlight=False,
+    )
     for warning in summary.warnings:
         if warning["id"] in VERDICTS:  # others were told when the run began
             say_warning(console, warning["text"])

@@ -250,7 +250,8 @@ def test_a_resumed_run_keeps_its_config(
 @pytest.mark.parametrize(
     ("overrides", "settings", "reason"),
     [
-        ({"rounds": 5}, [], "rounds=4, found 5"),
+        ({"rounds": 3}, [], "rounds=4, found 3"),
+        ({"rounds": 5, "lr": 0.25}, [], "lr=0.5"),
         ({"lr": 0.25}, [], "lr=0.5"),
         ({}, ["batch-size=3"], "batch-size=8, found 3"),
         ({}, ["strategy.max_rank=5"], "max_rank"),
@@ -267,6 +268,24 @@ def test_a_resumed_run_refuses_what_contradicts_it(
 ) -> None:
     with pytest.raises(ConfigError, match=reason):
         config.resumed(tmp_path, None, overrides, settings)
+
+
+def test_a_resumed_run_may_be_given_more_rounds(tmp_path: Path, stored: RunConfig) -> None:
+    longer = config.resumed(tmp_path, None, {"rounds": 7})
+    assert longer == stored.model_copy(update={"rounds": 7})
+
+
+@pytest.mark.parametrize(
+    "changes", [{"schedule": "cosine"}, {"schedule": "linear"}, {"dp": "client", "epsilon": 8.0}]
+)
+def test_more_rounds_are_refused_where_each_depends_on_their_number(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    made = RunConfig(rounds=4, **changes)
+    (tmp_path / "run.json").write_text(json.dumps({"config": made.model_dump(mode="json")}))
+    assert config.resumed(tmp_path, None, {"rounds": 4}) == made
+    with pytest.raises(ConfigError, match=r"rounds=4 cannot be extended: (schedule|dp)="):
+        config.resumed(tmp_path, None, {"rounds": 5})
 
 
 @pytest.mark.parametrize(

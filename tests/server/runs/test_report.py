@@ -112,6 +112,23 @@ def test_a_report_is_one_file_that_loads_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
+def test_a_report_has_a_dark_form_whose_charts_are_in_the_colours_of_the_page(
+    tmp_path: Path,
+) -> None:
+    """What matplotlib draws black or white would not be seen on a page of that colour."""
+    text = report(tmp_path)
+    assert "color-scheme: light dark" in text
+    drawn = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
+    assert "currentColor" in drawn
+    assert not {"#000000", "#ffffff"} & set(re.findall(r"#[0-9a-f]{6}", drawn))
+
+
+def test_a_report_names_its_data_without_the_folders_of_the_machine(tmp_path: Path) -> None:
+    info = copy.deepcopy(INFO)
+    info["config"]["data"] = "/home/ada/rows.jsonl"
+    assert "<h1>fedavg on rows.jsonl</h1>" in report(tmp_path, info)
+
+
 def test_a_report_shows_what_was_measured(tmp_path: Path) -> None:
     text = Page(report(tmp_path)).text
     for shown in (

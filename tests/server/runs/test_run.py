@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from corolla.client.training.worker import Worker
 from corolla.commands.simulate import in_process
+from corolla.config.load import resumed
 from corolla.config.run import RunConfig
 from corolla.errors import ArtefactError, ConfigError, CorollaError, DataError
 from corolla.host import files
@@ -189,6 +190,37 @@ def test_a_finished_run_can_be_resumed(settings: Settings, tmp_path: Path) -> No
     assert again.adapter_hash == first.adapter_hash
     assert watch.events == [("started", 4)]
     assert len(lines(tmp_path / "out")) == 3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"strategy": "fedavg"},
+        {"strategy": "ffa_lora"},
+        {"strategy": "flora", "cohort": 2},
+        {"strategy": "scaffold", "cohort": 2},
+        {"strategy": "fedadam", "cohort": 2},
+        {"strategy": "fedsa_lora", "cohort": 2},
+        {"strategy": "feddpa", "cohort": 2},
+        {"strategy": "rolora"},
+        {"strategy": "seed_pool", "cohort": 2},
+        {"strategy": "fedkseed_pro", "cohort": 2},
+        {"strategy": "fedavg", "warmup_rounds": 1.5, "eval_every": 2},
+        {"strategy": "fedavg", "eval_every": 2, "patience": 1, "lr": 1e-30},
+    ],
+    ids=lambda changes: " ".join(str(value) for value in changes.values()),
+)
+def test_an_extended_run_is_one_that_was_as_long_at_first(
+    settings: Settings, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    whole = simulate(settings(rounds=5, **changes), tmp_path / "whole")
+    simulate(settings(rounds=3, **changes), tmp_path / "parts")
+    longer = resumed(tmp_path / "parts", None, {"rounds": 5})
+    extended = simulate(longer, tmp_path / "parts", resume=True)
+    assert extended.adapter_hash == whole.adapter_hash
+    assert extended.state_hash == whole.state_hash
+    assert len(extended.lines) == len(whole.lines)
+    assert strict((tmp_path / "parts" / "run.json").read_text())["config"]["rounds"] == 5
 
 
 def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint(
