@@ -54,8 +54,7 @@ def unchanged(
 ) -> RunConfig:
     """A stored config; `rounds` alone may be raised, to extend a run.
 
-    Raises ConfigError when what is given contradicts it, and for more rounds where each round
-    depends on how many there are.
+    Raises ConfigError when what is given contradicts it, and for more rounds with privacy.
     """
     asked = amended(stored, overrides, settings, file)
     if asked.rounds > stored.rounds:
@@ -71,17 +70,12 @@ def unchanged(
 
 
 def _refuse_extension(stored: RunConfig) -> None:
-    """Raises ConfigError where a longer run would have had other rounds from the first one on."""
+    """Raises ConfigError with differential privacy: its noise was made for so many rounds."""
     if stored.dp != "none":
-        why = f"dp={stored.dp} accounts for them before the first one"
-    elif stored.schedule != "constant":
-        why = f"schedule={stored.schedule} lets the learning rate fall to 0 over them"
-    else:
-        return
-    raise ConfigError(
-        f"a run of rounds={stored.rounds} cannot be extended: {why}; leave --rounds out, or start "
-        f"a new run"
-    )
+        raise ConfigError(
+            f"a run of rounds={stored.rounds} with dp={stored.dp} cannot be extended: its privacy "
+            f"is accounted for so many; leave --rounds out, or start a new run"
+        )
 
 
 def amended(

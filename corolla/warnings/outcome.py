@@ -31,7 +31,7 @@ class RunWarning:
     """Something that does not end a run and that its user should know."""
 
     id: str
-    """One of VERDICTS; or eps, memory, unbounded or no_effect, of a run that begins."""
+    """One of VERDICTS; or eps, memory, unbounded, no_effect or extended, of a run that begins."""
     why: str
     instead: str
     """The advice on what to do about it; "" without any."""
@@ -94,6 +94,24 @@ def _personal(info: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> Me
     clients = fair["final"]["clients"]
     error = fair["final"]["std"] / math.sqrt(clients - 1) if clients > 1 else None
     return Measured(what, base, [(0, base), *measured], final, error)
+
+
+def of_extension(config: RunConfig, before: Sequence[int]) -> Iterator[RunWarning]:
+    """Warns of a run that was extended while its learning rate fell.
+
+    `before`: the numbers of rounds that it was begun and gone on with.
+    """
+    first = next((rounds for rounds in before if rounds != config.rounds), None)
+    if first is None or config.schedule == "constant":
+        return
+    yield RunWarning(
+        "extended",
+        f"extended from {first} rounds to {config.rounds}: with schedule={config.schedule} the "
+        f"learning rate fell over {first} rounds at first, so this is not the result of a run of "
+        f"{config.rounds} rounds",
+        "with schedule=constant it is",
+        {"from": first, "to": config.rounds},
+    )
 
 
 def _worse(config: RunConfig, losses: Measured) -> Iterator[RunWarning]:

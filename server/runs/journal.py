@@ -129,6 +129,8 @@ class Past:
     """How many clients could take part when the run began."""
     asked: Mapping[str, int] = field(default_factory=dict)
     """Member → how many plans it was in."""
+    rounds: Sequence[int] = ()
+    """The numbers of rounds that were asked for, each once; more than one of an extended run."""
     privacy: Sequence[Entry] = ()
     """What was noted of differential privacy, the oldest first."""
 
@@ -177,6 +179,7 @@ def past(entries: Sequence[Entry]) -> Past:
         abandoned,
         population,
         asked,
+        list(dict.fromkeys(entry["rounds"] for entry in entries if "rounds" in entry)),
         [entry for entry in entries if entry["event"] == "privacy"],
     )
 

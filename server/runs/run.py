@@ -45,7 +45,7 @@ from corolla.storage import folders
 from corolla.strategies.registry import traits
 from corolla.tensors import tree
 from corolla.types import Adapter, Metrics, Payload
-from corolla.warnings.outcome import outcome
+from corolla.warnings.outcome import of_extension, outcome
 
 _log = logs.logger("run")
 
@@ -143,6 +143,7 @@ class Run:
         )
         lines = committed_lines(self.folder, at.round)
         info = run_info(self.facts, federation, self.evaluator, account, self.keep_updates)
+        info["warnings"] += [w.to_json() for w in of_extension(self.config, journal.past.rounds)]
         base = self._base(federation, untouched)
         write_info(self.folder, {**info, "base": base["metrics"], "status": "running"})
         self.observer.started({**info, "base": base["metrics"]}, at.round + 1)

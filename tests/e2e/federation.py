@@ -78,7 +78,7 @@ def running_server(
     """`corolla server` with `options` in folder/out; yields when clients can join.
 
     Certificates are in folder/certs, keys of clients in folder/keys: made unless they are there.
-    One that resumes is told nothing but its folder: it is to be where it was.
+    One that resumes is told its folder and `options`, not its place: it is to be where it was.
     """
     tls, keys, out = folder / "certs", folder / "keys", folder / "out"
     keys.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def running_server(
     place.unlink(missing_ok=True)
     first = [*options.split(), "--address", "127.0.0.1:0"]
     first += ["--certs", str(tls), "--clients-keys", str(keys)]
-    command = ["server", "--out", str(out), *(["--resume"] if resume else first)]
+    command = ["server", "--out", str(out), *(["--resume", *options.split()] if resume else first)]
     with running(command, log) as process:
         deadline = time.monotonic() + seconds
         while not place.exists():

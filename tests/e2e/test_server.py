@@ -183,19 +183,23 @@ def rows(folder: Path, names: list[str]) -> Path:
 def test_whatever_is_killed_the_run_ends_in_the_adapter_of_an_undisturbed_one(
     tmp_path: Path,
 ) -> None:
-    """SIGKILL to the ServerApp, to the SuperLink, then to the supervisor: faults 20 and 21."""
+    """SIGKILL to the ServerApp, to the SuperLink, then to the supervisor: faults 20 and 21.
+
+    Whoever resumes it asks for a round more: the run is extended.
+    """
     names = ["a", "b"]
     everything = rows(tmp_path, names)
-    options = f"--strategy flora --data {everything} --rounds 4 --cohort 2 {QUICK}"
+    options = f"--strategy flora --data {everything} --cohort 2 --set schedule=constant {QUICK}"
     simulated = tmp_path / "simulated"
     subprocess.run(
-        [sys.executable, "-m", "corolla", "simulate", *options.split(), "--out", str(simulated)],
+        [sys.executable, "-m", "corolla", "simulate", *options.split(), "--rounds", "5"]
+        + ["--out", str(simulated)],
         check=True,
         capture_output=True,
         timeout=300,
     )
     expected = json.loads((simulated / "run.json").read_text())
-    options += " --min-clients 2"
+    options += " --min-clients 2 --rounds 4"
     with (
         running_server(tmp_path, options) as server,
         running_client(tmp_path, server, "a", tmp_path / "a.jsonl"),
@@ -213,7 +217,7 @@ def test_whatever_is_killed_the_run_ends_in_the_adapter_of_an_undisturbed_one(
         until(lambda: "round 3:" in server.said(), server, 240)
         server.process.kill()
         server.process.wait()
-        with running_server(tmp_path, resume=True) as again:
+        with running_server(tmp_path, "--rounds 5", resume=True) as again:
             assert again.address == server.address
             assert again.finish(300) == 0, again.said()
     found = json.loads((server.out / "run.json").read_text())
@@ -221,4 +225,4 @@ def test_whatever_is_killed_the_run_ends_in_the_adapter_of_an_undisturbed_one(
     assert found["state_sha256"] == expected["state_sha256"]
     assert found["adapter_sha256"] == expected["adapter_sha256"]
     lines = (server.out / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["round"] for line in lines] == [1, 2, 3, 4]
+    assert [json.loads(line)["round"] for line in lines] == [1, 2, 3, 4, 5]

@@ -151,7 +151,7 @@ def test_packets_are_answered_one_at_a_time(tmp_path: Path) -> None:
 
 
 def test_what_was_given_up_while_it_waited_is_never_begun(tmp_path: Path) -> None:
-    """The three share a connection: who is told of the end of the first knows that of the second."""
+    """The three share a connection: the end of the second is told before that of the first."""
     begun, first_begun = list[bytes](), threading.Event()
 
     def slow(packet: Packet, wanted: Wanted) -> Packet:

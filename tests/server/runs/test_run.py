@@ -198,7 +198,7 @@ def test_a_finished_run_can_be_resumed(settings: Settings, tmp_path: Path) -> No
         {"strategy": "fedavg"},
         {"strategy": "ffa_lora"},
         {"strategy": "flora", "cohort": 2},
-        {"strategy": "scaffold", "cohort": 2},
+        {"strategy": "scaffold", "cohort": 2, "optimizer": "sgd"},
         {"strategy": "fedadam", "cohort": 2},
         {"strategy": "fedsa_lora", "cohort": 2},
         {"strategy": "feddpa", "cohort": 2},
@@ -213,6 +213,7 @@ def test_a_finished_run_can_be_resumed(settings: Settings, tmp_path: Path) -> No
 def test_an_extended_run_is_one_that_was_as_long_at_first(
     settings: Settings, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
+    changes = {"schedule": "constant", **changes}
     whole = simulate(settings(rounds=5, **changes), tmp_path / "whole")
     simulate(settings(rounds=3, **changes), tmp_path / "parts")
     longer = resumed(tmp_path / "parts", None, {"rounds": 5})
@@ -220,7 +221,18 @@ def test_an_extended_run_is_one_that_was_as_long_at_first(
     assert extended.adapter_hash == whole.adapter_hash
     assert extended.state_hash == whole.state_hash
     assert len(extended.lines) == len(whole.lines)
+    assert extended.warnings == whole.warnings
     assert strict((tmp_path / "parts" / "run.json").read_text())["config"]["rounds"] == 5
+
+
+def test_an_extended_run_whose_rate_has_fallen_says_so_however_often_it_is_resumed(
+    settings: Settings, tmp_path: Path
+) -> None:
+    simulate(settings(rounds=1, schedule="cosine"), tmp_path)
+    for _ in range(2):
+        done = simulate(resumed(tmp_path, None, {"rounds": 2}), tmp_path, resume=True)
+        (warning,) = [found for found in done.warnings if found["id"] == "extended"]
+        assert warning["numbers"] == {"from": 1, "to": 2}
 
 
 def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint(
