@@ -191,9 +191,9 @@ def test_whatever_is_killed_the_run_ends_in_the_adapter_of_an_undisturbed_one(
     everything = rows(tmp_path, names)
     options = f"--strategy flora --data {everything} --cohort 2 --set schedule=constant {QUICK}"
     simulated = tmp_path / "simulated"
+    simulate = ["simulate", *options.split(), "--rounds", "5", "--out", str(simulated)]
     subprocess.run(
-        [sys.executable, "-m", "corolla", "simulate", *options.split(), "--rounds", "5"]
-        + ["--out", str(simulated)],
+        [sys.executable, "-m", "corolla", *simulate],
         check=True,
         capture_output=True,
         timeout=300,
