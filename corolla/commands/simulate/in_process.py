@@ -109,6 +109,7 @@ def _in_process(
     on_step: Callable[[int], None] | None,
 ) -> Summary:
     loaded = set_up(config, run_id)
+    config = loaded.config
     record = folder / "updates" if keep_updates else None
     with scratch_folder("memory") as scratch:
         memory = Memory(scratch, folder / "clients")
