@@ -84,10 +84,7 @@ def _dated(config: RunConfig, base: Base) -> RunConfig:
 
 
 def _of_rows(config: RunConfig, dataset: FederatedData, base: Base) -> list[RunWarning]:
-    """Warnings about columns that are not used, and about a template that asks otherwise.
-
-    Raises ModelError for a chat template that cannot be trained on.
-    """
+    """Warnings about columns that are not used, and about a template that asks otherwise."""
     found = []
     if dataset.unused:
         why = f"{config.data} has columns that change the meaning of its rows and are not used: "
