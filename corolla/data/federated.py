@@ -1,7 +1,8 @@
 """Data sets by name or path, their clients, and their splits. Text only; tokens come later.
 
-A row has `text`, or `prompt` and `response` (also called `question` and `answer`), or `prompt`,
-`choices` and `answer` (the index of the right one), or `text` and `label`; optionally `client_id`
+A row has `text`, or `prompt` and `response` (also called `question`, with `context`, and `answer`),
+or `prompt`, `choices` and `answer` (the index of the right one), or `text` and `label`, or one of
+the conversations of corolla.data.forms; optionally `client_id`
 (the natural partition; in all rows, or in none), `split` (train, validation, test) and, in all rows
 or in none again, `user_id`: with dp=example all rows of a user at a client are protected as one.
 """
@@ -40,6 +41,8 @@ class FederatedData:
     """True where clients' own validation examples are the held-out set, for want of other rows."""
     left_out: int = 0
     """Clients with fewer than min_examples training examples."""
+    unused: frozenset[str] = frozenset()
+    """Columns that change the meaning of a row and were not used."""
 
     @property
     def names_users(self) -> bool:
@@ -79,7 +82,9 @@ def load(config: RunConfig) -> FederatedData:
     if not heldout:
         raise DataError(f"{config.data} leaves no held-out examples: raise eval_fraction")
     left_out = len(parts) - len(clients)
-    return FederatedData(config.data, clients, heldout, labels, fingerprint, own, left_out)
+    return FederatedData(
+        config.data, clients, heldout, labels, fingerprint, own, left_out, _unused(rows)
+    )
 
 
 def _pooled(clients: Mapping[str, Split]) -> dict[str, Split]:
@@ -152,7 +157,13 @@ def load_heldout(config: RunConfig) -> FederatedData:
     if not heldout and all(row.client is not None for row in rows):
         heldout = load(config).heldout
     labels = _labels(rows, config)
-    return FederatedData(config.data, {}, heldout or rows, labels, fingerprint)
+    return FederatedData(
+        config.data, {}, heldout or rows, labels, fingerprint, unused=_unused(rows)
+    )
+
+
+def _unused(rows: Sequence[Example]) -> frozenset[str]:
+    return frozenset[str]().union(*{row.unused for row in rows})
 
 
 def _labels(rows: Sequence[Example], config: RunConfig) -> list[str]:

@@ -31,7 +31,8 @@ class RunWarning:
     """Something that does not end a run and that its user should know."""
 
     id: str
-    """One of VERDICTS; or eps, memory, unbounded, no_effect or extended, of a run that begins."""
+    """One of VERDICTS; or columns, eps, extended, memory, no_effect, template, unbounded: told at
+    the start."""
     why: str
     instead: str
     """The advice on what to do about it; "" without any."""
