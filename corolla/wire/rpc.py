@@ -4,11 +4,13 @@ A trainer is whatever answers packets: a daemon with a model, a gateway with its
 on a socket that its own user alone can open.
 """
 
+import asyncio
 import math
 import os
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -116,19 +118,24 @@ def private_socket(folder: Path, name: str = "trainer.sock") -> Iterator[Path]:
         (inner / name).unlink(missing_ok=True)
 
 
+@dataclass(frozen=True)
+class TlsServer:
+    """Serves calls over TLS, on an event loop in a thread of its own."""
+
+    port: int
+    stop: Callable[[], None]
+    """Ends all calls; the port is free afterwards."""
+
+
 def tls_server(
     address: str,
     certificate: Path,
     key: Path,
     *,
-    workers: int,
     most_bytes: int,
-    most_calls: int | None = None,
-    interceptors: Sequence[grpc.ServerInterceptor] = (),
-) -> tuple[grpc.Server, int]:
-    """(a server that is not yet started, its port); a message has at most `most_bytes`.
-
-    Of more than `most_calls` at a time the rest are refused at once.
+    add: Callable[[grpc.aio.Server], None],
+) -> TlsServer:
+    """A server that serves what `add` adds to it; a message has at most `most_bytes`.
 
     Raises ConfigError when the address is taken or the files cannot be used.
     """
@@ -138,21 +145,47 @@ def tls_server(
         ("grpc.so_reuseport", 0),  # or two servers would share a port, and half the calls be lost
         ("grpc.keepalive_time_ms", 20_000),  # or calls of a peer that vanished would stay
         ("grpc.keepalive_timeout_ms", 10_000),
-    )
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="rpc")
-    server = grpc.server(
-        pool, interceptors=list(interceptors), options=options, maximum_concurrent_rpcs=most_calls
+        ("grpc.server_handshake_timeout_ms", 10_000),  # two minutes, else, for a silent stranger
     )
     try:
         pair = (key.read_bytes(), certificate.read_bytes())
-        port = server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
     except OSError as error:
         raise ConfigError(f"cannot read {error.filename}: {error.strerror}") from error
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="calls", daemon=True)
+    thread.start()
+
+    async def begin() -> tuple[grpc.aio.Server, int]:
+        server = grpc.aio.server(options=options)
+        add(server)
+        port = server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+        await server.start()
+        return server, port
+
+    async def end(server: grpc.aio.Server) -> None:
+        await server.stop(None)
+        calls = asyncio.all_tasks() - {asyncio.current_task()}
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+
+    def close() -> None:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+    def stop() -> None:
+        asyncio.run_coroutine_threadsafe(end(server), loop).result()
+        close()
+
+    try:
+        server, port = asyncio.run_coroutine_threadsafe(begin(), loop).result()
     except RuntimeError as error:
+        close()
         raise ConfigError(
             f"cannot serve at {address}: taken, or no address of this host"
         ) from error
-    return server, port
+    return TlsServer(port, stop)
 
 
 def tls_channel(address: str, ca: Path | None, *, most_bytes: int) -> grpc.Channel:

@@ -189,7 +189,7 @@ def _gateway(folder: Path, bundle: Path) -> Iterator[tuple[Gateway, str]]:
     gateway = Gateway(
         GatewaySettings("gate", folder / "gate", seats=len(PHONES), retry=0.5, share_bundle=bundle)
     )
-    server, port = serve_phones(
+    server = serve_phones(
         gateway,
         read_tokens(folder / "tokens"),
         "localhost:0",
@@ -197,9 +197,9 @@ def _gateway(folder: Path, bundle: Path) -> Iterator[tuple[Gateway, str]]:
         folder / "certs" / "gateway.key",
     )
     try:
-        yield gateway, f"localhost:{port}"
+        yield gateway, f"localhost:{server.port}"
     finally:
-        server.stop(None).wait()
+        server.stop()
 
 
 @contextmanager

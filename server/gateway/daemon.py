@@ -66,13 +66,13 @@ def main(socket: Path) -> int:
         logs.configure(order.gateway.state / "gateway.jsonl")
         tokens = TokenFile(order.tokens)
         gateway = Gateway(order.gateway, known=tokens.__contains__)
-        _, port = serve_phones(gateway, tokens, order.listen, order.certificate, order.key)
+        phones = serve_phones(gateway, tokens, order.listen, order.certificate, order.key)
         server = rpc.serve_trainer(gateway.answer, socket, workers=_CALLERS)
     except (CorollaError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code if isinstance(error, CorollaError) else 1
     host = order.listen.rpartition(":")[0]
-    print(json.dumps({"phones": f"{host}:{port}", "tokens": len(tokens)}), flush=True)
+    print(json.dumps({"phones": f"{host}:{phones.port}", "tokens": len(tokens)}), flush=True)
     server.wait_for_termination()
     return 0
 

@@ -6,14 +6,20 @@ Times are seconds of one monotonic clock.
     open ── heartbeat ──> open          the lease is longer
     open ── report ─────> reported ──>  valid | refused | given up | late
     open ── its time ends ─> lost       the seat is free, the phone may be asked again
+
+A token may be that of many phones, and one phone can say that it is many. So tokens share a round,
+and names do not: while all places are taken, a phone gets that of a token with two more than its
+own, and valid replies of one token leave the others the seats that their places are for.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum, auto
 
 from corolla.server.gateway.budget import Assignment
+from corolla.server.gateway.shelf import Shelf
 
 
 class Phase(StrEnum):
@@ -30,7 +36,9 @@ class Phase(StrEnum):
     """Nothing was heard in time."""
 
 
-_HOLDS_A_SEAT = (Phase.OPEN, Phase.REPORTED, Phase.VALID)
+_WORKING = (Phase.OPEN, Phase.REPORTED, Phase.VALID)
+_TURNS = 10
+"""Leases that a token may use up in a round, for each place."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,14 @@ class OfferRound:
     deadline: float
     lease_seconds: float
     over_select: float = 1.3
-    leases: Mapping[str, Lease] = field(default_factory=dict)
+    leases: Shelf[str, Lease] = field(default_factory=Shelf)
+    working: Mapping[str, Lease] = field(default_factory=dict)
+    """Those of the leases that hold a seat, oldest first."""
+    _last: Shelf[str, str] = field(default_factory=Shelf)
+    """Device → its last lease."""
+    _turns: Shelf[str, int] = field(default_factory=Shelf)
+    """Owner → how many leases it has had."""
+    _counts: Mapping[Phase, int] = field(default_factory=dict)
 
     @property
     def places(self) -> int:
@@ -78,21 +93,20 @@ class OfferRound:
 
     def count(self, *phases: Phase) -> int:
         """How many leases are in one of these phases."""
-        return sum(lease.phase in phases for lease in self.leases.values())
+        return sum(self._counts.get(phase, 0) for phase in phases)
 
     def expire(self, now: float) -> "OfferRound":
         """Open leases whose time is over are lost."""
-        lost = {
-            id: replace(lease, phase=Phase.LOST, why="the lease was over")
-            for id, lease in self.leases.items()
-            if lease.phase == Phase.OPEN and now >= lease.ends
-        }
-        return replace(self, leases={**self.leases, **lost}) if lost else self
+        held = self
+        for lease in self.working.values():
+            if lease.phase == Phase.OPEN and now >= lease.ends:
+                held = held._lose(lease, "the lease was over")
+        return held
 
     def open_to(self, device: str) -> Lease | None:
         """The lease that a device has, if its result can still come."""
-        own = (lease for lease in self.leases.values() if lease.device == device)
-        return next((lease for lease in own if lease.phase == Phase.OPEN), None)
+        own = self.leases.get(self._last.get(device, ""))
+        return own if own and own.phase == Phase.OPEN else None
 
     def check_in(
         self,
@@ -105,21 +119,26 @@ class OfferRound:
     ) -> tuple["OfferRound", Lease | str]:
         """A lease under `id`, or why there is none. A device that has one gets the same again."""
         held = self.expire(now)
-        own = [lease for lease in held.leases.values() if lease.device == device]
         if held.over(now):
             return held, "the round is over"
-        for lease in own:
-            if lease.phase == Phase.OPEN and lease.owner == owner:
-                return held._renewed(lease, now)
-            if lease.phase == Phase.OPEN:  # the name has gone to another device
-                held = held._with(replace(lease, phase=Phase.LOST, why="the name is another's"))
-        own = [held.leases[lease.id] for lease in own]
-        if any(lease.phase != Phase.LOST for lease in own):
+        own = held.leases.get(held._last.get(device, ""))
+        if own and own.phase == Phase.OPEN:
+            if own.owner == owner:
+                return held._renewed(own, now)
+            held = held._lose(own, "the name is another's")
+        elif own and own.phase != Phase.LOST:
             return held, "asked already in this round"
-        if held.count(*_HOLDS_A_SEAT) >= held.places:
+        turns = held._turns.get(owner, 0)
+        if turns >= _TURNS * held.places:
+            return held, "its token has been asked too often in this round"
+        full = len(held.working) >= held.places
+        taken = held._place_for(owner) if full else None
+        if held._has_its_share(owner) or (full and taken is None):
             return held, "enough devices have been chosen"
-        lease = Lease(id, device, owner, examples, now, assigned=assigned)
-        return held._renewed(lease, now)
+        if taken:
+            held = held._lose(taken, "its place has gone to a phone of another token")
+        held = replace(held, _turns=held._turns.put(owner, turns + 1))
+        return held._renewed(Lease(id, device, owner, examples, now, assigned=assigned), now)
 
     def heartbeat(self, id: str, now: float) -> tuple["OfferRound", float]:
         """The seconds that the lease lasts now; 0 when its result is not wanted any more."""
@@ -141,9 +160,9 @@ class OfferRound:
             return lease.why or "reported already"
         if now >= lease.ends:
             return "the lease was over"
-        if self.full:
-            return f"the round is over: {self.seats} others were faster"
-        return "the round is over: the deadline has passed" if now >= self.deadline else ""
+        if now >= self.deadline and not self.full:
+            return "the round is over: the deadline has passed"
+        return self._too_many(lease)
 
     def report(self, id: str, now: float) -> tuple["OfferRound", str]:
         """Take a reply in for examination, once; "" or why not, which is its last word."""
@@ -160,16 +179,64 @@ class OfferRound:
         lease = self.leases[id]
         if lease.phase != Phase.REPORTED:
             return self
-        if phase == Phase.VALID and self.full:
-            phase, why = Phase.LATE, f"the round is over: {self.seats} others were faster"
+        if phase == Phase.VALID and (late := self._too_many(lease)):
+            phase, why = Phase.LATE, late
         return self._with(replace(lease, phase=phase, why=why))
+
+    def _too_many(self, lease: Lease) -> str:
+        """Why one more valid reply of a lease's token would be one too many; "" when it is not."""
+        if self.full:
+            return f"the round is over: {self.seats} others were faster"
+        if self._has_its_share(lease.owner):
+            return "the other seats of the round are for phones of other tokens"
+        return ""
+
+    def _has_its_share(self, owner: str) -> bool:
+        """Whether a token has as many valid replies as others leave to it: one at the least.
+
+        Theirs are as many seats as their places are for, but for those chosen to spare.
+        """
+        own = [lease for lease in self.working.values() if lease.owner == owner]
+        others = min(len(self.working) - len(own), self.places - 1)
+        theirs = max(min(1, others), math.floor(round(others / self.over_select, 9)))
+        valid = sum(lease.phase == Phase.VALID for lease in own)
+        return valid >= max(1, self.seats - theirs)
+
+    def _place_for(self, owner: str) -> Lease | None:
+        """The lease whose place a phone of a token gets while all are taken, if one is.
+
+        The youngest of the token with the most places, at least two more than this token has.
+        """
+        held = Counter(lease.owner for lease in self.working.values())
+        open = [lease for lease in self.working.values() if lease.phase == Phase.OPEN]
+        most = max((held[lease.owner] for lease in open), default=0)
+        if most < held[owner] + 2:
+            return None
+        return next(lease for lease in reversed(open) if held[lease.owner] == most)
+
+    def _lose(self, lease: Lease, why: str) -> "OfferRound":
+        return self._with(replace(lease, phase=Phase.LOST, why=why))
 
     def _renewed(self, lease: Lease, now: float) -> tuple["OfferRound", Lease]:
         lease = replace(lease, ends=min(now + self.lease_seconds, self.deadline))
         return self._with(lease), lease
 
     def _with(self, lease: Lease) -> "OfferRound":
-        return replace(self, leases={**self.leases, lease.id: lease})
+        counts, working, old = {**self._counts}, {**self.working}, self.leases.get(lease.id)
+        if old:
+            counts[old.phase] -= 1
+        counts[lease.phase] = counts.get(lease.phase, 0) + 1
+        if lease.phase in _WORKING:
+            working[lease.id] = lease
+        else:
+            working.pop(lease.id, None)
+        return replace(
+            self,
+            leases=self.leases.put(lease.id, lease),
+            working=working,
+            _last=self._last.put(lease.device, lease.id),
+            _counts=counts,
+        )
 
 
 @dataclass(frozen=True)

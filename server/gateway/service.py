@@ -1,10 +1,16 @@
-"""The service that phones call: TLS, a token on every call, limits; then the gateway."""
+"""The service that phones call: TLS, a token on every call, limits; then the gateway.
 
-import threading
+An event loop waits for requests, so that calls without one hold no thread; what is heard is
+answered by a few threads.
+"""
+
+import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import grpc
 
@@ -12,135 +18,137 @@ from corolla.errors import WireError
 from corolla.host import logs
 from corolla.phones import protocol
 from corolla.proto import device_pb2 as pb
-from corolla.proto import device_pb2_grpc
 from corolla.server.gateway.access import Token, who
 from corolla.server.gateway.gateway import Gateway
 from corolla.server.gateway.leases import Bucket
+from corolla.server.gateway.open_calls import OpenCall, OpenCalls
 from corolla.wire import rpc
 
 RATE, BURST = 50.0, 200.0
 """Calls of one phone a second: a chunk of 1 MiB each. Strangers share those of their address."""
+SECONDS = {"CheckIn": 15.0, "Download": 15.0, "Upload": 240.0, "Report": 240.0, "Heartbeat": 15.0}
+"""Seconds in which the request of a call must be there: a chunk has those of the slowest line."""
 _PEERS = 1 << 14
 _WORKERS = 32
-_MOST_CALLS = 256
 
-R = TypeVar("R")
+Context = grpc.aio.ServicerContext[Any, Any]
+
 _log = logs.logger("phones")
 
 
-class Strangers(grpc.ServerInterceptor):
-    """Turns calls without a token away before they are read.
-
-    A usual handler holds a thread until its request has come: strangers would hold all of them.
-    """
-
-    def __init__(self, tokens: Mapping[str, Token], refuse: Callable[..., NoReturn]) -> None:
-        self._tokens = tokens
-        self._away: Any = grpc.stream_unary_rpc_method_handler(lambda _, context: refuse(context))
-
-    def intercept_service(
-        self, continuation: Callable[..., Any], handler_call_details: grpc.HandlerCallDetails
-    ) -> Any:
-        known = _token(self._tokens, handler_call_details.invocation_metadata)
-        return continuation(handler_call_details) if known else self._away
-
-
-class Phones(device_pb2_grpc.PhonesServicer):
-    """Checks who calls and how often, and gives what goes wrong its status code."""
+class Phones:
+    """Checks who calls, how often and how many at a time; gives what goes wrong its status code."""
 
     def __init__(self, gateway: Gateway, tokens: Mapping[str, Token]) -> None:
-        self._check_ins, self._deliveries = gateway.check_ins, gateway.deliveries
-        self._blobs, self._tokens, self._clock = gateway.blobs, tokens, gateway.clock
-        self._lock = threading.Lock()
+        self._tokens, self._clock = tokens, gateway.clock
         self._buckets: OrderedDict[str, Bucket] = OrderedDict()
+        self._open = OpenCalls()
+        self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="rpc")
+        deliveries, blobs = gateway.deliveries, gateway.blobs
+        self._answers: dict[str, tuple[Callable[[], Any], Callable[[Any, Token], Any]]] = {
+            "CheckIn": (pb.CheckInRequest, gateway.check_ins.answer),
+            "Download": (pb.DownloadRequest, lambda own, _: blobs.chunk(own.sha256, own.offset)),
+            "Upload": (pb.Chunk, deliveries.upload),
+            "Report": (pb.ReportRequest, deliveries.report),
+            "Heartbeat": (pb.HeartbeatRequest, deliveries.heartbeat),
+        }
 
-    def CheckIn(  # noqa: N802 - these names are in device.proto
-        self, request: pb.CheckInRequest, context: grpc.ServicerContext
-    ) -> pb.CheckInResponse:
-        return self._call(context, lambda token: self._check_ins.answer(request, token))
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Serve the service Phones of proto/device.proto."""
+        service = pb.DESCRIPTOR.services_by_name["Phones"].full_name
+        handlers: dict[str, Any] = {
+            # As a stream of one request: a handler of one waits for it however long it takes.
+            name: grpc.stream_unary_rpc_method_handler(
+                partial(self._call, name), response_serializer=lambda own: own.SerializeToString()
+            )
+            for name in self._answers
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
 
-    def Download(  # noqa: N802
-        self, request: pb.DownloadRequest, context: grpc.ServicerContext
-    ) -> pb.Chunk:
-        return self._call(context, lambda _: self._blobs.chunk(request.sha256, request.offset))
+    def _answer(self, name: str, data: bytes, token: Token) -> Any:
+        """The answer to a request. Raises WireError for bytes that are none."""
+        kind, answer = self._answers[name]
+        return answer(protocol.parse(kind(), data, protocol.MAX_MESSAGE), token)
 
-    def Upload(  # noqa: N802
-        self, request: pb.Chunk, context: grpc.ServicerContext
-    ) -> pb.UploadStatus:
-        return self._call(context, lambda token: self._deliveries.upload(request, token))
-
-    def Report(  # noqa: N802
-        self, request: pb.ReportRequest, context: grpc.ServicerContext
-    ) -> pb.Acknowledgement:
-        return self._call(context, lambda token: self._deliveries.report(request, token))
-
-    def Heartbeat(  # noqa: N802
-        self, request: pb.HeartbeatRequest, context: grpc.ServicerContext
-    ) -> pb.HeartbeatResponse:
-        return self._call(context, lambda token: self._deliveries.heartbeat(request, token))
-
-    def _call(self, context: grpc.ServicerContext, answer: Callable[[Token], R]) -> R:
-        token = _token(self._tokens, context.invocation_metadata())
-        if token is None:  # it was in the file a moment ago
-            self.refuse(context)
+    async def _call(self, name: str, requests: AsyncIterator[bytes], context: Context) -> Any:
+        token, peer = _token(self._tokens, context), context.peer()
         # Of those with a token each connection counts: many phones share a router's address.
-        self._limit(context, context.peer())
+        if not self._allowed(peer if token else peer.rpartition(":")[0]):
+            await _end(context, grpc.StatusCode.RESOURCE_EXHAUSTED, "too many calls: wait a second")
+        if token is None:
+            text = "this gateway does not know the token"
+            await _end(context, grpc.StatusCode.UNAUTHENTICATED, text)
+        limit = asyncio.timeout(SECONDS[name])
+
+        def end() -> None:
+            if not limit.expired():
+                limit.reschedule(0.0)
+
+        call = OpenCall(peer, token.owner, end)
         try:
-            return answer(token)
-        except PermissionError as error:
-            _end(context, grpc.StatusCode.UNAUTHENTICATED, str(error))
-        except KeyError:
-            _end(context, grpc.StatusCode.NOT_FOUND, "this blob is not offered (any more)")
-        except WireError as error:
-            _end(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        except OSError as error:
-            _log.error("disk", error=str(error.strerror))
-            _end(context, grpc.StatusCode.UNAVAILABLE, "the gateway's disk fails")
+            async with limit:
+                data = await self._heard(call, requests)
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._workers, self._answer, name, data, token)
+        except (_FullError, WireError, KeyError, OSError) as error:
+            await _end(context, *_status(error))
+        finally:
+            self._open.leave(call)
 
-    def refuse(self, context: grpc.ServicerContext) -> NoReturn:
-        """End a stranger's call."""
-        self._limit(context, context.peer().rpartition(":")[0])
-        _end(context, grpc.StatusCode.UNAUTHENTICATED, "this gateway does not know the token")
-
-    def _limit(self, context: grpc.ServicerContext, peer: str) -> None:
-        if not self._allowed(peer):
-            _end(context, grpc.StatusCode.RESOURCE_EXHAUSTED, "too many calls: wait a second")
+    async def _heard(self, call: OpenCall, requests: AsyncIterator[bytes]) -> bytes:
+        """The request of a call. Raises _FullError, and WireError where there is none."""
+        if not self._open.enter(call):
+            raise _FullError
+        async for data in requests:
+            self._open.heard(call)
+            return data
+        raise WireError("a call has a request")
 
     def _allowed(self, peer: str) -> bool:
         now = self._clock()
-        with self._lock:
-            bucket, allowed = self._buckets.get(peer, Bucket(BURST, now)).take(now, RATE, BURST)
-            self._buckets[peer] = bucket
-            self._buckets.move_to_end(peer)
-            if len(self._buckets) > _PEERS:
-                self._buckets.popitem(last=False)
+        bucket, allowed = self._buckets.get(peer, Bucket(BURST, now)).take(now, RATE, BURST)
+        self._buckets[peer] = bucket
+        self._buckets.move_to_end(peer)
+        if len(self._buckets) > _PEERS:
+            self._buckets.popitem(last=False)
         return allowed
 
 
-def _token(tokens: Mapping[str, Token], metadata: Iterable[Any]) -> Token | None:
-    return who(tokens, str(dict(metadata).get("authorization", "")))
+class _FullError(Exception):
+    """As many calls are at work as may be. Never leaves this module."""
 
 
-def _end(context: grpc.ServicerContext, code: grpc.StatusCode, text: str) -> NoReturn:
-    context.abort(code, text)
+def _status(error: _FullError | WireError | KeyError | OSError) -> tuple[grpc.StatusCode, str]:
+    """The status code of a call that went wrong, and its words."""
+    match error:
+        case _FullError():
+            return grpc.StatusCode.RESOURCE_EXHAUSTED, "too many calls are open: wait a second"
+        case TimeoutError():
+            return grpc.StatusCode.DEADLINE_EXCEEDED, "the call's request did not come in time"
+        case PermissionError():
+            return grpc.StatusCode.UNAUTHENTICATED, str(error)
+        case KeyError():
+            return grpc.StatusCode.NOT_FOUND, "this blob is not offered (any more)"
+        case WireError():
+            return grpc.StatusCode.INVALID_ARGUMENT, str(error)
+        case _:
+            _log.error("disk", error=str(error.strerror))
+            return grpc.StatusCode.UNAVAILABLE, "the gateway's disk fails"
+
+
+def _token(tokens: Mapping[str, Token], context: Context) -> Token | None:
+    metadata: Any = context.invocation_metadata()
+    return who(tokens, str(dict(metadata or ()).get("authorization", "")))
+
+
+async def _end(context: Context, code: grpc.StatusCode, text: str) -> NoReturn:
+    await context.abort(code, text)
     raise AssertionError("abort raises")
 
 
 def serve_phones(
     gateway: Gateway, tokens: Mapping[str, Token], address: str, certificate: Path, key: Path
-) -> tuple[grpc.Server, int]:
-    """(a server that is started, its port). Raises ConfigError when it cannot be."""
-    phones = Phones(gateway, tokens)
-    server, port = rpc.tls_server(
-        address,
-        certificate,
-        key,
-        workers=_WORKERS,
-        most_bytes=protocol.MAX_MESSAGE,
-        most_calls=_MOST_CALLS,
-        interceptors=[Strangers(tokens, phones.refuse)],
-    )
-    add = device_pb2_grpc.add_PhonesServicer_to_server
-    add(phones, server)  # type: ignore[no-untyped-call]
-    server.start()
-    return server, port
+) -> rpc.TlsServer:
+    """A server that is started. Raises ConfigError when it cannot be."""
+    add = Phones(gateway, tokens).add_to
+    return rpc.tls_server(address, certificate, key, most_bytes=protocol.MAX_MESSAGE, add=add)

@@ -5,6 +5,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from corolla.proto import device_pb2 as pb
 from corolla.proto import device_pb2_grpc
 from corolla.proto import update_pb2 as updates
 from corolla.server.gateway.uploads import Upload
-from corolla.wire import messages, rpc
+from corolla.wire import messages
 from tests.server.gateway import gateways
 from tests.strategies import tiny
 
@@ -227,13 +228,10 @@ def offering(folder: Path, fake: Fake) -> Iterator[int]:
     own = folder / "certs"
     if not own.exists():
         gateways.certificates(own)
-    server, port = rpc.tls_server(
-        "localhost:0",
-        own / "gateway.pem",
-        own / "gateway.key",
-        workers=8,
-        most_bytes=protocol.MAX_MESSAGE,
-    )
+    options = [("grpc.max_receive_message_length", protocol.MAX_MESSAGE)]
+    server = grpc.server(ThreadPoolExecutor(8), options=options)
+    pair = ((own / "gateway.key").read_bytes(), (own / "gateway.pem").read_bytes())
+    port = server.add_secure_port("localhost:0", grpc.ssl_server_credentials([pair]))
     device_pb2_grpc.add_PhonesServicer_to_server(fake, server)  # type: ignore[no-untyped-call]
     server.start()
     try:

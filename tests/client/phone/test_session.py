@@ -315,7 +315,7 @@ def test_a_phone_outlives_a_gateway_that_starts_again(tmp_path: Path) -> None:
     gateways.until(lambda: said and said[-1].startswith("no answer, trying again"))
     own = tmp_path / "certs"
     gateway = type(world.gateway)(replace(world.gateway.settings))
-    server, _ = serve_phones(
+    server = serve_phones(
         gateway,
         gateways.tokens(tmp_path),
         f"localhost:{port}",
@@ -327,7 +327,7 @@ def test_a_phone_outlives_a_gateway_that_starts_again(tmp_path: Path) -> None:
         found = asked.result()
         serving.join(10)
     finally:
-        server.stop(None).wait()
+        server.stop()
         phone.channel.close()
         answering.join()
     assert (found.clients, found.round) == (1, 2)

@@ -239,14 +239,16 @@ def test_tls_is_served_and_a_foreign_ca_is_refused(tmp_path: Path) -> None:
     certificates.make(tmp_path / "ours", [])
     certificates.make(tmp_path / "theirs", [])
     ours = tmp_path / "ours"
-    server, port = rpc.tls_server(
-        "127.0.0.1:0", ours / "server.pem", ours / "server.key", workers=1, most_bytes=1 << 20
-    )
-    server.start()
+
+    def served(address: str) -> rpc.TlsServer:
+        certificate, key = ours / "server.pem", ours / "server.key"
+        return rpc.tls_server(address, certificate, key, most_bytes=1, add=lambda _: None)
+
+    server = served("127.0.0.1:0")
     try:
         for folder, trusted in (("ours", True), ("theirs", False)):
             ca = tmp_path / folder / "ca.pem"
-            with rpc.tls_channel(f"127.0.0.1:{port}", ca, most_bytes=1 << 20) as channel:
+            with rpc.tls_channel(f"127.0.0.1:{server.port}", ca, most_bytes=1 << 20) as channel:
                 ready = grpc.channel_ready_future(channel)
                 if trusted:
                     ready.result(timeout=10)
@@ -255,21 +257,15 @@ def test_tls_is_served_and_a_foreign_ca_is_refused(tmp_path: Path) -> None:
                         ready.result(timeout=1)
                     ready.cancel()
         with pytest.raises(ConfigError, match="taken"):
-            rpc.tls_server(
-                f"127.0.0.1:{port}",
-                ours / "server.pem",
-                ours / "server.key",
-                workers=1,
-                most_bytes=1 << 20,
-            )
+            served(f"127.0.0.1:{server.port}")
     finally:
-        server.stop(None).wait()
+        server.stop()
 
 
 def test_missing_certificates_are_one_line(tmp_path: Path) -> None:
     none = tmp_path / "none.pem"
     with pytest.raises(ConfigError, match=r"cannot read .*none\.pem"):
-        rpc.tls_server("127.0.0.1:0", none, none, workers=1, most_bytes=1)
+        rpc.tls_server("127.0.0.1:0", none, none, most_bytes=1, add=lambda _: None)
     with pytest.raises(ConfigError, match=r"cannot read .*none\.pem"):
         rpc.tls_channel("127.0.0.1:1", none, most_bytes=1)
 

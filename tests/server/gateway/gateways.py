@@ -73,7 +73,7 @@ class World:
     gateway: Gateway
     address: str
     folder: Path
-    server: grpc.Server
+    server: rpc.TlsServer
     clock: "Clock | None" = None
 
     def later(self, seconds: float) -> None:
@@ -110,19 +110,19 @@ def serving(
     usual: dict[str, Any] = {"retry": 0.05, "lease": 5.0}
     settings = GatewaySettings("gate", folder / "gate", **{**usual, **changes})
     gateway = Gateway(settings, clock=clock)
-    server, port = serve_phones(
+    server = serve_phones(
         gateway, tokens(folder), "localhost:0", own / "gateway.pem", own / "gateway.key"
     )
     try:
         yield World(
             gateway,
-            f"localhost:{port}",
+            f"localhost:{server.port}",
             folder,
             server,
             clock if isinstance(clock, Clock) else None,
         )
     finally:
-        server.stop(None).wait()
+        server.stop()
 
 
 @dataclass

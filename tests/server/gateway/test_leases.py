@@ -1,5 +1,7 @@
 """Leases by hand: who gets a seat, who loses it, who is told what; the clock is a number."""
 
+from collections import Counter
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -180,39 +182,136 @@ def test_a_bucket_gives_a_burst_and_then_a_rate() -> None:
     assert allowed == [True, True, True, False, True, False, True]
 
 
+def shared(round: OfferRound, owner: str, number: int, now: float = 0.0) -> OfferRound:
+    """The round after so many names of one token have asked."""
+    for place in range(number):
+        round, _ = round.check_in(f"{owner}{place}", owner, 5, f"{owner}{place}", now)
+    return round
+
+
+def held(round: OfferRound) -> Counter[str]:
+    return Counter(lease.owner for lease in round.working.values())
+
+
+def valid(round: OfferRound, id: str) -> OfferRound:
+    round, why = round.report(id, 1)
+    return round if why else round.settle(id, Phase.VALID, "")
+
+
+def test_a_token_that_is_alone_may_have_all_places() -> None:
+    round = shared(a_round(20), "a", 200)
+    assert held(round) == {"a": 26}
+    assert round.check_in("a again", "a", 5, "a again", 1)[1] == "enough devices have been chosen"
+    for place in range(20):
+        round = valid(round, f"a{place}")
+    assert round.full
+
+
+def test_while_all_places_are_taken_tokens_share_them_whatever_the_names() -> None:
+    round = shared(a_round(20), "a", 200)
+    round = shared(round, "b", 1)
+    assert held(round) == {"a": 25, "b": 1}
+    assert round.leases["a25"].phase == Phase.LOST  # the youngest
+    assert round.report("a25", 1)[1] == "its place has gone to a phone of another token"
+    round = shared(round, "b", 200)
+    assert held(round) == {"a": 13, "b": 13}
+    round = shared(round, "c", 200)
+    assert sorted(held(round).values()) == [8, 9, 9]
+    assert isinstance(round.check_in("d", "d", 5, "d", 1)[1], Lease)
+
+
+def test_a_place_that_is_at_work_no_more_goes_to_nobody() -> None:
+    round = shared(a_round(2, over_select=1.0), "a", 2)
+    for id in ("a0", "a1"):
+        round, _ = round.report(id, 1)
+    assert isinstance(round.check_in("b", "b", 5, "b", 1)[1], str)
+
+
+@pytest.mark.parametrize(
+    ("others", "theirs"), [(1, 1), (2, 1), (3, 2), (13, 10)], ids=lambda number: str(number)
+)
+def test_valid_replies_of_a_token_leave_the_others_seats(others: int, theirs: int) -> None:
+    round = shared(shared(a_round(20), "a", 26), "b", others)
+    for place in range(26):
+        round = valid(round, f"a{place}")
+    assert round.count(Phase.VALID) == 20 - theirs
+    late = round.leases[f"a{25 - others}"]
+    assert late.why == "the other seats of the round are for phones of other tokens"
+    assert isinstance(round.check_in("a again", "a", 5, "a again", 2)[1], str)
+    for place in range(others):
+        round = valid(round, f"b{place}")
+    assert round.full
+
+
+def test_seats_of_phones_that_vanish_go_back_to_the_others() -> None:
+    round = shared(shared(a_round(2), "a", 3), "b", 1)
+    round = valid(valid(round, "a0"), "a1")
+    assert round.count(Phase.VALID) == 1
+    round, lease = round.check_in("a3", "a", 5, "a3", 31)
+    assert isinstance(lease, Lease)
+    assert round.leases["b0"].phase == Phase.LOST
+    assert valid(round, "a3").full
+
+
+def test_a_round_for_one_update_takes_that_of_whoever_is_first() -> None:
+    round = shared(shared(a_round(1), "a", 2), "b", 1)
+    assert held(round) == {"a": 1, "b": 1}
+    assert valid(round, "b0").full
+
+
+def test_a_token_that_uses_up_leases_gets_no_more_of_them_in_a_round() -> None:
+    round, places = a_round(2), 3
+    for number in range(10 * places):
+        round, lease = round.check_in(f"n{number}", "a", 5, f"n{number}", 0)
+        assert isinstance(lease, Lease)
+        round, _ = round.report(lease.id, 0)
+        round = round.settle(lease.id, Phase.REFUSED, "no")
+    _, why = round.check_in("one more", "a", 5, "one more", 0)
+    assert why == "its token has been asked too often in this round"
+    assert isinstance(round.check_in("other", "b", 5, "other", 0)[1], Lease)
+
+
 @given(
     st.lists(
         st.tuples(
             st.sampled_from(["check in", "heartbeat", "report", "valid", "refused", "lost"]),
-            st.integers(0, 5),
+            st.integers(0, 8),
             st.floats(0, 12),
         ),
         max_size=60,
     ),
-    st.integers(1, 3),
+    st.integers(1, 4),
 )
-def test_whatever_phones_do_seats_and_places_are_never_exceeded(
+def test_whatever_phones_do_seats_and_places_are_shared_and_never_exceeded(
     events: list[tuple[str, int, float]], seats: int
 ) -> None:
+    """Phones 0 to 5 have one token, each of the others has its own."""
     round, now, number = a_round(seats), 0.0, 0
-    held: dict[int, str] = {}
+    ids: dict[int, str] = {}
     words = {"valid": Phase.VALID, "refused": Phase.REFUSED, "lost": Phase.LOST}
     for what, phone, later in events:
         now += later
         if what == "check in":
             number += 1
-            round, got = round.check_in(f"p{phone}", "o", 1, f"id{number}", now)
+            owner = str(max(5, phone))
+            round, got = round.check_in(f"p{phone}", owner, 1, f"id{number}", now)
             if isinstance(got, Lease):
-                held[phone] = got.id
-        elif phone in held and what == "heartbeat":
-            round, _ = round.heartbeat(held[phone], now)
-        elif phone in held and what == "report":
-            round, _ = round.report(held[phone], now)
-        elif phone in held:
-            round = round.settle(held[phone], words[what], "")
+                ids[phone] = got.id
+            elif got == "enough devices have been chosen" and round.count(Phase.VALID) == 0:
+                open = Counter(x.owner for x in round.leases.values() if x.phase == Phase.OPEN)
+                assert all(held(round)[x] < held(round)[owner] + 2 for x in open)
+        elif phone in ids and what == "heartbeat":
+            round, _ = round.heartbeat(ids[phone], now)
+        elif phone in ids and what == "report":
+            round, _ = round.report(ids[phone], now)
+        elif phone in ids:
+            round = round.settle(ids[phone], words[what], "")
         own = list(round.leases.values())
-        working = [x for x in own if x.phase in (Phase.OPEN, Phase.REPORTED, Phase.VALID)]
+        working = {x.id: x for x in own if x.phase in (Phase.OPEN, Phase.REPORTED, Phase.VALID)}
+        assert working == round.working
         assert len(working) <= round.places
-        assert len({x.device for x in working}) == len(working)
+        assert len({x.device for x in working.values()}) == len(working)
+        for phase in Phase:
+            assert round.count(phase) == sum(x.phase == phase for x in own)
         assert round.count(Phase.VALID) <= seats
         assert all(x.ends <= round.deadline for x in own)

@@ -2,12 +2,14 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
 import pytest
 
 from corolla.proto import device_pb2 as pb
+from corolla.server.gateway import open_calls, service
 from corolla.server.gateway.service import BURST, RATE
 from tests.server.gateway import gateways
 from tests.server.gateway.callers import Caller
@@ -47,21 +49,82 @@ def test_too_many_calls_of_one_phone_are_put_off(
     assert own.refused("Heartbeat", request) == grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-def test_strangers_whose_calls_never_end_do_not_hold_up_the_phones(
-    world: World, caller: Callable[..., Caller]
-) -> None:
+@contextmanager
+def silent(world: World, number: int, token: str = gateways.TOKEN) -> Iterator[list[Any]]:
+    """Calls of one connection whose request never comes."""
     over = threading.Event()
 
-    def silent() -> Iterator[bytes]:
-        over.wait(20)
+    def nothing() -> Iterator[bytes]:
+        over.wait(60)
         yield from ()
 
     with world.channel() as channel:
-        call: Any = channel.stream_unary("/corolla.v1.Phones/Upload")
-        held = [call.future(silent(), timeout=20) for _ in range(64)]
+        call: Any = channel.stream_unary("/corolla.v1.Phones/Heartbeat")
+        metadata = (("authorization", f"Bearer {token}"),)
         try:
-            codes = {future.code() for future in held}  # each has been turned away
-            assert caller().check_in().refusal.text == "no round"
+            yield [call.future(nothing(), metadata=metadata, timeout=60) for _ in range(number)]
         finally:
             over.set()
+
+
+def test_strangers_whose_calls_never_end_do_not_hold_up_the_phones(
+    world: World, caller: Callable[..., Caller]
+) -> None:
+    with silent(world, 64, token="nobody's") as held:
+        codes = {future.code() for future in held}  # each has been turned away
+        assert caller().check_in().refusal.text == "no round"
     assert codes == {grpc.StatusCode.UNAUTHENTICATED}
+
+
+def test_a_call_whose_request_does_not_come_ends(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(service.SECONDS, "Heartbeat", 0.1)
+    with silent(world, 1) as held:
+        assert held[0].code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        assert held[0].details() == "the call's request did not come in time"
+
+
+def test_of_too_many_calls_of_a_connection_as_many_end(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(service.SECONDS, "Heartbeat", 1000.0)
+    with silent(world, open_calls.MOST["connection"] + 3) as held:
+        gateways.until(lambda: sum(future.done() for future in held) == 3, 60)
+        assert {future.code() for future in held if future.done()} == {
+            grpc.StatusCode.DEADLINE_EXCEEDED
+        }
+
+
+def test_while_all_calls_of_a_connection_are_at_work_one_more_is_refused(
+    world: World, caller: Callable[..., Caller], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(open_calls.MOST, "connection", 1)
+    at_work, heard = threading.Event(), open_calls.OpenCalls.heard
+
+    def noted(calls: open_calls.OpenCalls, call: open_calls.OpenCall) -> None:
+        heard(calls, call)
+        at_work.set()
+
+    monkeypatch.setattr(open_calls.OpenCalls, "heard", noted)
+    own, metadata = caller(), (("authorization", f"Bearer {gateways.TOKEN}"),)
+    with world.gateway.rounds.changed:  # answers wait for it
+        first = own.stub.Heartbeat.future(pb.HeartbeatRequest(), metadata=metadata, timeout=60)
+        assert at_work.wait(60)
+        found = own.refused("Heartbeat", pb.HeartbeatRequest())
+    assert found == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert not first.result().wanted
+
+
+@pytest.mark.parametrize(
+    ("sent", "details"), [([], "a call has a request"), ([b"\xff"], "message cannot be parsed")]
+)
+def test_a_call_without_a_request_or_with_bytes_that_are_none_is_refused(
+    world: World, sent: list[bytes], details: str
+) -> None:
+    with world.channel() as channel:
+        call: Any = channel.stream_unary("/corolla.v1.Phones/CheckIn")
+        metadata = (("authorization", f"Bearer {gateways.TOKEN}"),)
+        found = call.future(iter(sent), metadata=metadata, timeout=60)
+        assert found.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert found.details() == details
