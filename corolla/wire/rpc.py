@@ -13,12 +13,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
 
-from corolla.errors import ConfigError, CorollaError, PeerError
+from corolla.errors import ConfigError, CorollaError, PeerError, WireError
 from corolla.proto import device_pb2, device_pb2_grpc
 from corolla.wire.packet import Packet
+from corolla.wire.parsing import parse
 
 LONGEST_PATH = 103
 """Bytes of a socket's path that every system takes (Linux 107, macOS 103)."""
@@ -140,8 +144,9 @@ def tls_server(
         ("grpc.keepalive_timeout_ms", 10_000),
     )
     pool = ThreadPoolExecutor(workers, thread_name_prefix="rpc")
+    counted = [*interceptors, _Counted(most_bytes)]
     server = grpc.server(
-        pool, interceptors=list(interceptors), options=options, maximum_concurrent_rpcs=most_calls
+        pool, interceptors=counted, options=options, maximum_concurrent_rpcs=most_calls
     )
     try:
         pair = (key.read_bytes(), certificate.read_bytes())
@@ -167,6 +172,66 @@ def tls_channel(address: str, ca: Path | None, *, most_bytes: int) -> grpc.Chann
         ("grpc.max_reconnect_backoff_ms", 10_000),
     )
     return grpc.secure_channel(address, grpc.ssl_channel_credentials(roots), options=options)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A call of a service of device.proto, which gives its answer as bytes.
+
+    Who calls counts them, and then their entries (see wire/parsing.py).
+    """
+
+    call: Callable[..., bytes]
+    answer: type[Message]
+
+
+class RawChannel:
+    """A channel whose stubs have methods of the type Method."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self._channel = channel
+
+    def unary_unary(
+        self,
+        path: str,
+        request_serializer: Callable[[Any], bytes],
+        response_deserializer: object,
+        **options: Any,
+    ) -> Method:
+        """As that of a grpc.Channel, which generated stubs call."""
+        call: Any = self._channel.unary_unary(path, request_serializer, None, **options)
+        return Method(call, _messages(path)[1])
+
+
+class _Counted(grpc.ServerInterceptor):
+    """Counts the entries of requests before they are parsed."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+
+    def intercept_service(
+        self, continuation: Callable[..., Any], handler_call_details: grpc.HandlerCallDetails
+    ) -> Any:
+        found = continuation(handler_call_details)
+        if found is None or found.unary_unary is None:
+            return found
+        kind = _messages(str(handler_call_details.method))[0]
+
+        def answer(data: bytes, context: grpc.ServicerContext) -> Any:
+            try:
+                request = parse(kind(), data, self._most)
+            except WireError as error:
+                context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            return found.unary_unary(request, context)
+
+        return grpc.unary_unary_rpc_method_handler(answer, None, found.response_serializer)
+
+
+def _messages(path: str) -> tuple[type[Message], type[Message]]:
+    """The messages (request, answer) of /SERVICE/METHOD of device.proto."""
+    service, method = path.rpartition(".")[2].split("/")
+    found = device_pb2.DESCRIPTOR.services_by_name[service].methods_by_name[method]
+    return GetMessageClass(found.input_type), GetMessageClass(found.output_type)
 
 
 class _Trainer(device_pb2_grpc.TrainerServicer):
