@@ -10,6 +10,7 @@ CorollaError                 anything a user can cause; the command line prints 
 ├── RoundError               a round that could not be completed
 │   └── DivergedError        the loss is not finite
 ├── PeerError                a process beside this one that does not answer
+├── DiskLimitError           what a run would keep on a device is more than its owner allows
 ├── StoppedError             the user or the engine has stopped the run
 └── ArtefactError            a checkpoint or an adapter folder
 """
@@ -71,6 +72,10 @@ class PeerError(CorollaError):
     def __init__(self, message: str, gone: bool = False) -> None:
         super().__init__(message)
         self.gone = gone
+
+
+class DiskLimitError(CorollaError):
+    """A run, or a gateway, that would take more of a device's disk than its owner allows."""
 
 
 class StoppedError(CorollaError):

@@ -60,9 +60,8 @@ PLACES = {
     "flwr_datasets": {"data"},
     "datasets": {"data"},
     "google": {
-        "client.device.relay",
-        "phones.protocol",
-        "wire.messages",
+        "wire.parsing",
+        "wire.rpc",
         "proto",
         "experiments.bench.mutations",
     },

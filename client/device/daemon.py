@@ -43,6 +43,7 @@ from corolla.models.pretrained import Base
 from corolla.models.trainable import Trainable
 from corolla.privacy import ledger
 from corolla.privacy.ledger import Limit
+from corolla.storage.disk import Room, held
 from corolla.storage.memory import Memory
 from corolla.strategies.own import files
 from corolla.version import __version__
@@ -136,8 +137,8 @@ class Trainer:
         if self._worker is None or self._worker[0] != task.run_id:
             folder = self._runs / task.run_id
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            forget(self._runs, keep=task.run_id)
-            memory = Memory(folder)
+            forget(self._runs, task.run_id, self.own.disk_limits.beside - held(self.own.models))
+            memory = Memory(folder, room=Room(folder, self.own.disk_limits))
             config, model, own = self._resident
             limit = Limit(self.own.epsilon, self.own.delta) if self.own.epsilon else None
             device = Device(self.capabilities, self.own.state / ledger.NAME, limit)
@@ -216,13 +217,19 @@ class Trainer:
             raise StoppedError("given up: the server no longer waits")
 
 
-def forget(runs: Path, keep: str) -> None:
-    """Delete what was kept of runs long over: the oldest, and those not asked for in a month."""
+def forget(runs: Path, keep: str, most: int) -> None:
+    """Delete what was kept of runs long over: the oldest, and those not asked for in a month.
+
+    What is left of them has `most` bytes.
+    """
     month = time.time() - _KEEP_DAYS * 86400
     others = [path for path in runs.iterdir() if path.is_dir() and path.name != keep]
     others.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    whole = 0
     for place, path in enumerate(others, start=1):
-        if place >= _KEEP_RUNS or path.stat().st_mtime < month:
+        whole += held(path)
+        if place >= _KEEP_RUNS or path.stat().st_mtime < month or whole > most:
+            _log.info("run forgotten", forgotten=path.name)
             shutil.rmtree(path, ignore_errors=True)
 
 

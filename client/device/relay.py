@@ -12,9 +12,8 @@ from pathlib import Path
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
-from google.protobuf.message import DecodeError
 
-from corolla.errors import CorollaError, PeerError
+from corolla.errors import CorollaError, PeerError, WireError
 from corolla.phones import protocol
 from corolla.proto import update_pb2
 from corolla.wire import rpc
@@ -62,11 +61,10 @@ def carry(packet: Packet, socket: Path, seconds: float, name: str) -> Packet:
 
 def error_reply(packet: Packet, why: str, name: str) -> Packet:
     """A reply of client `name` that echoes the task's header, as pack_reply would make it."""
-    task = update_pb2.Task()
     try:
-        task.ParseFromString(packet.header)
-    except DecodeError:
-        task.Clear()
+        task = protocol.read_task(packet.header)
+    except WireError:
+        task = update_pb2.Task()
     return protocol.given_up(task, name, why)
 
 

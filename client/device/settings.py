@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from corolla.errors import ConfigError
 from corolla.host import wording
 from corolla.host.text import nearest, parse_bytes
+from corolla.storage.disk import USUAL, DiskLimits
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _ADDRESS = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
@@ -45,6 +46,14 @@ class Own(BaseModel):
     )
 
     memory: int | None = Field(None, description="bytes that training may take: 2GB; None: any")
+    run_disk: Positive = Field(
+        USUAL.run, description="bytes that one run may keep on this device's disk"
+    )
+    disk: Positive = Field(
+        USUAL.whole,
+        description="bytes that all runs and a gateway's files may keep",
+        validate_default=True,  # it may be less than the other
+    )
     device: str = Field("auto", description="cpu, cuda, mps; auto: the best there is")
     threads: Annotated[int, Field(ge=0)] = Field(0, description="of the CPU; 0: all cores")
     quantization: Literal["none", "8bit", "4bit"] = "none"
@@ -60,10 +69,27 @@ class Own(BaseModel):
         [], description="strategies of one's own (FILE.py:Class, module:Class) a server may name"
     )
 
-    @field_validator("memory", mode="before")
+    @property
+    def disk_limits(self) -> DiskLimits:
+        """Bytes of the disk that runs may take."""
+        return DiskLimits(self.run_disk, self.disk)
+
+    @property
+    def models(self) -> Path:
+        """The folder of base models that gateways have offered."""
+        return self.state / "models"
+
+    @field_validator("memory", "run_disk", "disk", mode="before")
     @classmethod
     def _bytes(cls, value: object) -> object:
         return parse_bytes(value) if isinstance(value, str) else value
+
+    @field_validator("disk")
+    @classmethod
+    def _holds_a_run(cls, value: int, info: ValidationInfo) -> int:
+        if value < info.data.get("run_disk", 0):
+            raise ValueError("expected at least the bytes of --run-disk")
+        return value
 
     @field_validator("server")
     @classmethod

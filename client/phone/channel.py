@@ -5,19 +5,20 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from threading import Event
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import grpc
 
 from corolla.client.phone.clock import Clock
 from corolla.client.phone.meter import LEAST_SECONDS, Meter, SessionOverError, UsedUpError
-from corolla.errors import ConfigError, StoppedError
+from corolla.errors import ConfigError, StoppedError, WireError
 from corolla.host.text import one_line
 from corolla.phones import protocol
 from corolla.proto import device_pb2 as pb
 from corolla.proto import device_pb2_grpc
+from corolla.wire.parsing import parse
+from corolla.wire.rpc import Method, RawChannel
 
-R = TypeVar("R")
 FOREVER = float("inf")
 """Deadline of a call that is tried again until it has an answer."""
 _CALL_SECONDS = 30.0
@@ -48,23 +49,23 @@ class Caller:
 
     def __post_init__(self) -> None:
         self.meter = Meter(self.clock)
-        self.stub: Any = device_pb2_grpc.PhonesStub(self.channel)  # type: ignore[no-untyped-call]
+        self.stub: Any = device_pb2_grpc.PhonesStub(RawChannel(self.channel))  # type: ignore[no-untyped-call]
         self._metadata = (("authorization", f"Bearer {self.token}"),)
         self._random = random.Random(os.urandom(16))  # noqa: S311 - jitter
 
     def call(
         self,
-        method: Callable[..., R],
+        method: Method,
         request: Any,
         deadline: float = FOREVER,
         slow: bool = False,
         coming: int = 0,
-    ) -> R:
+    ) -> Any:
         """The answer to a call, of about `coming` bytes.
 
         Raises SessionOverError when the gateway, the deadline or a limit of the day has ended the
-        session, ConfigError for what only the owner can mend; where `slow`, SlowCallError for a
-        call that took too long.
+        session, or what comes is no answer, ConfigError for what only the owner can mend; where
+        `slow`, SlowCallError for a call that took too long.
         """
         pause, longest = self.pauses
         if deadline == FOREVER:
@@ -73,6 +74,8 @@ class Caller:
             left = self.meter.ask(request.ByteSize() + _OVERHEAD + coming)
             try:
                 return self._made(method, request, min(_CALL_SECONDS, left))
+            except WireError as error:
+                raise SessionOverError(f"the gateway sends what cannot be read: {error}") from error
             except grpc.RpcError as error:
                 code, details = error.code(), one_line(error.details() or "", protocol.MAX_TEXT)
             self._refuse_final(code, details)
@@ -84,7 +87,7 @@ class Caller:
             self.wait(pause * (0.5 + self._random.random()))
             pause = min(2 * pause, longest)
 
-    def last_word(self, method: Callable[..., R], request: Any, deadline: float = FOREVER) -> R:
+    def last_word(self, method: Method, request: Any, deadline: float = FOREVER) -> Any:
         """The answer to a call that ends a session; it gets one try where the day is used up.
 
         A few hundred bytes then free the gateway from waiting. Raises what `call` raises.
@@ -94,24 +97,24 @@ class Caller:
         except UsedUpError:
             try:
                 return self._made(method, request, LEAST_SECONDS)
-            except grpc.RpcError:
+            except (grpc.RpcError, WireError):
                 pass
             raise
 
-    def once(self, method: Callable[..., R], request: Any, seconds: float) -> R | None:
+    def once(self, method: Method, request: Any, seconds: float) -> Any:
         """The answer to a call that is not tried again, or None."""
         try:
             return self._made(method, request, min(seconds, self.meter.ask()))
-        except (grpc.RpcError, UsedUpError):
+        except (grpc.RpcError, UsedUpError, WireError):
             return None
 
-    def _made(self, method: Callable[..., R], request: Any, seconds: float) -> R:
-        """One try of a call, which counts whatever comes of it."""
+    def _made(self, method: Method, request: Any, seconds: float) -> Any:
+        """One try of a call, which counts whatever comes of it. Raises WireError for no answer."""
         began, size = self.clock.now(), request.ByteSize() + _OVERHEAD
         try:
-            found: Any = method(request, metadata=self._metadata, timeout=seconds)
-            size += found.ByteSize()
-            return cast(R, found)
+            data = method.call(request, metadata=self._metadata, timeout=seconds)
+            size += len(data)
+            return parse(method.answer(), data, protocol.MAX_MESSAGE)
         finally:
             self.meter.count(size, self.clock.now() - began)
 

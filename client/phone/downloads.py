@@ -15,6 +15,7 @@ from corolla.errors import WireError
 from corolla.phones import protocol
 from corolla.phones.protocol import CHUNK
 from corolla.proto import device_pb2 as pb
+from corolla.storage.disk import USUAL, DiskLimits, blocks, held
 
 Download = Callable[[pb.DownloadRequest, int], pb.Chunk]
 """The call of that name, and the bytes of its chunk; it tries again until it has an answer."""
@@ -35,15 +36,25 @@ def fetch(blob: pb.Blob, folder: Path, download: Download, most: int) -> bytes:
     return data
 
 
-def fetch_model(manifest: pb.Blob, folder: Path, download: Download) -> Path:
+def fetch_model(
+    manifest: pb.Blob, folder: Path, download: Download, limits: DiskLimits = USUAL
+) -> Path:
     """A base model's folder in `folder`, fetched unless it is there and whole.
 
-    Others there are deleted. Raises WireError when the gateway offers other bytes than its
-    manifest says.
+    Others there are deleted, at first where both would take too much of the disk. Raises WireError
+    when the gateway offers other bytes than its manifest says, DiskLimitError for too many.
     """
+    limits.check_beside("the list of its files", blocks(manifest.size))
     data = fetch(manifest, _made(folder / "manifests"), download, protocol.MAX_MANIFEST)
     files = protocol.read_manifest(data).files
-    found, scratch = folder / manifest.sha256, _made(folder / f"{manifest.sha256}.part")
+    size = sum(blocks(file.blob.size) for file in files)
+    limits.check_beside("it", size)
+    found, scratch = folder / manifest.sha256, folder / f"{manifest.sha256}.part"
+    if size + held(folder) > limits.beside:
+        for other in folder.iterdir():
+            if other not in (found, scratch):
+                shutil.rmtree(other, ignore_errors=True)
+    _made(scratch)
     if not verified(found):
         shutil.rmtree(found, ignore_errors=True)
         _fill(scratch, files, download)

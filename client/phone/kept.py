@@ -1,5 +1,6 @@
 """What a phone keeps on its disk: its history, the gateway's last words, a reply on its way."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from corolla.client.phone import policies
@@ -8,7 +9,9 @@ from corolla.errors import WireError
 from corolla.host.files import write_atomic
 from corolla.phones import protocol
 from corolla.proto import device_pb2 as pb
+from corolla.storage.disk import DiskLimits, blocks, held
 from corolla.wire.packet import Packet
+from corolla.wire.parsing import parse
 
 _LARGEST_POLICY = 1 << 16
 _LARGEST_REPLY = 8 << 30
@@ -17,9 +20,9 @@ _LARGEST_REPLY = 8 << 30
 class Kept:
     """The files of one phone, in a folder of its own; what writes raises OSError on a full disk."""
 
-    def __init__(self, folder: Path, limits: Limits) -> None:
+    def __init__(self, folder: Path, limits: Limits, disk: DiskLimits) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self._limits = folder, limits
+        self.folder, self._limits, self._disk = folder, limits, disk
         self._policy: bytes | None = None  # as written by this process
 
     # --- what is asked of this device, and what it has done ---------------------------------------
@@ -30,7 +33,7 @@ class Kept:
         if known is None:
             try:
                 data = (self.folder / "policy").read_bytes()
-                known = protocol.parse(pb.Policy(), data, _LARGEST_POLICY)
+                known = parse(pb.Policy(), data, _LARGEST_POLICY)
             except (OSError, WireError):
                 known = pb.Policy()
         return policies.stricter(known, self._limits)
@@ -48,6 +51,14 @@ class Kept:
 
     def note(self, entry: policies.Entry) -> None:
         policies.add(self.folder / "history.jsonl", entry)
+
+    def ask(self, run_id: str, coming: Iterable[int]) -> None:
+        """Raises DiskLimitError where a run has no room for files of so many bytes beside its own.
+
+        They may be of a task that has no run yet ("").
+        """
+        own = held(self.folder / "runs" / run_id) if run_id else 0
+        self._disk.check_run(own + sum(map(blocks, coming)))
 
     # --- what is held here ------------------------------------------------------------------------
 
@@ -113,7 +124,7 @@ def write_packet(path: Path, packet: Packet) -> None:
 def read_packet(path: Path) -> Packet | None:
     """The packet in a file; None where there is none, or no whole one."""
     try:
-        found = protocol.parse(pb.Packet(), path.read_bytes(), _LARGEST_REPLY)
+        found = parse(pb.Packet(), path.read_bytes(), _LARGEST_REPLY)
     except (OSError, WireError):
         return None
     return Packet(found.header, found.payload)

@@ -10,7 +10,7 @@ from corolla.client.phone.alive import Alive
 from corolla.client.phone.channel import Caller
 from corolla.client.phone.downloads import fetch
 from corolla.client.phone.kept import Kept
-from corolla.errors import CorollaError, DataError, WireError
+from corolla.errors import CorollaError, DataError, DiskLimitError, WireError
 from corolla.host import logs
 from corolla.phones import protocol
 from corolla.proto import device_pb2 as pb
@@ -58,8 +58,9 @@ class Work:
     def task(self) -> tuple[update_pb2.Task, Packet | None]:
         """The task; where it cannot be read an empty one, and the reply that says so."""
         try:
+            self.kept.ask("", [self.lease.task.size])
             return protocol.read_task(self._fetch(self.lease.task, protocol.MAX_TASK)), None
-        except WireError as error:
+        except (WireError, DiskLimitError) as error:
             task = update_pb2.Task()
             return task, self._given_up(task, f"the task cannot be read: {error}")
 
@@ -73,6 +74,9 @@ class Work:
         try:
             packet = self.assembled(task)
         except WireError as error:
+            return self._given_up(task, str(error))
+        except DiskLimitError as error:
+            self.caller.tell(str(error))
             return self._given_up(task, str(error))
         began = clock.now()
         try:
@@ -89,6 +93,11 @@ class Work:
             return self._given_up(task, f"given up: {alive.why}")
         if len(reply.payload) > lease.max_upload_bytes:
             return self._given_up(task, "the update is larger than is taken")
+        try:
+            self.kept.ask(task.run_id, [len(reply.payload)])
+        except DiskLimitError as error:
+            self.caller.tell(str(error))
+            return self._given_up(task, str(error))
         return reply
 
     def assembled(self, task: update_pb2.Task) -> Packet:
@@ -98,6 +107,8 @@ class Work:
         wanted = {blob.group: protocol.check_id(blob.content) for blob in lease.cached}
         self.kept.drop_parts({blob.sha256 for blob in (lease.payload, *lease.cached)})
         lacking = set(self.trainer.missing(task.run_id, wanted))
+        coming = [lease.payload, *(blob for blob in lease.cached if blob.group in lacking)]
+        self.kept.ask(task.run_id, [blob.size for blob in coming if not blob.inline])
         payload = self._fetch(lease.payload, _LARGEST)
         groups = [self._fetch(blob, _LARGEST) for blob in lease.cached if blob.group in lacking]
         return protocol.with_groups(task, payload, groups)

@@ -24,12 +24,13 @@ from corolla.client.phone.kept import Kept
 from corolla.client.phone.lease import PhoneTrainer, Work
 from corolla.client.phone.meter import SessionOverError, UsedUpError
 from corolla.client.phone.policies import NO_LIMITS, Limits
-from corolla.errors import ConfigError, PeerError, WireError
+from corolla.errors import ConfigError, DiskLimitError, PeerError, WireError
 from corolla.host import logs
 from corolla.host.text import one_line
 from corolla.phones import protocol
 from corolla.proto import device_pb2 as pb
 from corolla.proto import update_pb2
+from corolla.storage.disk import USUAL, DiskLimits
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
 """Seconds after a call that failed."""
@@ -57,6 +58,7 @@ class Settings:
     pauses: tuple[float, float] = (_FIRST_PAUSE, _LONGEST_PAUSE)
     """Seconds after a call that failed: the first, and the longest."""
     limits: Limits = NO_LIMITS
+    disk: DiskLimits = USUAL
 
 
 @dataclass
@@ -76,7 +78,7 @@ class Phone:
     def __post_init__(self) -> None:
         settings = self.settings
         protocol.check_device(settings.device)
-        self.kept = Kept(settings.state, settings.limits)
+        self.kept = Kept(settings.state, settings.limits, settings.disk)
         self.caller = Caller(
             self.channel, settings.token, settings.pauses, self.stop, self._tell, self.clock
         )
@@ -176,13 +178,15 @@ class Phone:
         if self.settings.own_model or not refusal.base_model.size:
             raise ConfigError(f"{one_line(refusal.text, protocol.MAX_TEXT)}: name one with --model")
         try:
-            folder = fetch_model(refusal.base_model, self.kept.models, self.caller.download)
+            folder = fetch_model(
+                refusal.base_model, self.kept.models, self.caller.download, self.settings.disk
+            )
         except UsedUpError:
             raise
         except SessionOverError as over:
             self._tell(f"the base model is not fetched: {over}")
             return self.caller.least_pause
-        except WireError as error:
+        except (WireError, DiskLimitError) as error:
             self._tell(f"the gateway's base model is refused: {error}")
             return self.settings.pauses[1]
         finally:

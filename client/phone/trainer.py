@@ -45,7 +45,9 @@ class TorchTrainer:
         return self._examples
 
     def missing(self, run_id: str, groups: Mapping[str, str]) -> Sequence[str]:
-        return Memory(self._own.state / "runs" / run_id).missing(groups)
+        held = Memory(self._own.state / "runs" / run_id)
+        held.prune(groups)  # before it is asked whether there is room for others
+        return held.missing(groups)
 
     def answer(
         self, client: str, packet: Packet, model: Path | None, wanted: Callable[[], bool]
@@ -96,6 +98,7 @@ def settings(
         own_model=has_model,
         conditions=lambda: {**vars(probe(own.state)), **given},
         limits=limits,
+        disk=own.disk_limits,
     )
 
 

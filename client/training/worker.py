@@ -27,7 +27,7 @@ from corolla.privacy.ledger import Ledger, Limit
 from corolla.storage.folders import client_folder, round_folder
 from corolla.storage.memory import Memory
 from corolla.strategies import registry
-from corolla.types import LoraSpec, Payload, TrainerName, Update, row_name
+from corolla.types import Adapter, LoraSpec, Payload, TrainerName, Update, row_name
 from corolla.wire import codec, ranges
 from corolla.wire.envelope import Envelope
 from corolla.wire.messages import Capabilities, Kind, Log, Reply, Task, pack_reply, unpack_task
@@ -222,9 +222,9 @@ class Worker:
         allowed = Range(1 - beside, self.config.rounds + beside)
         ranges.check("round", task.round, allowed)
         sent = self.downlink.open(task, settings.like)
+        self.memory.prune(task.cached)  # first: a server may name ever other groups, and send few
         for group in task.cached.keys() & sent.keys():
             self.memory.keep(group, sent[group], task.cached[group])
-        self.memory.prune(task.cached)  # first: a server may name ever other groups, and send few
         missing = self.memory.missing(task.cached)
         followed = self._follow(task.log, sent) if task.log else {}
         if missing or followed is None:
@@ -351,7 +351,7 @@ class Worker:
         adapter = self.strategy.adapter({**received.groups, **received.kept})
         self.model.show(adapter, lora)
         if self.traits.personal:
-            self.model.save(self.memory.kept_folder(client) / "adapter", adapter, lora)
+            _save_personal(self.memory, client, self.model, adapter, lora)
         at_a_time = min(8, self.config.micro_batch_size or 8)  # what training fits in, this does
         base, device = self.model.base, self.model.device
         numbers = [sequence.example or 0 for sequence in data]  # encode_all has numbered them
@@ -376,6 +376,18 @@ class Worker:
         while len(self._encoded) > _RESIDENT_CLIENTS:
             self._encoded.popitem(last=False)
         return self._encoded[client]
+
+
+def _save_personal(
+    memory: Memory, client: str, model: Trainable, adapter: Adapter, lora: LoraSpec
+) -> None:
+    """Write a client's own model, where there is room for it: in the place of the last one."""
+    if memory.room:
+        parts = (adapter.trained, *adapter.frozen, *adapter.residuals)
+        memory.room.ask(sum(codec.file_bytes(part) for part in parts))
+    model.save(memory.kept_folder(client) / "adapter", adapter, lora)
+    if memory.room:
+        memory.room.settle()
 
 
 def _of_memory(error: Exception) -> bool:

@@ -182,6 +182,7 @@ _ALLOW = Option(list[str] | None, "FILE.py:Class a server may name as strategy; 
 _EPSILON = Option(float | None, "Its examples may cost, in all runs.", usual="any")
 _DELTA = Option(float | None, "Of that.", usual="1e-05")
 _THREADS = Option(int, "Of the CPU; 0: all.", 0)
+_RUN_DISK = Option(str | None, "That one run may keep, at most.", usual="2GB")
 _SERVER = Option(str | None, "corolla server.", more={"metavar": "HOST:PORT"})
 _ROOTS = Option(Path | None, "ca.pem of the server.", usual="the system's")
 
@@ -193,6 +194,8 @@ DEVICE: Table = {
     "model": Option(str | None, "The run's: hub name, folder, .gguf.", usual="embedded"),
     "state": Option(Path | None, "Key, logs, what is kept.", usual="~/.local/state/corolla"),
     "memory": Option(str | None, "For training, at most: 2GB.", usual="any"),
+    "run_disk": _RUN_DISK,
+    "disk": Option(str | None, "That all runs may keep, at most.", usual="8GB"),
     "threads": _THREADS,
     "device": Option(str | None, "cpu, cuda, mps.", usual="the best there is"),
     "quantization": Option(str | None, "none, 8bit or 4bit.", usual="none"),
@@ -270,6 +273,8 @@ PHONE: Table = {
     "state": Option(
         Path | None, "Models, logs, what is kept.", usual="~/.local/state/corolla/phone"
     ),
+    "run_disk": _RUN_DISK,
+    "disk": Option(str | None, "All runs, with the gateway's model, at most.", usual="8GB"),
     "threads": _THREADS,
     "epsilon": _EPSILON,
     "delta": _DELTA,

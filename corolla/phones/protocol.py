@@ -10,24 +10,21 @@ import struct
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
-from typing import TypeVar
-
-from google.protobuf.message import DecodeError, Message
 
 from corolla.errors import ConfigError, WireError
 from corolla.host.text import one_line
 from corolla.proto import device_pb2 as pb
 from corolla.proto import update_pb2 as updates
 from corolla.wire.ids import is_hexadecimal
-from corolla.wire.packet import Packet, check_count
+from corolla.wire.limits import MAX_FILES
+from corolla.wire.packet import Packet
+from corolla.wire.parsing import parse
 
 PROTOCOL = 1
 CHUNK = 1 << 20
 INLINE = 1 << 16
 MAX_MESSAGE = 2 << 20
-MAX_FILES = 1024
 MAX_CHUNKS = 1 << 16
-MAX_CACHED = 4096
 MAX_TASK = 8 << 20
 MAX_REPLY = 1 << 20
 MAX_MANIFEST = 64 << 20
@@ -37,8 +34,6 @@ NOTE = "corolla-manifest.json"
 
 _DEVICE = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _ADDRESS = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
-
-M = TypeVar("M", bound=Message)
 
 
 def check_device(name: str) -> str:
@@ -75,17 +70,6 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def parse(message: M, data: bytes, most: int) -> M:
-    """Fill a message. Raises WireError when it is too long or none."""
-    if len(data) > most:
-        raise WireError(f"message has {len(data)} bytes, at most {most}")
-    try:
-        message.ParseFromString(data)
-    except DecodeError as error:
-        raise WireError("message cannot be parsed") from error
-    return message
-
-
 def chunk(content: bytes, offset: int, size: int, lease: str = "") -> pb.Chunk:
     """A piece of something of `size` bytes, with its checksum."""
     crc32 = zlib.crc32(content)
@@ -120,7 +104,6 @@ def read_manifest(data: bytes, suffixes: Collection[str] | None = None) -> pb.Ma
 
     Raises WireError for limits broken and paths that lead out.
     """
-    check_count(data[:MAX_MANIFEST], MAX_FILES + 8)
     manifest = parse(pb.Manifest(), data, MAX_MANIFEST)
     if not 0 < len(manifest.files) <= MAX_FILES:
         raise WireError(f"manifest has {len(manifest.files)} files, not 1 to {MAX_FILES}")
@@ -157,10 +140,7 @@ def check_path(path: str, suffixes: Collection[str] = MODEL_FILES) -> PurePosixP
 
 def read_task(header: bytes) -> updates.Task:
     """The header of a task. Its payload is checked by who trains. Raises WireError."""
-    task = parse(updates.Task(), header, MAX_TASK)
-    if len(task.cached) > MAX_CACHED:
-        raise WireError(f"task names {len(task.cached)} cached groups, at most {MAX_CACHED}")
-    return task
+    return parse(updates.Task(), header, MAX_TASK)
 
 
 def with_groups(task: updates.Task, payload: bytes, groups: Sequence[bytes]) -> Packet:

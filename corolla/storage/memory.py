@@ -10,6 +10,7 @@ from torch import Tensor
 
 from corolla.directions import seedlog
 from corolla.errors import WireError
+from corolla.storage.disk import Room
 from corolla.storage.folders import client_folder
 from corolla.types import Params, Payload
 from corolla.wire import codec
@@ -23,9 +24,12 @@ class Memory:
     disk do not grow with their number. The groups in use stay in memory.
     """
 
-    def __init__(self, folder: Path, kept: Path | None = None) -> None:
-        """`kept` (default: inside `folder`) holds what outlives a run that is interrupted."""
-        self.folder = folder
+    def __init__(self, folder: Path, kept: Path | None = None, room: Room | None = None) -> None:
+        """`kept` (default: inside `folder`) holds what outlives a run that is interrupted.
+
+        `room` is asked before a file is written: what writes then raises DiskLimitError.
+        """
+        self.folder, self.room = folder, room
         self._kept = kept or folder / "kept"
         self._loaded: dict[str, Params] = {}
         self._rows: dict[str, tuple[str, Params]] = {}
@@ -67,7 +71,7 @@ class Memory:
         self._write(path, start, {"content": codec.content_id(start), "number": str(number)})
         for old in path.parent.glob("start-*.safetensors"):
             if old != path:
-                old.unlink(missing_ok=True)
+                self._drop(old)
 
     def log(self, version: str, origin: str) -> tuple[Params | None, list[Params], int] | None:
         """How a version is reached: (snapshot, rows after it, number of rows before these).
@@ -106,8 +110,11 @@ class Memory:
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_suffix(".part")
         groups = {f"{g}/{n}": tensor for g, own in kept.items() for n, tensor in own.items()}
+        self._ask(groups)
         codec.write(str(scratch), groups, {"round": str(round), "groups": json.dumps(list(kept))})
         scratch.replace(path)
+        if self.room:
+            self.room.settle()
 
     def kept(self, client: str, accepted: int, commit: bool = True) -> Payload:
         """What a client keeps, `accepted` being the last round whose update was accepted.
@@ -120,6 +127,8 @@ class Memory:
         staged, last = (self._kept_path(client, name) for name in ("staged", "last"))
         if staged.is_file() and _read(staged)[1].get("round") == str(accepted):
             last = staged.replace(last) if commit else staged
+            if self.room:
+                self.room.settle()
         if not accepted:
             return {}
         if not last.is_file():
@@ -143,7 +152,7 @@ class Memory:
         """Delete stored groups that no broadcast names any more."""
         for path in self.folder.glob("*.safetensors"):
             if path.stem not in wanted.values():
-                path.unlink(missing_ok=True)
+                self._drop(path)
 
     def _load(self, content: str) -> bool:
         """Have a group in memory if it is held; a file whose content changed is deleted."""
@@ -155,17 +164,30 @@ class Memory:
             if codec.content_id(params) == content:
                 self._loaded[content] = params
             else:
-                self._path(content).unlink(missing_ok=True)
+                self._drop(self._path(content))
         return content in self._loaded
 
     def _write(self, path: Path, params: Params, facts: Mapping[str, str] | None = None) -> None:
         if path.exists():
             return
+        self._ask(params)
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, scratch = tempfile.mkstemp(dir=path.parent, suffix=".part")
         os.close(handle)
         codec.write(scratch, params, facts)
         Path(scratch).replace(path)
+        if self.room:
+            self.room.wrote(path)
+
+    def _ask(self, params: Params) -> None:
+        if self.room:
+            self.room.ask(codec.file_bytes(params))
+
+    def _drop(self, path: Path) -> None:
+        if self.room:
+            self.room.drop(path)
+        else:
+            path.unlink(missing_ok=True)
 
     def _path(self, content: str) -> Path:
         return self.folder / f"{_hex(content)}.safetensors"
@@ -187,7 +209,7 @@ class Memory:
             params, facts = _read(path)
             before = facts.get("before", "")
             if seedlog.after(before, params) != version:
-                path.unlink(missing_ok=True)  # or it would never be written again
+                self._drop(path)  # or it would never be written again
                 return None
             self._rows[version] = (before, params)
         return self._rows[version]
@@ -198,7 +220,7 @@ class Memory:
             return None
         params, facts = _read(path)
         if facts.get("content") != codec.content_id(params):
-            path.unlink(missing_ok=True)
+            self._drop(path)
             return None
         return params, int(facts["number"])
 

@@ -70,6 +70,12 @@ def content_bytes(payload: Payload) -> int:
     return sum(t.numel() * t.element_size() for params in payload.values() for t in params.values())
 
 
+def file_bytes(params: Params) -> int:
+    """Bytes of a file of Params, about: never less."""
+    header = 1024 + sum(len(name.encode()) * 6 + 256 for name in params)
+    return header + content_bytes({"": params})
+
+
 def content_id(params: Params) -> str:
     """The name of a group by its content: the first 128 bits of its sha256, in hex."""
     return tree.digest(params)[:32]

@@ -14,3 +14,5 @@ MAX_ERROR = 2000  # characters of an error text
 MAX_EXAMPLES = 1 << 40  # examples that a reply may claim
 MAX_SEATS = 1 << 20  # clients that a reply may stand for
 MAX_BUNDLE = 1 << 16  # replies of a bundle
+MAX_FILES = 1024  # files of a manifest
+MAX_TOLD = 1024  # methods, strategies and timings, of each, that a phone may tell

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 
 import numpy as np
-from google.protobuf.message import DecodeError
 
 from corolla.errors import SchemaError, WireError
 from corolla.host.text import one_line
@@ -28,19 +27,18 @@ from corolla.wire import codec
 from corolla.wire.ids import is_hexadecimal
 from corolla.wire.limits import (
     MAX_BUNDLE,
-    MAX_CACHED,
     MAX_ERROR,
     MAX_EXAMPLES,
     MAX_HEADER,
     MAX_LOG_SCALARS,
     MAX_METRIC,
-    MAX_METRICS,
     MAX_NAME,
     MAX_REPLY_HEADER,
     MAX_ROWS,
     MAX_SEATS,
 )
-from corolla.wire.packet import Packet, check_count
+from corolla.wire.packet import Packet
+from corolla.wire.parsing import parse
 from corolla.wire.scalar_groups import (
     pack_group,
     pack_groups,
@@ -202,8 +200,6 @@ def unpack_task(packet: Packet) -> Task:
     """The task of a packet. Raises WireError when the header and the payload do not agree."""
     head = pb.Task()
     _parse(head, packet, MAX_HEADER)
-    if len(head.cached) > MAX_CACHED:
-        raise WireError(f"task names {len(head.cached)} cached groups, at most {MAX_CACHED}")
     return Task(
         run_id=_hex(head.run_id, 32),
         round=head.round,
@@ -255,21 +251,16 @@ def pack_bundle(packets: Sequence[Packet]) -> bytes:
 
 def unpack_bundle(data: bytes, most: int) -> list[Packet]:
     """The packets of a bundle, at most `most`: nothing of them is checked. Raises WireError."""
-    check_count(data, min(most, MAX_BUNDLE))
-    bundle = pb.Bundle()
-    try:
-        bundle.ParseFromString(data)
-    except DecodeError as error:
-        raise WireError("bundle cannot be parsed") from error
+    fewer = {"Bundle.entries": min(most, MAX_BUNDLE)}
+    bundle = parse(pb.Bundle(), data, len(data), "bundle", fewer)
     return [Packet(entry.header, entry.payload) for entry in bundle.entries]
 
 
 def peek_client(packet: Packet) -> str:
     """Who a reply says it is from, before anything else of it is checked; "" where it says none."""
-    head = pb.Reply()
     try:
-        head.ParseFromString(packet.header[:MAX_REPLY_HEADER])
-    except DecodeError:
+        head = parse(pb.Reply(), packet.header[:MAX_REPLY_HEADER], MAX_REPLY_HEADER)
+    except WireError:
         return ""
     return head.client if len(head.client) <= MAX_NAME else ""
 
@@ -284,8 +275,8 @@ def unpack_reply(packet: Packet, max_payload: int) -> Reply:
         raise WireError(f"payload has {len(packet.payload)} bytes, at most {max_payload}")
     head = pb.Reply()
     _parse(head, packet, MAX_REPLY_HEADER)
-    if len(head.metrics) > MAX_METRICS or any(len(name) > MAX_NAME for name in head.metrics):
-        raise WireError(f"reply has {len(head.metrics)} metrics, at most {MAX_METRICS}")
+    if any(len(name) > MAX_NAME for name in head.metrics):
+        raise WireError(f"reply has metrics with names longer than {MAX_NAME} characters")
     if head.num_examples > MAX_EXAMPLES:
         raise WireError(f"reply claims {head.num_examples} examples")
     return Reply(
@@ -299,7 +290,7 @@ def unpack_reply(packet: Packet, max_payload: int) -> Reply:
         metrics={name: value for name, value in head.metrics.items() if abs(value) <= MAX_METRIC},
         payload=packet.payload,
         error=one_line(head.error),
-        missing=list(head.missing[:MAX_CACHED]),
+        missing=list(head.missing),
         scalars=unpack_groups(head.scalars),
         clients=_at_most(head.clients, MAX_SEATS, "clients"),
         bundle=head.bundle,
@@ -335,12 +326,7 @@ def _pack(head: pb.Task | pb.Reply, payload: bytes, limit: int) -> Packet:
 
 
 def _parse(head: pb.Task | pb.Reply, packet: Packet, limit: int) -> None:
-    if len(packet.header) > limit:
-        raise WireError(f"header has {len(packet.header)} bytes, at most {limit}")
-    try:
-        head.ParseFromString(packet.header)
-    except DecodeError as error:
-        raise WireError("header cannot be parsed") from error
+    parse(head, packet.header, limit, "header")
     if head.schema != SCHEMA:
         raise SchemaError(f"message has schema {head.schema}, this version reads {SCHEMA}")
     if head.payload_bytes != len(packet.payload):

@@ -17,45 +17,6 @@ class Packet:
     payload: bytes
 
 
-def check_count(data: bytes, most: int) -> None:
-    """Raises WireError for a protobuf message with more than `most` fields, repeated ones included.
-
-    An empty entry of a repeated field takes 2 bytes here and 60 once it is parsed. What is no
-    message at all is left to the parser.
-    """
-    at = 0
-    for count in range(len(data)):
-        if at >= len(data):
-            return
-        if count == most:
-            raise WireError(f"message has more than {most} entries")
-        tag, at = _varint(data, at)
-        match tag & 7:
-            case 0:
-                _, at = _varint(data, at)
-            case 1:
-                at += 8
-            case 2:
-                length, at = _varint(data, at)
-                at += length
-            case 5:
-                at += 4
-            case _:
-                raise WireError("message cannot be parsed")
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """A number and where it ends; 0 beyond the end of the data."""
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = data[at] if at < len(data) else 0
-        value |= (byte & 127) << shift
-        at += 1
-        if byte < 128:
-            break
-    return value, at
-
-
 def to_flower(packet: Packet) -> "RecordDict":
     """A packet as Flower records: one array for all, because each array costs two objects."""
     # Imported here because Flower takes a second to import and in-process runs do not need it.

@@ -15,8 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
 
 from corolla.errors import ConfigError, CorollaError, PeerError
 from corolla.proto import device_pb2, device_pb2_grpc
@@ -200,6 +203,42 @@ def tls_channel(address: str, ca: Path | None, *, most_bytes: int) -> grpc.Chann
         ("grpc.max_reconnect_backoff_ms", 10_000),
     )
     return grpc.secure_channel(address, grpc.ssl_channel_credentials(roots), options=options)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A call of a service of device.proto, which gives its answer as bytes.
+
+    Who calls counts them, and then their entries (see wire/parsing.py).
+    """
+
+    call: Callable[..., bytes]
+    answer: type[Message]
+
+
+class RawChannel:
+    """A channel whose stubs have methods of the type Method."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self._channel = channel
+
+    def unary_unary(
+        self,
+        path: str,
+        request_serializer: Callable[[Any], bytes],
+        response_deserializer: object,
+        **options: Any,
+    ) -> Method:
+        """As that of a grpc.Channel, which generated stubs call."""
+        call: Any = self._channel.unary_unary(path, request_serializer, None, **options)
+        return Method(call, _answer(path))
+
+
+def _answer(path: str) -> type[Message]:
+    """The message that answers /SERVICE/METHOD of device.proto."""
+    service, method = path.rpartition(".")[2].split("/")
+    found = device_pb2.DESCRIPTOR.services_by_name[service].methods_by_name[method]
+    return GetMessageClass(found.output_type)
 
 
 class _Trainer(device_pb2_grpc.TrainerServicer):

@@ -35,6 +35,7 @@ from corolla.wire import codec, messages, packet
 from corolla.wire.compression import pipeline
 from corolla.wire.messages import Kind, Reply, Task, pack_bundle, pack_reply, pack_task, unpack_task
 from corolla.wire.packet import Packet
+from corolla.wire.parsing import parse
 from experiments.bench import mutations
 
 BOUND = 1.0
@@ -212,7 +213,7 @@ def readers() -> Mapping[
         return lambda rng, data: mutations.message(rng, data, kind)
 
     def parsed(kind: Any, use: Callable[[Any], object] = lambda found: found) -> Any:
-        return lambda data: use(protocol.parse(kind(), data, protocol.MAX_MESSAGE))
+        return lambda data: use(parse(kind(), data, protocol.MAX_MESSAGE))
 
     capable = update.Capabilities(memory_bytes=5, runtime="corolla", cores=2)
     return {

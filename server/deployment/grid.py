@@ -253,18 +253,15 @@ class GridNetwork:
     def _push(self, messages: list[Message], deadline: float) -> set[str]:
         """Ids of the messages that the SuperLink has taken; tried until the deadline.
 
-        A message that is sent twice, because the answer to the first call was lost, is refused the
-        second time: it counts as taken.
+        A message that is sent twice, because the answer to the first call was lost, is answered
+        with its id again; one that is refused, as to a node that has left, has none.
         """
-        again = False
         while True:
             ids = self._call(lambda: list(self.grid.push_messages(messages)), None)
             if ids is not None:
-                taken = {str(i) for i in ids if i}
-                return {m.metadata.message_id for m in messages} if again else taken
+                return {str(i) for i in ids if i}
             if self._clock() > deadline:
                 return set()
-            again = True
             self._pause(AWAY)
 
     def _pull(self, ids: Mapping[str, int]) -> Iterator[tuple[str, Message | WireError]]:

@@ -23,6 +23,7 @@ from corolla.server.gateway.gateway import Gateway
 from corolla.server.gateway.leases import Bucket
 from corolla.server.gateway.open_calls import OpenCall, OpenCalls
 from corolla.wire import rpc
+from corolla.wire.parsing import parse
 
 RATE, BURST = 50.0, 200.0
 """Calls of one phone a second: a chunk of 1 MiB each. Strangers share those of their address."""
@@ -68,7 +69,7 @@ class Phones:
     def _answer(self, name: str, data: bytes, token: Token) -> Any:
         """The answer to a request. Raises WireError for bytes that are none."""
         kind, answer = self._answers[name]
-        return answer(protocol.parse(kind(), data, protocol.MAX_MESSAGE), token)
+        return answer(parse(kind(), data, protocol.MAX_MESSAGE), token)
 
     async def _call(self, name: str, requests: AsyncIterator[bytes], context: Context) -> Any:
         token, peer = _token(self._tokens, context), context.peer()

@@ -27,14 +27,19 @@ from corolla.wire.messages import Kind, Reply, Task, pack_task, unpack_reply
 SERVERS_OWN = ("model", "data", "engine", "device", "threads")
 
 
-def device(folder: Path, model: Path, rows: Sequence[Mapping[str, Any]]) -> Trainer:
-    """A device with these rows, whose owner has set a limit that so few tasks do not reach."""
+def device(
+    folder: Path, model: Path, rows: Sequence[Mapping[str, Any]], **settings: Any
+) -> Trainer:
+    """A device with these rows, whose owner has set a limit that so few tasks do not reach.
+
+    `settings` are others of its owner.
+    """
     folder.mkdir(parents=True)
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     values = {"server": "localhost:1", "data": str(data), "model": str(model), "threads": 1}
     state = {"state": folder / "state", "device": "cpu", "epsilon": 1e9}
-    return Trainer(Own.model_validate({**values, **state}), "ada")
+    return Trainer(Own.model_validate({**values, **state, **settings}), "ada")
 
 
 @dataclass(frozen=True)

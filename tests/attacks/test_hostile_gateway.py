@@ -21,6 +21,7 @@ from corolla.client.phone.session import Phone, Settings
 from corolla.phones import protocol
 from corolla.proto import device_pb2 as pb
 from corolla.proto import device_pb2_grpc, update_pb2
+from corolla.storage.disk import USUAL, DiskLimits
 
 JUNK = bytes(protocol.CHUNK)
 HUGE = 8 << 30
@@ -34,6 +35,8 @@ MANIFEST = pb.Manifest(
     ]
 ).SerializeToString()
 NAME = hashlib.sha256(MANIFEST).hexdigest()
+ANY = DiskLimits(1 << 40, 1 << 41)
+FEW = Limits(daily_bytes=5_000_000)
 AT_ONCE = pb.RetryWindow(min_seconds=0, max_seconds=0)
 
 
@@ -125,11 +128,10 @@ class World:
         self.folder, self.gateway, self.clock, self.port = folder, gateway, clock, port
         self.said: list[str] = []
 
-    def visits(self, number: int, limits: Limits) -> list[float]:
+    def visits(self, number: int, limits: Limits, disk: DiskLimits = ANY) -> list[float]:
         """The pauses after so many visits of a new process."""
-        settings = Settings(
-            "p1", "token", self.folder, own_model=self.gateway.mode != "model", limits=limits
-        )
+        own = self.gateway.mode != "model"
+        settings = Settings("p1", "token", self.folder, own_model=own, limits=limits, disk=disk)
         with grpc.insecure_channel(f"127.0.0.1:{self.port}") as channel:
             phone = Phone(settings, channel, Trainer(), say=self.said.append, clock=self.clock)  # type: ignore[arg-type]
             return [phone.visit() for _ in range(number)]
@@ -186,3 +188,27 @@ def test_visits_that_come_to_nothing_use_up_the_day_as_well(world: World) -> Non
     world.visits(300, Limits(daily_bytes=10_000))
     assert 20 < world.gateway.calls < 290
     assert world.said[-1] == "waiting: today's bytes are used up"
+
+
+@pytest.mark.parametrize("world", [("lease", 0.0)], indirect=True)
+def test_no_byte_is_downloaded_that_the_disk_has_no_room_for(world: World) -> None:
+    world.visits(1, FEW, USUAL)
+    assert world.gateway.bytes == 0
+    why = "the run would keep 8.6 GB on this device's disk, its owner allows 2.0 GB (--run-disk)"
+    assert world.gateway.words == [why]
+    assert why in world.said
+    assert not list(world.folder.glob("*.part"))
+    world.visits(1, FEW, ANY)
+    assert world.gateway.bytes > 3_900_000
+
+
+@pytest.mark.parametrize("world", [("model", 0.0)], indirect=True)
+def test_a_base_model_that_the_disk_has_no_room_for_is_refused(world: World) -> None:
+    world.visits(1, FEW, DiskLimits(run=1 << 28, whole=1 << 29))
+    assert world.gateway.bytes == len(MANIFEST)
+    assert world.said == [
+        "the gateway's base model is refused: it has 1.1 GB, the owner of this device allows "
+        "268.4 MB (--disk, without --run-disk)"
+    ]
+    world.visits(1, FEW, ANY)
+    assert world.gateway.bytes > 3_900_000

@@ -429,12 +429,24 @@ def test_runs_long_over_are_forgotten(tmp_path: Path) -> None:
         (tmp_path / f"{number:02d}" / "kept").touch()
         age = 40 * 86400 if number == 1 else number
         os.utime(tmp_path / f"{number:02d}", (now - age, now - age))
-    forget(tmp_path, keep="19")
+    forget(tmp_path, keep="19", most=1 << 30)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "00",
         *(f"{n:02d}" for n in range(2, 16)),
         "19",
     ]
+
+
+def test_runs_that_are_over_make_room_the_oldest_first(tmp_path: Path) -> None:
+    now = time.time()
+    for number in range(5):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "kept").write_bytes(bytes(10_000))  # three blocks
+        os.utime(tmp_path / str(number), (now - number, now - number))
+    forget(tmp_path, keep="4", most=2 * 12_288)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "4"]
+    forget(tmp_path, keep="4", most=-1)
+    assert [path.name for path in tmp_path.iterdir()] == ["4"]
 
 
 def test_what_its_examples_have_cost_outlives_runs_and_names(

@@ -42,6 +42,12 @@ def test_options_go_over_the_file(options: dict[str, Any], tmp_path: Path) -> No
         ({"data": "/none.jsonl"}, "--data: there is no such file, found '/none.jsonl'"),
         ({"name": "a/b"}, "--name: a name has 1 to 64 characters"),
         ({"memory": "much"}, "--memory: expected a size such as 2GB"),
+        ({"run_disk": "lots"}, "--run-disk: expected a size such as 2GB"),
+        ({"run_disk": "2GB", "disk": "1GB"}, "--disk: expected at least the bytes of --run-disk"),
+        (
+            {"run_disk": "9GB"},
+            "--disk: expected at least the bytes of --run-disk, found 8000000000",
+        ),
         ({"threads": -1}, "--threads: expected a whole number from 0, found -1"),
         ({"quantization": "2bit"}, "--quantization: expected one of none, 8bit, 4bit, found"),
         ({"allow": 3}, "--allow: expected a list, found 3"),

@@ -22,6 +22,7 @@ from corolla.proto import device_pb2_grpc
 from corolla.proto import update_pb2 as updates
 from corolla.server.gateway.uploads import Upload
 from corolla.wire import messages
+from corolla.wire.parsing import parse
 from tests.server.gateway import gateways
 from tests.strategies import tiny
 
@@ -209,7 +210,7 @@ class Fake(device_pb2_grpc.PhonesServicer):
 
     def Report(self, request: Any, context: Any) -> pb.Acknowledgement:  # noqa: N802
         self._came("Report", request, context)
-        reply = protocol.parse(updates.Reply(), request.reply, protocol.MAX_REPLY)
+        reply = parse(updates.Reply(), request.reply, protocol.MAX_REPLY)
         self.reports.append((request.lease, reply))
         self.tasks = self.tasks[1:]
         self.next_lease()

@@ -1,9 +1,11 @@
-"""A clock that a test moves on, for a phone and its gateway."""
+"""A clock that a test moves on, for a phone and its gateway; a call that a test answers."""
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from corolla.client.phone.clock import Clock
+from corolla.wire.rpc import Method
 from tests.server.gateway import gateways
 from tests.server.gateway.gateways import World
 
@@ -13,6 +15,11 @@ def lease_of(world: World) -> Any:
     assert job
     (lease,) = job.round.leases.values()
     return lease
+
+
+def method(call: Callable[[Any], Any], answer: type) -> Method:
+    """A method of a stub whose answers, messages of this type, are those of a function."""
+    return Method(lambda request, **_: call(request).SerializeToString(), answer)
 
 
 class Standing(Clock):

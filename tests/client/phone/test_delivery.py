@@ -4,7 +4,6 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
@@ -15,7 +14,9 @@ from corolla.client.phone.meter import SessionOverError
 from corolla.client.phone.policies import NO_LIMITS
 from corolla.phones import protocol
 from corolla.proto import device_pb2 as pb
+from corolla.storage.disk import DiskLimits
 from corolla.wire.packet import Packet
+from tests.client.phone.standing import method
 from tests.client.phone.test_session import CONFIG, Scripted, a_phone
 from tests.server.gateway import gateways
 from tests.server.gateway.gateways import World
@@ -44,7 +45,7 @@ def test_on_a_slow_line_an_update_goes_up_in_smaller_chunks_and_the_lease_is_kep
     phone = a_phone(world, Scripted(gateways.a_task(CONFIG)))
     payload, taken, sizes = os.urandom(MIB + 1000), bytearray(), list[int]()
 
-    def upload(chunk: pb.Chunk, **_: Any) -> pb.UploadStatus:
+    def upload(chunk: pb.Chunk) -> pb.UploadStatus:
         sizes.append(len(chunk.content))
         if sizes[-1] > 1 << 18:
             raise TooSlow
@@ -52,8 +53,8 @@ def test_on_a_slow_line_an_update_goes_up_in_smaller_chunks_and_the_lease_is_kep
         return pb.UploadStatus(received=len(taken))
 
     class Stub:
-        Upload = staticmethod(upload)
-        Report = staticmethod(lambda request, **_: pb.Acknowledgement(accepted=True))
+        Upload = method(upload, pb.UploadStatus)
+        Report = method(lambda _: pb.Acknowledgement(accepted=True), pb.Acknowledgement)
 
     phone.caller.stub = Stub()
     with phone.channel:
@@ -73,14 +74,14 @@ def test_an_upload_ends_whatever_the_gateway_says_it_received(
 ) -> None:
     phone, calls_made = a_phone(world, Scripted(gateways.a_task(CONFIG))), 0
 
-    def upload(chunk: pb.Chunk, **_: Any) -> pb.UploadStatus:
+    def upload(chunk: pb.Chunk) -> pb.UploadStatus:
         nonlocal calls_made
         received = calls_made + 1 if steps == [1] else steps[calls_made % 2]
         calls_made += 1
         return pb.UploadStatus(received=received)
 
     class Stub:
-        Upload = staticmethod(upload)
+        Upload = method(upload, pb.UploadStatus)
 
     phone.caller.stub = Stub()
     packet = Packet(b"", bytes(2 * MIB))
@@ -96,7 +97,7 @@ def test_an_upload_ends_with_its_round(world: World) -> None:
 
 
 def test_a_reply_on_the_disk_is_its_owners_alone(tmp_path: Path) -> None:
-    kept = Kept(tmp_path, NO_LIMITS)
+    kept = Kept(tmp_path, NO_LIMITS, DiskLimits())
     kept.keep_reply(LEASE, Packet(b"a", b"b"))
     (path,) = tmp_path.iterdir()
     assert path.stat().st_mode & 0o777 == 0o600

@@ -14,6 +14,7 @@ from corolla.errors import WireError
 from corolla.phones import protocol
 from corolla.proto import device_pb2 as pb
 from corolla.server.gateway.blobs import Blobs, manifest
+from corolla.storage.disk import DiskLimits, held
 
 MIB = protocol.CHUNK
 
@@ -85,6 +86,26 @@ def test_a_line_that_is_cut_again_and_again_costs_no_chunk_twice(
     assert same(found, model)
     assert cuts >= 2
     assert len(line.asked) <= 6 + cuts
+
+
+def test_an_old_model_goes_first_where_the_disk_has_no_room_for_both(
+    model: Path, tmp_path: Path
+) -> None:
+    line, blob = offered(model, tmp_path)
+    models = tmp_path / "models"
+    old = models / ("ab" * 32)
+    old.mkdir(parents=True)
+    (old / "model.safetensors").write_bytes(bytes(MIB))
+    size = held(model)
+    line.bytes_left = MIB
+    with pytest.raises(ConnectionError):
+        fetch_model(blob, models, line, DiskLimits(0, size + 2 * MIB))
+    assert old.is_dir()
+    with pytest.raises(ConnectionError):
+        fetch_model(blob, models, line, DiskLimits(0, size + MIB // 2))
+    assert not old.exists()
+    line.bytes_left = float("inf")
+    assert same(fetch_model(blob, models, line, DiskLimits(0, size + MIB // 2)), model)
 
 
 def test_a_damaged_chunk_is_asked_for_again(model: Path, tmp_path: Path) -> None:

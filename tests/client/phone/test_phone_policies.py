@@ -11,9 +11,9 @@ from corolla.client.phone import policies, trainer
 from corolla.client.phone.lease import Work
 from corolla.client.phone.policies import Entry, Limits
 from corolla.errors import ConfigError
-from corolla.phones import protocol
 from corolla.proto import device_pb2 as pb
 from corolla.server.gateway.settings import Policy
+from corolla.wire.parsing import parse
 from tests.client.phone.standing import Standing
 from tests.client.phone.test_session import CONFIG, LONG, Scripted, a_phone, ask
 from tests.server.gateway import gateways
@@ -154,5 +154,5 @@ def test_a_history_that_cannot_be_read_stops_nobody(world: World) -> None:
     with phone.channel:
         phone.visit()
     assert said == ["waiting: no round"]
-    kept = protocol.parse(pb.Policy(), (folder / "policy").read_bytes(), 1000)
+    kept = parse(pb.Policy(), (folder / "policy").read_bytes(), 1000)
     assert kept == world.gateway.check_ins.policy

@@ -29,7 +29,7 @@ from corolla.server.gateway.service import serve_phones
 from corolla.wire import messages, rpc
 from corolla.wire.messages import Reply, Task
 from corolla.wire.packet import Packet
-from tests.client.phone.standing import Standing, lease_of
+from tests.client.phone.standing import Standing, lease_of, method
 from tests.server.gateway import gateways
 from tests.server.gateway.gateways import World
 from tests.strategies import tiny
@@ -522,12 +522,12 @@ def test_a_phone_that_is_stopped_while_it_downloads_ends(world: World) -> None:
 def test_a_task_that_cannot_be_read_is_given_up(world: World) -> None:
     phone, reports = a_phone(world, Scripted(gateways.a_task(CONFIG))), list[pb.ReportRequest]()
 
-    def report(request: pb.ReportRequest, **_: Any) -> pb.Acknowledgement:
+    def report(request: pb.ReportRequest) -> pb.Acknowledgement:
         reports.append(request)
         return pb.Acknowledgement(why="given up")
 
     class Stub:
-        Report = staticmethod(report)
+        Report = method(report, pb.Acknowledgement)
 
     phone.caller.stub = Stub()
     blob = pb.Blob(sha256=protocol.sha256(b"\xff"), size=1, inline=b"\xff")

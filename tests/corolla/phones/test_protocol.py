@@ -14,6 +14,7 @@ from corolla.proto import device_pb2 as pb
 from corolla.wire import codec, messages
 from corolla.wire.messages import Kind, Task
 from corolla.wire.packet import Packet
+from corolla.wire.parsing import parse
 
 
 def group(seed: int) -> dict[str, torch.Tensor]:
@@ -172,7 +173,7 @@ def test_no_bytes_of_a_peer_raise_anything_but_wire_errors(data: bytes, more: by
         lambda: protocol.read_reply(Packet(data, more)),
         lambda: protocol.read_manifest(data),
         lambda: protocol.join([data, more]),
-        lambda: protocol.parse(pb.CheckInResponse(), data, 100),
+        lambda: parse(pb.CheckInResponse(), data, 100),
     ):
         try:
             read()

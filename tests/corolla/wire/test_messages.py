@@ -192,7 +192,7 @@ def test_cached_groups_of_a_task_are_limited() -> None:
         return messages.pack_task(Task(RUN, 1, "v", Kind.TRAIN, "", cached))
 
     assert len(messages.unpack_task(task(limits.MAX_CACHED)).cached) == limits.MAX_CACHED
-    with pytest.raises(WireError, match="cached groups"):
+    with pytest.raises(WireError, match=r"entries of Task\.cached"):
         messages.unpack_task(task(limits.MAX_CACHED + 1))
 
 

@@ -18,10 +18,14 @@ from flwr.proto.message_pb2 import Metadata as ProtoMetadata
 from flwr.proto.message_pb2 import ObjectTree, PullObjectResponse
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.proto.runtime_pb2 import PullAppMessagesResponse
+from flwr.server.superlink.linkstate.linkstate_factory import LinkStateFactory
 from flwr.serverapp import Grid
+from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.federation.noop_federation_manager import NoOpFederationManager
 from flwr.superlink.grid.http_grid import HttpGrid
 
 from corolla.errors import RoundError, StoppedError, WireError
@@ -99,10 +103,10 @@ class LocalGrid(Grid):
         ids = []
         for message in messages:
             message.metadata.__dict__["_message_id"] = message.object_id
-            known = message.object_id in self.sent
-            self.sent[message.object_id] = message
             refused = message.metadata.dst_node_id in self.refused
-            ids.append("" if known or refused else message.object_id)
+            ids.append("" if refused else message.object_id)
+            if not refused:
+                self.sent[message.object_id] = message
         if self.lost:  # taken, but the answer is lost
             self.lost -= 1
             raise httpx.ReadError("lost")
@@ -312,6 +316,42 @@ def test_a_message_whose_receipt_is_lost_is_still_waited_for() -> None:
     grid.lost = 1
     assert dict(net.ask({"a": TASK}))["a"] is not None
     assert grid.nodes[1].asked == [Kind.HELLO, Kind.TRAIN]  # once
+
+
+def test_a_message_that_is_refused_is_not_waited_for_though_a_receipt_was_lost(
+    clock: Clock,
+) -> None:
+    grid = LocalGrid({1: Node("a", "k"), 2: Node("b", "kb")})
+    net = network(grid, clock, nodes=2)
+    net.clients()
+    grid.lost, grid.refused = 1, {2}
+    began = clock()
+    answers = dict(net.ask({"a": TASK, "b": TASK}))
+    assert answers["a"] is not None
+    assert answers["b"] is None
+    assert clock() - began <= 2 * module.AWAY + 2 * module.POLL
+
+
+def test_flower_still_gives_a_message_that_it_has_its_id_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A SuperLink's database takes a message twice, and one to a node that is unknown never."""
+    factory = LinkStateFactory(":memory:", NoOpFederationManager(), ObjectStoreFactory(":memory:"))
+    state = factory.state()
+    node = state.create_node("owner", "owner", b"key", 60.0)
+    state.activate_node(node, 60.0)
+    kind = TaskType.SERVER_APP
+    run = state.create_run(None, None, None, {}, NOOP_FEDERATION_ID, None, None, kind)
+    monkeypatch.setattr(TaskIdentity, "_run_id", run)
+
+    def stored(to: int) -> str | None:
+        message = Message(RecordDict(), to, "train", ttl=60)
+        message.metadata.__dict__["_message_id"] = id = message.object_id
+        assert state.store_message_ins(message) in (id, None)
+        return state.store_message_ins(message)
+
+    assert stored(node)
+    assert stored(node + 1) is None
 
 
 def test_a_superlink_that_stays_away_costs_the_round_and_no_more(clock: Clock) -> None:
