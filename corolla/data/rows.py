@@ -1,18 +1,17 @@
-"""Rows of text: one example each, from JSON lines or a data set of the hub."""
+"""Rows of text: one example each, from wherever they come."""
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from corolla.embedded.assets import asset
+from corolla.data import columns, sources
+from corolla.data.sources import SPLITS, Reading, Source
 from corolla.errors import DataError
 
-_SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"}
 _IDS = ("client_id", "user_id")
-_SPLITS |= {"eval": "validation", "dev": "validation", "test": "test"}
 
 
 @dataclass(frozen=True)
@@ -39,52 +38,45 @@ class Example:
         return {name: value for name, value in vars(self).items() if name not in left_out}
 
 
-def read_rows(name: str) -> tuple[list[Example], str]:
-    """The rows of a data set and the sha256 of its content: 'embedded', .jsonl file or hub name.
+@dataclass(frozen=True)
+class Rows:
+    """All examples of a source, and how they were read."""
 
-    Raises DataError naming the line that cannot be used.
-    """
-    path = asset("data.jsonl") if name == "embedded" else Path(name)
-    if name == "embedded" or path.suffix in {".jsonl", ".json"} or path.exists():
-        return _read_lines(path)
-    rows = _read_hub(name)
-    digest = hashlib.sha256(json.dumps([r.content() for r in rows], sort_keys=True).encode())
-    return rows, digest.hexdigest()
+    examples: list[Example]
+    fingerprint: str
+    """The sha256 of the content."""
+    reading: Reading
+    unused: Counter[str]
+    """Columns that change what a row means and are not used → the rows that have them."""
 
 
-def _read_lines(path: Path) -> tuple[list[Example], str]:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read data file {path}: {error.strerror}") from error
-    rows = []
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if not line.strip():
-            continue
+def read(source: Source) -> Rows:
+    """The rows of a source. Raises DataError naming the row that cannot be used."""
+    reading, unused = Reading(), Counter[str]()
+    examples = []
+    for row, where, line in sources.rows(source, reading):
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, line {number}: not JSON: {error}") from error
-        rows.append(_example(row, f"{path}, line {number}", number))
-    if not rows:
-        raise DataError(f"{path} has no rows")
-    return rows, hashlib.sha256(content).hexdigest()
+            example = _example(row, where, line)
+        except DataError as error:
+            raise DataError(f"{error}{sources.hint(row)}") from None
+        unused.update(columns.unused(row, vars(example)))
+        examples.append(example)
+    if not examples:
+        left = ", ".join(f"{split} ({n})" for split, n in reading.unread.items())
+        rest = f" of the splits that are asked for: it has {left}" if left else ""
+        raise DataError(f"{source.name} has no rows{rest}")
+    content = json.dumps([row.content() for row in examples], sort_keys=True).encode
+    fingerprint = reading.fingerprint or hashlib.sha256(content()).hexdigest()
+    return Rows(examples, fingerprint, reading, unused)
 
 
-def _read_hub(name: str) -> list[Example]:
-    import datasets
+def read_rows(name: str) -> tuple[list[Example], str]:
+    """The rows of a source with its own names, and the sha256 of its content, as `read` has them.
 
-    try:
-        splits = datasets.load_dataset(name)
-    except Exception as error:  # the library raises a dozen unrelated types for a missing name
-        raise DataError(
-            f"data set {name!r} is neither a file here nor on the hub: {str(error).splitlines()[0]}"
-        ) from error
-    rows = []
-    for split, table in splits.items():
-        for number, row in enumerate(table):
-            rows.append(_example({"split": str(split), **row}, f"{name}, {split} row {number}"))
-    return rows
+    Raises DataError naming the row that cannot be used.
+    """
+    found = read(Source(name))
+    return found.examples, found.fingerprint
 
 
 def _example(row: Any, where: str, line: int = 0) -> Example:
@@ -98,9 +90,13 @@ def _example(row: Any, where: str, line: int = 0) -> Example:
         found = ", ".join(sorted(map(str, row))) or "nothing"
         raise DataError(f"{where}: needs text, or prompt and response, as strings; found {found}")
     split = row.get("split") or ""
-    if split and str(split) not in _SPLITS:
-        raise DataError(f"{where}: unknown split {split!r}: use train, validation or test")
-    label, client, user = (row.get("label"), *(_identity(row.get(key)) for key in _IDS))
+    if split and str(split) not in SPLITS:
+        raise DataError(
+            f"{where}: unknown split {split!r}: use train, validation or test, or name it with "
+            f"--set splits.train={split}"
+        )
+    client, user = (columns.identity(row.get(key), key, where) for key in _IDS)
+    label = columns.label(row.get("label"), where)
     ids = (("client_id", client), ("user_id", user))
     for key, value in (("text", text), ("prompt", prompt), ("label", label), *ids):
         if not _encodable(str(value)):
@@ -108,20 +104,13 @@ def _example(row: Any, where: str, line: int = 0) -> Example:
     return Example(
         text,
         prompt,
-        None if label is None else str(label),
+        label,
         client,
-        _SPLITS.get(split),
+        SPLITS.get(str(split)),
         choices,
         line,
         user,
     )
-
-
-def _identity(value: Any) -> str | None:
-    """An id as text; None for what names nobody: null, NaN (a gap in a table), blank text."""
-    if value is None or value != value or (isinstance(value, str) and not value.strip()):  # NaN
-        return None
-    return str(value)
 
 
 def _answered(row: dict[str, Any], where: str) -> tuple[dict[str, Any], tuple[str, ...]]:

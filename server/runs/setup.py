@@ -10,12 +10,14 @@ from torch import Tensor
 
 from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
-from corolla.data import federated
+from corolla.data import census, federated
+from corolla.data.encoding import Encoder
 from corolla.data.federated import FederatedData
 from corolla.directions.pools import SignPool
 from corolla.evaluation.scoring import loss_sum
 from corolla.interfaces import Strategy
 from corolla.models import devices, pretrained, trainable
+from corolla.models.pretrained import Base
 from corolla.models.trainable import Trainable
 from corolla.server.rounds.cohort import read_trace
 from corolla.server.runs.evaluate import Evaluator
@@ -50,23 +52,38 @@ def set_up(config: RunConfig, run_id: str | None, deployed: bool = False) -> Set
     dataset = federated.load_heldout(config) if deployed else federated.load(config)
     devices.set_threads(config)
     base = pretrained.load(config, dataset.labels)
+    if not deployed:
+        dataset = census.with_targets(config, dataset, base.tokenizer)
     facts: dict[str, Any] = {
         "run_id": run_id,
         "model_sha256": base.fingerprint,
         "data_sha256": dataset.fingerprint,
         "clients_left_out": dataset.left_out,
+        **_of_data(config, base, dataset),
         **({"per_user": True} if config.dp == "example" and dataset.names_users else {}),
         **({"availability_sha256": trace.sha256} if trace else {}),
     }
     model = trainable.build(config, base)
     evaluator = Evaluator(config, model, dataset.heldout, dataset.labels)
     warned = [*of_settings(config, deployed), *_of_model(model), *_of_eps(config, evaluator)]
+    warned += [RunWarning("data", why, instead) for why, instead in dataset.notes]
     bounded = config.max_norm is not None or config.robust != "none" or config.dp == "client"
     if deployed and not bounded:
         why = "no max-norm and no robust rule: one client can move the model as far as it likes"
         warned.append(RunWarning("unbounded", why, "set max-norm or robust"))
     facts["warnings"] = [warning.to_json() for warning in warned]
     return Setup(dataset, build_strategy(config), model, evaluator, facts)
+
+
+def _of_data(config: RunConfig, base: Base, dataset: FederatedData) -> dict[str, Any]:
+    """Facts of the rows. Under privacy lengths are not told: nothing would hide whose they are."""
+    facts: dict[str, Any] = {"data": {"container": dataset.container}}
+    if dataset.without:
+        facts["clients_without_target"] = list(dataset.without)
+    if config.dp == "none" and dataset.clients:
+        encoder = Encoder(base.tokenizer, dataset.labels, config.max_length)
+        facts["data"]["lengths"] = census.sample(dataset, encoder, config.seed)
+    return facts
 
 
 def _of_eps(config: RunConfig, evaluator: Evaluator) -> list[RunWarning]:
