@@ -12,7 +12,7 @@ COLUMNS = frozenset(
     {
         *("text", "prompt", "response", "completion", "question", "answer", "choices", "label"),
         *("messages", "conversations", "instruction", "input", "output", "context", "system"),
-        *("tools", "client_id", "user_id", "split"),
+        *("answers", "tools", "chosen", "rejected", "client_id", "user_id", "split"),
     }
 )
 """Columns of rows that are read by their names."""

@@ -1,18 +1,9 @@
-"""Values of columns: which are ids and labels, and which columns are left unused."""
+"""Values of columns that are ids and labels, and those that are none."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from corolla.errors import DataError
-
-MEANING = frozenset(
-    {
-        *("system", "system_prompt", "context", "input", "history", "instruction", "messages"),
-        *("conversations", "passage", "document", "premise", "hypothesis", "background", "persona"),
-        *("prompt", "question", "response", "completion", "output", "answer", "tools"),
-    }
-)
-"""Columns that change what a row means, so that one does not leave them out unawares."""
 
 _MANY = 20
 """Labels that are never too many."""
@@ -54,30 +45,6 @@ def _shown(value: Any) -> str:
     kinds = {list: "a list", tuple: "a list", dict: "an object", bool: "true or false"}
     kind = kinds.get(type(value), type(value).__name__)
     return f"{value!r}, a number with a point" if isinstance(value, float) else kind
-
-
-def unused(row: Mapping[str, Any], example: Mapping[str, Any]) -> list[str]:
-    """The columns of MEANING with a text that is nowhere in the example made of the row."""
-    asked = [name for name in row if name in MEANING and any(_texts(row[name]))]
-    if len(asked) < 2 and "text" not in row:
-        return []
-    made = "\n".join(_texts(list(example.values())))
-    return [name for name in asked if any(text not in made for text in _texts(row[name]))]
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """All texts in a value that are not blank, however deep."""
-    if isinstance(value, str):
-        if text := value.strip():
-            yield text
-    elif isinstance(value, Mapping):
-        for name, part in value.items():
-            yield from () if name in ("role", "from") else _texts(part)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _texts(part)
-    elif hasattr(value, "__dict__"):
-        yield from _texts(vars(value))
 
 
 def labels(found: Sequence[str | None], name: str) -> tuple[list[str], str]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from corolla.data.streams import HEAD, LONGEST, DamagedError, Opened
 from corolla.errors import DataError
 
-_NESTED = frozenset({"messages", "conversations", "choices", "tools"})
+_NESTED = frozenset({"messages", "conversations", "choices", "tools", "answers"})
 """Columns that have lists: a cell of CSV holds them as JSON."""
 
 _ABSENT = _NESTED | {"label", "client_id", "user_id", "split", "system", "history"}

@@ -3,22 +3,29 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from corolla.data import columns, sources
+from corolla.data import columns, forms, sources
+from corolla.data.forms import Turn, encodable
 from corolla.data.sources import SPLITS, Reading, Source
 from corolla.errors import DataError
 
 _IDS = ("client_id", "user_id")
+_TELLING = ("system", "context", "input", "history", "instruction", "messages", "conversations")
+_TELLING += ("tools", "completion", "output", "chosen", "rejected")
+"""Columns that change what a row means; where one is not used, people are told."""
+_PLAIN = ("text", "prompt", "response")
+_ANSWERED = ("prompt", "answer", "choices")
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row. Exactly one of: text; prompt and text (the response); text and label.
+    """One row. Exactly one of: text; prompt and text (the response); text and label; turns.
 
-    With `choices`, the response is the right one of them.
+    With `choices`, the response is the right one of them. Two turns with nothing beside them are
+    prompt and text, whichever form they came in; with `turns` text is empty.
     """
 
     text: str
@@ -31,11 +38,60 @@ class Example:
     """The line of its file, from 1; 0: of no file."""
     user: str | None = None
     """The person, or whatever else dp=example protects as a whole; never sent to anybody."""
+    turns: tuple[Turn, ...] = ()
+    """A conversation that ends with an answer; () for rows of other forms."""
+    tools: str = ""
+    """Descriptions of the tools of a conversation, as the JSON text of a list."""
+    unused: frozenset[str] = field(default=frozenset(), compare=False)
+    """Columns of its row that change the meaning of such rows, and were not used."""
+
+    @property
+    def dialogue(self) -> tuple[Turn, ...]:
+        """The turns of a conversation, or of prompt and response; () without a prompt."""
+        if self.turns or self.prompt is None:
+            return self.turns
+        return Turn("user", self.prompt), Turn("assistant", self.text, learnt=True)
+
+    @property
+    def question(self) -> str | None:
+        """What the last answer answers: the prompt, or the turn before; None without."""
+        if not self.turns:
+            return self.prompt
+        return self.turns[-2].content if len(self.turns) > 1 else ""
+
+    @property
+    def answer(self) -> str:
+        """The last answer, or the text."""
+        return self.turns[-1].content if self.turns else self.text
+
+    def shortened(self, most: int) -> "Example":
+        """The start of the row: of prompt and text, or of all turns together, `most` characters."""
+        prompt = None if self.prompt is None else self.prompt[:most]
+        turns, left = [], most
+        for turn in self.turns:
+            own = len(turn.content) + len(turn.more)
+            if own > left and turn.more:  # half of its JSON text is none
+                break
+            turns.append(replace(turn, content=turn.content[:left]))
+            left -= own + 1
+            if left <= 0:
+                break
+        return replace(self, text=self.text[:most], prompt=prompt, turns=tuple(turns))
+
+    @property
+    def size(self) -> int:
+        """Characters of its longest part, which `shortened` cuts."""
+        told = sum(len(turn.content) + len(turn.more) for turn in self.turns)
+        return max(len(self.text), told)
 
     def content(self) -> dict[str, Any]:
         """All fields that say what the row is, wherever it stands."""
-        left_out = {"line"} if self.user is not None else {"line", "user"}
-        return {name: value for name, value in vars(self).items() if name not in left_out}
+        left_out = {"line", "unused", "turns", "tools"}
+        left_out |= {"user"} if self.user is None else set()
+        found = {name: value for name, value in vars(self).items() if name not in left_out}
+        if self.turns:
+            found |= {"turns": [vars(turn) for turn in self.turns], "tools": self.tools}
+        return found
 
 
 @dataclass(frozen=True)
@@ -59,7 +115,7 @@ def read(source: Source) -> Rows:
             example = _example(row, where, line)
         except DataError as error:
             raise DataError(f"{error}{sources.hint(row)}") from None
-        unused.update(columns.unused(row, vars(example)))
+        unused.update(example.unused)
         examples.append(example)
     if not examples:
         left = ", ".join(f"{split} ({n})" for split, n in reading.unread.items())
@@ -82,13 +138,7 @@ def read_rows(name: str) -> tuple[list[Example], str]:
 def _example(row: Any, where: str, line: int = 0) -> Example:
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object, found {type(row).__name__}")
-    row, choices = _answered(row, where)
-    if ("response" in row) != ("prompt" in row) or ("prompt" in row and "text" in row):
-        raise DataError(f"{where}: needs both prompt and response, or text alone")
-    text, prompt = row.get("text", row.get("response")), row.get("prompt")
-    if not isinstance(text, str) or ("prompt" in row and not isinstance(prompt, str)):
-        found = ", ".join(sorted(map(str, row))) or "nothing"
-        raise DataError(f"{where}: needs text, or prompt and response, as strings; found {found}")
+    said, used = _said(row, where)
     split = row.get("split") or ""
     if split and str(split) not in SPLITS:
         raise DataError(
@@ -98,51 +148,75 @@ def _example(row: Any, where: str, line: int = 0) -> Example:
     client, user = (columns.identity(row.get(key), key, where) for key in _IDS)
     label = columns.label(row.get("label"), where)
     ids = (("client_id", client), ("user_id", user))
-    for key, value in (("text", text), ("prompt", prompt), ("label", label), *ids):
-        if not _encodable(str(value)):
+    texts = (("text", said["text"]), ("prompt", said.get("prompt")), ("tools", said.get("tools")))
+    for key, value in (*texts, ("label", label), *ids):
+        if not encodable(str(value)):
             raise DataError(f"{where}: {key} has half of a surrogate pair, which is no text")
     return Example(
-        text,
-        prompt,
-        label,
-        client,
-        SPLITS.get(str(split)),
-        choices,
-        line,
-        user,
+        label=label,
+        client=client,
+        split=SPLITS.get(str(split)),
+        line=line,
+        user=user,
+        unused=frozenset(n for n in _TELLING if n not in used and _tells(row.get(n))),
+        **said,
     )
 
 
-def _answered(row: dict[str, Any], where: str) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """(a row with prompt and response where it has a question and an answer, its choices)."""
-    if "text" in row or "response" in row or "answer" not in row:
-        return row, ()
-    if "prompt" not in row and "question" in row:
-        row = {**row, "prompt": row["question"]}
-    if "prompt" not in row:
-        return row, ()
+def _said(row: dict[str, Any], where: str) -> tuple[dict[str, Any], Collection[str]]:
+    """(the fields of an Example that say what it is, the names of the columns they come from)."""
+    answers = "answer" in row and not {"text", "response"} & row.keys()
+    if answers and {"prompt", "question"} & row.keys():
+        return _answered(row, where)
+    plain = row.get("text") is not None or (
+        row.get("prompt") is not None and row.get("response") is not None
+    )
+    if not plain and (found := forms.conversation(row, where)):
+        conversation, used = found
+        if pair := conversation.pair:
+            return {"text": pair[1], "prompt": pair[0]}, used
+        return {"text": "", "turns": conversation.turns, "tools": conversation.tools}, used
+    if ("response" in row) != ("prompt" in row) or ("prompt" in row and "text" in row):
+        raise DataError(f"{where}: needs both prompt and response, or text alone")
+    return _pair(row.get("text", row.get("response")), row.get("prompt"), row, where), _PLAIN
+
+
+def _pair(text: Any, prompt: Any, row: dict[str, Any], where: str) -> dict[str, Any]:
+    """The fields of text, or of prompt and response. Raises DataError for what is no string."""
+    if not isinstance(text, str) or ("text" not in row and not isinstance(prompt, str)):
+        found = ", ".join(sorted(map(str, row))) or "nothing"
+        raise DataError(
+            f"{where}: needs text, or prompt and response, as strings, or messages; found {found}"
+        )
+    return {"text": text, "prompt": prompt}
+
+
+def _tells(value: Any) -> bool:
+    """Returns whether a column has something in this row: no gap of a table has."""
+    return isinstance(value, str | list | dict) and bool(value)
+
+
+def _answered(row: dict[str, Any], where: str) -> tuple[dict[str, Any], Collection[str]]:
+    """`_said` of a row with a prompt or a question, an answer, and choices if any."""
+    if "prompt" in row:
+        prompt, used = row["prompt"], _ANSWERED
+    else:
+        prompt, used = forms.asked(row, where), {*_ANSWERED, "question", "context"}
     answer, choices = row["answer"], row.get("choices")
     if choices is None:
-        return {**row, "response": answer}, ()
+        return _pair(answer, prompt, row, where), used
     if not isinstance(choices, list) or len(choices) < 2:
         raise DataError(f"{where}: choices must be a list of at least two strings")
     for choice in choices:
-        if not isinstance(choice, str) or not choice or not _encodable(choice):
+        if not isinstance(choice, str) or not choice or not encodable(choice):
             raise DataError(f"{where}: choices must be strings that are not empty")
     if type(answer) is not int or not 0 <= answer < len(choices):
         raise DataError(
             f"{where}: answer must be the index of a choice, 0 to {len(choices) - 1}, "
             f"found {answer!r}"
         )
-    return {**row, "response": choices[answer]}, tuple(choices)
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    said = _pair(choices[answer], prompt, row, where)
+    return {**said, "choices": tuple(choices)}, used
 
 
 def check_one_kind(rows: Sequence[Example], name: str) -> None:
@@ -150,7 +224,7 @@ def check_one_kind(rows: Sequence[Example], name: str) -> None:
     labelled = sum(row.label is not None for row in rows)
     if labelled not in (0, len(rows)):
         raise DataError(f"{name}: {labelled} of {len(rows)} rows have a label; all or none must")
-    if labelled and any(row.prompt is not None for row in rows):
+    if labelled and any(row.dialogue for row in rows):
         raise DataError(f"{name}: rows have prompt, response and label; use text and label")
     chosen = sum(bool(row.choices) for row in rows)
     if chosen not in (0, len(rows)):

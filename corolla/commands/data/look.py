@@ -143,6 +143,8 @@ def form(row: Example) -> str:
         return "prompt and choices"
     if row.label is not None:
         return "text and label"
+    if row.turns:
+        return "conversation"
     return "text" if row.prompt is None else "prompt and response"
 
 
