@@ -4,18 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from corolla.config.rule import Rule
 from corolla.config.section import Fraction, Positive, key, within
 from corolla.config.subject import Subject
-
-COLUMNS = frozenset(
-    {
-        *("text", "prompt", "response", "completion", "question", "answer", "choices", "label"),
-        *("messages", "conversations", "instruction", "input", "output", "context", "system"),
-        *("answers", "tools", "chosen", "rejected", "client_id", "user_id", "split"),
-    }
-)
-"""Columns of rows that are read by their names."""
 
 
 class Dataset(Subject):
@@ -32,7 +22,6 @@ class Dataset(Subject):
         "Columns of the data that are called otherwise than here: columns.NAME=theirs names one.",
         {"prompt": "body"},
         beside="data=rows.jsonl",
-        against=("data=embedded",),
     )
     splits: dict[str, str] = key(
         {},
@@ -41,7 +30,6 @@ class Dataset(Subject):
         {"train": "train_sft"},
         effect="all: train, validation (also valid, val, eval, dev), test",
         beside="data=some/set",
-        against=("data=embedded",),
     )
     subset: str | None = key(
         None,
@@ -49,7 +37,6 @@ class Dataset(Subject):
         "main",
         effect="the only one",
         beside="data=some/set",
-        against=("data=embedded",),
     )
     partition: Literal[
         "auto", "natural", "iid", "dirichlet", "shards", "linear", "square", "exponential"
@@ -98,25 +85,3 @@ class Dataset(Subject):
         "a longer answer is cut; with dp=example longer text is cut, and shorter costs as much.",
         512,
     )
-
-
-def _others(run: Dataset) -> list[str]:
-    """Names in columns and splits that nothing here has."""
-    unknown = [f"columns.{name}" for name in run.columns if name not in COLUMNS]
-    return unknown + [f"splits.{name}" for name in run.splits if name not in _SPLITS]
-
-
-_SPLITS = ("train", "validation", "test")
-
-NAMES: tuple[Rule[Dataset], ...] = (
-    Rule(
-        when=lambda run: bool(_others(run)),
-        why=lambda run: f"{_others(run)[0]} names nothing that is read",
-        instead=f"columns are {', '.join(sorted(COLUMNS))}, and splits {', '.join(_SPLITS)}",
-    ),
-    Rule(
-        when=lambda run: run.data == "embedded" and bool(run.columns or run.splits or run.subset),
-        why=lambda run: "columns, splits and subset are of data that are not embedded",
-        instead="leave them out, or give data",
-    ),
-)

@@ -11,16 +11,7 @@ from pydantic import (
     model_validator,
 )
 
-from corolla.config import (
-    adapter,
-    dataset,
-    learning_rates,
-    machine,
-    mistakes,
-    population,
-    privacy,
-    training,
-)
+from corolla.config import adapter, learning_rates, machine, mistakes, population, privacy, training
 from corolla.config.rule import Rule, refusal
 from corolla.config.section import given
 from corolla.config.settings import Settings
@@ -126,7 +117,6 @@ _POOLED = Rule[RunConfig](
 
 
 RULES: tuple[Rule[RunConfig], ...] = (
-    *dataset.NAMES,
     *population.COHORT,
     _POOLED,
     *adapter.ALPHAS,

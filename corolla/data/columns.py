@@ -5,6 +5,15 @@ from typing import Any
 
 from corolla.errors import DataError
 
+COLUMNS = frozenset(
+    {
+        *("text", "prompt", "response", "completion", "question", "answer", "choices", "label"),
+        *("messages", "conversations", "instruction", "input", "output", "context", "system"),
+        *("answers", "tools", "chosen", "rejected", "client_id", "user_id", "split"),
+    }
+)
+"""Columns of rows that are read by their names."""
+
 _MANY = 20
 """Labels that are never too many."""
 

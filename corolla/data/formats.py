@@ -6,6 +6,7 @@ A file is read in pieces: no more of it is in memory than one row, or one batch 
 import codecs
 import csv
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ _BATCH = 256
 _TABLES = {".csv", ".tsv"}
 _JSON = {".json", ".jsonl", ".ndjson"}
 _SPACE = b" \t\r\n"
+_BLANK = re.compile(r"[ \t\r\n]*")
 
 
 class Record(NamedTuple):
@@ -121,12 +123,13 @@ def _array(path: Path, file: Opened) -> Iterator[Record]:
     text, place = _Text(path, file), 0
     text.skip("[")
     while (mark := text.next_mark()) != "]":
-        if mark == "":
-            raise DataError(f"{path}: the JSON array is cut off after {place} rows: copy it again")
-        if place:
-            if mark != ",":
-                raise DataError(f"{path}: no comma after row {place} of the JSON array")
+        if place and mark == ",":
             text.skip(",")
+            mark = text.next_mark()
+        elif place and mark:
+            raise DataError(f"{path}: no comma after row {place} of the JSON array")
+        if not mark:
+            raise DataError(f"{path}: the JSON array is cut off after {place} rows: copy it again")
         place += 1
         yield Record(text.element(place), f"{path}, row {place}", 0)
     text.skip("]")
@@ -146,8 +149,8 @@ class _Text:
     def next_mark(self) -> str:
         """The next character that is no space; "" at the end."""
         while True:
-            while self._at < len(self._text) and self._text[self._at] in " \t\r\n":
-                self._at += 1
+            if blank := _BLANK.match(self._text, self._at):
+                self._at = blank.end()
             if self._at < len(self._text):
                 return self._text[self._at]
             if not self._more(1 << 16):

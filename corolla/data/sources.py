@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from corolla.config.dataset import COLUMNS
 from corolla.data import formats, streams
+from corolla.data.columns import COLUMNS
 from corolla.data.formats import Record
 from corolla.embedded.assets import asset
-from corolla.errors import DataError
+from corolla.errors import ConfigError, DataError
 
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -75,8 +75,10 @@ class Reading:
 def rows(source: Source, reading: Reading) -> Iterator[Record]:
     """The rows of a source with our names for columns and splits; `reading` is filled meanwhile.
 
-    Raises DataError for what is missing, damaged, or no data.
+    Raises DataError for what is missing, damaged, or no data, ConfigError for names of columns and
+    splits that nothing here has.
     """
+    _check(source)
     path = asset("data.jsonl") if source.name == "embedded" else Path(source.name)
     if source.name != "embedded" and path.is_dir():
         found = _folder(path, source, reading)
@@ -91,6 +93,19 @@ def rows(source: Source, reading: Reading) -> Iterator[Record]:
         if isinstance(record.row, dict):
             reading.columns.update(map(str, record.row))
         yield record
+
+
+def _check(source: Source) -> None:
+    splits = sorted(set(SPLITS.values()))
+    others = [f"columns.{name}" for name in source.columns if name not in COLUMNS]
+    others += [f"splits.{name}" for name in source.splits if name not in splits]
+    if others:
+        raise ConfigError(
+            f"{others[0]} names nothing that is read: columns are {', '.join(sorted(COLUMNS))}, "
+            f"and splits {', '.join(splits)}"
+        )
+    if source.name == "embedded" and (source.columns or source.splits or source.subset):
+        raise ConfigError("columns, splits and subset are of other data: leave them out, or --data")
 
 
 def _ends(path: Path) -> set[str]:

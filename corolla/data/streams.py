@@ -3,6 +3,7 @@
 What a file is follows from its content, not from its name: gzip is gzip whatever it is called.
 """
 
+import codecs
 import gzip
 import hashlib
 import io
@@ -27,7 +28,7 @@ RATIO = 200
 HEAD = 1 << 14
 """Bytes from which a file is recognised."""
 
-_STEP = 1 << 10
+_STEP = 1 << 8
 """Packed bytes that are unpacked at a time by zstd: each may become many thousands."""
 
 _WINDOW = 1 << 27
@@ -211,10 +212,11 @@ def _bounded(pieces: Iterator[bytes], packed: io.BufferedReader) -> Iterator[byt
 
 
 def _transcoded(stream: io.BufferedReader, encoding: str) -> Iterator[bytes]:
-    text = io.TextIOWrapper(stream, encoding, newline="")
+    decoder = codecs.getincrementaldecoder(encoding)()
     try:
-        while piece := text.read(1 << 16):
-            yield piece.encode("utf-8", "surrogatepass")
+        while piece := stream.read(1 << 16):
+            yield decoder.decode(piece).encode("utf-8", "surrogatepass")
+        yield decoder.decode(b"", True).encode("utf-8", "surrogatepass")
     except UnicodeError as error:
         raise DamagedError(f"begins as {encoding.upper()}, but is not: {error}") from None
 

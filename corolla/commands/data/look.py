@@ -12,10 +12,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from corolla.config.dataset import COLUMNS
 from corolla.config.run import RunConfig
 from corolla.data import census, federated
 from corolla.data.census import Census
+from corolla.data.columns import COLUMNS
 from corolla.data.encoding import IGNORE, Encoded, Encoder
 from corolla.data.federated import FederatedData
 from corolla.data.rows import Example, Rows

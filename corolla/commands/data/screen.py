@@ -9,10 +9,10 @@ from rich.table import Table
 
 from corolla.commands.data.look import Look
 from corolla.commands.simulate.progress import say_warning
-from corolla.config.dataset import COLUMNS
 from corolla.config.run import RunConfig
 from corolla.data import census
 from corolla.data.census import Census
+from corolla.data.columns import COLUMNS
 
 _FEW = 8
 """Clients, labels or columns that are named, the largest first."""
