@@ -169,6 +169,8 @@ class Trainer:
             **run,
             "strategy": files.allowed(str(run.get("strategy", "fedavg")), own.allow, "device"),
             "data": own.data,
+            # No server chooses which columns of a device are read.
+            **{"columns": {}, "splits": {}, "subset": None},
             "engine": "inprocess",
             "device": own.device,
             "threads": own.threads,
