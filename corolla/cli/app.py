@@ -93,6 +93,7 @@ _PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "Simulate and compare": (local.simulate, local.plan, local.compare, local.check, local.audit),
     "Deploy": (
         deployment.certs,
+        deployment.members,
         deployment.server,
         deployment.client,
         deployment.gateway,
