@@ -98,6 +98,7 @@ _PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     ),
     "Deploy": (
         deployment.certs,
+        deployment.members,
         deployment.server,
         deployment.client,
         deployment.gateway,
