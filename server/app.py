@@ -35,7 +35,7 @@ from corolla.server.deployment.order import (
     refuse_simulated,
 )
 from corolla.server.rounds.tasks import run_settings
-from corolla.server.runs.folder import prepare_folder
+from corolla.server.runs.folder import prepare_folder, stored_run
 from corolla.server.runs.observer import Observer, Silent
 from corolla.server.runs.run import Run
 from corolla.server.runs.setup import Setup, set_up
@@ -66,9 +66,10 @@ def serve(
     if not nodes:
         nodes = count_nodes(grid, stop, config.deadline)
         config = config.model_copy(update={"clients": config.clients or nodes})
+    loaded = set_up(config, run.run_id)
+    config = loaded.config
     task = hello(run.run_id, RunSettings(config.model_dump(mode="json")))
     network = GridNetwork(grid, task, config.deadline, stop, Admission(nodes))
-    loaded = set_up(config, run.run_id)
     return Run(
         config,
         loaded.strategy,
@@ -122,8 +123,12 @@ def _leave(outcome: Outcome, folder: Path) -> None:
 
 
 def _run(grid: Grid, folder: Path, order: RunOrder, stop: threading.Event) -> None:
-    config = validate(order.config)
+    config, resume = validate(order.config), (folder / "run.json").is_file()
+    if resume:  # on another day perhaps
+        day = stored_run(folder)[0].template_date
+        config = config.model_copy(update={"template_date": day})
     loaded = set_up(config, order.run_id, deployed=True)
+    config = loaded.config
     told = RunSettings(run_settings(config, own_devices=True), loaded.evaluator.labels)
     network = GridNetwork(
         grid,
@@ -137,7 +142,6 @@ def _run(grid: Grid, folder: Path, order: RunOrder, stop: threading.Event) -> No
             limits=_limits(config, order, loaded),
         ),
     )
-    resume = (folder / "run.json").is_file()
     Run(
         config,
         loaded.strategy,

@@ -146,12 +146,11 @@ def sequences(encoder: Encoder, rows: Sequence[Example]) -> list[Encoded]:
     found, failed, shortened = list[Encoded](), 0, 0
     for number, (row, unit) in enumerate(zip(rows, units(rows), strict=True)):
         most = _CHARACTERS * longest
-        prompt = None if row.prompt is None else row.prompt[:most]
         try:
-            own = encoder(replace(row, text=row.text[:most], prompt=prompt))
+            own = encoder(row.shortened(most))
         except Exception:  # noqa: BLE001 - of a tokenizer, or of a row that it cannot take
             own, failed = [], failed + 1
-        shortened += len(own) > 1 or len(row.text) > most
+        shortened += len(own) > 1 or row.size > most
         own = own[:1] if own or unit is None else [_NOTHING]
         found += [replace(first, example=number, unit=unit) for first in own]
     if failed or shortened:

@@ -160,7 +160,7 @@ class Worker:
         self.strategy = build_strategy(config)
         self.traits = registry.traits(self.strategy)
         self.downlink, self.uplink = Envelope(config.downlink), Envelope(config.uplink)
-        self._encoder = Encoder(model.base.tokenizer, data.labels, config.max_length)
+        self._encoder = Encoder.of(config, model.base.tokenizer, data.labels)
         self._encoded: OrderedDict[str, tuple[list[Encoded], int]] = OrderedDict()
 
     def __call__(self, client: str, packet: Packet) -> Packet:

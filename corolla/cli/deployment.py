@@ -44,11 +44,14 @@ def tokens(
     model: Annotated[str, typer.Option(help="Hub name, folder, 'embedded', or a bundle.")],
     out_file: Annotated[Path, typer.Option("--out", help="FILE.jsonl of token ids.")],
     max_length: Annotated[int, typer.Option(help="Tokens of a sequence, at most.")] = 256,
+    template_date: Annotated[
+        str, typer.Option(help="The run's key of this name, where its model's template needs it.")
+    ] = "",
 ) -> None:
     """Turn text into the token ids that a native client trains on."""
     from corolla.phones.token_file import write
 
-    sequences, examples = write(model, data, out_file, max_length)
+    sequences, examples = write(model, data, out_file, max_length, template_date)
     say(f"{out_file}: {sequences} sequences of {examples} examples")
 
 

@@ -49,7 +49,7 @@ def evaluate_adapter(
             f"base model: {', '.join(sorted(base.missing))} are not in {config.model}, but drawn "
             f"from seed={config.seed}; what it scores depends on that"
         )
-    encoder = Encoder(base.tokenizer, data.labels, config.max_length)
+    encoder = Encoder.of(config, base.tokenizer, data.labels)
     parts = [(row, s) for row, example in enumerate(chosen) for s in encoder(example)]
     numbers, examples = [row for row, _ in parts], [sequence for _, sequence in parts]
     device = devices.pick_device(config.device)

@@ -1,11 +1,23 @@
 """How the data set is read, and how it is dealt out to clients."""
 
+from datetime import date
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from corolla.config.section import Fraction, Positive, key, within
 from corolla.config.subject import Subject
+
+
+def _day(text: str) -> str:
+    """Returns a date as it is. Raises ValueError for what is none."""
+    try:
+        known = date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        known = False
+    if not known:
+        raise ValueError("expected a day as YYYY-MM-DD")
+    return text
 
 
 class Dataset(Subject):
@@ -59,6 +71,13 @@ class Dataset(Subject):
         "The number of shards, each of rows with like labels, that a client gets.",
         4,
         beside="partition=shards",
+    )
+    template_date: Annotated[str, AfterValidator(_day)] | None = key(
+        None,
+        "The day, as YYYY-MM-DD, that a chat template writes where it writes today's.",
+        "2026-01-31",
+        effect="the day on which the run starts, where its model's template writes one",
+        unsaid=True,
     )
     pooled: bool = key(
         False,

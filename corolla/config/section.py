@@ -67,12 +67,17 @@ def key(
     effect: str = "",
     beside: str = "",
     against: tuple[str, ...] = (),
+    unsaid: bool = False,
 ) -> Any:
     """A field that explains itself: all that `corolla keys` prints of a key stands here.
 
     `text` is a sentence; `effect` says which value a run takes by itself where that is not the
     default. `beside` are other settings that the example needs, KEY=VALUE with spaces between
-    them; with each of `against` the example is refused.
+    them; with each of `against` the example is refused. `unsaid`: null is left out of what is
+    stored and sent, so that whoever does not know the key can do without.
     """
     about: dict[str, Any] = {"effect": effect, "beside": beside, "against": list(against)}
-    return Field(default, description=text, examples=[example], json_schema_extra=about)
+    without = (lambda value: value is None) if unsaid else None
+    return Field(
+        default, description=text, examples=[example], json_schema_extra=about, exclude_if=without
+    )

@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from corolla.config.run import RunConfig
+from corolla.data import templates
 from corolla.data.rows import Example
 from corolla.errors import DataError
 
@@ -37,17 +40,30 @@ class Encoded:
 class Encoder:
     """Turns examples into sequences of at most `max_length` tokens.
 
-    Free text becomes consecutive windows, so that nothing of a long text is lost. A prompt is
-    masked by position, never by token id; a response is cut at the end, and an example whose
-    response is cut away altogether gives nothing: callers count these.
+    Free text becomes consecutive windows, so that nothing of a long text is lost. What answers
+    answer is masked by position, never by token id; a conversation is cut at the end, and an
+    example whose answers are cut away altogether gives nothing: callers count these.
     """
 
     tokenizer: PreTrainedTokenizerBase
     labels: Sequence[str]
     max_length: int
+    day: str = ""
+    """What chat templates write for today's date, in ISO 8601; "": today's."""
+
+    @classmethod
+    def of(
+        cls, config: RunConfig, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str] = ()
+    ) -> "Encoder":
+        """The encoder of a run."""
+        return cls(tokenizer, labels, config.max_length, config.template_date or "")
 
     def __call__(self, example: Example) -> list[Encoded]:
-        """The sequences of one example; empty when no target is left, or it has no label."""
+        """The sequences of one example; empty when no target is left, or it has no label.
+
+        Raises DataError for a label that is none of the run's, and for turns that the model's chat
+        template does not take.
+        """
         if self.labels:
             if example.label is None:
                 return []
@@ -55,46 +71,35 @@ class Encoder:
                 raise DataError("an example has a label that the model was not built for")
             ids = self.tokenizer(example.text, truncation=True, max_length=self.max_length)
             return [Encoded(ids["input_ids"], self.labels.index(example.label))]
-        if example.prompt is None:
+        if not example.dialogue:
             return self._windows(example.text)
-        prompt, response = self._pair(example.prompt, example.text)
-        input_ids = (prompt + response)[: self.max_length]
-        labels = ([IGNORE] * len(prompt) + response)[: self.max_length]
-        encoded = Encoded(input_ids, labels)
-        return [encoded] if encoded.targets else []
+        rendered = self._renderer.sequences(example.dialogue, example.tools)
+        found = [self._cut(sequence) for sequence in rendered]
+        return [encoded for encoded in found if encoded.targets]
 
-    def prompt_ids(self, prompt: str) -> list[int]:
-        """The tokens a model is given to answer `prompt`."""
-        return self._pair(prompt, "")[0]
+    def prompt_ids(self, example: Example) -> list[int]:
+        """The tokens a model is given to say the last answer of a dialogue."""
+        turns = example.dialogue[: example.last + 1]
+        return self._renderer.prompt(turns, example.tools)
+
+    @cached_property
+    def _renderer(self) -> templates.ChatTemplate | templates.PlainForm:
+        return templates.renderer(self.tokenizer, self.day)
+
+    def _cut(self, rendered: templates.Rendered) -> Encoded:
+        ids = list(rendered.ids[: self.max_length])
+        return Encoded(
+            ids, [i if own else IGNORE for i, own in zip(ids, rendered.learnt, strict=False)]
+        )
 
     def _windows(self, text: str) -> list[Encoded]:
-        ids = self._with_eos(list(self.tokenizer(text)["input_ids"]))
+        ids, eos = list(self.tokenizer(text)["input_ids"]), self.tokenizer.eos_token_id
+        if eos is not None and (not ids or ids[-1] != eos):
+            ids.append(eos)
         # One token of overlap: each token but the very first is the target of one window.
         starts = range(0, len(ids) - 1, self.max_length - 1)
         cuts = (ids[i : i + self.max_length] for i in starts)
         return [Encoded(window, window) for window in cuts]
-
-    def _pair(self, prompt: str, response: str) -> tuple[list[int], list[int]]:
-        if getattr(self.tokenizer, "chat_template", None):
-            user = [{"role": "user", "content": prompt}]
-            asked = str(
-                self.tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
-            )
-            turn = [*user, {"role": "assistant", "content": response}]
-            whole = str(self.tokenizer.apply_chat_template(turn, tokenize=False))
-            answer = whole[len(asked) :] if whole.startswith(asked) else response
-            return self._plain(asked), self._with_eos(self._plain(answer))
-        ids = self.tokenizer(prompt + "\n")["input_ids"]
-        last = {self.tokenizer.eos_token_id, self.tokenizer.sep_token_id} - {None}
-        prefix = list(ids[:-1] if ids and ids[-1] in last else ids)
-        return prefix, self._with_eos(self._plain(response))
-
-    def _plain(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def _with_eos(self, ids: list[int]) -> list[int]:
-        eos = self.tokenizer.eos_token_id
-        return ids if eos is None or (ids and ids[-1] == eos) else [*ids, eos]
 
 
 def examples_of(data: Sequence[Encoded], indices: Sequence[int]) -> set[int]:

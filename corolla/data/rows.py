@@ -13,8 +13,10 @@ from corolla.data.sources import SPLITS, Reading, Source
 from corolla.errors import DataError
 
 _IDS = ("client_id", "user_id")
-_TELLING = ("system", "context", "input", "history", "instruction", "messages", "conversations")
-_TELLING += ("tools", "completion", "output", "chosen", "rejected")
+_TELLING = (
+    *("system", "context", "input", "history", "instruction", "messages", "conversations"),
+    *("tools", "completion", "output", "chosen", "rejected"),
+)
 """Columns that change what a row means; where one is not used, people are told."""
 _PLAIN = ("text", "prompt", "response")
 _ANSWERED = ("prompt", "answer", "choices")
@@ -53,16 +55,23 @@ class Example:
         return Turn("user", self.prompt), Turn("assistant", self.text, learnt=True)
 
     @property
+    def last(self) -> int:
+        """The index of the last answer in the dialogue, before calls of tools; -1 without."""
+        own = self.dialogue
+        said = [i for i, turn in enumerate(own) if turn.learnt]
+        return next((i for i in reversed(said) if not own[i].calls), max(said, default=-1))
+
+    @property
     def question(self) -> str | None:
-        """What the last answer answers: the prompt, or the turn before; None without."""
-        if not self.turns:
-            return self.prompt
-        return self.turns[-2].content if len(self.turns) > 1 else ""
+        """What the last answer answers: the content of the turn before; None without a dialogue."""
+        if not self.dialogue:
+            return None
+        return self.dialogue[self.last - 1].content if self.last else ""
 
     @property
     def answer(self) -> str:
         """The last answer, or the text."""
-        return self.turns[-1].content if self.turns else self.text
+        return self.dialogue[self.last].content if self.dialogue else self.text
 
     def shortened(self, most: int) -> "Example":
         """The start of the row: of prompt and text, or of all turns together, `most` characters."""
@@ -199,9 +208,9 @@ def _tells(value: Any) -> bool:
 def _answered(row: dict[str, Any], where: str) -> tuple[dict[str, Any], Collection[str]]:
     """`_said` of a row with a prompt or a question, an answer, and choices if any."""
     if "prompt" in row:
-        prompt, used = row["prompt"], _ANSWERED
+        prompt, used = row["prompt"], frozenset(_ANSWERED)
     else:
-        prompt, used = forms.asked(row, where), {*_ANSWERED, "question", "context"}
+        prompt, used = forms.asked(row, where), frozenset((*_ANSWERED, "question", "context"))
     answer, choices = row["answer"], row.get("choices")
     if choices is None:
         return _pair(answer, prompt, row, where), used

@@ -38,7 +38,7 @@ def ask(model: Any, base: Base, examples: Sequence[Example], config: RunConfig) 
         check(examples, config)
         found["exact_match"] = exact_match(model, base, examples, config)
     if examples and all(example.choices for example in examples):
-        found |= choice_accuracy(model, base, examples, config.max_length)
+        found |= choice_accuracy(model, base, examples, config)
     return found
 
 
@@ -46,26 +46,26 @@ def check(examples: Sequence[Example], config: RunConfig) -> None:
     """Raises DataError when `answer` asks for what the examples do not have."""
     if config.answer == "none":
         return
-    if any(example.prompt is None for example in examples):
+    if not all(example.dialogue for example in examples):
         raise DataError(
             f"answer={config.answer} compares answers: it needs rows with prompt and response, "
             f"{config.data} has others"
         )
     for example in examples:
-        if config.answer == "gsm8k" and final_number(example.text) is None:
+        if config.answer == "gsm8k" and final_number(example.answer) is None:
             raise DataError(
                 f"answer=gsm8k needs a number in every response, {config.data} has one without: "
-                f"{example.text[:60]!r}"
+                f"{example.answer[:60]!r}"
             )
 
 
 def exact_match(model: Any, base: Base, examples: Sequence[Example], config: RunConfig) -> float:
     """The part of the examples that the model answers with the response, decoding greedily."""
-    encoder = Encoder(base.tokenizer, (), config.max_length)
-    prompts = [encoder.prompt_ids(str(e.prompt))[-config.max_length :] for e in examples]
+    encoder = Encoder.of(config, base.tokenizer)
+    prompts = [encoder.prompt_ids(example)[-config.max_length :] for example in examples]
     answers = generate(model, base, prompts, config.max_new_tokens, config.prefix)
     pairs = zip(answers, examples, strict=True)
-    right = sum(same(answer, example.text, config.answer) for answer, example in pairs)
+    right = sum(same(answer, example.answer, config.answer) for answer, example in pairs)
     return right / len(examples)
 
 
@@ -149,7 +149,7 @@ def _batches(lengths: Sequence[int], alike: bool) -> Iterator[list[int]]:
 
 
 def choice_accuracy(
-    model: Any, base: Base, examples: Sequence[Example], max_length: int
+    model: Any, base: Base, examples: Sequence[Example], config: RunConfig
 ) -> Metrics:
     """How often the right choice is the likeliest answer to its prompt.
 
@@ -157,9 +157,9 @@ def choice_accuracy(
     divides ln p by the UTF-8 bytes of the choice, so that long ones are not at a disadvantage
     (`acc_norm` of Gao et al., lm-evaluation-harness). Long prompts lose their beginning.
     """
-    encoder = Encoder(base.tokenizer, (), 1 << 30)
+    encoder = replace(Encoder.of(config, base.tokenizer), max_length=1 << 30)
     asked = [
-        _last(encoder(replace(example, text=choice)), max_length)
+        _last(encoder(replace(example, text=choice)), config.max_length)
         for example in examples
         for choice in example.choices
     ]

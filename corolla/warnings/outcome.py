@@ -31,7 +31,7 @@ class RunWarning:
     """Something that does not end a run and that its user should know."""
 
     id: str
-    """One of VERDICTS; or data, eps, memory, unbounded or no_effect, of a run that begins."""
+    """One of VERDICTS; or of a start: columns, data, eps, memory, no_effect, template, unbounded."""
     why: str
     instead: str
     """The advice on what to do about it; "" without any."""

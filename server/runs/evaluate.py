@@ -60,7 +60,7 @@ class Evaluator:
         self, config: RunConfig, model: Trainable, heldout: Sequence[Example], labels: Sequence[str]
     ) -> None:
         self.config, self.model, self.labels = config, model, labels
-        self._encoder = Encoder(model.base.tokenizer, labels, config.max_length)
+        self._encoder = Encoder.of(config, model.base.tokenizer, labels)
         self._chosen = chosen = spread(heldout, config.eval_examples)
         answers.check(chosen, config)
         encoded = [self._encoder(example) for example in chosen]
@@ -73,8 +73,8 @@ class Evaluator:
                 f"none of {len(chosen)} held-out examples has a target left within "
                 f"max_length={config.max_length}: raise it"
             )
-        short = [e for e in heldout if len(e.text) < 400]
-        telling = [e for e in short if e.prompt or labels or len(e.text) > 40]
+        short = [e for e in heldout if e.size < 400]
+        telling = [e for e in short if e.question or labels or len(e.text) > 40]
         self._samples = spread(telling or short, _SAMPLES)
 
     @property
@@ -110,9 +110,9 @@ class Evaluator:
         if self.labels:
             logits = self._logits(self._encoder(example)[0])
             return Sample(example.text, str(example.label), self.labels[int(logits.argmax())])
-        if example.prompt is not None:
-            prompt, reference = example.prompt, example.text
-            ids = self._encoder.prompt_ids(prompt)
+        if example.question is not None:
+            prompt, reference = example.question, example.answer
+            ids = self._encoder.prompt_ids(example)
         else:
             words = example.text.split(" ")
             cut = max(1, len(words) // 3)

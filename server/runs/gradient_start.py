@@ -93,7 +93,7 @@ def _public(base: Base, config: RunConfig, labels: Sequence[str]) -> list[Encode
             f"{config.public}: rows for start=gradient belong to no client, found client_id "
             f"{owned!r}: what is made from them is sent to everybody"
         )
-    encoder = Encoder(base.tokenizer, labels, config.max_length)
+    encoder = Encoder.of(config, base.tokenizer, labels)
     encoded = [s for row in federated.spread(rows, config.public_examples) for s in encoder(row)]
     if not encoded:
         raise DataError(

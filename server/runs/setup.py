@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from corolla.config.run import RunConfig
 from corolla.data import census, federated
 from corolla.data.encoding import Encoder
 from corolla.data.federated import FederatedData
+from corolla.data.templates import ChatTemplate, renderer, writes_date
 from corolla.directions.pools import SignPool
 from corolla.evaluation.scoring import loss_sum
 from corolla.interfaces import Strategy
@@ -36,6 +38,8 @@ _FURTHER = 2
 class Setup:
     """Data, strategy, the model with its evaluator, and the facts of them for run.json."""
 
+    config: RunConfig
+    """The settings of the run, with the date that its chat template writes."""
     data: FederatedData
     strategy: Strategy
     model: Trainable
@@ -52,6 +56,7 @@ def set_up(config: RunConfig, run_id: str | None, deployed: bool = False) -> Set
     dataset = federated.load_heldout(config) if deployed else federated.load(config)
     devices.set_threads(config)
     base = pretrained.load(config, dataset.labels)
+    config = _dated(config, base)
     if not deployed:
         dataset = census.with_targets(config, dataset, base.tokenizer)
     facts: dict[str, Any] = {
@@ -65,14 +70,36 @@ def set_up(config: RunConfig, run_id: str | None, deployed: bool = False) -> Set
     }
     model = trainable.build(config, base)
     evaluator = Evaluator(config, model, dataset.heldout, dataset.labels)
-    warned = [*of_settings(config, deployed), *_of_model(model), *_of_eps(config, evaluator)]
+    warned = [*of_settings(config, deployed), *_of_rows(config, dataset, base)]
+    warned += [*_of_model(model), *_of_eps(config, evaluator)]
     warned += [RunWarning("data", why, instead) for why, instead in dataset.notes]
     bounded = config.max_norm is not None or config.robust != "none" or config.dp == "client"
     if deployed and not bounded:
         why = "no max-norm and no robust rule: one client can move the model as far as it likes"
         warned.append(RunWarning("unbounded", why, "set max-norm or robust"))
     facts["warnings"] = [warning.to_json() for warning in warned]
-    return Setup(dataset, build_strategy(config), model, evaluator, facts)
+    return Setup(config, dataset, build_strategy(config), model, evaluator, facts)
+
+
+def _dated(config: RunConfig, base: Base) -> RunConfig:
+    """The settings, with the day that all parties write for today's, where a template does so."""
+    if config.template_date or base.task == "classify" or not writes_date(base.tokenizer):
+        return config
+    return config.model_copy(update={"template_date": date.today().isoformat()})
+
+
+def _of_rows(config: RunConfig, dataset: FederatedData, base: Base) -> list[RunWarning]:
+    """Warnings about columns that are not used, and about a template that asks otherwise."""
+    found = []
+    if dataset.unused:
+        why = f"{config.data} has columns that change the meaning of its rows and are not used: "
+        instead = "rename them, or put what they say into the turns of messages"
+        found.append(RunWarning("columns", why + ", ".join(sorted(dataset.unused)), instead))
+    if any(row.dialogue for row in dataset.heldout):
+        form = renderer(base.tokenizer, config.template_date or "")
+        if isinstance(form, ChatTemplate) and (why := form.check()):
+            found.append(RunWarning("template", why, "compare both with what will be asked"))
+    return found
 
 
 def _of_data(config: RunConfig, base: Base, dataset: FederatedData) -> dict[str, Any]:
@@ -81,7 +108,7 @@ def _of_data(config: RunConfig, base: Base, dataset: FederatedData) -> dict[str,
     if dataset.without:
         facts["clients_without_target"] = list(dataset.without)
     if config.dp == "none" and dataset.clients:
-        encoder = Encoder(base.tokenizer, dataset.labels, config.max_length)
+        encoder = Encoder.of(config, base.tokenizer, dataset.labels)
         facts["data"]["lengths"] = census.sample(dataset, encoder, config.seed)
     return facts
 

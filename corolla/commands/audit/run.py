@@ -221,6 +221,7 @@ def _audited_examples(
     refuse_devices(of)
     config = config.model_copy(update={"cohort": 1, "eval_examples": _FEW, **ONE_RUN})
     loaded = load(config, of)
+    config = loaded.config
     name, split = next(iter(loaded.data.clients.items()))
     tokenizer, labels = loaded.model.base.tokenizer, loaded.data.labels
     made = canaries.examples(tokenizer, labels, len(included), config.max_length, config.seed)
@@ -245,7 +246,7 @@ def _encoded(
     config: RunConfig, model: Trainable, labels: Sequence[str], examples: Sequence[Example]
 ) -> list[list[Encoded]]:
     """The sequences of each example, as a worker makes them."""
-    encoder = Encoder(model.base.tokenizer, labels, config.max_length)
+    encoder = Encoder.of(config, model.base.tokenizer, labels)
     return [encoder(example) for example in examples]
 
 

@@ -54,19 +54,27 @@ class Lengths:
         self._count = _counter(model)
 
     def __call__(self, examples: Sequence[Example]) -> list[tuple[int, int]]:
-        counts = self._count([text for row in examples for text in (row.prompt or "", row.text)])
+        counts = self._count([text for row in examples for text in _parts(row)])
         pairs = []
         for row, asked, told in zip(examples, counts[::2], counts[1::2], strict=True):
             whole = asked + told + 1
             if self.labels:
                 pairs.append((min(self.most, whole), 1))
-            elif row.prompt is not None:
+            elif row.dialogue:
                 pairs.append((min(self.most, whole), max(1, min(self.most, whole) - asked)))
             else:  # windows with one token of overlap
                 cuts = range(0, whole - 1, self.most - 1)
                 sizes = [min(self.most, whole - start) for start in cuts]
                 pairs += [(size, size - 1) for size in sizes]
         return pairs
+
+
+def _parts(row: Example) -> tuple[str, str]:
+    """(what is context in a row, what is learnt), as text."""
+    if not row.dialogue:
+        return "", row.text
+    context = [turn.content + turn.more for turn in row.dialogue if not turn.learnt]
+    return "\n".join(context), "\n".join(turn.content for turn in row.dialogue if turn.learnt)
 
 
 def _counter(model: Anatomy) -> Callable[[Sequence[str]], list[int]]:

@@ -72,7 +72,8 @@ def simulate(
     existed = {path.name for path in folder.iterdir()}
     run_id = None
     if resume:
-        _, run_id, kept_updates = stored_run(folder)
+        begun, run_id, kept_updates = stored_run(folder)
+        config = config.model_copy(update={"template_date": begun.template_date})
         keep_updates = keep_updates or kept_updates
     try:
         if config.engine == "flower":
@@ -109,6 +110,7 @@ def _in_process(
     on_step: Callable[[int], None] | None,
 ) -> Summary:
     loaded = set_up(config, run_id)
+    config = loaded.config
     record = folder / "updates" if keep_updates else None
     with scratch_folder("memory") as scratch:
         memory = Memory(scratch, folder / "clients")

@@ -105,24 +105,13 @@ def test_a_template_that_ends_with_eos_gets_no_second_one() -> None:
     assert said(found) == "yes<eos>"
 
 
-def test_a_template_whose_prompt_is_no_prefix_still_masks_the_prompt() -> None:
-    tokenizer = plain()
-    tokenizer.chat_template = (
-        "{% if add_generation_prompt %}Q:{{ messages[0]['content'] }} A:"
-        "{% else %}{{ messages[1]['content'] }}{% endif %}"
-    )
-    (found,) = Encoder(tokenizer, [], 80)(Example("yes", prompt="is it?"))
-    assert read(found) == "Q:is it? A:yes<eos>"
-    assert said(found) == "yes<eos>"
-
-
 @pytest.mark.parametrize("tokenizer", [PLAIN, SPECIAL, CHAT], ids=["plain", "special", "chat"])
 def test_a_model_is_asked_with_the_prompt_it_was_trained_on(
     tokenizer: transformers.PreTrainedTokenizerBase,
 ) -> None:
     encoder = Encoder(tokenizer, [], 80)
     (found,) = encoder(Example("yes", prompt="is it?"))
-    asked = encoder.prompt_ids("is it?")
+    asked = encoder.prompt_ids(Example("", prompt="is it?"))
     assert list(found.input_ids[: len(asked)]) == asked
     assert list(found.labels[: len(asked)]) == [IGNORE] * len(asked)  # type: ignore[index]
     assert found.labels[len(asked)] != IGNORE  # type: ignore[index]

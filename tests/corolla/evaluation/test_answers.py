@@ -210,7 +210,7 @@ def dense_log_likelihood(base: pretrained.Base, prompt: str, choice: str) -> flo
     return float(spoken[range(len(after)), after].sum())
 
 
-def test_choices_are_ranked_by_their_likelihood(base: pretrained.Base) -> None:
+def test_choices_are_ranked_by_their_likelihood(base: pretrained.Base, settings: Settings) -> None:
     """The choice that transformers finds likeliest is right for one half, wrong for the other."""
     asked = []
     for i, prompt in enumerate(["which?", "one or more", "?", "this is a longer one"]):
@@ -222,20 +222,24 @@ def test_choices_are_ranked_by_their_likelihood(base: pretrained.Base) -> None:
     wanted_norm = sum(
         e.text == max(each, key=lambda c: each[c] / len(c.encode())) for e, each in asked
     )
-    found = choice_accuracy(base.model, base, [e for e, _ in asked], 64)
+    found = choice_accuracy(base.model, base, [e for e, _ in asked], settings(max_length=64))
     assert found == {"choice_accuracy": 0.5, "choice_accuracy_norm": wanted_norm / 4}
 
 
-def test_a_long_choice_gains_by_the_norm(base: pretrained.Base) -> None:
+def test_a_long_choice_gains_by_the_norm(base: pretrained.Base, settings: Settings) -> None:
     choices = ("a", "a" * 30)
     each = [dense_log_likelihood(base, "?", c) for c in choices]
     assert each[0] > each[1]
     assert each[0] / 1 < each[1] / 30
-    found = choice_accuracy(base.model, base, [Example("a", "?", choices=choices)], 64)
+    found = choice_accuracy(
+        base.model, base, [Example("a", "?", choices=choices)], settings(max_length=64)
+    )
     assert found == {"choice_accuracy": 1.0, "choice_accuracy_norm": 0.0}
 
 
-def test_a_long_prompt_loses_its_beginning_and_no_choice(base: pretrained.Base) -> None:
+def test_a_long_prompt_loses_its_beginning_and_no_choice(
+    base: pretrained.Base, settings: Settings
+) -> None:
     room, choices = 20, ("yes", "no", "perhaps")
     held, wanted = [], 0
     for letter in "abcdefgh":
@@ -244,4 +248,5 @@ def test_a_long_prompt_loses_its_beginning_and_no_choice(base: pretrained.Base) 
         each = [dense_log_likelihood(base, prompt[len(c) + 2 - room :], c) for c in choices]
         held.append(Example("no", prompt, choices=choices))
         wanted += each[1] == max(each)
-    assert choice_accuracy(base.model, base, held, room)["choice_accuracy"] == wanted / 8
+    found = choice_accuracy(base.model, base, held, settings(max_length=room))
+    assert found["choice_accuracy"] == wanted / 8

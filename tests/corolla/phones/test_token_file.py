@@ -51,6 +51,24 @@ def test_lines_are_what_the_encoder_makes(tiny_model: Path, tmp_path: Path) -> N
     ]
 
 
+def test_a_template_that_writes_a_date_needs_that_of_the_run(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{{ strftime_now('%d') }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "bundle")
+    (tmp_path / "bundle" / "manifest.json").write_text("{}")
+    order = (
+        str(tmp_path / "bundle"),
+        rows(tmp_path / "d.jsonl", [{"prompt": "q", "response": "a"}]),
+    )
+    for day in ("", "tomorrow"):
+        with pytest.raises(ConfigError, match="give --template-date as YYYY-MM-DD"):
+            token_file.write(*order, tmp_path / "t.jsonl", 8, day)
+    token_file.write(*order, tmp_path / "t.jsonl", 8, "2026-01-31")
+    assert byte_tokenizer().decode(read(tmp_path / "t.jsonl")[0]["input_ids"]) == "31qa<eos>"
+
+
 def test_a_bundle_has_a_tokenizer(tmp_path: Path) -> None:
     byte_tokenizer().save_pretrained(tmp_path / "bundle")
     (tmp_path / "bundle" / "manifest.json").write_text("{}")

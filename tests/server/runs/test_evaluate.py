@@ -154,7 +154,7 @@ def test_an_examination_adds_answers_and_choices(settings: Settings) -> None:
     assert judge.examine(zero) == {
         **judge.score(zero),
         "exact_match": 0.0,
-        **choice_accuracy(judge.model.model, judge.model.base, held, config.max_length),
+        **choice_accuracy(judge.model.model, judge.model.base, held, config),
     }
     repeat = [Example(s.answer, prompt=s.prompt) for s in evaluator(config).samples(zero)]
     again = evaluator(config.model_copy(update={"max_new_tokens": 6}), repeat)
