@@ -26,9 +26,6 @@ class Occupancy:
         self._open: dict[str, dict[Occupant, bool]] = {}
         """What occupants count for → these, oldest first, and whether each waits."""
 
-    def __len__(self) -> int:
-        return len({occupant for own in self._open.values() for occupant in own})
-
     def enter(self, occupant: Occupant) -> bool:
         """Count one that waits; False: it is one too many, and not counted."""
         for name, most in occupant.bounds.items():

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.routing import Route
 
 from corolla.host import certificates
 from corolla.server.deployment import front as front_module
@@ -90,8 +91,7 @@ def test_where_any_path_goes_on_control_is_reached(
         def __contains__(self, _: object) -> bool:
             return True
 
-    route = front_module.Route
-    anything: Any = lambda _, *own, **options: route("/v1/fleet/{call:path}", *own, **options)  # noqa: E731
+    anything: Any = lambda _, *own, **options: Route("/v1/fleet/{call:path}", *own, **options)  # noqa: E731
     monkeypatch.setattr(front_module, "Route", anything)
     monkeypatch.setattr(front_module, "FLEET", All())
     with served(tmp_path) as (door, upstream, _):
