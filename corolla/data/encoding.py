@@ -73,7 +73,7 @@ class Encoder:
             return [Encoded(ids["input_ids"], self.labels.index(example.label))]
         if not example.dialogue:
             return self._windows(example.text)
-        rendered = self._renderer.sequences(example.dialogue, example.tools)
+        rendered = self._renderer.sequences(example.dialogue, example.tools, self.max_length)
         found = [self._cut(sequence) for sequence in rendered]
         return [encoded for encoded in found if encoded.targets]
 

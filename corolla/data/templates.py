@@ -59,8 +59,8 @@ class PlainForm:
 
     tokenizer: PreTrainedTokenizerBase
 
-    def sequences(self, turns: Sequence[Turn], tools: str) -> list[Rendered]:
-        """One sequence. Raises DataError for tools, which have no plain form."""
+    def sequences(self, turns: Sequence[Turn], tools: str, most: int = 0) -> list[Rendered]:
+        """One sequence, however long. Raises DataError for tools, which have no plain form."""
         ids, learnt = list[int](), list[bool]()
         for is_learnt, part in self._parts(turns, tools):
             ids += part
@@ -109,10 +109,11 @@ class ChatTemplate:
     tokenizer: PreTrainedTokenizerBase
     day: str = ""
 
-    def sequences(self, turns: Sequence[Turn], tools: str) -> list[Rendered]:
+    def sequences(self, turns: Sequence[Turn], tools: str, most: int) -> list[Rendered]:
         """The sequences of a conversation; none where nothing is learnt.
 
-        Raises DataError for turns that the template refuses.
+        Answers whose prompt has `most` tokens or more are left out: they would be cut away, and
+        each rendering takes time. Raises DataError for turns that the template refuses.
         """
         says = [turn for turn in turns if turn.role == "assistant" and not turn.calls]
         marks = self.tokenizer.is_fast and _MARKS.search(self._template(tools))
@@ -123,6 +124,8 @@ class ChatTemplate:
             if not turn.learnt or turn.calls:
                 continue
             prompt, answer = self._answer(turns[: at + 1], tools)
+            if len(prompt) >= most:
+                break
             if found and prompt[: len(found[-1][0])] == found[-1][0]:
                 ids, learnt = found.pop()
                 learnt = learnt + [False] * (len(prompt) - len(ids))

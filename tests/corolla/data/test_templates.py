@@ -243,6 +243,20 @@ def test_a_conversation_is_cut_at_the_end() -> None:
         assert [sequence.targets for sequence in found] == ([learnt] if learnt else [])
 
 
+def test_what_would_be_cut_away_is_not_rendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A conversation of very many turns takes no longer than one that fills a sequence."""
+    own = tokenizer("mistral", public.MISTRAL)
+    wanted = sum(learnt for _, learnt in encoded(own, *(ASK, TELL) * 8)[0][:60])
+    rendered, apply = [], own.apply_chat_template
+    monkeypatch.setattr(
+        own, "apply_chat_template", lambda *given, **how: rendered.append(1) or apply(*given, **how)
+    )
+    turns = (ASK, TELL) * 400
+    (found,) = Encoder(own, [], 60)(Example("", turns=turns))
+    assert found.targets == wanted > 0
+    assert len(rendered) < 20
+
+
 def test_a_token_that_reaches_over_the_start_of_an_answer_is_parted() -> None:
     """A model is asked with the prompt alone, so it says the answer from its first letter on."""
     template = "{% for m in messages %}{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}"
