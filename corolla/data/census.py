@@ -30,7 +30,7 @@ class Census:
     once: bool = False
     """Whether only the first sequence of a row is learnt from."""
     tokens: list[int] = field(default_factory=list)
-    """The length of each row: that of its longest sequence, were nothing cut."""
+    """The length of each row: that of its longest sequence, were nothing cut; 0 without any."""
     split: int = 0
     """Rows of text that become several sequences, with nothing lost."""
     cut: int = 0

@@ -152,7 +152,7 @@ def load_device(
         rows = [row for row in rows if row.client == name]
         if not rows:
             raise DataError(f"embedded data has no client {name!r}: it has {', '.join(names)}")
-    if unused := _unused(rows):
+    if unused := found.unused:
         _log.warning("columns that change the meaning are not used", columns=sorted(unused))
     unknown = sum(row.label not in labels for row in rows) if labels else 0
     if limited or config.dp == "example":

@@ -103,7 +103,7 @@ def opened(path: Path) -> Iterator[Opened]:
     try:
         with path.open("rb") as file:
             digest = hashlib.sha256()
-            raw = io.BufferedReader(_Hashed(file, digest), 1 << 16)
+            raw = cast(io.BufferedReader, io.BufferedReader(_Hashed(file, digest), 1 << 16))
             yield _opened(raw, digest, path)
     except OSError as error:
         raise DataError(f"cannot read data file {path}: {error.strerror or error}") from error
@@ -254,7 +254,7 @@ class _Hashed(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        size = cast(int, self._file.readinto(buffer))
+        size = self._file.readinto(buffer)
         self._digest.update(memoryview(buffer)[:size])
         self._at += size
         return size
