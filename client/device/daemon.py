@@ -25,6 +25,7 @@ from typing import Any
 from corolla.client.device import machine
 from corolla.client.device.settings import Own
 from corolla.client.training.worker import Device, Worker
+from corolla.config import schedule
 from corolla.config.load import validate
 from corolla.config.run import RunConfig
 from corolla.data import federated
@@ -41,7 +42,7 @@ from corolla.host.processes import when_orphaned
 from corolla.models import devices, pretrained, trainable
 from corolla.models.pretrained import Base
 from corolla.models.trainable import Trainable
-from corolla.privacy import ledger
+from corolla.privacy import accounting, ledger
 from corolla.privacy.ledger import Limit
 from corolla.storage.disk import Room, held
 from corolla.storage.memory import Memory
@@ -56,6 +57,9 @@ from corolla.wire.task_settings import RunSettings
 _KEEP_DAYS = 30.0
 _KEEP_RUNS = 16
 """What a device keeps of runs that are over: personal adapters, what codecs owe."""
+
+_MOST_STEPS = 300_000
+"""Steps of a run with dp=example, at most: accounting for more takes longer than the steps."""
 
 _log = logs.logger("trainer")
 
@@ -107,7 +111,8 @@ class Trainer:
         with logs.bind(run=task.run_id, round=task.round, client=self.name):
             began, own = time.monotonic(), ""
             try:
-                reply = self._for(task)(self.name, packet)
+                with accounting.while_wanted(wanted):
+                    reply = self._for(task)(self.name, packet)
             except DataError as error:  # names a file, a line, and may quote it: for the owner
                 own = str(error)
                 reply = self._refusal(task, "this device's data cannot be used")
@@ -132,6 +137,7 @@ class Trainer:
         told = RunSettings.from_json(task.config)
         labels = told.labels or ()
         config = self._within(self._config(told.run), len(labels))
+        self._refuse_long(config)
         key = json.dumps([config.model_dump(mode="json"), [*labels]])
         if self._resident is None or key != self._known:
             self._worker = self._resident = None
@@ -150,6 +156,17 @@ class Trainer:
             self._worker = (task.run_id, worker)
         os.utime(self._runs / task.run_id)
         return self._worker[1]
+
+    def _refuse_long(self, config: RunConfig) -> None:
+        """Raises ConfigError for more private steps than this device accounts for."""
+        if config.dp != "example":
+            return
+        rounds = min(config.rounds, config.participations or config.rounds)
+        if (steps := rounds * schedule.steps_per_round(config, self.examples)) > _MOST_STEPS:
+            raise ConfigError(
+                f"this device accounts for at most {_MOST_STEPS} steps of a run with dp=example, "
+                f"found {steps}: lower rounds or local-steps, or set participations"
+            )
 
     def _set_up(
         self, config: RunConfig, labels: Sequence[str]

@@ -10,13 +10,17 @@ import logging
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 from typing import Any
 
 from scipy.optimize import brentq
 from scipy.special import log_ndtr, ndtr
+
+from corolla.errors import StoppedError
 
 _INTERVAL = 0.03
 """Privacy losses are told apart at this part of the standard deviation of that of one release.
@@ -118,6 +122,21 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     return float(brentq(over, 0.0, high, xtol=1e-10))
 
 
+@contextmanager
+def while_wanted(wanted: Callable[[], bool]) -> Iterator[None]:
+    """Ends accounting with StoppedError, between two looks at all releases, once it is not wanted.
+
+    A look at a million releases takes seconds.
+    """
+    before = _waited_for.set(wanted)
+    try:
+        yield
+    finally:
+        _waited_for.reset(before)
+
+
+_waited_for: ContextVar[Callable[[], bool]] = ContextVar("waited_for", default=lambda: True)
+
 _Counted = tuple[tuple[float, float, int], ...]
 """(noise multiplier, sampling probability, count), each pair of the first two once."""
 
@@ -133,6 +152,8 @@ def _counted(releases: Iterable[Release]) -> _Counted:
 
 @lru_cache(maxsize=4096)
 def _epsilon(counted: _Counted, delta: float) -> float:
+    if not _waited_for.get()():
+        raise StoppedError("given up: nobody waits for this accounting any more")
     if any(z < _NONE for z, _, _ in counted):
         return math.inf
     if all(q == 1 for _, q, _ in counted):

@@ -16,7 +16,16 @@ import pytest
 
 from corolla.client.device.identity import identity
 from corolla.host import certificates
-from tests.e2e.federation import OPTIONS, Server, running_client, running_server
+from corolla.server.deployment import members
+from tests.e2e.federation import (
+    OPTIONS,
+    Server,
+    make_key,
+    register,
+    running,
+    running_client,
+    running_server,
+)
 
 pytestmark = pytest.mark.deployment
 
@@ -81,6 +90,31 @@ def test_a_key_that_is_not_registered_is_said_and_joins_once_it_is(
         (idle.keys / "late.pub").write_bytes(key.public.read_bytes())
         wait_for(lambda: f"connected to {idle.address} as ada" in log.read_text(), 90, log)
     assert log.read_text().endswith("stopped\n")
+
+
+def test_who_takes_the_name_of_a_member_is_told_and_waits(idle: Server, tmp_path: Path) -> None:
+    """And who is removed is told, too, while the server waits for others."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"text": f"row {i} of eve"}) + "\n" for i in range(8)))
+    make_key(tmp_path, "ben", idle.keys)  # he is away
+    state, log = tmp_path / "state", tmp_path / "eve.log"
+    command = ["client", "--server", idle.address, "--root-certificates", str(idle.ca)]
+    command += ["--data", str(data), "--name", "ben", "--state", str(state), "--threads", "1"]
+    refused = "the server refuses this client: "
+    with running(command, log) as process:
+        register(state, idle.keys / "eve.pub", process, log)
+        wait_for(lambda: refused in log.read_text(), 240, log)
+        told = "the name 'ben' is registered for another key: give this client --name eve"
+        assert refused + told in log.read_text().replace("\n", " ")
+        assert process.poll() is None
+    found = {own.name: own for own in members.read(idle.keys)}
+    assert {"ben", "eve"} <= found.keys()
+    with running([*command[:-6], "--name", "eve", *command[-4:]], log) as process:
+        wait_for(lambda: "connected to" in log.read_text().rpartition("stopped")[2], 240, log)
+        members.remove(idle.keys, "eve")
+        wait_for(
+            lambda: "its key was removed by the owner of the server" in log.read_text(), 240, log
+        )
 
 
 def test_a_wrong_certificate_is_said(idle: Server, tmp_path: Path) -> None:
