@@ -4,8 +4,10 @@
     python -m experiments.bench.fuzz guided
 
 Sections: replies (through the gate and into an aggregate), messages (what phones, gateways and
-Flower carry), tasks (through a device's worker), guided (replies, chosen by coverage; needs
-atheris). Case i of a section is the same on every machine.
+Flower carry), requests (of nodes, to the server's front), native (what the C++ client reads; needs
+a build of it), tasks (through a device's worker), guided (replies, chosen by coverage; needs
+atheris).
+Case i of a section is the same on every machine.
 """
 
 import random
@@ -21,19 +23,25 @@ from pathlib import Path
 from corolla.errors import WireError
 from corolla.server.rounds.gate import most_bytes
 from corolla.server.rounds.verdicts import Code
-from experiments.bench import mutations
+from experiments.bench import fuzz_front, fuzz_native, mutations
 from experiments.bench.fuzz_targets import devices, mutate, readers, targets
 from experiments.bench.zeroth_order import Section, command, peak, resident, restart_peak
 
 ROOT = Path(__file__).resolve().parents[2]
 _SHOWN = 5
+_TOGETHER = 32
+"""Cases between two looks at memory: each look costs as much as a few cases."""
 
 
 @dataclass(frozen=True)
 class Options:
     """How many. The fields are the options of the command."""
 
-    cases: int = field(default=100_000, metadata={"help": "mutations of replies, and of messages"})
+    cases: int = field(
+        default=100_000, metadata={"help": "mutations of replies, of messages, and of requests"}
+    )
+    native: int = field(default=10_000, metadata={"help": "mutations for each native parser"})
+    build: str = field(default="build/native", metadata={"help": "folder of the native client"})
     tasks: int = field(default=5_000, metadata={"help": "mutations of tasks: some are trained on"})
     runs: int = field(default=100_000, metadata={"help": "inputs of the guided section"})
     first: int = field(default=0, metadata={"help": "number of the first case"})
@@ -93,17 +101,19 @@ def many(
     """
     escaped: list[str] = []
     most, before = 0.0, resident()
-    for number in range(first, first + count):
-        check = case(random.Random(f"{name} {number}"))
+    for start in range(first, first + count, _TOGETHER):
+        numbers = range(start, min(start + _TOGETHER, first + count))
+        made = [(number, case(random.Random(f"{name} {number}"))) for number in numbers]
         now = resident()
         restart_peak()
-        try:
-            check()
-        except BaseException as error:  # also what a library written in Rust panics with
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            escaped.append(f"case {number}: {error!r:.300} at {where.name}:{where.lineno}")
+        for number, check in made:
+            try:
+                check()
+            except BaseException as error:  # also what a library written in Rust panics with
+                if isinstance(error, KeyboardInterrupt):
+                    raise
+                where = traceback.extract_tb(error.__traceback__)[-1]
+                escaped.append(f"case {number}: {error!r:.300} at {where.name}:{where.lineno}")
         most = max(most, peak() - now)
     return [
         f"{count:,} cases, {len(escaped)} exceptions escaped",
@@ -142,6 +152,53 @@ def messages(options: Options) -> Section:
     for name in kinds:
         good, bad = counts[name, True], counts[name, False]
         section.rows.append({"message": name, "cases": good + bad, "read": good, "refused": bad})
+    return section
+
+
+# --- requests and the native client ---------------------------------------------------------------
+
+
+def requests(options: Options) -> Section:
+    """Mutated requests through the protocol and the application of the server's front."""
+    section = Section("requests: what the front answers")
+    counts: Counter[str] = Counter()
+    with fuzz_front.served() as served:
+
+        def case(rng: random.Random) -> Callable[[], None]:
+            data = fuzz_front.request(rng)
+
+            def check() -> None:
+                counts[", ".join(map(str, served.statuses(data)[:1])) or "nothing"] += 1
+
+            return check
+
+        section.notes = many("requests", options.first, options.cases, case)
+    section.rows = [
+        {"first answer": code, "cases": count} for code, count in sorted(counts.items())
+    ]
+    return section
+
+
+def native(options: Options) -> Section:
+    """Mutated messages through the parsers of the C++ client, in a process of its own."""
+    section = Section("native: what the parsers of the C++ client say")
+    build, escaped, grown = Path(options.build), list[str](), 0
+    if not (build / "corolla-native-check").exists():
+        section.notes = [
+            f"no corolla-native-check in {build}: make phone, or name one with --build"
+        ]
+        return section
+    for name in fuzz_native.kinds():
+        found = fuzz_native.examine(build, name, options.first, options.native)
+        escaped += [f"{name}: {what}" for what in found.escaped]
+        grown = max(grown, found.grown)
+        row: dict[str, str | float] = {"message": name, "cases": options.native}
+        section.rows.append({**row, "read": found.read, "refused": found.refused})
+    section.notes = [
+        f"{options.native * len(section.rows):,} cases, {len(escaped)} exceptions escaped",
+        f"Resident memory: at most {grown / 2**20:.1f} MiB more while cases are read",
+        *escaped[:_SHOWN],
+    ]
     return section
 
 
@@ -215,6 +272,8 @@ def guided(options: Options) -> Section:
 SECTIONS: dict[str, Callable[[Options], Section]] = {
     "replies": replies,
     "messages": messages,
+    "requests": requests,
+    "native": native,
     "tasks": tasks,
     "guided": guided,
 }

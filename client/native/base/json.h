@@ -1,4 +1,4 @@
-// JSON of others: bounded in depth before anything is built of it.
+// JSON of others: bounded in depth and number of values before anything is built of it.
 #pragma once
 
 #include <nlohmann/json.hpp>
@@ -6,7 +6,10 @@
 
 namespace corolla {
 
-// Throws Error, which starts with `what`, for what is no JSON or is nested more than 32 times.
-nlohmann::json parse_json(std::string_view text, const char* what);
+constexpr size_t kMostValues = 1 << 18;
+
+// Throws Error, which starts with `what`, for what is no JSON, is nested more than 32 times, or has
+// more than `most` values.
+nlohmann::json parse_json(std::string_view text, const char* what, size_t most = kMostValues);
 
 }  // namespace corolla

@@ -5,6 +5,7 @@
 #include <limits>
 #include <vector>
 
+#include "base/files.h"
 #include "base/json.h"
 
 namespace corolla {
@@ -24,7 +25,7 @@ constexpr Named kTypes[] = {{"F64", Dtype::f64},   {"I64", Dtype::i64}, {"F32", 
                             {"I32", Dtype::i32},   {"F16", Dtype::f16}, {"BF16", Dtype::bf16},
                             {"U8", Dtype::u8}};
 
-[[noreturn]] void refuse(const std::string& why) { throw Error("tensors cannot be read: " + why); }
+[[noreturn]] void refuse(const std::string& why) { throw Error("tensors cannot be read: " + one_line(why)); }
 
 Dtype dtype_named(const std::string& name) {
   for (const Named& known : kTypes)

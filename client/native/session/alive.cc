@@ -28,7 +28,7 @@ std::string any_more(const Lacks& lacks) {
 }  // namespace
 
 Alive::Alive(Channel& channel, const v1::Lease& lease, v1::Policy policy, Platform& platform,
-             const Stop& stop, const Spending& spending, Moment deadline)
+             const Stop& stop, Spending& spending, Moment deadline)
     : channel_(channel),
       id_(lease.id()),
       lease_seconds_(sound(lease.seconds())),
@@ -59,9 +59,11 @@ void Alive::beat() noexcept {
     hold.unlock();
     v1::HeartbeatResponse response;
     try {
-      auto status = channel_.once(&Channel::Stub::Heartbeat, request, &response, pause);
+      double left = spending_.ask(request.ByteSizeLong() + kOverhead);
+      double patience = std::min(pause, left);
+      auto status = channel_.once(&Channel::Stub::Heartbeat, request, &response, patience);
       if (status.ok() && !response.wanted()) unwanted_ = true;  // else the lease outlives two more
-    } catch (const std::exception&) {  // no memory for it, this time
+    } catch (const std::exception&) {  // the day is used up, or no memory for it, this time
     }
     hold.lock();
     if (unwanted_) return;
@@ -109,6 +111,7 @@ bool Alive::can_come_back() const {
 }
 
 bool Alive::comes_back() {
+  Resting wait(spending_);
   Moment until = in_seconds(lease_seconds_);
   while (true) {
     stop_.check();
@@ -120,17 +123,11 @@ bool Alive::comes_back() {
 }
 
 void Alive::works() {
-  began_ = now();
   working_ = true;
   was_asked_ = false;
 }
 
-void Alive::rests() {
-  worked_ = seconds_at_work();
-  working_ = false;
-}
-
-double Alive::seconds_at_work() const { return worked_ + (working_ ? since(began_) : 0); }
+void Alive::rests() { working_ = false; }
 
 double Alive::battery_spent() const {
   double spent = static_cast<double>(first_.battery_percent) - now_.battery_percent;

@@ -17,9 +17,9 @@ namespace corolla {
 // belongs to the thread that trains.
 class Alive : public Conditions {
  public:
-  // `spending` counts what the device has spent today.
+  // `spending` counts what the device has spent today; it is asked before each heartbeat.
   Alive(Channel& channel, const v1::Lease& lease, v1::Policy policy, Platform& platform,
-        const Stop& stop, const Spending& spending, Moment deadline);
+        const Stop& stop, Spending& spending, Moment deadline);
   ~Alive() override;
 
   std::string lapsed() override;
@@ -29,16 +29,15 @@ class Alive : public Conditions {
   // Whether what has lapsed may hold again: neither the end of the round nor a limit of a day.
   bool can_come_back() const;
   // Waits, for as long as the lease lasts without news, until a task that has lapsed can go on;
-  // false when that does not come. Throws Stopped.
+  // false when that does not come. A rest. Throws Stopped.
   bool comes_back();
 
   // Why nothing can come of the task any more; "" while it can.
   std::string ended() const;
 
-  // Begin and end of work, that counts against the limits of a day.
+  // Begin and end of passes, whose time is measured.
   void works();
   void rests();
-  double seconds_at_work() const;
 
   uint32_t thermal_max() const { return thermal_max_; }
   double battery_spent() const;  // percent
@@ -54,7 +53,7 @@ class Alive : public Conditions {
   v1::Policy policy_;
   Platform& platform_;
   const Stop& stop_;
-  const Spending& spending_;
+  Spending& spending_;
   Moment deadline_;
 
   std::atomic<bool> unwanted_{false};
@@ -65,9 +64,8 @@ class Alive : public Conditions {
   Readings first_, now_;
   Lacks lacks_;
   std::function<void()> diary_;
-  Moment next_look_, next_entry_, began_, asked_;
+  Moment next_look_, next_entry_, asked_;
   bool working_ = false, was_asked_ = false;
-  double worked_ = 0;
   uint32_t thermal_max_ = 0;
   std::vector<float> passes_;
   std::thread thread_;  // the last: it uses the others

@@ -7,9 +7,10 @@
 #include <atomic>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
+#include <type_traits>
 
-#include "base/meter.h"
 #include "base/stop.h"
 #include "corolla/proto/device.grpc.pb.h"
 #include "session/spending.h"
@@ -36,19 +37,25 @@ class Channel {
   template <class Q, class R>
   using Method = grpc::Status (Stub::*)(grpc::ClientContext*, const Q&, R*);
 
-  // `roots`: certificates (PEM) one of which has signed the gateway's; empty: the system's.
+  // `roots`: certificates (PEM) one of which has signed the gateway's; empty: the system's. On
+  // loopback no proxy of the environment is asked: to it that would be itself.
   Channel(const std::string& address, const std::string& roots, std::string token);
 
-  // One call, without a second try.
+  // One call, without a second try. What came counts, also with a status that is none of success.
+  // Throws WireError for an answer to a check-in that has too many entries.
   template <class Q, class R>
   grpc::Status once(Method<Q, R> method, const Q& request, R* response, double seconds) {
     grpc::ClientContext context;
     prepare(context, seconds);
     response->Clear();
-    grpc::Status status = (stub_.get()->*method)(&context, request, response);
     up_ += request.ByteSizeLong() + kOverhead;
-    if (status.ok()) down_ += response->ByteSizeLong();
-    return status;
+    if constexpr (std::is_same_v<R, v1::CheckInResponse>) {
+      return check_in(context, request, response);
+    } else {
+      grpc::Status status = (stub_.get()->*method)(&context, request, response);
+      down_ += response->ByteSizeLong();
+      return status;
+    }
   }
 
   uint64_t bytes_up() const { return up_; }
@@ -56,8 +63,12 @@ class Channel {
 
  private:
   void prepare(grpc::ClientContext& context, double seconds) const;
+  // The one answer with a repeated field: it arrives as bytes, so that these are counted first.
+  grpc::Status check_in(grpc::ClientContext& context, const v1::CheckInRequest& request,
+                        v1::CheckInResponse* response);
 
   std::string authorization_;
+  std::shared_ptr<grpc::Channel> line_;
   std::unique_ptr<Stub> stub_;
   std::atomic<uint64_t> up_{0}, down_{0};
 };
@@ -72,18 +83,19 @@ class Caller {
         tell_(std::move(tell)),
         spending_([&channel] { return channel.bytes_up() + channel.bytes_down(); }) {}
 
-  // The answer to a call, of about `coming` bytes. Throws Over when the gateway, the deadline or a
-  // limit of the day has ended the session, UsageError for what only the owner can mend, Stopped;
+  // The answer to a call, of about `coming` bytes. Throws Over when the gateway, the deadline (or the
+  // end of patience, without one) or a limit of the day has ended the session, UsageError for what only the owner can mend, Stopped;
   // where `slow`, Slow for a call that took too long.
   template <class Q, class R>
   R call(Channel::Method<Q, R> method, const Q& request, Moment deadline = kForever,
          bool slow = false, uint64_t coming = 0) {
     R response;
     double pause = pauses_.first, seconds = kSeconds;
+    if (deadline == kForever && patience_) deadline = in_seconds(*patience_);
     while (true) {
       stop_.check();
       double left = spending_.ask(request.ByteSizeLong() + kOverhead + coming);
-      grpc::Status status = made(method, request, response, std::min(seconds, left));
+      grpc::Status status = channel_.once(method, request, &response, std::min(seconds, left));
       if (status.ok()) return response;
       failed(status, deadline, slow, pause, seconds);
     }
@@ -97,11 +109,13 @@ class Caller {
       return call(method, request, deadline);
     } catch (const UsedUp&) {
       R response;
-      if (made(method, request, response, kLeastSeconds).ok()) return response;
+      if (channel_.once(method, request, &response, kLeastSeconds).ok()) return response;
       throw;
     }
   }
 
+  // From now on a call without a deadline is tried for so many seconds, not for ever.
+  void be_patient_for(double seconds) { patience_ = seconds; }
   // Seconds between two check-ins, whatever a gateway says: as after two failures.
   double least_pause() const { return 2 * pauses_.first; }
   Spending& spending() { return spending_; }
@@ -113,15 +127,6 @@ class Caller {
  private:
   static constexpr double kSeconds = 30;  // of one call, on a usual line
 
-  // One try of a call, whose time counts whatever comes of it.
-  template <class Q, class R>
-  grpc::Status made(Channel::Method<Q, R> method, const Q& request, R& response, double seconds) {
-    Stopwatch watch;
-    grpc::Status status = channel_.once(method, request, &response, seconds);
-    spending_.took(watch.seconds());
-    return status;
-  }
-
   // Waits before the next try, and makes pause and patience grow; or throws.
   void failed(const grpc::Status& status, Moment deadline, bool slow, double& pause,
               double& seconds);
@@ -131,6 +136,7 @@ class Caller {
   Stop& stop_;
   std::function<void(const std::string&)> tell_;
   Spending spending_;
+  std::optional<double> patience_;
 };
 
 }  // namespace corolla

@@ -1,5 +1,6 @@
 #include "session/delivery.h"
 
+#include <algorithm>
 #include <chrono>
 #include <system_error>
 
@@ -109,10 +110,18 @@ void Delivery::drop(const Begun& begun, const std::string& why) {
 bool Delivery::deliver_left(bool metered, v1::RetryWindow& retry) {
   auto begun = kept_.begun();
   if (!begun || !begun->done || metered) return false;
+  std::string payload = kept_.payload();
+  auto reply = static_cast<double>(payload.size() + begun->header.ByteSizeLong());
   try {
-    retry = end(*begun, deliver(*begun, kept_.payload(), kForever));
+    auto answer = deliver(*begun, payload, kForever);
+    Spent spent = caller_.spending().spent();
+    begun->work.bytes += std::max(0.0, spent.bytes - reply);  // the work has it sent once
+    begun->work.seconds += spent.seconds;
+    retry = end(*begun, answer);
   } catch (const UsedUp&) {  // another day
     return false;
+  } catch (const NoAnswer&) {
+    throw;
   } catch (const Over& over) {
     drop(*begun, over.what());
   }
@@ -124,6 +133,8 @@ void Delivery::report_left(const std::string& lease) {
   if (!begun || begun->lease == lease) return;
   try {
     end(*begun, deliver(*begun, "", kForever));
+  } catch (const NoAnswer&) {
+    throw;
   } catch (const Over& over) {
     drop(*begun, over.what());
   }

@@ -100,12 +100,6 @@ void fill(const fs::path& scratch, const v1::Manifest& files, const Download& do
   }
 }
 
-void check_room(uint64_t more, uint64_t free) {
-  if (more > free)
-    throw DiskError("the bundle needs " + human_bytes(more) + " more, " + human_bytes(free) +
-                    " are free");
-}
-
 // Bytes that fill has to fetch.
 uint64_t lacking(const fs::path& scratch, const v1::Manifest& files, bool description) {
   uint64_t sum = 0;
@@ -153,8 +147,11 @@ void drop_parts(const fs::path& folder, const std::set<std::string>& wanted) {
   for (const auto& path : old) fs::remove(path);
 }
 
-Bundles::Bundles(fs::path folder, fs::path publisher)
-    : folder_(std::move(folder)), publisher_(std::move(publisher)) {
+Bundles::Bundles(const fs::path& state, fs::path publisher, const Disk& disk)
+    : folder_(state / "bundles"),
+      publisher_(std::move(publisher)),
+      disk_(disk),
+      serials_(state / "serials.json") {
   make_folder(folder_);
 }
 
@@ -170,26 +167,30 @@ const Bundle* Bundles::current() {
 
 const Bundle& Bundles::fetch(const v1::Blob& manifest, const Download& download, uint64_t free) {
   drop_parts(folder_, {manifest.sha256()});
-  check_room(manifest.size(), free);
+  check_room(manifest.sha256(), manifest.size(), free);
   std::string data = corolla::fetch(manifest, folder_, download, kMaxManifest);
   v1::Manifest files = read_files(data);
   fs::path found = folder_ / manifest.sha256(), scratch = folder_ / (manifest.sha256() + ".new");
   current_.reset();
-  if (!open(manifest.sha256())) {
+  if (auto here = open(manifest.sha256())) {
+    serials_.check(publisher_id(publisher_), here->manifest.serial);
+  } else {
     if (fs::exists(found) && !fs::exists(scratch)) fs::rename(found, scratch);  // of it, some
     fs::remove_all(found);
     make_folder(scratch);
     write_file(scratch / kFiles, data);
-    check_room(lacking(scratch, files, true), free);
+    check_room(manifest.sha256(), lacking(scratch, files, true), free);
     fill(scratch, files, download, true);
     try {
-      check_same(read_bundle(scratch, publisher_), files);
+      Manifest told = read_bundle(scratch, publisher_);
+      check_same(told, files);
+      serials_.check(publisher_id(publisher_), told.serial);
     } catch (const Error&) {
       fs::remove_all(scratch);
       throw;
     }
     reuse(scratch, files);
-    check_room(lacking(scratch, files, false), free);
+    check_room(manifest.sha256(), lacking(scratch, files, false), free);
     fill(scratch, files, download, false);
     fs::rename(scratch, found);
   }
@@ -197,6 +198,18 @@ const Bundle& Bundles::fetch(const v1::Blob& manifest, const Download& download,
   if (!current()) throw WireError("the bundle changed while it was fetched");
   drop_others(manifest.sha256());
   return *current_;
+}
+
+// The old bundle goes first where the owner's limit has no room for both.
+void Bundles::check_room(const std::string& name, uint64_t more, uint64_t free) const {
+  if (more > free)
+    throw DiskError("the bundle needs " + human_bytes(more) + " more, " + human_bytes(free) +
+                    " are free");
+  if (more > disk_.room_for(more)) drop_others(name + ".new");
+  uint64_t room = disk_.room_for(more);
+  if (more > room)
+    throw DiskLimit("it needs " + human_bytes(more) + " more on this device's disk, its owner allows " +
+                    human_bytes(room) + " (--disk)");
 }
 
 // Moves files of equal content here: fetch_file checks them.

@@ -12,6 +12,8 @@
 #include <string>
 
 #include "corolla/proto/device.pb.h"
+#include "session/disk.h"
+#include "session/serials.h"
 #include "training/bundle.h"
 
 namespace corolla {
@@ -35,8 +37,8 @@ struct Bundle {
 // The bundles in a folder, each in one of its own. One at a time is kept.
 class Bundles {
  public:
-  // `publisher`: the public key (PEM) whose signature counts.
-  Bundles(std::filesystem::path folder, std::filesystem::path publisher);
+  // In the folder of the device's state; `publisher`: the public key (PEM) whose signature counts.
+  Bundles(const std::filesystem::path& state, std::filesystem::path publisher, const Disk& disk);
 
   // The last one that was fetched, if all of it is there: hashed once per process, and again after
   // a file was touched.
@@ -44,18 +46,22 @@ class Bundles {
 
   // Fetches what is not there, and reuses what other bundles have of it. The signature is checked
   // before the large files are asked for; nothing stays of what is refused. Throws WireError and
-  // Error for a bundle that is refused, DiskError when `free` bytes are too few.
+  // Error for a bundle that is refused, also because the publisher has signed a newer one, DiskError
+  // when `free` bytes are too few.
   const Bundle& fetch(const v1::Blob& manifest, const Download& download, uint64_t free);
 
  private:
   using Stamp = std::pair<uint64_t, std::filesystem::file_time_type>;
 
+  void check_room(const std::string& name, uint64_t more, uint64_t free) const;
   void reuse(const std::filesystem::path& scratch, const v1::Manifest& files) const;
   std::optional<Bundle> open(const std::string& name) const;
   std::map<std::string, Stamp> stamps(const Bundle& bundle) const;
   void drop_others(const std::string& name) const;
 
   std::filesystem::path folder_, publisher_;
+  const Disk& disk_;
+  Serials serials_;
   std::optional<Bundle> current_;
   std::map<std::string, Stamp> stamps_;  // of the files of `current_` when they were checked
 };

@@ -5,6 +5,7 @@
 
 #include "base/files.h"
 #include "base/hash.h"
+#include "base/wire.h"
 
 namespace corolla {
 namespace {
@@ -37,6 +38,32 @@ uint64_t most_bytes(const std::string& path) {
 }
 
 uint64_t chunks_of(uint64_t size) { return (size + kChunk - 1) / kChunk; }
+
+// A message of a type whose repeated fields are those of the list.
+template <class M>
+M read(std::string_view data, const std::vector<Repeated>& fields) {
+  try {
+    check_counts(data, fields);
+  } catch (const Error& error) {
+    throw WireError(error.what());
+  }
+  M found;
+  if (!found.ParseFromArray(data.data(), static_cast<int>(data.size())))
+    throw WireError("message cannot be parsed");
+  return found;
+}
+
+using In = v1::CheckInResponse;
+using Work = v1::Task;
+using All = v1::Manifest;
+
+const std::vector<Repeated> kAnswer = {
+    {{In::kLeaseFieldNumber, v1::Lease::kCachedFieldNumber}, kMaxCached, "cached groups"}};
+const std::vector<Repeated> kTask = {
+    {{Work::kCachedFieldNumber}, kMaxCached, "cached groups"},
+    {{Work::kScalarsFieldNumber}, kMaxScalarGroups, "groups of scalars"},
+    {{Work::kLogFieldNumber, v1::Log::kRowsFieldNumber}, kMaxRows, "rows of a log"}};
+const std::vector<Repeated> kManifest = {{{All::kFilesFieldNumber}, kMaxFiles, "files"}};
 
 }  // namespace
 
@@ -72,11 +99,8 @@ void check_chunk(const v1::Chunk& chunk, uint64_t offset, uint64_t size) {
 }
 
 v1::Manifest read_files(const std::string& data) {
-  v1::Manifest found;
-  if (!found.ParseFromString(data)) throw WireError("message cannot be parsed");
-  if (found.files_size() < 1 || found.files_size() > kMaxFiles)
-    throw WireError("manifest has " + std::to_string(found.files_size()) + " files, not 1 to " +
-                    std::to_string(kMaxFiles));
+  auto found = read<v1::Manifest>(data, kManifest);
+  if (!found.files_size()) throw WireError("manifest names no file");
   std::set<std::string> paths;
   for (const auto& file : found.files()) {
     check_path(file.path());
@@ -89,13 +113,13 @@ v1::Manifest read_files(const std::string& data) {
 }
 
 v1::Task read_task(const std::string& header) {
-  v1::Task task;
-  if (!task.ParseFromString(header)) throw WireError("message cannot be parsed");
-  if (task.cached_size() > kMaxCached)
-    throw WireError("task names " + std::to_string(task.cached_size()) +
-                    " cached groups, at most " + std::to_string(kMaxCached));
+  auto task = read<v1::Task>(header, kTask);
   check_id(task.run_id());  // it becomes a file's name
   return task;
+}
+
+v1::CheckInResponse read_answer(std::string_view data) {
+  return read<v1::CheckInResponse>(data, kAnswer);
 }
 
 v1::Chunk make_chunk(const std::string& content, uint64_t offset, uint64_t size,

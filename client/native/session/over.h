@@ -10,4 +10,10 @@ class Over : public Error {
   using Error::Error;
 };
 
+// As far as the gateway was waited for.
+class NoAnswer : public Over {
+ public:
+  using Over::Over;
+};
+
 }  // namespace corolla

@@ -12,6 +12,7 @@ namespace corolla {
 namespace {
 
 constexpr double kUsual = 30, kDay = 86400;  // seconds
+constexpr double kPatience = 20;  // seconds of the one visit for which a call is tried again
 constexpr uint64_t kMostExamples = 1 << 30;
 constexpr double kVisits = 1 << 16;  // bytes without a lease that make an entry of the history
 
@@ -25,7 +26,8 @@ Session::Session(Owner owner, Channel& channel, Pauses pauses, Platform& platfor
       hire_(std::move(hire)),
       stop_(stop),
       say_(std::move(say)),
-      bundles_(owner_.state / "bundles", owner_.publisher),
+      disk_(owner_.state, owner_.disk),
+      bundles_(owner_.state, owner_.publisher, disk_),
       history_(owner_.state / "history.jsonl"),
       delivery_(owner_.state, owner_.keep_updates, caller_, history_,
                 [this](const std::string& line) { tell(line); }),
@@ -33,6 +35,7 @@ Session::Session(Owner owner, Channel& channel, Pauses pauses, Platform& platfor
 
 void Session::run(uint64_t rounds, bool once) {
   try {
+    if (once) caller_.be_patient_for(kPatience);
     while (!rounds || delivery_.accepted() < rounds) {
       refused_.clear();
       double pause = visit();
@@ -50,6 +53,7 @@ void Session::run(uint64_t rounds, bool once) {
 double Session::visit() {
   try {
     Spending& spending = caller_.spending();
+    Working visit(spending);
     spending.limit(policy(), spent_today(history_.read(unix_now()), unix_now()));
     bool metered = policy().unmetered() && platform_.read().metered;
     if (delivery_.deliver_left(metered, retry_)) {
@@ -67,6 +71,7 @@ double Session::visit() {
   } catch (const std::filesystem::filesystem_error& error) {
     tell(std::string("this device fails: ") + error.code().message());
   } catch (const Over& over) {
+    refused_ = std::string("the gateway does not answer: ") + over.what();
     tell(std::string("the gateway refuses: ") + over.what());
   } catch (const std::bad_alloc&) {
     tell("this device fails: there is too little memory");
@@ -75,7 +80,14 @@ double Session::visit() {
 }
 
 double Session::check_in() {
-  auto found = caller_.call(&Channel::Stub::CheckIn, request());
+  v1::CheckInResponse found;
+  try {
+    found = caller_.call(&Channel::Stub::CheckIn, request());
+  } catch (const WireError& error) {
+    refused_ = std::string("the gateway sends what cannot be read: ") + error.what();
+    tell(refused_);
+    return caller_.pauses().longest;
+  }
   learn(found);
   delivery_.report_left(found.lease().id());
   if (found.has_lease()) {
@@ -170,6 +182,9 @@ double Session::get_bundle(const v1::Refusal& refusal) {
     note_visits();
     return caller_.least_pause();
   } catch (const UsedUp&) {
+    note_visits();
+    throw;
+  } catch (const NoAnswer&) {
     note_visits();
     throw;
   } catch (const Over&) {  // not offered any more

@@ -13,6 +13,7 @@
 #include "session/alive.h"
 #include "session/channel.h"
 #include "session/delivery.h"
+#include "session/disk.h"
 #include "session/download.h"
 #include "session/history.h"
 #include "session/timings.h"
@@ -47,6 +48,7 @@ struct Owner {
   uint32_t length = 0;  // tokens of a sequence, at most; 0: as the program
   std::string runtime;  // "executorch 1.5.1"
   v1::Policy limits;    // the owner's own
+  DiskLimits disk;
   bool keep_updates = false;
 };
 
@@ -78,6 +80,7 @@ class Session {
   Assignment allowed(const v1::Assignment& told, const Manifest& manifest) const;
   void give_up(Service& service, const Over& over);
   void wait_unmetered(const Service& service);
+  void make_room(const v1::Lease& lease, const v1::Task& task, int64_t parameters) const;
 
   std::string fetch(const v1::Blob& blob, uint64_t most, Moment deadline);
   v1::Chunk download(const v1::DownloadRequest& request, uint64_t size, Moment deadline);
@@ -92,6 +95,7 @@ class Session {
   Hire hire_;
   Stop& stop_;
   Say say_;
+  Disk disk_;
   Bundles bundles_;
   History history_;
   Delivery delivery_;

@@ -11,6 +11,7 @@ namespace {
 
 constexpr uint64_t kMostHeader = 1 << 20;
 constexpr uint64_t kMostCopies = 8;      // of an adapter, that a task may need
+constexpr uint64_t kOwnCopies = 6;       // that training keeps: log, checkpoint with AdamW's, reply
 constexpr uint64_t kExtra = 1 << 20;     // bytes beside them
 constexpr double kLook = 0.5;            // seconds between two looks at the network
 
@@ -83,7 +84,6 @@ struct Session::Service {
         alive(caller.channel(), lease, policy, own.platform_, own.stop_, spending, deadline) {
     begun.lease = lease.id();
     spending.limit(policy, today);
-    spending.works([this] { return alive.seconds_at_work(); });
   }
 
   ~Service() { spending.settle(); }
@@ -139,6 +139,8 @@ v1::RetryWindow Session::serve(const v1::Lease& lease) {
     delivery_.keep(done, answer.payload);
     if (answer.header.error().empty()) wait_unmetered(service);
     acknowledged = delivery_.deliver(done, answer.payload, service.deadline);
+    service.charge();  // with what an upload cost that was asked for twice
+    done.work = service.begun.work;
   } catch (const Over& over) {
     bool used_up = dynamic_cast<const UsedUp*>(&over) != nullptr;
     if (used_up) give_up(service, over);
@@ -211,10 +213,15 @@ Answer Session::train(const v1::Task& task, Service& service) {
     throw;
   } catch (const Lapsed& lapsed) {
     why = std::string("given up: ") + lapsed.what();
+  } catch (const UsedUp&) {  // the next task would come no further
+    throw;
   } catch (const WireError& error) {
     why = error.what();
   } catch (const Over& over) {
     why = std::string("given up: ") + over.what();
+  } catch (const DiskLimit& limit) {
+    why = limit.what();
+    tell(why);
   } catch (const std::exception& error) {  // may name a file or quote data: for the owner alone
     tell(std::string("this device fails: ") + one_line(error.what()));
     why = "this device fails";
@@ -232,6 +239,7 @@ Answer Session::work(const v1::Task& task, Service& service) {
   hired_for_ = bundle->name;
   Assignment assignment = allowed(lease.assignment(), bundle->manifest);
   check_groups(lease, task, bundle->manifest.parameters());
+  make_room(lease, task, bundle->manifest.parameters());
   std::map<std::string, std::string> wanted;
   for (const auto& blob : lease.cached()) wanted[blob.group()] = blob.content();
   auto lacking = worker_->missing(task.run_id(), wanted);
@@ -261,10 +269,23 @@ Answer Session::work(const v1::Task& task, Service& service) {
   }
 }
 
-// Heartbeats go on meanwhile. Throws Over when the result is not wanted any more.
+// Throws DiskLimit for a task whose run would keep too much of the owner's disk.
+void Session::make_room(const v1::Lease& lease, const v1::Task& task, int64_t parameters) const {
+  Groups named;
+  for (const auto& group : task.cached()) named[group.group()] = group.id();
+  uint64_t coming = kOwnCopies * 4 * static_cast<uint64_t>(parameters) + lease.payload().size();
+  for (const auto& blob : lease.cached())
+    if (!disk_.holds(task.run_id(), blob.content())) coming += blob.size();
+  disk_.admit(task.run_id(), named, coming);
+}
+
+// Heartbeats go on meanwhile, as long as the day allows. Throws Over when the result is not wanted any
+// more, or nothing is left to deliver it with.
 void Session::wait_unmetered(const Service& service) {
+  Resting wait(service.spending);
   while (service.policy.unmetered() && platform_.read().metered) {
     tell("waiting: not on an unmetered network");
+    service.spending.ask(0);
     stop_.wait(kLook);
     if (auto why = service.alive.ended(); !why.empty()) throw Over(why);
   }

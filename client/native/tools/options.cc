@@ -179,7 +179,8 @@ Options read_options(const std::vector<std::string>& all) {
   Words words(all,
               {"--gateway", "--token-file", "--root-certificates", "--publisher", "--data",
                "--state", "--name", "--memory", "--methods", "--length", "--platform", "--rounds",
-               "--daily-bytes", "--daily-seconds", "--daily-battery", "--retry-seconds"},
+               "--daily-bytes", "--daily-seconds", "--daily-battery", "--run-disk", "--disk",
+               "--retry-seconds"},
               {"--once", "--keep-updates"});
   if (!words.rest().empty())
     throw UsageError("there is no command " + one_line(words.rest()[0]) +
@@ -202,6 +203,7 @@ Options read_options(const std::vector<std::string>& all) {
   options.once = words.has("--once");
   options.keep_updates = words.has("--keep-updates");
   options.limits = read_limits(words);
+  options.disk = {words.bytes("--run-disk", DiskLimits().run), words.bytes("--disk", DiskLimits().all)};
   options.pauses = read_pauses(words);
   try {
     make_folder(options.state);
@@ -231,11 +233,13 @@ const char kUsage[] =
   --length N                 tokens of a sequence, at most
   --platform linux           or script:FILE, conditions by a file, for tests
   --rounds N                 ends after so many updates were accepted; default: never
-  --once                     ends after one check-in
+  --once                     ends after one check-in; fails where no gateway answers in 20 s
   --keep-updates             every reply stays in FOLDER/updates: the aggregation can be checked
   --daily-bytes SIZE         of traffic in 24 hours, at most; as the two that follow
   --daily-seconds N          at work
   --daily-battery PERCENT    of charge spent at work
+  --run-disk SIZE            of this device's disk that one run may keep; default: 2GB
+  --disk SIZE                that all runs and bundles may keep; default: 8GB
   --retry-seconds A,B        first and longest pause after a call that failed; default: 1,60
 
 Exit codes: 0 done or stopped by a signal, 1 failed, 2 wrong usage.

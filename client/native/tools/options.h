@@ -9,6 +9,7 @@
 
 #include "corolla/proto/device.pb.h"
 #include "session/channel.h"
+#include "session/disk.h"
 
 namespace corolla {
 
@@ -44,6 +45,7 @@ struct Options {
   bool once = false;
   bool keep_updates = false;
   v1::Policy limits;
+  DiskLimits disk;
   Pauses pauses;
 };
 

@@ -80,7 +80,7 @@ void serve(const Options& options, uint64_t examples, const std::vector<std::str
   Channel channel(options.gateway, options.roots, options.token);
   Owner owner{options.name,   options.state,   options.publisher, examples,
               options.memory, options.methods, strategies,        options.length,
-              runtime,        options.limits,  options.keep_updates};
+              runtime,        options.limits,  options.disk,      options.keep_updates};
   Session session(owner, channel, options.pauses, *senses, hire, stop, say);
   try {
     say(options.name + " has " + std::to_string(examples) + " examples, asks " + options.gateway);

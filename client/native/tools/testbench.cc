@@ -13,6 +13,8 @@
 //   origin BASE FILE                the version of a first state: an encoded payload
 //   replay FILE OUT POOL SEED NUM   the flat vector "w" after the tensors "row-*", from row NUM on
 //   optimiser NAME DECAY CLIP FILE  JSON {"weights", "gradients", "rates"} -> weights; CLIP 0: none
+//   walk FILE                       the JSON of schedule: steps, and the bytes that going through them
+//                                   takes
 //   schedule FILE                   JSON {"run", "sequences", "seed", "round"} -> steps and rates
 //   settings FILE                   lines of JSON {"config", "class"} -> why each is refused, or ""
 //
@@ -23,6 +25,8 @@
 //                                   of each sequence, with the safetensors ADAPTER at scaling 1
 //   measure BUNDLE PROGRAM METHOD LENGTH STEPS [THREADS]
 //                                   what steps cost, without a network in the process
+//   read KIND FILE                  cases of bytes, with their sizes before them: how many of them
+//                                   are read or refused, and the bytes that takes (check_bytes.cc)
 //   answer BUNDLE TOKENS STATE CLIENT TASK PAYLOAD ASSIGNMENT OUT_HEADER OUT_PAYLOAD [PASSES]
 //                                   a whole task; with PASSES the conditions lapse after so many
 //
@@ -36,6 +40,7 @@
 #include "base/half.h"
 #include "base/hash.h"
 #include "base/json.h"
+#include "base/meter.h"
 #include "base/safetensors.h"
 #include "base/seeds.h"
 #include "base/signs.h"
@@ -139,18 +144,36 @@ void optimise(const Arguments& given) {
   std::cout << json(weights) << "\n";
 }
 
+Settings scheduled(const json& told) {
+  const json lora{{"rank", 8}, {"alpha", 16.0}, {"rslora", false}};
+  return read_settings(json{{"lora", lora}, {"run", told["run"]}}.dump(), told.value("class", ""));
+}
+
+void walks(const Arguments& given) {
+  const json told = parse_json(slurp(given.at(1)), "the file");
+  const Settings settings = scheduled(told);
+  const auto sequences = told["sequences"].get<size_t>();
+  const uint64_t before = peak_rss();
+  const int64_t steps = steps_per_round(settings.run, sequences);
+  Batches batches(settings.run, sequences, told["seed"].get<uint64_t>());
+  uint64_t sum = 0;
+  for (int64_t step = 0; step < steps; step++) sum += batches.next().size();
+  std::cout << json{{"steps", steps}, {"sequences", sum}, {"grown", peak_rss() - before}} << "\n";
+}
+
 void schedules(const Arguments& given) {
   const json told = parse_json(slurp(given.at(1)), "the file");
-  const std::string kind = told.value("class", "");
-  const json lora{{"rank", 8}, {"alpha", 16.0}, {"rslora", false}};
-  const Settings settings = read_settings(json{{"lora", lora}, {"run", told["run"]}}.dump(), kind);
+  const Settings settings = scheduled(told);
   const auto sequences = told["sequences"].get<size_t>();
   const auto round = told["round"].get<int64_t>();
   const int64_t steps = steps_per_round(settings.run, sequences);
-  json rates = json::array();
-  for (int64_t step = 0; step < steps; step++)
+  Batches batches(settings.run, sequences, told["seed"].get<uint64_t>());
+  json rates = json::array(), shown = json::array();
+  for (int64_t step = 0; step < steps; step++) {
     rates.push_back(rate(settings.run, round, steps, step));
-  std::cout << json{{"batches", batches(settings.run, sequences, told["seed"].get<uint64_t>())},
+    shown.push_back(batches.next());
+  }
+  std::cout << json{{"batches", shown},
                     {"rates", rates},
                     {"step", step_size(settings.run, round, steps)}}
             << "\n";
@@ -189,6 +212,7 @@ const Commands kCommands = {
     {"replay", {6, replays}},
     {"optimiser", {5, optimise}},
     {"schedule", {2, schedules}},
+    {"walk", {2, walks}},
     {"settings", {2, settings}},
 };
 
@@ -212,8 +236,8 @@ int main(int count, char** arguments) {
   const Arguments given(arguments + 1, arguments + count);
   Commands commands = kCommands;
 #if !defined(COROLLA_BARE)
-  const Commands more = task_commands();
-  commands.insert(more.begin(), more.end());
+  for (const Commands& more : {task_commands(), reading_commands()})
+    commands.insert(more.begin(), more.end());
 #endif
   const auto found = given.empty() ? commands.end() : commands.find(given[0]);
   if (found == commands.end() || given.size() < found->second.arguments) {

@@ -17,7 +17,8 @@ struct Command {
 
 using Commands = std::map<std::string, Command>;
 
-Commands task_commands();  // what needs an engine
+Commands task_commands();     // what needs an engine
+Commands reading_commands();  // what needs messages
 
 // Throws Error naming the first vector of proto/signs-v1.json that differs.
 void check_vectors(const std::string& text);

@@ -4,12 +4,12 @@
 #include <openssl/pem.h>
 
 #include <memory>
-#include <nlohmann/json.hpp>
 #include <set>
 
 #include "base/error.h"
 #include "base/files.h"
 #include "base/hash.h"
+#include "base/json.h"
 
 namespace corolla {
 namespace {
@@ -18,6 +18,7 @@ using nlohmann::json;
 
 constexpr uint64_t kMostManifest = 16 << 20;
 constexpr size_t kSignature = 64;  // bytes of an Ed25519 signature
+constexpr uint64_t kMostSerial = (uint64_t{1} << 53) - 1;
 
 using Key = std::unique_ptr<EVP_PKEY, decltype(&EVP_PKEY_free)>;
 
@@ -53,6 +54,15 @@ void check_versions(const json& all) {
   if (signs != kSignsVersion)
     throw Error("the bundle asks for version " + std::to_string(signs) +
                 " of the sign stream, this client has " + std::to_string(kSignsVersion));
+}
+
+// A manifest without one is of before there were any.
+uint64_t read_serial(const json& all) {
+  const auto found = all.find("serial");
+  if (found == all.end()) return 0;
+  if (!found->is_number_unsigned() || found->get<uint64_t>() > kMostSerial)
+    throw Error("manifest.json has no usable serial: expected a whole number from 0 to 2^53-1");
+  return found->get<uint64_t>();
 }
 
 Program read_program(const json& one) {
@@ -145,8 +155,9 @@ std::string Program::data() const {
 Manifest parse_manifest(const std::string& text) {
   Manifest found;
   try {
-    json all = json::parse(text);
+    json all = parse_json(text, "manifest.json");
     check_versions(all);
+    found.serial = read_serial(all);
     found.model = all.at("model").get<std::string>();
     found.model_sha256 = all.at("model_sha256").get<std::string>();
     found.executorch = all.at("executorch").get<std::string>();
@@ -180,6 +191,15 @@ Manifest read_bundle(const std::filesystem::path& folder, const std::filesystem:
   if (!signed_by(public_key(publisher).get(), *signature, *text))
     throw Error("manifest.json is not signed by the key in " + publisher.string());
   return parse_manifest(*text);
+}
+
+std::string publisher_id(const std::filesystem::path& publisher) {
+  unsigned char raw[32];
+  size_t size = sizeof raw;
+  if (EVP_PKEY_get_raw_public_key(public_key(publisher).get(), raw, &size) != 1 ||
+      size != sizeof raw)
+    throw Error(publisher.string() + " is no public key of Ed25519 (PEM)");
+  return sha256({reinterpret_cast<const char*>(raw), size});
 }
 
 void verify_files(const Manifest& manifest, const std::filesystem::path& folder,

@@ -47,6 +47,7 @@ struct BundleFile {
 };
 
 struct Manifest {
+  uint64_t serial = 0;  // a publisher's newer bundle has a higher one
   std::string model, model_sha256;
   std::string executorch, executorch_min;  // versions: made with, runs from
   int rank = 0;
@@ -69,6 +70,9 @@ Manifest parse_manifest(const std::string& text);
 // The manifest of a folder, whose signature is that of the public key (PEM) in `publisher`. The
 // files that it names are not looked at. Throws Error.
 Manifest read_bundle(const std::filesystem::path& folder, const std::filesystem::path& publisher);
+
+// The sha256 of the 32 bytes of a public key (PEM), as 64 hexadecimal characters. Throws Error.
+std::string publisher_id(const std::filesystem::path& publisher);
 
 // Throws Error naming the first of `names` that is missing, of another size or of another content.
 void verify_files(const Manifest& manifest, const std::filesystem::path& folder,

@@ -67,7 +67,7 @@ Data read_tokens(const std::filesystem::path& file, int64_t vocabulary) {
     if (line.find_first_not_of(" \t\r") == std::string::npos) continue;
     try {
       if (line.size() > kLongestLine) throw Error("is too long");
-      const json row = parse_json(line, "it");
+      const json row = parse_json(line, "it", kLongestLine);
       Sequence own = sequence(row, beyond);
       const std::string name =
           row.contains("example") && !row["example"].is_null()

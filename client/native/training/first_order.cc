@@ -2,7 +2,6 @@
 #include <cmath>
 #include <memory>
 #include <numeric>
-#include <set>
 
 #include "base/meter.h"
 #include "training/schedule.h"
@@ -69,23 +68,15 @@ double backward(const Job& job, const std::vector<uint32_t>& batch, const std::v
   return total / static_cast<double>(targets);
 }
 
-Fit outcome(const Job& job, Progress now, const std::vector<std::vector<uint32_t>>& steps,
-            const Meter& meter) {
+Fit outcome(Progress now, const Seen& seen, const Meter& meter) {
   if (!finite(now.weights)) throw Error("weights are not finite after local training: lower lr");
   Fit fit;
-  std::set<uint32_t> seen;
-  int64_t targets = 0;
-  for (const auto& batch : steps)
-    for (const uint32_t index : batch) {
-      seen.insert(job.data[index].sequence->example);
-      targets += job.data[index].targets;
-    }
   const double sum = std::accumulate(now.losses.begin(), now.losses.end(), 0.0);
   fit.metrics = {{"train_loss", sum / static_cast<double>(now.losses.size())},
-                 {"target_tokens", static_cast<double>(targets)},
-                 {"local_steps", static_cast<double>(steps.size())}};
+                 {"target_tokens", static_cast<double>(seen.targets)},
+                 {"local_steps", static_cast<double>(now.losses.size())}};
   meter.report(fit.metrics, now.losses);
-  fit.examples = seen.size();
+  fit.examples = seen.examples.size();
   fit.weights = std::move(now.weights);
   return fit;
 }
@@ -93,17 +84,23 @@ Fit outcome(const Job& job, Progress now, const std::vector<std::vector<uint32_t
 }  // namespace
 
 Fit fit(const Job& job, std::vector<float> start, const std::vector<Range>& trained) {
-  const auto steps = batches(job.run, job.data.size(), job.seed);
+  const int64_t count = steps_per_round(job.run, job.data.size());
+  Batches batches(job.run, job.data.size(), job.seed);
   Progress now = begin(job, std::move(start), trained);
   Meter meter(now.seconds);
   std::vector<float> shown, gradient(now.weights.size());
-  for (size_t step = now.losses.size(); step < steps.size(); step++) {
+  const auto done = static_cast<int64_t>(now.losses.size());
+  Seen seen;
+  for (int64_t step = 0; step < count; step++) {
+    const std::vector<uint32_t> batch = batches.next();
+    seen.add(job.data, batch);
+    if (step < done) continue;
     const Stopwatch watch;
     shown = now.weights;
     job.layout.scale_b(shown, static_cast<float>(job.scaling));
     double loss = 0;
     try {
-      loss = backward(job, steps[step], shown, gradient);
+      loss = backward(job, batch, shown, gradient);
     } catch (const Lapsed&) {
       save(job, now, meter.seconds());
       throw;
@@ -112,13 +109,12 @@ Fit fit(const Job& job, std::vector<float> start, const std::vector<Range>& trai
       throw Error("loss is " + std::to_string(loss) + " at local step " +
                   std::to_string(step + 1) + ": lower lr");
     if (job.run.clip_norm) clip_norm(gradient, trained, *job.run.clip_norm);
-    const auto count = static_cast<int64_t>(steps.size()), at = static_cast<int64_t>(step);
-    now.optimizer->step(now.weights, gradient, job.run.lr * rate(job.run, job.round, count, at));
+    now.optimizer->step(now.weights, gradient, job.run.lr * rate(job.run, job.round, count, step));
     now.losses.push_back(loss);
     meter.step(watch.seconds());
     if (job.checkpoint.due()) save(job, now, meter.seconds());
   }
-  return outcome(job, std::move(now), steps, meter);
+  return outcome(std::move(now), seen, meter);
 }
 
 }  // namespace corolla

@@ -4,7 +4,6 @@
 #include <cmath>
 
 #include "base/error.h"
-#include "base/seeds.h"
 
 namespace corolla {
 namespace {
@@ -20,18 +19,16 @@ int64_t steps_per_round(const Run& run, size_t sequences) {
   return epoch * *run.local_epochs;
 }
 
-std::vector<std::vector<uint32_t>> batches(const Run& run, size_t sequences, uint64_t seed) {
-  Shuffler shuffler(derive(seed, {"order"}));
-  std::vector<std::vector<uint32_t>> made;
-  const auto steps = static_cast<size_t>(steps_per_round(run, sequences));
-  const auto size = static_cast<size_t>(run.batch_size);
-  while (made.size() < steps) {
-    const auto order = shuffler.permutation(static_cast<uint32_t>(sequences));
-    for (size_t at = 0; at < order.size() && made.size() < steps; at += size)
-      made.emplace_back(order.begin() + static_cast<ptrdiff_t>(at),
-                        order.begin() + static_cast<ptrdiff_t>(std::min(at + size, order.size())));
-  }
-  return made;
+Batches::Batches(const Run& run, size_t sequences, uint64_t seed)
+    : shuffler_(derive(seed, {"order"})),
+      sequences_(static_cast<uint32_t>(sequences)),
+      size_(static_cast<size_t>(run.batch_size)) {}
+
+std::vector<uint32_t> Batches::next() {
+  if (at_ >= order_.size()) order_ = shuffler_.permutation(sequences_), at_ = 0;
+  const size_t from = at_;
+  at_ = std::min(from + size_, order_.size());
+  return {order_.begin() + static_cast<ptrdiff_t>(from), order_.begin() + static_cast<ptrdiff_t>(at_)};
 }
 
 double rate(const Run& run, int64_t round, int64_t steps, int64_t step) {

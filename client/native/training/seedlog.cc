@@ -15,7 +15,7 @@ namespace corolla {
 namespace {
 
 constexpr int kMostRows = 65536;
-constexpr uint64_t kMostScalars = 1 << 24;  // of all rows, written out dense
+constexpr uint64_t kMostScalars = 1 << 24;  // of all rows
 
 void check(const v1::Log& log) {
   uint64_t scalars = 0;
@@ -50,25 +50,25 @@ std::optional<Held> from_file(const std::string& origin, const Layout& layout,
   }
 }
 
-// The rows of a log, and the version before each and after the last. Throws Error when they do not
-// lead to the version that the log tells.
-struct Chain {
-  std::vector<Params> rows;
-  std::vector<std::string> versions;
-};
+// A row of a log, written out dense: of all at once a device would keep a hundred times the message.
+Params row_of(const v1::Log& log, size_t at) {
+  return load_scalars(log.rows(static_cast<int>(at)), "log row " + std::to_string(at));
+}
 
-Chain chain(const v1::Log& log, uint32_t pool) {
-  Chain made{{}, {log.since()}};
-  for (const v1::Scalars& entry : log.rows()) {
-    const std::string where = "log row " + std::to_string(made.rows.size());
-    made.rows.push_back(load_scalars(entry, where));
-    const std::vector<double> sums = scalars_of(made.rows.back());
+// The version before each row of a log and after the last. Throws Error when they do not lead to the
+// version that the log tells.
+std::vector<std::string> versions(const v1::Log& log, uint32_t pool) {
+  std::vector<std::string> made{log.since()};
+  for (size_t at = 0; at < static_cast<size_t>(log.rows_size()); at++) {
+    const std::string where = "log row " + std::to_string(at);
+    const Params row = row_of(log, at);
+    const std::vector<double> sums = scalars_of(row);
     if (sums.size() != pool) throw Error(where + " is of another number of directions");
     if (!std::all_of(sums.begin(), sums.end(), usable))
       throw Error(where + " has a value that is not finite, or larger than 1e12");
-    made.versions.push_back(after(made.versions.back(), made.rows.back()));
+    made.push_back(after(made.back(), row));
   }
-  if (made.versions.back() != log.version())
+  if (made.back() != log.version())
     throw Error(std::to_string(log.rows_size()) + " rows from version " +
                 log.since().substr(0, 8) + " do not lead to " + log.version().substr(0, 8) +
                 ": the log has a gap or a foreign row");
@@ -124,26 +124,27 @@ Followed follow(const v1::Log& log, const Payload& sent, const Layout& layout,
   if (log.since() == log.origin() && log.start().empty() && before)
     throw Error("the log ends at row " + std::to_string(log.number()) + " and has " +
                 std::to_string(log.rows_size()));
-  const Chain known = chain(log, pool);
+  const std::vector<std::string> known = versions(log, pool);
+  const size_t rows = known.size() - 1;
   std::vector<float> weights;
   size_t next = 0;  // the first row to apply
   auto own = from_file(log.origin(), layout, held);
-  const auto here = std::find(known.versions.rbegin(), known.versions.rend(),
+  const auto here = std::find(known.rbegin(), known.rend(),
                               own ? own->version : std::string());
-  if (here != known.versions.rend()) {
-    next = static_cast<size_t>(known.versions.rend() - here) - 1;
+  if (here != known.rend()) {
+    next = static_cast<size_t>(known.rend() - here) - 1;
     if (own->number != before + next)
       throw Error("log ends at row " + std::to_string(log.number()) + ", here at " +
-                  std::to_string(own->number + known.rows.size() - next));
+                  std::to_string(own->number + rows - next));
     weights = std::move(own->weights);
   } else {
     auto start = from_sent(log, sent, layout, model, run_seed);
     if (!start) return {};
     weights = std::move(*start);
   }
-  const bool changed = here == known.versions.rend() || next < known.rows.size();
-  for (; next < known.rows.size(); next++)
-    apply(weights, known.rows[next], {direction_seed(run_seed), before + next + 1});
+  const bool changed = here == known.rend() || next < rows;
+  for (; next < rows; next++)
+    apply(weights, row_of(log, next), {direction_seed(run_seed), before + next + 1});
   if (!finite(weights)) throw Error("the weights of the log are not finite");
   if (changed) keep(held, log, layout, weights);
   return {std::move(weights), log.number(), true};

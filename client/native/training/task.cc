@@ -175,6 +175,7 @@ void Trainer::train(const v1::Task& task, const std::string& payload, const Assi
                 std::to_string(settings.run.rounds) + ", found " + std::to_string(task.round()));
   check(manifest_, assignment, settings);
   const Shelf shelf(state_, task.run_id());
+  shelf.prune(cached(task));  // first: what is not named any more makes room
   std::vector<std::string> missing;
   Payload sent = received(task, payload, shelf, missing);
   const Layout layout(manifest_.adapter);
@@ -186,7 +187,6 @@ void Trainer::train(const v1::Task& task, const std::string& payload, const Assi
     if (!followed.known) missing.push_back("log");
   }
   if (!missing.empty()) return lacking(answer.header, missing);
-  shelf.prune(cached(task));
   std::vector<float> start = started(run, sent, layout, std::move(followed.weights));
   for (const char* used : {"adapter", "A", "first", "start"}) sent.erase(used);
   nlohmann::json line{{"event", "round"},

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <map>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -27,6 +28,19 @@ struct Job {
   int64_t round;
   Conditions& conditions;
   Checkpoint& checkpoint;
+};
+
+// On what steps were taken.
+struct Seen {
+  std::set<uint32_t> examples;
+  int64_t targets = 0;
+
+  void add(const std::vector<View>& data, const std::vector<uint32_t>& batch) {
+    for (const uint32_t index : batch) {
+      examples.insert(data[index].sequence->example);
+      targets += data[index].targets;
+    }
+  }
 };
 
 using Metrics = std::map<std::string, double>;

@@ -1,7 +1,6 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
-#include <set>
 
 #include "base/half.h"
 #include "base/meter.h"
@@ -153,34 +152,26 @@ std::vector<Term> update(const std::vector<uint32_t>& directions, const std::vec
   return terms;
 }
 
-Walk outcome(const Job& job, Progress now, const std::vector<std::vector<uint32_t>>& steps,
-             bool half, const Meter& meter) {
+Walk outcome(Progress now, int64_t steps, const Seen& seen, bool half, const Meter& meter) {
   const auto count = static_cast<double>(now.scalars.size());
   if (2 * static_cast<double>(now.skipped) > count)
     throw Error(std::to_string(now.skipped) + " of " + std::to_string(now.scalars.size()) +
                 " scalars are not finite in " + (half ? "torch.float16" : "torch.float32") +
                 ": lower lr or raise eps");
   Walk walk;
-  std::set<uint32_t> seen;
-  int64_t targets = 0;
-  for (const auto& batch : steps)
-    for (const uint32_t index : batch) {
-      seen.insert(job.data[index].sequence->example);
-      targets += job.data[index].targets;
-    }
   std::vector<double> known;
   for (const double loss : now.losses)
     if (std::isfinite(loss)) known.push_back(loss);
   const double sum = std::accumulate(known.begin(), known.end(), 0.0);
   const auto zeros = std::count(now.scalars.begin(), now.scalars.end(), 0.0f);
   walk.metrics = {{"train_loss", sum / static_cast<double>(known.size())},
-                  {"target_tokens", static_cast<double>(targets)},
-                  {"local_steps", static_cast<double>(steps.size())},
+                  {"target_tokens", static_cast<double>(seen.targets)},
+                  {"local_steps", static_cast<double>(steps)},
                   {"skipped_scalars", static_cast<double>(now.skipped)},
                   {"zero_scalars", static_cast<double>(zeros - now.skipped)},
                   {"scalars", count}};
   meter.report(walk.metrics, known);
-  walk.examples = seen.size();
+  walk.examples = seen.examples.size();
   walk.scalars = std::move(now.scalars);
   return walk;
 }
@@ -188,24 +179,30 @@ Walk outcome(const Job& job, Progress now, const std::vector<std::vector<uint32_
 }  // namespace
 
 Walk walk(const Job& job, std::vector<float> start, Key key, uint32_t pool, bool half) {
-  const auto steps = batches(job.run, job.data.size(), job.seed);
+  const int64_t steps = steps_per_round(job.run, job.data.size());
+  Batches batches(job.run, job.data.size(), job.seed);
   const auto per_step = static_cast<size_t>(job.run.queries);
-  if (steps.size() * per_step > kMostScalars) throw Error("the task asks for too many scalars");
-  const size_t queries = steps.size() * per_step;
+  const size_t queries = static_cast<size_t>(steps) * per_step;
+  if (queries > kMostScalars) throw Error("the task asks for too many scalars");
   const auto directions = choices(job.seed, queries, pool);
   const double eps = used_eps(job);
   const auto reach = reaches(job, eps, queries);
-  const float step = step_size(job.run, job.round, static_cast<int64_t>(steps.size()));
+  const float step = step_size(job.run, job.round, steps);
   Progress now = begin(job, std::move(start), queries);
   Meter meter(now.seconds);
   Looker looker(job, key, eps, half, meter);
-  for (size_t at = now.scalars.size() / per_step; at < steps.size(); at++) {
+  const auto done = static_cast<int64_t>(now.scalars.size() / per_step);
+  Seen seen;
+  for (int64_t at = 0; at < steps; at++) {
+    const std::vector<uint32_t> batch = batches.next();
+    seen.add(job.data, batch);
+    if (at < done) continue;
     const Stopwatch watch;
     const size_t from = now.scalars.size(), told = now.losses.size();
     try {
       for (size_t query = from; query < from + per_step; query++)
         now.scalars.push_back(
-            looker.slope(now.point, directions[query], reach[query], steps[at], now.losses));
+            looker.slope(now.point, directions[query], reach[query], batch, now.losses));
     } catch (const Lapsed&) {  // what this step has done is done again
       now.scalars.resize(from);
       now.losses.resize(told);
@@ -218,7 +215,7 @@ Walk walk(const Job& job, std::vector<float> start, Key key, uint32_t pool, bool
     meter.step(watch.seconds());
     if (job.checkpoint.due()) save(job, now, meter.seconds());
   }
-  Walk made = outcome(job, std::move(now), steps, half, meter);
+  Walk made = outcome(std::move(now), steps, seen, half, meter);
   made.step = step;
   return made;
 }

@@ -105,10 +105,11 @@ class World:
         return words
 
     def start(self, stub: Mapping[str, object] | None = None, /, **changes: object) -> Running:
-        """A phone; `stub` is what its trainer does."""
+        """A phone; `stub` is what its trainer does, if no `program` with another one is told."""
+        program = str(changes.pop("program", "corolla-phone-stub"))
         script = self.script(f"stub-{len(self.started)}", dict(stub or {}))
         process = subprocess.Popen(
-            [str(self.build / "corolla-phone-stub"), *self.options(**changes)],
+            [str(self.build / program), *self.options(**changes)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

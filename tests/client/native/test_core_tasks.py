@@ -96,7 +96,13 @@ def test_three_rounds_keep_to_python(make: Make) -> None:
 
 def test_a_frozen_a_is_kept_by_its_content(make: Make) -> None:
     case = make(strategy="ffa_lora", **SGD)
+    runs = case.folder / "state" / "runs"
+    old = [runs / run / f"{'9' * 32}.safetensors" for run in (core_tasks.RUN, "9" * 32)]
+    for path in old:
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"of another round, or of another run")
     lacking = case.native(case.task(lacks=False), "grad")
+    assert not any(path.exists() for path in old)  # also where something else is missing
     assert (lacking.missing, lacking.payload) == (["A"], b"")
     assert lacking.error == "A: not held here"
     whole = case.native(case.task(), "grad")

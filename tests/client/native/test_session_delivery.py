@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +45,7 @@ def test_an_update_of_several_chunks_arrives_as_it_was(offered: World) -> None:
     (line,) = [line for line in offered.history() if line["run"]]
     assert (line["run"], line["round"], line["accepted"]) == ("0" * 32, 1, True)
     of_lease = metrics["device_bytes_up"] + metrics["device_bytes_down"]
-    assert of_lease + 256 < line["bytes"] < of_lease + 1024  # and the check-in before it
+    assert of_lease + 256 < line["bytes"] < of_lease + 4096  # check-in, and calls beside the reply
     assert 0 < line["seconds"] < 5
 
 
@@ -110,6 +111,60 @@ def test_a_reply_outlives_a_kill_and_is_delivered_without_training_again(
     assert not (offered.state() / "reply").exists()
     (line,) = [line for line in offered.history() if line["run"]]
     assert line["accepted"]
+
+
+def test_one_visit_does_not_wait_for_ever_and_keeps_what_it_has(offered: World) -> None:
+    payload = a_payload(offered, 1000)
+    offered.fake.tasks = [a_task()]
+
+    def refuse(name: str, context: grpc.ServicerContext) -> None:
+        if name == "Upload":
+            context.abort(grpc.StatusCode.UNAVAILABLE, "starting")
+
+    offered.fake.before = refuse
+    phone = offered.start({"payload": str(payload)}, rounds=1)
+    gateways.until(lambda: offered.fake.count("Upload") >= 2, 20)
+    phone.kill()
+    with socket.create_server(("localhost", 0)) as nobody:
+        address = f"localhost:{nobody.getsockname()[1]}"
+    once = offered.start(once=True, gateway=address, retry_seconds="30,60")
+    assert once.finish() == 1
+    assert once.errors == (
+        "error: the gateway does not answer: no connection before the deadline: UNAVAILABLE\n"
+    )
+    offered.fake.before = lambda name, context: None
+    again = offered.start(rounds=1)
+    assert again.finish() == 0, again.errors
+    assert offered.fake.uploaded == payload.read_bytes()
+
+
+def test_an_upload_that_is_asked_for_twice_is_counted_twice(offered: World) -> None:
+    payload = a_payload(offered)
+    offered.fake.tasks = [a_task()]
+    said = iter([MIB, 0])  # the gateway has forgotten what it had
+
+    def received() -> int:
+        told = next(said)
+        if not told:
+            offered.fake.received = None
+        return told
+
+    offered.fake.received = received
+    phone = offered.start({"payload": str(payload)}, rounds=1)
+    assert phone.finish() == 0, phone.errors
+    (line,) = [line for line in offered.history() if line["run"]]
+    assert 4 * MIB < line["bytes"] < 4.1 * MIB
+
+
+@pytest.mark.parametrize("name", ["grpc_proxy", "https_proxy", "http_proxy"])
+def test_a_gateway_on_loopback_is_asked_past_a_dead_proxy(
+    offered: World, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for other in ("no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, "http://127.0.0.1:1")
+    phone = offered.start(once=True, retry_seconds="30,60")
+    assert phone.finish() == 0, phone.errors
 
 
 def test_a_phone_that_was_killed_in_training_goes_on_with_the_same_lease(offered: World) -> None:

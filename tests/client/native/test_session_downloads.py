@@ -1,7 +1,9 @@
 """A native phone gets the programs of its gateway's bundle, whatever happens on the way."""
 
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import threading
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import grpc
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from corolla.phones import protocol
 from corolla.proto import device_pb2 as pb
@@ -281,6 +284,63 @@ def test_a_signed_manifest_that_cannot_be_used_is_refused(
 ) -> None:
     reoffer(offered, **changes)
     assert refusal(offered).startswith(words)
+
+
+def serial(world: World, number: object) -> None:
+    """Offers a bundle of the same publisher with another serial number."""
+    shutil.rmtree(world.folder / "other", ignore_errors=True)
+    reoffer(world, **({} if number is None else {"serial": number}))
+
+
+def test_an_older_bundle_of_the_same_publisher_is_refused(offered: World) -> None:
+    serial(offered, 5)
+    assert offered.start(once=True).finish() == 0
+    raw = offered.key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
+    known = offered.state() / "serials.json"
+    assert json.loads(known.read_text()) == {hashlib.sha256(raw).hexdigest(): 5}
+    for older in (4, None):  # one without a number is of before there were any
+        serial(offered, older)
+        offered.fake.asked.clear()
+        assert refusal(offered) == (
+            f"its serial number is {older or 0}, this device has seen 5 of the same publisher: "
+            "ask for the newer one"
+        )
+    for newer in (5, 6):
+        serial(offered, newer)
+        phone = offered.start(once=True)
+        assert phone.finish() == 0, phone.errors
+    assert list(json.loads(known.read_text()).values()) == [6]
+
+
+def test_an_older_bundle_that_is_here_already_is_refused_as_well(offered: World) -> None:
+    serial(offered, 5)
+    assert offered.start(once=True).finish() == 0
+    raw = offered.key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
+    known = {hashlib.sha256(raw).hexdigest(): 6}
+    (offered.state() / "serials.json").write_text(json.dumps(known))
+    (offered.state() / "bundles" / "current").unlink()
+    offered.fake.asked.clear()
+    assert refusal(offered).startswith("its serial number is 5, this device has seen 6 of ")
+
+
+def test_a_bundle_of_another_publisher_has_serial_numbers_of_its_own(offered: World) -> None:
+    serial(offered, 5)
+    assert offered.start(once=True).finish() == 0
+    offered.key = Ed25519PrivateKey.generate()
+    other = public_half(offered.key, offered.folder / "other.pub")
+    serial(offered, 1)
+    phone = offered.start(once=True, publisher=other)
+    assert phone.finish() == 0, phone.errors
+    known = json.loads((offered.state() / "serials.json").read_text())
+    assert sorted(known.values()) == [1, 5]
+
+
+@pytest.mark.parametrize("number", [-1, 1 << 53, 1.5, "5", True])
+def test_a_serial_number_that_is_none_is_refused(offered: World, number: object) -> None:
+    serial(offered, number)
+    assert refusal(offered) == (
+        "manifest.json has no usable serial: expected a whole number from 0 to 2^53-1"
+    )
 
 
 def test_a_phone_that_refused_a_bundle_takes_a_better_one(offered: World) -> None:
