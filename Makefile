@@ -27,7 +27,8 @@ phone-headers:
 	apt-get install -y --no-install-recommends cmake g++ ninja-build libgrpc++-dev libprotobuf-dev libssl-dev nlohmann-json3-dev protobuf-compiler protobuf-compiler-grpc zlib1g-dev
 
 # Two at a time, those that share fixtures on one worker, the longest first: see tests/scheduling.py.
-PYTEST := $(RUN)/python -m pytest -q -n 2
+# Compiled Python is kept: the commands that tests start find it.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(RUN)/python -m pytest -q -n 2
 
 test: $(STAMPS)/dev
 	$(PYTEST) -m "not deployment" -rs

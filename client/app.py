@@ -12,7 +12,7 @@ from flwr.clientapp import ClientApp
 
 from corolla.client.training.worker import Worker
 from corolla.config.load import validate
-from corolla.data import federated
+from corolla.data import census, federated
 from corolla.errors import CorollaError, WireError
 from corolla.models import devices, pretrained, trainable
 from corolla.storage.memory import Memory
@@ -57,7 +57,9 @@ def _worker(settings: str, run_id: str) -> Worker:
     config = validate(json.loads(settings))
     dataset = federated.load(config)
     devices.set_threads(config)
-    model = trainable.build(config, pretrained.load(config, dataset.labels))
+    base = pretrained.load(config, dataset.labels)
+    dataset = census.with_targets(config, dataset, base.tokenizer)
+    model = trainable.build(config, base)
     # Local settings of this machine; a server cannot say where a device writes.
     record = os.environ.get(RECORD)
     memory = os.environ.get(MEMORY) or str(

@@ -102,7 +102,7 @@ class Bundle(_message.Message):
     def __init__(self, entries: _Optional[_Iterable[_Union[Bundle.Entry, _Mapping]]] = ...) -> None: ...
 
 class Task(_message.Message):
-    __slots__ = ("schema", "run_id", "round", "base_version", "kind", "config", "payload_bytes", "payload_sha256", "cached", "scalars", "log", "model_sha256", "seats")
+    __slots__ = ("schema", "run_id", "round", "base_version", "kind", "config", "payload_bytes", "payload_sha256", "cached", "scalars", "log", "model_sha256", "seats", "refusal")
     SCHEMA_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
@@ -116,6 +116,7 @@ class Task(_message.Message):
     LOG_FIELD_NUMBER: _ClassVar[int]
     MODEL_SHA256_FIELD_NUMBER: _ClassVar[int]
     SEATS_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
     schema: int
     run_id: str
     round: int
@@ -129,7 +130,8 @@ class Task(_message.Message):
     log: Log
     model_sha256: str
     seats: int
-    def __init__(self, schema: _Optional[int] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., base_version: _Optional[str] = ..., kind: _Optional[_Union[Kind, str]] = ..., config: _Optional[str] = ..., payload_bytes: _Optional[int] = ..., payload_sha256: _Optional[str] = ..., cached: _Optional[_Iterable[_Union[CachedGroup, _Mapping]]] = ..., scalars: _Optional[_Iterable[_Union[Scalars, _Mapping]]] = ..., log: _Optional[_Union[Log, _Mapping]] = ..., model_sha256: _Optional[str] = ..., seats: _Optional[int] = ...) -> None: ...
+    refusal: str
+    def __init__(self, schema: _Optional[int] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., base_version: _Optional[str] = ..., kind: _Optional[_Union[Kind, str]] = ..., config: _Optional[str] = ..., payload_bytes: _Optional[int] = ..., payload_sha256: _Optional[str] = ..., cached: _Optional[_Iterable[_Union[CachedGroup, _Mapping]]] = ..., scalars: _Optional[_Iterable[_Union[Scalars, _Mapping]]] = ..., log: _Optional[_Union[Log, _Mapping]] = ..., model_sha256: _Optional[str] = ..., seats: _Optional[int] = ..., refusal: _Optional[str] = ...) -> None: ...
 
 class Reply(_message.Message):
     __slots__ = ("schema", "run_id", "round", "base_version", "kind", "client", "num_examples", "metrics", "payload_bytes", "payload_sha256", "error", "missing", "scalars", "clients", "bundle", "seats", "model_sha256", "capabilities")

@@ -139,6 +139,7 @@ def _run(grid: Grid, folder: Path, order: RunOrder, stop: threading.Event) -> No
             clients=order.min_clients,
             wait=config.wait,
             names=folder / "flower" / "names.json",
+            members=Path(order.clients_keys) if order.clients_keys else None,
             limits=_limits(config, order, loaded),
         ),
     )

@@ -1,35 +1,35 @@
 """What all tests share: no network, one thread, a tiny random model and a tiny federation."""
 
+import gc
 import json
 import os
 import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # also for commands: two workers times two threads would spin
 
 import pytest
-import torch
-import transformers
 from hypothesis import settings as hypothesis_settings
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from corolla.commands.check import tiny_models
-from corolla.commands.check.tiny_models import Size
-from corolla.config.run import RunConfig
-from corolla.evaluation import other_process
 from tests import scheduling
 from tests.e2e import forked
 from tests.e2e.forked import Commands
 
-torch.set_num_threads(1)
+# What takes seconds to import is imported where it is used: the process that only hands out tests
+# would make its workers wait for it.
+if TYPE_CHECKING:
+    import transformers
+
+    from corolla.config.run import RunConfig
+
 if threading.current_thread() is threading.main_thread():
     # A background job of a shell, as CI may be, starts with SIGINT ignored, and so do its children.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -40,7 +40,7 @@ hypothesis_settings.register_profile(
 )
 hypothesis_settings.load_profile("corolla")
 
-Settings = Callable[..., RunConfig]
+Settings = Callable[..., "RunConfig"]
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = (
@@ -52,13 +52,44 @@ COMMANDS = (
 """Where the tests start processes, compile or train for a while."""
 
 
+class Backwards(pytest.Dir):
+    """A folder whose last file is collected first."""
+
+    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
+        return reversed(list(super().collect()))
+
+
+def pytest_collect_directory(path: Path, parent: pytest.Collector) -> pytest.Dir | None:
+    """Returns a folder that every second worker reads from its end.
+
+    Compiling the tests takes as long as importing what they need, and each worker finds what
+    another has compiled.
+    """
+    worker = getattr(parent.config, "workerinput", {"workerid": "gw0"})["workerid"]
+    odd = int(worker.removeprefix("gw")) % 2
+    return Backwards.from_parent(parent, path=path) if odd else None
+
+
+def pytest_collection() -> None:
+    """Nothing of what is collected is garbage: nobody looks for any among it, then or later."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A test that is marked as nothing else is a `unit`; what takes longest is begun first."""
+    """A test that is marked as nothing else is a `unit`; what takes longest is begun first.
+
+    The order is the same in all workers, whatever they have collected first.
+    """
     for item in items:
         if not any(item.get_closest_marker(kind) for kind in ("command", "deployment")):
             path = item.path.relative_to(ROOT).as_posix()
             item.add_marker("command" if path.startswith(COMMANDS) else "unit")
-    items.sort(key=lambda item: scheduling.place(item.nodeid))
+    items.sort(key=lambda item: (scheduling.place(item.nodeid), item.path))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -74,6 +105,11 @@ def _forks() -> Iterator[Callable[[], Commands]]:
     The process in which a run reads what it has saved is one of them: importing what it needs takes
     seconds. It is started cold by the commands that are, see tests/e2e/test_readme.py.
     """
+    import torch
+
+    from corolla.evaluation import other_process
+
+    torch.set_num_threads(1)
     with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
 
         @cache
@@ -95,8 +131,11 @@ def commands(_forks: Callable[[], Commands]) -> Commands:
     return _forks()
 
 
-def byte_tokenizer(pad: str = "<pad>") -> transformers.PreTrainedTokenizerBase:
+def byte_tokenizer(pad: str = "<pad>") -> "transformers.PreTrainedTokenizerBase":
     """One token a byte: <eos> is 0, <pad> is 1, the bytes follow. Any text is encoded exactly."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<eos>", "<pad>", *alphabet])}
     raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -109,13 +148,18 @@ def byte_tokenizer(pad: str = "<pad>") -> transformers.PreTrainedTokenizerBase:
 
 
 @pytest.fixture
-def tokenizer() -> transformers.PreTrainedTokenizerBase:
+def tokenizer() -> "transformers.PreTrainedTokenizerBase":
     return byte_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of one layer: grouped-query attention, tied embeddings."""
+    import torch
+
+    from corolla.commands.check import tiny_models
+    from corolla.commands.check.tiny_models import Size
+
     folder: Path = tmp_path_factory.mktemp("models") / "llama"
     with torch.random.fork_rng(devices=[]):
         torch.random.manual_seed(0)
@@ -142,6 +186,8 @@ def federation_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def settings(tiny_model: Path, federation_file: Path) -> Settings:
     """A config of a run that takes a second, with the changes given."""
+
+    from corolla.config.run import RunConfig
 
     def make(**changes: Any) -> RunConfig:
         values: dict[str, Any] = {

@@ -9,6 +9,7 @@ import statistics
 import tomllib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -116,8 +117,13 @@ def _modules() -> dict[str, Path]:
 
 
 MODULES = _modules()
-TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
 OURS = {name: path for name, path in MODULES.items() if name.split(".")[0] != "experiments"}
+
+
+@cache
+def trees() -> dict[str, ast.Module]:
+    """The syntax of each module, read when the first test looks at it."""
+    return {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
 
 
 def imported(tree: ast.Module) -> Iterator[str]:
@@ -130,10 +136,10 @@ def imported(tree: ast.Module) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def arrows(name: str) -> set[str]:
+def targets_of(name: str) -> set[str]:
     """Modules of the project that one of them imports. The face, `corolla`, is left out."""
     found = set()
-    for target in imported(TREES[name]):
+    for target in imported(trees()[name]):
         own = target.removeprefix("corolla.") if target.startswith("corolla.") else ""
         while own and own not in MODULES:
             own = own.rpartition(".")[0]
@@ -141,7 +147,10 @@ def arrows(name: str) -> set[str]:
     return found - {"", name}
 
 
-ARROWS = {name: arrows(name) for name in MODULES if name}
+@cache
+def arrows() -> dict[str, set[str]]:
+    """Module → the modules of the project that it imports."""
+    return {name: targets_of(name) for name in MODULES if name}
 
 
 def backwards(names: Mapping[str, str], layers: tuple[tuple[str, ...], ...]) -> list[str]:
@@ -151,7 +160,7 @@ def backwards(names: Mapping[str, str], layers: tuple[tuple[str, ...], ...]) -> 
     return [
         f"{module} imports {target}"
         for module, name in names.items()
-        for target in sorted(ARROWS[module] & names.keys())
+        for target in sorted(arrows()[module] & names.keys())
         if names[target] != name and rank[names[target]] >= rank[name]
     ]
 
@@ -167,21 +176,21 @@ def circle(graph: Mapping[str, set[str]]) -> list[str]:
 def test_the_walk_finds_the_project() -> None:
     assert {"server.rounds.round", "client.training.worker", "strategies.flora"} <= MODULES.keys()
     assert {"models.lora", "experiments.bench.memory", "cli.app", ""} <= MODULES.keys()
-    assert len(ARROWS["server.runs.run"]) > 10
+    assert len(arrows()["server.runs.run"]) > 10
 
 
 def test_imports_point_to_lower_layers() -> None:
-    assert backwards({name: name.split(".")[0] for name in ARROWS}, LAYERS) == []
+    assert backwards({name: name.split(".")[0] for name in arrows()}, LAYERS) == []
 
 
 @pytest.mark.parametrize("side", ROOMS)
 def test_imports_inside_a_side_point_to_lower_rooms(side: str) -> None:
-    inside = {name: name.split(".")[1] for name in ARROWS if name.startswith(f"{side}.")}
+    inside = {name: name.split(".")[1] for name in arrows() if name.startswith(f"{side}.")}
     assert backwards(inside, ROOMS[side]) == []
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    assert circle(ARROWS) == []
+    assert circle(arrows()) == []
 
 
 def test_no_packages_import_each_other_in_a_circle() -> None:
@@ -189,7 +198,7 @@ def test_no_packages_import_each_other_in_a_circle() -> None:
         return name if MODULES[name].name == "__init__.py" else name.rpartition(".")[0] or name
 
     graph: dict[str, set[str]] = defaultdict(set)
-    for name, targets in ARROWS.items():
+    for name, targets in arrows().items():
         graph[package(name)] |= {package(target) for target in targets} - {package(name)}
     assert circle(graph) == []
 
@@ -200,10 +209,10 @@ def test_a_circle_would_be_found() -> None:
 
 def test_packages_say_what_they_are_and_import_nothing() -> None:
     """An import in a package's face would drag torch into the thin ClientApp."""
-    faces = {n: TREES[n].body for n, p in OURS.items() if p.name == "__init__.py" and n}
+    faces = {n: trees()[n].body for n, p in OURS.items() if p.name == "__init__.py" and n}
     faces = {name: body for name, body in faces.items() if name != "trackers"}
     assert [name for name, body in faces.items() if len(body) != 1] == []
-    assert all(ast.get_docstring(TREES[name]) for name in faces)
+    assert all(ast.get_docstring(trees()[name]) for name in faces)
 
 
 @pytest.mark.parametrize("library", PLACES)
@@ -213,7 +222,7 @@ def test_each_library_has_its_places(library: str) -> None:
 
     users = {
         name
-        for name, tree in TREES.items()
+        for name, tree in trees().items()
         for target in imported(tree)
         if target == library or target.startswith(f"{library}.")
     }
@@ -222,13 +231,13 @@ def test_each_library_has_its_places(library: str) -> None:
 
 def at_once(name: str) -> set[str]:
     """What a module imports when it is imported itself, not in a function."""
-    top = (node for node in TREES[name].body if isinstance(node, ast.Import | ast.ImportFrom))
+    top = (node for node in trees()[name].body if isinstance(node, ast.Import | ast.ImportFrom))
     return {target for node in top for target in imported(ast.Module([node], []))}
 
 
 def test_what_runs_on_one_machine_needs_no_module_of_unix() -> None:
     """Windows has neither: what simulates imports them where they are used, if they are there."""
-    reached, waiting = set[str](), ARROWS["cli.local"] | {"client.phone.session"}
+    reached, waiting = set[str](), arrows()["cli.local"] | {"client.phone.session"}
     while waiting:
         reached |= waiting
         found = {target.removeprefix("corolla.") for name in waiting for target in at_once(name)}
@@ -248,7 +257,7 @@ def sizes() -> Iterator[tuple[str, str, int]]:
         lines = path.read_text(encoding="utf-8").count("\n")
         folders[str(Path(where).parent)] += lines
         yield "module", where, lines
-        for node in ast.walk(TREES[name]):
+        for node in ast.walk(trees()[name]):
             if isinstance(node, ast.ClassDef):
                 yield "class", f"{where}:{node.name}", node.end_lineno - node.lineno + 1  # type: ignore[operator]
             elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

@@ -99,6 +99,10 @@ class Trainer:
             why = f"the server has another version of corolla than {__version__}: {error}"
             self._say(why)
             raise SchemaError(why) from error
+        if task.refusal:
+            why = f"the server refuses this client: {task.refusal}"
+            self._say(why)
+            return self._refusal(task, why)
         self._wanted = wanted
         with logs.bind(run=task.run_id, round=task.round, client=self.name):
             began, own = time.monotonic(), ""
@@ -169,6 +173,8 @@ class Trainer:
             **run,
             "strategy": files.allowed(str(run.get("strategy", "fedavg")), own.allow, "device"),
             "data": own.data,
+            # No server chooses which columns of a device are read.
+            **{"columns": {}, "splits": {}, "subset": None},
             "engine": "inprocess",
             "device": own.device,
             "threads": own.threads,

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from corolla.cli import deployment, local
 from corolla.cli.fields import Command
-from corolla.cli.screen import out
+from corolla.cli.screen import err, out
 from corolla.errors import CorollaError
 from corolla.host.files import private
 from corolla.version import __version__
@@ -34,7 +33,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-err = Console(stderr=True)
 
 
 @contextmanager
@@ -90,9 +88,17 @@ def main(
 
 
 _PANELS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Simulate and compare": (local.simulate, local.plan, local.compare, local.check, local.audit),
+    "Simulate and compare": (
+        local.data,
+        local.simulate,
+        local.plan,
+        local.compare,
+        local.check,
+        local.audit,
+    ),
     "Deploy": (
         deployment.certs,
+        deployment.members,
         deployment.server,
         deployment.client,
         deployment.gateway,

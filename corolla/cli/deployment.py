@@ -1,6 +1,7 @@
 """Commands of a deployment: its server, its devices, and what they need before and show after."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -70,6 +71,29 @@ def certs(
 
     make(folder, host or (), gateway or (), days)
     say(f"{folder}: give ca.pem to clients, keep ca.key apart from the server")
+
+
+def members(
+    folder: Annotated[Path, typer.Argument(help="The folder of clients' keys, NAME.pub.")],
+    remove: Annotated[str | None, typer.Option(metavar="NAME", help="Keep it out.")] = None,
+    restore: Annotated[str | None, typer.Option(metavar="NAME", help="Let it in again.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bind the names of clients to their registered keys, show them, and remove one at once."""
+    from corolla.server.deployment import members as roll
+
+    roll.admit_all(folder)
+    if remove:
+        roll.remove(folder, remove)
+    if restore:
+        roll.restore(folder, restore)
+    found = roll.read(folder)
+    if as_json:
+        print(json.dumps([asdict(member) for member in found], indent=2))
+        return
+    for member in found:
+        gone = f", removed {member.removed}" if member.removed else ""
+        say(f"{member.name}: key {member.key[:16]}, since {member.since}{gone}")
 
 
 @takes(

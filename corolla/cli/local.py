@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from rich.markup import escape
 
 from corolla.cli.options import (
     CANARIES,
@@ -26,7 +27,7 @@ from corolla.cli.options import (
     run_options,
     takes,
 )
-from corolla.cli.screen import out, say, spinner
+from corolla.cli.screen import err, out, say, spinner
 from corolla.errors import ConfigError
 
 
@@ -103,6 +104,39 @@ def plan(
         print(json.dumps(estimate.to_json(), indent=2))
     else:
         print_plan(out, estimate, budget)
+
+
+@takes(options=run_options("data"))
+def data(
+    *,
+    file: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[FILE]", help="A file, a folder or a hub name; default: that of --config."
+        ),
+    ] = None,
+    config: Config = None,
+    options: Given,
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="Lengths of so many rows; default: of all.")
+    ] = None,
+    as_json: AsJson = False,
+    settings: Set = None,
+) -> None:
+    """Look at data before training: how it is read, whose it is, what is cut or dropped."""
+    from corolla.config.load import load
+
+    run_config = load(config, {**options, "data": file}, settings or ())
+    with err.status(f"reading {escape(run_config.data)}"):
+        from corolla.commands.data import screen
+        from corolla.commands.data.look import look, read
+
+        rows = read(run_config)
+    found = look(run_config, rows, sample, partial(screen.counted, err))
+    if as_json:
+        print(json.dumps(found.to_json(), indent=2))
+    else:
+        screen.print_look(out, found, run_config)
 
 
 @takes(

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 
 out = Console()
+err = Console(stderr=True)
 
 
 def say(line: str) -> None:

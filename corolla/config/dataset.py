@@ -29,6 +29,27 @@ class Dataset(Subject):
         "causal",
         effect="classify where rows have labels, else causal",
     )
+    columns: dict[str, str] = key(
+        {},
+        "Columns of the data that are called otherwise than here: columns.NAME=theirs names one.",
+        {"prompt": "body"},
+        beside="data=rows.jsonl",
+    )
+    splits: dict[str, str] = key(
+        {},
+        "Splits of the data by their own names: splits.train=theirs, and so validation and test; "
+        "rows of others are not read.",
+        {"train": "train_sft"},
+        effect="all: train, validation (also valid, val, eval, dev), test",
+        beside="data=some/set",
+    )
+    subset: str | None = key(
+        None,
+        "The configuration of a hub's data set, where it has several.",
+        "main",
+        effect="the only one",
+        beside="data=some/set",
+    )
     partition: Literal[
         "auto", "natural", "iid", "dirichlet", "shards", "linear", "square", "exponential"
     ] = key(

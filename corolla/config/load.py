@@ -14,6 +14,9 @@ from corolla.errors import ConfigError
 from corolla.host import wording
 from corolla.strategies import registry
 
+NAMED = ("columns", "splits")
+"""Keys that are tables of names: NAME.field=value sets one of them."""
+
 SERVER = "server"
 """The table of a config file that is of the machine `corolla server` runs on, not of the run."""
 
@@ -153,6 +156,8 @@ def _assign(
     elif isinstance(value, dict) and not dot and key != "options":
         for name, entry in value.items():
             _assign(values, tables, f"{key}.{name}", entry, source)
+    elif dot and table in NAMED:  # columns.prompt=body
+        _assign_name(values, table, field, value, source)
     elif dot:
         if table not in registry.STRATEGIES and table != "strategy":
             raise no_table(table, field, RunConfig.model_fields, source)
@@ -161,6 +166,16 @@ def _assign(
         raise unknown(key, RunConfig.model_fields, source)
     else:
         values[key] = value
+
+
+def _assign_name(values: dict[str, Any], table: str, field: str, value: Any, source: str) -> None:
+    """`NAME` of a table of names. A number is a name too: columns of CSV may be called so."""
+    if not isinstance(value, str | int | float) or isinstance(value, bool):
+        raise ConfigError(f"{table}.{field} in {source}: expected a name, found {value!r}")
+    names = values.get(table, {})
+    if not isinstance(names, dict):
+        raise ConfigError(f"{table} in {source}: expected {table}.NAME=theirs")
+    values[table] = {**names, field: str(value)}
 
 
 def _key(text: str) -> str:

@@ -30,7 +30,8 @@ class Subject(Section):
     )
     data: str = key(
         "embedded",
-        "The data set: 'embedded', a .jsonl file or a hub name.",
+        "The data set: 'embedded', a file (JSON lines, JSON array, CSV, parquet; packed or not), a "
+        "folder of such files, or a hub name.",
         "rows.jsonl",
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = key(

@@ -12,16 +12,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from corolla.config.run import RunConfig
+from corolla.data import columns
 from corolla.data.partition import Split, partition, split_client
 from corolla.data.rows import (
     Example,
+    Rows,
     check_clients,
     check_one_kind,
     check_users,
     counted,
-    read_rows,
+    read,
     unit_of,
 )
+from corolla.data.sources import Source
 from corolla.errors import DataError
 from corolla.host import logs
 
@@ -41,8 +44,12 @@ class FederatedData:
     """True where clients' own validation examples are the held-out set, for want of other rows."""
     left_out: int = 0
     """Clients with fewer than min_examples training examples."""
-    unused: frozenset[str] = frozenset()
-    """Columns that change the meaning of a row and were not used."""
+    without: tuple[str, ...] = ()
+    """Clients that are left out because none of their rows has a target within max_length."""
+    container: str = ""
+    """In words, what was read."""
+    notes: Sequence[tuple[str, str]] = ()
+    """What should be known of the data, and what to do about it: both in words."""
 
     @property
     def names_users(self) -> bool:
@@ -56,11 +63,16 @@ def load(config: RunConfig) -> FederatedData:
     Raises DataError for a file that is missing, malformed or leaves no client, ConfigError for a
     partition that the data cannot give.
     """
-    rows, fingerprint = read_rows(config.data)
+    return dealt(config, read(source_of(config)))
+
+
+def dealt(config: RunConfig, found: Rows) -> FederatedData:
+    """The federation that `load` makes of rows which are read. Raises as `load` does."""
+    rows = found.examples
     check_one_kind(rows, config.data)
     if config.dp == "example":
         check_users(rows, config.data)
-    labels = _labels(rows, config)
+    labels, notes = _labels(rows, config)
     given = frozenset(row.split for row in rows if row.split not in (None, "train"))
     parts = partition(rows, given, config)
     clients: dict[str, Split] = {}
@@ -83,8 +95,30 @@ def load(config: RunConfig) -> FederatedData:
         raise DataError(f"{config.data} leaves no held-out examples: raise eval_fraction")
     left_out = len(parts) - len(clients)
     return FederatedData(
-        config.data, clients, heldout, labels, fingerprint, own, left_out, _unused(rows)
+        config.data,
+        clients,
+        heldout,
+        labels,
+        found.fingerprint,
+        validation_reported=own,
+        left_out=left_out,
+        container=found.reading.told(),
+        notes=[*notes, *_unused(found)],
     )
+
+
+def source_of(config: RunConfig) -> Source:
+    """What a run reads its rows from."""
+    return Source(config.data, config.columns, config.splits, config.subset)
+
+
+def _unused(found: Rows) -> list[tuple[str, str]]:
+    """What is to be said of columns that change what rows mean and are not used."""
+    if not found.unused:
+        return []
+    told = ", ".join(f"{name} ({rows} rows)" for name, rows in sorted(found.unused.items()))
+    why = f"columns that change what rows mean are not used: {told}"
+    return [(why, "put their text into those that are, or drop them")]
 
 
 def _pooled(clients: Mapping[str, Split]) -> dict[str, Split]:
@@ -113,7 +147,8 @@ def load_device(
     validation or test, nothing is carved, and one whose label the run does not know is an example
     without a target. A refusal would tell whoever chooses `labels` what a single row has.
     """
-    rows, fingerprint = read_rows(config.data)
+    found = read(source_of(config))
+    rows, fingerprint = found.examples, found.fingerprint
     check_one_kind(rows, config.data)
     check_clients(rows, config.data)
     if config.dp == "example":
@@ -149,26 +184,32 @@ def load_heldout(config: RunConfig) -> FederatedData:
     Embedded data: what a simulation holds out. A file: its test rows, else its validation rows;
     without splits, what a simulation holds out where rows have client_id, else all rows.
     """
-    rows, fingerprint = read_rows(config.data)
+    found = read(source_of(config))
+    rows = found.examples
     check_one_kind(rows, config.data)
     check_clients(rows, config.data)
     by_split = {name: [row for row in rows if row.split == name] for name in ("test", "validation")}
     heldout: Sequence[Example] = by_split["test"] or by_split["validation"]
     if not heldout and all(row.client is not None for row in rows):
         heldout = load(config).heldout
-    labels = _labels(rows, config)
+    labels, notes = _labels(rows, config)
     return FederatedData(
-        config.data, {}, heldout or rows, labels, fingerprint, unused=_unused(rows)
+        config.data,
+        {},
+        heldout or rows,
+        labels,
+        found.fingerprint,
+        container=found.reading.told(),
+        notes=[*notes, *_unused(found)],
     )
 
 
-def _unused(rows: Sequence[Example]) -> frozenset[str]:
-    return frozenset[str]().union(*{row.unused for row in rows})
-
-
-def _labels(rows: Sequence[Example], config: RunConfig) -> list[str]:
-    labels = sorted({row.label for row in rows if row.label is not None})
-    return [] if config.task == "causal" else labels
+def _labels(rows: Sequence[Example], config: RunConfig) -> tuple[list[str], list[tuple[str, str]]]:
+    """The labels of a run, and what is to be said of them."""
+    if config.task == "causal":
+        return [], []
+    labels, told = columns.labels([row.label for row in rows], config.data)
+    return labels, [(told, "see what stands in label, or --set task=causal")] if told else []
 
 
 def spread(examples: Sequence[Example], most: int) -> list[Example]:

@@ -1,24 +1,20 @@
-"""Rows of text: one example each, from JSON lines or a data set of the hub."""
+"""Rows of text: one example each, from wherever they come."""
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
-from corolla.data import forms
+from corolla.data import columns, forms, sources
 from corolla.data.forms import Turn, encodable
-from corolla.embedded.assets import asset
+from corolla.data.sources import SPLITS, Reading, Source
 from corolla.errors import DataError
 
-_SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation"}
 _IDS = ("client_id", "user_id")
-_SPLITS |= {"eval": "validation", "dev": "validation", "test": "test"}
-_TELLING = (
-    *("system", "context", "input", "history", "instruction", "messages", "conversations"),
-    *("tools", "completion", "output", "chosen", "rejected"),
-)
+_TELLING = ("system", "context", "input", "history", "instruction", "messages", "conversations")
+_TELLING += ("tools", "completion", "output", "chosen", "rejected")
 """Columns that change what a row means; where one is not used, people are told."""
 _PLAIN = ("text", "prompt", "response")
 _ANSWERED = ("prompt", "answer", "choices")
@@ -105,52 +101,45 @@ class Example:
         return found
 
 
-def read_rows(name: str) -> tuple[list[Example], str]:
-    """The rows of a data set and the sha256 of its content: 'embedded', .jsonl file or hub name.
+@dataclass(frozen=True)
+class Rows:
+    """All examples of a source, and how they were read."""
 
-    Raises DataError naming the line that cannot be used.
-    """
-    path = asset("data.jsonl") if name == "embedded" else Path(name)
-    if name == "embedded" or path.suffix in {".jsonl", ".json"} or path.exists():
-        return _read_lines(path)
-    rows = _read_hub(name)
-    digest = hashlib.sha256(json.dumps([r.content() for r in rows], sort_keys=True).encode())
-    return rows, digest.hexdigest()
+    examples: list[Example]
+    fingerprint: str
+    """The sha256 of the content."""
+    reading: Reading
+    unused: Counter[str]
+    """Columns that change what a row means and are not used → the rows that have them."""
 
 
-def _read_lines(path: Path) -> tuple[list[Example], str]:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read data file {path}: {error.strerror}") from error
-    rows = []
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if not line.strip():
-            continue
+def read(source: Source) -> Rows:
+    """The rows of a source. Raises DataError naming the row that cannot be used."""
+    reading, unused = Reading(), Counter[str]()
+    examples = []
+    for row, where, line in sources.rows(source, reading):
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, line {number}: not JSON: {error}") from error
-        rows.append(_example(row, f"{path}, line {number}", number))
-    if not rows:
-        raise DataError(f"{path} has no rows")
-    return rows, hashlib.sha256(content).hexdigest()
+            example = _example(row, where, line)
+        except DataError as error:
+            raise DataError(f"{error}{sources.hint(row)}") from None
+        unused.update(example.unused)
+        examples.append(example)
+    if not examples:
+        left = ", ".join(f"{split} ({n})" for split, n in reading.unread.items())
+        rest = f" of the splits that are asked for: it has {left}" if left else ""
+        raise DataError(f"{source.name} has no rows{rest}")
+    content = json.dumps([row.content() for row in examples], sort_keys=True).encode
+    fingerprint = reading.fingerprint or hashlib.sha256(content()).hexdigest()
+    return Rows(examples, fingerprint, reading, unused)
 
 
-def _read_hub(name: str) -> list[Example]:
-    import datasets
+def read_rows(name: str) -> tuple[list[Example], str]:
+    """The rows of a source with its own names, and the sha256 of its content, as `read` has them.
 
-    try:
-        splits = datasets.load_dataset(name)
-    except Exception as error:  # the library raises a dozen unrelated types for a missing name
-        raise DataError(
-            f"data set {name!r} is neither a file here nor on the hub: {str(error).splitlines()[0]}"
-        ) from error
-    rows = []
-    for split, table in splits.items():
-        for number, row in enumerate(table):
-            rows.append(_example({"split": str(split), **row}, f"{name}, {split} row {number}"))
-    return rows
+    Raises DataError naming the row that cannot be used.
+    """
+    found = read(Source(name))
+    return found.examples, found.fingerprint
 
 
 def _example(row: Any, where: str, line: int = 0) -> Example:
@@ -158,18 +147,22 @@ def _example(row: Any, where: str, line: int = 0) -> Example:
         raise DataError(f"{where}: expected an object, found {type(row).__name__}")
     said, used = _said(row, where)
     split = row.get("split") or ""
-    if split and str(split) not in _SPLITS:
-        raise DataError(f"{where}: unknown split {split!r}: use train, validation or test")
-    label, client, user = (row.get("label"), *(_identity(row.get(key)) for key in _IDS))
+    if split and str(split) not in SPLITS:
+        raise DataError(
+            f"{where}: unknown split {split!r}: use train, validation or test, or name it with "
+            f"--set splits.train={split}"
+        )
+    client, user = (columns.identity(row.get(key), key, where) for key in _IDS)
+    label = columns.label(row.get("label"), where)
     ids = (("client_id", client), ("user_id", user))
     texts = (("text", said["text"]), ("prompt", said.get("prompt")), ("tools", said.get("tools")))
     for key, value in (*texts, ("label", label), *ids):
         if not encodable(str(value)):
             raise DataError(f"{where}: {key} has half of a surrogate pair, which is no text")
     return Example(
-        label=None if label is None else str(label),
+        label=label,
         client=client,
-        split=_SPLITS.get(split),
+        split=SPLITS.get(str(split)),
         line=line,
         user=user,
         unused=frozenset(n for n in _TELLING if n not in used and _tells(row.get(n))),
@@ -208,13 +201,6 @@ def _pair(text: Any, prompt: Any, row: dict[str, Any], where: str) -> dict[str, 
 def _tells(value: Any) -> bool:
     """Returns whether a column has something in this row: no gap of a table has."""
     return isinstance(value, str | list | dict) and bool(value)
-
-
-def _identity(value: Any) -> str | None:
-    """An id as text; None for what names nobody: null, NaN (a gap in a table), blank text."""
-    if value is None or value != value or (isinstance(value, str) and not value.strip()):  # NaN
-        return None
-    return str(value)
 
 
 def _answered(row: dict[str, Any], where: str) -> tuple[dict[str, Any], Collection[str]]:

@@ -113,6 +113,21 @@ def load(config: RunConfig, labels: Sequence[str] = ()) -> Base:
     return base
 
 
+def load_tokenizer(name: str, path: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; `path` is where it lies, if not where `resolve` finds it.
+
+    Raises ModelError.
+    """
+    try:
+        with Quiet():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                path or resolve(name), trust_remote_code=False
+            )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"cannot load the tokenizer of {name!r}: {why(error)}") from error
+    return tokenizer
+
+
 def why(error: Exception) -> str:
     """One line of what transformers says of a model that it does not load."""
     reason = " ".join(str(error).split())

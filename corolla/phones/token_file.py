@@ -10,12 +10,12 @@ from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from corolla.data import templates
 from corolla.data.encoding import Encoded, Encoder
 from corolla.data.rows import Example, read_rows
-from corolla.errors import ConfigError, DataError, ModelError
+from corolla.errors import ConfigError, DataError
 from corolla.models import pretrained
 from corolla.phones import bundle
 
@@ -80,13 +80,5 @@ def _line(encoded: Encoded) -> dict[str, object]:
 
 
 def _tokenizer(model: str) -> PreTrainedTokenizerBase:
-    path = model if (Path(model) / bundle.MANIFEST).is_file() else pretrained.resolve(model)
-    try:
-        with pretrained.Quiet():
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                path, trust_remote_code=False
-            )
-    except (OSError, ValueError, KeyError) as error:
-        why = pretrained.why(error)
-        raise ModelError(f"cannot load the tokenizer of {model!r}: {why}") from error
-    return tokenizer
+    bundled = (Path(model) / bundle.MANIFEST).is_file()
+    return pretrained.load_tokenizer(model, model if bundled else None)

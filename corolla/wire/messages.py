@@ -86,7 +86,8 @@ class Task:
 
     `scalars` holds scalar groups: they travel in the header. `model_sha256` is of the base model
     that the client must have ("": not checked); `seats`, of a gateway, how many updates it is asked
-    for (0: the client's own).
+    for (0: the client's own); `refusal`, in a hello, why the client takes part in nothing ("": it
+    may).
     """
 
     run_id: str
@@ -100,6 +101,7 @@ class Task:
     log: Log | None = None
     model_sha256: str = ""
     seats: int = 0
+    refusal: str = ""
 
 
 @dataclass(frozen=True)
@@ -192,6 +194,7 @@ def pack_task(task: Task) -> Packet:
         log=None if task.log is None else _dump_log(task.log),
         model_sha256=task.model_sha256,
         seats=task.seats,
+        refusal=task.refusal[:MAX_ERROR],
     )
     return _pack(header, task.payload, MAX_HEADER)
 
@@ -212,6 +215,7 @@ def unpack_task(packet: Packet) -> Task:
         log=_load_log(head.log) if head.HasField("log") else None,
         model_sha256=_hex(head.model_sha256, 64) if head.model_sha256 else "",
         seats=_at_most(head.seats, MAX_SEATS, "seats"),
+        refusal=one_line(head.refusal),
     )
 
 

@@ -1,33 +1,26 @@
 """The clients of a run behind a Flower Grid: who they are, who is online, how they are asked."""
 
-import hashlib
-import json
 import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TypeVar
+from dataclasses import dataclass, field, replace
 
-import httpx
 from flwr.app import Message
 from flwr.common.constant import ErrorCode
-from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 
 from corolla.errors import RoundError, StoppedError, WireError
 from corolla.host import logs
-from corolla.host.files import write_atomic
+from corolla.server.deployment.calls import POLL, Calls, addressed
 from corolla.server.deployment.limits import Admission, Limits
-from corolla.server.deployment.pulling import bound
+from corolla.server.deployment.names import Names
 from corolla.wire import messages as wire
 from corolla.wire.messages import Kind, Reply, Task, pack_reply, pack_task, unpack_task
-from corolla.wire.packet import Packet, from_flower, to_flower
+from corolla.wire.packet import Packet, from_flower
 from corolla.wire.task_settings import RunSettings
 
-POLL = 0.2
 SETTLE = 2.0
 """Seconds without a new node after which those that are there are the federation."""
 _LARGEST = 1 << 40
@@ -39,8 +32,6 @@ lose one, as when the ServerApp of before was killed."""
 _FIRST_HELLO = 600.0
 """The same where no node joins later: one that says nothing ends the run. The workers of Flower's
 engine import everything, all at once, before one of them answers."""
-AWAY = 1.0
-"""Seconds between calls of a SuperLink that is away."""
 _AGAIN = 60.0
 """Seconds after which a node that did not say so is asked again, doubled up to 16 times this."""
 _SEATS = 300.0
@@ -54,7 +45,6 @@ _LOST = (
 """Codes by which a SuperLink says that it has no answer, and not that a node has failed."""
 
 _log = logs.logger("grid")
-_T = TypeVar("_T")
 
 
 @dataclass
@@ -70,8 +60,9 @@ class _Greeting:
 class GridNetwork:
     """Nodes behind a Flower Grid, asked in our own loop: it has a deadline, no reply can end it.
 
-    A node is known by its key, a client by its name: the first key that uses a name keeps it
-    (`admission.names`). A SuperLink that is away costs a round, not a run.
+    A node is known by its key, a client by its name: a member's name is that of its registered key
+    (`admission.members`), another that of the first key that uses it (`admission.names`). A
+    SuperLink that is away costs a round, not a run.
     """
 
     def __init__(
@@ -90,18 +81,15 @@ class GridNetwork:
         self._wait = deadline if admission.wait is None else admission.wait
         self._hello = HELLO if admission.clients else _FIRST_HELLO
         self._repeat = REPEAT if admission.clients else math.inf
-        self._names, self._limits = admission.names, admission.limits or Limits()
-        self._bounded = bound(grid, stop) if admission.limits else None
-        self._keys: dict[str, str] = _stored(admission.names)
+        self._limits, self._deployed = admission.limits or Limits(), admission.names is not None
+        self._calls = Calls(grid, stop, admission.limits, clock)
+        self._names = Names(admission.names, admission.members)
+        self._keys: dict[int, bytes] = {}  # of every node that was ever online
         self._members: dict[str, tuple[int, int, int]] = {}  # name → node, examples, seats
         self._greeted: dict[int, _Greeting] = {}  # those that have not answered yet
         self._again: dict[int, tuple[float, float]] = {}  # node → when to ask again, pause
         self._reasons: dict[int, str] = {}
         self._begun = False
-        invoker = getattr(grid, "_retry_invoker", None)
-        if invoker is not None:  # Flower would try for ever and in its own time: we have a deadline
-            invoker.max_tries = 1
-        self._poll = POLL if invoker else POLL / 4  # a call over TLS, or in this process
 
     def clients(self) -> Mapping[str, int]:
         """Everyone that is known. At first waits until enough are.
@@ -117,7 +105,7 @@ class GridNetwork:
             elif self._clock() > deadline or (all_said and not self._least):
                 raise (StoppedError if self._least else RoundError)(self._too_few(online))
             else:
-                self._pause()
+                self._calls.pause()
         return {name: examples for name, (_, examples, _) in self._members.items()}
 
     def online(self) -> AbstractSet[str]:
@@ -147,8 +135,8 @@ class GridNetwork:
         Flower's own failures become error replies, as what is no packet does.
         """
         deadline = self._clock() + self.deadline
-        messages = {node: self._message(node, packets[node], self.deadline) for node in packets}
-        sent = self._push(list(messages.values()), deadline) if messages else set()
+        messages = {node: addressed(node, packets[node], self.deadline) for node in packets}
+        sent = self._calls.push(list(messages.values()), deadline) if messages else set()
         waiting: dict[str, int] = {}
         for node, message in messages.items():
             if message.metadata.message_id in sent:
@@ -156,18 +144,24 @@ class GridNetwork:
             else:
                 yield clients[node], None
         while waiting and self._clock() < deadline:
-            for sent_id, found in self._pull({m: self._seats(n) for m, n in waiting.items()}):
+            self._turn_out()
+            gone = [
+                sent_id for sent_id, node in waiting.items() if clients[node] not in self._members
+            ]
+            yield from ((clients[waiting.pop(sent_id)], None) for sent_id in gone)
+            for sent_id, found in self._calls.pull({m: self._seats(n) for m, n in waiting.items()}):
                 answered = waiting.pop(sent_id)
                 yield clients[answered], _packet(found, packets[answered], clients[answered])
             if waiting:
-                self._pause()
+                self._calls.pause()
         yield from ((clients[node], None) for node in waiting.values())
 
     def _greet(self) -> set[int]:
         """Ask nodes that are not known who they are, read what has come; the nodes online."""
         now = self._clock()
-        infos: list[NodeInfo] = self._call(lambda: list(self.grid.get_nodes()), [])
-        keys = {int(info.node_id): bytes(info.public_key) for info in infos}
+        keys = self._calls.nodes()
+        self._keys.update(keys)
+        self._turn_out()
         # Of a gateway, what it has said is old after a while.
         known = {node for node, _, seats in self._members.values() if not seats}
         for node in sorted(keys.keys() - known - self._greeted.keys()):
@@ -175,7 +169,7 @@ class GridNetwork:
                 self._greeted[node] = _Greeting(now + self._hello, now, self._repeat)
         self._say_hello([n for n in sorted(keys) if n in self._greeted], now)
         waiting = {m: node for node, own in self._greeted.items() for m in own.messages}
-        for sent_id, found in self._pull({m: self._seats(n) for m, n in waiting.items()}):
+        for sent_id, found in self._calls.pull({m: self._seats(n) for m, n in waiting.items()}):
             node = waiting[sent_id]
             if node not in self._greeted:  # it has answered another one
                 continue
@@ -183,7 +177,7 @@ class GridNetwork:
                 self._greeted[node].messages.discard(sent_id)
                 continue
             del self._greeted[node]
-            self._learn(node, _packet(found, pack_task(self.hello), ""), keys)
+            self._learn(node, _packet(found, pack_task(self.hello), ""), keys.keys())
         for late in [node for node, own in self._greeted.items() if now > own.until]:
             del self._greeted[late]
             self._refuse(late, "no answer to hello")
@@ -193,8 +187,8 @@ class GridNetwork:
         """To those of the nodes whose time it is. Who cannot be sent it is as if never greeted."""
         due = {node: self._greeted[node] for node in nodes if now >= self._greeted[node].again}
         hello = pack_task(self.hello)
-        messages = {n: self._message(n, hello, own.until - now) for n, own in due.items()}
-        sent = self._push(list(messages.values()), now) if messages else set()
+        messages = {n: addressed(n, hello, own.until - now) for n, own in due.items()}
+        sent = self._calls.push(list(messages.values()), now) if messages else set()
         for node, own in due.items():
             if (told := messages[node].metadata.message_id) in sent:
                 own.messages.add(told)
@@ -202,7 +196,7 @@ class GridNetwork:
             elif not own.messages:
                 del self._greeted[node]
 
-    def _learn(self, node: int, packet: Packet, keys: Mapping[int, bytes]) -> None:
+    def _learn(self, node: int, packet: Packet, online: AbstractSet[int]) -> None:
         try:
             reply = wire.unpack_reply(packet, 0)
         except WireError as error:
@@ -210,19 +204,18 @@ class GridNetwork:
         name = reply.client
         if reply.error or not name:
             return self._refuse(node, reply.error or "it has no name")
-        if why := self._limits.refuse(reply, deployed=self._names is not None):
+        if why := self._limits.refuse(reply, deployed=self._deployed):
             return self._refuse(node, why)
         if any(own == node and known != name for known, (own, _, _) in self._members.items()):
             return self._refuse(node, f"it has another name now, {name!r}")
-        other = self._members.get(name)
-        key = hashlib.sha256(keys.get(node, b"")).hexdigest()
-        if self._keys.get(name, key) != key:
-            return self._refuse(node, f"two nodes say they are client {name!r}: the first keeps it")
-        if other and other[0] != node and other[0] in keys:
-            return self._refuse(node, f"two nodes say they are client {name!r}")
-        if self._names and name not in self._keys:
-            self._keys[name] = key
-            write_atomic(self._names, json.dumps(self._keys, indent=2).encode())
+        other, key = self._members.get(name), self._keys.get(node, b"")
+        if why := self._names.refuse(name, key):
+            return self._turn_away(node, why)
+        if other and other[0] != node and other[0] in online:
+            why = f"two nodes say they are client {name!r}"
+            itself = self._keys.get(other[0]) == key  # it is back sooner than Flower knows
+            return self._refuse(node, why) if itself else self._turn_away(node, why)
+        self._names.keep(name, key)
         found = node, reply.num_examples, min(reply.seats, self._limits.seats)
         if found != other:
             _log.info("joined", client=name, examples=found[1], seats=found[2])
@@ -232,6 +225,26 @@ class GridNetwork:
         if reply.seats:
             self._again[node] = (self._clock() + _SEATS, _AGAIN / 2)
         return None
+
+    def _turn_out(self) -> None:
+        """Takes clients out whose names are not theirs any more, where the members have changed.
+
+        Nodes that were refused are asked again at once: what they were refused for may be mended.
+        """
+        if not self._names.changed():
+            return
+        for node in self._reasons:
+            self._again.pop(node, None)
+        for name, (node, _, _) in list(self._members.items()):
+            if why := self._names.refuse(name, self._keys.get(node, b"")):
+                del self._members[name]
+                self._turn_away(node, why)
+
+    def _turn_away(self, node: int, why: str) -> None:
+        """Leave a node out, and tell it: its owner can do something about it."""
+        self._refuse(node, why)
+        told = pack_task(replace(self.hello, refusal=why))
+        self._calls.push([addressed(node, told, self._hello)], self._clock())
 
     def _refuse(self, node: int, why: str) -> None:
         pause = min(2 * self._again.get(node, (0.0, _AGAIN / 2))[1], 16 * _AGAIN)
@@ -247,71 +260,8 @@ class GridNetwork:
         needed = f"{self._least} clients" if self._least else f"{self._nodes} nodes"
         return f"{online} nodes are online, {len(self._members)} as clients; needed: {needed}{why}"
 
-    def _message(self, node: int, packet: Packet, ttl: float) -> Message:
-        return Message(to_flower(packet), node, "train", ttl=ttl)
-
-    def _push(self, messages: list[Message], deadline: float) -> set[str]:
-        """Ids of the messages that the SuperLink has taken; tried until the deadline.
-
-        A message that is sent twice, because the answer to the first call was lost, is answered
-        with its id again; one that is refused, as to a node that has left, has none.
-        """
-        while True:
-            ids = self._call(lambda: list(self.grid.push_messages(messages)), None)
-            if ids is not None:
-                return {str(i) for i in ids if i}
-            if self._clock() > deadline:
-                return set()
-            self._pause(AWAY)
-
-    def _pull(self, ids: Mapping[str, int]) -> Iterator[tuple[str, Message | WireError]]:
-        """What has come of messages (id → seats of who was asked): which it answers, and what.
-
-        One by one: the SuperLink forgets what it has handed over, also when it dies before the rest
-        arrives. Whatever Flower cannot read is the error of who has sent it.
-        """
-        away: Exception | None = None
-        for sent, seats in ids.items():
-            if self.stop.is_set():
-                raise StoppedError("stopped")
-            if self._bounded:
-                self._bounded.most = self._limits.reply(seats)
-            try:
-                messages = list(self.grid.pull_messages([sent]))
-            except httpx.HTTPStatusError as error:  # of this message, it may be: others are heard
-                away = error
-            except (httpx.HTTPError, OSError) as error:
-                away = error
-                break
-            except StoppedError:
-                raise
-            except WireError as error:
-                yield sent, error
-            except Exception as error:  # noqa: BLE001 - it depends on a client's bytes
-                yield sent, WireError(f"not a packet: Flower raised {type(error).__name__}")
-            else:
-                yield from ((sent, message) for message in messages[:1])
-        if away:
-            self._away(away)
-
-    def _call(self, what: Callable[[], _T], otherwise: _T) -> _T:
-        """A call of the Grid; `otherwise` when the SuperLink is away."""
-        try:
-            return what()
-        except (httpx.HTTPError, OSError) as error:
-            self._away(error)
-            return otherwise
-
-    def _away(self, error: Exception) -> None:
-        _log.warning("the SuperLink is away", why=repr(error))
-        self._pause(AWAY)
-
     def _seats(self, node: int) -> int:
         return next((seats for own, _, seats in self._members.values() if own == node), 0)
-
-    def _pause(self, seconds: float = 0.0) -> None:
-        if self.stop.wait(seconds or self._poll):
-            raise StoppedError("stopped")
 
 
 def count_nodes(grid: Grid, stop: threading.Event, wait: float) -> int:
@@ -326,14 +276,6 @@ def count_nodes(grid: Grid, stop: threading.Event, wait: float) -> int:
         if stop.wait(POLL):
             raise StoppedError("stopped")
     raise RoundError("no node has come")
-
-
-def _stored(path: Path | None) -> dict[str, str]:
-    try:
-        loaded: dict[str, str] = json.loads(path.read_text()) if path else {}
-    except (OSError, ValueError):
-        return {}
-    return loaded
 
 
 def _packet(message: Message | WireError, asked: Packet, client: str) -> Packet:

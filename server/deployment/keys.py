@@ -5,6 +5,7 @@ from pathlib import Path
 
 from corolla.errors import CorollaError
 from corolla.host import certificates, logs
+from corolla.server.deployment import members
 from corolla.server.deployment.front import fingerprint
 from corolla.server.deployment.superlink import Control
 
@@ -12,7 +13,10 @@ _log = logs.logger("supervisor")
 
 
 class ClientKeys:
-    """The files *.pub of a folder, each registered with the SuperLink when it is new or changes."""
+    """The files *.pub of a folder, each registered with the SuperLink when it is new or changes.
+
+    Each binds the name of its file to its key (see members.py).
+    """
 
     def __init__(self, folder: Path | None, say: Callable[[str], None]) -> None:
         """`say` tells the user a line; without a folder there are no keys."""
@@ -38,13 +42,12 @@ class ClientKeys:
                 if self._written.get(path) == written:
                     continue
                 pem = certificates.public_key(path)
-                new = control.register(pem)
+                new = self._admitted(path, pem) and control.register(pem)
             except (CorollaError, OSError) as error:
                 self._complain(f"left out: {error}")
                 if isinstance(error.__cause__ or error, OSError):
                     continue  # it may be there at the next look
             else:
-                self.registered.add(path.stem)
                 if new:
                     _log.info("key registered", client=path.stem, key=fingerprint(pem))
             self._written[path] = written
@@ -52,6 +55,20 @@ class ClientKeys:
     def forget(self) -> None:
         """Register all again: they are new to a SuperLink that has lost its database."""
         self._written.clear()
+
+    def _admitted(self, path: Path, pem: bytes) -> bool:
+        """Whether the key may join; its name is its own from now on. Raises ConfigError."""
+        try:
+            if not members.admit(path.parent, path.stem, pem):
+                self._complain(
+                    f"left out: {path.stem} was removed: corolla members {path.parent} --restore "
+                    f"{path.stem} lets it in again"
+                )
+                return False
+        except OSError as error:  # a folder that nobody may write in: names are as they were
+            self._complain(f"names are not bound to keys: {error}")
+        self.registered.add(path.stem)
+        return True
 
     def _complain(self, text: str) -> None:
         if text not in self._complaints:

@@ -58,5 +58,7 @@ class Admission:
     """Seconds to wait for them; None: as long as for a round."""
     names: Path | None = None
     """The file of which key has which name: it outlives the process."""
+    members: Path | None = None
+    """The folder of registered keys, whose members.json says which key has which name."""
     limits: Limits | None = None
     """For devices of other people; None: those of a simulation."""

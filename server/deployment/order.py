@@ -37,8 +37,10 @@ class ServerSettings(BaseModel):
     clients_keys: Path | None = None
     """The folder of the public keys (*.pub) of clients that may join; watched while it runs.
 
-    Removing a file revokes nothing: Flower keeps a key in its database, and one that it has
-    unregistered it never takes again, so that a folder away for a moment would lock out all.
+    The name of a file is the name of its client alone (see members.py). Removing a file revokes
+    nothing, `corolla members FOLDER --remove NAME` does: Flower keeps a key in its database, and
+    one that it has unregistered it never takes again, so that a folder away for a moment would lock
+    out all.
     """
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
     min_clients: Annotated[int, Field(ge=1)] = 1
@@ -99,6 +101,8 @@ class RunOrder:
     path: str
     """Where strategies of one's own are found: the folder in which the server was started."""
     max_seats: int = 1024
+    clients_keys: str = ""
+    """The folder of registered keys and members; "": there is none."""
 
     def write(self, folder: Path) -> None:
         write_atomic(folder / ORDER, (json.dumps(asdict(self), indent=2) + "\n").encode())

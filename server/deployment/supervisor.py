@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 
@@ -31,7 +32,7 @@ from corolla.host.processes import (
     stoppable,
 )
 from corolla.host.supervised import Child, stop
-from corolla.server.deployment import exporter, superlink
+from corolla.server.deployment import exporter, members, superlink
 from corolla.server.deployment.front import Front, listen
 from corolla.server.deployment.keys import ClientKeys
 from corolla.server.deployment.order import (
@@ -94,7 +95,8 @@ class Supervisor:
             front = self._front(place, door)
             had = {"address": front.address if front else "", "metrics_port": metrics_port}
             self.settings.model_copy(update=had).write(folder)
-            order.write(folder)
+            keys = self.settings.clients_keys
+            replace(order, clients_keys=str(keys.resolve()) if keys else "").write(folder)
             link, executor = place.processes()
             ends.callback(stop, [link], _GRACE)
             ends.callback(stop, [executor], _GRACE)
@@ -255,6 +257,8 @@ def begin(
     refuse_unbounded(config)
     if settings.clients_keys and not settings.clients_keys.is_dir():
         raise ConfigError(f"--clients-keys {settings.clients_keys} is no folder")
+    if settings.clients_keys:
+        members.read(settings.clients_keys)
     if settings.address:
         if settings.certs is None:
             raise ConfigError("--certs DIR is missing: corolla certs DIR --host NAME makes one")

@@ -60,6 +60,8 @@ class Gateway:
         self._last: tuple[str, Packet] | None = None  # digest of a task → its reply
         self._starting = threading.Lock()
         self._since = clock()
+        self.say: Callable[[str], None] = lambda line: None
+        """Told what the gateway's owner can do something about."""
 
     def answer(self, packet: Packet, waits: Waits = FOREVER) -> Packet:
         """The reply to a server's task: blocks until phones have done it or time is over.
@@ -74,6 +76,9 @@ class Gateway:
                 if task.kind == Kind.TRAIN:
                     digest = hashlib.sha256(packet.header).hexdigest()
                     return self._train(task, digest, blank, waits.left())
+                if task.refusal:
+                    self.say(f"the server refuses this gateway: {task.refusal}")
+                    raise WireError("refused")
                 if task.kind == Kind.HELLO:
                     return pack_reply(self._hello(blank))
                 raise WireError("a gateway has no examples of its own to evaluate on")

@@ -28,7 +28,7 @@ _LONGEST_LOG = limits.MAX_HEADER // 2
 _ACCEPTED = "accepted-"
 
 _OWN = (
-    *("model", "data", "engine", "device", "threads"),
+    *("model", "data", "columns", "splits", "subset", "engine", "device", "threads"),
     *("availability", "public", "public_examples", "start"),
 )
 """Settings of a server that are nothing to devices that have their own."""

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
-from corolla.data import federated
+from corolla.data import census, federated
+from corolla.data.encoding import Encoder
 from corolla.data.federated import FederatedData
 from corolla.data.templates import ChatTemplate, renderer, writes_date
 from corolla.directions.pools import SignPool
@@ -56,11 +57,14 @@ def set_up(config: RunConfig, run_id: str | None, deployed: bool = False) -> Set
     devices.set_threads(config)
     base = pretrained.load(config, dataset.labels)
     config = _dated(config, base)
+    if not deployed:
+        dataset = census.with_targets(config, dataset, base.tokenizer)
     facts: dict[str, Any] = {
         "run_id": run_id,
         "model_sha256": base.fingerprint,
         "data_sha256": dataset.fingerprint,
         "clients_left_out": dataset.left_out,
+        **_of_data(config, base, dataset),
         **({"per_user": True} if config.dp == "example" and dataset.names_users else {}),
         **({"availability_sha256": trace.sha256} if trace else {}),
     }
@@ -84,17 +88,24 @@ def _dated(config: RunConfig, base: Base) -> RunConfig:
 
 
 def _of_rows(config: RunConfig, dataset: FederatedData, base: Base) -> list[RunWarning]:
-    """Warnings about columns that are not used, and about a template that asks otherwise."""
-    found = []
-    if dataset.unused:
-        why = f"{config.data} has columns that change the meaning of its rows and are not used: "
-        instead = "rename them, or put what they say into the turns of messages"
-        found.append(RunWarning("columns", why + ", ".join(sorted(dataset.unused)), instead))
+    """Warnings about what was read, and about a template that asks otherwise than it tells."""
+    found = [RunWarning("data", why, instead) for why, instead in dataset.notes]
     if any(row.dialogue for row in dataset.heldout):
         form = renderer(base.tokenizer, config.template_date or "")
         if isinstance(form, ChatTemplate) and (why := form.check()):
             found.append(RunWarning("template", why, "compare both with what will be asked"))
     return found
+
+
+def _of_data(config: RunConfig, base: Base, dataset: FederatedData) -> dict[str, Any]:
+    """Facts of the rows. Under privacy lengths are not told: nothing would hide whose they are."""
+    facts: dict[str, Any] = {"data": {"container": dataset.container}}
+    if dataset.without:
+        facts["clients_without_target"] = list(dataset.without)
+    if config.dp == "none" and dataset.clients:
+        encoder = Encoder.of(config, base.tokenizer, dataset.labels)
+        facts["data"]["lengths"] = census.sample(dataset, encoder, config.seed)
+    return facts
 
 
 def _of_eps(config: RunConfig, evaluator: Evaluator) -> list[RunWarning]:

@@ -72,7 +72,8 @@ def test_simulate(
         ('{"text": "a", "split": "holdout"}\n', "unknown split 'holdout'"),
         ('{"text": "a", "label": 1}\n{"text": "b"}\n', "1 of 2 rows have a label"),
         ("", "has no rows"),
-        ("\xff\xfe", "line 1: not JSON"),
+        ("\xff", "line 1: not JSON: byte 0xff is not UTF-8"),
+        ("\xff\xfe{", "begins as UTF-16, but is not"),
     ],
 )
 def test_data_files(content: str, says: str, tmp_path: Path) -> None:

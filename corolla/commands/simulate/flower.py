@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from corolla.config.run import RunConfig
-from corolla.data import federated
+from corolla.data import census, federated
 from corolla.errors import ConfigError, RoundError
 from corolla.host.files import scratch_folder
 from corolla.host.processes import terminate_as_interrupt
@@ -53,8 +53,8 @@ def simulate_on_flower(
     from corolla.server.app import SimulatedRun, serve
 
     # A model or data set that cannot be loaded is said here, not by every process of Ray.
-    nodes = len(federated.load(config).clients)
-    pretrained.resolve(config.model)
+    tokenizer = pretrained.load_tokenizer(config.model)
+    nodes = len(census.with_targets(config, federated.load(config), tokenizer).clients)
     run = SimulatedRun(
         config,
         folder,

@@ -17,6 +17,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from corolla.data import census
 from corolla.evaluation.scoring import SHARES
 from corolla.host.text import human_bytes
 from corolla.server.runs.summary import Summary
@@ -71,6 +72,17 @@ class Bars:
                 f"[yellow]{facts['clients_left_out']} clients left out:[/] fewer than "
                 f"min_examples={config['min_examples']} training examples"
             )
+        if without := facts.get("clients_without_target"):
+            self.console.print(
+                f"[yellow]{len(without)} clients left out:[/] no row has a target within "
+                f"max-length={config['max_length']}: {escape(', '.join(without[:5]))}"
+                f"{', …' if len(without) > 5 else ''}",
+                soft_wrap=True,
+            )
+        if read := facts.get("data", {}):
+            lengths = read.get("lengths")
+            told = [read["container"], *([census.told(lengths)] if lengths else [])]
+            self.console.print(f"data  {escape('; '.join(told))}", soft_wrap=True, highlight=False)
         if found := facts.get("privacy"):
             self.console.print(f"privacy  {escape(_noise(found))}", soft_wrap=True, highlight=False)
         for warning in facts["warnings"]:

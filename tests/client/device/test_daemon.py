@@ -437,6 +437,19 @@ def test_runs_long_over_are_forgotten(tmp_path: Path) -> None:
     ]
 
 
+def test_an_owner_is_told_why_the_server_takes_the_device_in_for_nothing(
+    own: Callable[..., Own],
+) -> None:
+    said: list[str] = []
+    trainer = Trainer(own(), "cyd", None, said.append)
+    why = "the name 'cyd' is registered for another key: give this client --name eve"
+    task = Task(RUN, 0, "", Kind.HELLO, "{}", refusal=f"{why}\n\x1b[31m")
+    reply = ask(trainer, pack_task(task))
+    assert said == [f"the server refuses this client: {why} [31m"]
+    assert reply.error == said[0]
+    assert reply.num_examples == 0
+
+
 def test_runs_that_are_over_make_room_the_oldest_first(tmp_path: Path) -> None:
     now = time.time()
     for number in range(5):

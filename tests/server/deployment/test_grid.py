@@ -30,8 +30,8 @@ from flwr.superlink.grid.http_grid import HttpGrid
 
 from corolla.errors import RoundError, StoppedError, WireError
 from corolla.host import logs
+from corolla.server.deployment import calls, pulling
 from corolla.server.deployment import grid as module
-from corolla.server.deployment import pulling
 from corolla.server.deployment.grid import GridNetwork, hello
 from corolla.server.deployment.limits import Admission, Limits
 from corolla.wire.messages import (
@@ -232,7 +232,7 @@ def test_messages_live_as_long_as_a_round(clock: Clock) -> None:
     grid.nodes[1].silent = True
     began = clock()
     assert list(net.ask({"a": TASK})) == [("a", None)]
-    assert 0.6 <= clock() - began <= 0.6 + module.POLL
+    assert 0.6 <= clock() - began <= 0.6 + calls.POLL
     (left,) = grid.sent.values()
     assert left.metadata.ttl == 0.6
 
@@ -329,7 +329,7 @@ def test_a_message_that_is_refused_is_not_waited_for_though_a_receipt_was_lost(
     answers = dict(net.ask({"a": TASK, "b": TASK}))
     assert answers["a"] is not None
     assert answers["b"] is None
-    assert clock() - began <= 2 * module.AWAY + 2 * module.POLL
+    assert clock() - began <= 2 * calls.AWAY + 2 * calls.POLL
 
 
 def test_flower_still_gives_a_message_that_it_has_its_id_again(
@@ -361,7 +361,7 @@ def test_a_superlink_that_stays_away_costs_the_round_and_no_more(clock: Clock) -
     grid.away = 1 << 30
     began = clock()
     assert dict(net.ask({"a": TASK})) == {"a": None}
-    assert 5.0 <= clock() - began <= 5.0 + 2 * module.AWAY
+    assert 5.0 <= clock() - began <= 5.0 + 2 * calls.AWAY
     assert net.online() == set()
     grid.away = 0
     assert net.online() == {"a"}
@@ -397,7 +397,7 @@ def test_too_few_clients_are_waited_for_and_then_said(clock: Clock) -> None:
     began = clock()
     with pytest.raises(StoppedError, match="2 nodes are online, 1 as clients; needed: 2 clients"):
         network(grid, clock, clients=2, wait=7.0).clients()
-    assert 7.0 <= clock() - began <= 7.0 + 2 * module.POLL
+    assert 7.0 <= clock() - began <= 7.0 + 2 * calls.POLL
     with pytest.raises(RoundError, match="model differs"):
         network(LocalGrid({2: grid.nodes[2]})).clients()
     grid.nodes[3] = Node("c", "kc")
@@ -410,7 +410,7 @@ def test_a_hello_that_flower_loses_is_said_again_soon(clock: Clock, how: int) ->
     grid = LocalGrid({1: Node("a", "k", lost=[how]), 2: Node("b", "kb")})
     began = clock()
     assert network(grid, clock, clients=2, wait=100).clients() == {"a": 10, "b": 10}
-    assert clock() - began <= module.REPEAT + 2 * module.POLL
+    assert clock() - began <= module.REPEAT + 2 * calls.POLL
     assert grid.nodes[1].asked == grid.nodes[2].asked == [Kind.HELLO]
 
 
@@ -421,11 +421,11 @@ def test_a_node_is_asked_more_and_more_seldom_and_any_answer_counts(clock: Clock
     until(lambda: net.online() == {"b"}, clock)
     times = list[float]()
     began = clock()
-    while clock() - began < module.HELLO - 2 * module.POLL:
+    while clock() - began < module.HELLO - 2 * calls.POLL:
         sent = len(grid.sent)
         net.online()
         times += [clock() - began] * (len(grid.sent) - sent)
-        clock.wait(module.POLL)
+        clock.wait(calls.POLL)
     assert [round(time / module.REPEAT) for time in times] == [1, 3, 7]
     grid.nodes[1].silent = False
     until(lambda: net.online() == {"a", "b"}, clock)
@@ -675,8 +675,8 @@ def test_flower_still_calls_its_client_and_its_retries_what_we_do() -> None:
         grid, hello(RUN, RunSettings({})), 1.0, threading.Event(), Admission(limits=Limits())
     )
     assert grid._retry_invoker.max_tries == 1
-    assert net._bounded is not None
-    assert id(grid._runtime_client) == id(net._bounded)
+    assert net._calls.bounded is not None
+    assert id(grid._runtime_client) == id(net._calls.bounded)
     grid._disconnect()
 
 

@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from corolla.host import certificates
+from corolla.server.deployment import members
 from corolla.server.deployment.keys import ClientKeys
 from tests.e2e.federation import make_key
 
@@ -72,3 +73,39 @@ def test_a_folder_of_keys_that_cannot_be_listed_is_said_once_and_ends_nothing(
     assert registry.keys == []
     made.register(registry)  # what could not be read then is not left out for good
     assert len(registry.keys) == 1
+
+
+def test_a_member_that_was_removed_is_not_registered_and_this_is_said_with_what_to_do(
+    tmp_path: Path,
+) -> None:
+    said: list[str] = []
+    keys = tmp_path / "keys"
+    keys.mkdir()
+    make_key(tmp_path, "a", keys)
+    members.admit_all(keys)
+    members.remove(keys, "a")
+    registry: Any = Registry()
+    made = ClientKeys(keys, said.append)
+    for _ in range(2):
+        made.register(registry)
+    assert registry.keys == []
+    assert said == [f"left out: a was removed: corolla members {keys} --restore a lets it in again"]
+    assert made.registered == set()
+
+
+def test_a_folder_that_cannot_be_written_is_said_and_keys_are_registered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    keys = tmp_path / "keys"
+    keys.mkdir()
+    make_key(tmp_path, "a", keys)
+
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise PermissionError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(members, "write_atomic", refuse)
+    registry: Any = Registry()
+    ClientKeys(keys, said.append).register(registry)
+    assert len(registry.keys) == 1
+    assert "names are not bound to keys" in said[0]

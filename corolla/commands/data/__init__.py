@@ -1,0 +1,1 @@
+"""`corolla data`: how the rows of a data set are read, before anything is trained on them."""
