@@ -375,8 +375,8 @@ def export(
     given = {name: value for name, value in options.items() if value is not None}
     if to == "merged" and (given or key):
         raise ConfigError(
-            "--key, --rank, --target-modules, --length and --base are for --to executorch: "
-            "leave them out"
+            "--key, --rank, --target-modules, --length, --base and --serial are for --to "
+            "executorch: leave them out"
         )
     if to == "executorch":
         with out.status("loading") as shown:

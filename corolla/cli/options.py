@@ -163,6 +163,11 @@ PROGRAM: Table = {
     ),
     "length": Option(int | None, "Tokens of a sequence, at most.", usual="256"),
     "base": Option(str | None, "fp32, q4 or fp32,q4.", usual="fp32,q4"),
+    "serial": Option(
+        int | None,
+        "Of the bundle: phones refuse a lower one than they have seen.",
+        usual="seconds since 1970",
+    ),
 }
 """What `corolla export --to executorch` makes programs of."""
 

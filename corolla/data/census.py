@@ -26,8 +26,11 @@ _WHOLE = 1 << 30
 class Census:
     """The lengths of rows, in tokens of their whole text, and what of them is learnt from."""
 
-    max_length: int
+    encoder: Encoder
+    once: bool = False
+    """Whether only the first sequence of a row is learnt from."""
     tokens: list[int] = field(default_factory=list)
+    """The length of each row: that of its longest sequence, were nothing cut."""
     split: int = 0
     """Rows of text that become several sequences, with nothing lost."""
     cut: int = 0
@@ -43,16 +46,20 @@ class Census:
     without: Counter[str] = field(default_factory=Counter)
     """Client → its rows that are dropped or blank."""
 
-    def add(self, row: Example, encoder: Encoder, client: str = "", once: bool = False) -> None:
-        """Counts a row. `once`: only the first sequence of a text is learnt from."""
-        whole = replace(encoder, max_length=_WHOLE)(row)
-        size, wanted = sum(len(own.input_ids) for own in whole), sum(own.targets for own in whole)
-        kept = wanted
-        if size > self.max_length:
-            own = encoder(row)
-            kept = sum(sequence.targets for sequence in (own[:1] if once else own))
-            self.split += kept == wanted and len(own) > 1
-            self.cut += 0 < kept < wanted or (kept == wanted and len(own) == 1)
+    def __post_init__(self) -> None:
+        self.max_length = self.encoder.max_length
+        self._whole = replace(self.encoder, max_length=_WHOLE)
+
+    def add(self, row: Example, client: str = "") -> None:
+        """Counts a row."""
+        whole = self._whole(row)
+        size = max((len(own.input_ids) for own in whole), default=0)
+        wanted = kept = sum(own.targets for own in whole)
+        if size > self.max_length or (self.once and len(whole) > 1):
+            own = self.encoder(row)[: 1 if self.once else None]
+            kept = sum(sequence.targets for sequence in own)
+            self.split += kept == wanted and len(own) > len(whole)
+            self.cut += 0 < kept < wanted or (kept == wanted and len(own) == len(whole))
             self.dropped += kept == 0 < wanted
         self.blank += wanted == 0
         self.without[client] += kept == 0
@@ -86,9 +93,9 @@ class Census:
 def sample(data: FederatedData, encoder: Encoder, seed: int, most: int = SAMPLE) -> dict[str, Any]:
     """Lengths of at most `most` training rows, drawn by the seed; `of` says of how many."""
     rows = [(client, row) for client, split in data.clients.items() for row in split.train]
-    census = Census(encoder.max_length)
+    census = Census(encoder)
     for i in drawn(len(rows), most, seed):
-        census.add(rows[i][1], encoder, rows[i][0])
+        census.add(rows[i][1], rows[i][0])
     return {"of": len(rows), **census.to_json()}
 
 

@@ -50,6 +50,8 @@ class FederatedData:
     """In words, what was read."""
     notes: Sequence[tuple[str, str]] = ()
     """What should be known of the data, and what to do about it: both in words."""
+    unused: frozenset[str] = frozenset()
+    """Columns that change the meaning of a row and were not used."""
 
     @property
     def names_users(self) -> bool:
@@ -103,22 +105,14 @@ def dealt(config: RunConfig, found: Rows) -> FederatedData:
         validation_reported=own,
         left_out=left_out,
         container=found.reading.told(),
-        notes=[*notes, *_unused(found)],
+        notes=notes,
+        unused=frozenset(found.unused),
     )
 
 
 def source_of(config: RunConfig) -> Source:
     """What a run reads its rows from."""
     return Source(config.data, config.columns, config.splits, config.subset)
-
-
-def _unused(found: Rows) -> list[tuple[str, str]]:
-    """What is to be said of columns that change what rows mean and are not used."""
-    if not found.unused:
-        return []
-    told = ", ".join(f"{name} ({rows} rows)" for name, rows in sorted(found.unused.items()))
-    why = f"columns that change what rows mean are not used: {told}"
-    return [(why, "put their text into those that are, or drop them")]
 
 
 def _pooled(clients: Mapping[str, Split]) -> dict[str, Split]:
@@ -200,7 +194,8 @@ def load_heldout(config: RunConfig) -> FederatedData:
         labels,
         found.fingerprint,
         container=found.reading.told(),
-        notes=[*notes, *_unused(found)],
+        notes=notes,
+        unused=frozenset(found.unused),
     )
 
 

@@ -13,8 +13,10 @@ from corolla.data.sources import SPLITS, Reading, Source
 from corolla.errors import DataError
 
 _IDS = ("client_id", "user_id")
-_TELLING = ("system", "context", "input", "history", "instruction", "messages", "conversations")
-_TELLING += ("tools", "completion", "output", "chosen", "rejected")
+_TELLING = (
+    *("system", "context", "input", "history", "instruction", "messages", "conversations"),
+    *("tools", "completion", "output", "chosen", "rejected"),
+)
 """Columns that change what a row means; where one is not used, people are told."""
 _PLAIN = ("text", "prompt", "response")
 _ANSWERED = ("prompt", "answer", "choices")

@@ -83,6 +83,9 @@ class Child:
     can tell when its parent is gone. `note` keeps its process id while it runs.
     """
 
+    files: Sequence[int] = ()
+    """Open files of this process that the child has as well, under the same numbers."""
+
     def __init__(
         self,
         command: Sequence[str],
@@ -126,6 +129,7 @@ class Child:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                pass_fds=self.files,
             )
         self.restarts.began()
         self.code = self.cpu_seconds = None

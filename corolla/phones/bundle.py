@@ -19,11 +19,17 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from corolla.errors import ArtefactError, ConfigError
+from corolla.host.files import write_atomic
 
 MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
 VERSION = 1
 SIGNS = 1
 """The version of proto/signs-v1.md that a client of these bundles speaks."""
+
+SERIALS = "serials.json"
+"""The name of the file, in a state folder, of the newest bundle that was seen of each publisher."""
+LAST_SERIAL = 2**53 - 1
+"""The highest serial number: every reader of JSON has it exactly."""
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 # A file lies in the folder itself: a name can lead nowhere else.
@@ -93,6 +99,8 @@ class Manifest(_Frozen):
     """All that a native client and its gateway know of a bundle."""
 
     version: Literal[1] = 1
+    serial: Annotated[int, Field(ge=0, le=LAST_SERIAL)] = 0
+    """Which of its publisher's bundles is newer: the higher number."""
     model: str
     model_sha256: Sha256
     signs: Literal[1] = 1
@@ -121,10 +129,12 @@ class Manifest(_Frozen):
         raise ArtefactError(f"the bundle of {self.model} has no program {name!r}: it has {names}")
 
 
-def read(folder: Path, publisher: Path | None = None) -> Manifest:
+def read(folder: Path, publisher: Path | None = None, serials: Path | None = None) -> Manifest:
     """The manifest of a bundle; with the file of a public key, only if its owner has signed it.
 
-    Raises ArtefactError, also for a manifest of another version. Files are not read: see `verify`.
+    `serials` is the file of the newest bundle that was seen of each publisher: an older one is
+    refused, a newer one noted. Raises ArtefactError, also for a manifest of another version. Files
+    are not read: see `verify`.
     """
     path = folder / MANIFEST
     try:
@@ -133,9 +143,39 @@ def read(folder: Path, publisher: Path | None = None) -> Manifest:
         raise ArtefactError(
             f"{folder} is no bundle: {MANIFEST}: {error.strerror}; corolla export makes one"
         ) from error
-    if publisher is not None:
-        _check_signature(folder, raw, publisher)
-    return parse(raw, str(path))
+    if publisher is None:
+        return parse(raw, str(path))
+    key = _check_signature(folder, raw, publisher)
+    manifest = parse(raw, str(path))
+    if serials is not None:
+        note_serial(serials, key, manifest.serial)
+    return manifest
+
+
+def note_serial(path: Path, publisher: bytes, serial: int) -> None:
+    """Note a serial number, the highest of its publisher, whose raw public key has 32 bytes.
+
+    Raises ArtefactError for one that is lower than a noted one, and for a file that is damaged: who
+    could damage it would bring old bundles back.
+    """
+    name = hashlib.sha256(publisher).hexdigest()
+    try:
+        known = json.loads(path.read_text()) if path.exists() else {}
+        seen = {str(own): int(number) for own, number in known.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ArtefactError(
+            f"{path} cannot be read: {_first_line(error)}; it says which bundles are old: delete "
+            f"it to trust the next one"
+        ) from error
+    newest = seen.get(name, 0)
+    if serial < newest:
+        raise ArtefactError(
+            f"the bundle is older than one that its publisher signed: its serial is {serial}, "
+            f"{newest} was seen here"
+        )
+    if serial > newest:
+        seen[name] = serial
+        write_atomic(path, (json.dumps(seen) + "\n").encode(), private=True)
 
 
 def parse(raw: bytes, where: str = MANIFEST) -> Manifest:
@@ -250,7 +290,8 @@ def _write_public(key: Ed25519PrivateKey, path: Path) -> None:
         raise ConfigError(f"cannot write a key to {path}: {error.strerror}") from error
 
 
-def _check_signature(folder: Path, raw: bytes, publisher: Path) -> None:
+def _check_signature(folder: Path, raw: bytes, publisher: Path) -> bytes:
+    """The publisher's raw public key, 32 bytes, if it has signed. Raises ArtefactError."""
     try:
         key = serialization.load_pem_public_key(publisher.read_bytes())
     except (OSError, ValueError) as error:
@@ -267,6 +308,7 @@ def _check_signature(folder: Path, raw: bytes, publisher: Path) -> None:
         raise ArtefactError(
             f"{folder / MANIFEST} is not what the owner of {publisher} has signed"
         ) from error
+    return key.public_bytes_raw()
 
 
 def _inconsistent(manifest: Manifest) -> str:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,8 @@ class ExportRequest:
     """Tokens of a sequence."""
     bases: str = "fp32,q4"
     """Names of BASES, separated by commas."""
+    serial: int | None = None
+    """Serial number of the bundle; None: seconds since 1970."""
 
 
 def make(request: ExportRequest, say: Callable[[str], None] = lambda text: None) -> bundle.Manifest:
@@ -67,6 +70,8 @@ def make(request: ExportRequest, say: Callable[[str], None] = lambda text: None)
         raise ConfigError("--to executorch needs --out, a new folder, and --key, a file")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out} is not empty: name a new folder")
+    if request.serial is not None and not 0 <= request.serial <= bundle.LAST_SERIAL:
+        raise ConfigError(f"--serial {request.serial}: a whole number from 0 to 2^53-1")
     chosen = [base for base in BASES if base in bases.split(",")]
     if unknown := sorted(set(bases.split(",")) - set(BASES)):
         raise ConfigError(f"--base {unknown[0]!r} is unknown: use fp32, q4 or fp32,q4")
@@ -83,6 +88,8 @@ def make(request: ExportRequest, say: Callable[[str], None] = lambda text: None)
         scratch = Path(beside) / "bundle"  # not the one beside, which is its owner's alone
         scratch.mkdir()
         manifest = _fill(scratch, adapter, order, request.length, chosen, say)
+        serial = int(time.time()) if request.serial is None else request.serial
+        manifest = manifest.model_copy(update={"serial": serial})
         bundle.write(scratch, manifest, signer)
         if out.is_dir():
             out.rmdir()

@@ -31,8 +31,8 @@ class RunWarning:
     """Something that does not end a run and that its user should know."""
 
     id: str
-    """One of VERDICTS; or data, eps, extended, memory, no_effect, template, unbounded: told at the
-    start."""
+    """One of VERDICTS; or, of a start, columns, data, eps, extended, memory, no_effect, template or
+    unbounded."""
     why: str
     instead: str
     """The advice on what to do about it; "" without any."""

@@ -10,11 +10,12 @@ import asyncio
 import base64
 import hashlib
 import logging
+import os
 import socket
 import ssl
-import threading
+import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,11 +26,12 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from corolla.errors import ConfigError
 from corolla.host import logs
-from corolla.host.supervised import open_files
+from corolla.host.processes import when_orphaned
+from corolla.host.supervised import Child, open_files
+from corolla.server.deployment.connections import CountingServer, Hurried
 
 FLEET = frozenset(
     "register-node activate-node deactivate-node unregister-node send-node-heartbeat pull-messages "
@@ -39,8 +41,6 @@ MAX_BODY = 16 << 20
 """Bytes of one call: Flower cuts arrays into 5 MiB; a header of ours has 8 MiB at most."""
 _CONNECTIONS = 1024
 """Connections at most, and a third of the open-file limit: a call has two, the rest is ours."""
-_HEAD = 10.0
-"""Seconds in which the head of a request must be there: who sends none keeps no connection."""
 _WHOLE = 60.0
 """Seconds in which its body must be there."""
 _TIMEOUT = httpx.Timeout(60.0, connect=5.0)
@@ -60,84 +60,58 @@ class _TooLargeError(Exception):
     """A body that was not declared and is larger than MAX_BODY."""
 
 
-class _Hurried(H11Protocol):
-    """Closes a connection that is one too many, and one that brings no request in time.
-
-    The timer of uvicorn itself starts after an answer and ends with the next byte.
-    """
-
-    _late: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        if self.limit_concurrency and len(self.connections) > self.limit_concurrency:
-            transport.abort()
-        else:
-            self._late = self.loop.call_later(_HEAD, transport.abort)
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self.cycle and not self.cycle.response_complete:
-            self._in_time()
-        elif self._late is None:
-            self._late = self.loop.call_later(_HEAD, self.transport.abort)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._in_time()
-        super().connection_lost(exc)
-
-    def _in_time(self) -> None:
-        if self._late:
-            self._late.cancel()
-        self._late = None
-
-
 class Front:
-    """Serves in a thread of its own until `stop`."""
+    """Serves in the thread that calls `run`, until another one calls `stop`."""
 
     def __init__(self, door: socket.socket, certs: Path, port: int, ca: Path) -> None:
         """TLS at `door` with server.pem of `certs`; calls go on to loopback `port`, whose
         certificate `ca` must have signed. Raises ConfigError for files that cannot be used.
         """
-        self._socket = door
-        host, bound = self._socket.getsockname()[:2]
-        self.address = f"[{host}]:{bound}" if ":" in host else f"{host}:{bound}"
         connections = min(_CONNECTIONS, open_files() // 3)
         config = uvicorn.Config(
             _application(f"https://127.0.0.1:{port}", ca, connections),
-            http=_Hurried,
+            http=Hurried,
             ws="none",
             ssl_certfile=str(certs / "server.pem"),
             ssl_keyfile=str(certs / "server.key"),
-            limit_concurrency=connections,
             timeout_keep_alive=75,
             timeout_graceful_shutdown=2,
             log_config=None,
             access_log=False,
             server_header=False,
         )
-        self._server = uvicorn.Server(config)
+        self.server = CountingServer(config, door, connections)
         try:
             config.load()
         except (OSError, ssl.SSLError) as error:
-            self._socket.close()
             raise ConfigError(f"cannot serve with {certs / 'server.pem'}: {error}") from error
-        self._thread = threading.Thread(
-            target=self._server.run, kwargs={"sockets": [self._socket]}, name="front", daemon=True
-        )
 
-    def start(self) -> None:
-        self._thread.start()
-
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
+    def run(self) -> None:
+        self.server.run()
 
     def stop(self) -> None:
-        self._server.should_exit = True
-        if self._thread.ident:
-            self._thread.join(10)
-        self._socket.close()
+        self.server.should_exit = True
+
+
+def process(
+    door: socket.socket, certs: Path, port: int, ca: Path, logs: Path, run_id: str
+) -> Child:
+    """A front in a process of its own, not yet started; it ends with this one.
+
+    So that whoever opens connections uses up its files, and not those of this process. What it
+    refuses stands in the supervisor's log of the run, in the folder `logs`.
+    """
+    words = [str(own) for own in (door.fileno(), certs.resolve(), port, ca, logs, run_id)]
+    log = logs / "front.log"
+    child = Child([sys.executable, "-m", __name__, *words], log, listener=lambda _: None)
+    child.files = (door.fileno(),)
+    return child
+
+
+def bound(door: socket.socket) -> str:
+    """HOST:PORT of a socket that `listen` has made."""
+    host, port = door.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def listen(address: str) -> socket.socket:
@@ -286,3 +260,20 @@ def _why(request: Request, status: int) -> str:
         behind = "behind" if age > 0 else "ahead"
         return f"the node's clock is {abs(age):.0f} s {behind} of this one: set it"
     return "its key is not registered, or the signature is not of that key"
+
+
+def main(words: Sequence[str]) -> int:
+    """Serve until the parent ends; the exit code says why not."""
+    number, certs, port, ca, folder, run_id = words
+    when_orphaned(lambda: os._exit(0))
+    logs.configure(Path(folder, "supervisor.jsonl"), run_id)
+    try:
+        Front(socket.socket(fileno=int(number)), Path(certs), int(port), Path(ca)).run()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

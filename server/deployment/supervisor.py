@@ -32,8 +32,7 @@ from corolla.host.processes import (
     stoppable,
 )
 from corolla.host.supervised import Child, stop
-from corolla.server.deployment import exporter, members, superlink
-from corolla.server.deployment.front import Front, listen
+from corolla.server.deployment import exporter, front, members, superlink
 from corolla.server.deployment.keys import ClientKeys
 from corolla.server.deployment.order import (
     OUTCOME,
@@ -69,6 +68,7 @@ class Supervisor:
         self._keys = ClientKeys(settings.clients_keys, say)
         self._submission = Submission(folder, say)
         self._noted: dict[str, int] = {}  # child → its process id, as it is on disk
+        self._address = ""  # of the front
         self._told = 0  # rounds of metrics.jsonl
         self._seen: tuple[int, int] | None = None  # when that was written last, and its bytes
 
@@ -92,8 +92,8 @@ class Supervisor:
             (folder / OUTCOME).unlink(missing_ok=True)
             self._told = len(self._lines())
             metrics_port = self._serve_metrics(ends)
-            front = self._front(place, door)
-            had = {"address": front.address if front else "", "metrics_port": metrics_port}
+            self._address = front.bound(door) if door else ""
+            had = {"address": self._address, "metrics_port": metrics_port}
             self.settings.model_copy(update=had).write(folder)
             keys = self.settings.clients_keys
             replace(order, clients_keys=str(keys.resolve()) if keys else "").write(folder)
@@ -101,21 +101,23 @@ class Supervisor:
             ends.callback(stop, [link], _GRACE)
             ends.callback(stop, [executor], _GRACE)
             ends.callback(self._submission.end_process)
-            if front:
-                ends.callback(front.stop)
-                front.start()
+            children = [link, executor]
+            if door:
+                children.append(self._front(place, door, order.run_id))
+                ends.callback(stop, children[2:], _GRACE)
+            else:
+                self.say(f"no front: pass Fleet calls on to https://127.0.0.1:{place.port}")
             control = Control(place)
             ends.callback(control.close)
             self._await_ready(control, link, asked)
             executor.start()
-            self._supervise(place, control, [link, executor], front, asked)
+            self._supervise(place, control, children, asked)
 
     def _supervise(
         self,
         place: Place,
         control: Control,
         children: list[Child],
-        front: Front | None,
         asked: Event,
     ) -> None:
         due = 0.0
@@ -126,10 +128,10 @@ class Supervisor:
                 for text in stored_warnings(self.folder):
                     self.say(f"warning: {text}")
                 return self.say(f"done: {self.folder}")
-            self._tend(children, front)
+            self._tend(children)
             if time.monotonic() >= due:
                 try:
-                    self._look(place, control, front)
+                    self._look(place, control)
                 except httpx.HTTPError as error:
                     _log.warning("the SuperLink is away", why=repr(error))
                 except OSError as error:  # a disk that is full, too many open files: it may pass
@@ -138,12 +140,12 @@ class Supervisor:
             asked.wait(_POLL)
         raise StoppedError(self._kept())
 
-    def _look(self, place: Place, control: Control, front: Front | None) -> None:
+    def _look(self, place: Place, control: Control) -> None:
         """At keys, and at what Flower says of the run."""
         self._keys.register(control)
         if not self._submission.begun:
             self._submission.begin(control)
-            self._tell_ready(place, front)
+            self._tell_ready(place)
         elif why := self._submission.given_up(control):
             self._keys.forget()
             self._submission.again(control, why)
@@ -157,15 +159,16 @@ class Supervisor:
         self.say(f"metrics at http://127.0.0.1:{served.port}/metrics")
         return served.port
 
-    def _front(self, place: Place, door: socket.socket | None) -> Front | None:
-        if door is None:
-            self.say(f"no front: pass Fleet calls on to https://127.0.0.1:{place.port}")
-            return None
-        return Front(door, self.settings.certs or Path(), place.port, place.ca)
+    def _front(self, place: Place, door: socket.socket, run_id: str) -> Child:
+        certs = self.settings.certs or Path()
+        started = front.process(door, certs, place.port, place.ca, self.folder / "logs", run_id)
+        started.start()
+        return started
 
     def _end_stale(self) -> None:
         """Processes that an earlier supervisor, killed, has left in this folder."""
-        for path in (PROCESS, Path("flower", "superexec.json"), Path("flower", "superlink.json")):
+        children = (Path("flower", f"{name}.json") for name in ("superexec", "superlink", "front"))
+        for path in (PROCESS, *children):
             if stale := noted_process(self.folder / path):
                 self.say(f"ending process {stale.pid}, left by an earlier server")
                 end(stale, _GRACE)
@@ -175,7 +178,7 @@ class Supervisor:
         link.start()
         deadline = time.monotonic() + _START
         while not control.ready():
-            self._tend([link], None)
+            self._tend([link])
             if asked.is_set():
                 raise StoppedError(self._kept())
             if link.restarts.deaths >= 3 or time.monotonic() > deadline:
@@ -183,13 +186,13 @@ class Supervisor:
                 raise RoundError(f"the SuperLink does not start: {said}; {control.answer}")
             time.sleep(_POLL)
 
-    def _tell_ready(self, place: Place, front: Front | None) -> None:
-        where = f"at {front.address}" if front else "behind your proxy"
+    def _tell_ready(self, place: Place) -> None:
+        where = f"at {self._address}" if self._address else "behind your proxy"
         self.say(f"clients can join {where}; {len(self._keys.registered)} keys are registered")
-        ports = {"address": front.address if front else "", "superlink": place.port}
+        ports = {"address": self._address, "superlink": place.port}
         write_atomic(place.home / "place.json", json.dumps(ports).encode())
 
-    def _tend(self, children: list[Child], front: Front | None) -> None:
+    def _tend(self, children: list[Child]) -> None:
         for child in children:
             try:
                 if told := child.tend():
@@ -201,8 +204,6 @@ class Supervisor:
                     self._noted[child.name] = child.pid
             except (OSError, psutil.Error) as error:
                 _log.warning("child not looked after", child=child.name, why=str(error))
-        if front and not front.alive:
-            raise RoundError(f"the front has ended: see {self.folder / 'logs'}")
 
     def _lines(self) -> list[str]:
         try:
@@ -268,7 +269,7 @@ def begin(
     supervised.open_more_files()
     # Held before anything is written: an address that is taken leaves no folder behind.
     with ExitStack() as ends:
-        door = ends.enter_context(listen(settings.address)) if settings.address else None
+        door = ends.enter_context(front.listen(settings.address)) if settings.address else None
         if not resume:
             prepare_folder(folder, resume=False)
             order = RunOrder(

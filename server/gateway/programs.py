@@ -36,7 +36,7 @@ class Programs:
         for left in state.glob(f"{_MANIFEST}*"):  # of a bundle of an earlier process
             left.unlink()
         try:
-            self.manifest: Manifest = bundle.read(folder, publisher)
+            self.manifest: Manifest = bundle.read(folder, publisher, state / bundle.SERIALS)
             bundle.verify(folder, self.manifest)
             self._files = {
                 program.name: _shared(

@@ -16,12 +16,12 @@ import grpc
 
 from corolla.errors import WireError
 from corolla.host import logs
+from corolla.host.occupancy import Occupancy, Occupant
 from corolla.phones import protocol
 from corolla.proto import device_pb2 as pb
 from corolla.server.gateway.access import Token, who
 from corolla.server.gateway.gateway import Gateway
 from corolla.server.gateway.leases import Bucket
-from corolla.server.gateway.open_calls import OpenCall, OpenCalls
 from corolla.wire import rpc
 from corolla.wire.parsing import parse
 
@@ -29,6 +29,8 @@ RATE, BURST = 50.0, 200.0
 """Calls of one phone a second: a chunk of 1 MiB each. Strangers share those of their address."""
 SECONDS = {"CheckIn": 15.0, "Download": 15.0, "Upload": 240.0, "Report": 240.0, "Heartbeat": 15.0}
 """Seconds in which the request of a call must be there: a chunk has those of the slowest line."""
+MOST = {"connection": 16, "token": 256, "gateway": 1024}
+"""Calls open at a time: of one connection, of all phones with one token, of all."""
 _PEERS = 1 << 14
 _WORKERS = 32
 
@@ -43,7 +45,7 @@ class Phones:
     def __init__(self, gateway: Gateway, tokens: Mapping[str, Token]) -> None:
         self._tokens, self._clock = tokens, gateway.clock
         self._buckets: OrderedDict[str, Bucket] = OrderedDict()
-        self._open = OpenCalls()
+        self._open = Occupancy()
         self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="rpc")
         deliveries, blobs = gateway.deliveries, gateway.blobs
         self._answers: dict[str, tuple[Callable[[], Any], Callable[[Any, Token], Any]]] = {
@@ -85,7 +87,8 @@ class Phones:
             if not limit.expired():
                 limit.reschedule(0.0)
 
-        call = OpenCall(peer, token.owner, end)
+        groups = {peer: "connection", f"token {token.owner}": "token", "": "gateway"}
+        call = Occupant({group: MOST[kind] for group, kind in groups.items()}, end)
         try:
             async with limit:
                 data = await self._heard(call, requests)
@@ -96,12 +99,12 @@ class Phones:
         finally:
             self._open.leave(call)
 
-    async def _heard(self, call: OpenCall, requests: AsyncIterator[bytes]) -> bytes:
+    async def _heard(self, call: Occupant, requests: AsyncIterator[bytes]) -> bytes:
         """The request of a call. Raises _FullError, and WireError where there is none."""
         if not self._open.enter(call):
             raise _FullError
         async for data in requests:
-            self._open.heard(call)
+            self._open.settle(call)
             return data
         raise WireError("a call has a request")
 

@@ -72,6 +72,7 @@ def set_up(config: RunConfig, run_id: str | None, deployed: bool = False) -> Set
     evaluator = Evaluator(config, model, dataset.heldout, dataset.labels)
     warned = [*of_settings(config, deployed), *_of_rows(config, dataset, base)]
     warned += [*_of_model(model), *_of_eps(config, evaluator)]
+    warned += [RunWarning("data", why, instead) for why, instead in dataset.notes]
     bounded = config.max_norm is not None or config.robust != "none" or config.dp == "client"
     if deployed and not bounded:
         why = "no max-norm and no robust rule: one client can move the model as far as it likes"
@@ -88,8 +89,12 @@ def _dated(config: RunConfig, base: Base) -> RunConfig:
 
 
 def _of_rows(config: RunConfig, dataset: FederatedData, base: Base) -> list[RunWarning]:
-    """Warnings about what was read, and about a template that asks otherwise than it tells."""
-    found = [RunWarning("data", why, instead) for why, instead in dataset.notes]
+    """Warnings about columns that are not used, and about a template that asks otherwise."""
+    found = []
+    if dataset.unused:
+        why = f"{config.data} has columns that change the meaning of its rows and are not used: "
+        instead = "rename them, or put what they say into the turns of messages"
+        found.append(RunWarning("columns", why + ", ".join(sorted(dataset.unused)), instead))
     if any(row.dialogue for row in dataset.heldout):
         form = renderer(base.tokenizer, config.template_date or "")
         if isinstance(form, ChatTemplate) and (why := form.check()):

@@ -15,8 +15,9 @@ from typing import Any
 import grpc
 import pytest
 
+from corolla.host.occupancy import Occupancy, Occupant
 from corolla.proto import device_pb2 as pb
-from corolla.server.gateway import open_calls, service
+from corolla.server.gateway import service
 from tests.server.gateway import gateways
 from tests.server.gateway.callers import Caller
 from tests.server.gateway.gateways import Clock, World
@@ -34,14 +35,14 @@ def world(tmp_path: Path) -> Iterator[World]:
 @pytest.fixture
 def entered(monkeypatch: pytest.MonkeyPatch) -> threading.Semaphore:
     """One for each call that has reached the gateway."""
-    came, enter = threading.Semaphore(0), open_calls.OpenCalls.enter
+    came, enter = threading.Semaphore(0), Occupancy.enter
 
-    def noted(calls: open_calls.OpenCalls, call: open_calls.OpenCall) -> bool:
+    def noted(calls: Occupancy, call: Occupant) -> bool:
         found = enter(calls, call)
         came.release()
         return found
 
-    monkeypatch.setattr(open_calls.OpenCalls, "enter", noted)
+    monkeypatch.setattr(Occupancy, "enter", noted)
     return came
 
 

@@ -117,13 +117,12 @@ def look(config: RunConfig, rows: Rows, most: int | None, progress: Progress) ->
     encoder = Encoder.of(config, tokenizer, labels)
     train = [(client, row) for client, split in data.clients.items() for row in split.train]
     places = list(census.drawn(len(train), most or len(train), config.seed))
-    training, held_out = Census(config.max_length), Census(config.max_length)
-    once = config.dp == "example"
+    training, held_out = Census(encoder, config.dp == "example"), Census(encoder)
     for i in progress(places, len(places)):
-        training.add(train[i][1], encoder, train[i][0], once)
+        training.add(train[i][1], train[i][0])
     kept = list(census.drawn(len(data.heldout), most or len(data.heldout), config.seed))
     for i in progress(kept, len(kept)):
-        held_out.add(data.heldout[i], encoder)
+        held_out.add(data.heldout[i])
     return Look(
         data=data,
         rows=rows,

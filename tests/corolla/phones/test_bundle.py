@@ -1,5 +1,6 @@
 """Manifests: what is signed is what is read, and every way to be wrong is one line."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -83,7 +84,16 @@ def test_what_is_written_is_read(signed: tuple[Path, Path]) -> None:
 def test_the_file_has_the_fields_that_other_languages_read(signed: tuple[Path, Path]) -> None:
     fields = json.loads((signed[0] / bundle.MANIFEST).read_text())
     assert fields.keys() == {
-        *("version", "model", "model_sha256", "signs", "executorch", "executorch_min", "rank"),
+        *(
+            "version",
+            "serial",
+            "model",
+            "model_sha256",
+            "signs",
+            "executorch",
+            "executorch_min",
+            "rank",
+        ),
         *("targets", "vocab", "length", "tokenizer", "adapter", "programs", "files"),
     }
     assert fields["adapter"][0] == {"name": "q.lora_A", "shape": [2, 8]}
@@ -102,6 +112,63 @@ def test_every_byte_is_signed(signed: tuple[Path, Path]) -> None:
 def test_another_publisher(signed: tuple[Path, Path], tmp_path: Path) -> None:
     bundle.signing_key(tmp_path / "other.key")
     assert "is not what the owner of" in refused(signed[0], tmp_path / "other.pub")
+
+
+def signed_again(folder: Path, publisher: Path, serial: int) -> None:
+    key = bundle.signing_key(publisher.with_suffix(".key"))
+    found = bundle.read(folder).model_copy(update={"serial": serial})
+    bundle.write(folder, found, key)
+
+
+def test_an_older_bundle_of_a_publisher_is_refused_once_a_newer_was_seen(
+    signed: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder, publisher = signed
+    seen = tmp_path / "serials.json"
+    assert bundle.read(folder, publisher, seen).serial == 0  # of a manifest that says none
+    for serial in (5, 5, 9):
+        signed_again(folder, publisher, serial)
+        assert bundle.read(folder, publisher, seen).serial == serial
+    for serial in (8, 0):
+        signed_again(folder, publisher, serial)
+        with pytest.raises(ArtefactError, match=f"its serial is {serial}, 9 was seen here"):
+            bundle.read(folder, publisher, seen)
+        assert bundle.read(folder, publisher).serial == serial  # by who has seen none
+    raw = bundle.signing_key(publisher.with_suffix(".key")).public_key().public_bytes_raw()
+    assert json.loads(seen.read_text()) == {hashlib.sha256(raw).hexdigest(): 9}
+    assert seen.stat().st_mode & 0o777 == 0o600
+
+
+def test_serials_are_a_publishers_own_and_an_unsigned_one_counts_for_nothing(
+    signed: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder, publisher = signed
+    seen = tmp_path / "serials.json"
+    signed_again(folder, publisher, 9)
+    bundle.read(folder, publisher, seen)
+    other = tmp_path / "other.pub"
+    bundle.signing_key(other.with_suffix(".key"))
+    signed_again(folder, other, 3)
+    assert bundle.read(folder, other, seen).serial == 3
+    edited(folder, serial=bundle.LAST_SERIAL)
+    with pytest.raises(ArtefactError, match="is not what the owner of"):
+        bundle.read(folder, publisher, seen)
+    assert sorted(json.loads(seen.read_text()).values()) == [3, 9]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"ab": "x"}', "3"])
+def test_a_damaged_note_of_serials_lets_no_bundle_in(
+    signed: tuple[Path, Path], tmp_path: Path, text: str
+) -> None:
+    folder, publisher = signed
+    (tmp_path / "serials.json").write_text(text)
+    with pytest.raises(ArtefactError, match="which bundles are old: delete it"):
+        bundle.read(folder, publisher, tmp_path / "serials.json")
+
+
+@pytest.mark.parametrize("serial", [-1, bundle.LAST_SERIAL + 1, 1.5, "new"])
+def test_a_serial_that_is_none_is_refused(signed: tuple[Path, Path], serial: object) -> None:
+    assert "serial" in refused(edited(signed[0], serial=serial))
 
 
 def test_a_signature_that_is_not_there(signed: tuple[Path, Path]) -> None:

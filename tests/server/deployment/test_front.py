@@ -4,6 +4,7 @@ import base64
 import contextlib
 import http.server
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -20,8 +21,9 @@ import pytest
 from corolla.errors import ConfigError
 from corolla.host import certificates, logs
 from corolla.host.processes import free_port
+from corolla.server.deployment import connections
 from corolla.server.deployment import front as front_module
-from corolla.server.deployment.front import FLEET, MAX_BODY, Front, listen
+from corolla.server.deployment.front import FLEET, MAX_BODY, Front, bound, listen
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -94,10 +96,22 @@ def front(upstream: Upstream, tmp_path: Path, request: pytest.FixtureRequest) ->
         with nginx(tmp_path, port) as address:
             yield Door(address)
         return
-    made = Front(listen("127.0.0.1:0"), tmp_path / "outer", port, tmp_path / "inner" / "ca.pem")
-    made.start()
-    yield Door(made.address)
-    made.stop()
+    with built_in(tmp_path / "outer", port, tmp_path / "inner" / "ca.pem") as (address, _):
+        yield Door(address)
+
+
+@contextlib.contextmanager
+def built_in(certs: Path, port: int, ca: Path) -> Iterator[tuple[str, Front]]:
+    """(its address, a front in a thread of this process: what tests change of it, changes)."""
+    with listen("127.0.0.1:0") as door:
+        made = Front(door, certs, port, ca)
+        thread = threading.Thread(target=made.run)
+        thread.start()
+        try:
+            yield bound(door), made
+        finally:
+            made.stop()
+            thread.join()
 
 
 @contextlib.contextmanager
@@ -266,16 +280,10 @@ def test_a_superlink_that_is_away_is_502(upstream: Upstream, tmp_path: Path) -> 
     with socket.socket() as nobody:  # bound and not listening
         nobody.bind(("127.0.0.1", 0))
         port = int(nobody.getsockname()[1])
-        front = Front(
-            listen("127.0.0.1:0"), tmp_path / "outer", port, tmp_path / "inner" / "ca.pem"
-        )
-        front.start()
-        try:
-            context = ssl.create_default_context(cafile=str(tmp_path / "outer" / "ca.pem"))
-            url = f"https://{front.address}/v1/fleet/get-run"
+        context = ssl.create_default_context(cafile=str(tmp_path / "outer" / "ca.pem"))
+        with built_in(tmp_path / "outer", port, tmp_path / "inner" / "ca.pem") as (address, _):
+            url = f"https://{address}/v1/fleet/get-run"
             assert httpx.post(url, verify=context, trust_env=False).status_code == 502
-        finally:
-            front.stop()
 
 
 def test_a_superlink_with_another_certificate_is_not_spoken_to(
@@ -283,14 +291,10 @@ def test_a_superlink_with_another_certificate_is_not_spoken_to(
 ) -> None:
     certificates.make(tmp_path / "other", [])
     port = int(upstream.server_address[1])
-    front = Front(listen("127.0.0.1:0"), tmp_path / "other", port, tmp_path / "other" / "ca.pem")
-    front.start()
-    try:
-        context = ssl.create_default_context(cafile=str(tmp_path / "other" / "ca.pem"))
-        url = f"https://{front.address}/v1/fleet/get-run"
+    context = ssl.create_default_context(cafile=str(tmp_path / "other" / "ca.pem"))
+    with built_in(tmp_path / "other", port, tmp_path / "other" / "ca.pem") as (address, _):
+        url = f"https://{address}/v1/fleet/get-run"
         assert httpx.post(url, verify=context, content=b"1", trust_env=False).status_code == 502
-    finally:
-        front.stop()
     assert upstream.seen == []
 
 
@@ -356,14 +360,14 @@ def test_who_sends_no_whole_request_keeps_no_connection(
 ) -> None:
     """Also where its bytes come one part after the other."""
     came = threading.Semaphore(0)
-    received = front_module._Hurried.data_received
+    received = connections.Hurried.data_received
 
-    def noted(connection: front_module._Hurried, data: bytes) -> None:
+    def noted(connection: connections.Hurried, data: bytes) -> None:
         received(connection, data)
         came.release()
 
-    monkeypatch.setattr(front_module._Hurried, "data_received", noted)
-    monkeypatch.setattr(front_module, "_HEAD", 0.5)
+    monkeypatch.setattr(connections.Hurried, "data_received", noted)
+    monkeypatch.setattr(connections, "HEAD", 0.5)
     monkeypatch.setattr(front_module, "_WHOLE", 0.5)
     with open_tls(front) as secured:
         for part in (sent[:-4], sent[-4:]):
@@ -384,7 +388,7 @@ def test_a_node_that_is_idle_between_calls_keeps_its_connection(
     with open_tls(front) as secured:
         secured.sendall(call)
         assert secured.recv(65536).startswith(b"HTTP/1.1 200")
-        monkeypatch.setattr(front_module, "_HEAD", 0.2)
+        monkeypatch.setattr(connections, "HEAD", 0.2)
         closed_for_want_of_a_request(front)  # one that began later
         secured.sendall(call)
         assert secured.recv(65536).startswith(b"HTTP/1.1 200")
@@ -408,6 +412,61 @@ def test_callers_cannot_fill_the_log(
     lines = log.read_text().splitlines()
     assert len(lines) == 3 + 2
     assert "and 5 more" in lines[3]
+
+
+@pytest.mark.parametrize("front", ["builtin"], indirect=True)
+def test_who_does_not_begin_tls_keeps_no_connection(
+    front: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "HANDSHAKE", 0.2)
+    host, port = front.address.split(":")
+    with (
+        socket.create_connection((host, int(port)), timeout=60) as silent,
+        contextlib.suppress(ConnectionError),
+    ):
+        assert silent.recv(1) == b""
+
+
+def test_certificates_that_are_none_are_one_line(tmp_path: Path) -> None:
+    for name in ("server.pem", "server.key"):
+        (tmp_path / name).write_text("nothing")
+    certificates.make(tmp_path / "ca", [])
+    with (
+        listen("127.0.0.1:0") as door,
+        pytest.raises(ConfigError, match=r"cannot serve with .*server\.pem"),
+    ):
+        Front(door, tmp_path, 1, tmp_path / "ca" / "ca.pem")
+
+
+def test_the_front_is_a_process_that_is_started_again_at_the_same_door(
+    upstream: Upstream, tmp_path: Path
+) -> None:
+    certificates.make(tmp_path / "outer", [])
+    (tmp_path / "logs").mkdir()
+    context = ssl.create_default_context(cafile=str(tmp_path / "outer" / "ca.pem"))
+    port, ca = int(upstream.server_address[1]), tmp_path / "inner" / "ca.pem"
+    with listen("127.0.0.1:0") as door:
+        child = front_module.process(door, tmp_path / "outer", port, ca, tmp_path / "logs", "r1")
+        child.start()
+        try:
+            url = f"https://{bound(door)}/v1/fleet/get-run"
+            upstream.status = 401
+            for _ in range(2):
+                found = httpx.post(url, verify=context, timeout=60, trust_env=False)
+                assert found.status_code == 401
+                child.send(signal.SIGKILL)
+                assert child.wait() == -signal.SIGKILL
+                assert "front ended with code -9; starting it again" in str(child.tend())
+                deadline = time.monotonic() + 60
+                while child.pid is None:
+                    child.tend()
+                    assert time.monotonic() < deadline
+                    time.sleep(0.02)
+        finally:
+            child.close()
+    lines = (tmp_path / "logs" / "supervisor.jsonl").read_text().splitlines()
+    assert len(lines) == 2
+    assert all("not signed" in line and "r1" in line for line in lines)
 
 
 def closed_for_want_of_a_request(front: Door) -> None:

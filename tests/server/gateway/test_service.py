@@ -8,8 +8,9 @@ from typing import Any
 import grpc
 import pytest
 
+from corolla.host.occupancy import Occupancy, Occupant
 from corolla.proto import device_pb2 as pb
-from corolla.server.gateway import open_calls, service
+from corolla.server.gateway import service
 from corolla.server.gateway.service import BURST, RATE
 from tests.server.gateway import gateways
 from tests.server.gateway.callers import Caller
@@ -89,7 +90,7 @@ def test_of_too_many_calls_of_a_connection_as_many_end(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(service.SECONDS, "Heartbeat", 1000.0)
-    with silent(world, open_calls.MOST["connection"] + 3) as held:
+    with silent(world, service.MOST["connection"] + 3) as held:
         gateways.until(lambda: sum(future.done() for future in held) == 3, 60)
         assert {future.code() for future in held if future.done()} == {
             grpc.StatusCode.DEADLINE_EXCEEDED
@@ -99,14 +100,14 @@ def test_of_too_many_calls_of_a_connection_as_many_end(
 def test_while_all_calls_of_a_connection_are_at_work_one_more_is_refused(
     world: World, caller: Callable[..., Caller], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(open_calls.MOST, "connection", 1)
-    at_work, heard = threading.Event(), open_calls.OpenCalls.heard
+    monkeypatch.setitem(service.MOST, "connection", 1)
+    at_work, heard = threading.Event(), Occupancy.settle
 
-    def noted(calls: open_calls.OpenCalls, call: open_calls.OpenCall) -> None:
+    def noted(calls: Occupancy, call: Occupant) -> None:
         heard(calls, call)
         at_work.set()
 
-    monkeypatch.setattr(open_calls.OpenCalls, "heard", noted)
+    monkeypatch.setattr(Occupancy, "settle", noted)
     own, metadata = caller(), (("authorization", f"Bearer {gateways.TOKEN}"),)
     with world.gateway.rounds.changed:  # answers wait for it
         first = own.stub.Heartbeat.future(pb.HeartbeatRequest(), metadata=metadata, timeout=60)

@@ -1,0 +1,59 @@
+"""How many callers a server has at a time, and which of them ends for one more.
+
+Who waits costs nothing, so the bound alone would let those that say nothing keep all others out.
+Where there are as many as may be, the one that has waited for longest ends, and the new one goes
+on: what a server waits for comes at once from whoever has it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(eq=False)
+class Occupant:
+    """A call or a connection that waits for what its caller has to send."""
+
+    bounds: Mapping[str, int]
+    """What it counts for, as an address → how many there may be of it at a time."""
+    end: Callable[[], object]
+    """Ends it while it waits."""
+
+
+class Occupancy:
+    """Counts occupants. For the use of one thread."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, dict[Occupant, bool]] = {}
+        """What occupants count for → these, oldest first, and whether each waits."""
+
+    def __len__(self) -> int:
+        return len({occupant for own in self._open.values() for occupant in own})
+
+    def enter(self, occupant: Occupant) -> bool:
+        """Count one that waits; False: it is one too many, and not counted."""
+        for name, most in occupant.bounds.items():
+            own = self._open.get(name, {})
+            if len(own) < most:
+                continue
+            oldest = next((other for other, waits in own.items() if waits), None)
+            if oldest is None:
+                return False
+            self.leave(oldest)
+            oldest.end()
+        for name in occupant.bounds:
+            self._open.setdefault(name, {})[occupant] = True
+        return True
+
+    def settle(self, occupant: Occupant) -> None:
+        """What one has waited for has come: it does not end for another from now on."""
+        for name in occupant.bounds:
+            if occupant in self._open.get(name, {}):
+                self._open[name][occupant] = False
+
+    def leave(self, occupant: Occupant) -> None:
+        """One is over, for whatever reason."""
+        for name in occupant.bounds:
+            own = self._open.get(name, {})
+            own.pop(occupant, None)
+            if not own:
+                self._open.pop(name, None)
