@@ -95,6 +95,7 @@ def open_chat(source: Path, model: str | None, settings: Sequence[str], system: 
     """
     folder = artefacts.result_of(source)
     config = artefacts.config_of(folder, model, None, settings)
+    config = config.model_copy(update={"max_length": 8})  # any: what is asked has its own length
     labels = artefacts.run_info(folder).get("labels") if artefacts.is_model(folder) else None
     if labels or (labels is None and artefacts.labels_of(folder)):
         raise ConfigError(f"{folder} is a classifier, which answers no prompts: score it instead")
