@@ -313,7 +313,7 @@ def keys(
 
 
 def evaluate(
-    adapter: Annotated[Path, typer.Argument(help="A run's adapter/ or model/ folder.")],
+    adapter: Annotated[Path, typer.Argument(help="A run's folder, or its adapter/ or model/.")],
     model: Annotated[str | None, typer.Option(help="Default: the one it was trained on.")] = None,
     data: Annotated[str | None, typer.Option(help="Default: the data of its run.")] = None,
     tasks: Annotated[

@@ -2,13 +2,13 @@
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 
 from corolla.config.run import RunConfig
 from corolla.data.encoding import Encoded, Encoder
@@ -92,11 +92,31 @@ def final_number(text: str) -> Decimal | None:
     return -size if number["sign"] else size
 
 
+class _Heard(TextStreamer):
+    """Tells the text of an answer so far whenever it has grown."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, hear: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._hear, self._text = hear, ""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Called by transformers with each whole word."""
+        self._text += text
+        self._hear(self._text.strip())
+
+
 @torch.no_grad()
 def generate(
-    model: Any, base: Base, prompts: Sequence[Sequence[int]], most: int, virtual: int = 0
+    model: Any,
+    base: Base,
+    prompts: Sequence[Sequence[int]],
+    most: int,
+    virtual: int = 0,
+    hear: Callable[[str], None] | None = None,
 ) -> list[str]:
     """Greedy continuations of at most `most` tokens, without the prompts.
+
+    `hear` takes the text of a single prompt's continuation so far, while it is made.
 
     Batches are of like length, padded on the left; none outgrows the positions that the model has.
     With `virtual` tokens of a trained prompt they are of equal length: peft puts the prompt before
@@ -133,6 +153,7 @@ def generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             generation_config=greedy,
+            streamer=_Heard(base.tokenizer, hear) if hear else None,
         )
         texts = base.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)
         for i, text in zip(rows, texts, strict=True):

@@ -97,15 +97,15 @@ def _personal(info: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> Me
     return Measured(what, base, [(0, base), *measured], final, error)
 
 
-def of_extension(config: RunConfig, before: Sequence[int]) -> Iterator[RunWarning]:
-    """Warns of a run that was extended while its learning rate fell.
+def of_extension(config: RunConfig, before: Sequence[int]) -> list[dict[str, Any]]:
+    """The warning, for run.json, of a run that was extended while its learning rate fell.
 
     `before`: the numbers of rounds that it was begun and gone on with.
     """
     first = next((rounds for rounds in before if rounds != config.rounds), None)
     if first is None or config.schedule == "constant":
-        return
-    yield RunWarning(
+        return []
+    found = RunWarning(
         "extended",
         f"extended from {first} rounds to {config.rounds}: with schedule={config.schedule} the "
         f"learning rate fell over {first} rounds at first, so this is not the result of a run of "
@@ -113,6 +113,7 @@ def of_extension(config: RunConfig, before: Sequence[int]) -> Iterator[RunWarnin
         "with schedule=constant it is",
         {"from": first, "to": config.rounds},
     )
+    return [found.to_json()]
 
 
 def _worse(config: RunConfig, losses: Measured) -> Iterator[RunWarning]:

@@ -143,7 +143,7 @@ class Run:
         )
         lines = committed_lines(self.folder, at.round)
         info = run_info(self.facts, federation, self.evaluator, account, self.keep_updates)
-        info["warnings"] += [w.to_json() for w in of_extension(self.config, journal.past.rounds)]
+        info["warnings"] += of_extension(self.config, journal.past.rounds)
         base = self._base(federation, untouched)
         write_info(self.folder, {**info, "base": base["metrics"], "status": "running"})
         self.observer.started({**info, "base": base["metrics"]}, at.round + 1)
@@ -188,8 +188,7 @@ class Run:
         clients = {**past.roster, **dict(sorted(self.network.clients().items()))}
         if not clients:
             raise ConfigError("no client answered: nothing to train")
-        availability = self.config.availability
-        trace = read_trace(Path(availability)) if availability else None
+        trace = read_trace(Path(own)) if (own := self.config.availability) else None
         model = self.evaluator.model
         for spec in self.config.loras:
             model.check_rank(spec)

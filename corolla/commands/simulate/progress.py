@@ -182,20 +182,7 @@ def print_summary(console: Console, summary: Summary) -> None:
                 f"clients' own loss, {called}", *(f"{fair[w][key]:.4f}" for w in ("base", "final"))
             )
     console.print(table)
-    costs = Table("", "sent by clients", "received by clients", title="Bytes", title_justify="left")
-    costs.add_row(
-        "all clients, all rounds", human_bytes(summary.bytes_up), human_bytes(summary.bytes_down)
-    )
-    up, down = (f"{human_bytes(n)} ({human_bytes(f)})" for n, f in summary.per_client)
-    costs.add_row("a client in the last round (by the formula)", up, down)
-    console.print(costs)
-    simulated = summary.sim_seconds
-    told = f", {simulated:,.1f} s simulated" if simulated is not None else ""
-    console.print(
-        f"time {summary.seconds:.1f} s{told}; peak memory of this process "
-        f"{human_bytes(summary.peak_rss)}",
-        highlight=False,
-    )
+    _print_costs(console, summary)
     for warning in summary.warnings:
         if warning["id"] in VERDICTS:  # others were told when the run began
             say_warning(console, warning["text"])
@@ -225,6 +212,24 @@ def print_summary(console: Console, summary: Summary) -> None:
             soft_wrap=True,
         )
     console.print(f"report  {escape(str(summary.folder / 'report.html'))}", soft_wrap=True)
+
+
+def _print_costs(console: Console, summary: Summary) -> None:
+    """What travelled, how long the run took, and its memory."""
+    costs = Table("", "sent by clients", "received by clients", title="Bytes", title_justify="left")
+    costs.add_row(
+        "all clients, all rounds", human_bytes(summary.bytes_up), human_bytes(summary.bytes_down)
+    )
+    up, down = (f"{human_bytes(n)} ({human_bytes(f)})" for n, f in summary.per_client)
+    costs.add_row("a client in the last round (by the formula)", up, down)
+    console.print(costs)
+    simulated = summary.sim_seconds
+    told = f", {simulated:,.1f} s simulated" if simulated is not None else ""
+    console.print(
+        f"time {summary.seconds:.1f} s{told}; peak memory of this process "
+        f"{human_bytes(summary.peak_rss)}",
+        highlight=False,
+    )
 
 
 def _short(text: str, limit: int = 240) -> str:
