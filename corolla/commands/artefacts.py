@@ -1,19 +1,17 @@
-"""What can be done with a finished adapter: score it, merge it. With plain PEFT."""
+"""Scores of finished adapters with plain PEFT, and what the run of an adapter says of it."""
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from corolla.config.load import amended, validate
 from corolla.config.run import RunConfig
 from corolla.data import federated
-from corolla.data.encoding import Encoded, Encoder, collate
+from corolla.data.encoding import Encoder
 from corolla.errors import ArtefactError, ConfigError
 from corolla.evaluation import answers, harness
 from corolla.evaluation.scoring import SHARES, score_by_row, standard_error
@@ -39,7 +37,7 @@ def evaluate_adapter(
     weights of the base model are random. Raises ConfigError for another seed than the run's, with
     which examples that were trained on would be held out.
     """
-    config = _config(adapter, model, dataset, settings)
+    config = config_of(adapter, model, dataset, settings)
     data = federated.load(config)
     chosen = federated.spread(data.heldout, config.eval_examples)
     answers.check(chosen, config)
@@ -73,9 +71,9 @@ def evaluate_tasks(
     `tasks` are names or .yaml files; `limit` is how many documents of each. Raises ConfigError for
     a classifier, which answers no prompts.
     """
-    config = _config(adapter, model, None, settings)
+    config = config_of(adapter, model, None, settings)
     config = config.model_copy(update={"max_length": 8})  # any: a task has its own lengths
-    if _run_info(adapter).get("labels") if _is_model(adapter) else _labels(adapter):
+    if run_info(adapter).get("labels") if is_model(adapter) else labels_of(adapter):
         raise ConfigError(f"{adapter} is a classifier: --tasks need a language model")
     loaded = harness.load(tasks)
     base = pretrained.load(config)
@@ -94,12 +92,12 @@ def _side_by_side(
     measure: Callable[[Any], Metrics],
 ) -> dict[str, Metrics]:
     before = measure(base.model)
-    if _is_model(adapter):
-        return {"base": before, "model": measure(_whole(adapter, config, labels).model)}
-    return {"base": before, "adapter": measure(_tuned(adapter, base))}
+    if is_model(adapter):
+        return {"base": before, "model": measure(whole(adapter, config, labels).model)}
+    return {"base": before, "adapter": measure(tuned_of(adapter, base))}
 
 
-def _tuned(adapter: Path, base: pretrained.Base) -> Any:
+def tuned_of(adapter: Path, base: pretrained.Base) -> Any:
     """The adapter on its base model. Raises ArtefactError for weights that neither of them has."""
     if drawn := sorted(base.missing - adapter_files.names(adapter)):
         raise ArtefactError(
@@ -109,53 +107,12 @@ def _tuned(adapter: Path, base: pretrained.Base) -> Any:
     return adapter_files.load_adapter(base.model, adapter)
 
 
-def _whole(folder: Path, config: RunConfig, labels: Sequence[str]) -> pretrained.Base:
+def whole(folder: Path, config: RunConfig, labels: Sequence[str]) -> pretrained.Base:
     """A saved whole model. Raises ArtefactError for weights that it lacks."""
     found = pretrained.load(config.model_copy(update={"model": str(folder)}), labels)
     if found.missing:
         raise ArtefactError(f"{folder} lacks {', '.join(sorted(found.missing))}")
     return found
-
-
-def export_merged(adapter: Path, model: str | None, folder: Path) -> float:
-    """Write base + adapter as one model; the largest difference of logits after reloading.
-
-    Merges in fp32, whatever the base's stored precision, and saves fp32: adding a small update to
-    half-precision weights would lose most of it. Raises ConfigError for a folder that is not
-    empty, ArtefactError when the reloaded model differs by more than rounding.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"--out {folder} is not empty: name a new folder")
-    if _is_model(adapter):
-        raise ConfigError(f"{adapter} is a whole model already: any tool loads it as it is")
-    config = _config(adapter, model, None, ())
-    config = config.model_copy(update={"dtype": "float32", "quantization": "none", "device": "cpu"})
-    labels = _labels(adapter)
-    base = pretrained.load(config, labels)
-    probe = _probe(base)
-    with torch.no_grad():
-        tuned = _tuned(adapter, base)
-        wanted = tuned(**probe).logits
-        merged = adapter_files.merge(tuned)
-    scratch = folder.with_name(folder.name + ".part")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
-        merged.save_pretrained(scratch)
-        base.tokenizer.save_pretrained(scratch)
-        del merged, tuned, base
-        again = _whole(scratch, config, labels)
-        with torch.no_grad():
-            found = again.model(**probe).logits
-        difference = float((wanted - found).abs().max())
-        if not difference <= 1e-4 * max(1.0, float(wanted.abs().max())):
-            raise ArtefactError(f"the merged model differs by {difference:.2e} in its logits")
-        if folder.is_dir():
-            folder.rmdir()
-        scratch.replace(folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return difference
 
 
 def print_scores(console: Console, scores: Mapping[str, Metrics]) -> None:
@@ -167,16 +124,16 @@ def print_scores(console: Console, scores: Mapping[str, Metrics]) -> None:
     console.print(table)
 
 
-def _config(
+def config_of(
     adapter: Path, model: str | None, dataset: str | None, settings: Sequence[str]
 ) -> RunConfig:
     """The settings of the adapter's run (run.json beside it) or defaults, then what is given."""
-    if not (adapter / "adapter_config.json").is_file() and not _is_model(adapter):
+    if not (adapter / "adapter_config.json").is_file() and not is_model(adapter):
         raise ArtefactError(f"{adapter} is no adapter: it has no adapter_config.json")
-    run = _run_info(adapter)
-    if _is_model(adapter) and not run and model is None:
+    run = run_info(adapter)
+    if is_model(adapter) and not run and model is None:
         raise ConfigError(f"{adapter} has no run.json beside it: name its base model with --model")
-    known = {} if _is_model(adapter) else {"model": adapter_files.base_of(adapter)}
+    known = {} if is_model(adapter) else {"model": adapter_files.base_of(adapter)}
     stored = validate(run["config"] if run else known)
     config = amended(stored, {"model": model, "data": dataset}, settings)
     if run and config.data == stored.data and config.seed != stored.seed:
@@ -188,13 +145,13 @@ def _config(
     return config
 
 
-def _is_model(folder: Path) -> bool:
+def is_model(folder: Path) -> bool:
     """Whether a folder holds a whole model and no adapter."""
     whole, adapter = folder / "config.json", folder / "adapter_config.json"
     return whole.is_file() and not adapter.is_file()
 
 
-def _run_info(adapter: Path) -> dict[str, Any]:
+def run_info(adapter: Path) -> dict[str, Any]:
     """run.json of the run that the adapter is the result of; empty where it is not beside it."""
     path = adapter.resolve().parent / "run.json"
     if not path.is_file():
@@ -206,20 +163,13 @@ def _run_info(adapter: Path) -> dict[str, Any]:
         raise ArtefactError(f"{path} cannot be read: {error!r}") from error
 
 
-def _labels(adapter: Path) -> Sequence[str]:
+def labels_of(adapter: Path) -> Sequence[str]:
     """Labels of a classifier, from its run or counted from its head; empty for a causal model."""
     config = json.loads((adapter / "adapter_config.json").read_text())
     if config.get("task_type") != "SEQ_CLS":
         return ()
-    if labels := _run_info(adapter).get("labels"):
+    if labels := run_info(adapter).get("labels"):
         return [str(label) for label in labels]
     head = adapter_files.head_of(adapter)
     # Other layers of a head, and a pooler, are as wide as the model.
     return [f"LABEL_{i}" for i in range(min(len(tensor) for tensor in head.values()))]
-
-
-def _probe(base: pretrained.Base) -> dict[str, torch.Tensor]:
-    size = base.model.config.get_text_config().vocab_size
-    ids = [[(7 * i) % size for i in range(1, 17)]]
-    batch = collate([Encoded(row, row) for row in ids], base.pad_id, base.model.device)
-    return {name: batch[name] for name in ("input_ids", "attention_mask")}

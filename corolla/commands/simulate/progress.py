@@ -17,6 +17,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from corolla.artefacts.served import Served
 from corolla.evaluation.scoring import SHARES
 from corolla.host.text import human_bytes
 from corolla.server.runs.summary import Summary
@@ -197,6 +198,8 @@ def print_summary(console: Console, summary: Summary) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if summary.served:
+        console.print(_of_served(summary, summary.served), highlight=False, soft_wrap=True)
     if summary.personal:
         console.print(
             f"personal adapters {escape(str(summary.folder / 'clients'))}/<client>/adapter  "
@@ -206,6 +209,18 @@ def print_summary(console: Console, summary: Summary) -> None:
             soft_wrap=True,
         )
     console.print(f"report  {escape(str(summary.folder / 'report.html'))}", soft_wrap=True)
+
+
+def _of_served(summary: Summary, served: Served) -> str:
+    """The ranks, the size and the losses of the exact adapter and of the one for servers."""
+    exact = f"rank {served.exact_rank}, {human_bytes(served.exact_bytes)}"
+    if not served.small:
+        return f"served  adapter itself ({exact})"
+    return (
+        f"served  {escape(str(summary.folder / 'served'))}  (rank {served.rank} of {exact} exact; "
+        f"{served.error:.2%} off in effective weights, held-out loss {served.loss:.4f} for "
+        f"{summary.final['loss']:.4f})"
+    )
 
 
 def _short(text: str, limit: int = 240) -> str:

@@ -56,7 +56,7 @@ def test_answers_need_prompts(adapter: Path, tmp_path: Path) -> None:
 
 
 def test_tasks_need_a_language_model(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(artefacts, "_labels", lambda folder: ("no", "yes"))
+    monkeypatch.setattr(artefacts, "labels_of", lambda folder: ("no", "yes"))
     with pytest.raises(ConfigError, match="is a classifier"):
         evaluate_tasks(adapter, None, ["hellaswag"])
 
