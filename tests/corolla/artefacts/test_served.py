@@ -54,6 +54,8 @@ def test_a_large_adapter_has_a_small_one_beside_it(settings: Settings, tmp_path:
     assert told["error"] == pytest.approx((lost / total) ** 0.5, rel=1e-4)
     scores = artefacts.evaluate_adapter(tmp_path / "cut" / "served", None, None)
     assert scores["adapter"]["loss"] == pytest.approx(told["loss"], abs=1e-6)
+    page = (tmp_path / "cut" / "report.html").read_text()
+    assert f"for servers in served/: rank 3, {100 * told['error']:.3f}% off" in page
     card = (tmp_path / "cut" / "served" / "README.md").read_text()
     assert f"{told['error']:.3%} off in effective weights" in card
     assert f"{told['loss']:.4f}" in card
