@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from corolla.cli.options import (
     CANARIES,
+    EXPORT,
     PROGRAM,
     SEARCH,
     SIMULATION,
@@ -343,54 +344,64 @@ def evaluate(
         print_scores(out, scores)
 
 
-@takes(program=PROGRAM)
+@takes(program=PROGRAM, written=EXPORT)
 def export(
     *,
     source: Annotated[
         str,
         typer.Argument(
-            metavar="ADAPTER|MODEL", help="A PEFT adapter folder; for executorch also a base model."
+            metavar="RUN|ADAPTER|MODEL",
+            help="A run's folder, or its adapter/ or model/; for executorch also a base model.",
         ),
     ],
     to: Annotated[
-        Literal["merged", "executorch"],
-        typer.Option(help="merged: a plain model folder; executorch: programs for native clients."),
+        Literal["merged", "adapter", "gguf", "executorch"],
+        typer.Option(
+            help="merged: a plain model folder; adapter: a PEFT adapter, with --rank a smaller "
+            "one; gguf: files of llama.cpp, the adapter's and the merged model's; executorch: "
+            "programs for native clients."
+        ),
     ] = "merged",
     model: Annotated[str | None, typer.Option(help="Default: the one it was trained on.")] = None,
     out_dir: Annotated[
-        Path | None, typer.Option("--out", help="A new folder; default: ADAPTER-merged.")
+        Path | None, typer.Option("--out", help="A new folder; default: ADAPTER-merged or so.")
     ] = None,
+    written: Given,
     key: Annotated[
         Path | None, typer.Option(help="To sign with; made, with its .pub, where there is none.")
     ] = None,
     program: Given,
 ) -> None:
-    """Write an adapter and its base as one model, or a base as a signed bundle for phones."""
+    """Write a result in the form that others serve, or a base as a signed bundle for phones."""
     targets: str | None = program.pop("target_modules")
+    rank: int | None = program.pop("rank")
     options = {
         "targets": targets.split(",") if targets else None,
         "bases": program.pop("base"),
         **program,
     }
     given = {name: value for name, value in options.items() if value is not None}
-    if to == "merged" and (given or key):
-        raise ConfigError(
-            "--key, --rank, --target-modules, --length, --base and --serial are for --to "
-            "executorch: leave them out"
-        )
     if to == "executorch":
+        if any(written.values()):
+            raise ConfigError("--dtype and --push are for other forms than executorch")
         with out.status("loading") as shown:
             from corolla.phones import export as bundling
 
             request = bundling.ExportRequest(
-                source=source, out=out_dir, key=key, model=model, **given
+                source=source, out=out_dir, key=key, model=model, rank=rank, **given
             )
             made = bundling.make(request, shown.update)
         say(bundling.summary(made, str(out_dir)))
         return
-    from corolla.commands.artefacts import export_merged
+    if given or key:
+        raise ConfigError(
+            "--key, --target-modules, --length, --base and --serial are for --to executorch: leave "
+            "them out"
+        )
+    with out.status("loading"):
+        from corolla.commands.export import order as exporting
 
-    adapter = Path(source)
-    folder = out_dir or adapter.resolve().with_name(adapter.resolve().name + "-merged")
-    difference = export_merged(adapter, model, folder)
-    say(f"{folder}: reloaded, logits within {difference:.1e} of base + adapter")
+        asked = exporting.Order(Path(source), to, model, out_dir, rank=rank, **written)
+        lines = exporting.export(asked)
+    for line in lines:
+        say(line)

@@ -154,7 +154,12 @@ CANARIES: Table = {
 """What `corolla audit` tries."""
 
 PROGRAM: Table = {
-    "rank": Option(int | None, "LoRA rank.", more={"min": 1}, usual="the adapter's, or 8"),
+    "rank": Option(
+        int | None,
+        "LoRA rank: of programs; else at most this, the error is told.",
+        more={"min": 1},
+        usual="the adapter's; of programs 8 without one",
+    ),
     "target_modules": Option(
         str | None,
         "Layers with an adapter.",
@@ -170,6 +175,19 @@ PROGRAM: Table = {
     ),
 }
 """What `corolla export --to executorch` makes programs of."""
+
+EXPORT: Table = {
+    "dtype": Option(
+        str | None,
+        "Of weights: float32, bfloat16 or float16 of merged, streamed file by file; f32, f16 or "
+        "q8_0 of gguf.",
+        usual="float32, and f16",
+    ),
+    "push": Option(
+        str | None, "Also to this repository of a model hub.", more={"metavar": "OWNER/NAME"}
+    ),
+}
+"""How `corolla export` writes other forms than programs."""
 
 SERVER: Table = {
     "address": Option(str | None, "HOST:PORT for clients.", usual="0.0.0.0:9092"),

@@ -1,19 +1,17 @@
-"""What can be done with a finished adapter: score it, merge it. With plain PEFT."""
+"""Scores of finished adapters with plain PEFT, and what the run of an adapter says of it."""
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from corolla.config.load import amended, validate
 from corolla.config.run import RunConfig
 from corolla.data import federated
-from corolla.data.encoding import Encoded, Encoder, collate
+from corolla.data.encoding import Encoder
 from corolla.errors import ArtefactError, ConfigError
 from corolla.evaluation import answers, harness
 from corolla.evaluation.scoring import SHARES, score_by_row, standard_error
@@ -120,47 +118,6 @@ def whole(folder: Path, config: RunConfig, labels: Sequence[str]) -> pretrained.
     return found
 
 
-def export_merged(adapter: Path, model: str | None, folder: Path) -> float:
-    """Write base + adapter as one model; the largest difference of logits after reloading.
-
-    Merges in fp32, whatever the base's stored precision, and saves fp32: adding a small update to
-    half-precision weights would lose most of it. Raises ConfigError for a folder that is not
-    empty, ArtefactError when the reloaded model differs by more than rounding.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"--out {folder} is not empty: name a new folder")
-    if is_model(adapter):
-        raise ConfigError(f"{adapter} is a whole model already: any tool loads it as it is")
-    config = config_of(adapter, model, None, ())
-    config = config.model_copy(update={"dtype": "float32", "quantization": "none", "device": "cpu"})
-    labels = labels_of(adapter)
-    base = pretrained.load(config, labels)
-    probe = _probe(base)
-    with torch.no_grad():
-        tuned = tuned_of(adapter, base)
-        wanted = tuned(**probe).logits
-        merged = adapter_files.merge(tuned)
-    scratch = folder.with_name(folder.name + ".part")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
-        merged.save_pretrained(scratch)
-        base.tokenizer.save_pretrained(scratch)
-        del merged, tuned, base
-        again = whole(scratch, config, labels)
-        with torch.no_grad():
-            found = again.model(**probe).logits
-        difference = float((wanted - found).abs().max())
-        if not difference <= 1e-4 * max(1.0, float(wanted.abs().max())):
-            raise ArtefactError(f"the merged model differs by {difference:.2e} in its logits")
-        if folder.is_dir():
-            folder.rmdir()
-        scratch.replace(folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return difference
-
-
 def print_scores(console: Console, scores: Mapping[str, Metrics]) -> None:
     """A table of base and adapter."""
     table = Table("", *scores)
@@ -232,10 +189,3 @@ def labels_of(adapter: Path) -> Sequence[str]:
     head = adapter_files.head_of(adapter)
     # Other layers of a head, and a pooler, are as wide as the model.
     return [f"LABEL_{i}" for i in range(min(len(tensor) for tensor in head.values()))]
-
-
-def _probe(base: pretrained.Base) -> dict[str, torch.Tensor]:
-    size = base.model.config.get_text_config().vocab_size
-    ids = [[(7 * i) % size for i in range(1, 17)]]
-    batch = collate([Encoded(row, row) for row in ids], base.pad_id, base.model.device)
-    return {name: batch[name] for name in ("input_ids", "attention_mask")}

@@ -21,6 +21,12 @@ class Adapter(Subject):
     rslora: bool = key(
         False, "Whether the scaling is alpha / sqrt(rank), which is stable for large ranks.", True
     )
+    served_rank: Annotated[int, within("rank")] = key(
+        64,
+        "The largest rank of the adapter that a run writes for servers of models; where the exact "
+        "one is larger, the best of this rank lies in served/.",
+        32,
+    )
     dropout: Annotated[float, Field(ge=0, lt=1)] = key(
         0.0, "The probability with which an input of an adapter is dropped in training.", 0.05
     )

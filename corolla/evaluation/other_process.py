@@ -26,7 +26,9 @@ class Request:
 
     scratch: str
     saved: str
-    """Folder of the adapter, which names its base model, or of a whole model."""
+    """Folder of the adapter, or of a whole model."""
+    base: str
+    """The base model of the adapter, as transformers loads it."""
     whole: bool
     labels: int
     """Classes of a classifier; 0: a model that generates."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
@@ -83,7 +83,7 @@ def _load(request: Request) -> tuple[Any, list[str], str]:
         kwargs["quantization_config"] = transformers.BitsAndBytesConfig(**request.quantised)
     source = request.saved
     if not request.whole:
-        source = str(PeftConfig.from_pretrained(request.saved).base_model_name_or_path)
+        source = request.base
         kwargs |= {"num_labels": request.labels} if request.labels else {}
     base, found = auto.from_pretrained(source, **kwargs)
     missing = found["missing_keys"]

@@ -1,6 +1,7 @@
 """Adapter folders in the form of peft: written whole, read back, merged and told apart."""
 
 import json
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -122,12 +123,31 @@ def adapter_hash(folder: Path) -> str:
 
 
 def base_of(folder: Path) -> str:
-    """The base model that an adapter folder names. Raises ArtefactError when it is no adapter."""
+    """The base model of an adapter folder: a name, or a path that is told relative to the folder.
+
+    Raises ArtefactError when it is no adapter.
+    """
     try:
         config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
-        return str(config["base_model_name_or_path"])
+        name = str(config["base_model_name_or_path"])
     except (OSError, ValueError, KeyError) as error:
         raise ArtefactError(f"{folder} is no adapter: it has no adapter_config.json") from error
+    beside = folder.resolve() / name
+    return os.path.normpath(beside) if beside.exists() else name
+
+
+def portable(name: str, folder: Path) -> str:
+    """How an adapter in `folder` names a base model, so that no path of this machine is told.
+
+    A name that others have stays; a path becomes relative to the folder, and where the two have no
+    folder in common but the root, its last part alone, which whoever loads it has to find.
+    """
+    path, here = Path(name), folder.absolute()
+    if not path.is_absolute():
+        return name
+    if path.parts[:2] != here.parts[:2]:
+        return path.name
+    return Path(os.path.relpath(path, here)).as_posix()
 
 
 @contextmanager

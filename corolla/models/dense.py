@@ -154,7 +154,7 @@ class DenseModel(Unrounded):
                 "task_type": TaskType.SEQ_CLS if classify else TaskType.CAUSAL_LM,
                 "inference_mode": True,
                 "auto_mapping": None,
-                "base_model_name_or_path": self.base.path,
+                "base_model_name_or_path": adapter_files.portable(self.base.name, folder),
                 **({"modules_to_save": heads_of(self.base)} if classify else {}),
             }
             adapter_files.write_adapter(folder, type(self._config)(**saved), self._shown())

@@ -5,13 +5,10 @@ are set, tensor by tensor, so that memory stays that of inference.
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -23,11 +20,11 @@ from corolla.models import devices
 from corolla.models.folders import folder_of
 from corolla.models.pretrained import Base, Quiet
 from corolla.models.space import InPlace, Space
+from corolla.tensors.stored import StoredTensor, stored_tensors
 from corolla.types import Adapter, LoraSpec, Move, Params
 
 _BLOCK = 1 << 20
 """Values that are read from a file at a time."""
-_TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 
 class FullModel:
@@ -178,29 +175,12 @@ def digest(folder: Path) -> str:
     return sha.hexdigest()
 
 
-class _Stored:
-    """One tensor in a safetensors file, read in parts and never mapped into memory."""
-
-    def __init__(self, path: Path, at: int, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-        self.path, self.at, self.dtype, self.shape = path, at, dtype, shape
-
-    def read(self, start: int, stop: int) -> Tensor:
-        """Values start … stop of the flattened tensor."""
-        width = self.dtype.itemsize
-        raw = np.fromfile(
-            self.path, np.uint8, (stop - start) * width, offset=self.at + start * width
-        )
-        if len(raw) != (stop - start) * width:
-            raise ModelError(f"{self.path} is not the file any more that the model was loaded from")
-        return torch.from_numpy(raw).view(self.dtype)
-
-
 class _Origin:
     """The base weights, from the files they came from, or copies of those that are in none."""
 
     def __init__(self, path: str, tensors: Mapping[str, Tensor]) -> None:
         files = _files(folder_of(path))
-        self._stored: dict[str, _Stored] = {}
+        self._stored: dict[str, StoredTensor] = {}
         self._kept: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             stored = files.get(name)
@@ -217,7 +197,7 @@ class _Origin:
         return self._stored[name].read(start, stop)
 
 
-def _same(stored: _Stored, tensor: Tensor) -> bool:
+def _same(stored: StoredTensor, tensor: Tensor) -> bool:
     """Bit for bit, after the cast to the type of the model."""
     flat = tensor.view(-1)
     if stored.path.stat().st_size < stored.at + flat.numel() * stored.dtype.itemsize:
@@ -229,19 +209,7 @@ def _same(stored: _Stored, tensor: Tensor) -> bool:
     return True
 
 
-def _files(folder: Path) -> dict[str, _Stored]:
+def _files(folder: Path) -> dict[str, StoredTensor]:
     """All tensors of the safetensors files of a folder, by name."""
-    found: dict[str, _Stored] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            try:
-                header: dict[str, Any] = json.loads(file.read(min(length, path.stat().st_size)))
-            except ValueError:  # a damaged file, which the model was not loaded from
-                continue
-        for name, entry in header.items():
-            if name != "__metadata__" and entry["dtype"] in _TYPES:
-                at = 8 + length + entry["data_offsets"][0]
-                dtype = _TYPES[entry["dtype"]]
-                found[name] = _Stored(path, at, dtype, tuple(entry["shape"]))
-    return found
+    paths = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for path in paths for name, tensor in stored_tensors(path).items()}

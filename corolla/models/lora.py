@@ -26,6 +26,7 @@ from corolla.models.adapter_files import (
     _inputs_in_fp32,
     adapter_hash,
     peft_speaks_to_transformers,
+    portable,
     read_adapter,
     write_adapter,
 )
@@ -211,11 +212,11 @@ class LoraModel(Unrounded):
         own = factors.select(trained, factors.is_a, factors.is_b)
         if own or not blocks:
             own = {**factors.select(zero, factors.is_a, factors.is_b), **own}
-        rank, alpha, rslora = spec.rank, spec.alpha, spec.rslora
+        rank, alpha = spec.rank, spec.scaling * spec.rank if spec.rslora else spec.alpha
         if blocks:
             own = _stacked([*blocks, *([factors.bake(own, spec.scaling)] if own else [])])
             rank = factors.rank(own)
-            alpha, rslora = float(rank), False
+            alpha = float(rank)
         tensors = {
             PREFIX + name + (".weight" if not factors.is_head(name) else ""): tensor
             for name, tensor in {**own, **heads}.items()
@@ -225,9 +226,9 @@ class LoraModel(Unrounded):
                 **self._config.to_dict(),
                 "r": rank,
                 "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-                "use_rslora": rslora,
+                "use_rslora": False,  # not every server knows it: alpha / r is the same number
                 "inference_mode": True,
-                "base_model_name_or_path": self.base.path,
+                "base_model_name_or_path": portable(self.base.name, folder),
             }
         )
         write_adapter(folder, config, tensors)

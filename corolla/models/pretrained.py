@@ -158,13 +158,9 @@ def resolve(name: str) -> str:
     """
     if name == "embedded":
         return str(asset("model"))
-    if name in PACKAGED:
-        return str(_convert(packaged(name)))
+    if gguf := gguf_of(name):
+        return str(_convert(gguf))
     path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"GGUF file {path} does not exist")
-        return str(_convert(path))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"folder {path} is no model: it has no config.json")
@@ -172,6 +168,18 @@ def resolve(name: str) -> str:
     if path.exists() or name.startswith((".", "/", "~")):
         raise ModelError(f"{name} is neither a model folder nor a .gguf file")
     return name
+
+
+def gguf_of(name: str) -> Path | None:
+    """The GGUF file that a base model comes from, or None. Raises ModelError for a missing one."""
+    if name in PACKAGED:
+        return packaged(name)
+    path = Path(name).expanduser()
+    if path.suffix != ".gguf":
+        return None
+    if not path.is_file():
+        raise ModelError(f"GGUF file {path} does not exist")
+    return path
 
 
 def fingerprint(model: PreTrainedModel, without: Collection[str] = ()) -> str:

@@ -15,7 +15,7 @@ from corolla.config.run import RunConfig
 from corolla.data.rows import read_rows
 from corolla.errors import ArtefactError, ConfigError, ModelError
 from corolla.host.processes import terminate_as_interrupt
-from corolla.models import lora, pretrained
+from corolla.models import adapter_files, lora, pretrained
 from corolla.phones import bundle, lowering, selftest
 from corolla.types import LoraSpec
 
@@ -114,7 +114,7 @@ def wanted(source: str, rank: int | None, targets: Sequence[str] | None) -> Orde
     try:
         config = json.loads(path.read_text())
         kind, own = config["peft_type"], config["target_modules"]
-        model, own_rank = str(config["base_model_name_or_path"]), int(config["r"])
+        model, own_rank = adapter_files.base_of(Path(source)), int(config["r"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtefactError(f"{path} cannot be read: {error!r}") from error
     if kind != "LORA" or config.get("task_type") != "CAUSAL_LM":

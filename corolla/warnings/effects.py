@@ -138,6 +138,7 @@ EFFECTS: Mapping[str, tuple[Rule[Reader], ...]] = {
         _of_classes("alpha"),
     ),
     "rslora": (_ADAPTER,),
+    "served_rank": (_ADAPTER,),
     "dropout": (_BACKWARD, _ADAPTER),
     "public_examples": (
         _unless(

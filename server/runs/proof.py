@@ -4,6 +4,7 @@ The process has another seed, no memory of the run, and plain transformers and p
 reads the base model from disk, so that what is in no file cannot be right by chance.
 """
 
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 
 from corolla import seeds
+from corolla.artefacts import served
+from corolla.artefacts.served import Served
 from corolla.config.run import RunConfig
 from corolla.errors import ArtefactError
 from corolla.evaluation import reader
@@ -18,7 +21,7 @@ from corolla.evaluation.other_process import Answer, OtherProcess
 from corolla.models import pretrained
 from corolla.models.trainable import Trainable
 from corolla.server.runs.evaluate import Evaluator
-from corolla.types import Adapter
+from corolla.types import Adapter, Metrics
 
 _EXACT = 1e-5
 """Largest difference of logits in fp32, of those of size 1: sums in another order."""
@@ -65,6 +68,28 @@ class Proof:
         """The object of run.json beside the difference itself."""
         facts = {name: value for name, value in asdict(self).items() if name != "difference"}
         return {"claim": self.line, **facts}
+
+
+def save(
+    judge: Evaluator, adapter: Adapter, folder: Path, other: OtherProcess, final: Metrics
+) -> tuple[Path, Proof, Served | None]:
+    """The folder of the model, which is there once it is proven, the proof, and what is served.
+
+    `final` are the scores of the model. Nothing is served of what has no rank. See `prove`.
+    """
+    there = folder / judge.model.artefact
+    unproven = there.with_name(there.name + ".unproven")
+    judge.save(adapter, unproven)
+    smaller = None
+    if judge.model.artefact == "adapter" and judge.config.kind.factors:
+        rank = judge.config.served_rank
+        smaller = served.prepare(unproven, rank, final["loss"], judge.score)
+    proof = prove(judge, adapter, unproven, other)
+    shutil.rmtree(there, ignore_errors=True)
+    unproven.replace(there)
+    if smaller:
+        served.write(smaller, folder, there, judge.config.model)
+    return there, proof, smaller
 
 
 def prove(judge: Evaluator, adapter: Adapter, folder: Path, other: OtherProcess) -> Proof:
@@ -114,6 +139,7 @@ def _request(judge: Evaluator, folder: Path) -> dict[str, Any]:
     config, base = judge.config, judge.model.base
     return {
         "saved": str(folder.resolve()),
+        "base": base.path,
         "whole": judge.model.artefact == "model",
         "labels": len(judge.labels) if base.task == "classify" else 0,
         "dtype": config.dtype,

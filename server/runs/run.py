@@ -1,7 +1,6 @@
 """A whole run: rounds, checkpoints, evaluation, and the artefacts a user keeps."""
 
 import secrets
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from corolla import seeds
+from corolla.artefacts.card import write_cards
 from corolla.config.run import RunConfig
 from corolla.directions import seedlog
 from corolla.errors import ArtefactError, ConfigError, RoundError, StoppedError
@@ -38,7 +38,7 @@ from corolla.server.runs.info import privacy_budget, privacy_info, run_info
 from corolla.server.runs.journal import Journal, Past, fail_point
 from corolla.server.runs.metrics_line import metrics_line
 from corolla.server.runs.observer import Observer
-from corolla.server.runs.proof import Proof, prove
+from corolla.server.runs.proof import save
 from corolla.server.runs.report import write_report
 from corolla.server.runs.summary import Summary
 from corolla.storage import folders
@@ -277,7 +277,7 @@ class Run:
             )
             after = self._samples(adapter)
             peak = peak_rss()
-            artefact, proof = self._save(adapter, other)
+            artefact, proof, smaller = save(self.evaluator, adapter, self.folder, other, final)
         summary = Summary(
             folder=self.folder,
             artefact=artefact,
@@ -289,6 +289,7 @@ class Run:
             adapter_hash=self.evaluator.model.digest(artefact),
             state_hash=tree.digest_all(at.state),
             proof=proof,
+            served=smaller,
             before=base["samples"],
             after=after,
             clients={
@@ -299,19 +300,10 @@ class Run:
         )
         info |= summary.to_json(samples=self.config.dp != "client")
         info["warnings"] += [w.to_json() for w in outcome(self.config, info, course.lines)]
+        write_cards(self.folder, info)
         write_info(self.folder, info)
         write_report(self.folder / "report.html", info, course.lines)
         return replace(summary, warnings=info["warnings"])
-
-    def _save(self, adapter: Adapter, other: OtherProcess) -> tuple[Path, Proof]:
-        """The folder of the model, which is there once it is proven, and the proof."""
-        folder = self.folder / self.evaluator.model.artefact
-        unproven = folder.with_name(folder.name + ".unproven")
-        self.evaluator.save(adapter, unproven)
-        proof = prove(self.evaluator, adapter, unproven, other)
-        shutil.rmtree(folder, ignore_errors=True)
-        unproven.replace(folder)
-        return folder, proof
 
     def _keep_global(self, federation: Federation, state: Payload, round: int) -> None:
         folder = folders.round_folder(self.folder / "global", round)

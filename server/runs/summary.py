@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from corolla.artefacts.served import Served
 from corolla.server.runs.evaluate import Sample, fairness
 from corolla.server.runs.proof import Proof
 from corolla.types import Metrics
@@ -28,6 +29,8 @@ class Summary:
     state_hash: str
     proof: Proof
     """That what is saved is what was trained."""
+    served: Served | None
+    """What servers of models take; None where there is no adapter with a rank."""
     before: Sequence[Sample]
     after: Sequence[Sample]
     clients: Mapping[str, Mapping[str, Metrics]]
@@ -85,6 +88,7 @@ class Summary:
             "state_sha256": self.state_hash,
             "reload_max_logit_difference": self.proof.difference,
             "reload": self.proof.to_json(),
+            **({"served": self.served.to_json(self.final["loss"])} if self.served else {}),
             "bytes_per_client": self.per_client,
             "clients": self.clients,
             "fairness": self.fairness,

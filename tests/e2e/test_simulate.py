@@ -18,6 +18,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 from corolla.cli.app import app
+from corolla.embedded.assets import asset
 
 TINY = "--clients 5 --cohort 3 --rounds 2 --local-steps 2 --batch-size 4".split()
 QUICK = "--set threads=1 --set eval-examples=12 --set eval-client-examples=2".split()
@@ -46,9 +47,10 @@ def info(folder: Path) -> dict[str, object]:
 
 
 def base_model(folder: Path) -> torch.nn.Module:
-    path = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    told = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert told["base_model_name_or_path"] == "embedded"
     model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
-        path["base_model_name_or_path"], dtype=torch.float32
+        asset("model"), dtype=torch.float32
     )
     return model
 

@@ -17,6 +17,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from corolla.artefacts.served import Served
 from corolla.data import census
 from corolla.evaluation.scoring import SHARES
 from corolla.host.text import human_bytes
@@ -203,6 +204,8 @@ def print_summary(console: Console, summary: Summary) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if summary.served:
+        console.print(_of_served(summary, summary.served), highlight=False, soft_wrap=True)
     if summary.personal:
         console.print(
             f"personal adapters {escape(str(summary.folder / 'clients'))}/<client>/adapter  "
@@ -229,6 +232,18 @@ def _print_costs(console: Console, summary: Summary) -> None:
         f"time {summary.seconds:.1f} s{told}; peak memory of this process "
         f"{human_bytes(summary.peak_rss)}",
         highlight=False,
+    )
+
+
+def _of_served(summary: Summary, served: Served) -> str:
+    """The ranks, the size and the losses of the exact adapter and of the one for servers."""
+    exact = f"rank {served.exact_rank}, {human_bytes(served.exact_bytes)}"
+    if not served.small:
+        return f"served  adapter itself ({exact})"
+    return (
+        f"served  {escape(str(summary.folder / 'served'))}  (rank {served.rank} of {exact} exact; "
+        f"{served.error:.2%} off in effective weights, held-out loss {served.loss:.4f} for "
+        f"{summary.final['loss']:.4f})"
     )
 
 

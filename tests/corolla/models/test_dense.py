@@ -21,6 +21,7 @@ from corolla.cli.app import app
 from corolla.client.training.first_order import FirstOrder
 from corolla.client.training.worker import Worker
 from corolla.commands import artefacts
+from corolla.commands.export.merged import export_merged
 from corolla.config.build import build_strategy
 from corolla.config.kinds import KindName
 from corolla.config.run import RunConfig
@@ -701,10 +702,10 @@ def test_a_run_ends_in_an_artefact_that_is_evaluated(
     assert scores[folder]["loss"] == pytest.approx(info["final"]["loss"], abs=1e-5)
     assert scores["base"]["loss"] != scores[folder]["loss"]
     if role == "ia3":
-        assert artefacts.export_merged(out / folder, None, tmp_path / "merged") < 1e-4
+        assert export_merged(out / folder, None, tmp_path / "merged") < 1e-4
     if role == "prompt":
         with pytest.raises(ArtefactError, match="a prompt cannot be merged"):
-            artefacts.export_merged(out / folder, None, tmp_path / "merged")
+            export_merged(out / folder, None, tmp_path / "merged")
         assert not (tmp_path / "merged").exists()
 
 

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from corolla.cli.app import app
 from corolla.commands import artefacts
+from corolla.commands.export.merged import export_merged
 from corolla.commands.simulate.in_process import simulate
 from corolla.config.run import RunConfig
 from corolla.errors import ArtefactError, ModelError
@@ -30,13 +31,13 @@ IDS = torch.arange(2, 26).reshape(2, 12)
 
 # Nothing of Corolla: what README tells a user to do, under a seed of one's own.
 PLAIN = """
-import sys, torch
+import os, sys, torch
 from peft import PeftConfig, PeftModel
 from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification
 torch.manual_seed(int(sys.argv[3]))
 adapter = sys.argv[1]
-name = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+name = os.path.join(adapter, PeftConfig.from_pretrained(adapter).base_model_name_or_path)
 base = AutoModelForSequenceClassification.from_pretrained(name, num_labels=3, dtype=torch.float32)
 model = PeftModel.from_pretrained(base, adapter).eval()
 ids = torch.arange(2, 26).reshape(2, 12)
@@ -136,7 +137,7 @@ def test_everybody_loads_the_same_model(settings: Settings, tmp_path: Path, labe
     one, other = (plain(out / "adapter", tmp_path, seed) for seed in (1, 2))
     assert torch.equal(one, other)
     merged = tmp_path / "merged"
-    artefacts.export_merged(out / "adapter", None, merged)
+    export_merged(out / "adapter", None, merged)
     auto = transformers.AutoModelForSequenceClassification
     torch.testing.assert_close(logits(auto.from_pretrained(merged)), one, rtol=0, atol=1e-5)
     told: list[str] = []
@@ -147,7 +148,7 @@ def test_everybody_loads_the_same_model(settings: Settings, tmp_path: Path, labe
     assert "bert.pooler.dense.weight" in told[0]
     assert "seed=0" in told[0]
     (out / "run.json").rename(tmp_path / "elsewhere.json")
-    assert artefacts._labels(out / "adapter") == ["LABEL_0", "LABEL_1", "LABEL_2"]
+    assert artefacts.labels_of(out / "adapter") == ["LABEL_0", "LABEL_1", "LABEL_2"]
     alone = [
         artefacts.evaluate_adapter(out / "adapter", None, labelled, [f"seed={s}", "max-length=48"])
         for s in (3, 3)
@@ -180,7 +181,7 @@ def test_an_adapter_without_a_pooler_is_refused(
         model.save(tmp_path / "adapter", Adapter(model.init(config.lora, 0)), config.lora)
     base = pretrained.load(config, LABELS)
     with pytest.raises(ArtefactError, match=r"lacks bert\.pooler\.dense\.bias, bert\.pooler"):
-        artefacts._tuned(tmp_path / "adapter", base)
+        artefacts.tuned_of(tmp_path / "adapter", base)
 
 
 def headless(folder: Path) -> Path:
@@ -254,7 +255,7 @@ def test_an_output_layer_that_is_trained_is_saved(
 def test_a_saved_model_that_lacks_something_is_refused(settings: Settings, tmp_path: Path) -> None:
     config = settings(model=str(headless(tmp_path)), parameters="head")
     with pytest.raises(ArtefactError, match=r"lacks lm_head\.weight"):
-        artefacts._whole(headless(tmp_path), config, ())
+        artefacts.whole(headless(tmp_path), config, ())
 
 
 @pytest.mark.parametrize("make", [checkpoints.llama, checkpoints.gpt2, checkpoints.bert])

@@ -447,7 +447,7 @@ def test_a_classifier_of_a_decoder_is_no_language_model(tiny_model: Path, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize("option", ["--key k", "--rank 8", "--length 256", "--base fp32,q4"])
+@pytest.mark.parametrize("option", ["--key k", "--length 256", "--base fp32,q4"])
 def test_options_of_programs_are_not_for_a_merged_model(option: str) -> None:
     result = command("adapter", "--to", "merged", *option.split())
     assert result.exit_code == 2

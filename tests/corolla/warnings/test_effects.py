@@ -14,7 +14,7 @@ from corolla.config.keys import CLASSES, OPTIONS, Key, table
 from corolla.config.load import load
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
-from corolla.server.runs import evaluate, run
+from corolla.server.runs import evaluate, proof, run
 from corolla.server.runs.proof import Proof
 from corolla.warnings.effects import EFFECTS, without_effect
 
@@ -34,6 +34,7 @@ ELSEWHERE = {
 """Key → where it acts: nothing of the small run here shows it."""
 RUNS: dict[str, dict[str, Any]] = {
     "max_length": {"max_length": 16},
+    "served_rank": {"served_rank": 1},
     "clip_norm": {"clip_norm": 1e-3},
     "target_loss": {"target_loss": 100.0},
     "patience": {"patience": 1, "lr": 1e-12},
@@ -145,7 +146,7 @@ def test_what_is_neither_refused_nor_told_changes_the_run(
 ) -> None:
     monkeypatch.setattr(evaluate.Evaluator, "samples", lambda self, adapter: [])
     monkeypatch.setattr(run, "OtherProcess", nullcontext)
-    monkeypatch.setattr(run, "prove", lambda judge, adapter, folder, other: PROOF)
+    monkeypatch.setattr(proof, "prove", lambda judge, adapter, folder, other: PROOF)
     monkeypatch.setattr(run, "write_report", lambda path, info, lines: None)
     usual: dict[str, Any] = {"rounds": 2, "cohort": 2, "local_steps": 1, "eval_client_examples": 2}
     if not small:

@@ -1,0 +1,114 @@
+"""LoRA adapters as they are saved: read strictly, cut to a rank, written again."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from corolla.errors import ArtefactError, WireError
+from corolla.host.files import making_folder
+from corolla.models import adapter_files
+from corolla.tensors import factors
+from corolla.types import LoraSpec, Params
+from corolla.wire import codec
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_PLAIN = {
+    "use_dora": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "bias": "none",
+    "layer_replication": None,
+    "trainable_token_indices": None,
+    "target_parameters": None,
+}
+"""Keys of peft that change what factors mean → the values without an effect; None is one too."""
+
+
+@dataclass(frozen=True)
+class SavedLora:
+    """A saved adapter: its update is scaling · B · A of each module, by the base model's names."""
+
+    update: Params
+    spec: LoraSpec
+    heads: Params
+    """Tensors that take the place of the base model's."""
+    config: Mapping[str, Any]
+    """What adapter_config.json holds."""
+
+    @property
+    def baked(self) -> Params:
+        """The factors at scaling 1."""
+        return factors.bake(self.update, self.spec.scaling)
+
+
+def read_lora(folder: Path) -> SavedLora:
+    """Read a LoRA adapter. Raises ArtefactError for what is none, or is more than factors."""
+    try:
+        config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+        tensors, _ = codec.read(str(folder / TENSORS))
+        kind = str(config["peft_type"])
+    except (OSError, ValueError, KeyError, TypeError, WireError) as error:
+        raise ArtefactError(f"{folder} is no adapter: {error}") from error
+    if kind != "LORA":
+        raise ArtefactError(f"{folder} is of type {kind}: only LoRA has a rank to write")
+    if odd := [key for key, usual in _PLAIN.items() if config.get(key) not in (None, usual)]:
+        raise ArtefactError(f"{folder} has {odd[0]}={config[odd[0]]}: only plain LoRA is known")
+    named = {n.removeprefix(adapter_files.PREFIX): t for n, t in tensors.items()}
+    plain = {n.removesuffix(".weight"): n for n in named}
+    update = {
+        short: named[name]
+        for short, name in plain.items()
+        if factors.is_a(short) or factors.is_b(short)
+    }
+    heads = {name: named[name] for short, name in plain.items() if short not in update}
+    spec = LoraSpec(
+        int(config["r"]), float(config["lora_alpha"]), bool(config.get("use_rslora", False))
+    )
+    return SavedLora(update, spec, heads, config)
+
+
+def cut(saved: SavedLora, rank: int) -> tuple[SavedLora, float]:
+    """The best adapter of rank at most `rank` and its relative error on effective weights.
+
+    The truncated SVD of each module's update (Eckart and Young), from the factors in fp64; the
+    error is ‖exact - cut‖_F / ‖exact‖_F over all modules. One that is no larger stays as it is.
+    """
+    if saved.spec.rank <= rank:
+        return saved, 0.0
+    best, error = factors.compact(saved.baked, rank)
+    to = factors.rank(best)
+    return replace(saved, update=factors.pad(best, to), spec=LoraSpec(to, float(to))), error
+
+
+def write_lora(folder: Path, saved: SavedLora, like: Path, base: str) -> None:
+    """Write an adapter folder with the tokenizer of the folder `like`; `base` is a name or a path.
+
+    Rank stabilisation is baked into alpha: alpha / r is the same number.
+    """
+    spec = saved.spec
+    config = {
+        **saved.config,
+        "r": spec.rank,
+        "lora_alpha": spec.scaling * spec.rank,
+        "use_rslora": False,
+        "base_model_name_or_path": adapter_files.portable(base, folder),
+    }
+    tensors = {
+        adapter_files.PREFIX + name + ("" if name in saved.heads else ".weight"): tensor
+        for name, tensor in {**saved.update, **saved.heads}.items()
+    }
+    with making_folder(folder) as scratch:
+        copy_tokenizer(like, scratch)
+        (scratch / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        codec.write(str(scratch / TENSORS), tensors, {"format": "pt"})
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the files of a tokenizer, and its chat template, from one folder to another."""
+    for pattern in ("tokenizer*", "*.jinja", "vocab*", "merges*", "special_tokens*", "added_tok*"):
+        for path in source.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)

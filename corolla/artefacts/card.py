@@ -1,0 +1,149 @@
+"""The model card of an adapter: what it is, what it scored, and how others load it."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from corolla.artefacts.adapters import CONFIG, read_lora
+from corolla.artefacts.demands import max_lora_rank, unmet
+from corolla.config.run import RunConfig
+from corolla.errors import ArtefactError, ModelError
+from corolla.evaluation.scoring import SHARES
+from corolla.host.files import write_atomic
+from corolla.models import pretrained
+from corolla.models.folders import folder_of
+
+NAME = "README.md"
+_LICENCE = re.compile(r"^license: *(\S+)", re.MULTILINE)
+
+
+def write_card(folder: Path, info: Mapping[str, Any], served: Mapping[str, Any] | None) -> None:
+    """Write README.md into an adapter folder.
+
+    `info` is run.json of its run, empty without one; `served` are the error and the held-out loss
+    of an adapter that was cut to a rank, None for the exact one.
+    """
+    config = json.loads((folder / CONFIG).read_text())
+    name = str(config.get("base_model_name_or_path") or "")
+    licence = licence_of(str(info.get("config", {}).get("model") or name))
+    head = ["---", f"base_model: {json.dumps(name)}", "library_name: peft"]
+    head += [f"license: {licence}"] if licence else []
+    head += ["tags: [lora, federated]", "---", ""]
+    kind = f"{config['peft_type']} adapter"
+    lines = [*head, f"# {kind} for {name}", ""]
+    lines += _training(info, licence)
+    lines += _scores(info, served) if info else []
+    lines += _loading(folder, config, name)
+    write_atomic(folder / NAME, ("\n".join(lines) + "\n").encode())
+
+
+def write_cards(folder: Path, info: Mapping[str, Any]) -> None:
+    """Write the cards of a finished run's adapters: the exact one, and the one for servers."""
+    if (folder / "adapter").is_dir():
+        write_card(folder / "adapter", info, None)
+    if info.get("served", {}).get("folder") == "served":
+        write_card(folder / "served", info, info["served"])
+
+
+def licence_of(model: str) -> str:
+    """The licence that the card of a base model names; "" where it names none, or has none."""
+    if model == "embedded":
+        return "apache-2.0"
+    try:
+        card = folder_of(pretrained.resolve(model)) / NAME
+        found = _LICENCE.search(card.read_text(encoding="utf-8")[:4000])
+    except (OSError, ValueError, ModelError):
+        return ""
+    return found[1] if found else ""
+
+
+def _training(info: Mapping[str, Any], licence: str) -> Sequence[str]:
+    """Base, data, strategy and privacy of the run; a sentence where none is known."""
+    told = f"Licence of the base model: {licence or 'not named here, see the base model'}."
+    if not info:
+        return [told, ""]
+    config: RunConfig = RunConfig.model_construct(**info["config"])
+    data = config.data if not Path(config.data).is_absolute() else "a file of its own"
+    privacy = info.get("privacy")
+    rows = [
+        ("base model sha256", info["model_sha256"]),
+        ("data", f"{data}, sha256 {info['data_sha256']}"),
+        ("clients, of them in a round", f"{info['num_clients']}, {info['cohort']}"),
+        ("strategy", info["strategy"]),
+        ("rounds", f"{config.rounds} asked; ended with: {info.get('ended', 'not yet')}"),
+        ("local steps x batch size", f"{config.local_steps} x {config.batch_size}"),
+        ("target modules", ", ".join(info["target_modules"]) or "all"),
+        ("privacy", privacy["line"] if privacy else "no differential privacy"),
+    ]
+    return [told, "", "| trained | |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows), ""]
+
+
+def _scores(info: Mapping[str, Any], served: Mapping[str, Any] | None) -> Sequence[str]:
+    """The held-out scores before and after; of a cut adapter its loss and its error."""
+    base, final = info["base"], info["final"]
+    lines = ["| held out | base model | fine-tuned |", "|---|---|---|"]
+    lines.append(f"| loss | {base['loss']:.4f} | {final['loss']:.4f} |")
+    for name, called in SHARES.items():
+        if name in base and name in final:
+            lines.append(f"| {called} | {base[name]:.1%} | {final[name]:.1%} |")
+    lines.append("")
+    if served:
+        loss = f", and its held-out loss is {served['loss']:.4f}" if "loss" in served else ""
+        lines += [
+            f"The numbers above are of the run's exact adapter. This one is the best of its rank: "
+            f"{served['error']:.3%} off in effective weights{loss}.",
+            "",
+        ]
+    return lines
+
+
+def _loading(folder: Path, config: Mapping[str, Any], name: str) -> Sequence[str]:
+    """How programs load it, and which of them did."""
+    classify = config.get("task_type") == "SEQ_CLS"
+    auto = "AutoModelForSequenceClassification" if classify else "AutoModelForCausalLM"
+    where = 'asset("model")' if name == "embedded" else f'"{name}"'
+    lines = [
+        "## Load it",
+        "",
+        "With PEFT; the run of the exact adapter ended by loading it so, in another process:",
+        "",
+        "```python",
+        "import torch",
+        "from peft import PeftModel",
+        f"from transformers import {auto}",
+        *([] if name != "embedded" else ["from corolla.embedded.assets import asset"]),
+        "",
+        f"base = {auto}.from_pretrained({where}, dtype=torch.float32)",
+        'model = PeftModel.from_pretrained(base, ".").eval()',
+        "```",
+        "",
+    ]
+    try:
+        saved = read_lora(folder)
+    except ArtefactError as error:
+        return [*lines, f"Other programs take LoRA alone: {str(error).partition(' ')[2]}."]
+    rank = max_lora_rank(saved.spec.rank)
+    lines += [
+        "With vLLM and with Ollama; neither was run here:",
+        "",
+        "```bash",
+        f"vllm serve {name} --enable-lora --max-lora-rank {rank or 512} --lora-modules tuned=.",
+        "corolla export . --to gguf --dtype f16 --out gguf",
+        "printf 'FROM ./gguf/model-f16.gguf\\n' > Modelfile && ollama create tuned -f Modelfile",
+        "```",
+        "",
+        "With llama.cpp, which Corolla's tests run on files of each architecture, not on this one:",
+        "",
+        "```bash",
+        "llama-cli -m gguf/model-f16.gguf",
+        "llama-cli -m base.gguf --lora gguf/adapter-f16.gguf",
+        "```",
+        "",
+    ]
+    if told := unmet(saved):
+        lines += ["Servers may refuse it as it is:", "", *(f"- {sentence}" for sentence in told)]
+    else:
+        lines.append("It meets what these programs demand of rank, tensors and names.")
+    return lines
