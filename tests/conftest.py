@@ -52,7 +52,7 @@ COMMANDS = (
 """Where the tests start processes, compile or train for a while."""
 
 
-class Backwards(pytest.Dir):
+class Backwards(pytest.Dir):  # type: ignore[misc]  # final to checkers, not to pytest's own
     """A folder whose last file is collected first."""
 
     def collect(self) -> Iterable[pytest.Item | pytest.Collector]:

@@ -92,7 +92,7 @@ def final_number(text: str) -> Decimal | None:
     return -size if number["sign"] else size
 
 
-class _Heard(TextStreamer):
+class _Heard(TextStreamer):  # type: ignore[misc]  # transformers says no types
     """Tells the text of an answer so far whenever it has grown."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, hear: Callable[[str], None]) -> None:

@@ -17,7 +17,9 @@ import httpx
 import uvicorn
 from uvicorn.server import ServerState
 
+from corolla.host.occupancy import Occupancy, Occupant
 from corolla.server.deployment import front
+from corolla.server.deployment.connections import Hurried
 from experiments.bench import mutations
 
 _TURNS = 40
@@ -117,7 +119,7 @@ class Front:
         with patch.object(httpx, "AsyncHTTPTransport", lambda **_: _Nobody()):
             application = front._application("https://127.0.0.1:1", Path(certifi.where()), 100)
         self._config = uvicorn.Config(
-            application, http=front._Hurried, ws="none", log_config=None, access_log=False
+            application, http=Hurried, ws="none", log_config=None, access_log=False
         )
         self._config.load()
         loop.set_exception_handler(lambda _, context: self._failed.append(str(context)))
@@ -128,7 +130,10 @@ class Front:
 
     async def _statuses(self, data: bytes) -> list[int]:
         pipe, state = _Pipe(), ServerState()
-        protocol = front._Hurried(config=self._config, server_state=state, app_state={})
+        protocol = Hurried(config=self._config, server_state=state, app_state={})
+        protocol.occupancy = Occupancy()
+        protocol.occupant = Occupant({"": 1}, lambda: None)
+        protocol.occupancy.enter(protocol.occupant)
         protocol.connection_made(pipe)
         protocol.data_received(data)
         await _turns()

@@ -229,11 +229,18 @@ def offering(folder: Path, fake: Fake) -> Iterator[int]:
     own = folder / "certs"
     if not own.exists():
         gateways.certificates(own)
+    with serving(fake, own) as port:
+        yield port
+
+
+@contextmanager
+def serving(service: device_pb2_grpc.PhonesServicer, certs: Path) -> Iterator[int]:
+    """The port at which a service for phones serves, with a gateway's certificates."""
     options = [("grpc.max_receive_message_length", protocol.MAX_MESSAGE)]
     server = grpc.server(ThreadPoolExecutor(8), options=options)
-    pair = ((own / "gateway.key").read_bytes(), (own / "gateway.pem").read_bytes())
+    pair = ((certs / "gateway.key").read_bytes(), (certs / "gateway.pem").read_bytes())
     port = server.add_secure_port("localhost:0", grpc.ssl_server_credentials([pair]))
-    device_pb2_grpc.add_PhonesServicer_to_server(fake, server)  # type: ignore[no-untyped-call]
+    device_pb2_grpc.add_PhonesServicer_to_server(service, server)  # type: ignore[no-untyped-call]
     server.start()
     try:
         yield port

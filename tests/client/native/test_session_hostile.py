@@ -16,10 +16,8 @@ import pytest
 
 from corolla.phones import protocol
 from corolla.proto import device_pb2 as pb
-from corolla.proto import device_pb2_grpc
-from corolla.wire import rpc
 from tests.attacks.test_hostile_gateway import AT_ONCE, JUNK, Gateway, Moving
-from tests.client.native.fake_gateway import Fake, make_bundle, offering
+from tests.client.native.fake_gateway import Fake, make_bundle, offering, serving
 from tests.client.native.phones import FILES, Running, World, a_task
 from tests.server.gateway import gateways
 
@@ -82,22 +80,10 @@ class Hostile(Gateway):
 
 
 @contextmanager
-def serving(world: World, gateway: Gateway) -> Iterator[str]:
+def hostile(world: World, gateway: Gateway) -> Iterator[str]:
     """The address of a gateway with the certificates of the world's."""
-    certs = world.folder / "certs"
-    server, port = rpc.tls_server(
-        "localhost:0",
-        certs / "gateway.pem",
-        certs / "gateway.key",
-        workers=8,
-        most_bytes=protocol.MAX_MESSAGE,
-    )
-    device_pb2_grpc.add_PhonesServicer_to_server(gateway, server)  # type: ignore[no-untyped-call]
-    server.start()
-    try:
+    with serving(gateway, world.folder / "certs") as port:
         yield f"localhost:{port}"
-    finally:
-        server.stop(None).wait()
 
 
 @pytest.fixture
@@ -114,7 +100,7 @@ def large(offered: World) -> World:
 
 def attacked(world: World, gateway: Gateway, **limits: object) -> Running:
     """A phone that the gateway has until its limits of a day end that; then another process."""
-    with serving(world, gateway) as address:
+    with hostile(world, gateway) as address:
         for _ in range(2):
             phone = world.start(program=PROGRAM, gateway=address, **limits)
             phone.says("used up", 60)
@@ -156,7 +142,7 @@ def test_a_gateway_whose_lease_used_up_the_day_is_told_so(large: World) -> None:
 
 def test_nobody_makes_a_phone_call_without_a_pause(offered: World) -> None:
     gateway = Hostile("spin")
-    with serving(offered, gateway) as address:
+    with hostile(offered, gateway) as address:
         phone = offered.start(program=PROGRAM, gateway=address, retry_seconds="0.2,0.3")
         gateways.until(lambda: len(gateway.gaps) > 3, 30)
         phone.kill()
@@ -223,7 +209,7 @@ class Bomber(Hostile):
 def test_a_message_of_empty_entries_takes_no_memory_of_a_phone(
     offered: World, mode: str, why: str
 ) -> None:
-    with serving(offered, Bomber(mode)) as address:
+    with hostile(offered, Bomber(mode)) as address:
         phone = offered.start(program=PROGRAM, gateway=address)
         phone.says(why, 60)
         status = Path(f"/proc/{phone.process.pid}/status").read_text().split()

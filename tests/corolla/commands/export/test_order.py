@@ -8,6 +8,7 @@ import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from corolla.artefacts.demands import max_lora_rank, unmet
 from corolla.commands.export.order import Order, export
 from corolla.config.run import RunConfig
 from corolla.errors import ArtefactError, ConfigError
-from corolla.models import pretrained
+from corolla.models import adapter_files, pretrained
 from corolla.models.lora import LoraModel
 from corolla.tensors import factors
 from corolla.types import Adapter, LoraSpec
@@ -51,7 +52,7 @@ def dense(base: transformers.PreTrainedModel, folder: Path) -> dict[str, torch.T
     """The update of each module by peft alone."""
     model = PeftModel.from_pretrained(base, str(folder))
     return {
-        name.removeprefix(adapters.adapter_files.PREFIX): layer.get_delta_weight("default").double()
+        name.removeprefix(adapter_files.PREFIX): layer.get_delta_weight("default").double()
         for name, layer in model.named_modules()
         if hasattr(layer, "get_delta_weight")
     }
@@ -136,10 +137,10 @@ def test_the_base_is_named_without_a_path_of_this_machine(
     name = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert name.startswith("../")
     assert not Path(name).is_absolute()
-    assert adapters.adapter_files.base_of(adapter) == settings().model
-    assert adapters.adapter_files.portable("owner/name", tmp_path) == "owner/name"
-    assert adapters.adapter_files.portable("/models/mine", Path("/runs/x")) == "mine"
-    assert adapters.adapter_files.portable("/home/models/mine", Path("/home/x")) == "../models/mine"
+    assert adapter_files.base_of(adapter) == settings().model
+    assert adapter_files.portable("owner/name", tmp_path) == "owner/name"
+    assert adapter_files.portable("/models/mine", Path("/runs/x")) == "mine"
+    assert adapter_files.portable("/home/models/mine", Path("/home/x")) == "../models/mine"
 
 
 def saved(settings: Settings, folder: Path, rank: int) -> adapters.SavedLora:
@@ -162,7 +163,7 @@ def saved(settings: Settings, folder: Path, rank: int) -> adapters.SavedLora:
     ],
 )
 def test_what_servers_demand_is_checked(
-    change: dict[str, object], told: str, settings: Settings, tmp_path: Path
+    change: dict[str, Any], told: str, settings: Settings, tmp_path: Path
 ) -> None:
     found = unmet(replace(saved(settings, tmp_path / "adapter", 8), **change))
     assert len(found) == bool(told)
@@ -184,7 +185,7 @@ def test_the_rank_that_vllm_must_allow() -> None:
     ],
 )
 def test_other_adapters_are_refused(
-    change: dict[str, object], told: str, settings: Settings, tmp_path: Path
+    change: dict[str, Any], told: str, settings: Settings, tmp_path: Path
 ) -> None:
     adapter = adapter_of(settings, tmp_path / "adapter", 2)
     path = adapter / "adapter_config.json"
