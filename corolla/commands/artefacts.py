@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from corolla.data import federated
 from corolla.data.encoding import Encoded, Encoder, collate
 from corolla.errors import ArtefactError, ConfigError
 from corolla.evaluation import answers, harness
+from corolla.evaluation.labels import ordered
 from corolla.evaluation.scoring import SHARES, score_by_row, standard_error
 from corolla.models import adapter_files, devices, pretrained
 from corolla.types import Metrics
@@ -41,6 +43,7 @@ def evaluate_adapter(
     """
     config = _config(adapter, model, dataset, settings)
     data = federated.load(config)
+    data = replace(data, labels=ordered(config, data.labels))
     chosen = federated.spread(data.heldout, config.eval_examples)
     answers.check(chosen, config)
     base = pretrained.load(config, data.labels)
@@ -111,7 +114,8 @@ def _tuned(adapter: Path, base: pretrained.Base) -> Any:
 
 def _whole(folder: Path, config: RunConfig, labels: Sequence[str]) -> pretrained.Base:
     """A saved whole model. Raises ArtefactError for weights that it lacks."""
-    found = pretrained.load(config.model_copy(update={"model": str(folder)}), labels)
+    saved = {"model": str(folder), "new_head": False}
+    found = pretrained.load(config.model_copy(update=saved), labels)
     if found.missing:
         raise ArtefactError(f"{folder} lacks {', '.join(sorted(found.missing))}")
     return found
@@ -129,7 +133,8 @@ def export_merged(adapter: Path, model: str | None, folder: Path) -> float:
     if _is_model(adapter):
         raise ConfigError(f"{adapter} is a whole model already: any tool loads it as it is")
     config = _config(adapter, model, None, ())
-    config = config.model_copy(update={"dtype": "float32", "quantization": "none", "device": "cpu"})
+    plain = {"dtype": "float32", "quantization": "none", "device": "cpu", "max_length": 8}
+    config = config.model_copy(update=plain)
     labels = _labels(adapter)
     base = pretrained.load(config, labels)
     probe = _probe(base)

@@ -29,6 +29,12 @@ class Dataset(Subject):
         "causal",
         effect="classify where rows have labels, else causal",
     )
+    new_head: bool = key(
+        False,
+        "Whether a classifier starts with a new head though its model has one: for other labels.",
+        True,
+        unsaid=True,
+    )
     partition: Literal[
         "auto", "natural", "iid", "dirichlet", "shards", "linear", "square", "exponential"
     ] = key(

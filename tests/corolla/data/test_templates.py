@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import Any
 
 import pytest
 import transformers
@@ -247,10 +248,13 @@ def test_what_would_be_cut_away_is_not_rendered(monkeypatch: pytest.MonkeyPatch)
     """A conversation of very many turns takes no longer than one that fills a sequence."""
     own = tokenizer("mistral", public.MISTRAL)
     wanted = sum(learnt for _, learnt in encoded(own, *(ASK, TELL) * 8)[0][:60])
-    rendered, apply = [], own.apply_chat_template
-    monkeypatch.setattr(
-        own, "apply_chat_template", lambda *given, **how: rendered.append(1) or apply(*given, **how)
-    )
+    rendered, apply = list[object](), own.apply_chat_template
+
+    def counted(*given: Any, **how: Any) -> Any:
+        rendered.append(how)
+        return apply(*given, **how)
+
+    monkeypatch.setattr(own, "apply_chat_template", counted)
     turns = (ASK, TELL) * 400
     (found,) = Encoder(own, [], 60)(Example("", turns=turns))
     assert found.targets == wanted > 0
