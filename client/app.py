@@ -4,6 +4,7 @@ import getpass
 import json
 import os
 import tempfile
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from corolla.client.training.worker import Worker
 from corolla.config.load import validate
 from corolla.data import census, federated
 from corolla.errors import CorollaError, WireError
+from corolla.evaluation.labels import ordered
 from corolla.models import devices, pretrained, trainable
 from corolla.storage.memory import Memory
 from corolla.wire.messages import Reply, pack_reply, unpack_task
@@ -56,6 +58,7 @@ def _worker(settings: str, run_id: str) -> Worker:
     """The resident model and data of one run: Flower's simulation keeps its processes."""
     config = validate(json.loads(settings))
     dataset = federated.load(config)
+    dataset = replace(dataset, labels=ordered(config, dataset.labels))
     devices.set_threads(config)
     base = pretrained.load(config, dataset.labels)
     dataset = census.with_targets(config, dataset, base.tokenizer)

@@ -372,6 +372,7 @@ class Worker:
                 self._encoded[client] = private.sequences(self._encoder, rows), 0
             else:
                 self._encoded[client] = encode_all(self._encoder, rows)
+            self.model.base.check_ids(own.input_ids for own in self._encoded[client][0])
         self._encoded.move_to_end(client)
         while len(self._encoded) > _RESIDENT_CLIENTS:
             self._encoded.popitem(last=False)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from corolla.data import federated
 from corolla.data.encoding import Encoder
 from corolla.errors import ArtefactError, ConfigError
 from corolla.evaluation import answers, harness
+from corolla.evaluation.labels import ordered
 from corolla.evaluation.scoring import SHARES, score_by_row, standard_error
 from corolla.models import adapter_files, devices, pretrained
 from corolla.types import Metrics
@@ -41,6 +43,7 @@ def evaluate_adapter(
     adapter = result_of(adapter)
     config = config_of(adapter, model, dataset, settings)
     data = federated.load(config)
+    data = replace(data, labels=ordered(config, data.labels))
     chosen = federated.spread(data.heldout, config.eval_examples)
     answers.check(chosen, config)
     base = pretrained.load(config, data.labels)
@@ -112,7 +115,8 @@ def tuned_of(adapter: Path, base: pretrained.Base) -> Any:
 
 def whole(folder: Path, config: RunConfig, labels: Sequence[str]) -> pretrained.Base:
     """A saved whole model. Raises ArtefactError for weights that it lacks."""
-    found = pretrained.load(config.model_copy(update={"model": str(folder)}), labels)
+    saved = {"model": str(folder), "new_head": False}
+    found = pretrained.load(config.model_copy(update=saved), labels)
     if found.missing:
         raise ArtefactError(f"{folder} lacks {', '.join(sorted(found.missing))}")
     return found

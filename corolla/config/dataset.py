@@ -50,6 +50,12 @@ class Dataset(Subject):
         effect="the only one",
         beside="data=some/set",
     )
+    new_head: bool = key(
+        False,
+        "Whether a classifier starts with a new head though its model has one: for other labels.",
+        True,
+        unsaid=True,
+    )
     partition: Literal[
         "auto", "natural", "iid", "dirichlet", "shards", "linear", "square", "exponential"
     ] = key(

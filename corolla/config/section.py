@@ -73,11 +73,11 @@ def key(
 
     `text` is a sentence; `effect` says which value a run takes by itself where that is not the
     default. `beside` are other settings that the example needs, KEY=VALUE with spaces between
-    them; with each of `against` the example is refused. `unsaid`: null is left out of what is
-    stored and sent, so that whoever does not know the key can do without.
+    them; with each of `against` the example is refused. `unsaid`: the default is left out of
+    what is stored and sent, so that whoever does not know the key can do without.
     """
     about: dict[str, Any] = {"effect": effect, "beside": beside, "against": list(against)}
-    without = (lambda value: value is None) if unsaid else None
+    without = (lambda value: value == default) if unsaid else None
     return Field(
         default, description=text, examples=[example], json_schema_extra=about, exclude_if=without
     )

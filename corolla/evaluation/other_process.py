@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from types import TracebackType
@@ -39,6 +40,8 @@ class Request:
     threads: int
     seed: int
     pad_id: int
+    new_head: Sequence[str] = ()
+    """Tensors of a head that the run drew anew, though the checkpoint has one."""
 
 
 @dataclass(frozen=True)

@@ -85,8 +85,9 @@ def _load(request: Request) -> tuple[Any, list[str], str]:
     if not request.whole:
         source = request.base
         kwargs |= {"num_labels": request.labels} if request.labels else {}
+        kwargs |= {"ignore_mismatched_sizes": True} if request.new_head else {}
     base, found = auto.from_pretrained(source, **kwargs)
-    missing = found["missing_keys"]
+    missing = {*found["missing_keys"], *request.new_head}
     stored = tree.digest({n: t for n, t in base.state_dict().items() if n not in missing})
     if not request.quantised:
         base = base.to(request.device)

@@ -4,7 +4,7 @@ import importlib
 import shutil
 import struct
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,16 @@ from corolla.embedded.assets import asset
 from corolla.errors import ConfigError, ModelError
 from corolla.host import heap
 from corolla.models import missing as lost
+from corolla.models.classifiers import heads
 from corolla.models.devices import pick_device
 from corolla.models.folders import PACKAGED, converted, packaged
 from corolla.tensors import tree
 
-# What transformers, safetensors and gguf raise for files that are damaged or of an unknown kind.
-_LOADING = (
+LOADING = (
     *(OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, IndexError),
     *(SafetensorError, struct.error),
 )
+"""What transformers, safetensors and gguf raise for files that are damaged or of another kind."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,25 @@ class Base:
 
     @property
     def pad_id(self) -> int:
-        """The id used for padding; masked out everywhere, so any valid id serves."""
-        pad = self.tokenizer.pad_token_id
-        return int(pad if pad is not None else (self.tokenizer.eos_token_id or 0))
+        """The id used for padding; masked out everywhere, so any that the model has serves."""
+        wanted = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return next((int(i) for i in wanted if i is not None and i < self.embeddings), 0)
+
+    @property
+    def embeddings(self) -> int:
+        """The number of token ids that the model knows."""
+        rows = getattr(self.model.get_input_embeddings(), "num_embeddings", None)
+        return int(rows or self.model.config.get_text_config().vocab_size)
+
+    def check_ids(self, sequences: Iterable[Sequence[int]]) -> None:
+        """Raises ModelError for a token that the tokenizer has and the model does not."""
+        highest = max((max(ids, default=0) for ids in sequences), default=0)
+        if highest >= self.embeddings:
+            raise ModelError(
+                f"the tokenizer of {self.name} has {len(self.tokenizer)} tokens, the model "
+                f"embeddings for {self.embeddings}, and the data need others: give the model's own "
+                f"tokenizer, or save it after model.resize_token_embeddings({len(self.tokenizer)})"
+            )
 
 
 def load(config: RunConfig, labels: Sequence[str] = ()) -> Base:
@@ -78,6 +95,7 @@ def load(config: RunConfig, labels: Sequence[str] = ()) -> Base:
         kwargs["num_labels"] = len(labels)
         kwargs["id2label"] = dict(enumerate(labels))
         kwargs["label2id"] = {label: i for i, label in enumerate(labels)}
+        kwargs["ignore_mismatched_sizes"] = config.new_head
     auto: Any = AutoModelForSequenceClassification if task == "classify" else AutoModelForCausalLM
     device = pick_device(config.device)
     # A new classifier head is drawn from torch's global state: give it one of its own.
@@ -88,9 +106,13 @@ def load(config: RunConfig, labels: Sequence[str] = ()) -> Base:
             model, found = auto.from_pretrained(
                 path, output_loading_info=True, trust_remote_code=False, **kwargs
             )
-        except _LOADING as error:
+            new = lost.outside(model) if task == "classify" and config.new_head else []
+            fresh = heads.draw(model, new)
+        except LOADING as error:
             raise ModelError(f"cannot load model {config.model!r}: {why(error)}") from error
-    missing = frozenset(found["missing_keys"])
+    if hasattr(model, "peft_config"):
+        raise _nested(config.model)
+    missing = frozenset(found["missing_keys"]) | fresh
     lost.refuse(
         config.model, missing, _trained(config, task, model, missing), found["unexpected_keys"]
     )
@@ -164,6 +186,8 @@ def resolve(name: str) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"folder {path} is no model: it has no config.json")
+        if (path / "adapter_config.json").is_file():
+            raise _nested(str(path))
         return str(path.resolve())
     if path.exists() or name.startswith((".", "/", "~")):
         raise ModelError(f"{name} is neither a model folder nor a .gguf file")
@@ -180,6 +204,14 @@ def gguf_of(name: str) -> Path | None:
     if not path.is_file():
         raise ModelError(f"GGUF file {path} does not exist")
     return path
+
+
+def _nested(name: str) -> ModelError:
+    """The error for a base model that brings an adapter: a second one would be trained on both."""
+    return ModelError(
+        f"{name} holds a model and an adapter: move adapter_config.json and adapter_model.* to "
+        f"another FOLDER, then corolla export FOLDER --model {name} --to merged --out MERGED"
+    )
 
 
 def fingerprint(model: PreTrainedModel, without: Collection[str] = ()) -> str:
@@ -220,7 +252,7 @@ def _convert(gguf: Path) -> Path:
         except OSError:  # another process was faster
             if not target.is_dir():
                 raise
-    except _LOADING as error:
+    except LOADING as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"cannot convert {gguf}: {reason} (pip install 'corolla[llm]')") from error
     finally:

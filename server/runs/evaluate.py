@@ -65,6 +65,7 @@ class Evaluator:
         answers.check(chosen, config)
         encoded = [self._encoder(example) for example in chosen]
         self._data = [sequence for sequences in encoded for sequence in sequences]
+        model.base.check_ids(sequence.input_ids for sequence in self._data)
         self._rows = [row for row, sequences in enumerate(encoded) for _ in sequences]
         self.skipped = sum(not sequences for sequences in encoded)
         """Held-out examples without a target left, e.g. a prompt as long as max_length."""

@@ -148,6 +148,7 @@ def _request(judge: Evaluator, folder: Path) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "seed": _other_seed(config),
         "pad_id": base.pad_id,
+        "new_head": sorted(base.missing) if config.new_head and base.task == "classify" else [],
     }
 
 

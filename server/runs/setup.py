@@ -1,7 +1,7 @@
 """What a server loads before the first round, whichever engine carries the messages."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from corolla.data.encoding import Encoder
 from corolla.data.federated import FederatedData
 from corolla.data.templates import ChatTemplate, renderer, writes_date
 from corolla.directions.pools import SignPool
+from corolla.evaluation.labels import ordered
 from corolla.evaluation.scoring import loss_sum
 from corolla.interfaces import Strategy
 from corolla.models import devices, pretrained, trainable
@@ -54,6 +55,7 @@ def set_up(config: RunConfig, run_id: str | None, deployed: bool = False) -> Set
     """
     trace = read_trace(Path(config.availability)) if config.availability else None
     dataset = federated.load_heldout(config) if deployed else federated.load(config)
+    dataset = replace(dataset, labels=ordered(config, dataset.labels))
     devices.set_threads(config)
     base = pretrained.load(config, dataset.labels)
     config = _dated(config, base)

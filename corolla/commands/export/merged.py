@@ -34,7 +34,8 @@ def export_merged(adapter: Path, model: str | None, folder: Path) -> float:
     if artefacts.is_model(adapter):
         raise ConfigError(f"{adapter} is a whole model already: any tool loads it as it is")
     config = artefacts.config_of(adapter, model, None, ())
-    config = config.model_copy(update={"dtype": "float32", "quantization": "none", "device": "cpu"})
+    plain = {"dtype": "float32", "quantization": "none", "device": "cpu", "max_length": 8}
+    config = config.model_copy(update=plain)
     labels = artefacts.labels_of(adapter)
     base = pretrained.load(config, labels)
     probe = _probe(base)

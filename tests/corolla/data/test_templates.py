@@ -248,10 +248,10 @@ def test_what_would_be_cut_away_is_not_rendered(monkeypatch: pytest.MonkeyPatch)
     """A conversation of very many turns takes no longer than one that fills a sequence."""
     own = tokenizer("mistral", public.MISTRAL)
     wanted = sum(learnt for _, learnt in encoded(own, *(ASK, TELL) * 8)[0][:60])
-    rendered, apply = list[int](), own.apply_chat_template
+    rendered, apply = list[object](), own.apply_chat_template
 
     def counted(*given: Any, **how: Any) -> Any:
-        rendered.append(1)
+        rendered.append(how)
         return apply(*given, **how)
 
     monkeypatch.setattr(own, "apply_chat_template", counted)

@@ -31,8 +31,11 @@ def _written(make: Any, folder: Path, name: str) -> Path:
 
 
 def bert(folder: Path) -> Path:
-    """A classifier of three labels, whole."""
-    config = transformers.BertConfig(**_BERT, num_labels=3)
+    """A classifier of three labels, whole; their order is not that of the alphabet."""
+    names = {0: "yes", 1: "no", 2: "perhaps"}
+    config = transformers.BertConfig(
+        **_BERT, id2label=names, label2id={name: place for place, name in names.items()}
+    )
     return _written(lambda: transformers.BertForSequenceClassification(config), folder, "bert")
 
 
