@@ -139,11 +139,13 @@ def test_the_servers_machine_counts_for_nothing(
     }
     ours |= {"availability": "/srv/trace.jsonl", "engine": "flower"}
     ours |= {"quantization": "4bit", "gradient_checkpointing": True}
+    ours |= {"columns": {"text": "diary"}, "splits": {"train": "all"}, "subset": "main"}
     trainer = Trainer(own(), "cyd")
     assert ask(trainer, hello(settings(), **ours)).error == ""
     config = trainer._worker[1].config if trainer._worker else settings()
     assert (config.threads, config.device, config.quantization) == (1, "cpu", "none")
     assert config.data == own().data
+    assert (config.columns, config.splits, config.subset) == ({}, {}, None)
     start: dict[str, Any] = {"start": "gradient", "public": "/srv/public.jsonl"}
     assert ask(trainer, hello(settings(), **start)).error == ""
 
