@@ -7,7 +7,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -52,22 +52,20 @@ COMMANDS = (
 """Where the tests start processes, compile or train for a while."""
 
 
-class Backwards(pytest.Dir):
-    """A folder whose last file is collected first."""
-
-    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
-        return reversed(list(super().collect()))
-
-
-def pytest_collect_directory(path: Path, parent: pytest.Collector) -> pytest.Dir | None:
-    """Returns a folder that every second worker reads from its end.
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Every second worker reads each folder from its end.
 
     Compiling the tests takes as long as importing what they need, and each worker finds what
     another has compiled.
     """
-    worker = getattr(parent.config, "workerinput", {"workerid": "gw0"})["workerid"]
-    odd = int(worker.removeprefix("gw")) % 2
-    return Backwards.from_parent(parent, path=path) if odd else None
+    report = yield
+    worker = getattr(collector.config, "workerinput", {"workerid": "gw0"})["workerid"]
+    if isinstance(collector, pytest.Dir) and int(worker.removeprefix("gw")) % 2:
+        report.result.reverse()
+    return report
 
 
 def pytest_collection() -> None:
