@@ -21,6 +21,7 @@ from hypothesis import settings as hypothesis_settings
 
 from tests import scheduling
 from tests.e2e import forked
+from tests.e2e.fork_server import ANSWER_TOKENS
 from tests.e2e.forked import Commands
 
 # What takes seconds to import is imported where it is used: the process that only hands out tests
@@ -106,6 +107,7 @@ def _forks() -> Iterator[Callable[[], Commands]]:
     import torch
 
     from corolla.evaluation import other_process
+    from corolla.server.runs import evaluate
 
     torch.set_num_threads(1)
     with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
@@ -120,6 +122,7 @@ def _forks() -> Iterator[Callable[[], Commands]]:
             return [str(start().bin / "python"), "-m", "corolla.evaluation.reader"]
 
         patch.setattr(other_process, "command", command)
+        patch.setattr(evaluate, "_ANSWER_TOKENS", ANSWER_TOKENS)
         yield start
 
 
