@@ -7,7 +7,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -21,6 +21,7 @@ from hypothesis import settings as hypothesis_settings
 
 from tests import scheduling
 from tests.e2e import forked
+from tests.e2e.fork_server import ANSWER_TOKENS
 from tests.e2e.forked import Commands
 
 # What takes seconds to import is imported where it is used: the process that only hands out tests
@@ -52,22 +53,20 @@ COMMANDS = (
 """Where the tests start processes, compile or train for a while."""
 
 
-class Backwards(pytest.Dir):  # type: ignore[misc]  # final to checkers, not to pytest's own
-    """A folder whose last file is collected first."""
-
-    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
-        return reversed(list(super().collect()))
-
-
-def pytest_collect_directory(path: Path, parent: pytest.Collector) -> pytest.Dir | None:
-    """Returns a folder that every second worker reads from its end.
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Every second worker reads each folder from its end.
 
     Compiling the tests takes as long as importing what they need, and each worker finds what
     another has compiled.
     """
-    worker = getattr(parent.config, "workerinput", {"workerid": "gw0"})["workerid"]
-    odd = int(worker.removeprefix("gw")) % 2
-    return Backwards.from_parent(parent, path=path) if odd else None
+    report = yield
+    worker = getattr(collector.config, "workerinput", {"workerid": "gw0"})["workerid"]
+    if isinstance(collector, pytest.Dir) and int(worker.removeprefix("gw")) % 2:
+        report.result.reverse()
+    return report
 
 
 def pytest_collection() -> None:
@@ -108,6 +107,7 @@ def _forks() -> Iterator[Callable[[], Commands]]:
     import torch
 
     from corolla.evaluation import other_process
+    from corolla.server.runs import evaluate
 
     torch.set_num_threads(1)
     with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
@@ -122,6 +122,7 @@ def _forks() -> Iterator[Callable[[], Commands]]:
             return [str(start().bin / "python"), "-m", "corolla.evaluation.reader"]
 
         patch.setattr(other_process, "command", command)
+        patch.setattr(evaluate, "_ANSWER_TOKENS", ANSWER_TOKENS)
         yield start
 
 

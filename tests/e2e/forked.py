@@ -1,7 +1,9 @@
 """Commands of Corolla without the seconds that its imports take: each a process of its own.
 
 `Commands` starts them from a test; the scripts `corolla` and `python` in its folder `bin` do so for
-a shell. Tests of processes that are started cold: the first of each command in test_readme.py.
+a shell. They answer with few tokens and render no charts of a run's report (fork_server.py); all of
+it is done by processes that are started cold, the first of each command in test_readme.py, and, but
+for the tokens, by those in the process of the tests (test_simulate.py).
 """
 
 import json

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from corolla.cli.app import app
 from corolla.config.run import RunConfig
 from corolla.directions import seedlog, signs
-from corolla.server.runs import checkpoint
+from corolla.server.runs import checkpoint, run
 from corolla.server.runs.run import Run
 from corolla.server.runs.setup import set_up
 from corolla.types import Payload
@@ -31,6 +31,12 @@ Settings = Callable[..., RunConfig]
 RUNNER = CliRunner()
 OPTIONS = "--rounds 3 --cohort 3 --local-steps 4 --batch-size 4 --rank 2"
 QUICK = "--set threads=1 --set eval-examples=6 --set eval-client-examples=2 --set max-length=48"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No charts: most of the time of a tiny run."""
+    monkeypatch.setattr(run, "write_report", lambda path, info, lines: None)
 
 
 @pytest.fixture(scope="module")

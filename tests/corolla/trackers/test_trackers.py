@@ -19,7 +19,7 @@ from corolla.cli.app import app
 from corolla.commands.simulate import in_process
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
-from corolla.server.runs import evaluate, run
+from corolla.server.runs import run
 from corolla.server.runs.observer import Many, Silent
 from corolla.trackers import flat, numbers, open_trackers, tracking
 
@@ -34,7 +34,6 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "_ANSWER_TOKENS", 2)
     monkeypatch.setattr(run, "write_report", lambda path, info, lines: None)
 
 

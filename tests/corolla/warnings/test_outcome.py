@@ -10,7 +10,7 @@ import pytest
 
 from corolla.commands.simulate import in_process
 from corolla.config.run import RunConfig
-from corolla.server.runs import evaluate, run
+from corolla.server.runs import run
 from corolla.warnings.outcome import VERDICTS, RunWarning, outcome
 
 Settings = Callable[..., RunConfig]
@@ -130,7 +130,6 @@ def test_personal_models_are_judged_by_their_clients() -> None:
 def test_a_harmful_run_says_so_where_it_is_kept(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "_ANSWER_TOKENS", 2)
     small = {
         **{"model": "embedded", "data": "embedded", "clients": 2, "cohort": 1, "rounds": 1},
         **{"max_length": 256, "eval_clients": 0},
@@ -153,7 +152,6 @@ def test_a_harmful_run_says_so_where_it_is_kept(
 def test_noise_that_drowns_updates_is_told(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dp: str
 ) -> None:
-    monkeypatch.setattr(evaluate, "_ANSWER_TOKENS", 2)
     monkeypatch.setattr(run, "write_report", lambda path, info, lines: None)
     found = {}
     for z in (1e-3, 30.0):

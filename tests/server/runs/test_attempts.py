@@ -13,7 +13,7 @@ from corolla.commands.simulate import in_process
 from corolla.config.run import RunConfig
 from corolla.errors import RoundError, StoppedError
 from corolla.server.rounds import cohort
-from corolla.server.runs import attempts, evaluate, run
+from corolla.server.runs import attempts, run
 from corolla.server.runs.journal import read
 from corolla.server.runs.observer import Silent
 from corolla.server.runs.run import Run
@@ -79,7 +79,6 @@ def weather(monkeypatch: pytest.MonkeyPatch) -> Weather:
     monkeypatch.setattr(network, "clients", clients)
     monkeypatch.setattr(network, "online", lambda self: clients(self).keys())
     monkeypatch.setattr(attempts, "_POLL", 0.001)
-    monkeypatch.setattr(evaluate, "_ANSWER_TOKENS", 2)
     monkeypatch.setattr(run, "write_report", lambda path, info, lines: None)
     return found
 

@@ -22,7 +22,7 @@ from corolla.errors import ConfigError, RoundError
 from corolla.privacy.accounting import gaussian_epsilon
 from corolla.privacy.client_level import ClientLevel
 from corolla.server.rounds import round as rounds
-from corolla.server.runs import account, attempts, checkpoint, evaluate, report, run
+from corolla.server.runs import account, attempts, checkpoint, report, run
 from corolla.server.runs.journal import read
 from corolla.server.runs.observer import Silent
 from corolla.server.runs.status import status
@@ -37,8 +37,7 @@ CLIENT = {"dp": "client", "noise_multiplier": 4.0, "clip": 0.01, "rounds": 2, "c
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Answers of two tokens, no charts: most of the time of a tiny run."""
-    monkeypatch.setattr(evaluate, "_ANSWER_TOKENS", 2)
+    """No charts: most of the time of a tiny run."""
     monkeypatch.setattr(run, "write_report", lambda path, info, lines: None)
 
 

@@ -16,7 +16,7 @@ from corolla.config.load import resumed
 from corolla.config.run import RunConfig
 from corolla.errors import ArtefactError, ConfigError, CorollaError, DataError
 from corolla.host import files
-from corolla.server.runs import checkpoint, evaluate, report, run
+from corolla.server.runs import checkpoint, report, run
 from corolla.server.runs.folder import prepare_folder, stored_run
 from corolla.server.runs.setup import set_up
 from corolla.server.runs.summary import Summary
@@ -63,8 +63,7 @@ class Watch:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Answers of two tokens, no charts: most of the time of a tiny run."""
-    monkeypatch.setattr(evaluate, "_ANSWER_TOKENS", 2)
+    """No charts: most of the time of a tiny run."""
     monkeypatch.setattr(run, "write_report", lambda path, info, lines: None)
 
 

@@ -14,7 +14,7 @@ from corolla.config.run import RunConfig
 from corolla.data import federated
 from corolla.errors import ConfigError
 from corolla.models.adapter_files import adapter_hash
-from corolla.server.runs import evaluate, run
+from corolla.server.runs import run
 
 Settings = Callable[..., RunConfig]
 
@@ -138,7 +138,6 @@ def test_with_baselines_all_are_measured_on_clients_that_train() -> None:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "_ANSWER_TOKENS", 2)
     monkeypatch.setattr(run, "write_report", lambda path, info, lines: None)
 
 
