@@ -25,7 +25,9 @@ constexpr Named kTypes[] = {{"F64", Dtype::f64},   {"I64", Dtype::i64}, {"F32", 
                             {"I32", Dtype::i32},   {"F16", Dtype::f16}, {"BF16", Dtype::bf16},
                             {"U8", Dtype::u8}};
 
-[[noreturn]] void refuse(const std::string& why) { throw Error("tensors cannot be read: " + one_line(why)); }
+[[noreturn]] void refuse(const std::string& why) {
+  throw Error("tensors cannot be read: " + one_line(why));
+}
 
 Dtype dtype_named(const std::string& name) {
   for (const Named& known : kTypes)

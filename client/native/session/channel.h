@@ -83,9 +83,10 @@ class Caller {
         tell_(std::move(tell)),
         spending_([&channel] { return channel.bytes_up() + channel.bytes_down(); }) {}
 
-  // The answer to a call, of about `coming` bytes. Throws Over when the gateway, the deadline (or the
-  // end of patience, without one) or a limit of the day has ended the session, UsageError for what only the owner can mend, Stopped;
-  // where `slow`, Slow for a call that took too long.
+  // The answer to a call, of about `coming` bytes. Throws Over when the gateway, the deadline (or
+  // the end of patience, without one) or a limit of the day has ended the session, UsageError for
+  // what only the owner can mend, WireError for an answer with too many entries, Stopped; where
+  // `slow`, Slow for a call that took too long.
   template <class Q, class R>
   R call(Channel::Method<Q, R> method, const Q& request, Moment deadline = kForever,
          bool slow = false, uint64_t coming = 0) {

@@ -28,8 +28,8 @@ class Disk {
   Disk(std::filesystem::path state, DiskLimits limits);
 
   // Deletes what other runs keep, and the groups of this run that a task does not name, before it
-  // counts what the run keeps with `coming` bytes more. Throws DiskLimit, Error for a run that is no
-  // id.
+  // counts what the run keeps with `coming` bytes more. Throws DiskLimit, Error for a run that is
+  // no id.
   void admit(const std::string& run, const Groups& named, uint64_t coming) const;
   bool holds(const std::string& run, const std::string& content) const;
 

@@ -208,8 +208,8 @@ void Bundles::check_room(const std::string& name, uint64_t more, uint64_t free) 
   if (more > disk_.room_for(more)) drop_others(name + ".new");
   uint64_t room = disk_.room_for(more);
   if (more > room)
-    throw DiskLimit("it needs " + human_bytes(more) + " more on this device's disk, its owner allows " +
-                    human_bytes(room) + " (--disk)");
+    throw DiskLimit("it needs " + human_bytes(more) + " more on this device's disk, its owner " +
+                    "allows " + human_bytes(room) + " (--disk)");
 }
 
 // Moves files of equal content here: fetch_file checks them.

@@ -46,8 +46,8 @@ class Bundles {
 
   // Fetches what is not there, and reuses what other bundles have of it. The signature is checked
   // before the large files are asked for; nothing stays of what is refused. Throws WireError and
-  // Error for a bundle that is refused, also because the publisher has signed a newer one, DiskError
-  // when `free` bytes are too few.
+  // Error for a bundle that is refused, also because the publisher has signed a newer one,
+  // DiskError when `free` bytes are too few.
   const Bundle& fetch(const v1::Blob& manifest, const Download& download, uint64_t free);
 
  private:

@@ -279,8 +279,8 @@ void Session::make_room(const v1::Lease& lease, const v1::Task& task, int64_t pa
   disk_.admit(task.run_id(), named, coming);
 }
 
-// Heartbeats go on meanwhile, as long as the day allows. Throws Over when the result is not wanted any
-// more, or nothing is left to deliver it with.
+// Heartbeats go on meanwhile, as long as the day allows. Throws Over when the result is not wanted
+// any more, or nothing is left to deliver it with.
 void Session::wait_unmetered(const Service& service) {
   Resting wait(service.spending);
   while (service.policy.unmetered() && platform_.read().metered) {

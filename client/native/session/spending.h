@@ -22,7 +22,7 @@ class UsedUp : public Over {
 };
 
 // Counts what was spent since the last entry of the history, beside what that holds of today. A
-// visit is work from its beginning to its end, but for its waits. Thread-safe: heartbeats ask it too.
+// visit is work from its beginning to its end, but for its waits. Thread-safe: heartbeats ask too.
 class Spending {
  public:
   // `bytes`: those of all calls so far, up and down.

@@ -203,7 +203,8 @@ Options read_options(const std::vector<std::string>& all) {
   options.once = words.has("--once");
   options.keep_updates = words.has("--keep-updates");
   options.limits = read_limits(words);
-  options.disk = {words.bytes("--run-disk", DiskLimits().run), words.bytes("--disk", DiskLimits().all)};
+  options.disk.run = words.bytes("--run-disk", options.disk.run);
+  options.disk.all = words.bytes("--disk", options.disk.all);
   options.pauses = read_pauses(words);
   try {
     make_folder(options.state);

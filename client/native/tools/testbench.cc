@@ -13,8 +13,8 @@
 //   origin BASE FILE                the version of a first state: an encoded payload
 //   replay FILE OUT POOL SEED NUM   the flat vector "w" after the tensors "row-*", from row NUM on
 //   optimiser NAME DECAY CLIP FILE  JSON {"weights", "gradients", "rates"} -> weights; CLIP 0: none
-//   walk FILE                       the JSON of schedule: steps, and the bytes that going through them
-//                                   takes
+//   walk FILE                       the JSON of schedule: steps, and the bytes that going through
+//                                   them takes
 //   schedule FILE                   JSON {"run", "sequences", "seed", "round"} -> steps and rates
 //   settings FILE                   lines of JSON {"config", "class"} -> why each is refused, or ""
 //

@@ -28,7 +28,8 @@ std::vector<uint32_t> Batches::next() {
   if (at_ >= order_.size()) order_ = shuffler_.permutation(sequences_), at_ = 0;
   const size_t from = at_;
   at_ = std::min(from + size_, order_.size());
-  return {order_.begin() + static_cast<ptrdiff_t>(from), order_.begin() + static_cast<ptrdiff_t>(at_)};
+  return {order_.begin() + static_cast<ptrdiff_t>(from),
+          order_.begin() + static_cast<ptrdiff_t>(at_)};
 }
 
 double rate(const Run& run, int64_t round, int64_t steps, int64_t step) {

@@ -12,8 +12,8 @@ namespace corolla {
 
 int64_t steps_per_round(const Run& run, size_t sequences);
 
-// The sequences of one step after the other, every epoch in a new order. Of the steps, whose number a
-// server chooses, one epoch is laid out at a time.
+// The sequences of one step after the other, every epoch in a new order. Of the steps, whose number
+// a server chooses, one epoch is laid out at a time.
 class Batches {
  public:
   Batches(const Run& run, size_t sequences, uint64_t seed);

@@ -50,13 +50,13 @@ std::optional<Held> from_file(const std::string& origin, const Layout& layout,
   }
 }
 
-// A row of a log, written out dense: of all at once a device would keep a hundred times the message.
+// A row of a log, written out dense: all at once they would be a hundred times the message.
 Params row_of(const v1::Log& log, size_t at) {
   return load_scalars(log.rows(static_cast<int>(at)), "log row " + std::to_string(at));
 }
 
-// The version before each row of a log and after the last. Throws Error when they do not lead to the
-// version that the log tells.
+// The version before each row of a log and after the last. Throws Error when they do not lead to
+// the version that the log tells.
 std::vector<std::string> versions(const v1::Log& log, uint32_t pool) {
   std::vector<std::string> made{log.since()};
   for (size_t at = 0; at < static_cast<size_t>(log.rows_size()); at++) {

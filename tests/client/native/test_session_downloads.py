@@ -335,6 +335,13 @@ def test_a_bundle_of_another_publisher_has_serial_numbers_of_its_own(offered: Wo
     assert sorted(known.values()) == [1, 5]
 
 
+@pytest.mark.parametrize("text", ["", "[]", "3", "{"])
+def test_a_damaged_note_of_serial_numbers_lets_no_bundle_in(offered: World, text: str) -> None:
+    offered.state().mkdir(parents=True)
+    (offered.state() / "serials.json").write_text(text)
+    assert refusal(offered).startswith("serials.json is no ")
+
+
 @pytest.mark.parametrize("number", [-1, 1 << 53, 1.5, "5", True])
 def test_a_serial_number_that_is_none_is_refused(offered: World, number: object) -> None:
     serial(offered, number)

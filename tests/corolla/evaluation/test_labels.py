@@ -11,7 +11,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from corolla.commands.artefacts import evaluate_adapter, export_merged
+from corolla.commands.artefacts import evaluate_adapter
+from corolla.commands.export.merged import export_merged
 from corolla.commands.simulate.in_process import simulate
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, ModelError
