@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from corolla import seeds
+from corolla.artefacts.records import write_decoded, write_update
 from corolla.client.training import private
 from corolla.client.training.first_order import FirstOrder
 from corolla.client.training.zeroth_order import ZerothOrder
@@ -19,7 +20,6 @@ from corolla.data.rows import Example, counted, unit_of, units
 from corolla.directions import seedlog
 from corolla.errors import ConfigError, CorollaError, ModelError, WireError
 from corolla.evaluation.scoring import halves, score_by_row
-from corolla.models.records import write_decoded, write_update
 from corolla.models.trainable import Differentiable, Trainable
 from corolla.privacy import example_level, ledger
 from corolla.privacy.example_level import ExampleLevel

@@ -1,1 +1,1 @@
-"""What others serve: merged weights, GGUF files, adapters cut to a rank, their model cards."""
+"""What others serve: merged weights, GGUF files, adapters cut to a rank, model cards; kept updates."""

@@ -32,7 +32,7 @@ _TYPES: Mapping[Any, click.ParamType[Any, Any]] = {
 
 def of_run() -> Mapping[str, FieldInfo]:
     """The keys of a run."""
-    from corolla.config.settings import Settings
+    from corolla.config.sections.settings import Settings
 
     return Settings.model_fields
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from corolla.config.groups import ClientClass
 from corolla.config.load import load
 from corolla.config.run import RunConfig
-from corolla.config.section import Section
-from corolla.config.settings import Settings
+from corolla.config.sections.groups import ClientClass
+from corolla.config.sections.section import Section
+from corolla.config.sections.settings import Settings
 from corolla.errors import ConfigError
 from corolla.host.wording import kind_of, written
 from corolla.strategies.registry import STRATEGIES

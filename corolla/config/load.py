@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from corolla.config.build import build_strategy
-from corolla.config.groups import ClientClass
 from corolla.config.mistakes import no_table, unknown
 from corolla.config.run import RunConfig
+from corolla.config.sections.groups import ClientClass
 from corolla.errors import ConfigError
 from corolla.host import wording
 from corolla.strategies import registry
@@ -60,25 +60,19 @@ def unchanged(
     Raises ConfigError when what is given contradicts it, and for more rounds with privacy.
     """
     asked = amended(stored, overrides, settings, file)
-    if asked.rounds > stored.rounds:
-        _refuse_extension(stored)
+    extends = asked.rounds > stored.rounds
+    if extends and stored.dp != "none":
+        raise ConfigError(
+            f"a run of rounds={stored.rounds} with dp={stored.dp} cannot be extended: its privacy "
+            f"is accounted for so many; leave --rounds out, or start a new run"
+        )
     for key in RunConfig.model_fields:
-        extends = key == "rounds" and asked.rounds > stored.rounds
-        if getattr(asked, key) != getattr(stored, key) and not extends:
+        if getattr(asked, key) != getattr(stored, key) and not (extends and key == "rounds"):
             raise ConfigError(
                 f"--resume goes on with {key.replace('_', '-')}={getattr(stored, key)!r}, "
                 f"found {getattr(asked, key)!r}: leave it out"
             )
     return asked
-
-
-def _refuse_extension(stored: RunConfig) -> None:
-    """Raises ConfigError with differential privacy: its noise was made for so many rounds."""
-    if stored.dp != "none":
-        raise ConfigError(
-            f"a run of rounds={stored.rounds} with dp={stored.dp} cannot be extended: its privacy "
-            f"is accounted for so many; leave --rounds out, or start a new run"
-        )
 
 
 def amended(

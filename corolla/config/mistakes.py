@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from corolla.config.groups import ClientClass
+from corolla.config.sections.groups import ClientClass
 from corolla.errors import ConfigError
 from corolla.host import wording
 from corolla.host.text import nearest

@@ -8,8 +8,8 @@ import torch
 
 from corolla.aggregation import robust
 from corolla.aggregation.sums import ByGroup, SeedSums, WeightedMean
-from corolla.config.rule import Rule, refusal
 from corolla.config.run import RunConfig
+from corolla.config.sections.rule import Rule, refusal
 from corolla.errors import ConfigError
 from corolla.interfaces import Aggregator, Strategy, Traits
 from corolla.strategies import registry

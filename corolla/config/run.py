@@ -11,10 +11,11 @@ from pydantic import (
     model_validator,
 )
 
-from corolla.config import adapter, learning_rates, machine, mistakes, population, privacy, training
-from corolla.config.rule import Rule, refusal
-from corolla.config.section import given
-from corolla.config.settings import Settings
+from corolla.config import mistakes
+from corolla.config.sections import adapter, learning_rates, machine, population, privacy, training
+from corolla.config.sections.rule import Rule, refusal
+from corolla.config.sections.section import given
+from corolla.config.sections.settings import Settings
 from corolla.errors import ConfigError
 from corolla.strategies import registry
 from corolla.strategies.own import files

@@ -28,7 +28,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from corolla import seeds
-from corolla.config.kinds import KINDS, KindName
+from corolla.config.sections.kinds import KINDS, KindName
 from corolla.directions import moving
 from corolla.models import adapter_files, devices, full, parts
 from corolla.models.pretrained import Base, heads_of

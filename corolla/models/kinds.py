@@ -1,8 +1,8 @@
 """The form of each kind of trained parameters: shapes by formula, and how the model is built.
 
-Facts and defaults of a kind are in corolla/config/kinds.py. Tensors that are trained as they are
-have a row in corolla/models/parts.py, and need none here. Libraries that load models are imported
-where one is built: estimates need none of them.
+Facts and defaults of a kind are in corolla/config/sections/kinds.py. Tensors that are trained as
+they are have a row in corolla/models/parts.py, and need none here. Libraries that load models are
+imported where one is built: estimates need none of them.
 """
 
 from __future__ import annotations

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from corolla.config import learning_rates
-from corolla.config.groups import ClientClass
-from corolla.config.rule import Rule
 from corolla.config.run import RunConfig
+from corolla.config.sections import learning_rates
+from corolla.config.sections.groups import ClientClass
+from corolla.config.sections.rule import Rule
 from corolla.interfaces import Traits
 from corolla.strategies import registry
 from corolla.types import TrainerName

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 import torch
 
 from corolla import seeds
-from corolla.config.groups import ClientClass
 from corolla.config.run import RunConfig
+from corolla.config.sections.groups import ClientClass
 
 
 def seconds(config: RunConfig, name: str, steps: int, down: int, up: int) -> float:

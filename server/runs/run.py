@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from corolla import seeds
+from corolla.artefacts import records
 from corolla.artefacts.card import write_cards
 from corolla.config.run import RunConfig
 from corolla.directions import seedlog
@@ -19,7 +20,6 @@ from corolla.host import logs
 from corolla.host.heap import peak_rss
 from corolla.host.processes import uninterrupted
 from corolla.interfaces import Strategy
-from corolla.models import records
 from corolla.privacy.guarantee import Unit
 from corolla.server.rounds.call import RoundCall
 from corolla.server.rounds.cohort import read_trace

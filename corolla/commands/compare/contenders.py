@@ -11,8 +11,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from corolla.config.dataset import Dataset
-from corolla.config.evaluation import Evaluation
+from corolla.config.sections.dataset import Dataset
+from corolla.config.sections.evaluation import Evaluation
 from corolla.errors import ConfigError
 from corolla.strategies import registry
 

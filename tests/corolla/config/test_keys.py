@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from corolla.config.groups import ClientClass
 from corolla.config.keys import CLASSES, OPTIONS, Key, sections, table, titles
 from corolla.config.load import load
 from corolla.config.run import RunConfig
+from corolla.config.sections.groups import ClientClass
 from corolla.strategies.registry import STRATEGIES, create
 
 KEYS = table()

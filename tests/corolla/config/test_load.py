@@ -7,8 +7,8 @@ import pytest
 
 from corolla.config import load as config
 from corolla.config.build import build_strategy
-from corolla.config.groups import ClientClass
 from corolla.config.run import RunConfig
+from corolla.config.sections.groups import ClientClass
 from corolla.errors import ConfigError
 from corolla.strategies.flora import Flora
 from tests.corolla.config.configs import load, refused

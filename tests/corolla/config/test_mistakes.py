@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from corolla.config.groups import ClientClass
 from corolla.config.mistakes import MEANINGS, meant, unknown
 from corolla.config.run import RunConfig
-from corolla.config.settings import Settings
+from corolla.config.sections.groups import ClientClass
+from corolla.config.sections.settings import Settings
 from corolla.errors import ConfigError
 from tests.corolla.config.configs import refused
 

@@ -6,18 +6,18 @@ from typing import Any
 import pytest
 
 from corolla.config import load as config
-from corolla.config.adapter import Adapter
-from corolla.config.compression import Compression
-from corolla.config.dataset import Dataset
-from corolla.config.defence import Defence
-from corolla.config.evaluation import Evaluation
-from corolla.config.groups import ClientClass
-from corolla.config.machine import Machine
-from corolla.config.population import Population
-from corolla.config.privacy import Privacy
 from corolla.config.run import RunConfig
-from corolla.config.subject import Subject
-from corolla.config.training import Training
+from corolla.config.sections.adapter import Adapter
+from corolla.config.sections.compression import Compression
+from corolla.config.sections.dataset import Dataset
+from corolla.config.sections.defence import Defence
+from corolla.config.sections.evaluation import Evaluation
+from corolla.config.sections.groups import ClientClass
+from corolla.config.sections.machine import Machine
+from corolla.config.sections.population import Population
+from corolla.config.sections.privacy import Privacy
+from corolla.config.sections.subject import Subject
+from corolla.config.sections.training import Training
 from corolla.errors import ConfigError
 from corolla.types import LoraSpec
 

@@ -6,8 +6,8 @@ import pytest
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from corolla.config.groups import ClientClass
-from corolla.config.settings import Settings
+from corolla.config.sections.groups import ClientClass
+from corolla.config.sections.settings import Settings
 from corolla.host.wording import entry, expected, kind_of, plain, read, shown, told, written
 
 Positive = Annotated[int, Field(ge=1)]

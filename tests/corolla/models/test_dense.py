@@ -23,8 +23,8 @@ from corolla.client.training.worker import Worker
 from corolla.commands import artefacts
 from corolla.commands.export.merged import export_merged
 from corolla.config.build import build_strategy
-from corolla.config.kinds import KindName
 from corolla.config.run import RunConfig
+from corolla.config.sections.kinds import KindName
 from corolla.data.encoding import Encoded, Encoder
 from corolla.directions.pools import SignPool
 from corolla.errors import ArtefactError, DivergedError, ModelError

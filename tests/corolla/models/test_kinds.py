@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import transformers
 
-from corolla.config.kinds import KINDS
 from corolla.config.run import RunConfig
+from corolla.config.sections.kinds import KINDS
 from corolla.models import anatomy, footprint, kinds, pretrained, trainable
 from corolla.models.full import FullModel
 from corolla.models.parts import PARTS

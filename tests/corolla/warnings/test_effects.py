@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from corolla.commands.simulate import in_process
-from corolla.config.groups import ClientClass
 from corolla.config.keys import CLASSES, OPTIONS, Key, table
 from corolla.config.load import load
 from corolla.config.run import RunConfig
+from corolla.config.sections.groups import ClientClass
 from corolla.errors import ConfigError
 from corolla.server.runs import evaluate, proof, run
 from corolla.server.runs.proof import Proof

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from corolla.config.groups import ClientClass
 from corolla.config.run import RunConfig
+from corolla.config.sections.groups import ClientClass
 from corolla.errors import ConfigError
 from corolla.server.rounds import cohort
 from corolla.server.rounds.federation import classes_behind

@@ -14,8 +14,8 @@ import torch
 from corolla import seeds
 from corolla.client.training.worker import Worker
 from corolla.config.build import build_strategy
-from corolla.config.kinds import KINDS
 from corolla.config.run import RunConfig
+from corolla.config.sections.kinds import KINDS
 from corolla.data import federated
 from corolla.directions import seedlog
 from corolla.errors import RoundError

@@ -7,8 +7,9 @@ import torch
 import transformers
 from peft import PeftModel
 
+from corolla.artefacts import records
 from corolla.config.run import RunConfig
-from corolla.models import pretrained, records
+from corolla.models import pretrained
 from corolla.models.lora import LoraModel
 from corolla.storage import folders
 from corolla.types import LoraSpec, Update

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from corolla.config.section import Section, key
+from corolla.config.sections.section import Section, key
 
 
 class Subject(Section):

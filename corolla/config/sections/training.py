@@ -2,11 +2,11 @@
 
 from typing import Annotated, Literal
 
-from corolla.config import learning_rates
-from corolla.config.adapter import Adapter
-from corolla.config.groups import ClientClass
-from corolla.config.rule import Rule
-from corolla.config.section import Positive, key, within
+from corolla.config.sections import learning_rates
+from corolla.config.sections.adapter import Adapter
+from corolla.config.sections.groups import ClientClass
+from corolla.config.sections.rule import Rule
+from corolla.config.sections.section import Positive, key, within
 from corolla.types import LoraSpec
 
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from corolla.config.section import Positive, Section, key, within
+from corolla.config.sections.section import Positive, Section, key, within
 from corolla.types import TrainerName
 
 

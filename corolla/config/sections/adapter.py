@@ -4,11 +4,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from corolla.config import kinds
-from corolla.config.kinds import Kind, KindName
-from corolla.config.rule import Rule
-from corolla.config.section import Positive, key, within
-from corolla.config.subject import Subject
+from corolla.config.sections import kinds
+from corolla.config.sections.kinds import Kind, KindName
+from corolla.config.sections.rule import Rule
+from corolla.config.sections.section import Positive, key, within
+from corolla.config.sections.subject import Subject
 
 
 class Adapter(Subject):

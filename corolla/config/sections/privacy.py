@@ -4,11 +4,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from corolla.config.defence import Defence
-from corolla.config.population import Population
-from corolla.config.rule import Rule
-from corolla.config.section import Fraction, Positive, key, within
-from corolla.config.training import Training
+from corolla.config.sections.defence import Defence
+from corolla.config.sections.population import Population
+from corolla.config.sections.rule import Rule
+from corolla.config.sections.section import Fraction, Positive, key, within
+from corolla.config.sections.training import Training
 
 
 class Privacy(Defence, Training, Population):

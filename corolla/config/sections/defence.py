@@ -2,8 +2,8 @@
 
 from typing import Literal
 
-from corolla.config.section import Positive, key
-from corolla.config.subject import Subject
+from corolla.config.sections.section import Positive, key
+from corolla.config.sections.subject import Subject
 from corolla.types import RobustRule, Space
 
 

@@ -4,9 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from corolla.config.adapter import Adapter
-from corolla.config.rule import Rule
-from corolla.config.section import key
+from corolla.config.sections.adapter import Adapter
+from corolla.config.sections.rule import Rule
+from corolla.config.sections.section import key
 
 
 class Machine(Adapter):

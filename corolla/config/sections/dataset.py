@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from corolla.config.section import Fraction, Positive, key, within
-from corolla.config.subject import Subject
+from corolla.config.sections.section import Fraction, Positive, key, within
+from corolla.config.sections.subject import Subject
 
 
 def _day(text: str) -> str:

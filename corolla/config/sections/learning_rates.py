@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from corolla.config import kinds
+from corolla.config.sections import kinds
 from corolla.types import TrainerName
 
 

@@ -3,9 +3,9 @@ from typing import Any
 
 import pytest
 
-from corolla.config.groups import ClientClass
-from corolla.config.kinds import KINDS
 from corolla.config.run import RunConfig
+from corolla.config.sections.groups import ClientClass
+from corolla.config.sections.kinds import KINDS
 from tests.corolla.config.configs import BOTH, load
 
 LORA, FULL = KINDS["lora"].zeroth_order, KINDS["full"].zeroth_order

@@ -4,9 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from corolla.config.rule import Rule
-from corolla.config.section import Positive, key, within
-from corolla.config.subject import Subject
+from corolla.config.sections.rule import Rule
+from corolla.config.sections.section import Positive, key, within
+from corolla.config.sections.subject import Subject
 
 
 class Population(Subject):

@@ -4,8 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from corolla.config.section import Positive, key
-from corolla.config.subject import Subject
+from corolla.config.sections.section import Positive, key
+from corolla.config.sections.subject import Subject
 
 
 class Evaluation(Subject):

@@ -7,12 +7,12 @@ from typing import get_args
 
 import pytest
 
-from corolla.config.adapter import Adapter
-from corolla.config.kinds import KINDS, Kind, KindName, Rates
 from corolla.config.run import RunConfig
+from corolla.config.sections.adapter import Adapter
+from corolla.config.sections.kinds import KINDS, Kind, KindName, Rates
 
-ROOT = Path(__file__).resolve().parents[3]
-OWN = {"corolla/config/kinds.py", "corolla/models/kinds.py", "corolla/models/parts.py"}
+ROOT = Path(__file__).resolve().parents[4]
+OWN = {"corolla/config/sections/kinds.py", "corolla/models/kinds.py", "corolla/models/parts.py"}
 """The files of the kinds themselves."""
 FOLDERS = ("corolla", "server", "client", "strategies")
 """Not experiments: each measures the kinds that it names."""

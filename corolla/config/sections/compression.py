@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from corolla.config.section import key
-from corolla.config.subject import Subject
+from corolla.config.sections.section import key
+from corolla.config.sections.subject import Subject
 
 if TYPE_CHECKING:  # it needs torch, which takes a second to import, and a command's help does not
     from corolla.wire.compression import Pipeline
