@@ -1,1 +1,1 @@
-"""What others serve: merged weights, GGUF files, adapters cut to a rank, model cards; kept updates."""
+"""What others serve: merged weights, GGUF files, adapters of a rank, model cards, kept updates."""

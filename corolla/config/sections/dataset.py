@@ -33,6 +33,7 @@ class Dataset(Subject):
         {},
         "Columns of the data that are called otherwise than here: columns.NAME=theirs names one.",
         {"prompt": "body"},
+        effect="none: all are called as here",
         beside="data=rows.jsonl",
     )
     splits: dict[str, str] = key(

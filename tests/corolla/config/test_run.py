@@ -150,7 +150,12 @@ def test_keys_are_written_section_by_section() -> None:
         Machine,
     )
     own = [key for section in sections for key in vars(section)["__annotations__"]]
-    assert list(RunConfig().model_dump()) == list(RunConfig.model_fields) == own
+    assert list(RunConfig.model_fields) == own
+    unsaid = {
+        "new_head",
+        "template_date",
+    }  # where they are as usual: what is stored stays as it was
+    assert list(RunConfig().model_dump()) == [key for key in own if key not in unsaid]
     assert [own[0], own[-1]] == ["strategy", "threads"]
 
 
