@@ -1,5 +1,13 @@
 """Corolla: federated fine-tuning of language models on Flower.
 
+    from corolla import RunConfig, evaluate, simulate
+    done = simulate(RunConfig(strategy="flora", rounds=3, clients=6, cohort=3), "runs/flora")
+    print(done.base["loss"], done.final["loss"], evaluate("runs/flora"))
+
+`simulate`, `evaluate`, `export`, `compare` and `look` do what the commands do (`look` is `corolla
+data`). `RunConfig` takes the keys that `corolla keys` explains, `conform` is `corolla check`, and
+`Strategy` is what an algorithm of one's own is (see CONTRIBUTING.md).
+
 In a checkout or an app bundle the packages `corolla.server`, `corolla.client`,
 `corolla.strategies` and `corolla.proto` lie at the top level beside this folder; in a wheel they
 lie inside it. Both import under the same names. The public names below load on first use: torch
@@ -14,8 +22,8 @@ from typing import TYPE_CHECKING
 from corolla.version import __version__
 
 if TYPE_CHECKING:
+    from corolla.api import compare, evaluate, export, look, simulate
     from corolla.commands.check.proofs import conform
-    from corolla.commands.simulate.in_process import simulate
     from corolla.config.run import RunConfig
     from corolla.errors import CorollaError
     from corolla.interfaces import Client, Strategy
@@ -40,7 +48,11 @@ __all__ = [
     "Strategy",
     "Update",
     "__version__",
+    "compare",
     "conform",
+    "evaluate",
+    "export",
+    "look",
     "simulate",
 ]
 
@@ -54,7 +66,7 @@ _HOME = {
     "RunConfig": "corolla.config.run",
     "Strategy": "corolla.interfaces",
     "conform": "corolla.commands.check.proofs",
-    "simulate": "corolla.commands.simulate.in_process",
+    **dict.fromkeys(("compare", "evaluate", "export", "look", "simulate"), "corolla.api"),
 }
 
 
@@ -62,3 +74,7 @@ def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module 'corolla' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME.get(name, "corolla.types")), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -19,6 +19,10 @@ def test_public_names_are_sorted_and_unique() -> None:
     assert sorted(corolla.__all__) == sorted(corolla.__all__, key=str)
 
 
+def test_names_are_completed() -> None:
+    assert set(corolla.__all__) <= set(dir(corolla))
+
+
 def test_an_unknown_name_is_an_attribute_error() -> None:
     try:
         corolla.nothing  # noqa: B018
@@ -29,7 +33,8 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 def test_every_public_thing_is_documented() -> None:
-    for name in ("conform", "simulate", "Strategy", "Update", "Broadcast", "Client", "Adapter"):
+    names = ("conform", "simulate", "evaluate", "export", "compare", "look")
+    for name in (*names, "Strategy", "Update", "Broadcast", "Client", "Adapter"):
         assert getattr(corolla, name).__doc__
 
 

@@ -34,7 +34,7 @@ LAYERS = (
     ("artefacts",),
     ("client", "server"),
     ("commands",),
-    ("cli",),
+    ("api", "cli"),
     ("experiments", "__main__"),
 )
 
