@@ -10,6 +10,7 @@ import torch
 import transformers
 from peft import PeftModel
 
+from corolla.artefacts import card as card_module
 from corolla.artefacts.adapters import read_lora
 from corolla.commands import artefacts
 from corolla.commands.simulate.in_process import simulate
@@ -86,6 +87,12 @@ def test_a_card_says_what_the_run_did(settings: Settings, tmp_path: Path) -> Non
     ):
         assert text in card
     assert str(tmp_path) not in card
+    assert facts["data_sha256"] in card
+    private = {**facts, "privacy": {"line": "epsilon 3 of each client"}}
+    card_module.write_card(tmp_path / "out" / "adapter", private, None)
+    card = (tmp_path / "out" / "adapter" / "README.md").read_text()
+    assert "epsilon 3 of each client" in card
+    assert facts["data_sha256"] not in card
     assert "/" + str(Path(settings().model).relative_to("/")) not in card
 
 
