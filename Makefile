@@ -79,8 +79,10 @@ $(STAMPS)/venv:
 # torch first and pinned: the newest may be a CUDA build of several GB. Where the index serves only
 # CUDA builds, point PIP_EXTRA_INDEX_URL at PyTorch's index of CPU builds.
 $(STAMPS)/base: pyproject.toml constraints.txt $(STAMPS)/venv
+	@echo "installing torch, transformers, peft, Flower and what they need into $(VENV), once: minutes"
 	$(INSTALL) torch
 	$(INSTALL) -e .
+	@echo "installed in $$(( $$(date +%s) - $(BEGAN) )) s: $(VENV) takes $$(du -sh $(VENV) | cut -f 1)"
 	touch $@
 
 $(STAMPS)/llm: $(STAMPS)/base
@@ -93,5 +95,5 @@ $(STAMPS)/phones: $(STAMPS)/base
 
 $(STAMPS)/dev: $(STAMPS)/phones
 	$(INSTALL) -e '.[dev,simulation]'
-	@echo "installed in $$(( $$(date +%s) - $(BEGAN) )) s"
+	@echo "installed in $$(( $$(date +%s) - $(BEGAN) )) s: $(VENV) takes $$(du -sh $(VENV) | cut -f 1)"
 	touch $@
