@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -79,7 +79,7 @@ def test_loss_falls_and_the_folder_holds_what_is_promised(run: Path) -> None:
 
 
 def test_plain_peft_loads_the_adapter_and_it_differs_from_the_base(run: Path) -> None:
-    tuned = AutoPeftModelForCausalLM.from_pretrained(str(run / "adapter"), dtype=torch.float32)
+    tuned = PeftModel.from_pretrained(base_model(run), str(run / "adapter"))
     tokenizer = AutoTokenizer.from_pretrained(str(run / "adapter"))
     ids = tokenizer("json.loads(s)\n", return_tensors="pt")
     with torch.no_grad():
@@ -147,7 +147,7 @@ def test_merged_export_is_a_plain_model_with_the_same_logits(run: Path, tmp_path
     )
     assert result.exit_code == 0, result.output
     merged = AutoModelForCausalLM.from_pretrained(str(target), dtype=torch.float32).eval()
-    tuned = AutoPeftModelForCausalLM.from_pretrained(str(run / "adapter"), dtype=torch.float32)
+    tuned = PeftModel.from_pretrained(base_model(run), str(run / "adapter"))
     ids = torch.arange(40, 72)[None]
     with torch.no_grad():
         difference = (merged(input_ids=ids).logits - tuned.eval()(input_ids=ids).logits).abs()
