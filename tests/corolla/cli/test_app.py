@@ -11,8 +11,8 @@ def test_commands_are_listed_in_the_order_in_which_one_needs_them() -> None:
     commands = typer.main.get_command(app)
     assert isinstance(commands, typer.core.TyperGroup)
     assert " ".join(commands.commands) == (
-        "data simulate plan compare check audit certs server client gateway phone tokens status "
-        "evaluate export strategies keys"
+        "data simulate plan compare check audit certs members server client gateway phone tokens "
+        "status evaluate chat export strategies keys"
     )
 
 

@@ -26,13 +26,14 @@ ELSEWHERE = {
     **dict.fromkeys(("deadline", "wait", "max_examples"), "over Flower, or with devices"),
     **dict.fromkeys(("device", "threads", "engine"), "where the run is, not what it does"),
     **dict.fromkeys(("micro_batch_size", "gradient_checkpointing"), "memory"),
-    **dict.fromkeys(("model", "data", "availability"), "in a file that is named"),
+    **dict.fromkeys(("model", "data", "availability", "splits"), "in a file"),
     "quantization": "needs bitsandbytes",
     "options": "a table of options, which are keys of their own",
     "task": "its example is what these rows are taken for anyway",
 }
 """Key → where it acts: nothing of the small run here shows it."""
 RUNS: dict[str, dict[str, Any]] = {
+    "columns": {"columns": {"prompt": "response", "response": "prompt"}},
     "max_length": {"max_length": 16},
     "served_rank": {"served_rank": 1},
     "clip_norm": {"clip_norm": 1e-3},

@@ -348,9 +348,9 @@ def test_names_of_groups_are_checked(names: list[str]) -> None:
 def test_groups_of_a_message_are_limited() -> None:
     found = [pb.Scalars(group=f"{i}", size=1, fp32=floats(1)) for i in range(limits.MAX_GROUPS + 1)]
     assert len(unpack_reply(*found[1:]).scalars) == limits.MAX_GROUPS
-    with pytest.raises(WireError, match="65 scalar groups, at most 64"):
+    with pytest.raises(WireError, match=r"more than 64 entries of Reply\.scalars"):
         unpack_reply(*found)
-    with pytest.raises(WireError, match="65 scalar groups, at most 64"):
+    with pytest.raises(WireError, match=r"more than 64 entries of Task\.scalars"):
         unpack_task(scalars=found)
 
 
@@ -392,7 +392,7 @@ def test_a_log_is_limited_before_it_is_written_out() -> None:
         unpack_task(*[zeros] * 257)
     with pytest.raises(WireError, match="1 rows of 4294967295 scalars"):
         unpack_task(pb.Scalars(size=2**32 - 1, fp32=b"", varint=b""))
-    with pytest.raises(WireError, match="65537 rows of 65537 scalars"):
+    with pytest.raises(WireError, match=r"more than 65536 entries of Log\.rows"):
         unpack_task(*[pb.Scalars(size=1)] * 65537)
     with pytest.raises(ValueError, match="257 rows of 16842752 scalars"):
         row = {"scalars": torch.zeros(65536)}

@@ -369,7 +369,7 @@ OF_BEN: dict[str, Callable[[Packet], Packet]] = {
 }
 TOLD = {
     *("run_id", "seconds", "peak_rss", "adapter_sha256", "state_sha256", "final"),
-    *("eval_loss", "eval_accuracy", "reload_max_logit_difference", "reload"),
+    *("eval_loss", "eval_accuracy", "reload_max_logit_difference", "reload", "served"),
 }
 """What may differ: chance, time, memory, and what follows from the model, which has noise on it."""
 

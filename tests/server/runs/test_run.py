@@ -300,8 +300,10 @@ def test_a_client_cannot_make_metrics_unreadable(
     assert len(lines(tmp_path / "out")) == 2
 
 
-def test_dropped_clients_are_named(settings: Settings, tmp_path: Path) -> None:
-    """One whose only rows are longer than max_length gives no update."""
+def test_clients_without_a_target_are_left_out_and_named(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """One whose only rows are longer than max_length has nothing to learn from."""
     path = tmp_path / "data.jsonl"
     rows = [
         {"client_id": c, "prompt": f"{c}{i}" * (40 if c == "long" else 1), "response": "yes"}
@@ -309,10 +311,13 @@ def test_dropped_clients_are_named(settings: Settings, tmp_path: Path) -> None:
         for i in range(6)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    simulate(settings(data=str(path), cohort=3, rounds=1), tmp_path / "out")
+    simulate(settings(data=str(path), cohort=2, rounds=1), tmp_path / "out")
     (line,) = lines(tmp_path / "out")
-    assert (line["clients"], line["dropped"]) == (2, 1)
-    assert "no example with a target" in line["dropped_why"]["long"]
+    assert (line["clients"], line["dropped"]) == (2, 0)
+    facts = strict((tmp_path / "out" / "run.json").read_text())
+    assert facts["clients_without_target"] == ["long"]
+    with pytest.raises(ConfigError, match="cohort 3 is larger than the 2 clients"):
+        simulate(settings(data=str(path), cohort=3, rounds=1), tmp_path / "again")
 
 
 def test_kept_updates_let_anybody_check_the_mean(settings: Settings, tmp_path: Path) -> None:
