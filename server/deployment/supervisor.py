@@ -264,8 +264,8 @@ def begin(
         if settings.certs is None:
             raise ConfigError("--certs DIR is missing: corolla certs DIR --host NAME makes one")
         certificates.check(settings.certs)
-    if resume:
-        order = read_order(folder)
+    if resume:  # with more rounds, it may be
+        order = replace(read_order(folder), config=config.model_dump(mode="json"))
     supervised.open_more_files()
     # Held before anything is written: an address that is taken leaves no folder behind.
     with ExitStack() as ends:
