@@ -259,7 +259,7 @@ def forget(runs: Path, keep: str, most: int) -> None:
 def _key_of_base(config: RunConfig, labels: Sequence[str]) -> str:
     """What of a config decides how a base model is loaded."""
     names = ["task", "dtype", "quantization", "device", "gradient_checkpointing"]
-    names += ["seed"] if labels else []  # of a new classifier's head
+    names += ["seed", "new_head"] if labels else []  # of a new classifier's head
     return json.dumps([[getattr(config, name) for name in names], list(labels)])
 
 

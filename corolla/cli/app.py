@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from corolla.cli import chat, deployment, local
+from corolla.cli import deployment, local, results
 from corolla.cli.fields import Command
 from corolla.cli.screen import err, out
 from corolla.errors import CorollaError
@@ -106,7 +106,7 @@ _PANELS: dict[str, tuple[Callable[..., None], ...]] = {
         deployment.tokens,
         deployment.status,
     ),
-    "Artefacts": (local.evaluate, chat.chat, local.export),
+    "Artefacts": (results.evaluate, results.chat, results.export),
     "Reference": (local.strategies, local.keys),
 }
 """Heading in `corolla --help` → its commands, in the order in which one needs them."""

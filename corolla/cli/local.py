@@ -8,15 +8,13 @@ import json
 import time
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.markup import escape
 
 from corolla.cli.options import (
     CANARIES,
-    EXPORT,
-    PROGRAM,
     SEARCH,
     SIMULATION,
     AsJson,
@@ -28,7 +26,7 @@ from corolla.cli.options import (
     run_options,
     takes,
 )
-from corolla.cli.screen import err, out, say, spinner
+from corolla.cli.screen import err, out, spinner
 from corolla.errors import ConfigError
 
 
@@ -311,97 +309,3 @@ def keys(
         reference.print_key(out, found[0])
     else:
         reference.print_keys(out, found)
-
-
-def evaluate(
-    adapter: Annotated[Path, typer.Argument(help="A run's folder, or its adapter/ or model/.")],
-    model: Annotated[str | None, typer.Option(help="Default: the one it was trained on.")] = None,
-    data: Annotated[str | None, typer.Option(help="Default: the data of its run.")] = None,
-    tasks: Annotated[
-        str | None,
-        typer.Option(help="Instead: lm-evaluation-harness tasks, NAME,FILE.yaml,…"),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Documents of each task; for trials.")
-    ] = None,
-    as_json: AsJson = False,
-    settings: Set = None,
-) -> None:
-    """Score an adapter beside its base model on held-out examples, with plain PEFT."""
-    from corolla.commands.artefacts import evaluate_adapter, evaluate_tasks, print_scores
-
-    if tasks is not None:
-        if data:
-            raise ConfigError("--tasks bring their own data: leave out --data")
-        names = [name for name in tasks.split(",") if name]
-        scores = evaluate_tasks(adapter, model, names, limit, settings or ())
-    else:
-        tell = typer.echo if not as_json else partial(typer.echo, err=True)
-        scores = evaluate_adapter(adapter, model, data, settings or (), tell)
-    if as_json:
-        print(json.dumps(scores, indent=2))
-    else:
-        print_scores(out, scores)
-
-
-@takes(program=PROGRAM, written=EXPORT)
-def export(
-    *,
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="RUN|ADAPTER|MODEL",
-            help="A run's folder, or its adapter/ or model/; for executorch also a base model.",
-        ),
-    ],
-    to: Annotated[
-        Literal["merged", "adapter", "gguf", "executorch"],
-        typer.Option(
-            help="merged: a plain model folder; adapter: a PEFT adapter, with --rank a smaller "
-            "one; gguf: files of llama.cpp, the adapter's and the merged model's; executorch: "
-            "programs for native clients."
-        ),
-    ] = "merged",
-    model: Annotated[str | None, typer.Option(help="Default: the one it was trained on.")] = None,
-    out_dir: Annotated[
-        Path | None, typer.Option("--out", help="A new folder; default: ADAPTER-merged or so.")
-    ] = None,
-    written: Given,
-    key: Annotated[
-        Path | None, typer.Option(help="To sign with; made, with its .pub, where there is none.")
-    ] = None,
-    program: Given,
-) -> None:
-    """Write a result in the form that others serve, or a base as a signed bundle for phones."""
-    targets: str | None = program.pop("target_modules")
-    rank: int | None = program.pop("rank")
-    options = {
-        "targets": targets.split(",") if targets else None,
-        "bases": program.pop("base"),
-        **program,
-    }
-    given = {name: value for name, value in options.items() if value is not None}
-    if to == "executorch":
-        if any(written.values()):
-            raise ConfigError("--dtype and --push are for other forms than executorch")
-        with out.status("loading") as shown:
-            from corolla.phones import export as bundling
-
-            request = bundling.ExportRequest(
-                source=source, out=out_dir, key=key, model=model, rank=rank, **given
-            )
-            made = bundling.make(request, shown.update)
-        say(bundling.summary(made, str(out_dir)))
-        return
-    if given or key:
-        raise ConfigError(
-            "--key, --target-modules, --length, --base and --serial are for --to executorch: leave "
-            "them out"
-        )
-    with out.status("loading"):
-        from corolla.commands.export import order as exporting
-
-        asked = exporting.Order(Path(source), to, model, out_dir, rank=rank, **written)
-        lines = exporting.export(asked)
-    for line in lines:
-        say(line)

@@ -130,9 +130,13 @@ def read(source: Source) -> Rows:
         left = ", ".join(f"{split} ({n})" for split, n in reading.unread.items())
         rest = f" of the splits that are asked for: it has {left}" if left else ""
         raise DataError(f"{source.name} has no rows{rest}")
-    content = json.dumps([row.content() for row in examples], sort_keys=True).encode
-    fingerprint = reading.fingerprint or hashlib.sha256(content()).hexdigest()
-    return Rows(examples, fingerprint, reading, unused)
+    return Rows(examples, reading.fingerprint or _fingerprint(examples), reading, unused)
+
+
+def _fingerprint(examples: Sequence[Example]) -> str:
+    """The sha256 of rows that were read from no bytes of their own."""
+    content = json.dumps([row.content() for row in examples], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def read_rows(name: str) -> tuple[list[Example], str]:

@@ -20,12 +20,12 @@ def write_gguf(subject: Subject, folder: Path, kind: GgufType, rank: int | None)
     """
     refuse_filled(folder)
     model = _model(subject)
-    weights, error = subject.weights(rank)
+    saved, error = (None, 0.0) if subject.whole and not rank else subject.lora(rank)
+    weights = subject.weights(saved)
     told = f", {error:.2%} off in effective weights" if error else ""
     lines = []
     with making_folder(folder) as scratch:
-        if not subject.whole:
-            saved, _ = subject.lora(rank)
+        if saved is not None:
             name = f"adapter-{kind}.gguf"
             odd = gguf_files.write_lora(scratch / name, model, saved.update, saved.spec, kind)
             lines.append(f"{folder / name}: rank {saved.spec.rank}{told}{_odd(odd)}")

@@ -43,10 +43,7 @@ def export_merged(adapter: Path, model: str | None, folder: Path) -> float:
         tuned = artefacts.tuned_of(adapter, base)
         wanted = tuned(**probe).logits
         merged = adapter_files.merge(tuned)
-    scratch = folder.with_name(folder.name + ".part")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
+    with making_folder(folder) as scratch:
         merged.save_pretrained(scratch)
         base.tokenizer.save_pretrained(scratch)
         del merged, tuned, base
@@ -56,11 +53,6 @@ def export_merged(adapter: Path, model: str | None, folder: Path) -> float:
         difference = float((wanted - found).abs().max())
         if not difference <= 1e-4 * max(1.0, float(wanted.abs().max())):
             raise ArtefactError(f"the merged model differs by {difference:.2e} in its logits")
-        if folder.is_dir():
-            folder.rmdir()
-        scratch.replace(folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return difference
 
 
@@ -70,7 +62,8 @@ def write_merged(subject: Subject, folder: Path, dtype: MergedType, rank: int | 
     Memory is that of a million values. An update is added in fp64 and rounded once.
     """
     refuse_filled(folder)
-    weights, error = subject.weights(rank)
+    saved, error = subject.lora(rank)
+    weights = subject.weights(saved)
     base, kind = folder_of(subject.base), getattr(torch, dtype)
     streamed = Streamed(error)
     with making_folder(folder) as scratch:

@@ -47,21 +47,20 @@ class Subject:
         saved = read_lora(self.folder)
         return cut(saved, rank) if rank else (saved, 0.0)
 
-    def weights(self, rank: int | None) -> tuple[Weights, float]:
-        """The weights with the adapter merged in, and the error of its rank.
+    def weights(self, saved: SavedLora | None) -> Weights:
+        """The base model's weights with an adapter merged in; None: those of a whole model.
 
         Raises ArtefactError for an adapter with tensors beside its factors.
         """
-        if self.whole and not rank:
-            return open_weights(self.base, {}), 0.0
-        saved, error = self.lora(rank)
+        if saved is None:
+            return open_weights(self.base, {})
         if saved.heads:
             raise ArtefactError(
                 f"{self.folder} trains {min(saved.heads)} as it is, beside its factors: use "
                 f"--to merged without --dtype and --rank"
             )
         transposed = bool(saved.config.get("fan_in_fan_out"))
-        return open_weights(self.base, saved.baked, transposed), error
+        return open_weights(self.base, saved.baked, transposed)
 
 
 def open_subject(source: Path, model: str | None) -> Subject:

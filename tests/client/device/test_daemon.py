@@ -15,7 +15,7 @@ import pytest
 
 from corolla import seeds
 from corolla.client.device import machine
-from corolla.client.device.daemon import Trainer, forget
+from corolla.client.device.daemon import Trainer, _key_of_base, forget
 from corolla.client.device.settings import Own
 from corolla.client.training.worker import Worker
 from corolla.config.run import RunConfig
@@ -572,3 +572,10 @@ def test_what_is_wrong_is_one_line_and_an_exit_code(
     (line,) = process.stderr.read().decode().splitlines()
     assert line.startswith("error: ")
     assert "none.csv" in line
+
+
+def test_a_base_model_is_loaded_anew_for_a_run_that_asks_for_a_new_head() -> None:
+    """It has the labels of another run, and another head."""
+    old, new = RunConfig(), RunConfig(new_head=True)
+    assert _key_of_base(old, ["no", "yes"]) != _key_of_base(new, ["no", "yes"])
+    assert _key_of_base(old, []) == _key_of_base(new, [])  # it has no head
