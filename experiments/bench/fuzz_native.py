@@ -4,6 +4,7 @@ The cases go through a file to `corolla-native-check read`, which tells what was
 refused, what escaped, and how far the process grew.
 """
 
+import hashlib
 import json
 import random
 import struct
@@ -70,17 +71,20 @@ def kinds() -> Mapping[str, tuple[bytes, Mutate]]:
         "acknowledgement": (word.SerializeToString(), like(device.Acknowledgement)),
         "scalars": (scalars.SerializeToString(), like(update.Scalars)),
         "payload": (payload, mutations.payload),
-        "manifest": (json.dumps(_manifest()).encode(), text),
+        "manifest": (
+            json.dumps({**manifest({"fp32.pte": b"123456789"}), "serial": 5}).encode(),
+            text,
+        ),
         "settings": (json.dumps(settings).encode(), text),
     }
 
 
-def _manifest() -> dict[str, object]:
+def manifest(files: Mapping[str, bytes]) -> dict[str, object]:
+    """The manifest of a bundle whose one program, of a made-up model, has these files."""
     method = {"file": "fp32.pte", "planned": {"32": 1000}}
-    program = {"name": "fp32", "base": "fp32", "files": ["fp32.pte"], "eps": [1e-4, 1e-2]}
+    program = {"name": "fp32", "base": "fp32", "files": sorted(files), "eps": [1e-4, 1e-2]}
     return {
         "version": 1,
-        "serial": 5,
         "model": "made-up",
         "model_sha256": "ab" * 32,
         "signs": 1,
@@ -93,7 +97,10 @@ def _manifest() -> dict[str, object]:
         "tokenizer": {"files": [], "eos": 0, "pad": 1, "bos": None},
         "adapter": [{"name": "m.lora_A", "shape": [1, 2]}, {"name": "m.lora_B", "shape": [2, 1]}],
         "programs": [{**program, "methods": {"loss": method, "grad": method}}],
-        "files": {"fp32.pte": {"sha256": "cd" * 32, "bytes": 9}},
+        "files": {
+            name: {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+            for name, data in files.items()
+        },
     }
 
 

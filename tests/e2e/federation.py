@@ -67,6 +67,15 @@ def make_key(folder: Path, name: str, keys: Path | None = None) -> Path:
     return path
 
 
+def key_folder(folder: Path, *names: str) -> Path:
+    """A folder of the registered keys of these clients, below `folder`."""
+    keys = folder / "keys"
+    keys.mkdir()
+    for name in names:
+        make_key(folder, name, keys)
+    return keys
+
+
 @contextmanager
 def running_server(
     folder: Path,

@@ -23,6 +23,7 @@ from corolla.proto import update_pb2 as updates
 from corolla.server.gateway.uploads import Upload
 from corolla.wire import messages
 from corolla.wire.parsing import parse
+from experiments.bench.fuzz_native import manifest
 from tests.server.gateway import gateways
 from tests.strategies import tiny
 
@@ -40,36 +41,7 @@ def make_bundle(
     folder.mkdir(parents=True)
     for name, data in files.items():
         (folder / name).write_bytes(data)
-    method = {"file": "fp32.pte", "planned": {"32": 1000}}
-    manifest: dict[str, object] = {
-        "version": 1,
-        "model": "made-up",
-        "model_sha256": "ab" * 32,
-        "signs": 1,
-        "executorch": "1.5.1",
-        "executorch_min": "1.5.0",
-        "rank": 1,
-        "targets": ["m"],
-        "vocab": 9,
-        "length": 32,
-        "tokenizer": {"files": [], "eos": 0, "pad": 1, "bos": None},
-        "adapter": [{"name": "m.lora_A", "shape": [1, 2]}, {"name": "m.lora_B", "shape": [2, 1]}],
-        "programs": [
-            {
-                "name": "fp32",
-                "base": "fp32",
-                "files": sorted(files),
-                "eps": [1e-4, 1e-2],
-                "methods": {"loss": method, "grad": method},
-            }
-        ],
-        "files": {
-            name: {"sha256": protocol.sha256(data), "bytes": len(data)}
-            for name, data in files.items()
-        },
-        **changes,
-    }
-    raw = json.dumps(manifest).encode()
+    raw = json.dumps({**manifest(files), **changes}).encode()
     (folder / "manifest.json").write_bytes(raw)
     (folder / "manifest.sig").write_bytes(key.sign(raw))
     return folder

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from corolla.cli.app import app
-from tests.e2e.federation import make_key
+from tests.e2e.federation import key_folder
 
 
 def run(*words: str, code: int = 0) -> str:
@@ -19,11 +19,7 @@ def run(*words: str, code: int = 0) -> str:
 
 @pytest.fixture
 def keys(tmp_path: Path) -> Path:
-    folder = tmp_path / "keys"
-    folder.mkdir()
-    for name in ("ada", "ben"):
-        make_key(tmp_path, name, folder)
-    return folder
+    return key_folder(tmp_path, "ada", "ben")
 
 
 def test_members_are_bound_shown_removed_and_restored(keys: Path) -> None:

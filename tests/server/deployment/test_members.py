@@ -8,16 +8,12 @@ import pytest
 from corolla.errors import ConfigError
 from corolla.host import certificates
 from corolla.server.deployment import members
-from tests.e2e.federation import make_key
+from tests.e2e.federation import key_folder, make_key
 
 
 @pytest.fixture
 def keys(tmp_path: Path) -> Path:
-    folder = tmp_path / "keys"
-    folder.mkdir()
-    for name in ("ada", "ben"):
-        make_key(tmp_path, name, folder)
-    return folder
+    return key_folder(tmp_path, "ada", "ben")
 
 
 def pem(keys: Path, name: str) -> bytes:
