@@ -56,7 +56,10 @@ from corolla.wire.task_settings import RunSettings
 
 _KEEP_DAYS = 30.0
 _KEEP_RUNS = 16
-"""What a device keeps of runs that are over: personal adapters, what codecs owe."""
+"""Days and runs, at most, for which a device keeps files of runs that are over.
+
+The files are personal adapters, and what codecs have left out of updates.
+"""
 
 _MOST_STEPS = 300_000
 """Steps of a run with dp=example, at most: accounting for more takes longer than the steps."""
@@ -257,7 +260,7 @@ def forget(runs: Path, keep: str, most: int) -> None:
 
 
 def _key_of_base(config: RunConfig, labels: Sequence[str]) -> str:
-    """What of a config decides how a base model is loaded."""
+    """Returns, as JSON, the settings of a config that decide how a base model is loaded."""
     names = ["task", "dtype", "quantization", "device", "gradient_checkpointing"]
     names += ["seed", "new_head"] if labels else []  # of a new classifier's head
     return json.dumps([[getattr(config, name) for name in names], list(labels)])

@@ -25,7 +25,7 @@ class Identity:
 
     @property
     def name(self) -> str:
-        """What the client is called when its owner gives it no name."""
+        """The name of the client when its owner gives it none."""
         return f"client-{self.fingerprint}"
 
 

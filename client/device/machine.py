@@ -1,4 +1,4 @@
-"""What a device has, and how training is made to fit into a part of it."""
+"""The resources of a device, and how training is made to fit into a part of them."""
 
 import os
 import platform
@@ -29,7 +29,7 @@ _NO_LIMIT = 1 << 60
 
 
 def probe(folder: Path | None = None) -> Capabilities:
-    """What this device can do now: free memory and cores as its container has them, power, disk.
+    """Reads this device's Capabilities now: free memory and cores of its container, power, disk.
 
     `folder`: of the disk that counts. That a network is metered, or a device in use, no system
     tells in one way: its owner says so.
@@ -142,7 +142,7 @@ class Choice:
 
     @property
     def overrides(self) -> dict[str, object]:
-        """What differs from the config, by its keys; rank and trainer are those of a class."""
+        """Settings that differ from the config, by key; rank and trainer are those of a class."""
         names = ("micro_batch_size", "gradient_checkpointing", "rank", "trainer")
         return {name: own for name in names if (own := getattr(self, name)) is not None}
 
@@ -185,10 +185,11 @@ def choose(
 def fit(
     config: RunConfig, model: str, budget: int, labels: int = 0
 ) -> tuple[dict[str, object], Estimate]:
-    """What a device changes so that training `config` on its `model` fits, and what it then takes.
+    """Returns (settings that a device changes so that training fits, the Estimate with them).
 
-    Its sequences are taken to be as long as max_length. Only what concerns nobody else is changed:
-    `micro_batch_size` and `gradient_checkpointing`. Raises ConfigError, ModelError.
+    Training is that of `config` on the device's `model`. Its sequences are taken to be as long as
+    max_length. Only what concerns nobody else is changed: `micro_batch_size` and
+    `gradient_checkpointing`. Raises ConfigError, ModelError.
     """
     known = anatomy.read(model)
     longest = min(config.max_length, known.positions or config.max_length)
@@ -201,7 +202,7 @@ def fit(
 def _ways(
     config: RunConfig, trainer: TrainerName, strategy: Strategy | None
 ) -> Iterator[dict[str, Any]]:
-    """What to change, from what costs least to what costs most."""
+    """Yields changes of settings, from the changes that cost least to those that cost most."""
     size = config.micro_batch_size or config.batch_size
     halves = [size >> i for i in range(1, size.bit_length())]
     micro: list[dict[str, Any]] = [{}, *({"micro_batch_size": half} for half in halves)]

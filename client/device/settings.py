@@ -1,4 +1,4 @@
-"""What belongs to a device and not to a run: its data, its model and its limits.
+"""Settings that belong to a device and not to a run: its data, its model and its limits.
 
 A server's settings decide how it trains; these decide on what, and with how much of the machine.
 They come from options and from a TOML file with the same names.

@@ -43,7 +43,7 @@ class Link:
 
 
 def command(link: Link, socket: Path, port: int) -> list[str]:
-    """What to start; `port` of loopback is for its own processes."""
+    """Returns the command line that starts a SuperNode; `port` of loopback is for its processes."""
     words = ["--superlink", link.server, "--auth-supernode-private-key", str(link.key.private)]
     if link.root_certificates:
         words += ["--root-certificates", str(link.root_certificates)]
@@ -85,17 +85,20 @@ def environment(state: Path) -> Mapping[str, str]:
 
 
 def joined(line: str) -> bool:
-    """Whether this line of its output says that the server has let it in."""
+    """Returns whether a line of the SuperNode's output says that the server has let it in."""
     return "SuperNode ID:" in line
 
 
 def lost(line: str) -> bool:
-    """Whether it has lost the server and tries again by itself, for ever."""
+    """Returns whether a line says that the SuperNode has lost the server.
+
+    It tries again by itself, for ever.
+    """
     return "Connection attempt failed, retrying" in line
 
 
 def found(line: str) -> bool:
-    """Whether it has the server again."""
+    """Returns whether a line says that the SuperNode has the server again."""
     return "Connection successful after" in line
 
 
@@ -135,7 +138,7 @@ def explain(link: Link, code: int, lines: Sequence[str], inside: bool, before: b
 
 
 def diagnose(server: str, ca: Path | None, timeout: float = 10.0) -> str:
-    """What keeps this device from a server, in one line; "" when nothing can be found."""
+    """Returns the cause that keeps a device from a server, in one line; "" when none is found."""
     host, _, port = server.rpartition(":")
     try:
         context = ssl.create_default_context(cafile=str(ca) if ca else None)

@@ -70,7 +70,10 @@ class Alive:
                 self.why = "not wanted any more"
 
     def _lapsed(self) -> str:
-        """What of the policy does not hold any more."""
+        """Returns the first reason to give up the task, in words; "" while there is none.
+
+        A reason is that the device was stopped, or a condition of the policy that holds no more.
+        """
         if self._caller.stop.is_set():
             return "the device was stopped"
         lacks = policies.while_training(

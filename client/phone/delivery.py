@@ -1,4 +1,4 @@
-"""What becomes of a session's work: the reply is delivered, and what the gateway says is kept."""
+"""Delivery of a session's reply, and what the device keeps of the log after the answer to it."""
 
 from corolla.client.phone.channel import Caller, SlowCallError
 from corolla.client.phone.kept import Kept

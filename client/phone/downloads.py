@@ -1,4 +1,4 @@
-"""What a phone fetches from its gateway: blobs, and a base model, chunk by chunk.
+"""Downloads of a phone from its gateway: blobs, and a base model, chunk by chunk.
 
 A download that is cut goes on where it was, also in another process. Nothing is used before all its
 bytes have been checked. Imports neither torch nor grpc.
@@ -76,7 +76,7 @@ def _fill(scratch: Path, files: Iterable[pb.Manifest.File], download: Download) 
 
 
 def verified(folder: Path) -> bool:
-    """Whether a model's folder holds what its manifest said, byte for byte."""
+    """Returns whether a model's folder holds what its manifest said, byte for byte."""
     try:
         note = json.loads((folder / protocol.NOTE).read_text())
         return bool(note) and all(_digest(folder / path) == sha for path, sha in note.items())

@@ -1,4 +1,4 @@
-"""What a phone keeps on its disk: its history, the gateway's last words, a reply on its way."""
+"""Files on a phone's disk: its history, the gateway's last words, a reply on its way."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -46,7 +46,7 @@ class Kept:
         write_atomic(self.folder / "policy", data)
 
     def history(self, now: float) -> list[policies.Entry]:
-        """What this device has done in the 30 days before `now`."""
+        """Reads the entries of this device's history from the 30 days before `now`."""
         return policies.read(self.folder / "history.jsonl", now)
 
     def note(self, entry: policies.Entry) -> None:

@@ -24,7 +24,7 @@ _log = logs.logger("phone")
 
 
 class PhoneTrainer(Protocol):
-    """What trains on a phone: torch, or a native runtime."""
+    """The trainer on a phone: torch, or a native runtime."""
 
     def examples(self) -> int:
         """The number of examples that it may train on, at most."""
@@ -45,7 +45,7 @@ class PhoneTrainer(Protocol):
 
 @dataclass
 class Work:
-    """What a phone does for one lease: it fetches the task and trains."""
+    """The work of a phone for one lease: it fetches the task and trains."""
 
     lease: pb.Lease
     deadline: float

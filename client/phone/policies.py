@@ -1,4 +1,4 @@
-"""What is asked of this device, by its gateway and by its owner: judged here, told to nobody.
+"""Conditions that a gateway and an owner set for this device: judged here, told to nobody.
 
 The native client decides alike; both are held to the same table of cases. Needs no torch.
 """
@@ -38,7 +38,7 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Limits:
-    """What an owner allows in 24 hours; 0: anything. The stricter of both limits holds."""
+    """The limits of an owner on 24 hours; 0: none. A gateway's limit holds where it is stricter."""
 
     daily_bytes: int = 0
     daily_seconds: float = 0.0
@@ -102,9 +102,10 @@ def before_check_in(
     now: float,
     spent: Spent = NOTHING,
 ) -> list[str]:
-    """What does not hold, by the words of --policy. `device` has fields of Capabilities, and, where
-    it is known, "thermal"; `now` counts seconds since 1970; what was `spent` is not yet in the
-    history.
+    """Names the conditions of a policy that do not hold, by the words of --policy.
+
+    `device` has fields of Capabilities, and, where it is known, "thermal"; `now` counts seconds
+    since 1970; what was `spent` is not yet in the history.
     """
     full = device.get("storage_bytes", 0) < policy.storage_bytes
     return [

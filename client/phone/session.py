@@ -47,7 +47,7 @@ _log = logs.logger("phone")
 
 @dataclass(frozen=True)
 class Settings:
-    """What a phone's owner decides."""
+    """The settings that a phone's owner decides."""
 
     device: str
     token: str
@@ -159,7 +159,7 @@ class Phone:
         return found
 
     def _refused(self, found: pb.CheckInResponse) -> float:
-        """What a gateway says instead of giving a lease; the seconds until the next check-in."""
+        """Handles a gateway's refusal of a lease; returns the seconds until the next check-in."""
         refusal = found.refusal
         if refusal.reason == pb.Refusal.REASON_PROTOCOL:
             raise ConfigError(f"the gateway refuses: {one_line(refusal.text, protocol.MAX_TEXT)}")
@@ -255,7 +255,7 @@ class Phone:
             self.caller.last_word(self.caller.stub.Report, request)
 
     def _work(self, lease: pb.Lease) -> Work:
-        """What there is to do for a lease. Raises WireError when it is not this device's."""
+        """Returns the Work of a lease. Raises WireError when the lease is not this device's."""
         protocol.check_id(lease.id)  # it becomes the name of a file
         if not lease.client.endswith(f"/{self.settings.device}"):
             raise WireError("the lease is of another device")

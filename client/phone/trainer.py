@@ -60,7 +60,7 @@ class TorchTrainer:
 
 
 def limits(daily_data: str | None, daily_seconds: float) -> Limits:
-    """What an owner allows in 24 hours. Raises ConfigError."""
+    """Returns the Limits of an owner on 24 hours. Raises ConfigError."""
     try:
         return Limits(parse_bytes(daily_data) if daily_data else 0, daily_seconds)
     except ValueError as error:
@@ -75,9 +75,9 @@ def settings(
     told: Mapping[str, bool | None],
     limits: Limits = NO_LIMITS,
 ) -> Settings:
-    """What the options of `corolla phone` say. `told` overrides what the device finds out itself.
+    """Returns the Settings that the options of `corolla phone` give.
 
-    Raises ConfigError.
+    `told` overrides what the device finds out itself. Raises ConfigError.
     """
     try:
         token = token_file.read_text(encoding="utf-8").split("#")[0].strip()

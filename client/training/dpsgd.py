@@ -320,12 +320,12 @@ def _cleared(model: nn.Module) -> None:
 
 
 def _in_fp32(model: nn.Module) -> bool:
-    """Whether all weights are fp32; those of a quantised layer are whole numbers."""
+    """Returns whether all weights are fp32; weights of a quantised layer are whole numbers."""
     return all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
 
 def _have_rules(model: Any, trained: Collection[nn.Parameter]) -> bool:
-    """Whether hooks see, in each layer, one row a sequence.
+    """Returns whether hooks see, in each layer, one row a sequence.
 
     The output layer of a model that generates does not: it is given only rows with a target.
     """

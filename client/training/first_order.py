@@ -34,7 +34,7 @@ class FirstOrder:
     round: int
     on_step: Callable[[int], None] | None = None
     private: ExampleLevel | None = None
-    """Who is in a step, and the noise, under example-level differential privacy (see dpsgd.py)."""
+    """The sampling and noise of steps under example-level differential privacy (see dpsgd.py)."""
 
     def init(self, seed: int) -> Params:
         return self.model.init(self.lora, seed)

@@ -158,6 +158,6 @@ class PrivateGradients:
             yield self.config.max_length * len(batch)
 
     def outcome(self, params: Params, steps: int, distance: float) -> Fit:
-        """What is measured on the data stays here."""
+        """Returns the result of a round without anything that is measured on the data."""
         public = min(self.private.examples, steps * self.private.batch)
         return Fit(params, public, {"local_steps": float(steps)}, distance)

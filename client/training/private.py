@@ -46,7 +46,7 @@ class _Trainer:
 
 
 class _Forward:
-    """What a `ForwardTrainer` has, alone."""
+    """The members of a `ForwardTrainer` alone."""
 
     def __init__(self, whole: ForwardTrainer) -> None:
         self.queries = whole.queries

@@ -1,4 +1,4 @@
-"""What zeroth-order training measures along its directions, plain or under privacy.
+"""Slopes that zeroth-order training measures along its directions, plain or under privacy.
 
 Both kinds have one interface, so that the loop over a round's steps does not know which it has.
 """
@@ -88,11 +88,11 @@ class Scalars:
 
 
 class Slopes(Protocol):
-    """Whose losses a client measures in a round, and what of its slopes it releases."""
+    """The slopes of one client in one round: the batches measured, and the scalars released."""
 
     @property
     def counted(self) -> int:
-        """What epochs are counted in: sequences, or examples where privacy keeps the former."""
+        """The number of sequences in an epoch; of examples, where privacy keeps the former."""
 
     def batches(self) -> Iterator[Batch]:
         """The batch of each step."""

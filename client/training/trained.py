@@ -1,4 +1,4 @@
-"""What one client trains of a model in one round, and what its optimiser steps on."""
+"""Tensors of a model that one client trains in one round, and those that its optimiser steps on."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,7 +33,7 @@ class Trained:
         self._a = {name: _a_of(name) for name in names}
         self._written: dict[str, nn.Parameter] = {}
         self.parameters: dict[str, nn.Parameter] = {}
-        """What is trained of the model as it was written last."""
+        """The trained parameters of the model by name, as it was written last."""
 
     @property
     def names(self) -> list[str]:
@@ -42,7 +42,7 @@ class Trained:
 
     @property
     def stepped(self) -> dict[str, nn.Parameter]:
-        """What the optimiser steps on."""
+        """The parameters that the optimiser steps on, by name."""
         return {n: p for n, p in self.parameters.items() if n not in self._a.values()} | self._r
 
     def written(self) -> Params:

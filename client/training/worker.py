@@ -93,16 +93,21 @@ class LocalClient:
 
 @dataclass(frozen=True)
 class Device:
-    """What a worker has of the device it works on; a simulation has nothing of the kind."""
+    """The capabilities, ledger and limit of a worker's device; a simulation has none of them."""
 
     capabilities: Capabilities | None = None
-    """What the device says of itself when it is greeted. With it, what goes wrong in the code of a
-    strategy is told by its type alone: the text may be of the data."""
+    """The capabilities that the device tells when it is greeted.
+
+    With them, what goes wrong in the code of a strategy is told by its type alone: the text may be
+    of the data.
+    """
     ledger: Path | None = None
     """File of what the examples have cost in privacy; None: beside what the client keeps."""
     limit: Limit | None = None
-    """What the owner allows the examples to cost over all runs; then the device takes part in runs
-    with dp=example alone."""
+    """The most that the owner allows the examples to cost over all runs.
+
+    With a limit the device takes part in runs with dp=example alone.
+    """
 
 
 SIMULATED = Device()
@@ -110,15 +115,15 @@ SIMULATED = Device()
 
 @dataclass(frozen=True)
 class Received:
-    """What local work starts from: a task's settings, and all groups that it needs."""
+    """The start of local work: a task's settings, and all groups that it needs."""
 
     settings: TaskSettings
     groups: Payload
-    """What the strategy's halves read: what was sent, and what was held here."""
+    """The groups that the strategy's halves read: those that were sent, and those held here."""
     kept: Payload
-    """What the strategy keeps on this device, as of the last update that was accepted."""
+    """Groups that the strategy keeps on this device, as of the last update that was accepted."""
     owed: Payload
-    """What the codec has left out of the updates so far."""
+    """The parts of the updates so far that the codec has left out."""
 
 
 class _NotHeldError(Exception):
@@ -269,7 +274,7 @@ class Worker:
         return {**first, **start, **named, **last}
 
     def _kept(self, client: str, accepted: int, commit: bool) -> tuple[Payload, Payload]:
-        """What the strategy keeps here, and what the codec has left out of updates so far."""
+        """Returns (groups the strategy keeps here, parts of updates the codec has left out)."""
         if not (self.traits.keeps or self.uplink.owes):
             return {}, {}
         try:
@@ -300,7 +305,7 @@ class Worker:
         return replace(reply, num_examples=update.num_examples, metrics=update.metrics)
 
     def _update(self, client: str, task: Task, received: Received, seed: int) -> Update:
-        """What the strategy makes of a client's examples; under dp=example it is paid for first."""
+        """Returns a strategy's update of a client's examples; under dp=example paid for first."""
         config = self.config.of_class(received.settings.kind)
         if config.dp != "example":
             data, skipped = self._tokens(client)
@@ -392,7 +397,10 @@ def _save_personal(
 
 
 def _of_memory(error: Exception) -> bool:
-    """Whether memory ran out: torch has a type for a GPU's, a RuntimeError's text for the CPU's."""
+    """Returns whether memory ran out.
+
+    torch has a type for a GPU's memory, a RuntimeError's text for the CPU's.
+    """
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 

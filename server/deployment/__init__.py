@@ -1,1 +1,1 @@
-"""What surrounds a run in a deployment: SuperLink, TLS front, registered keys, and the grid."""
+"""The parts around a run in a deployment: SuperLink, TLS front, registered keys, and the grid."""

@@ -63,7 +63,7 @@ class Calls:
             self.pause(AWAY)
 
     def pull(self, ids: Mapping[str, int]) -> Iterator[tuple[str, Message | WireError]]:
-        """What has come of messages (id → seats of who was asked): which it answers, and what.
+        """Yields replies to messages (id → seats of the member asked): (id, reply or error).
 
         One by one: the SuperLink forgets what it has handed over, also when it dies before the rest
         arrives. Whatever Flower cannot read is the error of who has sent it.

@@ -1,4 +1,4 @@
-"""What Prometheus can scrape of a run: read from its folder at each request, sent to nobody."""
+"""The metrics of a run for Prometheus: read from its folder at each request, sent to nobody."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class RunCollector(Collector):
 
     @property
     def files(self) -> tuple[Path, Path]:
-        """What a status is read from: again only when one of them has changed."""
+        """The files that a status is read from, again only when one of them has changed."""
         return self.folder / journal.NAME, self.folder / "metrics.jsonl"
 
     def collect(self) -> Iterator[Metric]:

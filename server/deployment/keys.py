@@ -57,7 +57,7 @@ class ClientKeys:
         self._written.clear()
 
     def _admitted(self, path: Path, pem: bytes) -> bool:
-        """Whether the key may join; its name is its own from now on. Raises ConfigError."""
+        """Returns whether the key may join; its name is its own from now on. Raises ConfigError."""
         try:
             if not members.admit(path.parent, path.stem, pem):
                 self._complain(

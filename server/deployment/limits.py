@@ -1,4 +1,4 @@
-"""What devices of other people may claim to be, before they are members of a run."""
+"""Bounds on the claims of devices of other people, before they are members of a run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +48,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Admission:
-    """Who becomes a member of a run, and how many members it begins with."""
+    """The conditions to become a member of a run, and how many members it begins with."""
 
     nodes: int = 1
     """Nodes that must be online and have said who they are."""

@@ -37,7 +37,7 @@ class Member:
 
 
 def digest(public_key: bytes) -> str:
-    """What a key, given in PEM, is called in the file."""
+    """Returns the sha256 by which the file names a key, given in PEM."""
     return sha256(public_key.strip()).hexdigest()
 
 
@@ -123,7 +123,7 @@ class Roll:
         return True
 
     def binds(self, name: str, public_key: bytes) -> bool:
-        """Whether the name is that of this key."""
+        """Returns whether the name is bound to this key."""
         return digest(public_key) in self._keys(name)
 
     def refuse(self, name: str, public_key: bytes) -> str:

@@ -18,7 +18,7 @@ class Names:
         self._first = _read(stored)
 
     def changed(self) -> bool:
-        """Whether the members are others than at the last look."""
+        """Returns whether the members are others than at the last look."""
         return self._roll.changed()
 
     def refuse(self, name: str, public_key: bytes) -> str:

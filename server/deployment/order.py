@@ -1,4 +1,4 @@
-"""What `corolla server` and its ServerApp, another process, tell each other in the folder."""
+"""Files in the folder by which `corolla server` and its ServerApp, another process, communicate."""
 
 import json
 from collections.abc import Mapping

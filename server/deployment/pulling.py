@@ -1,4 +1,6 @@
-"""What Flower pulls, counted before it makes objects of it: memory is the server's, not a client's.
+"""Bytes that Flower pulls, counted before it makes objects of them.
+
+The memory that these take is the server's, not a client's.
 
 A reply travels as a tree of objects, and an array may name one chunk of its bytes again and again.
 Flower (1.41, whose names these are) inflates all of it before anybody can look at the reply.

@@ -40,7 +40,7 @@ class Submission:
 
     @property
     def begun(self) -> bool:
-        """Whether the run has been submitted."""
+        """True where the run has been submitted."""
         return self._run is not None
 
     def begin(self, control: Control) -> None:
@@ -68,7 +68,10 @@ class Submission:
         self.begin(control)
 
     def ended(self) -> bool:
-        """Whether the ServerApp has said that the run is done. Raises CorollaError if it failed."""
+        """Returns whether the ServerApp has said that the run is done.
+
+        Raises CorollaError if it failed.
+        """
         outcome = read_outcome(self._folder)
         if outcome is not None and outcome.status == "failed":
             kind = ConfigError if outcome.exit_code == ConfigError.exit_code else RoundError

@@ -141,7 +141,10 @@ def _refusal(what: str, error: httpx.HTTPStatusError) -> Exception:
 
 
 class Control:
-    """What a server asks of its SuperLink. Every call raises httpx.HTTPError while it is away."""
+    """The requests of a server to its SuperLink.
+
+    Every one but `ready` raises httpx.HTTPError while the SuperLink is away.
+    """
 
     def __init__(self, place: Place) -> None:
         self._url = f"https://127.0.0.1:{place.port}"
@@ -154,7 +157,7 @@ class Control:
         self._client.close()
 
     def ready(self) -> bool:
-        """Whether the SuperLink answers."""
+        """Returns whether the SuperLink answers."""
         asked = f"{self._url}/health"
         try:
             found = httpx.get(asked, verify=self._tls, timeout=2)

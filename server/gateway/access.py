@@ -1,4 +1,4 @@
-"""Who may call a gateway: a file of tokens, one a line, each of any device or of the one named."""
+"""Access to a gateway: a file of tokens, one a line, each of any device or of the one named."""
 
 import hashlib
 import hmac

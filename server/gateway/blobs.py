@@ -1,4 +1,4 @@
-"""What a gateway offers for download: bytes by their sha256, in chunks; also a base model."""
+"""Blobs that a gateway offers for download: bytes by their sha256, in chunks; also a base model."""
 
 import hashlib
 import threading
@@ -19,7 +19,7 @@ class Blobs:
     """A store of blobs: those of a task until the next one, files of a base model for good."""
 
     def __init__(self, folder: Path) -> None:
-        """What an earlier process left in `folder` is deleted."""
+        """Deletes the files that an earlier process left in `folder`."""
         self._folder = folder
         self._lock = threading.Lock()
         self._small: dict[str, bytes] = {}

@@ -57,7 +57,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Able:
-    """What a native phone says of itself; `memory` are the bytes that it may use now."""
+    """The abilities that a native phone reports; `memory` are the bytes that it may use now."""
 
     methods: Sequence[str]
     strategies: Sequence[str]
@@ -74,7 +74,7 @@ class Able:
 
 @dataclass(frozen=True)
 class Demand:
-    """What a round asks of native phones. Where none is known yet, the defaults."""
+    """The demand of a round on native phones. Where no demand is known yet, the defaults."""
 
     kinds: Mapping[str, str] = field(default_factory=lambda: dict.fromkeys(TRAINERS, ""))
     """Method → class of who trains by it."""
@@ -103,7 +103,7 @@ class Assignment:
 
 
 def assign(manifest: Manifest, able: Able, demand: Demand) -> Assignment | str:
-    """What a phone is to run, or why there is nothing for it, in one line.
+    """Returns the Assignment of a phone, or why there is nothing for it, in one line.
 
     In this order: backpropagation, forward passes of a quantised base, those of the exact one; for
     a phone of little memory, backpropagation comes last. Sequences are halved until the program

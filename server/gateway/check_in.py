@@ -75,7 +75,7 @@ class CheckIns:
         return assigned if isinstance(assigned, Denied) else (job, assigned)
 
     def _unfit(self, request: pb.CheckInRequest) -> str:
-        """What of the policy a phone does not meet by its own words; "" when it is eligible."""
+        """Returns why a phone by its own words does not meet the policy; "" when it is eligible."""
         policy, examples = self._settings.policy, _examples(request)
         if lacks := policy.lacks(messages.load_capabilities(request.capabilities)):
             return f"it is not {lacks}"

@@ -45,7 +45,7 @@ class GatewayOrder:
 
     @classmethod
     def from_json(cls, told: dict[str, str], gateway: dict[str, object]) -> "GatewayOrder":
-        """What `to_json` was made of."""
+        """Returns the GatewayOrder of which `to_json` made these values."""
         policy = Policy(**gateway.pop("policy"))  # type: ignore[arg-type]
         named = ("state", "share_model", "share_bundle", "publisher")
         paths = {name: Path(str(own)) for name in named if (own := gateway.pop(name))}

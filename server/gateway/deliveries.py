@@ -1,4 +1,4 @@
-"""What phones send under their leases: signs of life, pieces of a reply, and the reply itself."""
+"""Messages of phones under their leases: signs of life, pieces of a reply, and the reply itself."""
 
 import threading
 from collections.abc import Callable

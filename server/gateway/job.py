@@ -43,7 +43,7 @@ class Job:
         return self.parcel.header(log_version)
 
     def most_bytes(self, lease: Lease) -> int:
-        """What a phone may upload: what an honest reply of its class needs."""
+        """Returns the bytes that a phone may upload: the need of an honest reply of its class."""
         return gate.most_bytes(self.merging.expected(f"{lease.device}/", 1, kind_of(lease)))
 
     def upload(self, lease: Lease, spool: Path) -> Upload:

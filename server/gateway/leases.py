@@ -1,4 +1,4 @@
-"""Who of a gateway's phones works on what, until when: states and what changes them.
+"""Leases of a gateway's phones, for work until a time: states and what changes them.
 
 Nothing here reads a clock or draws a number: the caller gives both, so that all can be tested.
 Times are seconds of one monotonic clock.
@@ -52,9 +52,9 @@ class Lease:
     ends: float
     phase: Phase = Phase.OPEN
     why: str = ""
-    """What its phone is told of its reply."""
+    """The text that the phone is told of its reply."""
     assigned: Assignment | None = None
-    """What a native phone runs."""
+    """The Assignment that a native phone runs."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,11 @@ class OfferRound:
 
     @property
     def full(self) -> bool:
-        """Whether there are as many valid updates as were asked for."""
+        """True where there are as many valid updates as were asked for."""
         return self.count(Phase.VALID) >= self.seats
 
     def over(self, now: float) -> bool:
-        """Whether nothing that comes now can count."""
+        """Returns whether no reply that comes now can count."""
         return self.full or now >= self.deadline
 
     def count(self, *phases: Phase) -> int:
@@ -192,9 +192,9 @@ class OfferRound:
         return ""
 
     def _has_its_share(self, owner: str) -> bool:
-        """Whether a token has as many valid replies as others leave to it: one at the least.
+        """Returns whether a token has as many valid replies as others leave to it, at least one.
 
-        Theirs are as many seats as their places are for, but for those chosen to spare.
+        Other tokens have as many seats as their places are for, but for places chosen to spare.
         """
         own = [lease for lease in self.working.values() if lease.owner == owner]
         others = min(len(self.working) - len(own), self.places - 1)

@@ -30,7 +30,7 @@ from corolla.wire.task_settings import TaskSettings
 
 @dataclass(frozen=True)
 class Merging:
-    """What a gateway must know of a task to judge and to merge the replies to it."""
+    """The facts of a task that a gateway must know to judge and to merge the replies to it."""
 
     task: Task
     config: RunConfig
@@ -41,7 +41,7 @@ class Merging:
     """An adapter of theirs, without values that mean anything."""
 
     def expected(self, phone: str, examples: int, kind: str | None = None) -> Expected:
-        """What a valid reply is like of a phone that has so many training examples.
+        """Returns the Expected of a valid reply by a phone with so many training examples.
 
         `kind` is the class of a native phone, which may be another than the gateway's.
         """
@@ -120,7 +120,7 @@ def _common(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str
 
 
 def prepare(task: Task, allow: Iterable[str] = ()) -> Merging:
-    """What a gateway must know of its task. Raises ConfigError or WireError in one line."""
+    """Reads a gateway's task as a Merging. Raises ConfigError or WireError in one line."""
     try:
         told = TaskSettings.from_json(task.config)
         run, kind = dict(told.run), str(told.kind)

@@ -65,7 +65,7 @@ class Natives:
     def assign(
         self, request: pb.CheckInRequest, device: str, job: Job | None, now: float
     ) -> Assignment | Denied:
-        """What one is to run: as long as it has a lease, the same."""
+        """Returns a phone's Assignment, the same as long as it has a lease, or why it is Denied."""
         if self._programs is None:
             return Denied(pb.Refusal.REASON_MODEL, NO_PROGRAMS)
         demand = self._last

@@ -1,4 +1,4 @@
-"""What a gateway passes on of its task: to each phone what that one lacks, as blobs.
+"""The contents of its task that a gateway passes on: to each phone what that phone lacks, as blobs.
 
 A gateway is to its phones what a server is to it: it remembers cached groups and the rows of a log,
 and a phone that missed rounds gets them from here.
@@ -79,7 +79,7 @@ class Parcel:
 
 
 class RunStore:
-    """What is held of one run: its groups and its log on disk, and the blobs made of them."""
+    """The store of one run: its groups and its log on disk, and the blobs made of them."""
 
     def __init__(self, folder: Path, blobs: Blobs) -> None:
         self._folder, self._blobs = folder, blobs
@@ -163,7 +163,7 @@ def _follow(log: Log, sent: Payload, memory: Memory) -> tuple[Log, Params | None
 
 
 def _long(log: Log) -> bool:
-    """Whether phones may be sent no such log: it has to fit into a task's header."""
+    """Returns whether a log is too long for phones: it has to fit into a task's header."""
     sizes = (t.numel() * t.element_size() for row in log.rows for t in row.values())
     return len(log.rows) > MAX_ROWS or sum(sizes) > _LONGEST_LOG
 

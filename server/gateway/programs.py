@@ -1,4 +1,4 @@
-"""What a gateway offers to native phones: programs of a bundle, and what rounds ask of them."""
+"""Programs of a bundle that a gateway offers to native phones, and demands of rounds on phones."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -52,7 +52,7 @@ class Programs:
         return self._files[assigned.program]
 
     def assign(self, request: pb.CheckInRequest, demand: Demand) -> Assignment | str:
-        """What a native phone is to run, or why nothing, in one line (see budget.assign)."""
+        """Returns a phone's Assignment, or why it has none, in one line (see budget.assign)."""
         try:
             return budget.assign(self.manifest, self._able(request), demand)
         except WireError as error:
@@ -63,7 +63,7 @@ class Programs:
         return replace(_able(request), held=next(iter(held), ""))
 
     def demand(self, merging: Merging) -> Demand | str:
-        """What a task asks of native phones, or why none of them can do it, in one line."""
+        """Returns the Demand of a task on native phones, or why none can meet it, in one line."""
         config, sha256 = merging.config, merging.task.model_sha256
         if sha256 not in ("", self.manifest.model_sha256):
             return (
@@ -136,7 +136,7 @@ def _passes(method: str, config: RunConfig, examples: int) -> int:
 
 
 def _refuses(config: RunConfig) -> str:
-    """What of a run native clients have no half of; "" when nothing."""
+    """Names the setting of a run that native clients have no half of; "" when there is none."""
     wrong = {
         f"parameters={config.parameters}": not config.kind.native,
         "dp=example": config.dp == "example",
@@ -154,7 +154,7 @@ def _shared(names: list[str], folder: Path, blobs: Blobs, state: Path) -> pb.Blo
 
 
 def _able(request: pb.CheckInRequest) -> Able:
-    """What a phone says of itself. Raises WireError for what breaks a limit."""
+    """Reads the abilities that a phone reports. Raises WireError for what breaks a limit."""
     native = request.native
     for what, names, most in (
         ("methods", native.methods, _MOST_METHODS),

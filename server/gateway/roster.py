@@ -18,7 +18,7 @@ _MOST_PHONES = 1 << 16
 
 @dataclass(frozen=True)
 class Seen:
-    """What is known of a phone between rounds."""
+    """The facts that are known of a phone between rounds."""
 
     owner: str
     examples: int
@@ -45,7 +45,7 @@ class Roster:
             del self.seen[oldest]
 
     def refuses(self, device: str, token: Token, now: float) -> bool:
-        """Whether a name stays with who has it: not against a token that is of this very name."""
+        """Returns whether a name stays with its holder: not against a token of this very name."""
         holder = self.seen.get(device)
         if holder is None or token.device or holder.owner == token.owner:
             return False

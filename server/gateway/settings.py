@@ -1,4 +1,4 @@
-"""What the owner of a gateway decides, and what it asks of its phones."""
+"""The settings of a gateway that its owner decides, and the policy that it asks of its phones."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from corolla.wire.messages import Capabilities
 
 @dataclass(frozen=True)
 class Policy:
-    """What is asked of phones: the fields of the message Policy; 0 asks for nothing.
+    """The conditions on phones: the fields of the message Policy; 0 sets no condition.
 
     Each phone decides itself. What it reports anyway is looked at here too, once more; how warm it
     is, what it has done before and what it has used today it tells nobody.
@@ -29,7 +29,7 @@ class Policy:
     daily_battery_percent: float = 0.0
 
     def lacks(self, device: Capabilities) -> str:
-        """What of it a device does not meet, in words; "" when it is eligible.
+        """Returns the conditions that a device does not meet, in words; "" when it is eligible.
 
         A battery or a disk of 0 is not known: their owner's device looks itself.
         """
@@ -48,7 +48,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class GatewaySettings:
-    """What the owner of a gateway decides. `seats` 0: as many as eligible phones were seen."""
+    """Settings that a gateway's owner decides. `seats` 0: as many as eligible phones were seen."""
 
     name: str
     state: Path

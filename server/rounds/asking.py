@@ -1,4 +1,4 @@
-"""Who is asked in a round, and what comes back: read, timed, and passed by the gate."""
+"""The asking of members in a round, and their answers: read, timed, and passed by the gate."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -22,7 +22,7 @@ from corolla.wire.packet import Packet
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of one task. `content` are the ids that its member now holds."""
+    """The answer to one task, judged. `content` are the ids that its member now holds."""
 
     task: Task
     client: str
@@ -43,7 +43,7 @@ class Gathering:
 
 @dataclass(frozen=True)
 class Asking:
-    """What is needed to ask members in a round."""
+    """The objects that are needed to ask members in a round."""
 
     call: RoundCall
     network: Network
@@ -62,7 +62,7 @@ class Asking:
         kind: Kind = Kind.TRAIN,
         cohort: Mapping[str, int] | None = None,
     ) -> Iterator[tuple[Task, str, Packet | None]]:
-        """What each member answers, in the order of `members`; nothing is sent before `next`.
+        """Yields the answer of each member, in the order of `members`; sends nothing before `next`.
 
         They are all of a cohort, or those of `cohort` that can be asked.
         """
@@ -173,7 +173,7 @@ def _nobody(federation: Federation, round: int) -> RoundError:
 
 
 def _packets(asking: Asking, tasks: Mapping[str, Task]) -> Iterator[tuple[str, Packet | None]]:
-    """What each member answers, in the order of `tasks`; None for no answer.
+    """Yields the answer of each member, in the order of `tasks`; None for no answer.
 
     Clients that have lost cached groups are asked once more, with everything, when all others have
     answered: a device may forget, and however many say so, a round takes two deadlines at most.
@@ -219,7 +219,7 @@ def _ask(
 
 
 def _forgot(packet: Packet) -> bool:
-    """Whether a reply says that cached groups are missing; it has no payload then."""
+    """Returns whether a reply says that cached groups are missing; it has no payload then."""
     try:
         return bool(unpack_reply(packet, 0).missing)
     except WireError:
@@ -243,7 +243,7 @@ def answer_of(asking: Asking, task: Task, client: str, packet: Packet | None) ->
 
 
 def _late(asking: Asking, task: Task, client: str, judged: Judged) -> bool:
-    """Whether a reply comes after the simulated deadline; notes when it comes."""
+    """Returns whether a reply comes after the simulated deadline; notes when it comes."""
     federation, traffic = asking.federation, asking.traffic
     if task.kind != Kind.TRAIN or not federation.config.simulates_time:
         return False

@@ -46,7 +46,7 @@ def weight(examples: int, staleness: int, power: float) -> float:
 
 
 def remember(now: float, flights: Sequence[Flight]) -> Payload:
-    """What a checkpoint must hold of the simulated time and of the replies on their way."""
+    """Returns the group of a checkpoint with the simulated time and the replies on their way."""
     tensors: dict[str, Tensor] = {}
     notes = []
     for number, flight in enumerate(flights):

@@ -1,4 +1,4 @@
-"""What a round is called with, whom it plans to ask, and who hears of it."""
+"""The call of a round, the plan of members to ask, and the listeners that hear of it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from corolla.types import Payload
 
 @dataclass(frozen=True)
 class Plan:
-    """Who is about to be asked: known before anything is sent."""
+    """The members that are about to be asked: known before anything is sent."""
 
     round: int
     attempt: int
@@ -22,7 +22,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class RoundCall:
-    """What a round starts from."""
+    """The values that a round starts from."""
 
     federation: Federation
     state: Payload
@@ -30,19 +30,22 @@ class RoundCall:
     number: int
     """Of the round; the first one is 1."""
     memory: Payload = field(default_factory=dict)
-    """What the server remembers beside the strategy's state."""
+    """Groups that the server remembers beside the strategy's state."""
     attempt: int = 0
     """Another attempt draws another cohort."""
     cohort: Mapping[str, int] | None = None
     """Member → updates to ask for: a cohort that was drawn before and is asked again."""
     last: bool = False
-    """Whether no attempt follows. Who fails then in a secret cohort was as good as not drawn: the
-    same cohort would be asked for ever."""
+    """True where no attempt follows.
+
+    A client that fails then in a secret cohort was as good as not drawn: the same cohort would be
+    asked for ever.
+    """
 
 
 @dataclass(frozen=True)
 class RoundEvents:
-    """Who hears of a round while it goes on; by default nobody."""
+    """Listeners that hear of a round while it goes on; by default there are none."""
 
     on_reply: Callable[[str], None] = lambda client: None
     """Hears which member has answered or is given up."""

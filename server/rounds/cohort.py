@@ -1,4 +1,4 @@
-"""Who takes part in a round: who can be reached, and who of them is drawn."""
+"""The cohort of a round: the clients that can be reached, and those of them that are drawn."""
 
 import hashlib
 import json

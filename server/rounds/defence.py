@@ -15,7 +15,10 @@ _NORMS = "norms"
 
 
 def defence_of(call: RoundCall) -> Robust | None:
-    """What stands before the strategy's aggregator, with the norms of earlier rounds like this."""
+    """Returns the Robust before the strategy's aggregator.
+
+    It has the norms of earlier rounds like this one.
+    """
     config, strategy = call.federation.config, call.federation.strategy
     if config.robust == "none":
         return None

@@ -1,4 +1,4 @@
-"""What valid replies of the members of a federation are like."""
+"""Expectations of valid replies from the members of a federation."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -15,7 +15,7 @@ from corolla.wire.messages import Kind
 def expected(
     federation: Federation, member: str, kind: Kind, round: int, seats: int = 1
 ) -> Expected:
-    """What a valid reply of a member to a task is like; `seats` is of a gateway's task."""
+    """Returns the Expected of a member's reply to a task; `seats` is of a gateway's task."""
     if kind != Kind.TRAIN:
         return Expected(None)
     names = federation.classes_of(member)

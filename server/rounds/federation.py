@@ -1,4 +1,4 @@
-"""What stays the same from round to round: the clients, and how they are asked."""
+"""The clients of a run and how they are asked, which stays the same from round to round."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,7 @@ Held = Mapping[str, frozenset[str]]
 
 @dataclass(frozen=True)
 class Federation:
-    """What stays the same from round to round.
+    """The members of a run and how they are asked, which stays the same from round to round.
 
     Its members are clients and gateways. A gateway has seats: so many devices ("phones") it can ask
     at a time, named `<gateway>/…`, all of the rank of their gateway and of one of the classes
@@ -108,7 +108,7 @@ class Federation:
         return [*classes_behind(self.config, own).values()] if member in self.seats else [own]
 
     def size(self, client: str, round: int = 1, phone: str = "", kind: str | None = None) -> Size:
-        """What decides the form of one client's update, or that of a phone of a gateway.
+        """Returns the Size that decides the form of the update of a client or a gateway's phone.
 
         `kind` is the class of the phone, where it is not that of its gateway.
         """
@@ -133,7 +133,7 @@ class Federation:
     def sample(
         self, members: Sequence[str], size: int, round: int, draw: int = 0
     ) -> dict[str, int]:
-        """Who is asked of `members`, for how many updates each: the config's way to select.
+        """Draws those of `members` to ask, for how many updates each: the config's way to select.
 
         Every seat is drawn like a client of its own (see cohort.sample). In the order in which
         updates are folded: that of the names of clients and phones.

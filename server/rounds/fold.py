@@ -97,7 +97,10 @@ class Fold:
         return True
 
     def _over(self, name: str) -> bool:
-        """Whether a client may not take part now; a gateway cannot know which of its devices."""
+        """Judges a client that may not take part now; returns whether that is so.
+
+        A gateway cannot know which of its devices may not.
+        """
         why = self.spending.refusal(name, self.call.number)
         if why:
             self._judge(name, Verdict(Code.BUDGET, why))

@@ -1,4 +1,4 @@
-"""What the gate checks in a reply that it has read: sender, weight, form, values, norms."""
+"""Checks of the gate on a reply that it has read: sender, weight, form, values, norms."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What is said of a round in numbers: means over clients, staleness, simulated seconds."""
+"""Metrics of a round: means over clients, staleness, simulated seconds."""
 
 import math
 from collections.abc import Mapping, Sequence

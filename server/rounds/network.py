@@ -1,4 +1,4 @@
-"""Who can be asked in a round, whatever carries the messages."""
+"""The members that can be asked in a round, whatever carries the messages."""
 
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
@@ -8,7 +8,7 @@ from corolla.wire.packet import Packet
 
 
 class Network(Protocol):
-    """Who can be asked: clients in this process, or behind a Flower Grid.
+    """The members that can be asked: clients in this process, or behind a Flower Grid.
 
     Of what is said here of `online` and `seats`, a network that does not know better inherits
     that all are there and none is a gateway.

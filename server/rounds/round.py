@@ -33,19 +33,24 @@ class RoundResult:
     held: Held
     metrics: Metrics
     num_examples: Mapping[str, int]
-    """Who gave a valid update → its weight; a gateway for all that it has merged. With dp=client
-    nothing, as below."""
+    """Client → weight of its valid update; a gateway → weight of all updates that it has merged.
+
+    It is empty with dp=client, as is `client_loss`.
+    """
     client_loss: Metrics
     dropped: Mapping[str, str]
     traffic: Traffic
     cost: Cost
-    """What the strategy's formula says for these clients; `once` is not in it. With dp=client for
-    those that are asked; where that is secret, the mean over all cohorts that may be drawn."""
+    """The Cost of these clients by the strategy's formula; `once` is not in it.
+
+    With dp=client it is of the clients that are asked; where these are secret, the mean over all
+    cohorts that may be drawn.
+    """
     sampling_probability: float
     """Of each reachable client, their mean if selection is weighted; the part of the federation
     that is at work at a time, if updates are buffered."""
     verdicts: Mapping[str, Verdict]
-    """What became of every reply, also of those that a gateway passes on in a bundle."""
+    """The verdicts on all replies, also on those that a gateway passes on in a bundle."""
     asked: int
     """How many updates were asked for."""
     updates: int
@@ -58,11 +63,11 @@ class RoundResult:
 
 @dataclass(frozen=True)
 class _Release:
-    """What the server learns of all updates together."""
+    """The results that the server learns of all updates together."""
 
     aggregate: Payload
     memory: Payload = field(default_factory=dict)
-    """What replaces groups of the server's memory."""
+    """Groups that replace groups of the server's memory."""
     metrics: Metrics = field(default_factory=dict)
 
 

@@ -35,7 +35,7 @@ def round_seconds(config: RunConfig, accepted: Iterable[float], missing: bool) -
 
 
 def silent(config: RunConfig, name: str, client: str, round: int) -> bool:
-    """Whether a client of a class does not answer in a round: with its probability `drop`."""
+    """Returns whether a client of a class does not answer in a round, by its probability `drop`."""
     probability = config.classes[name].drop if name else 0.0
     generator = seeds.generator(config.seed, "drop", client, round)
     return float(torch.rand((), generator=generator, dtype=torch.float64)) < probability

@@ -1,4 +1,4 @@
-"""What differential privacy lets a run ask of its clients, and what that has cost so far."""
+"""Limits of differential privacy on what a run asks of its clients, and the cost so far."""
 
 import math
 from collections import Counter
@@ -52,12 +52,12 @@ class Spending:
 
     @property
     def poisson(self) -> bool:
-        """Whether a cohort is drawn from all clients by secret chance: it may be empty."""
+        """True where a cohort is drawn from all clients by secret chance: it may be empty."""
         return self.level is not None and self.config.dp_sampling == "poisson"
 
     @property
     def withheld(self) -> str:
-        """What no line of metrics, no report and no warning tells; "" without dp."""
+        """The facts that no line of metrics, no report and no warning tells; "" without dp."""
         return WITHHELD.get("poisson" if self.poisson else self.config.dp, "")
 
     @property
@@ -99,7 +99,7 @@ class Spending:
         return "example or user" if self.unnamed else "user"
 
     def hear(self, metrics: Mapping[str, Metrics]) -> Mapping[str, Any]:
-        """What clients say that they have spent on their examples; what there is to note of it."""
+        """Hears the epsilon that clients have spent on their examples; returns facts to note."""
         told = {client: own for client, own in metrics.items() if "epsilon" in own}
         self.who |= told.keys()
         self.most = max([self.most, *(own["epsilon"] for own in told.values())])
@@ -176,7 +176,7 @@ class Spending:
         return {group: own for group, own in memory.items() if not group.startswith(NOISE)}
 
     def guarantee(self) -> Guarantee | None:
-        """What has been spent so far; None without differential privacy."""
+        """Returns the Guarantee as spent so far; None without differential privacy."""
         if self.level:
             return self.level.guarantee()
         if self.config.dp == "none":

@@ -1,4 +1,4 @@
-"""What a server sends to each client of a round, and what that costs by formula."""
+"""The tasks that a server sends to the clients of a round, and their cost by formula."""
 
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -36,7 +36,7 @@ _OWN = (
 
 @dataclass
 class Traffic:
-    """What travelled in a round, counted as it is sent and read."""
+    """The traffic of a round, counted as it is sent and read."""
 
     up: int = 0
     down: int = 0
@@ -50,7 +50,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class _Content:
-    """What a task carries, packed."""
+    """The content of a task, packed."""
 
     sealed: Sealed
     log: Log | None
@@ -61,7 +61,7 @@ class _Content:
 
 
 class _Contents:
-    """What the tasks of a round carry: packed once for all members that are sent the same."""
+    """The contents of the tasks of a round: packed once for all members that are sent the same."""
 
     def __init__(self, federation: Federation, state: Payload, round: int) -> None:
         broadcast = federation.strategy.broadcast(state)
@@ -74,7 +74,7 @@ class _Contents:
         self._made: dict[object, _Content] = {}
 
     def of(self, member: str, known: AbstractSet[str]) -> _Content:
-        """What a member gets that holds the content ids `known`.
+        """Returns the content for a member that holds the content ids `known`.
 
         Of a log it gets the rows after the version it holds, or a snapshot where that is less.
         """
@@ -182,14 +182,14 @@ def run_settings(config: RunConfig, own_devices: bool) -> Mapping[str, Any]:
 
 
 def _of_each_round(broadcast: Broadcast, lora: LoraSpec) -> Payload:
-    """What a client gets each time; the rest of a broadcast it gets once."""
+    """Returns the groups that a client gets each time; the rest of a broadcast it gets once."""
     return {**broadcast.payload, **(broadcast.fitted(lora) if broadcast.fitted else {})}
 
 
 def _log(
     broadcast: Broadcast, versions: Sequence[str], since: str, state: Payload
 ) -> tuple[Log | None, Payload]:
-    """What a client at a version needs to reach the last: (rows, or a snapshot as a payload)."""
+    """Returns (rows, or a snapshot as a payload) to bring a client from a version to the last."""
     if broadcast.log is None:
         return None, {}
     number, last = len(broadcast.log), versions[-1]
@@ -220,7 +220,7 @@ def trained(held: Held) -> frozenset[str]:
 
 
 def accepted_only(held: Held, client: str) -> frozenset[str]:
-    """What the server must remember even of a client whose memory it does not count on."""
+    """Returns the notes to remember even of a client whose memory the server does not count on."""
     return frozenset(i for i in held.get(client, ()) if i.startswith(_ACCEPTED))
 
 
@@ -261,7 +261,7 @@ def _priced(strategy: Strategy, state: Payload, sizes: Sequence[Size]) -> Sequen
 
 
 def _of_gateway(federation: Federation, gateway: str, round: int, count: int, one: Cost) -> Cost:
-    """What `count` updates of phones cost that one update of the gateway's own class costs `one`.
+    """Returns the Cost of `count` updates of phones; one of the gateway's own class costs `one`.
 
     Phones may be of other classes: at most the dearest, as which of them came is not said here.
     """

@@ -1,4 +1,4 @@
-"""What a valid reply is like, and what became of a reply."""
+"""Expectations of a valid reply, and verdicts on replies."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from corolla.wire.messages import Reply
 
 
 class Code(StrEnum):
-    """What became of a reply."""
+    """The outcome of a reply."""
 
     ACCEPTED = auto()
     NO_ANSWER = auto()
@@ -42,20 +42,20 @@ class Code(StrEnum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a reply and why: one printable line, "" of what was accepted."""
+    """The outcome of a reply and why: one printable line, "" of a reply that was accepted."""
 
     code: Code
     why: str = ""
 
     @property
     def accepted(self) -> bool:
-        """Whether the reply counts."""
+        """True where the reply counts."""
         return self.code == Code.ACCEPTED
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a valid reply to one task is like.
+    """The form and the bounds of a valid reply to one task.
 
     `like` is the form of an update (Strategy.update_like), None where no payload is expected;
     `codec` how it travels. `most_examples` is the largest weight of one client. `max_norm` bounds

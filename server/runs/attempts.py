@@ -225,7 +225,7 @@ class Attempts:
 
 
 def _diverged(verdicts: Mapping[str, Verdict]) -> bool:
-    """Whether every client that failed says that the learning rate is too high: others will too."""
+    """Returns whether all failed clients say that the learning rate is too high, as others will."""
     whys = [verdict.why for verdict in verdicts.values() if not verdict.accepted]
     return bool(whys) and all("lower lr" in why for why in whys)
 

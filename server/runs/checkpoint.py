@@ -17,14 +17,14 @@ _MEMORY = "memory:"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run needs to go on after `round` as if it had never stopped."""
+    """The values that a run needs to go on after `round` as if it had never stopped."""
 
     run_id: str
     round: int
     state: Payload
     held: Mapping[str, frozenset[str]]
     memory: Payload = field(default_factory=dict)
-    """What the server remembers beside the strategy's state."""
+    """Groups that the server remembers beside the strategy's state."""
     sha256: str = ""
     """Of the file of tensors that it was read from or written to."""
 

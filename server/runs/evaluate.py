@@ -1,4 +1,4 @@
-"""What the server measures: held-out loss, answers, and whether the saved adapter is right."""
+"""The server's measurements: held-out loss, answers, and whether the saved adapter is right."""
 
 import statistics
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What run.json and the journal say of a run: settings, inputs, versions, privacy."""
+"""Facts of a run for run.json and the journal: settings, inputs, versions, privacy."""
 
 import platform
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ def run_info(
     account: Spending,
     keep_updates: bool,
 ) -> dict[str, Any]:
-    """What run.json holds from the start; `facts` are the hashes of model and data."""
+    """Returns the object of run.json from the start; `facts` are the hashes of model and data."""
     packages = ("flwr", "torch", "peft", "transformers", "safetensors")
     return {
         **facts,
@@ -62,7 +62,7 @@ def privacy_info(account: Spending) -> dict[str, Any]:
 
 
 def privacy_budget(config: RunConfig, unit: Unit) -> dict[str, Any]:
-    """What the journal says of differential privacy before anything is spent."""
+    """Returns the journal's facts of differential privacy before anything is spent."""
     if config.dp == "none":
         return {}
     facts = {"unit": unit, "neighbours": NEIGHBOURS[unit]}
@@ -71,7 +71,10 @@ def privacy_budget(config: RunConfig, unit: Unit) -> dict[str, Any]:
 
 
 def _aggregates(config: RunConfig, strategy: Strategy) -> Aggregates:
-    """What a run averages: without factors, the trained tensors are the weights themselves."""
+    """Names the values that a run averages.
+
+    Without factors, the trained tensors are the weights themselves.
+    """
     if config.robust != "none":
         return "other"
     dense = not config.kind.factors

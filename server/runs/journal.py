@@ -113,7 +113,7 @@ class Journal:
 
 @dataclass(frozen=True)
 class Past:
-    """What a journal says that a run which goes on has to know."""
+    """The facts in a journal that a run which goes on has to know."""
 
     roster: Mapping[str, int] = field(default_factory=dict)
     """Member → examples, in the order in which members came."""
@@ -132,7 +132,7 @@ class Past:
     rounds: Sequence[int] = ()
     """The numbers of rounds that were asked for, each once; more than one of an extended run."""
     privacy: Sequence[Entry] = ()
-    """What was noted of differential privacy, the oldest first."""
+    """Entries of differential privacy, the oldest first."""
 
     @property
     def round(self) -> int:
@@ -150,7 +150,7 @@ class Past:
 
 
 def past(entries: Sequence[Entry]) -> Past:
-    """What has happened so far."""
+    """Returns the Past that the entries of a journal tell."""
     roster: dict[str, int] = {}
     seats: dict[str, int] = {}
     committed: dict[int, str] = {}
@@ -193,7 +193,7 @@ def read(folder: Path) -> list[Entry]:
 
 
 def alive(folder: Path) -> bool | None:
-    """Whether a process is at work in a run's folder; None where that cannot be known."""
+    """Returns whether a process is at work in a run's folder; None where that cannot be known."""
     return sealed_lines.alive(folder / NAME)
 
 

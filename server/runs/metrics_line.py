@@ -11,7 +11,7 @@ from corolla.types import Metrics
 
 
 def metrics_line(round: int, done: Done, scores: Metrics, account: Spending) -> dict[str, Any]:
-    """What the round was like; `scores` are those of its model, where an evaluation was due."""
+    """Returns the line of a round; `scores` are of its model, where an evaluation was due."""
     result, config, dp = done.result, account.config, account.config.dp
     metrics = dict(result.metrics)
     if dp == "none":
@@ -44,7 +44,7 @@ def metrics_line(round: int, done: Done, scores: Metrics, account: Spending) -> 
 
 
 def _counted(result: RoundResult) -> dict[str, Any]:
-    """Who took part in a round, and what that has moved."""
+    """Returns the counts of a round: its clients and verdicts, its bytes, its simulated seconds."""
     return {
         "bytes_up": result.traffic.up,
         "bytes_down": result.traffic.down,

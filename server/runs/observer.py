@@ -1,4 +1,4 @@
-"""Who watches a run: a terminal, a tracker, a log."""
+"""Observers of a run: a terminal, a tracker, a log."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 
 class Observer(Protocol):
-    """Who watches a run. Must not change anything."""
+    """The observer of a run. Must not change anything."""
 
     def started(self, facts: Mapping[str, Any], first_round: int) -> None:
         """The run begins at `first_round`; `facts` is what run.json holds."""

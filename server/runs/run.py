@@ -60,9 +60,9 @@ class Course:
     lines: list[dict[str, Any]]
     """Those of metrics.jsonl."""
     info: dict[str, Any]
-    """What run.json holds."""
+    """The object that run.json holds."""
     base: Mapping[str, Any]
-    """What was measured of the untouched model."""
+    """The scores and answers of the untouched model."""
 
 
 @dataclass
@@ -183,7 +183,10 @@ class Run:
         return why or course.account.ended(course.federation, course.at.round + 1)
 
     def _federation(self, past: Past) -> Federation:
-        """Who takes part, with those that the journal knows; ConfigError where none can."""
+        """Returns the federation with its members, also those that the journal knows.
+
+        Raises ConfigError where no member can take part.
+        """
         # Who is known keeps its place; who is not there now may come back.
         clients = {**past.roster, **dict(sorted(self.network.clients().items()))}
         if not clients:

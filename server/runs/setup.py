@@ -1,4 +1,4 @@
-"""What a server loads before the first round, whichever engine carries the messages."""
+"""Data and model that a server loads before the first round, whichever engine carries messages."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

@@ -24,7 +24,7 @@ _SHOWN_CODES = {code: code for code in ("accepted", "no_answer")}
 
 @dataclass(frozen=True)
 class Member:
-    """What became of the replies of one client, or of one device of a gateway."""
+    """The outcome of the replies of one client, or of one device of a gateway."""
 
     replies: int
     accepted: int
@@ -65,14 +65,14 @@ class Status:
     epsilon: float | None
     """Spent so far, of differential privacy."""
     budget: float | None
-    """What epsilon may become; None: without end, or no differential privacy."""
+    """The most that epsilon may become; None: without end, or no differential privacy."""
     delta: float | None
     unit: str
     """Of which the data of one is protected: example or client; "" without."""
     sampling: str
     """Of clients whose data is protected: fixed or poisson; "" without."""
     neighbours: str
-    """What two data sets differ in that nobody can tell apart, in words; "" without."""
+    """The difference between two data sets that nobody can tell apart, in words; "" without."""
     last_round_seconds: float | None
     verdicts: Mapping[str, int] = field(default_factory=dict)
     """Code → replies."""
@@ -151,7 +151,10 @@ def _state(last: Entry, living: bool | None) -> tuple[State, str, bool]:
 
 
 def _told(entries: Sequence[Entry], promised: Mapping[str, Any]) -> list[Entry]:
-    """What became of replies: of clients that are protected not why, of secret cohorts nothing."""
+    """Returns the verdicts on replies as far as privacy allows.
+
+    Of clients that are protected they do not say why; of secret cohorts there are none.
+    """
     verdicts = [entry for entry in entries if entry["event"] == "verdicts"]
     if promised.get("unit") != "client":
         return verdicts
@@ -179,7 +182,7 @@ def _members(replies: Sequence[Entry]) -> dict[str, Member]:
 
 
 def _epsilon(entries: Sequence[Entry], lines: Sequence[Mapping[str, Any]]) -> float | None:
-    """What is spent: the journal knows it before the metrics do."""
+    """Returns the epsilon that is spent: the journal knows it before the metrics do."""
     spent: float | None = _last(
         [entry for entry in entries if entry["event"] == "privacy"], "epsilon"
     )

@@ -1,4 +1,4 @@
-"""What a finished run has to say, to its user and in run.json."""
+"""The summary of a finished run, for its user and for run.json."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from corolla.types import Metrics
 
 @dataclass(frozen=True)
 class Summary:
-    """What a finished run has to say."""
+    """The summary of a finished run."""
 
     folder: Path
     artefact: Path
@@ -30,14 +30,14 @@ class Summary:
     proof: Proof
     """That what is saved is what was trained."""
     served: Served | None
-    """What servers of models take; None where there is no adapter with a rank."""
+    """The adapter that servers of models take; None where there is no adapter with a rank."""
     before: Sequence[Sample]
     after: Sequence[Sample]
     clients: Mapping[str, Mapping[str, Metrics]]
     personal: bool
-    """What counts are the clients' own models: the global one is a part of each."""
+    """True where the clients' own models count: the global one is a part of each."""
     privacy: str
-    """What is promised to each example or client; "" without differential privacy."""
+    """The promise to each example or client; "" without differential privacy."""
     warnings: Sequence[Mapping[str, Any]] = ()
     """All that the run warns of, as run.json has it (see corolla/warnings/outcome.py)."""
 
@@ -73,7 +73,10 @@ class Summary:
         return fairness(self.clients)
 
     def to_json(self, samples: bool) -> dict[str, Any]:
-        """What run.json gets when a run is done; with `samples` also held-out rows and answers."""
+        """Returns the facts that run.json gets when a run is done.
+
+        With `samples` also held-out rows and answers.
+        """
         told = {"before": self.before, "after": self.after} if samples else {}
         return {
             "status": "done",
