@@ -36,7 +36,6 @@ class Disk {
   // Deletes what all runs keep where a bundle of `coming` bytes more would not fit otherwise; bytes
   // of the gateway's files that may still be written.
   uint64_t room_for(uint64_t coming) const;
-  uint64_t limit() const { return limits_.all; }
 
  private:
   uint64_t of_runs() const;  // with what is downloaded for one, or waits to be delivered
