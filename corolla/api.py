@@ -1,4 +1,4 @@
-"""What commands do, as functions of Python that take and return plain values.
+"""The commands as functions of Python that take and return plain values.
 
 Each does what the command of its name does (`look` is `corolla data`), with the same files, and
 raises CorollaError with the command's own line for whatever a user can cause. `settings` are keys

@@ -1,4 +1,4 @@
-"""What can go wrong, as a tree; every message says what was asked, what was found and what to do.
+"""Errors of Corolla, as a tree; every message says what was asked, what was found and what to do.
 
 CorollaError                 anything a user can cause; the command line prints it in one line
 ├── ConfigError              an option or a combination of options (exit code 2)

@@ -74,7 +74,7 @@ class ForwardTrainer(Protocol):
 
 
 class Client(Protocol):
-    """What a strategy may see of a device during one task."""
+    """A device as a strategy may see it during one task."""
 
     @property
     def seed(self) -> int:
@@ -90,7 +90,7 @@ class Client(Protocol):
 
     @property
     def kept(self) -> Payload:
-        """What this device kept of its last accepted update (Update.keep); empty before one."""
+        """The payload kept of the device's last accepted update (Update.keep); empty before."""
 
     @property
     def kind(self) -> TrainerName:
@@ -127,7 +127,7 @@ class Summable(Aggregator, Protocol):
     """A linear aggregator whose content can travel: a gateway's for a server."""
 
     def sums(self) -> Payload:
-        """What was folded in, in fp64; no tensor is named "scalars"."""
+        """Returns the sums of all that was folded in, in fp64; no tensor is named "scalars"."""
 
     def sums_like(self, like: Payload) -> Payload:
         """Groups, names, shapes and types of `sums` after updates of the form `like`."""
@@ -169,13 +169,13 @@ class Strategy(Protocol):
         """
 
     def broadcast(self, state: Payload) -> Broadcast:
-        """What every client of the cohort receives."""
+        """Returns the broadcast that every client of the cohort receives."""
 
     def local(self, client: Client, received: Payload) -> Update:
         """The client half: train and say what to send."""
 
     def update_like(self, fresh: Params, size: Size) -> Payload:
-        """What an update must look like (groups, names, shapes, types), from a fresh adapter.
+        """Returns the form of every update (groups, names, shapes, types), from a fresh adapter.
 
         `fresh` has the client's rank, `size` says how it trains. The server refuses replies that
         differ. Whole numbers in a vector may lie between 0 and those given here, single numbers
@@ -197,19 +197,24 @@ class Strategy(Protocol):
 
 @dataclass(frozen=True)
 class Traits:
-    """What a strategy may say of itself as class attributes of these names; the defaults hold else.
+    """The traits that a strategy may state, as class attributes of these names; else defaults hold.
 
     They decide what it can be combined with (see corolla.config.rules).
     """
 
     updates: Literal["differences", "factors", "values", "scalars"] = "differences"
-    """What travels up: differences of trained tensors; factors with their scaling in A, whose
-    products count (group "factors"); trained tensors as they are; scalars."""
+    """The kind of values that an update carries on its way up.
+
+    Differences of trained tensors; factors with their scaling in A, whose products count (group
+    "factors"); trained tensors as they are; scalars.
+    """
     individual: bool = False
     """Single updates are needed or shown to others: no secure sum, no noise on a sum alone."""
     bounded: bool = True
-    """Who changes a clipped update moves the next state by a bounded amount: the sum can carry
-    the noise of differential privacy."""
+    """True where a change of one clipped update moves the next state by a bounded amount.
+
+    The sum can then carry the noise of differential privacy.
+    """
     personal: bool = False
     """Clients keep a part of their model: it is evaluated on the clients."""
     keeps: bool = False

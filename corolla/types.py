@@ -67,7 +67,7 @@ class LoraSpec:
 
 @dataclass(frozen=True)
 class Size:
-    """What decides the bytes of one client: values of its A factors, B factors and head.
+    """The facts that decide the bytes of one client: values of its A factors, B factors and head.
 
     `scalars` is how many directions a zeroth-order client measures in a round, `seed` its seed and
     `step` the -lr / queries that it multiplies them by. `round` counts from 1. `rank` is that
@@ -144,7 +144,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Broadcast:
-    """What the server sends: `payload` each time; a group of `cached` once to each client.
+    """The payloads a server sends: `payload` each time; a group of `cached` once to each client.
 
     The client sees one payload with the groups of all. With `log`, it also sees the groups of
     `Strategy.init`, which it makes itself from the run's seed, and one group a row, named by
@@ -167,7 +167,7 @@ def row_name(number: int) -> str:
 
 @dataclass(frozen=True)
 class Update:
-    """What a client sends back: differences or factors, never its weights.
+    """The update that a client sends back: differences, factors, trained tensors or scalars.
 
     `num_examples` counts the distinct examples that were trained on: the weight of the update.
     `keep` never leaves the device: it becomes `Client.kept` if the server accepts the update.

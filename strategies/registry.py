@@ -84,7 +84,7 @@ def create(name: str, options: Mapping[str, object] | None = None) -> Strategy:
 
 
 def traits(strategy: Strategy | type[Strategy]) -> Traits:
-    """What a strategy says of itself, with the defaults for what it does not say."""
+    """Returns the traits of a strategy, with the defaults for those that it does not state."""
     fields = dataclasses.fields(Traits)
     said: dict[str, Any] = {f.name: getattr(strategy, f.name, f.default) for f in fields}
     return Traits(**said)

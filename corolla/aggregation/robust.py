@@ -89,7 +89,7 @@ class Robust:
         return inner.finalise()
 
     def _defended(self) -> Sequence[tuple[Payload, float]]:
-        """What the inner aggregator may see."""
+        """Returns the updates and their weights that the inner aggregator may see."""
         n = len(self._parts)
         f = hostile(n, self._byzantine)
         if n < (needed := least(self._rule, f)):

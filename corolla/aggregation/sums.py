@@ -40,7 +40,7 @@ def summed_like(like: Payload) -> Payload:
 
 
 def terms(sums: Payload) -> Payload:
-    """What `summed` was made of."""
+    """Returns the sums that `summed` was made of, by their own names."""
     return {
         group: {name.removeprefix(_SUM): tensor for name, tensor in own.items()}
         for group, own in sums.items()

@@ -1,1 +1,1 @@
-"""What others serve: merged weights, GGUF files, adapters of a rank, model cards, kept updates."""
+"""Files that others serve: merged weights, GGUF, adapters of a rank, model cards, kept updates."""

@@ -36,7 +36,7 @@ class SavedLora:
     heads: Params
     """Tensors that take the place of the base model's."""
     config: Mapping[str, Any]
-    """What adapter_config.json holds."""
+    """The content of adapter_config.json."""
 
     @property
     def baked(self) -> Params:

@@ -1,4 +1,4 @@
-"""What programs that serve adapters demand of one, as said by their documentation."""
+"""Demands on an adapter of the programs that serve adapters, as said by their documentation."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ SMALLEST = 8
 
 
 def max_lora_rank(rank: int) -> int | None:
-    """What --max-lora-rank must be for an adapter; None where no value is enough."""
+    """Returns the --max-lora-rank that an adapter needs; None where no value is enough."""
     return next((allowed for allowed in RANKS if rank <= allowed), None)
 
 

@@ -26,11 +26,11 @@ class Architecture:
     arch: gguf.MODEL_ARCH
     activation: str
     permuted: bool = False
-    """Whether rows of q and k are rotated in pairs (2 i, 2 i + 1), transformers has halves."""
+    """True where rows of q and k are rotated in pairs (2 i, 2 i + 1); transformers has halves."""
     norm_offset: float = 0.0
     """Added to the weights of norms, which transformers keeps without it."""
     refused: tuple[Check, ...] = ()
-    """What llama.cpp computes otherwise, and how it is called."""
+    """Named checks of a config for what llama.cpp computes otherwise."""
 
     @property
     def name(self) -> str:
@@ -109,7 +109,7 @@ def add_hyperparameters(writer: gguf.GGUFWriter, config: PretrainedConfig) -> No
 
 
 def rope_factors(config: PretrainedConfig) -> Values | None:
-    """What the frequencies of rotation are divided by, one a pair; None: nothing.
+    """Returns the divisors of the frequencies of rotation, one a pair; None: nothing divides them.
 
     After Llama 3.1, as in transformers (modeling_rope_utils): long wavelengths are stretched by
     `factor`, short ones are kept, those between are mixed.

@@ -36,7 +36,7 @@ TYPES: dict[GgufType, tuple[GGMLQuantizationType, LlamaFileType]] = {
 _BLOCK = 32
 """Values of a row that q8_0 gives a scale of their own."""
 _OWN = ("GGUF.", "split.", "general.architecture", "general.file_type", "general.quantization")
-"""What a file says of itself, by the beginnings of keys."""
+"""Beginnings of the metadata keys by which a GGUF file describes itself."""
 
 Array = npt.NDArray[np.float32]
 

@@ -23,7 +23,7 @@ _PIECES = {
     (_LETTERS + r"\p{N}{1,3}" + _REST,): "llama-bpe",
     (_LETTERS + r"\p{N}" + _REST,): "qwen2",
 }
-"""What cuts a text before its bytes are merged → its name in llama.cpp."""
+"""The steps that cut a text before its bytes are merged → their name in llama.cpp."""
 _WHOLE_WORDS = {"llama-bpe"}
 """Names for which llama.cpp takes a piece that is a token as it is (`ignore_merges`)."""
 

@@ -44,7 +44,7 @@ class Served:
 
 
 def prepare(folder: Path, rank: int, loss: float, score: Callable[[Adapter], Metrics]) -> Served:
-    """What is to be served of a saved adapter: of rank at most `rank`, and its held-out loss.
+    """Returns the served form of a saved adapter, of rank at most `rank`, and its held-out loss.
 
     The truncated SVD of each module's update, from its factors in fp64. `loss` is that of the exact
     adapter, `score` measures another one.

@@ -151,7 +151,7 @@ CANARIES: Table = {
     "guesses": Option(int | None, "Of coins.", more={"min": 1}, usual="a fifth of the canaries"),
     "unit": Option(Literal["example", "client"] | None, "What canaries are with dp=none."),
 }
-"""What `corolla audit` tries."""
+"""Options of `corolla audit`: the canaries and the guesses that it tries."""
 
 PROGRAM: Table = {
     "rank": Option(
@@ -174,7 +174,7 @@ PROGRAM: Table = {
         usual="seconds since 1970",
     ),
 }
-"""What `corolla export --to executorch` makes programs of."""
+"""Options of the programs that `corolla export --to executorch` makes."""
 
 EXPORT: Table = {
     "dtype": Option(

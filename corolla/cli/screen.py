@@ -1,4 +1,4 @@
-"""What commands print."""
+"""The lines that commands print, and the consoles that they print on."""
 
 from collections.abc import Callable
 

@@ -166,7 +166,7 @@ def result_of(source: Path) -> Path:
 
 
 def is_model(folder: Path) -> bool:
-    """Whether a folder holds a whole model and no adapter."""
+    """Returns whether a folder holds a whole model and no adapter."""
     whole, adapter = folder / "config.json", folder / "adapter_config.json"
     return whole.is_file() and not adapter.is_file()
 

@@ -63,7 +63,7 @@ that were missed.
 
 @dataclass(frozen=True)
 class Entry:
-    """What there is to say about one strategy. `costs`: reference → what its clients pay.
+    """The catalogue's entry of one strategy. `costs`: reference → the costs of its clients.
 
     There is more than one cost where rounds or trainers differ.
     """

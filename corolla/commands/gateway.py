@@ -83,7 +83,7 @@ class GatewayOptions:
 
 
 def order(options: GatewayOptions) -> GatewayOrder:
-    """What the gateway's process is to do. Raises ConfigError for options that make no sense."""
+    """Returns the gateway process's order. Raises ConfigError for options that make no sense."""
     try:
         protocol.check_device(options.name)
     except WireError as error:
@@ -112,7 +112,7 @@ def order(options: GatewayOptions) -> GatewayOrder:
 
 
 def read_policy(text: str) -> Policy:
-    """What --policy asks of phones: words, some with a value. Raises ConfigError."""
+    """Returns the policy for phones in --policy: words, some with a value. Raises ConfigError."""
     found: dict[str, bool | int | float] = dict.fromkeys(_YES, False)
     for entry in [] if text in ("", "none") else text.split(","):
         word, given, value = entry.strip().partition("=")

@@ -1,1 +1,1 @@
-"""What a run is: its settings, and the rules that they keep."""
+"""The settings of a run, and the rules that they keep."""

@@ -100,7 +100,7 @@ def _gather(
     settings: Sequence[str],
     default_strategy: str = "fedavg",
 ) -> dict[str, Any]:
-    """What was given, and nothing else: keys of RunConfig."""
+    """Returns the settings that were given, and nothing else, by keys of RunConfig."""
     values: dict[str, Any] = {}
     tables: dict[str, dict[str, Any]] = {}
     for key, value in (_read(file) if file else {}).items():

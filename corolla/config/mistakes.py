@@ -1,4 +1,4 @@
-"""What is said of a key that does not exist, and of a value that a key cannot have."""
+"""Messages on a key that does not exist, and on a value that a key cannot have."""
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
@@ -61,7 +61,7 @@ MEANINGS: Mapping[str, str] = {
     **dict.fromkeys(("output", "output_dir", "out", "save_dir"), "--out"),
     **dict.fromkeys(("report_to", "tracker", "wandb", "tensorboard"), "--track"),
 }
-"""What other tools call a key → the key here; with dashes, an option of the command."""
+"""The name of a key in other tools → the key here; with dashes, an option of the command."""
 
 _FEW = 30
 """Names that a line can hold: all options of a class, or all strategies."""

@@ -27,7 +27,7 @@ class Asked:
 
     @cached_property
     def traits(self) -> Traits:
-        """What the strategy says of itself."""
+        """The traits that the strategy states of itself."""
         return registry.traits(self.strategy)
 
     @property
@@ -385,7 +385,7 @@ def not_noised(strategy: Strategy) -> str:
 
 
 def takes_start(strategy: Strategy) -> bool:
-    """Whether first-order clients get the adapter that the strategy began from, at its scaling."""
+    """Returns whether first-order clients get the strategy's start adapter, at its scaling."""
     if "first_order" not in strategy.trainers:
         return False
     one, scaling = torch.ones(1, 1), 2.0
@@ -402,14 +402,14 @@ def takes_start(strategy: Strategy) -> bool:
 
 
 def _is_mean(aggregator: Aggregator) -> bool:
-    """Whether the mean of clients' updates is all that it makes of them."""
+    """Returns whether an aggregator makes nothing of clients' updates but their mean."""
     if isinstance(aggregator, ByGroup):
         return all(map(_is_mean, aggregator.groups.values()))
     return type(aggregator) in (WeightedMean, SeedSums)  # a subclass may keep single updates
 
 
 def _without_factors(strategy: Strategy | type[Strategy]) -> bool:
-    """Whether it can train other tensors than LoRA factors."""
+    """Returns whether a strategy can train other tensors than LoRA factors."""
     return strategy.full or registry.traits(strategy).dense
 
 

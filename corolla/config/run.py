@@ -97,7 +97,7 @@ class RunConfig(Settings):
 
     @property
     def simulates_time(self) -> bool:
-        """Whether metrics tell how long rounds would take on the devices that classes describe."""
+        """True where metrics tell how long rounds would take on the devices of the classes."""
         given = (own.speed or own.upload or own.download for own in self.classes.values())
         return bool(self.step_seconds or self.deadline_simulated or self.buffer or any(given))
 

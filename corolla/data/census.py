@@ -28,7 +28,7 @@ class Census:
 
     encoder: Encoder
     once: bool = False
-    """Whether only the first sequence of a row is learnt from."""
+    """True where only the first sequence of a row is learnt from."""
     tokens: list[int] = field(default_factory=list)
     """The length of each row: that of its longest sequence, were nothing cut; 0 without any."""
     split: int = 0

@@ -49,7 +49,7 @@ class Encoder:
     labels: Sequence[str]
     max_length: int
     day: str = ""
-    """What chat templates write for today's date, in ISO 8601; "": today's."""
+    """The date that chat templates write for today's, in ISO 8601; "": today's date."""
 
     @classmethod
     def of(

@@ -49,7 +49,7 @@ class FederatedData:
     container: str = ""
     """In words, what was read."""
     notes: Sequence[tuple[str, str]] = ()
-    """What should be known of the data, and what to do about it: both in words."""
+    """Notes on the data, each with what to do about it: both in words."""
     unused: frozenset[str] = frozenset()
     """Columns that change the meaning of a row and were not used."""
 
@@ -111,7 +111,7 @@ def dealt(config: RunConfig, found: Rows) -> FederatedData:
 
 
 def source_of(config: RunConfig) -> Source:
-    """What a run reads its rows from."""
+    """Returns the source from which a run reads its rows."""
     return Source(config.data, config.columns, config.splits, config.subset)
 
 
@@ -175,10 +175,11 @@ def load_device(
 
 
 def load_heldout(config: RunConfig) -> FederatedData:
-    """What a server that has no clients' data measures on: no clients, held-out rows, labels.
+    """Returns the data on which a server that has no clients' data measures.
 
-    Embedded data: what a simulation holds out. A file: its test rows, else its validation rows;
-    without splits, what a simulation holds out where rows have client_id, else all rows.
+    There are no clients, but held-out rows and labels. Embedded data: what a simulation holds out.
+    A file: its test rows, else its validation rows; without splits, what a simulation holds out
+    where rows have client_id, else all rows.
     """
     found = read(source_of(config))
     rows = found.examples

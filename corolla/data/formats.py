@@ -73,7 +73,7 @@ def suffix_of(path: Path) -> str:
 
 
 def _parses(head: bytes) -> bool:
-    """Whether the first line is JSON."""
+    """Returns whether the first line is JSON."""
     try:
         json.loads(head.lstrip(_SPACE).partition(b"\n")[0])
     except (ValueError, RecursionError):

@@ -41,7 +41,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a row says: turns that end with the last one of the assistant, and tools."""
+    """The conversation of a row: turns that end with the last one of the assistant, and tools."""
 
     turns: tuple[Turn, ...]
     tools: str = ""

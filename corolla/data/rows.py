@@ -63,7 +63,7 @@ class Example:
 
     @property
     def question(self) -> str | None:
-        """What the last answer answers: the content of the turn before; None without a dialogue."""
+        """The question: the content of the turn before the last answer; None without a dialogue."""
         if not self.dialogue:
             return None
         return self.dialogue[self.last - 1].content if self.last else ""

@@ -25,7 +25,7 @@ SPLITS = {
     **dict.fromkeys(("validation", "valid", "val", "eval", "dev"), "validation"),
     "test": "test",
 }
-"""What a split is called in data → what it is here."""
+"""The name of a split in data → its name here."""
 
 SUFFIXES = frozenset({".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet"})
 """Ends of the names of data files; each may be packed, as .gz or .zst."""
@@ -37,7 +37,7 @@ _SHARD = re.compile(r"-\d+-of-\d+$")
 
 @dataclass(frozen=True)
 class Source:
-    """What is to be read. `columns` and `splits` are names here → names in the data.
+    """A source of rows. `columns` and `splits` are names here → names in the data.
 
     With `splits` rows of no other split are read. `subset` is the configuration of a hub set.
     """
@@ -143,7 +143,7 @@ def _renamed(row: Any, source: Source, where: str) -> Any:
 
 
 def _chosen(row: dict[str, Any], theirs: Mapping[str, str], reading: Reading) -> bool:
-    """Whether the row's split is asked for; it is then called as it is here."""
+    """Returns whether the row's split is asked for; it then gets its name here."""
     split = str(row.get("split") or "train")
     if split not in theirs:
         reading.unread[split] += 1
@@ -167,7 +167,7 @@ def _folder(folder: Path, source: Source, reading: Reading) -> Iterator[Record]:
     parts = len(files) == 1 or all(_is_part(name, known) for name in names.values())
     digest = hashlib.sha256()
     told = dict[bool, Path]()
-    """Whether the rows of a file name clients → a file that is so."""
+    """True for rows that name clients, False for rows without → the first file of such rows."""
     for path, name in names.items():
         one = Reading(reading.containers)
         found = _file(path, source, one)
@@ -255,7 +255,7 @@ def _hub(source: Source, reading: Reading) -> Iterator[Record]:
 
 
 def hint(row: Any) -> str:
-    """What to do about a row that is of no form: "" where it has columns of known names."""
+    """Returns the advice on a row that is of no form: "" where it has columns of known names."""
     if not isinstance(row, dict) or not row or row.keys() & COLUMNS - _NO_TEXT:
         return ""
     first = next((str(name) for name in row if name not in _NO_TEXT), "NAME")

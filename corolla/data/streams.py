@@ -143,7 +143,7 @@ def _packing(head: bytes) -> str:
 
 
 def _foreign(head: bytes) -> tuple[str, str] | None:
-    """What a file that is no rows is, and what to do; None where it may be rows."""
+    """Returns the kind of a file that is no rows, and what to do; None where it may be rows."""
     for magic, found in _FOREIGN.items():
         if head.startswith(magic):
             return found

@@ -28,7 +28,7 @@ _ANY_NOW = re.compile(r"strftime_now\s*\(")
 _PROBE = (Turn("user", "9274"), Turn("assistant", "6183", learnt=True))
 """A question and an answer whose digits stand nowhere in a template."""
 _REFUSALS = (jinja2.TemplateError, LookupError, TypeError, ValueError, AttributeError)
-"""What a template raises for turns that it does not take."""
+"""Errors that a template raises for turns that it does not take."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,10 @@ def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def renderer(tokenizer: PreTrainedTokenizerBase, day: str = "") -> "ChatTemplate | PlainForm":
-    """What renders conversations for a tokenizer; `day` is what its template writes for today."""
+    """Returns the renderer of conversations for a tokenizer.
+
+    `day` is what its template writes for today.
+    """
     if getattr(tokenizer, "chat_template", None):
         return ChatTemplate(tokenizer, day)
     return PlainForm(tokenizer)

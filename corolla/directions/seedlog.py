@@ -76,7 +76,7 @@ def pool(payload: Payload, size: int, number: int) -> SignPool:
 
 
 def moves(payload: Payload, size: int) -> tuple[Move, ...]:
-    """What the rows of a state or a broadcast do, in order."""
+    """Returns the moves that the rows of a state or a broadcast make, in order."""
     return tuple(
         Move(pool(payload, size, number), row["scalars"], float(row["step"]))
         for number, row in rows(payload).items()
@@ -112,7 +112,7 @@ def upload(walk: Walk, **named: Tensor) -> Params:
 
 
 def upload_like(size: Size, dtype: torch.dtype, pool_size: int | None = None) -> Params:
-    """What `upload` gives: with a seed, or with directions of a pool of `pool_size`."""
+    """Returns the form of `upload`: with a seed, or with directions of a pool of `pool_size`."""
     like = {
         "scalars": torch.zeros(size.scalars, dtype=dtype),
         "step": torch.tensor(size.step, dtype=torch.float32),

@@ -198,7 +198,7 @@ def fold(x: Tensor, key: Key, offset: int, size: int) -> NDArray[np.float64]:
 
 
 def compiled() -> bool:
-    """Whether the C kernel is in use."""
+    """Returns whether the C kernel is in use."""
     return _kernel is not None
 
 
@@ -475,7 +475,7 @@ def _load() -> ctypes.CDLL | None:
 
 
 def _agrees(library: ctypes.CDLL) -> bool:
-    """Whether a kernel gives NumPy's bits for a short replay across a block's edge."""
+    """Returns whether a kernel gives NumPy's bits for a short replay across a block's edge."""
     start = 4096 - 70
     first = _Step((3, 1), 77, np.arange(128, dtype=np.float32))
     steps = [first, _Step((5, 2), 0, np.ones(64, dtype=np.float32))]

@@ -1,4 +1,4 @@
-"""What a model answers, beyond its loss: generated answers compared, given choices ranked."""
+"""Answers of a model, beyond its loss: generated answers compared, given choices ranked."""
 
 import itertools
 import re

@@ -58,7 +58,7 @@ def make(folder: Path, hosts: Sequence[str], gateway: Sequence[str] = (), days: 
 
 
 def check(folder: Path, stem: str = "server") -> None:
-    """Whether `folder` holds a certificate that can be shown to clients. Raises ConfigError."""
+    """Checks that `folder` has a certificate that can be shown to clients. Raises ConfigError."""
     where = folder / f"{stem}.pem"
     chain = check_pair(where, folder / f"{stem}.key")
     if not (folder / "ca.pem").exists():

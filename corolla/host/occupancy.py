@@ -14,7 +14,7 @@ class Occupant:
     """A call or a connection that waits for what its caller has to send."""
 
     bounds: Mapping[str, int]
-    """What it counts for, as an address → how many there may be of it at a time."""
+    """The addresses that an occupant counts for → how many occupants each may have at a time."""
     end: Callable[[], object]
     """Ends it while it waits."""
 
@@ -24,7 +24,7 @@ class Occupancy:
 
     def __init__(self) -> None:
         self._open: dict[str, dict[Occupant, bool]] = {}
-        """What occupants count for → these, oldest first, and whether each waits."""
+        """Address → the occupants that count for it, oldest first, and True for each that waits."""
 
     def enter(self, occupant: Occupant) -> bool:
         """Count one that waits; False: it is one too many, and not counted."""
@@ -42,7 +42,7 @@ class Occupancy:
         return True
 
     def settle(self, occupant: Occupant) -> None:
-        """What one has waited for has come: it does not end for another from now on."""
+        """Notes that an occupant no longer waits: it does not end for another from now on."""
         for name in occupant.bounds:
             if occupant in self._open.get(name, {}):
                 self._open[name][occupant] = False

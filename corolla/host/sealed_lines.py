@@ -100,7 +100,7 @@ class Chained:
 
 
 def read(path: Path, remedy: str) -> Content:
-    """What a file holds; nothing when there is none.
+    """Returns the content of a file; an empty one when there is no file.
 
     Raises ArtefactError when it is damaged elsewhere than at its end.
     """
@@ -113,7 +113,7 @@ def read(path: Path, remedy: str) -> Content:
 
 
 def alive(path: Path) -> bool | None:
-    """Whether a process has the file open; None where that cannot be known."""
+    """Returns whether a process has the file open; None where that cannot be known."""
     if sys.platform == "win32":
         return None
     import fcntl
@@ -129,7 +129,7 @@ def alive(path: Path) -> bool | None:
 
 
 def facts(torn: bytes) -> Entry | None:
-    """What a torn line was to say; None when too little of it is left."""
+    """Returns the entry that a torn line was to hold; None when too little of it is left."""
     body, seal, _ = torn.decode(errors="replace").partition(_SEAL)
     try:
         entry = json.loads(body + "}" if seal else body)

@@ -50,7 +50,7 @@ class Restarts:
 
     @property
     def resting(self) -> bool:
-        """Whether a death is noted and the next start is yet to come."""
+        """True where a death is noted and the next start is yet to come."""
         return self._due > 0
 
     def over(self) -> None:
@@ -100,7 +100,7 @@ class Child:
         self.command, self.log, self.name = command, log, log.stem
         self.restarts = restarts or Restarts()
         self.lines = deque[str](maxlen=_LINES)
-        """What a listener has heard last."""
+        """The last lines that a listener has heard."""
         self.code: int | None = None
         """Exit code of the last one that has ended."""
         self.cpu_seconds: float | None = None
@@ -157,7 +157,7 @@ class Child:
         return self.code
 
     def ended(self) -> bool:
-        """Whether it has ended: then `code` is known, and its listener has heard all."""
+        """Returns whether the child has ended: then `code` is known, its listener has heard all."""
         return self.code is not None or self._reap(wait=False)
 
     def tend(self) -> str | None:
@@ -191,7 +191,7 @@ class Child:
             self._note.unlink(missing_ok=True)
 
     def last_line(self) -> str:
-        """What its log said last."""
+        """Returns the last line of the child's log that tells something; "" where none does."""
         lines = tail(self.log).splitlines()
         told = (_COLOUR.sub("", line).strip() for line in reversed(lines))
         return next((line[-300:] for line in told if line and "EXPERIMENTAL" not in line), "")

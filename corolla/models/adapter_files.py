@@ -20,7 +20,7 @@ from corolla.types import LoraSpec, Params
 from corolla.wire import codec
 
 PREFIX = "base_model.model."
-"""What peft puts before the names of the base model."""
+"""The prefix that peft puts before the names of the base model."""
 
 
 def write_adapter(folder: Path, config: PeftConfig, tensors: Params) -> None:

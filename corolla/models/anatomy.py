@@ -1,4 +1,4 @@
-"""What a model is made of, from config.json and file headers: its weights are never read."""
+"""The anatomy of a model, from config.json and file headers: its weights are never read."""
 
 import json
 import math

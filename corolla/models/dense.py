@@ -180,7 +180,7 @@ class DenseModel(Unrounded):
         return full.digest(folder) if self._config is None else adapter_files.adapter_hash(folder)
 
     def _shown(self) -> dict[str, Tensor]:
-        """What is shown, by the names of peft (the trained tensors) or of transformers (all).
+        """Returns shown tensors by the names of peft (trained tensors) or of transformers (all).
 
         As transformers loads it, a whole model is in its own type; tied tensors stay one.
         """

@@ -42,7 +42,7 @@ Blocks = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Batch:
-    """What goes through the model at a time: sequences padded to `tokens`, `targets` in all."""
+    """The sequences that go through the model at a time, padded to `tokens`; `targets` in all."""
 
     sequences: int
     tokens: int
@@ -84,7 +84,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a client computes, however its settings spread it over memory and time."""
+    """The work of a client, however its settings spread it over memory and time."""
 
     model: Anatomy
     batch: Batch
@@ -210,7 +210,7 @@ def _apart(config: RunConfig, trainer: TrainerName, batch: Batch, values: int) -
 
 
 def _kept(anatomy: Anatomy, config: RunConfig, batch: Batch) -> Blocks:
-    """What autograd keeps of all layers until the backward pass.
+    """Returns the blocks that autograd keeps of all layers until the backward pass.
 
     From the code of transformers and peft: the inputs of norms, adapters and activation functions,
     and of attention its inputs and its output.
@@ -270,7 +270,10 @@ def _logits(
 def _evaluating(
     anatomy: Anatomy, config: RunConfig, batch: Batch, labels: int, verified: bool
 ) -> list[Blocks]:
-    """What scoring takes, and verifying: all logits of a few sequences, of two models, copied."""
+    """Returns the blocks of scoring and, where `verified`, the blocks of verifying.
+
+    Verifying takes all logits of a few sequences, of two models, copied.
+    """
     scored = [*_passing(anatomy, config, batch), *_logits(anatomy, config, batch, 2, labels)]
     rows = min(_PROBE, batch.sequences) * (1 if labels else batch.tokens)
     size = 4.0 * rows * (labels or anatomy.vocabulary)
@@ -283,7 +286,10 @@ def _resident(blocks: Blocks, sparing: bool) -> float:
 
 
 def _beyond(first: Blocks, then: Blocks, sparing: bool) -> float:
-    """What `then` adds to the peak of `first`: the heap stays, mapped blocks have gone."""
+    """Returns the bytes that `then` adds to the peak of `first`.
+
+    The heap stays, mapped blocks have gone.
+    """
     factor = 1.0 if sparing else HEAP
     heaps = [factor * sum(n * s for n, s in blocks if s < MAPPED) for blocks in (first, then)]
     mapped = [sum(n * s for n, s in blocks if s >= MAPPED) for blocks in (first, then)]

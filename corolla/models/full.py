@@ -55,7 +55,7 @@ class FullModel:
 
     @property
     def drifts(self) -> bool:
-        """Whether local steps in place are lost by rounding: a base in half precision."""
+        """True where local steps in place are lost by rounding: a base in half precision."""
         return bool(self.model.dtype != torch.float32)
 
     @property

@@ -345,5 +345,5 @@ def _shapes(
 
 
 def _matches(name: str, target: str) -> bool:
-    """Whether a module is meant by a target: its full name, or the last parts of it."""
+    """Returns whether a target means a module, by its full name or the last parts of it."""
     return name == target or name.endswith("." + target)

@@ -35,7 +35,7 @@ LOADING = (
     *(OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, IndexError),
     *(SafetensorError, struct.error),
 )
-"""What transformers, safetensors and gguf raise for files that are damaged or of another kind."""
+"""Errors of transformers, safetensors and gguf for files that are damaged or of another kind."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from corolla.types import Adapter, LoraSpec, Move, Params
 
 
 class Trainable(Protocol):
-    """What workers and evaluators ask of a resident model."""
+    """A resident model, by what workers and evaluators ask of it."""
 
     artefact: str
     base: Base
@@ -28,7 +28,7 @@ class Trainable(Protocol):
 
     @property
     def drifts(self) -> bool:
-        """Whether weights that are moved in place lose small moves by rounding."""
+        """True where weights that are moved in place lose small moves by rounding."""
 
     @property
     def frozen(self) -> tuple[Params, ...]:

@@ -1,1 +1,1 @@
-"""What a phone is given and what it says: protocol, bundles, lowering and tokens."""
+"""Files that phones are given and messages they send: protocol, bundles, lowering and tokens."""

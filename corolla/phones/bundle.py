@@ -42,7 +42,7 @@ class _Frozen(BaseModel):
 
 
 class File(_Frozen):
-    """What a file of the bundle must be."""
+    """A file of the bundle, with the sha256 and the bytes that it must have."""
 
     sha256: Sha256
     bytes: Annotated[int, Field(ge=0)]
@@ -312,7 +312,7 @@ def _check_signature(folder: Path, raw: bytes, publisher: Path) -> bytes:
 
 
 def _inconsistent(manifest: Manifest) -> str:
-    """What of a manifest contradicts the rest of it; empty: nothing."""
+    """Returns in words what of a manifest contradicts the rest of it; empty where nothing does."""
     named = {name for program in manifest.programs for name in program.files}
     named |= set(manifest.tokenizer.files)
     if unknown := sorted(named - manifest.files.keys()):

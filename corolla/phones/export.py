@@ -27,7 +27,7 @@ weights and arena: 11 to 17 MB (models of 1 and 16 million parameters, 16 to 128
 
 
 class Order(NamedTuple):
-    """What to export: `model` is a name or a folder; targets None: all linear layers."""
+    """An order to export: `model` is a name or a folder; targets None: all linear layers."""
 
     model: str
     rank: int
@@ -36,7 +36,7 @@ class Order(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportRequest:
-    """What `corolla export --to executorch` is asked for."""
+    """The request to `corolla export --to executorch`."""
 
     source: str
     """A base model by name or folder, or an adapter, whose rank and targets are taken."""
@@ -98,7 +98,7 @@ def make(request: ExportRequest, say: Callable[[str], None] = lambda text: None)
 
 
 def summary(manifest: bundle.Manifest, out: str) -> str:
-    """What was made, in one line."""
+    """Returns a summary of the programs that were made, in one line."""
     made = []
     for program in manifest.programs:
         size = sum(manifest.files[name].bytes for name in program.files) / 1e6
@@ -107,7 +107,7 @@ def summary(manifest: bundle.Manifest, out: str) -> str:
 
 
 def wanted(source: str, rank: int | None, targets: Sequence[str] | None) -> Order:
-    """What is given, then what an adapter says, then rank 8 on all linear layers."""
+    """Returns the order: as given, else as an adapter says, else rank 8 on all linear layers."""
     path = Path(source) / "adapter_config.json"
     if not path.is_file():
         return Order(source, rank or 8, tuple(targets) if targets else None)

@@ -1,4 +1,4 @@
-"""What phones and gateways say to each other (proto/device.proto): its limits, read in one place.
+"""Messages between phones and gateways (proto/device.proto): their limits, read in one place.
 
 Imports no torch: a phone's protocol runs where there is none.
 """
@@ -30,7 +30,7 @@ MAX_REPLY = 1 << 20
 MAX_MANIFEST = 64 << 20
 MAX_TEXT = 300
 NOTE = "corolla-manifest.json"
-"""What a phone writes beside a base model's files: no such file is offered."""
+"""The name of the file that a phone writes beside a base model's files: it is never offered."""
 
 _DEVICE = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _ADDRESS = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})")
@@ -89,7 +89,7 @@ def check_chunk(found: pb.Chunk, offset: int, size: int) -> bytes:
 
 
 def check_blob(blob: pb.Blob, most: int) -> pb.Blob:
-    """What is announced, if it keeps the limits. Raises WireError."""
+    """Returns the announced blob if it keeps the limits. Raises WireError."""
     if blob.size > most:
         raise WireError(f"blob has {blob.size} bytes, at most {most}")
     if blob.size:
@@ -118,9 +118,9 @@ def read_manifest(data: bytes, suffixes: Collection[str] | None = None) -> pb.Ma
 
 
 MODEL_FILES = frozenset({".json", ".safetensors", ".txt", ".model", ".jinja"})
-"""What belongs to a base model and cannot run code when it is loaded."""
+"""Suffixes of files that belong to a base model and cannot run code when they are loaded."""
 PROGRAM_FILES = frozenset({".json", ".sig", ".pte", ".ptd"})
-"""What belongs to a program of a bundle: for native clients, which check who has signed it."""
+"""Suffixes of files of a bundle's program: for native clients, which check the signature."""
 
 
 def check_path(path: str, suffixes: Collection[str] = MODEL_FILES) -> PurePosixPath:

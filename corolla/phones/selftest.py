@@ -1,6 +1,6 @@
-"""What an exported program must show before it is written: that it computes what torch computes.
+"""The self-test of an exported program before it is written: it must compute what torch does.
 
-And at which steps its central differences follow true gradients, which differs from model to model.
+It also finds the steps at which central differences follow true gradients: models differ in them.
 """
 
 from collections.abc import Sequence
@@ -72,7 +72,7 @@ def _case(graph: Graph, ids: Tensor, factors: Sequence[Tensor]) -> Case:
 
 
 def check_fp32(folder: Path, wanted: Sequence[Case], say: Say) -> None:
-    """Whether the program computes what torch computes. Raises ModelError."""
+    """Checks that the program computes what torch computes. Raises ModelError."""
     say("fp32: checking losses and gradients against torch")
     with readable("fp32"), silence():
         run = lowering.load(folder / "fp32.pte", folder / "base.ptd")
@@ -93,7 +93,7 @@ def check_fp32(folder: Path, wanted: Sequence[Case], say: Say) -> None:
 
 
 def check_q4(folder: Path, graph: Graph, wanted: Sequence[Case], say: Say) -> None:
-    """Whether the program computes what the rounded model computes in torch. Raises ModelError."""
+    """Checks that the program computes what the rounded model does in torch. Raises ModelError."""
     say("q4: checking losses against torch")
     with readable("q4"), silence():
         run = lowering.load(folder / "q4.pte")

@@ -1,4 +1,4 @@
-"""What releases of Gaussian noise cost in privacy: epsilon, and the noise that a budget needs.
+"""The privacy cost of Gaussian noise released: epsilon, and the noise that a budget needs.
 
 Everything is (epsilon, delta)-DP for neighbours of which one has an example, or a client, more than
 the other. The truth is the privacy loss distribution of dp-accounting (Doroshenko et al., "Connect
@@ -62,7 +62,7 @@ class Release:
 
 
 def epsilon(releases: Iterable[Release], delta: float) -> float:
-    """What `releases` have cost together, at `delta`; ∞ for one without noise.
+    """Returns the epsilon of `releases` together, at `delta`; ∞ where one is without noise.
 
     Below 40 the PLD, an upper bound that is tight to a part of 1e-3; from there on RDP.
     """

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def client_plan(config: "RunConfig", population: int, cohort: int) -> list[Guarantee]:
-    """What each of `planned_rounds` will have cost, for a client that takes part when it may."""
+    """Returns the guarantees after `planned_rounds` to a client that takes part when it may."""
     z, q = (
         client_noise(config, population, cohort),
         sampling_probability(config, population, cohort),
@@ -50,7 +50,7 @@ def client_noise(config: "RunConfig", population: int, cohort: int) -> float:
 
 
 def noise_multiplier_for(config: "RunConfig", count: int, q: float) -> float:
-    """What is given, or what makes so many releases cost `epsilon`."""
+    """Returns the given noise multiplier, or the one by which so many releases cost `epsilon`."""
     budget, given = config.epsilon, config.noise_multiplier
     if budget is None and given is not None:
         return given

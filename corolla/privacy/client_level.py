@@ -94,7 +94,7 @@ class ClientLevel:
             self._charge(event["round"], event)
 
     def able(self, clients: Iterable[str], round: int) -> list[str]:
-        """Who of `clients` may take part."""
+        """Returns the clients that may take part in `round`, out of `clients`."""
         return [client for client in clients if not self.refusal(client, round)]
 
     def refusal(self, client: str, round: int) -> str:
@@ -102,7 +102,7 @@ class ClientLevel:
         return self._parts.refusal(client, round)
 
     def next_epsilon(self, round: int) -> float:
-        """What will have been spent if `round` is released too, with the worst client in it."""
+        """Returns the epsilon spent once `round` is released too, with the worst client in it."""
         if self.config.dp_sampling == "poisson":
             return self._of_poisson({round: [self.noise_multiplier]})
         mu = self._parts.next_mu(round, self.noise_multiplier)
@@ -178,7 +178,7 @@ class ClientLevel:
         return {"noise_norm": noise, "update_norm": math.sqrt(max(0.0, square))}
 
     def guarantee(self) -> Guarantee:
-        """What has been spent so far."""
+        """Returns the guarantee for what has been spent so far."""
         if self.config.dp_sampling == "poisson":
             spent = self._of_poisson({})
         else:
@@ -194,7 +194,7 @@ class ClientLevel:
             self._parts.note(round, event["clients"], z)
 
     def _of_poisson(self, more: Mapping[int, Sequence[float]]) -> float:
-        """What the rounds so far, and `more`, cost together.
+        """Returns the epsilon of the rounds so far and of `more` together.
 
         A round that is done again asks the same cohort: one secret draw, seen k times with noise of
         z each, which is once with z / √k. Two draws would cost less.

@@ -48,7 +48,7 @@ class ExampleLevel:
 
     @property
     def release(self) -> Release:
-        """What a round spends."""
+        """The release that one round spends."""
         return Release(self.noise_multiplier, self.sampling_probability, self.steps)
 
     def draw(self) -> list[int]:

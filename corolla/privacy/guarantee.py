@@ -1,4 +1,4 @@
-"""What is promised: (epsilon, delta), for whom, after how many rounds."""
+"""The guarantee of a private run: (epsilon, delta), for which unit, after how many rounds."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -33,9 +33,9 @@ class Guarantee:
     epsilon: float
     delta: float
     budget: float | None
-    """What epsilon may become in this run; None: the noise was given, and epsilon follows."""
+    """The most that epsilon may become in the run; None: the noise was given, epsilon follows."""
     how: str
-    """What the accounting rests on: how participants are drawn, how often one takes part."""
+    """The basis of the accounting: how participants are drawn, how often one takes part."""
 
     def line(self) -> str:
         """All of it in one line."""
@@ -52,7 +52,7 @@ class Guarantee:
 
 
 def client_guarantee(config: "RunConfig", spent: float, q: float, times: int) -> Guarantee:
-    """What a client-level run promises once its releases have cost an epsilon of `spent`.
+    """Returns the guarantee of a client-level run, once its releases have cost epsilon `spent`.
 
     A client takes part in at most `times` rounds, or with chance `q` in each.
     """

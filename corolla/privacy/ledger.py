@@ -1,4 +1,4 @@
-"""What a client's examples have cost in privacy, on its own disk: what is spent stays spent.
+"""The privacy cost of a client's examples, on its own disk: what is spent stays spent.
 
 A line of `ledger.jsonl`, sealed as corolla/host/sealed_lines.py says, for each round that the
 client trained in with dp=example: time (UTC), run, round, noise_multiplier, sampling_probability,
@@ -34,7 +34,7 @@ _REMEDY = (
 
 @dataclass(frozen=True)
 class Limit:
-    """What a device's owner lets its examples cost in all runs together: (epsilon, delta)."""
+    """A device owner's limit on what its examples cost in all runs together: (epsilon, delta)."""
 
     epsilon: float
     delta: float
@@ -50,7 +50,7 @@ class Ledger:
         self.path = path
 
     def releases(self, run_id: str | None = None) -> list[Release]:
-        """What was spent, oldest first: in one run, or (None) in all of this client's life."""
+        """Returns the client's releases, oldest first: of one run, or (None) of all its life."""
         entries = self._entries(sealed_lines.read(self.path, _REMEDY))
         return [
             Release(*(entry[name] for name in _SPENT))
@@ -61,7 +61,10 @@ class Ledger:
     def epsilon(
         self, delta: float, run_id: str | None = None, more: Iterable[Release] = ()
     ) -> float:
-        """What `releases` and `more` cost together, at `delta`, to add or remove one example."""
+        """Returns the epsilon of `releases` and `more` together.
+
+        At `delta`, to add or remove one example.
+        """
         return accounting.epsilon([*self.releases(run_id), *more], delta)
 
     def spend(self, run_id: str, round: int, release: Release) -> None:

@@ -1,4 +1,4 @@
-"""Who may take part in a round, and what taking part has cost each client.
+"""Participation in rounds: which clients may take part, and what it has cost each of them.
 
 For client-level privacy without amplification: who is asked is known, so a client has been through
 one Gaussian mechanism, whose squared sensitivity is a sum over the rounds it was in.
@@ -40,7 +40,7 @@ class Participation:
         return math.sqrt(max(self._squares.values(), default=0.0))
 
     def next_mu(self, round: int, noise_multiplier: float) -> float:
-        """What `mu` becomes if `round` takes place, whoever of those who may is in it."""
+        """Returns `mu` as it is after `round`, whichever of the clients that may take part do."""
         worst = 1 / noise_multiplier**2  # of a client that is new
         most = (sum(self._c) / noise_multiplier) ** 2
         for client, square in self._squares.items():

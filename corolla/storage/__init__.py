@@ -1,1 +1,1 @@
-"""What a client keeps on its disk between rounds."""
+"""The files that a client keeps on its disk between rounds."""

@@ -1,4 +1,4 @@
-"""What the owner of a device lets runs keep on its disk, in bytes, asked before a file is written.
+"""Bytes that a device's owner lets runs keep on its disk, asked before a file is written.
 
 A file counts with its bytes rounded up to blocks of 4 KiB: a million small ones fill a disk too.
 Imports no torch.

@@ -1,4 +1,4 @@
-"""What a device keeps between rounds, on its own disk: groups of tensors by content, and a log."""
+"""The memory of a device between rounds, on its own disk: groups of tensors by content, a log."""
 
 import json
 import os
@@ -117,12 +117,13 @@ class Memory:
             self.room.settle()
 
     def kept(self, client: str, accepted: int, commit: bool = True) -> Payload:
-        """What a client keeps, `accepted` being the last round whose update was accepted.
+        """Returns the payload that a client keeps of round `accepted`.
 
-        Empty for 0: before the first, or where the server asks as if there were none (nothing is
-        deleted). With `commit` what that round staged replaces what was kept before: not before
-        the server has written the round down, or an interrupted run could not go on from it.
-        Raises WireError when what was accepted is lost or damaged.
+        `accepted` is the last round with an accepted update. Empty for 0: before the first, or
+        where the server asks as if there were none (nothing is deleted). With `commit` what that
+        round staged replaces what was kept before: not before the server has written the round
+        down, or an interrupted run could not go on from it. Raises WireError when what was accepted
+        is lost or damaged.
         """
         staged, last = (self._kept_path(client, name) for name in ("staged", "last"))
         if staged.is_file() and _read(staged)[1].get("round") == str(accepted):

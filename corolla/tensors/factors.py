@@ -17,22 +17,22 @@ A, B, R = ".lora_A", ".lora_B", ".lora_R"
 
 
 def is_a(name: str) -> bool:
-    """Whether a tensor is a factor A."""
+    """Returns whether a tensor of this name is a factor A."""
     return name.endswith(A)
 
 
 def is_b(name: str) -> bool:
-    """Whether a tensor is a factor B."""
+    """Returns whether a tensor of this name is a factor B."""
     return name.endswith(B)
 
 
 def is_r(name: str) -> bool:
-    """Whether a tensor is a core R (r, r) between B and A."""
+    """Returns whether a tensor of this name is a core R (r, r) between B and A."""
     return name.endswith(R)
 
 
 def is_head(name: str) -> bool:
-    """Whether a tensor is trained as it is: no LoRA factor."""
+    """Returns whether a tensor of this name is trained as it is: no LoRA factor."""
     return not name.endswith((A, B, R))
 
 

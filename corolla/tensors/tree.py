@@ -40,7 +40,7 @@ def clone(a: Params) -> Params:
 
 
 def finite(a: Params) -> bool:
-    """Whether every value is a finite number."""
+    """Returns whether every value is a finite number."""
     return all(bool(torch.isfinite(tensor).all()) for tensor in a.values())
 
 

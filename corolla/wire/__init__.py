@@ -1,1 +1,1 @@
-"""What travels between server and clients, byte for byte."""
+"""The messages that travel between server and clients, byte for byte."""

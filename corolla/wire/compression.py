@@ -51,7 +51,7 @@ Form = Mapping[str, Mapping[str, tuple[str, Sequence[int]]]]
 
 @dataclass(frozen=True)
 class _Layout:
-    """What the receiver knows beforehand: the tensors as they are sent, and bytes of each part."""
+    """The layout known to the receiver before: tensors as they are sent, and bytes of each part."""
 
     shapes: Mapping[Key, tuple[int, ...]]
     dtype: torch.dtype
@@ -87,7 +87,7 @@ class Pipeline:
 
     @property
     def lossy(self) -> bool:
-        """What is decoded may differ from what was encoded."""
+        """True where a decoded payload may differ from the one that was encoded."""
         return self.needs_factors or self.needs_differences or self.number is not None
 
     @property
@@ -113,7 +113,7 @@ class Pipeline:
         return self.unpack(found, like)
 
     def pack(self, payload: Payload, seed: int) -> Payload:
-        """What travels of a payload; `seed` decides the stochastic rounding.
+        """Returns the payload as it travels; `seed` decides the stochastic rounding.
 
         Raises WireError for values that are not finite, which no lossy step carries.
         """
@@ -340,7 +340,7 @@ def _density(step: str, text: str) -> Fraction:
 
 
 def _compressible(payload: Payload) -> list[Key]:
-    """What is compressed, in canonical order."""
+    """Returns the keys of the tensors that are compressed, in canonical order."""
     dense, _ = scalar_groups.split(payload)
     return sorted(
         (group, name)
@@ -351,7 +351,7 @@ def _compressible(payload: Payload) -> list[Key]:
 
 
 def _untouched(payload: Payload) -> Payload:
-    """What stays as it is; groups without such tensors are left out."""
+    """Returns the tensors that stay as they are; groups without such tensors are left out."""
     taken = set(_compressible(payload))
     rest = {g: {n: t for n, t in p.items() if (g, n) not in taken} for g, p in payload.items()}
     return {group: params for group, params in rest.items() if params}

@@ -4,5 +4,5 @@ import re
 
 
 def is_hexadecimal(text: str, shortest: int, longest: int) -> bool:
-    """Whether `text` is so many lower-case hexadecimal digits, and nothing else."""
+    """Returns whether `text` is `shortest` to `longest` lower-case hexadecimal digits alone."""
     return re.fullmatch(rf"[0-9a-f]{{{shortest},{longest}}}", text) is not None

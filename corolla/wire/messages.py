@@ -54,7 +54,7 @@ _LOG_LIMIT = f"at most {MAX_ROWS} of {MAX_LOG_SCALARS}"
 
 
 class Kind(IntEnum):
-    """What a task asks for."""
+    """The kind of a task: what it asks for."""
 
     HELLO = 1
     TRAIN = 2
@@ -63,7 +63,7 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class Log:
-    """What happened since a version, one scalar group a round, oldest first.
+    """The log of the rounds since a version, one scalar group a round, oldest first.
 
     Versions are 32 hexadecimal characters. `origin` is that of the start, before any round: base
     model and start adapter; `since` is the one that `rows` continue; `version` the one after the
@@ -106,7 +106,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a device says of itself; 0 and "" stand for unknown (see proto/update.proto)."""
+    """The capabilities a device states; 0 and "" stand for unknown (see proto/update.proto)."""
 
     memory_bytes: int = 0
     cores: int = 0
@@ -151,7 +151,7 @@ class Reply:
 
 
 def enclose(payload: Payload) -> tuple[bytes, Payload]:
-    """What a message carries of a payload: (dense groups as bytes, scalar groups)."""
+    """Returns the parts of a payload in a message: (dense groups as bytes, scalar groups)."""
     dense, scalars = split(payload)
     return codec.encode(dense) if dense else b"", scalars
 
@@ -261,7 +261,7 @@ def unpack_bundle(data: bytes, most: int) -> list[Packet]:
 
 
 def peek_client(packet: Packet) -> str:
-    """Who a reply says it is from, before anything else of it is checked; "" where it says none."""
+    """Returns the client that a reply names, the rest unchecked yet; "" where it names none."""
     try:
         head = parse(pb.Reply(), packet.header[:MAX_REPLY_HEADER], MAX_REPLY_HEADER)
     except WireError:
@@ -307,7 +307,7 @@ def unpack_reply(packet: Packet, max_payload: int) -> Reply:
 
 
 def load_capabilities(told: pb.Capabilities) -> Capabilities:
-    """What a device says of itself, fit for a log."""
+    """Returns the capabilities that a device states, fit for a log."""
     return Capabilities(
         memory_bytes=told.memory_bytes,
         cores=told.cores,

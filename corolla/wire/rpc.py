@@ -35,7 +35,7 @@ _QUICK = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backo
 """A trainer that starts again is found within a second."""
 
 Wanted = Callable[[], bool]
-"""Whether the caller still waits: it may be dead, or its time over."""
+"""A function that says whether the caller still waits: it may be dead, or its time over."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ _KEYS = ("scalars", "directions", "seed", "step")
 
 
 def is_scalars(params: Params) -> bool:
-    """Whether a group is a scalar group: it has a tensor named "scalars"."""
+    """Returns whether a group is a scalar group: it has a tensor named "scalars"."""
     return "scalars" in params
 
 

@@ -27,7 +27,7 @@ _PARTS = (
     "adapter",
     "cost",
 )
-"""What every class that follows the protocol `Strategy` has."""
+"""Names of the attributes of every class that follows the protocol `Strategy`."""
 
 
 def find(name: str) -> type[Strategy]:

@@ -57,7 +57,7 @@ def p_value(canaries: int, guesses: int, right: int, epsilon: float, delta: floa
 
 
 def ceiling(canaries: int, guesses: int, delta: float, confidence: float = 0.95) -> float:
-    """What perfect guessing would prove: no audit of this size says more."""
+    """Returns the bound that perfect guessing would prove: no audit of this size says more."""
     return lower_bound(canaries, guesses, guesses, delta, confidence)
 
 

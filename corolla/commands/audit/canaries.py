@@ -40,7 +40,10 @@ def names(count: int) -> list[str]:
 
 
 def coins(count: int, seed: int) -> list[bool]:
-    """Whether each canary is in: fair, independent, and apart from all else that `seed` decides."""
+    """Returns for each canary whether it is in, by fair and independent coins.
+
+    They are apart from all else that `seed` decides.
+    """
     generator = seeds.generator(seed, "audit", "coins")
     return torch.randint(2, (count,), generator=generator).bool().tolist()
 
@@ -70,7 +73,7 @@ class CanaryClients(Network):
             yield client, self._answer(client, packet) if self.included[client] else None
 
     def update(self, client: str, round: int) -> Payload:
-        """What a client sends in a round, the same each time it is asked for."""
+        """Returns the update that a client sends in a round, the same each time it is asked for."""
         like = expectations.expected(self.federation, client, Kind.TRAIN, round).like or {}
         generator = seeds.generator(self.seed, "audit", client, round)
         drawn = {
@@ -104,7 +107,7 @@ class CanaryClients(Network):
 
 
 def contribution(strategy: Strategy, update: Payload) -> Payload:
-    """What one client's update alone makes of the strategy's aggregate."""
+    """Returns the strategy's aggregate of one client's update alone."""
     alone = strategy.aggregator()
     alone.add(update, 1.0)
     return alone.finalise()
@@ -127,7 +130,7 @@ def traced(strategy: Strategy, before: Payload, after: Payload, update: Payload)
 
 
 def turns(strategy: Strategy) -> bool:
-    """Whether factors turn from round to round: only their products tell what has changed."""
+    """Returns whether factors turn from round to round: then only their products tell a change."""
     own = registry.traits(strategy)
     return own.rebases and own.updates != "scalars"
 
@@ -152,7 +155,7 @@ def examples(
 
 
 def _free(tensor: Tensor) -> bool:
-    """Whether a client chooses the values: what is whole or single is given."""
+    """Returns whether a client chooses the tensor's values: whole and single numbers are given."""
     return tensor.is_floating_point() and tensor.dim() > 0
 
 
@@ -171,7 +174,7 @@ def _norm(payload: Payload) -> float:
 
 
 def _moved(before: Payload, after: Payload) -> Params:
-    """What has changed in a state, in fp64; rows of a log with their step multiplied in."""
+    """Returns the changes in a state, in fp64; rows of a log with their step multiplied in."""
     found: dict[str, Tensor] = {}
     for group, params in after.items():
         if params is before.get(group):

@@ -45,7 +45,7 @@ _FEW = 8
 
 @dataclass(frozen=True)
 class Proof:
-    """What one way to score canaries has proven."""
+    """The proof by one way to score canaries: a lower bound."""
 
     score: str
     right: int
@@ -79,7 +79,7 @@ class Audit:
 
     @property
     def refuted(self) -> bool:
-        """Whether more leaks than is claimed."""
+        """True where more leaks than is claimed."""
         return self.claimed is not None and self.lower_bound > self.claimed.epsilon
 
     def to_json(self) -> dict[str, Any]:

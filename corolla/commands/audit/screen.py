@@ -1,4 +1,4 @@
-"""What a terminal shows of an audit."""
+"""The terminal view of an audit."""
 
 from rich.console import Console
 from rich.markup import escape
@@ -10,7 +10,7 @@ from corolla.privacy.guarantee import Guarantee
 
 
 def print_audit(console: Console, audit: Audit) -> None:
-    """What was claimed, what was proven, what could have been proven."""
+    """Prints the claim of an audit, what was proven, and what could have been proven."""
     _print_run(console, audit.of)
     _print_claim(console, audit.claimed)
     table = Table("score", "right guesses", "lower bound on epsilon")

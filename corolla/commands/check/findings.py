@@ -1,4 +1,4 @@
-"""What a check of a strategy has found, for people and for --json."""
+"""The findings of a check of a strategy, for people and for --json."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -50,14 +50,14 @@ class Result:
     aggregates: str
     findings: Sequence[Finding] = field(default_factory=list)
     claims: bool = True
-    """Whether what it aggregates was checked."""
+    """True where what the strategy aggregates was checked."""
     options: Mapping[str, object] = field(default_factory=dict)
     seconds: float = 0.0
     cpu_seconds: float = 0.0
 
     @property
     def passed(self) -> bool:
-        """Whether there are findings and all passed."""
+        """True where there are findings and all passed."""
         return bool(self.findings) and all(finding.passed for finding in self.findings)
 
     def to_json(self) -> dict[str, Any]:

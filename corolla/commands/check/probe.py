@@ -113,7 +113,7 @@ class Probe:
         return self.strategy.init(self.model.init(self.config.lora, seeds.derive(0, "init")), 0)
 
     def deltas(self, state: Payload) -> Params:
-        """What a state adds to each weight of the base model."""
+        """Returns the tensor that a state adds to each weight of the base model."""
         self.model.show(self.strategy.adapter(state), self.config.lora)
         return self.model.deltas()
 

@@ -1,4 +1,4 @@
-"""What a terminal shows of a check."""
+"""The terminal view of a check."""
 
 from collections.abc import Iterator, Mapping, Sequence
 

@@ -54,7 +54,7 @@ class Cell:
     bytes_down: float
     dropped: int
     simulated: bool
-    """Whether seconds are simulated ones."""
+    """True where seconds are simulated ones."""
     evidence: Mapping[str, Any]
     work: Sequence[Any]
     """How clients train: trainers, steps, batch size. Who works alike reads the same tokens."""
@@ -64,7 +64,7 @@ class Cell:
     """Spent in all; None without differential privacy."""
     cpu_seconds: float | None = None
     beside: bool = False
-    """Whether another cell ran at the same time: its seconds are those of a shared machine."""
+    """True where another cell ran at the same time: its seconds are from a shared machine."""
     warnings: Sequence[Mapping[str, Any]] = ()
     """The warnings of the run, as its run.json has them."""
     aggregation_errors: Sequence[float] | None = None
@@ -151,7 +151,7 @@ def _evidence(
     lines: Sequence[Mapping[str, Any]],
     plans: Mapping[int, list[str]] | None,
 ) -> dict[str, Any]:
-    """What must be the same for all methods at one seed."""
+    """Returns the facts that must be the same for all methods at one seed."""
     cohorts = _cohorts(lines) if plans is None else [plans.get(line["round"]) for line in lines]
     clients = {
         name: (scores["base"].get("examples"), round(scores["base"].get("loss", 0.0), 4))
@@ -167,7 +167,7 @@ def _evidence(
 
 
 def _cohorts(lines: Sequence[Mapping[str, Any]]) -> list[list[str] | None]:
-    """Who was asked in each round; None where the line does not tell all of them."""
+    """Returns the clients asked in each round; None where the line does not tell all of them."""
     told = [sorted({*line.get("client_loss", {}), *line.get("dropped_why", {})}) for line in lines]
     asked = [line["clients"] + line.get("dropped", 0) for line in lines]
     return [own if len(own) == n else None for own, n in zip(told, asked, strict=True)]

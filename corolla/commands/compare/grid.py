@@ -36,7 +36,10 @@ class Method:
     baseline: Baseline | None = None
 
     def describe(self) -> dict[str, Any]:
-        """What results say of the method: its strategy, what it aggregates, how clients train."""
+        """Returns the entry of a method in results.
+
+        Its strategy, what it aggregates, how clients train.
+        """
         cls = registry.find(self.config.strategy)
         approximate = self.config.robust != "none" or self.config.uplink.lossy
         return {
@@ -74,7 +77,7 @@ class Job:
 
 @dataclass(frozen=True)
 class ComparisonGrid:
-    """What is compared: everything that decides the numbers, and what stands in compare.json."""
+    """The methods and seeds that are compared: all that decides the numbers, as in compare.json."""
 
     methods: tuple[Method, ...]
     seeds: tuple[int, ...]

@@ -57,7 +57,7 @@ def number(value: float | None, digits: int = 1) -> str:
 
 
 def sentences(results: Mapping[str, Any]) -> list[str]:
-    """What may be said of each method beside the first, in words."""
+    """Returns the sentences that may be said of each method beside the first."""
     said = []
     for key, what in (("held_out", "held-out loss"), ("own", "loss on the clients' own examples")):
         table = results[key]

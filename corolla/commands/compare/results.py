@@ -1,4 +1,4 @@
-"""What a comparison says in numbers: means, intervals, tests, prices, and whether terms were equal.
+"""The numbers of a comparison: means, intervals, tests, prices, and whether terms were equal.
 
 Held-out losses of global models and the losses of personal models on their clients' own examples
 are different quantities: they never stand in one list.

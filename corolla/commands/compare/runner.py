@@ -41,9 +41,9 @@ class _Running:
     job: Job
     child: Child
     resumed: bool
-    """Whether it goes on with a run of an earlier command."""
+    """True where the cell goes on with a run of an earlier command."""
     beside: bool = False
-    """Whether another cell has run at the same time."""
+    """True where another cell has run at the same time."""
 
 
 class Runner:
@@ -161,7 +161,7 @@ class Runner:
         self._say(f"{job.name} {'diverged' if diverged else 'failed'}: {why}")
 
     def _finished(self, job: Job) -> bool:
-        """Whether an earlier command has finished it; then it is read."""
+        """Returns whether an earlier command has finished the job; its result is then read."""
         if (self.folder / f"{job.name}.json").is_file():
             self._read(job)
             return True
@@ -191,7 +191,7 @@ class Runner:
 
 
 def _chosen_by(cell: Cell) -> float | None:
-    """What decides between learning rates; where clients measure nothing, there is only one."""
+    """Returns the loss that picks a learning rate: the only loss where clients measure nothing."""
     return cell.loss if cell.epsilon is not None else cell.choosing_loss
 
 

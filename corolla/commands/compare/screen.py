@@ -1,4 +1,4 @@
-"""What a terminal shows of a comparison: a bar over cells, then tables and what may be said."""
+"""The terminal view of a comparison: a bar over cells, then tables and what may be said."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -96,7 +96,7 @@ def _quality(results: Mapping[str, Any]) -> Table:
 
 
 def _costs(methods: Sequence[Entry]) -> Table:
-    """What a run of each method that has finished costs."""
+    """Returns the table of what a run of each method that has finished costs."""
     private = any(e.get("epsilon") is not None for e in methods)
     columns = ["bytes a client", "seconds", "CPU s", "memory", "aggregation error"]
     table = _table("Costs of a run", *columns, *(["ε"] if private else []))

@@ -53,7 +53,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Look:
-    """What `corolla data` says."""
+    """The description of a run's data that `corolla data` gives."""
 
     data: FederatedData
     rows: Rows
@@ -106,9 +106,9 @@ def read(config: RunConfig) -> Rows:
 
 
 def look(config: RunConfig, rows: Rows, most: int | None, progress: Progress) -> Look:
-    """What is known of the data of a run; lengths of `most` rows drawn by its seed, None: of all.
+    """Returns the description of a run's data, with lengths of `most` rows drawn by its seed.
 
-    Raises CorollaError where a run would.
+    With `most` None lengths are of all rows. Raises CorollaError where a run would.
     """
     data = federated.dealt(config, rows)
     tokenizer = pretrained.load_tokenizer(config.model)
@@ -148,7 +148,7 @@ def form(row: Example) -> str:
 
 
 def _content(row: Example) -> tuple[Any, ...]:
-    """What a row says, whoever has it and wherever it stands."""
+    """Returns the content of a row, whichever client has it and wherever it stands."""
     whose = {"client", "split", "line", "user", "unused"}
     return tuple(value for name, value in vars(row).items() if name not in whose)
 

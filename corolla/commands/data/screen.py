@@ -1,4 +1,4 @@
-"""What a terminal shows of a data set."""
+"""The terminal view of a data set."""
 
 from collections.abc import Iterable, Iterator, Mapping
 

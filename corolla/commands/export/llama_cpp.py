@@ -36,7 +36,7 @@ def write_gguf(subject: Subject, folder: Path, kind: GgufType, rank: int | None)
 
 
 def _odd(count: int) -> str:
-    """What is said of matrices that have no blocks of 32 values."""
+    """Returns the remark on matrices that have no blocks of 32 values."""
     return f"; {count} matrices in f16, their rows are no multiple of 32" if count else ""
 
 

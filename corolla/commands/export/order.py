@@ -22,7 +22,7 @@ TYPES: dict[Form, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Order:
-    """What is exported: a run's folder, an adapter or a model; how, and where to."""
+    """An order to export a run's folder, an adapter or a model; how, and where to."""
 
     source: Path
     to: Form

@@ -20,16 +20,16 @@ class Subject:
     folder: Path
     config: RunConfig
     info: Mapping[str, Any]
-    """What run.json holds; empty without a run."""
+    """The content of run.json; empty without a run."""
 
     @property
     def whole(self) -> bool:
-        """Whether it is a model, which needs no base."""
+        """True for a model, which needs no base."""
         return artefacts.is_model(self.folder)
 
     @property
     def base(self) -> str:
-        """What transformers loads: the base model, or the whole model itself."""
+        """The model that transformers loads: the base model, or the whole model itself."""
         return str(self.folder) if self.whole else pretrained.resolve(self.config.model)
 
     @property

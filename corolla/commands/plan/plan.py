@@ -44,7 +44,7 @@ second. The last round is told whatever that takes."""
 
 @dataclass(frozen=True)
 class Privacy:
-    """What differential privacy will promise, to whom it promises least."""
+    """The guarantees that differential privacy will give to the client with the weakest one."""
 
     after: Mapping[int, Guarantee]
     """Some rounds, the last one among them → what is promised when it has been."""
@@ -53,7 +53,7 @@ class Privacy:
 
     @property
     def end(self) -> Guarantee:
-        """What is promised when all rounds have been."""
+        """The guarantee when all rounds have been."""
         return self.after[max(self.after)]
 
     def to_json(self) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class Duration:
 
 @dataclass(frozen=True)
 class CostEstimate:
-    """What `corolla plan` says."""
+    """The cost estimate of `corolla plan`."""
 
     config: RunConfig
     parameters: int
@@ -157,7 +157,7 @@ class CostEstimate:
 
 
 def plan(config: RunConfig, budget: int | None = None) -> CostEstimate:
-    """What a run with `config` will cost, on clients that have `budget` bytes of memory.
+    """Returns the cost of a run with `config`, on clients that have `budget` bytes of memory.
 
     Raises ConfigError where nothing fits, ModelError for a model that is not on this machine.
     """
@@ -257,7 +257,7 @@ def duration(
 
 
 def privacy(federation: Federation, unit: Literal["example", "user"] = "example") -> Privacy | None:
-    """What differential privacy will promise; with dp=example to the client it promises least.
+    """Returns differential privacy's guarantees; with dp=example to the client with the weakest.
 
     Every distinct number of examples is looked at: more of them are drawn less often each, in steps
     that go up by whole epochs, so that epsilon rises and falls with the number. Clients of a run

@@ -1,4 +1,4 @@
-"""What a terminal shows of a plan."""
+"""The terminal view of a plan."""
 
 import math
 
@@ -65,7 +65,7 @@ def print_plan(console: Console, estimate: CostEstimate, budget: int | None) -> 
 
 
 def _promised(privacy: Privacy) -> list[tuple[str, str]]:
-    """What is spent on the way, and the noise."""
+    """Returns table rows of the epsilon that is spent on the way, and of the noise."""
     shown = list(privacy.after.items())
     shown = shown[:: max(1, math.ceil(len(shown) / _SHOWN))]
     spent = ", ".join(f"{own.epsilon:.3g} after round {number}" for number, own in shown)

@@ -100,7 +100,7 @@ def _why(error: BaseException) -> str:
 
 
 def _backend(config: RunConfig) -> Any:
-    """What Ray may use, and what each client takes of it."""
+    """Returns the resources that Ray may use, and how many of them each client takes."""
     cores = os.cpu_count() or 1
     return {
         "client_resources": {"num_cpus": min(config.threads or cores, cores), "num_gpus": 0.0},

@@ -1,4 +1,4 @@
-"""What a terminal shows of a run: bars for rounds and clients, tokens per second, a final table."""
+"""The terminal view of a run: bars for rounds and clients, tokens per second, a final table."""
 
 import time
 from collections.abc import Mapping
@@ -155,7 +155,7 @@ def _noise(found: Mapping[str, Any]) -> str:
 
 
 def _zeros(line: Mapping[str, Any]) -> str:
-    """What to say when a perturbation is too small for the loss to show it."""
+    """Returns the advice to raise eps when a perturbation is too small for the loss to show it."""
     zeros, scalars = line.get("zero_scalars", 0), line.get("scalars", 0)
     if 2 * zeros <= scalars:
         return ""
@@ -218,7 +218,7 @@ def print_summary(console: Console, summary: Summary) -> None:
 
 
 def _print_costs(console: Console, summary: Summary) -> None:
-    """What travelled, how long the run took, and its memory."""
+    """Prints the bytes that travelled, how long the run took, and its memory."""
     costs = Table("", "sent by clients", "received by clients", title="Bytes", title_justify="left")
     costs.add_row(
         "all clients, all rounds", human_bytes(summary.bytes_up), human_bytes(summary.bytes_down)

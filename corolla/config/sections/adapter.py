@@ -1,4 +1,4 @@
-"""What is trained of the model, and what it starts from."""
+"""The part of the model that is trained, and what it starts from."""
 
 from typing import Annotated, Literal
 

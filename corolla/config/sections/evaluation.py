@@ -1,4 +1,4 @@
-"""What is measured in a run, on how many examples and clients."""
+"""The evaluation of a run: what is measured, on how many examples and clients."""
 
 from typing import Annotated, Literal
 

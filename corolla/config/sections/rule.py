@@ -18,7 +18,7 @@ class Rule(Generic[T]):
 
 
 def refusal(rules: Iterable[Rule[T]], asked: T) -> str:
-    """What the first of the rules that applies says, as `why: instead`; "" if none applies."""
+    """Returns the refusal by the first rule that applies, as `why: instead`; "" if none applies."""
     for rule in rules:
         if rule.when(asked):
             instead = rule.instead if isinstance(rule.instead, str) else rule.instead(asked)

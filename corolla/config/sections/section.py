@@ -1,4 +1,4 @@
-"""What all groups of settings have in common."""
+"""The base class of all groups of settings, and the types and functions that they share."""
 
 import inspect
 from typing import Annotated, Any

@@ -1,4 +1,4 @@
-"""What a run is about: which strategy fine-tunes which model on which data."""
+"""The subject of a run: which strategy fine-tunes which model on which data."""
 
 from typing import Annotated, Any, Literal
 
