@@ -35,7 +35,7 @@ def write_card(folder: Path, info: Mapping[str, Any], served: Mapping[str, Any] 
     lines = [*head, f"# {kind} for {name}", ""]
     lines += _training(info, licence)
     lines += _scores(info, served) if info else []
-    lines += _loading(folder, config, name)
+    lines += _loading(folder, config, name, info.get("labels", ()))
     write_atomic(folder / NAME, ("\n".join(lines) + "\n").encode())
 
 
@@ -79,6 +79,8 @@ def _training(info: Mapping[str, Any], licence: str) -> Sequence[str]:
         ("target modules", ", ".join(info["target_modules"]) or "all"),
         ("privacy", privacy["line"] if privacy else "no differential privacy"),
     ]
+    if info.get("labels"):
+        rows.insert(2, ("labels, in the order of the head", ", ".join(info["labels"])))
     return [told, "", "| trained | |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows), ""]
 
 
@@ -101,11 +103,14 @@ def _scores(info: Mapping[str, Any], served: Mapping[str, Any] | None) -> Sequen
     return lines
 
 
-def _loading(folder: Path, config: Mapping[str, Any], name: str) -> Sequence[str]:
-    """How programs load it, and which of them did."""
+def _loading(
+    folder: Path, config: Mapping[str, Any], name: str, labels: Sequence[str]
+) -> Sequence[str]:
+    """How programs load it, and which of them did; `labels` in the order of a classifier's head."""
     classify = config.get("task_type") == "SEQ_CLS"
     auto = "AutoModelForSequenceClassification" if classify else "AutoModelForCausalLM"
     where = 'asset("model")' if name == "embedded" else f'"{name}"'
+    named = f", id2label={dict(enumerate(labels))!r}" if labels else ""
     lines = [
         "## Load it",
         "",
@@ -117,7 +122,7 @@ def _loading(folder: Path, config: Mapping[str, Any], name: str) -> Sequence[str
         f"from transformers import {auto}",
         *([] if name != "embedded" else ["from corolla.embedded.assets import asset"]),
         "",
-        f"base = {auto}.from_pretrained({where}, dtype=torch.float32)",
+        f"base = {auto}.from_pretrained({where}, dtype=torch.float32{named})",
         'model = PeftModel.from_pretrained(base, ".").eval()',
         "```",
         "",

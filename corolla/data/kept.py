@@ -183,12 +183,16 @@ def _found(folder: Path, fingerprint: str) -> Rows | None:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """Keeps the collector of circles away: with each new million of rows it looks at all again."""
+    """Keeps what is made away from the collector of circles, which is in none.
+
+    It would look at each of a million rows again and again, for as long as the process lives.
+    """
     before = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
+        gc.freeze()
         if before:
             gc.enable()
 

@@ -283,4 +283,7 @@ def hint(row: Any) -> str:
     if not isinstance(row, dict) or not row or row.keys() & COLUMNS - _NO_TEXT:
         return ""
     first = next((str(name) for name in row if name not in _NO_TEXT), "NAME")
-    return f"; what is called otherwise is named with --set columns.text={first}"
+    return (
+        f"; what is called otherwise is named with --set columns.text={first}, by a device with "
+        f"--columns text={first}"
+    )

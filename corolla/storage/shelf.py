@@ -7,6 +7,7 @@ A shelf is a folder of two files: `rows`, the bytes of all rows one after anothe
 import os
 import threading
 import weakref
+import zipfile
 from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,11 +29,14 @@ class Shelf:
 
     def __init__(self, folder: Path) -> None:
         try:
-            with np.load(folder / _NUMBERS, allow_pickle=False) as found:
+            with (
+                (folder / _NUMBERS).open("rb") as file,
+                np.load(file, allow_pickle=False) as found,
+            ):
                 columns = {name: found[name] for name in found.files}
             self._file = (folder / _ROWS).open("rb", buffering=0)
             lengths = columns.pop(_LENGTHS)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise DataError(f"rows in {folder} are damaged: delete it") from error
         self.columns: Mapping[str, NDArray[np.integer]] = columns
         """Columns by name, each of one whole number a row."""
@@ -71,15 +75,14 @@ class Shelving:
     def close(self) -> None:
         """Writes what is still to be written. A shelf that is left without this is none."""
         self._file.close()
-        narrow = {}
-        for name, column in self._columns.items():
-            wide = np.frombuffer(column, np.int64) if column else np.zeros(0, np.int64)
-            most = int(wide.max(initial=0))
-            narrow[name] = wide.astype(
-                np.min_scalar_type(most if wide.min(initial=0) >= 0 else -most - 1)
-            )
-        np.savez(self._folder / _NUMBERS, **narrow)
+        with zipfile.ZipFile(self._folder / _NUMBERS, "w") as archive:
+            for name, column in self._columns.items():
+                with archive.open(f"{name}.npy", "w") as file:
+                    np.save(file, _narrowed(column), allow_pickle=False)
 
-    def abandon(self) -> None:
-        """Closes the file of a shelf that will not be whole."""
-        self._file.close()
+
+def _narrowed(column: "array[int]") -> NDArray[np.integer]:
+    """The numbers of a column in the narrowest type that holds them."""
+    wide = np.array(column, np.int64)
+    least, most = int(wide.min(initial=0)), int(wide.max(initial=0))
+    return wide.astype(np.min_scalar_type(most if least >= 0 else min(least, -most - 1)))

@@ -1,10 +1,10 @@
-"""How long a run of many rows takes to ask its first client, and how much memory.
+"""How long a run of many rows takes to send its first task, and how much memory.
 
     python experiments/bench/start.py --threads 1 --json FILE
 
 A file of JSON lines is written to a temporary folder, and a simulation of it begun twice in a new
 process each: when nothing of the file is kept, and when its rows are. Each process ends when the
-first cohort is asked.
+first task is sent to a client.
 """
 
 import json
@@ -14,16 +14,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-from corolla.commands.simulate.in_process import simulate
+from corolla.commands.simulate.in_process import InProcess, simulate
 from corolla.config.load import load
 from corolla.data.rows import read_rows
 from corolla.errors import StoppedError
-from corolla.server.runs.observer import Silent
+from corolla.wire.packet import Packet
 from experiments.bench.zeroth_order import Section, command, peak
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -39,6 +41,7 @@ class Options:
     clients: int = field(default=1000, metadata={"help": "that have them in turn"})
     characters: int = field(default=945, metadata={"help": "of text in a row"})
     model: str = field(default="embedded", metadata={"help": "as for corolla simulate"})
+    length: int = field(default=256, metadata={"help": "tokens of a sequence, at most"})
     threads: int = field(default=1, metadata={"help": "of the CPU"})
     folder: str = field(default="", metadata={"help": "for the file; the usual one for such"})
 
@@ -47,32 +50,34 @@ class Options:
         return [part for name, value in asdict(self).items() for part in (f"--{name}", str(value))]
 
 
-class _Asked(Silent):
-    """Ends a run when its first cohort is asked."""
-
-    def round_started(self, round: int, cohort: int) -> None:
-        raise StoppedError("the first client is asked")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print tables, write the JSON file."""
     return command(__doc__, Options, {"start": start}, ("begin",), begin, arguments)
 
 
 def begin(name: str, options: Options) -> Measured:
-    """What this process has taken when the first client is asked; in a new process only.
+    """What this process has taken when the first task is sent; in a new process only.
 
     CPU seconds are of all its threads and children.
     """
     folder = Path(options.folder)
     given = {"data": str(folder / "rows.jsonl"), "model": options.model}
-    config = load(None, given, ["rounds=1", "cohort=4", f"threads={options.threads}"])
-    with tempfile.TemporaryDirectory(dir=folder) as out:
-        try:
-            simulate(config, Path(out), _Asked())
-        except StoppedError:
-            return {"cpu": sum(os.times()[:4]), "peak": peak()}
-    raise RuntimeError("the run has ended without asking anybody")
+    few = ["rounds=1", "cohort=4", f"threads={options.threads}", f"max-length={options.length}"]
+    config = load(None, given, few)
+    taken: Measured = {}
+
+    def ask(self: InProcess, packets: Mapping[str, Packet]) -> Iterator[tuple[str, Packet | None]]:
+        """The first task is sent: that is all."""
+        taken.update(cpu=sum(os.times()[:4]), peak=peak())
+        raise StoppedError(f"{len(packets)} clients are asked")
+
+    with (
+        tempfile.TemporaryDirectory(dir=folder) as out,
+        mock.patch.object(InProcess, "ask", ask),
+        suppress(StoppedError),
+    ):
+        simulate(config, Path(out))
+    return taken
 
 
 def write(path: Path, options: Options) -> None:
@@ -104,10 +109,12 @@ def start(options: Options) -> Section:
         f"start: {options.rows:,} rows of {options.clients:,} clients, {size / 1e6:.0f} MB"
     )
     for name, own in taken.items():
-        found.rows.append(
-            {"process": name, "wall, s": own["wall"], "cpu, s": own["cpu"]}
-            | {"peak, MB": own["peak"] / 1e6}
-        )
+        row: dict[str, str | float] = {
+            "process": name,
+            "wall, s": own["wall"],
+            "cpu, s": own["cpu"],
+        }
+        found.rows.append({**row, "peak, MB": own["peak"] / 1e6})
         found.ratios.append(_held(f"{name}, s", own["cpu"]))
     found.ratios.append(_held("peak, MB", max(own["peak"] for own in taken.values()) / 1e6))
     found.ratios.append(_held("kept / file", kept / size))
@@ -140,7 +147,7 @@ def _begun(folder: Path, options: Options) -> Measured:
             time.sleep(1)
         wall, told = time.monotonic() - before, child.communicate()[0]
     if child.returncode:
-        raise RuntimeError(f"{child.args} ended with {child.returncode}")
+        raise RuntimeError(f"a start has ended with {child.returncode}")
     measured: Any = json.loads(told.splitlines()[-1])
     return {**measured, "peak": max(measured["peak"], together), "wall": wall}
 

@@ -110,15 +110,21 @@ def test_lengths_and_bytes_are_those_of_templates_and_classifiers(
     row: Callable[[int], dict[str, object]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    rows = [{"client_id": f"c{i % 3}", **row(i)} for i in range(30)]
-    rows += [{"client_id": "empty", "prompt": "p" * 99, "response": "a"}] * 4 * (row is _turns)
+    rows: list[dict[str, object]] = [{"client_id": f"c{i % 3}", **row(i)} for i in range(30)]
+    if row is _turns:
+        rows += [{"client_id": "empty", "prompt": "p" * 99, "response": "a"} for _ in range(4)]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(own) + "\n" for own in rows))
     given = {"model": str(make(tmp_path)), "data": str(tmp_path / "x.jsonl"), "rank": 2}
     few = ["rounds=1", "cohort=2", "local-steps=3", "batch-size=1", "max-length=64", "threads=1"]
     config = load(None, given, [*few, "eval-examples=8", "eval-clients=0"])
     drawn: list[Batch] = []
     largest = lengths._largest
-    monkeypatch.setattr(lengths, "_largest", lambda own: drawn.extend(own) or largest(own))
+
+    def noted(own: Sequence[Batch]) -> Batch:
+        drawn.extend(own)
+        return largest(own)
+
+    monkeypatch.setattr(lengths, "_largest", noted)
     found = plan(config)
     steps: list[int] = []
     summary = simulate(config, tmp_path / "run", on_step=steps.append)
