@@ -13,8 +13,8 @@ from corolla.client.device.node import only_one
 from corolla.client.device.settings import Own
 from corolla.client.phone.policies import NO_LIMITS, Limits
 from corolla.client.phone.session import Phone, Settings
+from corolla.data.files.sources import Source
 from corolla.data.rows import check_clients, check_one_kind, counted, read
-from corolla.data.sources import Source
 from corolla.errors import ConfigError, StoppedError, WireError
 from corolla.host import logs
 from corolla.host.processes import bypass_proxies, stoppable

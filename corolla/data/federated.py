@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from corolla.config.run import RunConfig
-from corolla.data import columns, kept
+from corolla.data import kept
+from corolla.data.files import columns
+from corolla.data.files.sources import Source
 from corolla.data.partition import Split, partition, split_client
 from corolla.data.rows import (
     Example,
@@ -24,7 +26,6 @@ from corolla.data.rows import (
     read,
     unit_of,
 )
-from corolla.data.sources import Source
 from corolla.errors import DataError
 from corolla.host import logs
 

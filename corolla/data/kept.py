@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from corolla.data import sources
+from corolla.data.files import sources
+from corolla.data.files.sources import Reading, Source
 from corolla.data.forms import Turn
 from corolla.data.rows import Example, Rows, examples, rows_of
-from corolla.data.sources import Reading, Source
 from corolla.errors import DataError
 from corolla.host import files
 from corolla.storage.shelf import Shelf, Shelving

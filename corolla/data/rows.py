@@ -7,9 +7,10 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from corolla.data import columns, forms, sources
+from corolla.data import forms
+from corolla.data.files import columns, sources
+from corolla.data.files.sources import SPLITS, Reading, Source
 from corolla.data.forms import Turn, encodable
-from corolla.data.sources import SPLITS, Reading, Source
 from corolla.errors import DataError
 
 _IDS = ("client_id", "user_id")

@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from corolla.config.run import RunConfig
 from corolla.data import census, federated, kept
 from corolla.data.census import Census
-from corolla.data.columns import COLUMNS
 from corolla.data.encoding import IGNORE, Encoded, Encoder
 from corolla.data.federated import FederatedData
+from corolla.data.files.columns import COLUMNS
 from corolla.data.rows import Example, Rows
 from corolla.models import pretrained
 

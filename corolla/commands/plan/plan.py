@@ -24,9 +24,8 @@ from corolla.data.federated import FederatedData
 from corolla.data.rows import counted
 from corolla.errors import ConfigError
 from corolla.evaluation.labels import ordered
-from corolla.models import anatomy, footprint, pretrained
+from corolla.models import anatomy, classifier_sizes, footprint, pretrained
 from corolla.models.anatomy import Anatomy
-from corolla.models.classifiers import heads
 from corolla.models.footprint import Estimate, Workload
 from corolla.privacy import calibration, example_level
 from corolla.privacy.guarantee import Guarantee
@@ -173,7 +172,7 @@ def plan(config: RunConfig, budget: int | None = None) -> CostEstimate:
     data = federated.load(config)
     data = replace(data, labels=ordered(config, data.labels))
     labels = len(data.labels) if config.task != "causal" else 0
-    model = heads.sized(model, labels) if labels else model
+    model = classifier_sizes.sized(model, labels) if labels else model
     sizes = lengths.estimated(config, labels)
     if model.tokenizer:
         tokenizer = pretrained.load_tokenizer(config.model, str(model.tokenizer.parent))

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from corolla.config.run import RunConfig
-from corolla.data import federated, kept, rows, sources
+from corolla.data import federated, kept, rows
+from corolla.data.files import sources
+from corolla.data.files.sources import Source
 from corolla.data.rows import Example
-from corolla.data.sources import Source
 from corolla.errors import DataError
 
 _CALL = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}], "content": ""}

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from corolla.data import formats, streams
-from corolla.data.columns import COLUMNS
-from corolla.data.formats import Record
+from corolla.data.files import formats, streams
+from corolla.data.files.columns import COLUMNS
+from corolla.data.files.formats import Record
 from corolla.embedded.assets import asset
 from corolla.errors import ConfigError, DataError
 
