@@ -3,7 +3,7 @@
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -64,9 +64,9 @@ IDS = torch.arange(2, 26).reshape(2, 12)
 _SIZE = Size(vocabulary=VOCABULARY, intermediate=48, layers=1, positions=32)
 
 
-def base(kind: str) -> Base:
+def base(kind: str, blocks: int = 1) -> Base:
     """The same weights each time."""
-    model = tiny_models.build(kind, _SIZE, len(LABELS), seed=7)
+    model = tiny_models.build(kind, replace(_SIZE, layers=blocks), len(LABELS), seed=7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:  # transformers starts biases at 0 and norms at 1

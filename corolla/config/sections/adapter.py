@@ -1,14 +1,25 @@
 """The part of the model that is trained, and what it starts from."""
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from corolla.config.sections import kinds
 from corolla.config.sections.kinds import Kind, KindName
 from corolla.config.sections.rule import Rule
 from corolla.config.sections.section import Positive, key, within
 from corolla.config.sections.subject import Subject
+
+_SOME = r"((first|last):[1-9]\d{0,3}|\d{1,4}(-\d{1,4})?)"
+_LAYERS = re.compile(rf"{_SOME}(,{_SOME})*")
+"""The form of the key `layers`."""
+
+
+def _layers(text: str) -> str:
+    if not _LAYERS.fullmatch(text):
+        raise ValueError("expected blocks such as last:4, first:2,last:2 or 0,3,17-23")
+    return text
 
 
 class Adapter(Subject):
@@ -36,6 +47,15 @@ class Adapter(Subject):
         ["q_proj", "v_proj"],
         effect="all linear layers of the blocks",
         against=("parameters=bias",),
+    )
+    layers: Annotated[str, Field(coerce_numbers_to_str=True), AfterValidator(_layers)] | None = key(
+        None,
+        "The blocks of the model that get an adapter, counted from 0 at the input: `last:4`, "
+        "`first:2,last:2`, `0,3,17-23`. A backward pass ends at the deepest of them.",
+        "last:4",
+        effect="all blocks",
+        against=("parameters=bias",),
+        unsaid=True,
     )
     ranks: list[Annotated[int, within("rank")]] = key(
         [],
@@ -113,6 +133,11 @@ TARGETS: tuple[Rule[Adapter], ...] = (
     Rule(
         when=lambda run: run.target_modules and not run.kind.target_modules,
         why=lambda run: "target-modules are those of adapters",
+        instead=lambda run: f"parameters={run.parameters} has none",
+    ),
+    Rule(
+        when=lambda run: run.layers and not run.kind.factors,
+        why=lambda run: "layers are those of LoRA adapters",
         instead=lambda run: f"parameters={run.parameters} has none",
     ),
 )
