@@ -5,9 +5,10 @@ as peft reads `layers_to_transform`. A backward pass ends at the deepest block t
 those below cost it neither time nor memory (PockEngine, Zhu et al., MICRO 2023, arXiv 2310.17752).
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from corolla.errors import ModelError
+from corolla.types import Payload
 
 
 def block(name: str) -> tuple[str, int] | None:
@@ -21,27 +22,26 @@ def block(name: str) -> tuple[str, int] | None:
     return None
 
 
-def numbers(text: str, count: int) -> list[int]:
-    """Returns the blocks that are meant by the key `layers`, of a model of so many, in order.
+def numbers(text: str, there: Sequence[int]) -> list[int]:
+    """Returns the blocks that are meant by the key `layers`, of those there are, in order.
 
-    Raises ModelError for a block that the model does not have.
+    Raises ModelError for a block that is not there.
     """
-    chosen: set[int] = set()
+    found: set[int] = set()
     for part in text.split(","):
         end, _, length = part.partition(":")
         first, _, last = part.partition("-")
         if length:
-            least, most = 0, int(length) - 1
-            if end == "last":
-                least, most = count - int(length), count - 1
+            wanted = set(there[: int(length)] if end == "first" else there[-int(length) :])
+            missing = len(wanted) < int(length)
         else:
-            least, most = int(first), int(last or first)
-        if not 0 <= least <= most < count:
-            raise ModelError(
-                f"layers={text}: the model has blocks 0 to {count - 1}; {part} names others"
-            )
-        chosen.update(range(least, most + 1))
-    return sorted(chosen)
+            wanted = set(range(int(first), int(last or first) + 1))
+            missing = not wanted or not wanted <= set(there)
+        if missing:
+            of = f"{there[0]} to {there[-1]}" if len(there) > 1 else f"{there[0]} alone"
+            raise ModelError(f"layers={text}: {part} names others than the blocks there are, {of}")
+        found |= wanted
+    return sorted(found)
 
 
 def chosen(names: Collection[str], text: str) -> list[int]:
@@ -54,7 +54,7 @@ def chosen(names: Collection[str], text: str) -> list[int]:
     if len(stacks) != 1:
         has = f"stacks {', '.join(stacks)}" if stacks else "no numbered blocks"
         raise ModelError(f"layers={text} needs a model of one stack of blocks, found {has}")
-    return numbers(text, 1 + max(number for _, number in found))
+    return numbers(text, sorted({number for _, number in found}))
 
 
 def kept(names: Collection[str], text: str | None) -> list[str]:
@@ -66,3 +66,24 @@ def kept(names: Collection[str], text: str | None) -> list[str]:
         return list(names)
     wanted = set(chosen(names, text))
     return [name for name in names if (place := block(name)) and place[1] in wanted]
+
+
+def trained(names: Collection[str], text: str | None) -> frozenset[str]:
+    """Returns the tensors of an adapter that are in the blocks meant, or in no block, as a head is.
+
+    `first:` and `last:` count among the blocks that the adapter has. Raises ModelError as `chosen`
+    does.
+    """
+    within = [name for name in names if block(name)]
+    return frozenset(names) - frozenset(within) | frozenset(kept(within, text) if within else ())
+
+
+def sent(payload: Payload, text: str | None) -> Payload:
+    """Returns the tensors of an update that may have changed where these blocks are trained."""
+    if text is None:
+        return payload
+    kept_of = {group: trained(params, text) for group, params in payload.items()}
+    return {
+        group: {name: tensor for name, tensor in params.items() if name in kept_of[group]}
+        for group, params in payload.items()
+    }

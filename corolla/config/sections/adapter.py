@@ -1,25 +1,14 @@
 """The part of the model that is trained, and what it starts from."""
 
-import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from corolla.config.sections import kinds
 from corolla.config.sections.kinds import Kind, KindName
 from corolla.config.sections.rule import Rule
-from corolla.config.sections.section import Positive, key, within
+from corolla.config.sections.section import Layers, Positive, key, within
 from corolla.config.sections.subject import Subject
-
-_SOME = r"((first|last):[1-9]\d{0,3}|\d{1,4}(-\d{1,4})?)"
-_LAYERS = re.compile(rf"{_SOME}(,{_SOME})*")
-"""The form of the key `layers`."""
-
-
-def _layers(text: str) -> str:
-    if not _LAYERS.fullmatch(text):
-        raise ValueError("expected blocks such as last:4, first:2,last:2 or 0,3,17-23")
-    return text
 
 
 class Adapter(Subject):
@@ -48,7 +37,7 @@ class Adapter(Subject):
         effect="all linear layers of the blocks",
         against=("parameters=bias",),
     )
-    layers: Annotated[str, Field(coerce_numbers_to_str=True), AfterValidator(_layers)] | None = key(
+    layers: Layers | None = key(
         None,
         "The blocks of the model that get an adapter, counted from 0 at the input: `last:4`, "
         "`first:2,last:2`, `0,3,17-23`. A backward pass ends at the deepest of them.",

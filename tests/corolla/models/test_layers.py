@@ -1,6 +1,7 @@
 """Which blocks carry an adapter: the numbers meant, the model, and what plain peft makes of it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,13 +47,23 @@ def gradients(own: LoraModel, params: Params) -> Params:
     ],
 )
 def test_blocks_are_counted_from_the_input(text: str, expected: list[int]) -> None:
-    assert layers.numbers(text, 6) == expected
+    assert layers.numbers(text, range(6)) == expected
 
 
 @pytest.mark.parametrize("text", ["last:7", "first:7", "6", "0-6", "3-2", "0,9"])
 def test_blocks_that_there_are_not_are_named(text: str) -> None:
-    with pytest.raises(ModelError, match=f"layers={text}: the model has blocks 0 to 5"):
-        layers.numbers(text, 6)
+    with pytest.raises(ModelError, match=f"layers={text}: .* names others than the blocks"):
+        layers.numbers(text, range(6))
+
+
+def test_blocks_of_a_class_are_counted_among_those_of_the_run() -> None:
+    params = {f"h.{n}.q{role}" for n in (0, 4, 5) for role in (factors.A, factors.B)} | {"score"}
+    found = layers.trained(params, "first:1,last:1")
+    assert found == {name for name in params if ".4." not in name}
+    assert layers.trained(params, None) == params
+    assert layers.trained({"score"}, "last:1") == {"score"}
+    with pytest.raises(ModelError, match="layers=3: 3 names others than the blocks there are"):
+        layers.trained(params, "3")
 
 
 @pytest.mark.parametrize(
@@ -118,9 +129,9 @@ def test_a_backward_pass_ends_at_the_deepest_chosen_block() -> None:
     blocks = own.model.base_model.model.model.layers
     for number, block in enumerate(blocks):
 
-        def note(module: object, inputs: object, output: object, number: int = number) -> None:
+        def note(module: object, inputs: object, output: Any, number: int = number) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
-            if hidden.requires_grad:  # type: ignore[attr-defined]
+            if hidden.requires_grad:
                 passed.append(number)
 
         block.register_forward_hook(note)
