@@ -170,20 +170,11 @@ _LAYERS: tuple[Rule[Asked], ...] = (
         instead="directions are of all trained tensors: set layers for the run",
     ),
     Rule(
-        when=lambda asked: asked.config.partial and asked.config.robust != "none",
-        why=lambda asked: (
-            f"robust={asked.config.robust} compares updates of one form, and classes.NAME.layers "
-            f"makes them differ"
+        when=lambda asked: (
+            asked.config.partial and (asked.config.robust != "none" or asked.config.dp == "client")
         ),
-        instead="set layers for the run",
-    ),
-    Rule(
-        when=lambda asked: asked.config.partial and asked.config.dp == "client",
-        why=lambda asked: (
-            "dp=client sums updates of one form under noise, and classes.NAME.layers makes them "
-            "differ"
-        ),
-        instead="set layers for the run, or use dp=example",
+        why=lambda asked: "classes.NAME.layers makes updates of unlike forms",
+        instead="robust and dp=client are for updates of one form: set layers for the run",
     ),
 )
 

@@ -103,8 +103,8 @@ def test_by_hand_the_mean_counts_who_did_not_train_a_module_as_no_change() -> No
     ("settings", "why"),
     [
         *(({"strategy": name}, "is not the same as no change") for name in STRATEGIES),
-        ({"robust": "median", "cohort": 5}, "compares updates of one form"),
-        ({"dp": "client", "noise_multiplier": 1.0}, "sums updates of one form"),
+        ({"robust": "median", "cohort": 5}, "are for updates of one form"),
+        ({"dp": "client", "noise_multiplier": 1.0}, "are for updates of one form"),
         ({"parameters": "bias"}, "classes.NAME.layers are those of LoRA adapters"),
     ],
 )

@@ -7,9 +7,10 @@ from corolla import seeds
 from corolla.config.load import validate
 from corolla.config.run import RunConfig
 from corolla.data.encoding import Encoded, collate
+from corolla.estimates import footprint
+from corolla.estimates.footprint import HEAP, MAPPED, Batch, Workload
 from corolla.evaluation.scoring import loss_sum
-from corolla.models import anatomy, footprint, lora, pretrained
-from corolla.models.footprint import HEAP, MAPPED, Batch, Workload
+from corolla.models import anatomy, lora, pretrained
 
 
 def config(**changes: object) -> RunConfig:
