@@ -12,7 +12,7 @@ from corolla.data import federated
 from corolla.data.encoding import Encoder
 from corolla.data.federated import FederatedData
 from corolla.data.rows import Example
-from corolla.models.footprint import Batch
+from corolla.estimates.footprint import Batch
 from corolla.server.rounds.federation import Federation
 
 _SCORED = 8

@@ -23,10 +23,11 @@ from corolla.data.encoding import Encoder
 from corolla.data.federated import FederatedData
 from corolla.data.rows import counted
 from corolla.errors import ConfigError
+from corolla.estimates import footprint
+from corolla.estimates.footprint import Estimate, Workload
 from corolla.evaluation.labels import ordered
-from corolla.models import anatomy, classifier_sizes, footprint, pretrained
+from corolla.models import anatomy, classifier_sizes, pretrained
 from corolla.models.anatomy import Anatomy
-from corolla.models.footprint import Estimate, Workload
 from corolla.privacy import calibration, example_level
 from corolla.privacy.guarantee import Guarantee
 from corolla.server.rounds.federation import Federation

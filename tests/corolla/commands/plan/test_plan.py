@@ -23,7 +23,7 @@ from corolla.commands.simulate.in_process import simulate
 from corolla.config.build import build_strategy
 from corolla.config.load import load
 from corolla.config.run import RunConfig
-from corolla.models.footprint import Batch
+from corolla.estimates.footprint import Batch
 from corolla.privacy.accounting import gaussian_epsilon
 from corolla.privacy.example_level import example_level
 from corolla.privacy.ledger import Ledger
