@@ -1,7 +1,8 @@
 """Rows that are too much for memory: on disk, read from there one by one, and found again there.
 
 What was read of files stands in a folder of the cache, which its owner alone can read, for as long
-as the files and the names of columns and splits are the same. Of a set of the hub nothing stays.
+as the files, the names of columns and splits, and the code that reads them are the same. Of a set
+of the hub nothing stays.
 """
 
 import gc
@@ -15,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,6 @@ from corolla.storage.shelf import Shelf, Shelving
 
 HELD = 64 * 2**20
 """Characters of rows that are held in memory; of a source with more all rows are on disk."""
-
-_FORM = 1
-"""Number of the form in which rows are written here."""
 
 _STALE = 86400.0
 """Seconds after which a folder that nobody has finished is deleted."""
@@ -102,7 +101,7 @@ def read(source: Source) -> Rows:
         return rows_of(source, held, reading, unused)
     with _making(folder) as scratch:
         names = _shelve(scratch, held, rest)
-        place, facts = scratch, {"form": _FORM, "names": names, "unused": unused}
+        place, facts = scratch, {"code": _code(), "names": names, "unused": unused}
         told = json.dumps({**facts, "reading": vars(reading)})
         (scratch / _FACTS).write_text(told, encoding="utf-8")
         if reading.fingerprint:
@@ -113,6 +112,13 @@ def read(source: Source) -> Rows:
     if kept is None:
         raise DataError(f"rows kept in {folder} are damaged: delete it")
     return kept if kept.fingerprint else rows_of(source, kept.examples, reading, unused)
+
+
+@cache
+def _code() -> str:
+    """The sha256 of the code that reads rows: what other code has read is read anew."""
+    modules = sorted(Path(__file__).parent.rglob("*.py"))
+    return hashlib.sha256(b"".join(module.read_bytes() for module in modules)).hexdigest()
 
 
 def _folder(source: Source) -> Path:
@@ -169,7 +175,7 @@ def _found(folder: Path, fingerprint: str) -> Rows | None:
     """The rows kept in a folder; None where they are of other content, or damaged."""
     try:
         facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
-        if facts["form"] != _FORM or facts["reading"]["fingerprint"] != fingerprint:
+        if facts["code"] != _code() or facts["reading"]["fingerprint"] != fingerprint:
             return None
         counts = {name: Counter(facts["reading"][name]) for name in _COUNTS}
         reading, unused = Reading(**{**facts["reading"], **counts}), Counter(facts["unused"])

@@ -90,7 +90,9 @@ def test_a_federation_is_the_same_and_its_cache_is_the_owners(
     assert found.fingerprint == wanted.fingerprint
 
 
-def test_what_has_changed_or_is_damaged_is_read_anew(tmp_path: Path, on_disk: Path) -> None:
+def test_what_has_changed_or_is_damaged_is_read_anew(
+    tmp_path: Path, on_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = written(tmp_path / "x.jsonl", FORMS[0])
     kept.read(source)
     [folder] = on_disk.iterdir()
@@ -100,6 +102,10 @@ def test_what_has_changed_or_is_damaged_is_read_anew(tmp_path: Path, on_disk: Pa
     for name in ("rows", "numbers.npz", "facts.json"):
         (folder / name).write_bytes(b"{")
         assert [row.text for row in kept.read(source).examples] == ["new"]
+    before = (folder / "rows").stat().st_mtime_ns
+    monkeypatch.setattr(kept, "_code", lambda: "of another version")
+    assert [row.text for row in kept.read(source).examples] == ["new"]
+    assert (folder / "rows").stat().st_mtime_ns > before
     assert list(on_disk.iterdir()) == [folder]
 
 
