@@ -1,12 +1,13 @@
 """A smaller adapter beside the exact one, of a rank that servers of models take."""
 
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from corolla.artefacts.adapters import TENSORS, SavedLora, cut, read_lora, write_lora
+from corolla.host.text import human_bytes
 from corolla.types import Adapter, Metrics
 
 NAME = "served"
@@ -26,6 +27,8 @@ class Served:
     """‖exact - served‖_F / ‖exact‖_F of effective weights."""
     small: SavedLora | None = None
     """None: the exact one is small enough and is served itself."""
+    small_bytes: int = 0
+    """Of the tensors of served/, once they are written."""
 
     @property
     def rank(self) -> int:
@@ -37,6 +40,7 @@ class Served:
         return {
             "folder": NAME if self.small else "adapter",
             "rank": self.rank,
+            "bytes": self.small_bytes if self.small else self.exact_bytes,
             "error": self.error,
             "loss": self.loss,
             "exact": {"rank": self.exact_rank, "bytes": self.exact_bytes, "loss": exact},
@@ -58,8 +62,37 @@ def prepare(folder: Path, rank: int, loss: float, score: Callable[[Adapter], Met
     return Served(exact.spec.rank, size, found["loss"], error, small)
 
 
-def write(served: Served, folder: Path, exact: Path, base: str) -> None:
-    """Write `folder`/served beside the adapter folder `exact`; nothing where that one is served."""
+def write(served: Served, folder: Path, exact: Path, base: str) -> Served:
+    """Write `folder`/served beside the adapter folder `exact`; nothing where that one is served.
+
+    Returns the same with the bytes that were written.
+    """
     shutil.rmtree(folder / NAME, ignore_errors=True)
-    if served.small:
-        write_lora(folder / NAME, served.small, exact, base)
+    if not served.small:
+        return served
+    write_lora(folder / NAME, served.small, exact, base)
+    return replace(served, small_bytes=(folder / NAME / TENSORS).stat().st_size)
+
+
+def sizes(told: Mapping[str, Any]) -> tuple[str, str]:
+    """Rank and bytes of adapter/ and of served/ for people, from the object of run.json.
+
+    The second is "" where the exact one is served itself.
+    """
+    exact = _size(told["exact"])
+    return exact, "" if told["folder"] != NAME else f"{_size(told)}, {told['error']:.2%} off"
+
+
+def sentence(told: Mapping[str, Any]) -> str:
+    """The result line: rank and bytes of both, and what served/ lost, from run.json's object."""
+    exact, small = sizes(told)
+    if not small:
+        return f"adapter/ is of {exact}, and is served itself"
+    return (
+        f"adapter/ is of {exact}; served/ of {small} in effective weights, held-out loss "
+        f"{told['loss']:.4f} for {told['exact']['loss']:.4f}"
+    )
+
+
+def _size(told: Mapping[str, Any]) -> str:
+    return f"rank {told['rank']}, {human_bytes(told['bytes'])}"

@@ -1,5 +1,6 @@
 """Which settings go with which strategy: what would be unsafe or mean nothing is refused."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,7 @@ from corolla.aggregation.sums import ByGroup, SeedSums, WeightedMean
 from corolla.config.run import RunConfig
 from corolla.config.sections.rule import Rule, refusal
 from corolla.errors import ConfigError
-from corolla.interfaces import Aggregator, Strategy, Traits
+from corolla.interfaces import Aggregator, Stacking, Strategy, Traits
 from corolla.strategies import registry
 from corolla.tensors import factors
 from corolla.types import LoraSpec, Params, Size, Space, TrainerName
@@ -147,6 +148,21 @@ _STATE: tuple[Rule[Asked], ...] = (
         when=lambda asked: asked.traits.personal and not asked.config.eval_clients,
         why=lambda asked: f"{asked.subject} has personal models, which clients evaluate and save",
         instead="found eval-clients=0, raise it",
+    ),
+)
+
+_RANKS: tuple[Rule[Asked], ...] = (
+    Rule(
+        when=lambda asked: (
+            isinstance(asked.strategy, Stacking)
+            and takes_start(asked.strategy)
+            and (asked.config.max_rank or math.inf) < asked.config.lora.rank
+        ),
+        why=lambda asked: (
+            f"clients of {asked.subject} go on with an adapter of rank {asked.config.lora.rank}, "
+            f"which is more than max-rank={asked.config.max_rank}"
+        ),
+        instead="raise max-rank, or lower rank",
     ),
 )
 
@@ -297,7 +313,7 @@ _TRAINERS: tuple[Rule[Asked], ...] = (
     ),
 )
 
-RULES = (*_STATE, *_CODECS, *_START, *_ROBUST, *_PRIVATE, *_TRAINERS)
+RULES = (*_STATE, *_RANKS, *_CODECS, *_START, *_ROBUST, *_PRIVATE, *_TRAINERS)
 """Of several that apply, the first is told."""
 
 _GATEWAYS: tuple[Rule[Asked], ...] = (
