@@ -16,7 +16,7 @@ from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
-from corolla.artefacts.served import sentence
+from corolla.artefacts.sizes import sentence
 from corolla.config import rules
 from corolla.config.load import load, validate
 from corolla.config.run import RunConfig

@@ -1,17 +1,14 @@
 """A smaller adapter beside the exact one, of a rank that servers of models take."""
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from corolla.artefacts.adapters import TENSORS, SavedLora, cut, read_lora, write_lora
-from corolla.host.text import human_bytes
+from corolla.artefacts.sizes import SERVED
 from corolla.types import Adapter, Metrics
-
-NAME = "served"
-"""The folder beside adapter/."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class Served:
     def to_json(self, exact: float) -> dict[str, Any]:
         """The object of run.json; `exact` is the held-out loss of adapter/."""
         return {
-            "folder": NAME if self.small else "adapter",
+            "folder": SERVED if self.small else "adapter",
             "rank": self.rank,
             "bytes": self.small_bytes if self.small else self.exact_bytes,
             "error": self.error,
@@ -67,32 +64,8 @@ def write(served: Served, folder: Path, exact: Path, base: str) -> Served:
 
     Returns the same with the bytes that were written.
     """
-    shutil.rmtree(folder / NAME, ignore_errors=True)
+    shutil.rmtree(folder / SERVED, ignore_errors=True)
     if not served.small:
         return served
-    write_lora(folder / NAME, served.small, exact, base)
-    return replace(served, small_bytes=(folder / NAME / TENSORS).stat().st_size)
-
-
-def sizes(told: Mapping[str, Any]) -> tuple[str, str]:
-    """Rank and bytes of adapter/ and of served/ for people, from the object of run.json.
-
-    The second is "" where the exact one is served itself.
-    """
-    exact = _size(told["exact"])
-    return exact, "" if told["folder"] != NAME else f"{_size(told)}, {told['error']:.2%} off"
-
-
-def sentence(told: Mapping[str, Any]) -> str:
-    """The result line: rank and bytes of both, and what served/ lost, from run.json's object."""
-    exact, small = sizes(told)
-    if not small:
-        return f"adapter/ is of {exact}, and is served itself"
-    return (
-        f"adapter/ is of {exact}; served/ of {small} in effective weights, held-out loss "
-        f"{told['loss']:.4f} for {told['exact']['loss']:.4f}"
-    )
-
-
-def _size(told: Mapping[str, Any]) -> str:
-    return f"rank {told['rank']}, {human_bytes(told['bytes'])}"
+    write_lora(folder / SERVED, served.small, exact, base)
+    return replace(served, small_bytes=(folder / SERVED / TENSORS).stat().st_size)

@@ -19,7 +19,7 @@ from threading import Event
 import httpx
 import psutil
 
-from corolla.artefacts.served import sentence
+from corolla.artefacts.sizes import sentence
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, RoundError, StoppedError
 from corolla.host import certificates, logs, supervised

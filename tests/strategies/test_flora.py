@@ -269,7 +269,7 @@ def test_less_energy_is_the_smallest_rank_that_keeps_it(energy: float) -> None:
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Flora(**options)  # type: ignore[arg-type]
+        Flora(**options)
 
 
 def test_announces_factors_and_head_apart() -> None:

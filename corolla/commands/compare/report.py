@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from corolla.artefacts.served import sizes
+from corolla.artefacts.sizes import sizes
 from corolla.commands.compare import plots
 from corolla.commands.compare.plots import Entry
 from corolla.commands.compare.results import JUDGED

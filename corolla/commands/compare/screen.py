@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from corolla.artefacts.served import sizes
+from corolla.artefacts.sizes import sizes
 from corolla.commands.compare.plots import Entry
 from corolla.commands.compare.report import interval, number, sentences
 from corolla.host.text import human_bytes

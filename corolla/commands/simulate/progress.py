@@ -17,7 +17,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from corolla.artefacts.served import sentence
+from corolla.artefacts.sizes import sentence
 from corolla.data import census
 from corolla.evaluation.scoring import SHARES
 from corolla.host.text import human_bytes

@@ -86,8 +86,16 @@ def test_settings_are_read_as_their_type(
         ("[fedex_lra]\nresidual_rank = 3", [], ["'fedex_lra'", "'fedex_lora'"]),
         (None, ["fedex_lra.residual_rank=3"], ["'fedex_lra'", "'fedex_lora'", "--set"]),
         (None, ["strategi.residual_rank=3"], ["'strategy'"]),
-        (None, ["strategy=fedex_lora", "strategy.residual_rnk=3"], ["'residual_rnk'", "'residual_rank'"]),
-        ("strategy = 'fedex_lora'\n[fedex_lora]\nresidual-rnk = 3", [], ["'residual_rnk'", "'residual_rank'"]),
+        (
+            None,
+            ["strategy=fedex_lora", "strategy.residual_rnk=3"],
+            ["'residual_rnk'", "'residual_rank'"],
+        ),
+        (
+            "strategy = 'fedex_lora'\n[fedex_lora]\nresidual-rnk = 3",
+            [],
+            ["'residual_rnk'", "'residual_rank'"],
+        ),
         (None, ["strategy.mu=3"], ["fedavg", "no options", "'mu'"]),
         (None, ["strategy=fedavgg"], ["'fedavgg'", "'fedavg'"]),
         (None, ["zzzzzz=3"], ["'zzzzzz'", "no key is like it, corolla keys lists all"]),
@@ -116,7 +124,10 @@ def test_an_unknown_key_gets_the_nearest_one(
         (None, ["strategy=fedex_lora", "fedex_lora.residual-rank=7"]),
         (None, ["strategy=fedex_lora", "strategy.residual_rank=7"]),
         (None, ["strategy.residual_rank=7", "strategy=fedex_lora"]),
-        ("strategy = 'fedex_lora'\n[fedex_lora]\nresidual_rank = 9", ["fedex_lora.residual_rank=7"]),
+        (
+            "strategy = 'fedex_lora'\n[fedex_lora]\nresidual_rank = 9",
+            ["fedex_lora.residual_rank=7"],
+        ),
     ],
 )
 def test_options_of_a_strategy_reach_it(
@@ -166,7 +177,10 @@ def test_names_of_strategies_may_have_dashes(tmp_path: Path) -> None:
         (["strategy=no.such.module:Class"], ["no.such.module:Class"]),
         (["strategy=math:pi"], ["math:pi", "not a class"]),
         (["strategy=pathlib:Path"], ["pathlib:Path", "lacks", "aggregator"]),
-        (["strategy=fedex_lora", "fedex_lora.residual_rank=0"], ["residual_rank must be a whole number from 1"]),
+        (
+            ["strategy=fedex_lora", "fedex_lora.residual_rank=0"],
+            ["residual_rank must be a whole number from 1"],
+        ),
         (["strategy=fedex_lora", "fedex_lora.residual_rank=many"], ["fedex_lora"]),
         (["model=[1,\n2]"], ["model"]),
         (["options=3"], ['options: expected a table such as {"residual_rank":8}, found 3']),
