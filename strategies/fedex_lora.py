@@ -51,7 +51,7 @@ class FedExLora:
     full: ClassVar[bool] = False
     individual: ClassVar[bool] = True
     bounded: ClassVar[bool] = False
-    when: ClassVar[str] = "the exact aggregate, whatever the number of local steps: start here"
+    when: ClassVar[str] = "exact whatever the number of local steps, where ranks may grow"
 
     residual_rank: int | None = option(
         None,
@@ -107,17 +107,10 @@ class FedExLora:
         stacked = factors.stack([own, *blocks.of(state).values()])
         if factors.rank(stacked) <= rank:
             return state, {"rank_error": 0.0}
-        adapter, frozen = dict(state["adapter"]), dict[str, Tensor]()
-        lost = total = 0.0
-        for module, u, s, vt in factors.svd(stacked, rank):
-            lost, total = lost + float(s[rank:].square().sum()), total + float(s.square().sum())
-            length = float(own[module + factors.A].double().norm(dim=1).mean()) or 1.0
-            b, a = (u * s[:rank] / length).float(), (length * vt).float()
-            r = len(own[module + factors.A])
-            adapter |= {module + factors.A: a[:r], module + factors.B: b[:, :r]}
-            frozen |= {module + factors.A: a[r:], module + factors.B: b[:, r:]}
-        after = {"adapter": adapter, **({blocks.COMPACTED: frozen} if factors.rank(frozen) else {})}
-        error = (lost / total) ** 0.5 if total else 0.0
+        best, error = factors.compact(stacked, rank, lengths=factors.lengths(own))
+        trained, rest = factors.split(best, factors.rank(own))
+        after = {"adapter": {**state["adapter"], **trained}}
+        after |= {blocks.COMPACTED: rest} if factors.rank(rest) else {}
         return after, {"frozen_rank": blocks.rank(after), "rank_error": error}
 
     def rank_after(self, rounds: int, cohort: Sequence[Size]) -> int:

@@ -26,7 +26,7 @@ class _Cut:
     number: int
     start: Params
     exact: Params
-    """The dense mean of the clients' effective weights, of the modules that have factors."""
+    """The effective weights of the modules that have factors, dense."""
     reached: Params
     told: float
 
@@ -38,7 +38,7 @@ class _Cut:
 
 def proofs(probe: Probe) -> Iterator[Proof]:
     """All that must hold of a strategy with `max_rank`; nothing where its rank does not grow."""
-    if isinstance(probe.strategy, Stacking) and oracle.claim_of(probe.strategy) == "weights":
+    if isinstance(probe.strategy, Stacking):
         cuts = cache(partial(_cuts, probe))
         yield BEST, lambda: _best(probe.kind, cuts())
         yield SUM, lambda: _bounded(probe.kind, cuts())
@@ -52,17 +52,17 @@ def _cuts(probe: Probe) -> list[_Cut]:
 
 
 def _cut(probe: Probe, round: Round) -> _Cut:
-    p = oracle.shares_of(probe.strategy, round.observed)
+    """`exact` is of the same updates, folded in again and applied without a cut."""
+    aggregator = probe.strategy.aggregator()
+    for client, examples in round.result.num_examples.items():
+        aggregator.add(round.observed.updates[client], float(examples))
+    whole, _ = probe.strategy.apply(round.state, aggregator.finalise())
     modules = factors.modules(round.observed.start)
-    exact = {
-        m: torch.stack([w * round.deltas[c][m].double() for c, w in p.items()]).sum(0)
-        for m in modules
-    }
-    reached, start = probe.deltas(round.result.state), probe.deltas(round.state)
-    told = float(round.result.metrics["rank_error"])
-    return _Cut(
-        round.number, {m: start[m] for m in modules}, exact, {m: reached[m] for m in modules}, told
+    start, exact, reached = (
+        {m: deltas[m] for m in modules}
+        for deltas in map(probe.deltas, (round.state, whole, round.result.state))
     )
+    return _Cut(round.number, start, exact, reached, float(round.result.metrics["rank_error"]))
 
 
 def _best(kind: str, cuts: Sequence[_Cut]) -> Finding:

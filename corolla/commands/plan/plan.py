@@ -310,7 +310,7 @@ def _federation(config: RunConfig, model: Anatomy, data: FederatedData, labels: 
     return Federation("0" * 32, config, strategy, numbers, fresh)
 
 
-def _rounds(federation: Federation) -> list[tuple[int, list[Any]]]:
+def _rounds(federation: Federation) -> list[tuple[int, Sequence[Cost]]]:
     """(how often, the costs of a cohort) of odd and of even rounds: factors may take turns."""
     start = federation.fresh(federation.config.lora)
     state = federation.strategy.init(start, federation.config.seed)

@@ -205,16 +205,7 @@ def print_summary(console: Console, summary: Summary) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    if summary.served:
-        told = sentence(summary.served.to_json(summary.final["loss"]))
-        console.print(f"ranks  {told}", highlight=False, soft_wrap=True)
-    if errors := summary.rank_errors:
-        console.print(
-            f"max-rank  cut {len(errors)} rounds: the last {errors[-1]:.2%} off in effective "
-            f"weights, the worst {max(errors):.2%}",
-            highlight=False,
-            soft_wrap=True,
-        )
+    _print_ranks(console, summary)
     if summary.personal:
         console.print(
             f"personal adapters {escape(str(summary.folder / 'clients'))}/<client>/adapter  "
@@ -224,6 +215,20 @@ def print_summary(console: Console, summary: Summary) -> None:
             soft_wrap=True,
         )
     console.print(f"report  {escape(str(summary.folder / 'report.html'))}", soft_wrap=True)
+
+
+def _print_ranks(console: Console, summary: Summary) -> None:
+    """Prints the ranks and sizes of adapters, and what `max_rank` has cut."""
+    if summary.served:
+        told = sentence(summary.served.to_json(summary.final["loss"]))
+        console.print(f"ranks  {told}", highlight=False, soft_wrap=True)
+    if errors := summary.rank_errors:
+        console.print(
+            f"max-rank  {sum(error > 0 for error in errors)} of {len(errors)} rounds were cut: the "
+            f"last {errors[-1]:.2%} off in effective weights, the worst {max(errors):.2%}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _print_costs(console: Console, summary: Summary) -> None:
