@@ -109,7 +109,7 @@ class FedExLora:
             return state, {"rank_error": 0.0}
         best, error = factors.compact(stacked, rank, lengths=factors.lengths(own))
         trained, rest = factors.split(best, factors.rank(own))
-        after = {"adapter": {**state["adapter"], **trained}}
+        after: dict[str, Params] = {"adapter": {**state["adapter"], **trained}}
         after |= {blocks.COMPACTED: rest} if factors.rank(rest) else {}
         return after, {"frozen_rank": blocks.rank(after), "rank_error": error}
 

@@ -45,7 +45,9 @@ class CellBars:
 def print_comparison(console: Console, results: Mapping[str, Any], folder: Path) -> None:
     """The summary tables, what may be said, and what went wrong."""
     methods = results["methods"]
-    console.print(_quality(results), _costs(methods), _ranks(methods))
+    console.print(_quality(results), _costs(methods))
+    if any(e.get("served") for e in methods):
+        console.print(_ranks(methods))
     if any(e.get("beside") for e in methods):
         console.print("† runs shared the machine: rather compare CPU seconds", style="dim")
     if any((e.get("at_bytes") or {}).get("within_first_round") for e in methods):
