@@ -128,6 +128,13 @@ def not_noised(strategy: Strategy) -> str:
     return ""
 
 
+def takes_parts(strategy: Strategy | type[Strategy]) -> bool:
+    """Returns whether clients of a class may train some blocks alone."""
+    traits = registry.traits(strategy)
+    able = traits.partial and not (traits.personal or traits.rebases)
+    return bool(able) and "first_order" in strategy.trainers
+
+
 def takes_start(strategy: Strategy) -> bool:
     """Returns whether first-order clients get the strategy's start adapter, at its scaling."""
     if "first_order" not in strategy.trainers:

@@ -3,7 +3,7 @@
 import math
 
 from corolla.aggregation import robust
-from corolla.config.asked import Asked, able, not_noised, takes_start, without_factors
+from corolla.config.asked import Asked, able, not_noised, takes_parts, takes_start, without_factors
 from corolla.config.run import RunConfig
 from corolla.config.sections.rule import Rule, refusal
 from corolla.errors import ConfigError
@@ -58,12 +58,12 @@ _LAYERS: tuple[Rule[Asked], ...] = (
         instead=lambda asked: f"parameters={asked.config.parameters} has none",
     ),
     Rule(
-        when=lambda asked: asked.config.partial and not asked.traits.partial,
+        when=lambda asked: asked.config.partial and not takes_parts(asked.strategy),
         why=lambda asked: (
             f"in {asked.subject} a block that clients of a class do not train is not the same as "
             f"no change of it"
         ),
-        instead=lambda asked: f"use {able(lambda cls: registry.traits(cls).partial)}",
+        instead=lambda asked: f"use {able(lambda cls: takes_parts(cls))}",
     ),
     Rule(
         when=lambda asked: asked.config.partial and "zeroth_order" in asked.trainers,
