@@ -212,6 +212,7 @@ class Options:
     adapter: str = field(default="", metadata={"help": "a folder; none: a random one is made"})
     threads: int = field(default=1, metadata={"help": "of the CPU, for transformers"})
     prompts: int = field(default=PROMPTS, metadata={"help": "that are gone on with"})
+    types: str = field(default="f32,f16,q8_0", metadata={"help": "that are exported"})
 
 
 @cache
@@ -322,7 +323,7 @@ def exports(options: Options) -> Section:
         del model, tuned, bare
         gc.collect()
         alone = write_base(folder, Path(scratch, "base.gguf"))
-        for kind in ("f32", "f16", "q8_0"):
+        for kind in options.types.split(","):
             out = Path(scratch, kind)
             export(Order(given, "gguf", options.model, out, kind))
             for name, base_file, adapter in (
