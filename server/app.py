@@ -16,6 +16,7 @@ from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
+from corolla.artefacts.sizes import sentence
 from corolla.config import rules
 from corolla.config.load import load, validate
 from corolla.config.run import RunConfig
@@ -178,11 +179,12 @@ def _simulated(grid: Grid, context: Context) -> None:
     summary = serve(grid, SimulatedRun(config, folder, f"{context.run_id:032x}"[:32]), _Log())
     log(
         INFO,
-        "held-out loss %.4f -> %.4f; adapter %s (sha256 %s)",
+        "held-out loss %.4f -> %.4f; adapter %s (sha256 %s)%s",
         summary.base["loss"],
         summary.final["loss"],
         summary.artefact,
         summary.adapter_hash,
+        f"; {sentence(summary.served.to_json(summary.final['loss']))}" if summary.served else "",
     )
 
 

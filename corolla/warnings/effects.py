@@ -16,7 +16,7 @@ from corolla.config.run import RunConfig
 from corolla.config.sections import learning_rates
 from corolla.config.sections.groups import ClientClass
 from corolla.config.sections.rule import Rule
-from corolla.interfaces import Traits
+from corolla.interfaces import Stacking, Traits
 from corolla.strategies import registry
 from corolla.types import TrainerName
 
@@ -140,6 +140,13 @@ EFFECTS: Mapping[str, tuple[Rule[Reader], ...]] = {
     ),
     "rslora": (_ADAPTER,),
     "served_rank": (_ADAPTER,),
+    "max_rank": (
+        _unless(
+            lambda reader: issubclass(registry.find(reader.config.strategy), Stacking),
+            lambda reader: f"the state of {_subject(reader)} has a rank that does not grow",
+            "leave it out, or use a strategy that stacks factors, such as flora",
+        ),
+    ),
     "dropout": (_BACKWARD, _ADAPTER),
     "public_examples": (
         _unless(

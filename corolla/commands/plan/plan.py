@@ -5,7 +5,7 @@ Reads the data, the tokenizer, config.json and the headers of the model's files;
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from corolla.errors import ConfigError
 from corolla.estimates import footprint
 from corolla.estimates.footprint import Estimate, Workload
 from corolla.evaluation.labels import ordered
+from corolla.interfaces import Stacking
 from corolla.models import anatomy, classifier_sizes, pretrained
 from corolla.models.anatomy import Anatomy
 from corolla.privacy import calibration, example_level
@@ -35,7 +36,7 @@ from corolla.server.rounds.tasks import costs
 from corolla.server.runs.account import open_account
 from corolla.server.runs.journal import Past
 from corolla.strategies import registry
-from corolla.types import LoraSpec, Params, TrainerName
+from corolla.types import Cost, LoraSpec, Params, TrainerName
 
 _POINTS = 10
 """Number of rounds after which epsilon of examples is told, at most."""
@@ -320,7 +321,7 @@ def _federation(config: RunConfig, model: Anatomy, data: FederatedData, labels: 
     return Federation("0" * 32, config, strategy, numbers, fresh)
 
 
-def _rounds(federation: Federation) -> list[tuple[int, list[Any]]]:
+def _rounds(federation: Federation) -> list[tuple[int, Sequence[Cost]]]:
     """(how often, the costs of a cohort) of odd and of even rounds: factors may take turns."""
     start = federation.fresh(federation.config.lora)
     state = federation.strategy.init(start, federation.config.seed)
@@ -330,8 +331,22 @@ def _rounds(federation: Federation) -> list[tuple[int, list[Any]]]:
     for round, times in ((1, math.ceil(number / 2)), (2, number // 2)):
         if times:
             cohort = federation.sample(everyone, size, round)
-            found.append((times, costs(federation, state, round, dict.fromkeys(cohort, 1))))
+            paid = costs(federation, state, round, dict.fromkeys(cohort, 1))
+            found.append((times, _cut(federation, list(cohort), paid)))
     return found
+
+
+def _cut(federation: Federation, cohort: Sequence[str], paid: Sequence[Cost]) -> Sequence[Cost]:
+    """The costs with `max_rank`: a state that was cut is sent whole, and has no larger rank."""
+    strategy, most = federation.strategy, federation.config.max_rank
+    sizes = [federation.size(client) for client in cohort]
+    rounds = federation.config.rounds - 1  # the state after the last round is not sent
+    if not (most and isinstance(strategy, Stacking) and strategy.rank_after(rounds, sizes) > most):
+        return paid
+    return [
+        replace(cost, down=4 * (most * (size.A + size.B) // size.rank + size.head), at_most=True)
+        for cost, size in zip(paid, sizes, strict=True)
+    ]
 
 
 def _classes(config: RunConfig) -> list[tuple[RunConfig, TrainerName]]:

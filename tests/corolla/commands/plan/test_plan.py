@@ -51,6 +51,7 @@ def options(settings: Sequence[str]) -> list[str]:
         ["strategy=flora", 'codec=["int8"]', 'codec-down=["fp16"]'],
         ["strategy=rolora"],
         ["strategy=seed_pool"],
+        ["strategy=fedex_lora", "cohort=4", "rounds=3", "local-steps=1", "max-rank=12"],
     ],
 )
 def test_bytes_are_those_of_the_run(tmp_path: Path, changes: list[str]) -> None:
