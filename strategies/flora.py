@@ -59,6 +59,7 @@ class Flora:
     individual: ClassVar[bool] = True
     bounded: ClassVar[bool] = False
     stale: ClassVar[bool] = True
+    partial: ClassVar[str] = "absent"
     when: ClassVar[str] = "exact with clients of different ranks, over few and long rounds"
 
     compact_at: float = option(
@@ -113,11 +114,8 @@ class Flora:
         return {"head": head, **kept}, {**metrics, **lost}
 
     def cut(self, state: Payload, rank: int) -> tuple[Payload, Metrics]:
-        if blocks.rank(state) <= rank:
-            return state, {"rank_error": 0.0}
-        best, error = factors.compact(factors.stack([*blocks.of(state).values()]), rank)
-        after = {"head": state["head"], blocks.COMPACTED: best}
-        return after, {"frozen_rank": blocks.rank(after), "rank_error": error}
+        _, kept, metrics = blocks.cut(state, rank)
+        return {"head": state["head"], **kept}, metrics
 
     def rank_after(self, rounds: int, cohort: Sequence[Size]) -> int:
         return rounds * sum(size.rank for size in cohort)
@@ -126,9 +124,9 @@ class Flora:
         return Adapter(state["head"], tuple(blocks.of(state).values()))
 
     def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
-        stack = sum(s.A + s.B for s in cohort)
+        stack = sum(s.trained.A + s.trained.B for s in cohort)
         cut = self.energy < 1
-        return [Cost(4 * (s.A + s.B + s.head), 4 * (stack + s.head), at_most=cut) for s in cohort]
+        return [Cost(4 * s.trained.values, 4 * (stack + s.head), at_most=cut) for s in cohort]
 
     @property
     def exact(self) -> bool:
@@ -160,4 +158,4 @@ class Flora:
         if block is None:
             return self.cost(cohort)
         made = tree.count(block)
-        return [Cost(4 * (s.A + s.B + s.head), 4 * (made + s.head)) for s in cohort]
+        return [Cost(4 * s.trained.values, 4 * (made + s.head)) for s in cohort]

@@ -8,11 +8,11 @@ from functools import cached_property
 import torch
 
 from corolla.aggregation import robust
-from corolla.aggregation.sums import ByGroup, SeedSums, WeightedMean
+from corolla.config.abilities import not_noised, takes_start
 from corolla.config.run import RunConfig
 from corolla.config.sections.rule import Rule, refusal
 from corolla.errors import ConfigError
-from corolla.interfaces import Aggregator, Stacking, Strategy, Traits
+from corolla.interfaces import Stacking, Strategy, Traits
 from corolla.strategies import registry
 from corolla.tensors import factors
 from corolla.types import LoraSpec, Params, Size, Space, TrainerName
@@ -166,6 +166,34 @@ _RANKS: tuple[Rule[Asked], ...] = (
     ),
 )
 
+_LAYERS: tuple[Rule[Asked], ...] = (
+    Rule(
+        when=lambda asked: asked.config.partial and not asked.config.kind.factors,
+        why=lambda asked: "classes.NAME.layers are those of LoRA adapters",
+        instead=lambda asked: f"parameters={asked.config.parameters} has none",
+    ),
+    Rule(
+        when=lambda asked: asked.config.partial and not asked.traits.partial,
+        why=lambda asked: (
+            f"in {asked.subject} a block that clients of a class do not train is not the same as "
+            f"no change of it"
+        ),
+        instead=lambda asked: f"use {_able(lambda cls: registry.traits(cls).partial)}",
+    ),
+    Rule(
+        when=lambda asked: asked.config.partial and "zeroth_order" in asked.trainers,
+        why=lambda asked: "classes.NAME.layers is for first-order clients",
+        instead="directions are of all trained tensors: set layers for the run",
+    ),
+    Rule(
+        when=lambda asked: (
+            asked.config.partial and (asked.config.robust != "none" or asked.config.dp == "client")
+        ),
+        why=lambda asked: "classes.NAME.layers makes updates of unlike forms",
+        instead="robust and dp=client are for updates of one form: set layers for the run",
+    ),
+)
+
 _CODECS: tuple[Rule[Asked], ...] = (
     Rule(
         when=lambda asked: asked.pipelines != (PLAIN, PLAIN) and asked.traits.updates == "scalars",
@@ -313,7 +341,7 @@ _TRAINERS: tuple[Rule[Asked], ...] = (
     ),
 )
 
-RULES = (*_STATE, *_RANKS, *_CODECS, *_START, *_ROBUST, *_PRIVATE, *_TRAINERS)
+RULES = (*_STATE, *_RANKS, *_LAYERS, *_CODECS, *_START, *_ROBUST, *_PRIVATE, *_TRAINERS)
 """Of several that apply, the first is told."""
 
 _GATEWAYS: tuple[Rule[Asked], ...] = (
@@ -384,44 +412,6 @@ def compared_in(config: RunConfig, strategy: Strategy) -> Space:
     """Returns the space in which the rule of robust aggregation compares the strategy's updates."""
     own = robust.space_of(registry.traits(strategy))
     return own if config.robust_space == "auto" else config.robust_space
-
-
-def not_noised(strategy: Strategy) -> str:
-    """Why noise on a sum of clipped updates would not make a strategy private; "" if it does."""
-    traits = registry.traits(strategy)
-    if traits.mirrors:
-        return "the server sums up what its clients keep, and neither may be clipped nor noised"
-    if traits.individual or not strategy.aggregator().linear:
-        return "its updates are not added up, each is used by itself"
-    if not traits.bounded:
-        return "a clipped update may still move the model by any amount"
-    if not _is_mean(strategy.aggregator()):
-        return "what it adds up is not one mean over all clients, which noise could be put on"
-    return ""
-
-
-def takes_start(strategy: Strategy) -> bool:
-    """Returns whether first-order clients get the strategy's start adapter, at its scaling."""
-    if "first_order" not in strategy.trainers:
-        return False
-    one, scaling = torch.ones(1, 1), 2.0
-    state = strategy.init({"m" + factors.A: one, "m" + factors.B: one}, 0)
-    found = strategy.adapter(state)
-    parts = [factors.bake(p, scaling) for p in (found.trained, *found.residuals)] + [*found.frozen]
-    total = sum(
-        float(factors.product(p, m))
-        for p in parts
-        for m in factors.modules(p)
-        if m + factors.B in p
-    )
-    return strategy.broadcast(state).log is None and abs(total - scaling) < 1e-5
-
-
-def _is_mean(aggregator: Aggregator) -> bool:
-    """Returns whether an aggregator makes nothing of clients' updates but their mean."""
-    if isinstance(aggregator, ByGroup):
-        return all(map(_is_mean, aggregator.groups.values()))
-    return type(aggregator) in (WeightedMean, SeedSums)  # a subclass may keep single updates
 
 
 def _without_factors(strategy: Strategy | type[Strategy]) -> bool:
