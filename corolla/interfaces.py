@@ -230,6 +230,7 @@ class Traits:
     """How an update says that some blocks were not trained; "" where it cannot.
 
     Without their tensors, where the aggregate takes these for no change; or with them as they were.
+    Of no use where clients keep a part of the model, or coordinates change from round to round.
     """
     dense: bool = False
     """All trained tensors are treated alike: any set of parameters can be trained."""

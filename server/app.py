@@ -21,9 +21,8 @@ from corolla.config import rules
 from corolla.config.load import load, validate
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, CorollaError, StoppedError
-from corolla.host import logs
+from corolla.host import files, logs
 from corolla.host.processes import note_process
-from corolla.models import folders
 from corolla.server.deployment.grid import GridNetwork, count_nodes, hello
 from corolla.server.deployment.limits import Admission, Limits
 from corolla.server.deployment.order import (
@@ -172,9 +171,7 @@ def _limits(config: RunConfig, order: RunOrder, loaded: Setup) -> Limits:
 def _simulated(grid: Grid, context: Context) -> None:
     """Started by `flwr run`: settings come from the run config of the app."""
     settings = dict(context.run_config)
-    folder = Path(
-        str(settings.pop("out", "") or folders.cache_dir() / "runs" / str(context.run_id))
-    )
+    folder = Path(str(settings.pop("out", "") or files.cache_dir() / "runs" / str(context.run_id)))
     more = shlex.split(str(settings.pop("set", "")))
     config = load(None, {key.replace("-", "_"): v for key, v in settings.items() if v != ""}, more)
     refuse_simulated(config)

@@ -56,7 +56,12 @@ PLACES = {
     },
     "grpc": {"wire.rpc", "client.phone", "server.gateway.service", "proto"},
     "ray": set(),
-    "peft": {"models", "evaluation.reader", "experiments.bench.server_step"},
+    "peft": {
+        "models",
+        "evaluation.reader",
+        "experiments.bench.llama_cpp",
+        "experiments.bench.server_step",
+    },
     "opacus": {"client.training.dpsgd", "privacy.accounting"},
     "dp_accounting": {"privacy.accounting"},
     "flwr_datasets": {"data"},

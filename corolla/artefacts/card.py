@@ -30,7 +30,7 @@ def write_card(folder: Path, info: Mapping[str, Any], served: Mapping[str, Any] 
     licence = licence_of(str(info.get("config", {}).get("model") or _base(config)))
     lines = [*_head(config, licence), *_training(info, licence)]
     lines += _scores(info, served) if info else []
-    lines += _loading(folder, config)
+    lines += _loading(folder, config, info.get("labels", ()))
     write_atomic(folder / NAME, ("\n".join(lines) + "\n").encode())
 
 
@@ -110,6 +110,8 @@ def _training(info: Mapping[str, Any], licence: str) -> Sequence[str]:
         *([("blocks", config.layers)] if config.layers else []),
         ("privacy", privacy["line"] if privacy else "no differential privacy"),
     ]
+    if info.get("labels"):
+        rows.insert(2, ("labels, in the order of the head", ", ".join(info["labels"])))
     return [told, "", "| trained | |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows), ""]
 
 
@@ -132,11 +134,12 @@ def _scores(info: Mapping[str, Any], served: Mapping[str, Any] | None) -> Sequen
     return lines
 
 
-def _with_peft(config: Mapping[str, Any]) -> Sequence[str]:
-    """How plain PEFT loads an adapter."""
+def _with_peft(config: Mapping[str, Any], labels: Sequence[str] = ()) -> Sequence[str]:
+    """How plain PEFT loads an adapter; `labels` in the order of a classifier's head."""
     name, classify = _base(config), config.get("task_type") == "SEQ_CLS"
     auto = "AutoModelForSequenceClassification" if classify else "AutoModelForCausalLM"
     where = 'asset("model")' if name == "embedded" else f'"{name}"'
+    named = f", id2label={dict(enumerate(labels))!r}" if labels else ""
     return [
         "```python",
         "import torch",
@@ -144,22 +147,22 @@ def _with_peft(config: Mapping[str, Any]) -> Sequence[str]:
         f"from transformers import {auto}",
         *([] if name != "embedded" else ["from corolla.embedded.assets import asset"]),
         "",
-        f"base = {auto}.from_pretrained({where}, dtype=torch.float32)",
+        f"base = {auto}.from_pretrained({where}, dtype=torch.float32{named})",
         'model = PeftModel.from_pretrained(base, ".").eval()',
         "```",
         "",
     ]
 
 
-def _loading(folder: Path, config: Mapping[str, Any]) -> Sequence[str]:
-    """How programs load it, and which of them did."""
+def _loading(folder: Path, config: Mapping[str, Any], labels: Sequence[str]) -> Sequence[str]:
+    """How programs load it, and which of them did; `labels` in the order of a classifier's head."""
     name = _base(config)
     lines = [
         "## Load it",
         "",
         "With PEFT; the run of the exact adapter ended by loading it so, in another process:",
         "",
-        *_with_peft(config),
+        *_with_peft(config, labels),
     ]
     try:
         saved = read_lora(folder)

@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from corolla.config.abilities import not_noised
+from corolla.config.asked import not_noised
 from corolla.host.text import human_bytes
 from corolla.interfaces import Stacking, Strategy, Traits
 from corolla.strategies.registry import STRATEGIES, traits

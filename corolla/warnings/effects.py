@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from corolla.config.run import RunConfig
@@ -159,6 +160,13 @@ EFFECTS: Mapping[str, tuple[Rule[Reader], ...]] = {
             lambda reader: reader.config.kind.virtual_tokens,
             lambda reader: f"parameters={reader.config.parameters} has no virtual tokens",
             "leave it out, or use parameters=prompt",
+        ),
+    ),
+    "subset": (
+        _unless(
+            lambda reader: not Path(reader.config.data).exists(),
+            "only a set of the hub has configurations",
+            _LEAVE,
         ),
     ),
     "partition_alpha": (

@@ -134,6 +134,14 @@ def config(strategy: str, **changes: Any) -> RunConfig:
     return RunConfig(**{**values, **changes})
 
 
+def classes(name: str) -> dict[str, Any]:
+    """One for each way to train, where there is more than one."""
+    trainers = registry.find(name).trainers
+    if len(trainers) == 1:
+        return {}
+    return {"classes": {trainer: {"trainer": trainer, "lr": 1e-2} for trainer in trainers}}
+
+
 @dataclass
 class Tracer(Network):
     """A network of clients in this process that writes down all that travels."""

@@ -1,6 +1,6 @@
 """`corolla plan`: what a run will cost, before anything is loaded: bytes, memory, time, privacy.
 
-Reads the data, config.json and the headers of the model's files; never its weights.
+Reads the data, the tokenizer, config.json and the headers of the model's files; never its weights.
 """
 
 import math
@@ -18,14 +18,16 @@ from corolla.commands.plan.throughput import throughput
 from corolla.config import schedule
 from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
-from corolla.data import federated
+from corolla.data import census, federated
+from corolla.data.encoding import Encoder
 from corolla.data.federated import FederatedData
 from corolla.data.rows import counted
 from corolla.errors import ConfigError
 from corolla.estimates import footprint
 from corolla.estimates.footprint import Estimate, Workload
+from corolla.evaluation.labels import ordered
 from corolla.interfaces import Stacking
-from corolla.models import anatomy
+from corolla.models import anatomy, classifier_sizes, pretrained
 from corolla.models.anatomy import Anatomy
 from corolla.privacy import calibration, example_level
 from corolla.privacy.guarantee import Guarantee
@@ -170,7 +172,15 @@ def plan(config: RunConfig, budget: int | None = None) -> CostEstimate:
             f"{config.model}: use --set max-length={model.positions}"
         )
     data = federated.load(config)
+    data = replace(data, labels=ordered(config, data.labels))
     labels = len(data.labels) if config.task != "causal" else 0
+    model = classifier_sizes.sized(model, labels) if labels else model
+    sizes = lengths.estimated(config, labels)
+    if model.tokenizer:
+        tokenizer = pretrained.load_tokenizer(config.model, str(model.tokenizer.parent))
+        data = census.with_targets(config, data, tokenizer)
+        encoder = Encoder.of(config, tokenizer, data.labels if labels else ())
+        sizes = lengths.exact(encoder, config.dp == "example")
     federation = _federation(config, model, data, labels)
     if config.cohort and config.cohort > len(data.clients):
         raise ConfigError(
@@ -178,7 +188,7 @@ def plan(config: RunConfig, budget: int | None = None) -> CostEstimate:
         )
     promised = privacy(federation, "user" if data.names_users else "example")
     sent = traffic(federation)
-    batches = lengths.batches(federation, model, data, labels)
+    batches = lengths.batches(federation, data, sizes)
     return CostEstimate(
         config=config,
         parameters=model.values,

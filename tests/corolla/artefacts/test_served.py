@@ -103,6 +103,26 @@ def test_a_card_says_what_the_run_did(settings: Settings, tmp_path: Path) -> Non
     assert "/" + str(Path(settings().model).relative_to("/")) not in card
 
 
+def test_the_card_of_a_classifier_loads_it_with_its_labels(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lines of Python, run as they stand there: the class names are in the head's order."""
+    names = ("yes", "no", 'per "haps')
+    rows = [{"text": f"row {i}", "label": names[i % 3], "client_id": i % 2} for i in range(30)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    simulate(settings(data=str(data), cohort=2, rounds=1), tmp_path / "out")
+    labels = json.loads((tmp_path / "out" / "run.json").read_text())["labels"]
+    card = (tmp_path / "out" / "adapter" / "README.md").read_text()
+    assert f"| labels, in the order of the head | {', '.join(labels)} |" in card
+    monkeypatch.chdir(tmp_path / "out" / "adapter")
+    code = card.partition("```python\n")[2].partition("```")[0]
+    found: dict[str, Any] = {}
+    exec(code.replace(f'"{Path(settings().model).name}"', repr(settings().model)), found)
+    assert found["model"].config.id2label == dict(enumerate(labels))
+    assert found["model"].config.num_labels == 3
+
+
 def test_scales_have_no_rank_to_serve(settings: Settings, tmp_path: Path) -> None:
     simulate(settings(parameters="ia3", rounds=1), tmp_path / "out")
     assert "served" not in json.loads((tmp_path / "out" / "run.json").read_text())
