@@ -99,19 +99,10 @@ class FedExLora:
         return {"adapter": adapter, **kept}, {**metrics, **lost}
 
     def cut(self, state: Payload, rank: int) -> tuple[Payload, Metrics]:
-        """Clients go on with the directions of the largest singular values, the rest is frozen.
-
-        Rows of A keep their mean length, on which the steps of B depend, and B takes the rest.
-        """
+        """Clients go on with the directions of the largest singular values, the rest is frozen."""
         own = factors.select(state["adapter"], factors.is_a, factors.is_b)
-        stacked = factors.stack([own, *blocks.of(state).values()])
-        if factors.rank(stacked) <= rank:
-            return state, {"rank_error": 0.0}
-        best, error = factors.compact(stacked, rank, lengths=factors.lengths(own))
-        trained, rest = factors.split(best, factors.rank(own))
-        after: dict[str, Params] = {"adapter": {**state["adapter"], **trained}}
-        after |= {blocks.COMPACTED: rest} if factors.rank(rest) else {}
-        return after, {"frozen_rank": blocks.rank(after), "rank_error": error}
+        trained, kept, metrics = blocks.cut(state, rank, own)
+        return {"adapter": {**state["adapter"], **trained}, **kept}, metrics
 
     def rank_after(self, rounds: int, cohort: Sequence[Size]) -> int:
         return sum(s.rank for s in cohort[:1]) + rounds * sum(s.rank for s in cohort[1:])

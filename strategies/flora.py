@@ -114,11 +114,8 @@ class Flora:
         return {"head": head, **kept}, {**metrics, **lost}
 
     def cut(self, state: Payload, rank: int) -> tuple[Payload, Metrics]:
-        if blocks.rank(state) <= rank:
-            return state, {"rank_error": 0.0}
-        best, error = factors.compact(factors.stack([*blocks.of(state).values()]), rank)
-        after = {"head": state["head"], blocks.COMPACTED: best}
-        return after, {"frozen_rank": blocks.rank(after), "rank_error": error}
+        _, kept, metrics = blocks.cut(state, rank)
+        return {"head": state["head"], **kept}, metrics
 
     def rank_after(self, rounds: int, cohort: Sequence[Size]) -> int:
         return rounds * sum(size.rank for size in cohort)

@@ -38,6 +38,24 @@ def append(state: Payload, block: Params, compact_at: float) -> tuple[Payload, M
     return blocks, {"frozen_rank": rank(blocks)}
 
 
+def cut(state: Payload, most: int, beside: Params | None = None) -> tuple[Params, Payload, Metrics]:
+    """(factors `beside` the blocks, blocks, report) of the best sum of all, of rank at most `most`.
+
+    The factors beside them, at the same scaling, keep their rank and get the directions of the
+    largest singular values. The rows of their A keep their mean length, on which the next steps of
+    B depend, and B takes the rest. Nothing changes where the rank is no larger.
+    """
+    parts = [*([beside] if beside else []), *of(state).values()]
+    stacked = factors.stack(parts or [{}])
+    if factors.rank(stacked) <= most:
+        return beside or {}, of(state), {"rank_error": 0.0}
+    lengths = factors.lengths(beside) if beside else None
+    best, error = factors.compact(stacked, most, lengths=lengths)
+    first, rest = factors.split(best, factors.rank(beside or {}))
+    blocks = {COMPACTED: rest} if factors.rank(rest) else {}
+    return first, blocks, {"frozen_rank": rank(blocks), "rank_error": error}
+
+
 def rank(state: Payload) -> int:
     """The rank of all blocks of a state side by side; 0 without any."""
     return sum(factors.rank(block) for block in of(state).values())

@@ -200,7 +200,7 @@ def test_a_cut_is_the_dense_svd_and_its_error_is_told() -> None:
     strategy = Flora()
     states, _, exact = grown(strategy, 2)
     same, told = strategy.cut(states[1], 6)
-    assert same is states[1]
+    assert tree.digest_all(same) == tree.digest_all(states[1])
     assert told == {"rank_error": 0.0}
     after, told = strategy.cut(states[1], 4)
     u, s, vt = np.linalg.svd(exact.numpy())

@@ -1,10 +1,11 @@
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from corolla.tensors import blocks
+from corolla.tensors import blocks, factors
 from corolla.types import Params, Payload
 from tests.strategies import tiny
 
@@ -59,3 +60,15 @@ def test_compaction_begins_beyond_the_limit_and_loses_nothing_at_full_rank() -> 
 def test_an_option_that_makes_no_sense_is_refused(often: float) -> None:
     with pytest.raises(ValueError, match=f"compact_at must be at least 1, found {often}"):
         blocks.check(often)
+
+
+def test_a_module_that_nobody_trained_stays_without_rank_when_others_are_cut() -> None:
+    none = {"none.lora_A": torch.zeros(0, 8), "none.lora_B": torch.zeros(10, 0)}
+    state: Payload = {"block-000001": {**tiny.pair(5, 0), **none}}
+    beside, found, metrics = blocks.cut(state, 3)
+    assert beside == {} or factors.rank(beside) == 0
+    (block,) = found.values()
+    assert [block[f"{m}.lora_A"].shape[0] for m in ("m", "none")] == [3, 0]
+    s = np.linalg.svd(tiny.dense(tiny.pair(5, 0)).numpy(), compute_uv=False)
+    tail = float(np.sqrt((s[3:] ** 2).sum() / (s**2).sum()))
+    assert metrics == {"frozen_rank": 3, "rank_error": pytest.approx(tail, rel=1e-6)}
