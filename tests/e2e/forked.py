@@ -2,8 +2,9 @@
 
 `Commands` starts them from a test; the scripts `corolla` and `python` in its folder `bin` do so for
 a shell. They answer with few tokens and render no charts of a run's report (fork_server.py), and
-the runs of documents are small ones where that is asked for; all of it is done by processes that are started cold, the first of each command in test_readme.py, and, but
-for the tokens, by those in the process of the tests (test_simulate.py).
+the runs of documents are small ones. All of it is done by processes that are started cold, the
+first of each command in test_readme.py, and, but for the tokens, by those in the process of the
+tests (test_simulate.py).
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The commands of docs/privacy.md as they stand there: forks of a warm process, their runs small."""
+"""The commands of docs/privacy.md as they stand there, as forks of a warm process in small runs."""
 
 import re
 import subprocess
