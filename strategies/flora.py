@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from corolla.aggregation.stacks import Stack
 from corolla.aggregation.sums import ByGroup, WeightedMean
@@ -37,9 +38,8 @@ class Flora:
 
     Each round every client trains a fresh adapter of its own rank (A random, B zero). The stack
     of a round, of rank Σ r_m, becomes a frozen block beside the base model: it is never merged
-    into it. Once the blocks' rank is more than `compact_at` times the largest they are compacted
-    to, all are replaced by one block of at most `max_rank` (None: the full rank of each module,
-    which loses nothing).
+    into it. Once the blocks' rank is more than `compact_at` times the full rank of the modules, all
+    are replaced by one block of that rank, which loses nothing.
 
     Blocks are sent once: a client that was absent receives all that it has missed. With `energy`
     below 1 the stack of a round is first truncated to the smallest rank that keeps this part of
@@ -59,17 +59,12 @@ class Flora:
     individual: ClassVar[bool] = True
     bounded: ClassVar[bool] = False
     stale: ClassVar[bool] = True
+    partial: ClassVar[str] = "absent"
     when: ClassVar[str] = "exact with clients of different ranks, over few and long rounds"
 
-    max_rank: int | None = option(
-        None,
-        "The largest rank that blocks are compacted to; null: the full rank of each module, which "
-        "loses nothing.",
-        64,
-    )
     compact_at: float = option(
         2.0,
-        "How many times the largest compacted rank all blocks may have before they are compacted.",
+        "How many times the modules' full rank all blocks may have before they are compacted.",
         4.0,
     )
     energy: float = option(
@@ -79,7 +74,7 @@ class Flora:
     )
 
     def __post_init__(self) -> None:
-        blocks.check(self.max_rank, self.compact_at)
+        blocks.check(self.compact_at)
         if not 0 < self.energy <= 1:
             raise ValueError(f"energy must be above 0 and at most 1, found {self.energy}")
 
@@ -114,40 +109,48 @@ class Flora:
         if self.energy < 1:
             block, error = factors.compact(block, energy=self.energy)
             lost = {"truncation_error": error}
-        kept, metrics = blocks.append(state, block, self.max_rank, self.compact_at)
+        kept, metrics = blocks.append(state, block, self.compact_at)
         head = tree.add(state["head"], aggregate["head"])
         return {"head": head, **kept}, {**metrics, **lost}
+
+    def cut(self, state: Payload, rank: int) -> tuple[Payload, Metrics]:
+        if blocks.rank(state) <= rank:
+            return state, {"rank_error": 0.0}
+        best, error = factors.compact(factors.stack([*blocks.of(state).values()]), rank)
+        after = {"head": state["head"], blocks.COMPACTED: best}
+        return after, {"frozen_rank": blocks.rank(after), "rank_error": error}
+
+    def rank_after(self, rounds: int, cohort: Sequence[Size]) -> int:
+        return rounds * sum(size.rank for size in cohort)
 
     def adapter(self, state: Payload) -> Adapter:
         return Adapter(state["head"], tuple(blocks.of(state).values()))
 
     def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
-        stack = sum(s.A + s.B for s in cohort)
+        stack = sum(s.trained.A + s.trained.B for s in cohort)
         cut = self.energy < 1
-        return [Cost(4 * (s.A + s.B + s.head), 4 * (stack + s.head), at_most=cut) for s in cohort]
+        return [Cost(4 * s.trained.values, 4 * (stack + s.head), at_most=cut) for s in cohort]
 
     @property
     def exact(self) -> bool:
         """True where the options cut nothing."""
-        return self.energy == 1 and self.max_rank is None
+        return self.energy == 1
 
     def expected(self, rounds: Sequence[Observed]) -> Params:
-        """The sum of all rounds' dense means, each cut to `energy`, all to `max_rank`."""
-        last, total = rounds[-1], dense.DenseBlocks(self.max_rank, self.compact_at)
+        """The sum of all rounds' dense means, each cut to `energy`."""
+        last, total = rounds[-1], dict[str, Tensor]()
         for own in rounds:
-            block, ranks = {}, {}
             for m in factors.modules(last.start):
                 scaled = [
                     p * own.lora[c].scaling * factors.product(own.trained[c], m)
                     for c, p in own.weights.items()
                 ]
-                block[m] = torch.stack(scaled).sum(0)
-                ranks[m] = sum(own.lora[c].rank for c in own.weights)
+                block = torch.stack(scaled).sum(0)
                 if self.energy < 1:
-                    block[m], ranks[m] = dense.cut(block[m], energy=self.energy)
-            total.append(block, ranks)
+                    block, _ = dense.cut(block, energy=self.energy)
+                total[m] = total.get(m, 0) + block
         found = factors.mean(last.trained, last.weights, factors.is_head)
-        for m, added in total.sums.items():
+        for m, added in total.items():
             found[m + factors.B] = added / last.spec.scaling
             found[m + factors.A] = torch.eye(added.shape[1], dtype=added.dtype)
         return found
@@ -158,4 +161,4 @@ class Flora:
         if block is None:
             return self.cost(cohort)
         made = tree.count(block)
-        return [Cost(4 * (s.A + s.B + s.head), 4 * (made + s.head)) for s in cohort]
+        return [Cost(4 * s.trained.values, 4 * (made + s.head)) for s in cohort]

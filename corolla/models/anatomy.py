@@ -5,18 +5,21 @@ import math
 import re
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from corolla.embedded.assets import asset
 from corolla.errors import ModelError
+from corolla.models import layers
 from corolla.tensors import factors
 from corolla.types import LoraSpec
 
 Shape = tuple[int, ...]
 
-_OUTSIDE = re.compile(r"embed|emb\b|wte|wpe|lm_head|shared|score|classifier|rel_attn|norm|ln_")
+_OUTSIDE = re.compile(
+    r"embed(?!ding_hidden_mapping)|emb\b|wte|wpe|lm_head|shared|score|classifier|rel_attn|norm|ln_"
+)
 """Names of 2-D weights that are no linear layers of a block."""
 
 _IN_OUT = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
@@ -59,6 +62,8 @@ class Anatomy:
     tokenizer_bytes: int
     tokenizer: Path | None = None
     """tokenizer.json, where there is one."""
+    head: Mapping[str, Shape] = field(default_factory=dict)
+    """Tensors of a classifier that are trained as they are: name → shape; {} where not known."""
 
     @property
     def values(self) -> int:
@@ -76,16 +81,20 @@ class Anatomy:
         """Queries and keys have norms of their own."""
         return any("q_norm" in name or "attn_q_norm" in name for name in self._block())
 
-    def linear(self, targets: Sequence[str] | None = None) -> dict[str, tuple[int, int]]:
-        """(out, in) of the linear layers by name; of those that are meant by `targets`.
+    def linear(
+        self, targets: Sequence[str] | None = None, blocks: str | None = None
+    ) -> dict[str, tuple[int, int]]:
+        """(out, in) of the linear layers by name; of those meant by `targets`, in these blocks.
 
-        Raises ModelError for a target that matches none.
+        `blocks` are as the key `layers` has them. Raises ModelError for a target that matches none,
+        and for a block that there is not.
         """
         found = {
             name.removesuffix(".weight"): (shape[0], shape[1])
             for name, shape in self.tensors.items()
             if len(shape) == 2 and name.endswith(".weight") and not _OUTSIDE.search(name)
         }
+        found = {name: found[name] for name in layers.kept(found, blocks)}
         if not targets:
             return found
         for target in targets:
@@ -93,10 +102,12 @@ class Anatomy:
                 raise ModelError(f"target modules {target} match nothing in {self.name}")
         return {n: s for n, s in found.items() if any(_meant(n, target) for target in targets)}
 
-    def adapter(self, spec: LoraSpec, targets: Sequence[str] | None = None) -> dict[str, Shape]:
+    def adapter(
+        self, spec: LoraSpec, targets: Sequence[str] | None = None, blocks: str | None = None
+    ) -> dict[str, Shape]:
         """Shapes of the factors of a LoRA adapter."""
         shapes: dict[str, Shape] = {}
-        for name, (out, into) in self.linear(targets).items():
+        for name, (out, into) in self.linear(targets, blocks).items():
             if spec.rank > min(out, into):
                 raise ModelError(f"rank {spec.rank} is larger than module {name} ({out} x {into})")
             shapes[name + factors.A], shapes[name + factors.B] = (
@@ -203,16 +214,33 @@ _FIXED = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q
 _STRING, _ARRAY = 8, 9
 
 
-def _of_gguf(path: Path, name: str) -> Anatomy:
-    """The package gguf reads all entries of a vocabulary, for half a minute; this skips them."""
+def metadata_of(path: Path) -> dict[str, Any]:
+    """The metadata of a GGUF file by key; of an array how many values it has.
+
+    Raises ValueError or struct.error for a file that is none.
+    """
     with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ValueError(f"{path.name} is no GGUF file")
-        (_, tensors, entries) = struct.unpack("<IQQ", file.read(20))
-        told: dict[str, Any] = {}
-        for _ in range(entries):
-            key = _string(file)
-            told[key] = _value(file, _number(file, "I"))
+        return _metadata(file, path.name)[0]
+
+
+def _metadata(file: BinaryIO, name: str) -> tuple[dict[str, Any], int]:
+    """The metadata and the number of tensors, which are described next.
+
+    The package gguf reads all entries of a vocabulary, for half a minute; this skips them.
+    """
+    if file.read(4) != b"GGUF":
+        raise ValueError(f"{name} is no GGUF file")
+    (_, tensors, entries) = struct.unpack("<IQQ", file.read(20))
+    told: dict[str, Any] = {}
+    for _ in range(entries):
+        key = _string(file)
+        told[key] = _value(file, _number(file, "I"))
+    return told, tensors
+
+
+def _of_gguf(path: Path, name: str) -> Anatomy:
+    with path.open("rb") as file:
+        told, tensors = _metadata(file, path.name)
         shapes = dict(_gguf_tensor(file) for _ in range(tensors))
         length = file.tell()
     family = str(told["general.architecture"])

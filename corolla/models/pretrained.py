@@ -4,7 +4,7 @@ import importlib
 import shutil
 import struct
 import tempfile
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
+from tokenizers import pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -25,6 +26,7 @@ from corolla.config.run import RunConfig
 from corolla.embedded.assets import asset
 from corolla.errors import ConfigError, ModelError
 from corolla.host import heap
+from corolla.models import anatomy
 from corolla.models import missing as lost
 from corolla.models.classifiers import heads
 from corolla.models.devices import pick_device
@@ -36,6 +38,8 @@ LOADING = (
     *(SafetensorError, struct.error),
 )
 """Errors of transformers, safetensors and gguf for files that are damaged or of another kind."""
+_DIGITS_ALONE = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
+"""Names of llama.cpp for tokenizers that cut each digit alone, then as GPT-2's."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +133,10 @@ def load(config: RunConfig, labels: Sequence[str] = ()) -> Base:
     check_length(config, model)
     if config.gradient_checkpointing:
         # Hooks that tell the gradients of examples apart work with the reentrant kind alone.
-        model.activation_checkpointing_enable({"use_reentrant": config.dp == "example"})
-        model.enable_input_require_grads()
+        reentrant = config.dp == "example"
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        if reentrant:  # which passes nothing back to a block whose inputs need no gradient
+            model.enable_input_require_grads()
         heap.spare_memory()
     return base
 
@@ -237,6 +243,7 @@ def _convert(gguf: Path) -> Path:
         with torch.random.fork_rng(devices=[]), Quiet():
             where = {"gguf_file": gguf.name, "trust_remote_code": False}
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
+            _cut_digits(tokenizer, anatomy.metadata_of(gguf))
             model, found = AutoModelForCausalLM.from_pretrained(
                 gguf.parent, dtype=torch.float32, output_loading_info=True, **where
             )
@@ -245,7 +252,8 @@ def _convert(gguf: Path) -> Path:
             model.hf_quantizer = None
             if hasattr(model.config, "quantization_config"):
                 del model.config.quantization_config
-            model.save_pretrained(scratch)
+            with Quiet():
+                model.save_pretrained(scratch)
             tokenizer.save_pretrained(scratch)
         try:
             scratch.rename(target)
@@ -258,6 +266,20 @@ def _convert(gguf: Path) -> Path:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
+
+
+def _cut_digits(tokenizer: PreTrainedTokenizerBase, told: Mapping[str, Any]) -> None:
+    """Let a tokenizer cut each digit alone where llama.cpp does: transformers knows no such steps.
+
+    Texts with digits of few languages alone show it: merges with a plain digit are rare.
+    """
+    if told.get("tokenizer.ggml.pre") in _DIGITS_ALONE:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        )
 
 
 def quantised(config: RunConfig) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from corolla.aggregation import robust
 from corolla.errors import RoundError
+from corolla.interfaces import Stacking
 from corolla.server.rounds.asking import (
     Asking,
     answer_of,
@@ -12,6 +13,7 @@ from corolla.server.rounds.asking import (
 )
 from corolla.server.rounds.call import RoundCall, RoundEvents
 from corolla.server.rounds.defence import norms_after
+from corolla.server.rounds.expectations import completed
 from corolla.server.rounds.federation import Held
 from corolla.server.rounds.fold import Fold, empty_fold
 from corolla.server.rounds.metrics import mean_metrics, simulated_seconds, staleness
@@ -164,7 +166,7 @@ def _release(fold: Fold, events: RoundEvents) -> _Release:
                     fold.clipped, clients, call.memory, events.note, round=call.number
                 )
             )
-        aggregate = fold.aggregator.finalise()
+        aggregate = completed(call.federation, fold.aggregator.finalise())
         if spending.config.dp == "none":
             return _Release(aggregate)
         events.note(spending.hear(fold.metrics))
@@ -174,11 +176,19 @@ def _release(fold: Fold, events: RoundEvents) -> _Release:
 
 
 def _applied(fold: Fold, aggregate: Payload) -> tuple[Payload, Metrics]:
-    """The state after the aggregate. Raises RoundError when it is not finite."""
-    state, metrics = fold.call.federation.strategy.apply(fold.call.state, aggregate)
+    """The state after the aggregate, of rank at most `max_rank`.
+
+    Raises RoundError when it is not finite.
+    """
+    federation = fold.call.federation
+    strategy, most = federation.strategy, federation.config.max_rank
+    state, metrics = strategy.apply(fold.call.state, aggregate)
     if not all(tree.finite(params) for params in state.values()):
         how = "lower clip" if fold.clipped else "lower lr"
         raise RoundError(f"round {fold.call.number}: the aggregate is not finite: {how}")
+    if most and isinstance(strategy, Stacking):
+        state, cut = strategy.cut(state, most)
+        metrics = {**metrics, **cut}
     return state, metrics
 
 

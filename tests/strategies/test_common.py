@@ -58,16 +58,8 @@ pytestmark = pytest.mark.parametrize("name", STRATEGIES, scope="module")
 def varied(name: str) -> dict[str, Any]:
     """Clients as different as the strategy allows: in rank and alpha, in how they train."""
     if not STRATEGIES[name].mixed_ranks:
-        return classes(name)
-    return {"ranks": [4, 8, 16], "alphas": [8.0, 4.0, 64.0], **classes(name)}
-
-
-def classes(name: str) -> dict[str, Any]:
-    """One for each way to train, where there is more than one."""
-    trainers = STRATEGIES[name].trainers
-    if len(trainers) == 1:
-        return {}
-    return {"classes": {trainer: {"trainer": trainer, "lr": 1e-2} for trainer in trainers}}
+        return tiny.classes(name)
+    return {"ranks": [4, 8, 16], "alphas": [8.0, 4.0, 64.0], **tiny.classes(name)}
 
 
 def traits(name: str) -> Traits:
@@ -139,13 +131,13 @@ def test_names_its_paper_and_keeps_no_state(name: str) -> None:
 
 
 def test_mixed_ranks_are_accepted_exactly_when_declared(name: str) -> None:
-    settings = tiny.config(name, ranks=[2, 4], **classes(name))
+    settings = tiny.config(name, ranks=[2, 4], **tiny.classes(name))
     if STRATEGIES[name].mixed_ranks:
         build_strategy(settings)
         return
     with pytest.raises(ConfigError, match="needs one rank and alpha for all clients"):
         build_strategy(settings)
-    assert build_strategy(tiny.config(name, ranks=[2, 2], **classes(name))) is not None
+    assert build_strategy(tiny.config(name, ranks=[2, 2], **tiny.classes(name))) is not None
 
 
 @pytest.mark.parametrize("role", ["bias", "full"])
@@ -160,7 +152,7 @@ def test_other_tensors_are_trained_exactly_when_declared(name: str, role: str) -
 
 @pytest.mark.parametrize("trainer", ["first_order", "zeroth_order"])
 def test_clients_train_as_declared_and_in_no_other_way(name: str, trainer: str) -> None:
-    known = classes(name).get("classes", {})
+    known = tiny.classes(name).get("classes", {})
     settings = tiny.config(name, classes={"phone": {"trainer": trainer}, **known})
     assert settings.trainer_of("") == STRATEGIES[name].trainers[0]
     if trainer in STRATEGIES[name].trainers:

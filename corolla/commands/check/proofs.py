@@ -5,6 +5,7 @@ them, and with rank stabilisation; each proof compares what became of them with 
 one option after the other is moved away from its default and all is proven again on one model.
 """
 
+import itertools
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from corolla.commands.check import folds, local, options, oracle, tiny_models, traffic
+from corolla.commands.check import folds, local, options, oracle, ranks, tiny_models, traffic
 from corolla.commands.check.findings import Finding, Proof, Result, made
 from corolla.commands.check.probe import Probe, Round
 from corolla.commands.check.tables import BRIEFLY, REGROUPED, ROUNDS, Trial
@@ -92,7 +93,8 @@ class _Check:
                 probe = Probe(self.name, kind, Path(scratch), given)
                 done = list(probe.rounds(BRIEFLY if briefly else self.rounds))
                 self.done[_key(kind, given)] = _digest(done)
-                for proof in _proofs(probe, done, briefly):
+                stacked = () if briefly else ranks.proofs(probe)
+                for proof in itertools.chain(_proofs(probe, done, briefly), stacked):
                     yield replace(made(proof, kind), options=given)
         except Exception as error:  # noqa: BLE001 - whatever a strategy raises is its failure
             yield _raised(kind, error, given)

@@ -21,9 +21,9 @@ from corolla.client.training.worker import Worker
 from corolla.config.run import RunConfig
 from corolla.data import federated
 from corolla.errors import ConfigError, DataError, ModelError, SchemaError, WireError
+from corolla.estimates.footprint import Estimate
 from corolla.host import logs
 from corolla.models import pretrained, trainable
-from corolla.models.footprint import Estimate
 from corolla.privacy.accounting import Release, gaussian_epsilon
 from corolla.privacy.ledger import Ledger
 from corolla.proto import update_pb2
@@ -148,6 +148,15 @@ def test_the_servers_machine_counts_for_nothing(
     assert (config.columns, config.splits, config.subset) == ({}, {}, None)
     start: dict[str, Any] = {"start": "gradient", "public": "/srv/public.jsonl"}
     assert ask(trainer, hello(settings(), **start)).error == ""
+
+
+def test_its_own_columns_are_read(own: Callable[..., Own], tmp_path: Path) -> None:
+    """A server's columns, splits and subset are not those of the device, see above."""
+    path = tmp_path / "own.csv"
+    path.write_text("body,kind\n" + "text,all\n" * 5 + "text,rest\n" * 2)
+    trainer = Trainer(own(data=str(path), columns={"text": "body", "split": "kind"},
+                          splits={"train": "all"}), "cyd")  # fmt: skip
+    assert trainer.examples == 3  # one of five is kept for evaluation, and one held out
 
 
 def test_its_own_micro_batch_is_used_and_fits_the_batch(

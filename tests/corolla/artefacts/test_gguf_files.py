@@ -13,27 +13,29 @@ from peft import PeftModel
 from torch import Tensor
 
 from corolla.commands.export.order import Order, export
-from corolla.config.run import RunConfig
 from corolla.embedded.assets import asset
 from corolla.errors import ArtefactError
 from corolla.models import pretrained
-from corolla.models.lora import LoraModel
-from corolla.tensors import factors
-from corolla.types import Adapter, LoraSpec
+from corolla.types import LoraSpec
 from tests.corolla.artefacts import tiny_models
-from tests.corolla.artefacts.llama_cpp import CANDIDATES, LlamaCpp
 
 gguf: Any = pytest.importorskip("gguf", reason="an extra: pip install 'corolla[gguf]'")
+pytest.importorskip("xllamacpp", reason="in the dev extra, where it has a wheel")
 
-from corolla.artefacts import gguf_architectures, gguf_files  # noqa: E402 - they import gguf
-from corolla.artefacts.weights import open_weights  # noqa: E402
+from corolla.artefacts import gguf_architectures  # noqa: E402 - they import gguf
+from experiments.bench.llama_cpp import (  # noqa: E402
+    HARD,
+    PROMPTS,
+    STEPS,
+    LlamaCpp,
+    agree,
+    greedy,
+    make_adapter,
+    write_base,
+)
 
 pytestmark = pytest.mark.command
 
-STEPS, PROMPTS = 20, 20
-NEAR = 1e-3
-"""Candidates so close that sums in another order may choose the other one."""
-TEXTS = ("It's 1234 o'clock, isn't it?", "def f(x):\n    return  x\n\n", "größe 東京 🌸", " a  b")
 AUTHOR = "somebody else"
 
 
@@ -49,15 +51,6 @@ class Trained:
     prompts: Sequence[list[int]]
     steps: Sequence[Sequence[Tensor]]
     """The log probabilities of each greedy step, up to the end of a text."""
-
-
-def bare(folder: Path, path: Path) -> Path:
-    """The base model alone as GGUF."""
-    config = transformers.AutoConfig.from_pretrained(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = gguf_files.GgufModel(config, tokenizer, "base")
-    gguf_files.write_model(path, model, open_weights(str(folder), {}), "f32")
-    return path
 
 
 def with_author(path: Path, target: Path) -> Path:
@@ -78,36 +71,6 @@ def with_author(path: Path, target: Path) -> Path:
     return target
 
 
-def moved(folder: Path, model: str) -> Path:
-    """An adapter of rank 8 on all linear layers, far from zero, as a run saves it."""
-    spec = LoraSpec(8, 12.0, rslora=True)
-    trained = LoraModel(pretrained.load(RunConfig(model=model, max_length=64, device="cpu")))
-    noise = torch.Generator().manual_seed(3)
-    params = {
-        name: tensor + 0.05 * torch.randn(tensor.shape, generator=noise)
-        if factors.is_b(name)
-        else tensor
-        for name, tensor in trained.init(spec, 1).items()
-    }
-    trained.save(folder, Adapter(params), spec)
-    return folder
-
-
-@torch.no_grad()
-def greedy(model: Any, prompt: list[int]) -> Sequence[Tensor]:
-    ids = torch.tensor([prompt])
-    found = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=STEPS,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-        pad_token_id=0,
-    )
-    return [told[0].double().log_softmax(-1) for told in found.logits]
-
-
 @pytest.fixture(scope="module", params=["embedded", *tiny_models.KINDS, "gguf"])
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     kind = str(request.param)
@@ -119,35 +82,16 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     with pytest.MonkeyPatch.context() as patch:
         if kind == "gguf":
             patch.setenv("COROLLA_CACHE", str(folder / "cache"))
-            model = str(with_author(bare(base, folder / "bare.gguf"), folder / "theirs.gguf"))
-        adapter = moved(folder / "adapter", model)
+            plain = write_base(base, folder / "bare.gguf")
+            model = str(with_author(plain, folder / "theirs.gguf"))
+        adapter = make_adapter(folder / "adapter", model, LoraSpec(8, 12.0, rslora=True), 0.05)
+        tokenizer = pretrained.load_tokenizer(model)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     tuned = PeftModel.from_pretrained(loaded, str(adapter)).eval()
     lines = asset("data.jsonl").read_text(encoding="utf-8").splitlines()[:PROMPTS]
-    prompts = [tokenizer(line[20 : 60 + i])["input_ids"] for i, line in enumerate(lines)]
+    prompts = [list(tokenizer(line[20 : 60 + i])["input_ids"]) for i, line in enumerate(lines)]
     steps = [greedy(tuned, prompt) for prompt in prompts]
     return Trained(base, model, adapter, tokenizer, prompts, steps)
-
-
-def compare(reader: LlamaCpp, trained: Trained, tolerance: float = 1e-2) -> tuple[int, int]:
-    """(steps that are equal, prompts that ended at a near tie); a difference fails."""
-    equal = near = 0
-    for prompt, steps in zip(trained.prompts, trained.steps, strict=True):
-        found = reader.greedy(prompt, STEPS)
-        for told, theirs in zip(steps, found, strict=False):
-            assert len(theirs) == CANDIDATES
-            for token, value in theirs.items():
-                assert value == pytest.approx(float(told[token]), abs=tolerance)
-            first, second = told.topk(2).values.tolist()
-            if first - second < NEAR:
-                near += 1
-                break
-            assert next(iter(theirs)) == int(told.argmax())
-            equal += 1
-        else:
-            assert len(found) == len(steps)
-    return equal, near
 
 
 def test_llama_cpp_says_what_peft_says(trained: Trained, tmp_path: Path) -> None:
@@ -158,13 +102,14 @@ def test_llama_cpp_says_what_peft_says(trained: Trained, tmp_path: Path) -> None
     assert sorted(out.iterdir()) == files
     every = sum(len(steps) for steps in trained.steps)
     merged = LlamaCpp(files[1])
-    for text in TEXTS:
+    for text in HARD:
         assert merged.tokens(text) == trained.tokenizer(text)["input_ids"]
-    beside = LlamaCpp(bare(trained.base, tmp_path / "base.gguf"), files[0])
+    beside = LlamaCpp(write_base(trained.base, tmp_path / "base.gguf"), files[0])
     for reader in (merged, beside):
-        equal, near = compare(reader, trained)
-        assert equal + near * STEPS >= every > STEPS * PROMPTS / 2, (equal, near, every)
-        assert near <= PROMPTS / 4
+        found = agree(reader, trained.prompts, trained.steps)
+        assert found.met, found
+        assert found.equal + found.near * STEPS >= every > STEPS * PROMPTS / 2, (found, every)
+        assert found.near <= PROMPTS / 4
     fields = gguf.GGUFReader(files[1]).fields
     assert ("general.author" in fields) == trained.model.endswith(".gguf")
 
@@ -175,11 +120,8 @@ def test_smaller_types_are_near(
 ) -> None:
     export(Order(trained.adapter, "gguf", trained.model, tmp_path / "out", kind))
     first = [steps[:1] for steps in trained.steps[:3]]
-    few = dataclasses.replace(trained, prompts=trained.prompts[:3], steps=first)
     reader = LlamaCpp(tmp_path / "out" / f"model-{kind}.gguf")
-    for prompt, (told,) in zip(few.prompts, few.steps, strict=True):
-        for token, value in reader.greedy(prompt, 1)[0].items():
-            assert value == pytest.approx(float(told[token]), abs=tolerance)
+    assert agree(reader, trained.prompts[:3], first).apart <= tolerance
     stored = {t.name: t.tensor_type.name for t in gguf.GGUFReader(reader.model).tensors}
     assert stored["blk.0.attn_q.weight"] == kind.upper()
     assert stored["output_norm.weight"] == "F32"
@@ -194,8 +136,8 @@ def test_rows_in_another_order_would_be_found(
         gguf_architectures.ARCHITECTURES, "llama", dataclasses.replace(right, permuted=False)
     )
     export(Order(trained.adapter, "gguf", trained.model, tmp_path / "out", "f32"))
-    with pytest.raises(AssertionError):
-        compare(LlamaCpp(tmp_path / "out" / "model-f32.gguf"), trained)
+    reader = LlamaCpp(tmp_path / "out" / "model-f32.gguf")
+    assert not agree(reader, trained.prompts, trained.steps).met
 
 
 @pytest.mark.parametrize(

@@ -31,9 +31,15 @@ def _lines() -> Sequence[str]:
 
 
 def of_bytes(
-    pieces: pre_tokenizers.PreTokenizer | None, bos: bool = False, whole: bool = False
+    pieces: pre_tokenizers.PreTokenizer | None,
+    bos: bool = False,
+    whole: bool = False,
+    more: str = "",
 ) -> PreTrainedTokenizerBase:
-    """Merges of bytes, after `pieces` have cut a text; with `bos` before each text."""
+    """Merges of bytes, after `pieces` have cut a text; with `bos` before each text.
+
+    They are learnt from the embedded data, and from a text more.
+    """
     raw = Tokenizer(models.BPE(ignore_merges=whole))
     bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pieces is None)
     raw.pre_tokenizer = (
@@ -41,7 +47,7 @@ def of_bytes(
     )
     raw.decoder = decoders.ByteLevel()
     raw.train_from_iterator(
-        _lines(),
+        [*_lines(), more],
         trainers.BpeTrainer(
             vocab_size=600,
             show_progress=False,

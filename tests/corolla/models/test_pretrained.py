@@ -227,9 +227,24 @@ def test_quantization_needs_its_package(
 def test_a_packaged_model_names_what_to_install(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(folders.PACKAGED, "packaged", "no_such_package_of_corolla")
+    package = folders.Package("no_such_package_of_corolla", "pip install 'corolla[llm]'")
+    monkeypatch.setitem(folders.PACKAGED, "packaged", package)
     with pytest.raises(ModelError, match=r"pip install 'corolla\[llm\]'"):
         pretrained.load(settings(model="packaged"))
+
+
+def test_the_file_of_a_package_is_found_without_importing_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "carrier_of_a_model").mkdir()
+    (tmp_path / "carrier_of_a_model" / "__init__.py").write_text("raise ImportError\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    package = folders.Package("carrier_of_a_model", "pip install it", "model.gguf")
+    monkeypatch.setitem(folders.PACKAGED, "packaged", package)
+    with pytest.raises(ModelError, match=r"has no model\.gguf: pip install it"):
+        folders.packaged("packaged")
+    (tmp_path / "carrier_of_a_model" / "model.gguf").touch()
+    assert pretrained.gguf_of("packaged") == tmp_path / "carrier_of_a_model" / "model.gguf"
 
 
 def test_a_file_that_is_no_gguf_is_said(

@@ -93,6 +93,8 @@ def test_a_default_is_no_setting() -> None:
         ("classes.a.share=3", "classes.a.share=3 (all clients are of the only class)"),
         ("classes.a.local_steps=3 local_epochs=1", "classes.a.local_steps=3 (local-epochs=1"),
         ("strategy=fedmezo fedmezo.interval=4", "fedmezo.interval=4 (it is for directions of low"),
+        ("max_rank=9", "max-rank=9 (the state of strategy fedavg has a rank that does not grow)"),
+        ("strategy=flexlora max_rank=9", "max-rank=9 (the state of strategy flexlora has a rank"),
         ("wait=9", "wait=9.0 (in this process every client answers at once)"),
     ],
 )

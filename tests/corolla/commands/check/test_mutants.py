@@ -25,6 +25,7 @@ UP, DOWN, FIRST = "bytes up = formula", "bytes down = formula", "bytes at first 
 EVALUATES, EFFECT = "evaluates the model", "option has an effect"
 MIRRORS, KEPT, STAYS = "mirrors what clients keep", "what is kept counts", "what is kept stays"
 DIRECTIONS = "directions of one's own"
+BEST, ADDS_UP = "best of max_rank", "max_rank adds up"
 UNWEIGHTED = (BY_EXAMPLES, SHARES, EACH, SUMS, LINEAR)
 FOLDED = (BY_EXAMPLES, SHARES, ORDER, GROUPING)
 
@@ -73,6 +74,7 @@ MUTANTS = [
     Mutant("EnergyOfValues", (EXPECTED, BY_EXAMPLES), "bert", "energy"),
     Mutant("StartUnbalanced", (START, EVALUATES), "bert", "balanced"),
     Mutant("WithoutValues", ("runs",), "bert", "only"),
+    Mutant("CutsTheNewest", (BEST, ADDS_UP)),
     Mutant("HiddenMomentum", (SHARES, LINEAR, PURE)),
     Mutant("ChangesItsState", (WEIGHTS, LEAK, BY_EXAMPLES, EACH, LINEAR, PURE)),
     Mutant("SaysLittle", (EXPECTED, BY_EXAMPLES)),
