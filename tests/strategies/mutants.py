@@ -443,6 +443,12 @@ class CutsTheNewest(Flora):
         return {"head": state["head"], blocks.COMPACTED: first}, {"rank_error": 0.0}
 
 
+class LeavesOutWhatCounts(FlexLora):
+    """A block that a client does not train is missing in its factors, and counts as zero."""
+
+    partial: ClassVar[str] = "absent"
+
+
 class StartUnbalanced(FlexLora):
     """The balanced start forgets one root of the scaling."""
 

@@ -67,7 +67,7 @@ class Round:
 class Probe:
     """A strategy on a tiny model, with a federation of CLIENTS whose devices keep in `folder`.
 
-    `max_rank` is the key of that name.
+    `changes` are other keys of the run.
     """
 
     def __init__(
@@ -76,11 +76,11 @@ class Probe:
         kind: str,
         folder: Path,
         options: Mapping[str, object] | None = None,
-        max_rank: int | None = None,
+        changes: Mapping[str, object] | None = None,
     ) -> None:
         self.name, self.kind, self.folder = name, kind, folder
         self.options = dict(options or {})
-        self.config = settings(name, kind, self.options, max_rank=max_rank)
+        self.config = settings(name, kind, self.options, changes=changes)
         self.labels = list(_LABELS) if kind == "bert" else []
         self.data = _data(self.labels)
         self.strategy = build_strategy(self.config)
@@ -199,7 +199,7 @@ def settings(
     kind: str,
     options: Mapping[str, object],
     lr: float | None = None,
-    max_rank: int | None = None,
+    changes: Mapping[str, object] | None = None,
 ) -> RunConfig:
     """Of the whole federation, with mixed ranks and trainers where the strategy allows."""
     cls = registry.find(name)
@@ -222,7 +222,7 @@ def settings(
         lr=lr,
         local_steps=1 if lr == STILL else STEPS,
         batch_size=BATCH,
-        max_rank=max_rank,
+        **(changes or {}),
         **spec,
     )
 

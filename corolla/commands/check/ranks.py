@@ -47,7 +47,7 @@ def proofs(probe: Probe) -> Iterator[Proof]:
 def _cuts(probe: Probe) -> list[_Cut]:
     """A few rounds with `max_rank`, of a state that was never larger."""
     with tempfile.TemporaryDirectory() as folder:
-        own = Probe(probe.name, probe.kind, Path(folder), probe.options, MAX_RANK)
+        own = Probe(probe.name, probe.kind, Path(folder), probe.options, {"max_rank": MAX_RANK})
         return [_cut(own, round) for round in own.rounds(BRIEFLY)]
 
 

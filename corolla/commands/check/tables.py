@@ -33,6 +33,8 @@ ROUNDS: Sequence[Sequence[str]] = (
 BRIEFLY = 2
 """Rounds that are run with an option away from its default, or with `max_rank`."""
 
+CLASSES = {"whole": {}, "top": {"layers": "last:1"}, "bottom": {"layers": "first:1"}}
+"""Classes of clients that train some blocks of the probe models alone."""
 MAX_RANK = 8
 """The largest rank that states are cut to: twice that of a client, a fourth of the full one."""
 
