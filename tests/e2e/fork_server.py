@@ -3,7 +3,8 @@
 Started as `python -P fork_server.py SOCKET`; tests/e2e/forked.py speaks to it. A command has its
 own arguments, folder, environment, standard streams, process id and end, as one that is started
 cold. Two things are left out, which are most of the time of a short run: answers are of few tokens,
-and the charts of a run's report are not rendered. The server ends when its standard input does.
+and the charts of a run's report are not rendered. Where SMALL is in its environment, a run is small
+besides. The server ends when its standard input does.
 """
 
 import atexit
@@ -36,6 +37,12 @@ PRELOADED = (
     "matplotlib.backends.backend_svg",
     "matplotlib.figure",
 )
+SMALL = "COROLLA_TESTS_SMALL"
+"""Variable of the environment that makes the runs of a command small, see `_smaller`."""
+MOST = {"local_steps": 2}
+"""Key → its largest value in a small run, whatever is asked for."""
+DEFAULTS = {"max_length": 64, "eval_examples": 8, "eval_clients": 2, "eval_client_examples": 2}
+"""Key → its value in a small run that does not say another."""
 ANSWER_TOKENS = 2
 """Tokens in which a run answers its held-out rows, in forks and in the process of the tests."""
 
@@ -121,6 +128,10 @@ def _become(order: dict[str, Any]) -> NoReturn:
     sys.executable = order["python"]
     other_process.command = lambda: [order["reader"], "-m", "corolla.evaluation.reader"]
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if SMALL in order["environment"]:
+        from corolla.config import load
+
+        load._gather = _smaller(load._gather)
     if order["largest_file"]:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error instead, as of a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (order["largest_file"], resource.RLIM_INFINITY))
@@ -142,6 +153,17 @@ def _become(order: dict[str, Any]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code if isinstance(code, int) else 1)
+
+
+def _smaller(gather: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """What a run is given, with fewer steps, shorter sequences and fewer examples to evaluate."""
+
+    def gathered(*given: Any) -> dict[str, Any]:
+        found = gather(*given)
+        capped = {key: min(most, found.get(key, most)) for key, most in MOST.items()}
+        return {**DEFAULTS, **found, **capped}
+
+    return gathered
 
 
 def _drawn(draw: Callable[[Any], None], height: float = 3.4) -> str:

@@ -1,9 +1,10 @@
 """Commands of Corolla without the seconds that its imports take: each a process of its own.
 
 `Commands` starts them from a test; the scripts `corolla` and `python` in its folder `bin` do so for
-a shell. They answer with few tokens and render no charts of a run's report (fork_server.py); all of
-it is done by processes that are started cold, the first of each command in test_readme.py, and, but
-for the tokens, by those in the process of the tests (test_simulate.py).
+a shell. They answer with few tokens and render no charts of a run's report (fork_server.py), and
+the runs of documents are small ones. All of it is done by processes that are started cold, the
+first of each command in test_readme.py, and, but for the tokens, by those in the process of the
+tests (test_simulate.py).
 """
 
 import json
@@ -16,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
+
+from tests.e2e.fork_server import SMALL
 
 MODULES = ("corolla", "corolla.evaluation.reader")
 """Modules that `python -m` of the folder `bin` runs in a fork; all else is started as ever."""
@@ -101,9 +104,10 @@ class Commands:
     A command reads what it has saved with that `python` too.
     """
 
-    def environment(self) -> dict[str, str]:
-        """That of this process, where `corolla` is the one in `bin`."""
-        return {**os.environ, "PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}"}
+    def environment(self, small: bool = False) -> dict[str, str]:
+        """That of this process, where `corolla` is the one in `bin`; its runs may be small ones."""
+        path = f"{self.bin}{os.pathsep}{os.environ['PATH']}"
+        return {**os.environ, "PATH": path, **({SMALL: "1"} if small else {})}
 
     def start(
         self,

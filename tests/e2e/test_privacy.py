@@ -1,10 +1,7 @@
 """Differential privacy as a user asks for it: options, refusals, a kill at a release."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ from typer.testing import CliRunner
 from corolla.cli.app import app
 from corolla.privacy.accounting import gaussian_epsilon
 from corolla.server.runs.journal import read
+from tests.e2e.forked import Commands
 
 OPTIONS = (
     "--clients 3 --cohort 2 --rounds 2 --local-steps 1 --batch-size 2 --strategy ffa_lora "
@@ -22,15 +20,17 @@ OPTIONS = (
 RUNNER = CliRunner()
 
 
-def test_a_server_killed_at_a_release_never_counts_it_as_nothing(tmp_path: Path) -> None:
+def test_a_server_killed_at_a_release_never_counts_it_as_nothing(
+    commands: Commands, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
-    killed = subprocess.run(
-        [sys.executable, "-m", "corolla", "simulate", *OPTIONS, "--out", str(folder)],
-        env={**os.environ, "COROLLA_FAIL_AT": "privacy:1"},
-        stdout=subprocess.DEVNULL,
-        check=False,
+    killed = commands.start(
+        *("simulate", *OPTIONS, "--out", str(folder)),
+        folder=tmp_path,
+        environment={"COROLLA_FAIL_AT": "privacy:1"},
+        output=tmp_path / "killed.log",
     )
-    assert killed.returncode == -signal.SIGKILL
+    assert killed.wait() == -signal.SIGKILL
     (first,) = (entry for entry in read(folder) if entry["event"] == "privacy")
     assert not any(entry["event"] == "committed" for entry in read(folder))
     result = RUNNER.invoke(app, ["simulate", "--resume", "--out", str(folder)])

@@ -1,4 +1,4 @@
-"""The commands of docs/privacy.md, run as they stand there, as forks of a process that is warm."""
+"""The commands of docs/privacy.md as they stand there, as forks of a warm process in small runs."""
 
 import re
 import subprocess
@@ -22,7 +22,7 @@ def test_shell_examples(block: int, commands: Commands, tmp_path: Path) -> None:
         done = subprocess.run(
             ["bash", "-c", line],
             cwd=tmp_path,
-            env=commands.environment(),
+            env=commands.environment(small=True),
             capture_output=True,
             text=True,
             check=False,

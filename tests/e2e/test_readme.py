@@ -2,7 +2,7 @@
 
 The first of each command is started cold, as a user starts it (`compare`, which starts many, in
 test_compare.py); the others are forks of a process that has imported everything, which a `corolla`
-in PATH asks for them.
+in PATH asks for them. They train few steps on short sequences, whatever the line says.
 """
 
 import json
@@ -55,7 +55,7 @@ def test_shell_examples(block: int, commands: Commands, tmp_path: Path) -> None:
         assert line.startswith("corolla ")
         name = line.split()[1]
         cold = line == FIRST[name] and name != "compare"
-        run(["bash", "-c", line], tmp_path, COLD if cold else commands.environment())
+        run(["bash", "-c", line], tmp_path, COLD if cold else commands.environment(small=True))
 
 
 @pytest.mark.parametrize("block", range(len(PYTHON)))

@@ -569,7 +569,7 @@ def test_one_process_answers_all_messages_and_ends_with_its_parent(
         assert psutil.Process(process.pid).cpu_times().user - spent < 2
         assert not psutil.Process(process.pid).children()
         process.stdin.close()
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
 
 
 def test_what_is_wrong_is_one_line_and_an_exit_code(

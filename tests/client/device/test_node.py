@@ -26,7 +26,7 @@ from corolla.errors import ConfigError, CorollaError
 from corolla.host import certificates
 
 
-def wait_for(what: object, seconds: float = 20.0) -> None:
+def wait_for(what: object, seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not what():  # type: ignore[operator]
         assert time.monotonic() < deadline
@@ -268,7 +268,7 @@ def test_a_signal_while_the_trainer_loads_ends_it(link: Link, tmp_path: Path) ->
         wait_for(lambda: (link.state / "trainer.log").exists())
         pid = json.loads((link.state / "trainer.pid").read_text())["pid"]
         process.send_signal(signal.SIGTERM)
-        said, _ = process.communicate(timeout=20)
+        said, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert said == "stopped\n"
     assert not psutil.pid_exists(pid)

@@ -34,10 +34,10 @@ class Running:
         for line in self.process.stdout:
             self.lines.append(line.rstrip("\n"))
 
-    def says(self, words: str, seconds: float = 20.0) -> None:
+    def says(self, words: str, seconds: float = 60.0) -> None:
         gateways.until(lambda: any(words in line for line in self.lines), seconds)
 
-    def finish(self, seconds: float = 30.0) -> int:
+    def finish(self, seconds: float = 60.0) -> int:
         """Its exit code."""
         code = self.process.wait(seconds)
         self._reader.join()
@@ -157,6 +157,6 @@ def a_task(round: int = 1, **changes: object) -> messages.Task:
     return gateways.a_task(CONFIG, seats=1, round=round, **changes)
 
 
-def settle(true: Callable[[], object], seconds: float = 20.0) -> None:
+def settle(true: Callable[[], object], seconds: float = 60.0) -> None:
     gateways.until(true, seconds)
     time.sleep(0.05)

@@ -70,7 +70,7 @@ def test_a_line_that_is_cut_costs_the_chunk_on_its_way(offered: World) -> None:
     line = Line(int(offered.address.rpartition(":")[2]))
     line.allowance["down"] = 2.5 * MIB
     phone = offered.start(once=True, gateway=f"localhost:{line.port}")
-    gateways.until(lambda: line.down, 20)
+    gateways.until(lambda: line.down)
     phone.says("no answer, trying again: UNAVAILABLE")
     line.restore()
     assert phone.finish() == 0, phone.errors
@@ -87,11 +87,11 @@ def test_a_phone_that_is_killed_goes_on_with_the_chunk_it_lacks(offered: World) 
 
     def slow(name: str, context: grpc.ServicerContext) -> None:
         if name == "Download" and len(asked(base)) == 3:
-            killed.wait(30)
+            killed.wait(60)
 
     offered.fake.before = slow
     phone = offered.start(once=True)
-    gateways.until(lambda: len(asked(base)) == 3, 20)
+    gateways.until(lambda: len(asked(base)) == 3)
     phone.kill()
     killed.set()
     again = offered.start(once=True)
@@ -170,8 +170,8 @@ def test_a_base_that_is_not_whole_any_more_is_fetched_again(offered: World, how:
             file.write(bytes([byte ^ 1]))
     else:
         os.truncate(base, MIB + 7)
-    gateways.until(lambda: len(phone.lines) > 1 and whole(offered), 20)
-    gateways.until(lambda: offered.fake.asked[-1][0] == "CheckIn", 20)
+    gateways.until(lambda: len(phone.lines) > 1 and whole(offered))
+    gateways.until(lambda: offered.fake.asked[-1][0] == "CheckIn")
     wanted = {"evicted": CHUNKS, "damaged": CHUNKS[2:], "cut short": CHUNKS[1:]}[how]
     assert offered.fake.downloads(offered.bundle / "base.ptd") == wanted
     assert not offered.fake.downloads(offered.bundle / "fp32.pte")

@@ -65,7 +65,7 @@ def test_a_phone_waits_until_it_meets_the_policy(
     assert phone.lines.count(f"waiting: {words}") == 1
     if device:
         offered.script("senses", [{"after": 0, **room}])
-        gateways.until(lambda: offered.fake.count("CheckIn"), 5)
+        gateways.until(lambda: offered.fake.count("CheckIn"))
 
 
 def test_a_policy_is_known_to_the_next_process(offered: World) -> None:
@@ -115,7 +115,7 @@ def test_a_task_that_comes_too_soon_is_given_up_without_training(
     offered.fake.policy = pb.Policy(**policy)
     offered.fake.tasks = [a_task(1), a_task(3)]
     offered.start()
-    gateways.until(lambda: len(offered.fake.reports) == 2, 20)
+    gateways.until(lambda: len(offered.fake.reports) == 2)
     assert [reply.error for _, reply in offered.fake.reports] == ["", words]
     assert len(offered.answers()) == 1
 
@@ -148,15 +148,16 @@ def test_a_phone_rests_while_a_condition_does_not_hold(
     offered.fake.lease_seconds = 3.0
     senses = offered.script("senses", [{"after": 0}])
     started = time.monotonic()
-    phone = offered.start({"passes": 150, "seconds": 0.02}, rounds=1, platform=f"script:{senses}")
+    phone = offered.start({"passes": 9999, "seconds": 0.02}, rounds=1, platform=f"script:{senses}")
     passes = offered.state() / "passes"
-    gateways.until(passes.exists, 20)
+    gateways.until(passes.exists)
     offered.script("senses", [{"after": 0, **device}])
-    phone.says(f"waiting: {words}", 3)
+    phone.says(f"waiting: {words}")
     done, rested = passes.read_text(), time.monotonic()
     time.sleep(1.2)
     assert passes.read_text() == done
     rest = time.monotonic() - rested
+    offered.script("stub-0", {"passes": int(done) + 20, "seconds": 0.02})
     offered.script("senses", [{"after": 0}])
     assert phone.finish() == 0, phone.errors
     lived = time.monotonic() - started
@@ -177,11 +178,11 @@ def test_a_condition_that_does_not_come_back_ends_the_task(offered: World) -> No
     senses = [{"after": 0}, {"after": 1.5, "charging": False, "battery_percent": 90}]
     script = offered.script("senses", senses)
     phone = offered.start(LONG, platform=f"script:{script}")
-    gateways.until(lambda: offered.fake.reports, 20)
+    gateways.until(lambda: offered.fake.reports)
     ((_, reply),) = offered.fake.reports
     assert reply.error == "given up: not charging any more"
     phone.says("waiting: not charging")
-    gateways.until(lambda: len(offered.history()) == 2, 5)
+    gateways.until(lambda: len(offered.history()) == 2)
     (line,) = [line for line in offered.history() if line["run"]]
     assert (line["accepted"], line["battery"]) == (False, 10)
 
@@ -203,7 +204,7 @@ def test_a_limit_of_a_day_ends_the_task_at_once(
         {"after": 1.5, "charging": False, "battery_percent": 75},
     ]
     offered.start(LONG, platform=f"script:{offered.script('drain', drain)}")
-    gateways.until(lambda: offered.fake.reports, 20)
+    gateways.until(lambda: offered.fake.reports)
     assert offered.fake.reports[0][1].error == words
 
 
@@ -214,16 +215,14 @@ def test_work_that_a_signal_ends_counts_against_the_limits_of_a_day(
     offered.fake.tasks = [a_task()]
     phone = offered.start(LONG, daily_seconds=5)
     record = offered.state() / "session.json"
-    gateways.until(lambda: record.exists() and json.loads(record.read_text())["seconds"] > 2, 30)
+    gateways.until(lambda: record.exists() and json.loads(record.read_text())["seconds"] > 2)
     phone.process.send_signal(number)
     phone.finish()
     again = offered.start(LONG, daily_seconds=5)
-    began = time.monotonic()
     again.says("not accepted: given up: today's time is used up")
-    assert time.monotonic() - began < 4
     worked = [line["seconds"] for line in offered.history() if line["run"]]
     assert len(worked) == 2
-    assert 5 <= sum(line["seconds"] for line in offered.history()) < 6
+    assert worked[1] < 5 <= sum(line["seconds"] for line in offered.history())
 
 
 def test_an_update_waits_for_an_unmetered_network(offered: World) -> None:
@@ -237,12 +236,12 @@ def test_an_update_waits_for_an_unmetered_network(offered: World) -> None:
     stub = {"passes": 2, "seconds": 0.4, "payload": str(payload)}
     phone = offered.start(stub, rounds=1, platform=f"script:{senses}")
     passes = offered.state() / "passes"
-    gateways.until(lambda: passes.exists() and passes.read_text() == "1", 20)
+    gateways.until(lambda: passes.exists() and passes.read_text() == "1")
     time.sleep(0.1)
     offered.script("senses", [{"after": 0, "metered": True}])
     phone.says("waiting: not on an unmetered network")
     before = offered.fake.count("Heartbeat")
-    gateways.until(lambda: offered.fake.count("Heartbeat") > before + 2, 20)
+    gateways.until(lambda: offered.fake.count("Heartbeat") > before + 2)
     assert not offered.fake.count("Upload")
     offered.script("senses", [{"after": 0}])
     assert phone.finish() == 0, phone.errors

@@ -196,7 +196,7 @@ def test_a_real_round(offered: World, tmp_path: Path) -> None:
             root_certificates=tmp_path / "real" / "certs" / "ca.pem",
         )
         assert phone.finish() == 0, phone.lines
-        asking.join(20)
+        asking.join(60)
     assert phone.lines[-1] == "round 1 as gate/p1: accepted"
     assert replies[0].clients == 1
     (asked,) = offered.answers()

@@ -137,7 +137,7 @@ class Asked:
     replies: list[Reply]
 
     def result(self) -> Reply:
-        self.thread.join(20)
+        self.thread.join(60)
         return self.replies[0]
 
 
@@ -222,7 +222,7 @@ def test_a_phone_stops_within_a_step_once_nobody_wants_its_result(world: World) 
         threads[0].start()
         gateways.until(lambda: world.gateway.rounds.job and world.gateway.rounds.job.round.leases)
         fast.run(rounds=1)
-        threads[0].join(20)
+        threads[0].join(60)
     assert ended.is_set()
     assert asked.result().clients == 1
     assert said[-1].startswith("round 1 as gate/p1: not accepted")
@@ -297,7 +297,7 @@ def test_a_phone_outlives_a_gateway_that_starts_again(tmp_path: Path) -> None:
 
     def wait(wanted: Callable[[], bool]) -> None:
         training.set()
-        back.wait(10)
+        back.wait(60)
 
     trainer = Scripted(one, during=wait)
     with gateways.serving(tmp_path, seats=1) as world:
@@ -309,7 +309,7 @@ def test_a_phone_outlives_a_gateway_that_starts_again(tmp_path: Path) -> None:
         answering = threading.Thread(target=lambda: world.gateway.answer(packet))
         answering.start()
         serving.start()
-        assert training.wait(10)
+        assert training.wait(60)
     trainer.task = two
     back.set()  # the phone delivers to nobody
     gateways.until(lambda: said and said[-1].startswith("no answer, trying again"))
@@ -325,7 +325,7 @@ def test_a_phone_outlives_a_gateway_that_starts_again(tmp_path: Path) -> None:
     try:
         asked = ask(replace(world, gateway=gateway), two)
         found = asked.result()
-        serving.join(10)
+        serving.join(60)
     finally:
         server.stop()
         phone.channel.close()
@@ -571,7 +571,7 @@ def test_while_nobody_answers_a_phone_tries_for_ever_and_says_so_once(tmp_path: 
         gateways.until(lambda: len(waits) >= 10)
         assert thread.is_alive()
         phone.stop.set()
-        thread.join(20)
+        thread.join(60)
     assert said == ["no answer, trying again: UNAVAILABLE"]
     growing = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
     assert all(0.5 <= wait / pause <= 1.5 for wait, pause in zip(waits, growing, strict=False))

@@ -59,7 +59,7 @@ def test_each_thread_has_its_own_facts() -> None:
 
     def work(name: str) -> None:
         with logs.bind(client=name):
-            both_bound.wait(10)
+            both_bound.wait(60)
             logs.logger("gateway").info(f"from {name}")
 
     threads = [threading.Thread(target=work, args=(name,)) for name in ("ada", "ben")]

@@ -84,7 +84,7 @@ def test_where_the_system_has_no_wait4_its_cpu_time_is_not_known(
 def test_a_sleeping_child_uses_no_cpu_time_to_speak_of(start: Start) -> None:
     child = ended(start("import time; time.sleep(1)"))
     assert child.cpu_seconds is not None
-    assert child.cpu_seconds < 0.5
+    assert child.cpu_seconds < 1
 
 
 def test_where_the_system_takes_the_dead_an_end_is_seen_all_the_same(start: Start) -> None:

@@ -29,20 +29,25 @@ Make = Callable[[Path], Path]
 LABELS = ["no", "perhaps", "yes"]
 IDS = torch.arange(2, 26).reshape(2, 12)
 
-# Nothing of Corolla: what README tells a user to do, under a seed of one's own.
+# Nothing of Corolla: what README tells a user to do, under seeds of one's own.
 PLAIN = """
 import os, sys, torch
 from peft import PeftConfig, PeftModel
 from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification
-torch.manual_seed(int(sys.argv[3]))
-adapter = sys.argv[1]
+adapter, out, *seeds = sys.argv[1:]
 name = os.path.join(adapter, PeftConfig.from_pretrained(adapter).base_model_name_or_path)
-base = AutoModelForSequenceClassification.from_pretrained(name, num_labels=3, dtype=torch.float32)
-model = PeftModel.from_pretrained(base, adapter).eval()
 ids = torch.arange(2, 26).reshape(2, 12)
-with torch.no_grad():
-    save_file({"logits": model(input_ids=ids).logits}, sys.argv[2])
+found = {}
+for seed in seeds:
+    torch.manual_seed(int(seed))
+    base = AutoModelForSequenceClassification.from_pretrained(
+        name, num_labels=3, dtype=torch.float32
+    )
+    model = PeftModel.from_pretrained(base, adapter).eval()
+    with torch.no_grad():
+        found[seed] = model(input_ids=ids).logits
+save_file(found, out)
 """
 
 
@@ -57,13 +62,14 @@ def labelled(tmp_path: Path) -> str:
     return str(path)
 
 
-def plain(adapter: Path, folder: Path, seed: int) -> Tensor:
-    """Logits on IDS by transformers and peft alone, in a process of their own."""
-    out = folder / f"logits-{seed}.safetensors"
-    command = [sys.executable, "-c", PLAIN, str(adapter), str(out), str(seed)]
+def plain(adapter: Path, folder: Path, *seeds: int) -> list[Tensor]:
+    """Logits on IDS by transformers and peft alone, in a process of their own, for each seed."""
+    out = folder / "logits.safetensors"
+    command = [sys.executable, "-c", PLAIN, str(adapter), str(out), *map(str, seeds)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     assert done.returncode == 0, done.stderr
-    return load_file(out)["logits"]
+    found = load_file(out)
+    return [found[str(seed)] for seed in seeds]
 
 
 def logits(model: Any) -> Tensor:
@@ -134,7 +140,7 @@ def test_everybody_loads_the_same_model(settings: Settings, tmp_path: Path, labe
     config = settings(model=str(checkpoints.masked_bert(tmp_path)), data=labelled, cohort=3)
     out = tmp_path / "run"
     simulate(config, out)
-    one, other = (plain(out / "adapter", tmp_path, seed) for seed in (1, 2))
+    one, other = plain(out / "adapter", tmp_path, 1, 2)
     assert torch.equal(one, other)
     merged = tmp_path / "merged"
     export_merged(out / "adapter", None, merged)

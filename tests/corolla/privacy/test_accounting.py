@@ -3,11 +3,13 @@
 import math
 
 import pytest
+from dp_accounting import NeighboringRelation, dp_event, rdp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import brentq
 from scipy.stats import norm
 
+from corolla.privacy import accounting
 from corolla.privacy.accounting import (
     Release,
     calibrate,
@@ -59,6 +61,19 @@ def test_anchors(
     assert found - 2e-3 <= opinions["PRV"] <= found + 0.0105
     assert opinions["RDP"] >= found
     assert opinions == pytest.approx({"RDP": rdp, "PRV": prv}, abs=PRINTED)
+
+
+@pytest.mark.parametrize("delta", [1e-9, 1e-5, 8e-3])
+@pytest.mark.parametrize("q", [0.003, 0.05, 0.4, 1.0])
+@pytest.mark.parametrize("z", [0.1, 0.6, 1.5, 30.0])
+def test_the_order_of_rdp_is_the_best_of_all(z: float, q: float, delta: float) -> None:
+    """To the bit: a search looks at few orders, here dp-accounting is asked for all."""
+    for counted in (((z, q, 3),), ((z, q, 4000), (2 * z, 0.01, 7))):
+        accountant = rdp.RdpAccountant(accounting._ORDERS, NeighboringRelation.ADD_OR_REMOVE_ONE)
+        for noise, share, count in counted:
+            one = dp_event.PoissonSampledDpEvent(share, dp_event.GaussianDpEvent(noise))
+            accountant.compose(dp_event.SelfComposedDpEvent(one, count))
+        assert accounting._by_rdp(counted, delta) == accountant.get_epsilon(delta)
 
 
 @pytest.mark.parametrize(("setting", "rdp", "prv"), OPACUS)

@@ -108,7 +108,7 @@ def test_no_trainer_is_said_in_time(tmp_path: Path) -> None:
     with pytest.raises(PeerError, match="no trainer answers") as caught:
         rpc.ask_trainer(tmp_path / "none.sock", Packet(b"", b""), 0.5)
     assert caught.value.gone
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 60
 
 
 def test_a_busy_trainer_is_told_that_nobody_waits(tmp_path: Path) -> None:
@@ -122,9 +122,9 @@ def test_a_busy_trainer_is_told_that_nobody_waits(tmp_path: Path) -> None:
 
     with trainer(tmp_path, slow) as path:
         with pytest.raises(PeerError, match="busy") as caught:
-            rpc.ask_trainer(path, Packet(b"", b""), 0.5)
+            rpc.ask_trainer(path, Packet(b"", b""), 3)
         assert not caught.value.gone
-        assert gave_up.wait(5)
+        assert gave_up.wait(60)
 
 
 def test_packets_are_answered_one_at_a_time(tmp_path: Path) -> None:
@@ -164,11 +164,11 @@ def test_what_was_given_up_while_it_waited_is_never_begun(tmp_path: Path) -> Non
     with trainer(tmp_path, slow) as path, grpc.insecure_channel(f"unix:{path}") as channel:
         ask = device_pb2_grpc.TrainerStub(channel).Answer  # type: ignore[no-untyped-call]
         first = ask.future(device_pb2.Packet(header=b"1"))
-        assert first_begun.wait(30)
+        assert first_begun.wait(60)
         second = ask.future(device_pb2.Packet(header=b"2"))
         second.cancel()
         first.cancel()
-        assert ask(device_pb2.Packet(header=b"3"), timeout=30).header == b"3"
+        assert ask(device_pb2.Packet(header=b"3"), timeout=60).header == b"3"
     assert begun == [b"1", b"3"]
 
 
@@ -214,7 +214,7 @@ def test_a_trainer_that_dies_at_work_is_gone(tmp_path: Path) -> None:
             with pytest.raises(PeerError, match="ended before") as caught:
                 rpc.ask_trainer(path, Packet(b"", b""), 30)
             assert caught.value.gone
-            assert process.wait(10) == 9
+            assert process.wait(60) == 9
 
 
 def test_who_answers_knows_how_long_its_caller_waits(tmp_path: Path) -> None:
@@ -227,10 +227,10 @@ def test_who_answers_knows_how_long_its_caller_waits(tmp_path: Path) -> None:
     with rpc.private_socket(tmp_path) as path:
         server = rpc.serve_trainer(answer, path)
         try:
-            rpc.ask_trainer(path, Packet(b"a", b""), 5)
+            rpc.ask_trainer(path, Packet(b"a", b""), 60)
         finally:
             server.stop(None).wait()
-    assert 0 < left[0] <= 5
+    assert 0 < left[0] <= 60
 
 
 def test_tls_is_served_and_a_foreign_ca_is_refused(tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_tls_is_served_and_a_foreign_ca_is_refused(tmp_path: Path) -> None:
             with rpc.tls_channel(f"127.0.0.1:{server.port}", ca, most_bytes=1 << 20) as channel:
                 ready = grpc.channel_ready_future(channel)
                 if trusted:
-                    ready.result(timeout=10)
+                    ready.result(timeout=60)
                 else:
                     with pytest.raises(grpc.FutureTimeoutError):
                         ready.result(timeout=1)

@@ -29,7 +29,7 @@ def served(folder: Path) -> Iterator[int]:
 
 def scrape(port: int) -> Samples:
     """(name, value of its label or "") → value."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
         text = answer.read().decode()
     return {
         (sample.name, "".join(sample.labels.values())): sample.value

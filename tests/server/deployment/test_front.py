@@ -139,7 +139,7 @@ def nginx(folder: Path, upstream: int) -> Iterator[str]:
     assert tried.returncode == 0, tried.stderr
     with subprocess.Popen(command, stdin=subprocess.DEVNULL) as process:
         try:
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + 60
             while True:
                 with contextlib.suppress(OSError):
                     socket.create_connection(("127.0.0.1", port), timeout=1).close()
@@ -156,7 +156,7 @@ def nginx(folder: Path, upstream: int) -> Iterator[str]:
 def client(front: Door, tmp_path: Path) -> Iterator[httpx.Client]:
     context = ssl.create_default_context(cafile=str(tmp_path / "outer" / "ca.pem"))
     with httpx.Client(
-        base_url=f"https://{front.address}", verify=context, timeout=10, trust_env=False
+        base_url=f"https://{front.address}", verify=context, timeout=60, trust_env=False
     ) as made:
         yield made
 
@@ -485,7 +485,7 @@ def open_tls(front: Door) -> Iterator[ssl.SSLSocket]:
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     with (
-        socket.create_connection((host, int(port)), timeout=10) as plain,
+        socket.create_connection((host, int(port)), timeout=60) as plain,
         context.wrap_socket(plain) as secured,
     ):
         yield secured

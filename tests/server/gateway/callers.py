@@ -40,7 +40,7 @@ class Caller:
 
     def call(self, name: str, request: Any) -> Any:
         metadata = (("authorization", f"Bearer {self.token}"),)
-        return getattr(self.stub, name)(request, metadata=metadata, timeout=10)
+        return getattr(self.stub, name)(request, metadata=metadata, timeout=60)
 
     def check_in(self, **changes: Any) -> pb.CheckInResponse:
         values: dict[str, Any] = {

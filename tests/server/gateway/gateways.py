@@ -355,7 +355,7 @@ def update_of(task: Task, client: str, value: float = 1.0, examples: int = 3) ->
     )
 
 
-def until(true: Callable[[], object], seconds: float = 10.0) -> None:
+def until(true: Callable[[], object], seconds: float = 60.0) -> None:
     """Wait for something to become true."""
     end = time.monotonic() + seconds
     while not true():
