@@ -14,6 +14,7 @@ import torch
 from corolla.client.training.worker import Worker
 from corolla.commands.check.findings import Result
 from corolla.commands.check.proofs import conform
+from corolla.config.asked import takes_parts
 from corolla.config.build import build_strategy
 from corolla.directions import seedlog
 from corolla.errors import ConfigError
@@ -37,7 +38,7 @@ SPEC = LoraSpec(4, 8.0)
 CLAIMED = [*DECLARED.values(), "as expected", "one client", "weights = examples"]
 CLAIMED += ["shares alone count", "linear as declared"]
 LIMITS = {
-    **dict.fromkeys(CLAIMED, 1e-6),
+    **dict.fromkeys([*CLAIMED, "blocks by class"], 1e-6),
     **dict.fromkeys(["grouping", "order", "partial sums", "starts from the model"], 1e-6),
     **dict.fromkeys(["bytes up = formula", "bytes down = formula"], 0.0),
     **{"bytes at first = formula": 0.0, "evaluates the model": 1e-6},
@@ -175,8 +176,8 @@ def test_more_than_one_way_to_train_needs_all_of_them(name: str) -> None:
 # Proofs on effective weights
 
 
-def proofs(name: str) -> set[str]:
-    """All that a strategy must be held against, by what it says of itself."""
+def proofs(name: str, model: str) -> set[str]:
+    """All that a strategy must be held against on a model, by what it says of itself."""
     strategy, said = create(name), traits(name)
     claim = DECLARED.get(strategy.aggregates)
     found = ALWAYS | ({claim, "one client"} if claim else {"as expected"})
@@ -188,6 +189,8 @@ def proofs(name: str) -> set[str]:
         found |= {"directions of one's own"}
     if name in ("flora", "fedex_lora"):
         found |= {"best of max_rank", "max_rank adds up"}
+    if takes_parts(strategy) and model == "bert":
+        found |= {"blocks by class"}
     if said.mirrors:
         found |= {"mirrors what clients keep"}
     if said.mirrors or said.personal:
@@ -199,8 +202,9 @@ def proofs(name: str) -> set[str]:
 def test_conforms(name: str, result: Result, model: str) -> None:
     """Every expected proof is there, with the expected limit, and holds."""
     found = {f.check: f for f in result.findings if f.model == model and not f.options}
-    assert found.keys() == proofs(name)
-    off = {check: rounding(name) if check in CLAIMED else 0.0 for check in found}
+    assert found.keys() == proofs(name, model)
+    claimed = {*CLAIMED, "blocks by class"}
+    off = {check: rounding(name) if check in claimed else 0.0 for check in found}
     assert {c: f.limit for c, f in found.items()} == {c: LIMITS[c] + off[c] for c in found}
     assert rounding(name) <= 2**-11
     assert [finding for finding in found.values() if not finding.passed] == []
