@@ -262,7 +262,8 @@ def _convert(gguf: Path) -> Path:
                 raise
     except LOADING as error:
         reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"cannot convert {gguf}: {reason} (pip install 'corolla[gguf]')") from error
+        hint = "pip install 'corolla[gguf]'"
+        raise ModelError(f"cannot convert {gguf}: {reason} ({hint})") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
