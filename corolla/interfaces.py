@@ -226,6 +226,11 @@ class Traits:
     next (top-k with error feedback)."""
     stale: bool = False
     """An update made from an older state may still be applied (asynchronous aggregation)."""
+    partial: Literal["", "absent", "sent"] = ""
+    """How an update says that some blocks were not trained; "" where it cannot.
+
+    Without their tensors, where the aggregate takes these for no change; or with them as they were.
+    """
     dense: bool = False
     """All trained tensors are treated alike: any set of parameters can be trained."""
     optimizers: tuple[str, ...] = ("adamw", "sgd")

@@ -84,6 +84,18 @@ class Size:
     round: int = 1
     rank: int = 0
     modules: int = 0
+    part: Size | None = None
+    """The size of what the client trains of the adapter, where that is some blocks alone."""
+
+    @property
+    def trained(self) -> Size:
+        """The size of what the client trains."""
+        return self.part or self
+
+    @property
+    def values(self) -> int:
+        """All values of the adapter and the head."""
+        return self.A + self.B + self.head
 
 
 @dataclass(frozen=True)

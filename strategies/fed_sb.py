@@ -48,6 +48,7 @@ class FedSb:
     mixed_ranks: ClassVar[bool] = False
     trainers: ClassVar[tuple[TrainerName, ...]] = ("first_order",)
     full: ClassVar[bool] = False
+    partial: ClassVar[str] = "absent"
     when: ClassVar[str] = "fewest bytes with backpropagation, at a large rank; suits DP"
 
     def init(self, start: Params, seed: int) -> Payload:
@@ -92,8 +93,8 @@ class FedSb:
     def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
         costs = []
         for s in cohort:
-            bytes = 4 * (s.modules * s.rank**2 + s.head)
-            costs.append(Cost(up=bytes, down=bytes, once=4 * (s.A + s.B)))
+            up, down = (4 * (own.modules * s.rank**2 + s.head) for own in (s.trained, s))
+            costs.append(Cost(up, down, once=4 * (s.A + s.B)))
         return costs
 
 

@@ -45,6 +45,7 @@ class FedAvg:
     full: ClassVar[bool] = False
     dense: ClassVar[bool] = True
     stale: ClassVar[bool] = True
+    partial: ClassVar[str] = "absent"
     when: ClassVar[str] = "the baseline; exact only where clients agree on A or on B"
 
     def init(self, start: Params, seed: int) -> Payload:
@@ -71,4 +72,4 @@ class FedAvg:
         return Adapter(state["adapter"])
 
     def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
-        return [Cost(up=4 * n, down=4 * n) for n in (s.A + s.B + s.head for s in cohort)]
+        return [Cost(up=4 * s.trained.values, down=4 * s.values) for s in cohort]

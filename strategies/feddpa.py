@@ -31,6 +31,7 @@ class FedDpa(FedAvg):
     keeps: ClassVar[bool] = True
     dense: ClassVar[bool] = False
     stale: ClassVar[bool] = False
+    partial: ClassVar[str] = ""
     when: ClassVar[str] = "a model for each client beside a global one, at twice the local steps"
 
     share: float = option(

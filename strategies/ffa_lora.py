@@ -41,6 +41,7 @@ class FfaLora:
     trainers: ClassVar[tuple[TrainerName, ...]] = ("first_order",)
     full: ClassVar[bool] = False
     stale: ClassVar[bool] = True
+    partial: ClassVar[str] = "absent"
     when: ClassVar[str] = "exact at about half the bytes, if a random A is enough; suits DP"
 
     def init(self, start: Params, seed: int) -> Payload:
@@ -69,4 +70,7 @@ class FfaLora:
         return Adapter({**state["A"], **state["adapter"]})
 
     def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
-        return [Cost(up=4 * (s.B + s.head), down=4 * (s.B + s.head), once=4 * s.A) for s in cohort]
+        return [
+            Cost(up=4 * (s.trained.B + s.head), down=4 * (s.B + s.head), once=4 * s.A)
+            for s in cohort
+        ]

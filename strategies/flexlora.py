@@ -52,6 +52,7 @@ class FlexLora:
     updates: ClassVar[str] = "factors"
     individual: ClassVar[bool] = True
     bounded: ClassVar[bool] = False
+    partial: ClassVar[str] = "sent"
     when: ClassVar[str] = "clients of different ranks, at the bytes of their own rank"
 
     balanced: bool = option(
@@ -110,7 +111,7 @@ class FlexLora:
         return Adapter(state["head"], frozen=(state["global"],))
 
     def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
-        return [Cost(up=4 * n, down=4 * n) for n in (s.A + s.B + s.head for s in cohort)]
+        return [Cost(up=4 * s.values, down=4 * s.values) for s in cohort]
 
     def expected(self, rounds: Sequence[Observed]) -> Params:
         """The SVD of the dense mean."""

@@ -59,6 +59,7 @@ class Flora:
     individual: ClassVar[bool] = True
     bounded: ClassVar[bool] = False
     stale: ClassVar[bool] = True
+    partial: ClassVar[str] = "absent"
     when: ClassVar[str] = "exact with clients of different ranks, over few and long rounds"
 
     max_rank: int | None = option(
@@ -122,9 +123,9 @@ class Flora:
         return Adapter(state["head"], tuple(blocks.of(state).values()))
 
     def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
-        stack = sum(s.A + s.B for s in cohort)
+        stack = sum(s.trained.A + s.trained.B for s in cohort)
         cut = self.energy < 1
-        return [Cost(4 * (s.A + s.B + s.head), 4 * (stack + s.head), at_most=cut) for s in cohort]
+        return [Cost(4 * s.trained.values, 4 * (stack + s.head), at_most=cut) for s in cohort]
 
     @property
     def exact(self) -> bool:
@@ -158,4 +159,4 @@ class Flora:
         if block is None:
             return self.cost(cohort)
         made = tree.count(block)
-        return [Cost(4 * (s.A + s.B + s.head), 4 * (made + s.head)) for s in cohort]
+        return [Cost(4 * s.trained.values, 4 * (made + s.head)) for s in cohort]

@@ -36,6 +36,7 @@ class LoraFair(FedAvg):
     bounded: ClassVar[bool] = False
     dense: ClassVar[bool] = False
     stale: ClassVar[bool] = False
+    partial: ClassVar[str] = ""
     when: ClassVar[str] = "nearer to exact than FedAvg at the same bytes, one rank for all"
 
     penalty: float = option(

@@ -30,7 +30,7 @@ LAYERS = (
     ("strategies",),
     ("config",),
     ("privacy", "data", "models"),
-    ("evaluation", "phones", "warnings"),
+    ("evaluation", "phones", "warnings", "estimates"),
     ("artefacts",),
     ("client", "server"),
     ("commands",),

@@ -16,9 +16,10 @@ import psutil
 
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
+from corolla.estimates import footprint
+from corolla.estimates.footprint import Batch, Estimate, Workload
 from corolla.interfaces import Strategy
-from corolla.models import anatomy, footprint
-from corolla.models.footprint import Batch, Estimate, Workload
+from corolla.models import anatomy
 from corolla.strategies import registry
 from corolla.types import TrainerName
 from corolla.wire.messages import Capabilities

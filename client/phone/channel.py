@@ -115,6 +115,9 @@ class Caller:
             data = method.call(request, metadata=self._metadata, timeout=seconds)
             size += len(data)
             return parse(method.answer(), data, protocol.MAX_MESSAGE)
+        except grpc.RpcError as error:
+            size += len((error.details() or "").encode())
+            raise
         finally:
             self.meter.count(size, self.clock.now() - began)
 

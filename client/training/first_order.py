@@ -12,6 +12,7 @@ from corolla.config import schedule
 from corolla.config.run import RunConfig
 from corolla.data.encoding import Encoded
 from corolla.errors import DataError, DivergedError
+from corolla.models import layers
 from corolla.models.trainable import Differentiable
 from corolla.privacy.example_level import ExampleLevel
 from corolla.types import Correct, Fit, LoraSpec, Params
@@ -51,7 +52,10 @@ class FirstOrder:
         if not (self.data or self.private):
             raise DataError("client has no example with a target left")
         spec = replace(self.lora, alpha=self.lora.alpha * strength)
-        trained = Trained(self.model, start, spec, frozen, train)
+        blocks = layers.trained(start, self.config.layers)
+        trained = Trained(
+            self.model, start, spec, frozen, lambda name: name in blocks and train(name)
+        )
         gradients = self._gradients()
         steps, distance = 0, 0.0
         with gradients.attach(trained) as taken:

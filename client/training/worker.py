@@ -20,6 +20,8 @@ from corolla.data.rows import Example, counted, unit_of, units
 from corolla.directions import seedlog
 from corolla.errors import ConfigError, CorollaError, ModelError, WireError
 from corolla.evaluation.scoring import halves, score_by_row
+from corolla.interfaces import Traits
+from corolla.models import layers
 from corolla.models.trainable import Differentiable, Trainable
 from corolla.privacy import example_level, ledger
 from corolla.privacy.example_level import ExampleLevel
@@ -310,7 +312,7 @@ class Worker:
         if config.dp != "example":
             data, skipped = self._tokens(client)
             member = self._member(data, task, received, config, seed)
-            update = self.strategy.local(member, received.groups)
+            update = _changed(self.strategy.local(member, received.groups), self.traits, config)
             return replace(update, metrics={**update.metrics, "skipped": float(skipped)})
         rows = self.data.clients[client].train
         level = example_level.example_level(config, counted(config.dp, rows), unit_of(rows))
@@ -320,7 +322,7 @@ class Worker:
         def local(rows: Callable[[], Sequence[Encoded]]) -> Update:
             member = self._member(rows(), task, received, config, seed)
             guarded = private.Guarded(replace(member, private=private.once(level)))
-            return self.strategy.local(guarded, received.groups)
+            return _changed(self.strategy.local(guarded, received.groups), self.traits, config)
 
         update = private.answered(
             lambda: local(lambda: self._tokens(client)[0]), lambda: local(lambda: ())
@@ -382,6 +384,13 @@ class Worker:
         while len(self._encoded) > _RESIDENT_CLIENTS:
             self._encoded.popitem(last=False)
         return self._encoded[client]
+
+
+def _changed(update: Update, traits: Traits, config: RunConfig) -> Update:
+    """An update without what was not trained, where the aggregate takes this for no change."""
+    if traits.partial != "absent":
+        return update
+    return replace(update, payload=layers.sent(update.payload, config.layers))
 
 
 def _save_personal(

@@ -1,5 +1,6 @@
 """Aggregators that concatenate the factors of LoRA: exact sums of products."""
 
+from collections.abc import Sequence
 from typing import Self
 
 from corolla.aggregation.sums import WeightedMean
@@ -10,8 +11,9 @@ from corolla.types import Params, Payload
 class Stack:
     """Concatenates factors so that the product of the result is Σ p_m B_m A_m, exactly.
 
-    p_m = w_m / Σ w goes into A alone. Keeps every client's factors: individual updates are
-    visible to the server and to every receiver of the result, so secure sums do not apply.
+    p_m = w_m / Σ w goes into A alone. A module that a client leaves out has a product of zero.
+    Keeps every client's factors: individual updates are visible to the server and to every
+    receiver of the result, so secure sums do not apply.
     """
 
     linear = False
@@ -30,7 +32,9 @@ class Stack:
         if not total > 0:
             raise ValueError("nothing to stack: the weights sum to 0")
         return {
-            group: factors.stack([factors.bake(p[group], w / total) for p, w in self._parts])
+            group: factors.stack(
+                _covering([factors.bake(p[group], w / total) for p, w in self._parts])
+            )
             for group in self._parts[0][0]
         }
 
@@ -69,6 +73,12 @@ class MeanAndResidual:
         blocks = [_residual(part, last, means, w / total) for part, w in self._parts[:-1]]
         blocks = blocks or [{n: t[:0] if factors.is_a(n) else t[:, :0] for n, t in last.items()}]
         return {**aggregate, "residual": factors.stack(blocks)}
+
+
+def _covering(parts: Sequence[Params]) -> Sequence[Params]:
+    """The parts with factors of rank 0 for modules that only others have."""
+    empty = {n: t[:0] if factors.is_a(n) else t[:, :0] for own in parts for n, t in own.items()}
+    return [{**empty, **own} for own in parts]
 
 
 def _residual(part: Params, last: Params, means: Params, share: float) -> Params:

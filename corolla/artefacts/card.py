@@ -77,6 +77,7 @@ def _training(info: Mapping[str, Any], licence: str) -> Sequence[str]:
         ("rounds", f"{config.rounds} asked; ended with: {info.get('ended', 'not yet')}"),
         ("local steps x batch size", f"{config.local_steps} x {config.batch_size}"),
         ("target modules", ", ".join(info["target_modules"]) or "all"),
+        *([("blocks", config.layers)] if config.layers else []),
         ("privacy", privacy["line"] if privacy else "no differential privacy"),
     ]
     return [told, "", "| trained | |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows), ""]

@@ -166,6 +166,12 @@ PROGRAM: Table = {
         more={"metavar": "A,B"},
         usual="the adapter's, or all linear ones",
     ),
+    "layers": Option(
+        str | None,
+        "Blocks with an adapter, as the key of runs.",
+        more={"metavar": "last:4"},
+        usual="the adapter's, or all",
+    ),
     "length": Option(int | None, "Tokens of a sequence, at most.", usual="256"),
     "base": Option(str | None, "fp32, q4 or fp32,q4.", usual="fp32,q4"),
     "serial": Option(

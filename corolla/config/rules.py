@@ -150,6 +150,34 @@ _STATE: tuple[Rule[Asked], ...] = (
     ),
 )
 
+_LAYERS: tuple[Rule[Asked], ...] = (
+    Rule(
+        when=lambda asked: asked.config.partial and not asked.config.kind.factors,
+        why=lambda asked: "classes.NAME.layers are those of LoRA adapters",
+        instead=lambda asked: f"parameters={asked.config.parameters} has none",
+    ),
+    Rule(
+        when=lambda asked: asked.config.partial and not asked.traits.partial,
+        why=lambda asked: (
+            f"in {asked.subject} a block that clients of a class do not train is not the same as "
+            f"no change of it"
+        ),
+        instead=lambda asked: f"use {_able(lambda cls: registry.traits(cls).partial)}",
+    ),
+    Rule(
+        when=lambda asked: asked.config.partial and "zeroth_order" in asked.trainers,
+        why=lambda asked: "classes.NAME.layers is for first-order clients",
+        instead="directions are of all trained tensors: set layers for the run",
+    ),
+    Rule(
+        when=lambda asked: (
+            asked.config.partial and (asked.config.robust != "none" or asked.config.dp == "client")
+        ),
+        why=lambda asked: "classes.NAME.layers makes updates of unlike forms",
+        instead="robust and dp=client are for updates of one form: set layers for the run",
+    ),
+)
+
 _CODECS: tuple[Rule[Asked], ...] = (
     Rule(
         when=lambda asked: asked.pipelines != (PLAIN, PLAIN) and asked.traits.updates == "scalars",
@@ -297,7 +325,7 @@ _TRAINERS: tuple[Rule[Asked], ...] = (
     ),
 )
 
-RULES = (*_STATE, *_CODECS, *_START, *_ROBUST, *_PRIVATE, *_TRAINERS)
+RULES = (*_STATE, *_LAYERS, *_CODECS, *_START, *_ROBUST, *_PRIVATE, *_TRAINERS)
 """Of several that apply, the first is told."""
 
 _GATEWAYS: tuple[Rule[Asked], ...] = (

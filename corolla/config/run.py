@@ -96,6 +96,11 @@ class RunConfig(Settings):
         return wanted or registry.find(self.strategy).trainers[0]
 
     @property
+    def partial(self) -> bool:
+        """True where clients of some class train a part of the blocks alone."""
+        return any(own.layers for own in self.classes.values())
+
+    @property
     def simulates_time(self) -> bool:
         """True where metrics tell how long rounds would take on the devices of the classes."""
         given = (own.speed or own.upload or own.download for own in self.classes.values())

@@ -7,6 +7,26 @@ on: what a server waits for comes at once from whoever has it.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from ipaddress import IPv6Address, ip_address, ip_network
+
+_SUBNET = 64
+"""Bits of an IPv6 address that its network has; whoever has one address there has them all."""
+
+
+def network(address: str) -> str:
+    """Whose callers count together: an IPv4 address, or the network of an IPv6 address.
+
+    A text that is no address, of a local socket for example, is returned as it is.
+    """
+    try:
+        found = ip_address(address)
+    except ValueError:
+        return address
+    if not isinstance(found, IPv6Address):
+        return str(found)
+    if found.ipv4_mapped:  # IPv4 callers of a socket that listens for both
+        return str(found.ipv4_mapped)
+    return str(ip_network((int(found), _SUBNET), strict=False))
 
 
 @dataclass(eq=False)

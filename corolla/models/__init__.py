@@ -1,1 +1,1 @@
-"""Base models, what is trained in them, and what that needs in memory."""
+"""Base models, and what is trained in them."""

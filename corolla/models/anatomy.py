@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 from corolla.embedded.assets import asset
 from corolla.errors import ModelError
+from corolla.models import layers
 from corolla.tensors import factors
 from corolla.types import LoraSpec
 
@@ -76,16 +77,20 @@ class Anatomy:
         """Queries and keys have norms of their own."""
         return any("q_norm" in name or "attn_q_norm" in name for name in self._block())
 
-    def linear(self, targets: Sequence[str] | None = None) -> dict[str, tuple[int, int]]:
-        """(out, in) of the linear layers by name; of those that are meant by `targets`.
+    def linear(
+        self, targets: Sequence[str] | None = None, blocks: str | None = None
+    ) -> dict[str, tuple[int, int]]:
+        """(out, in) of the linear layers by name; of those meant by `targets`, in these blocks.
 
-        Raises ModelError for a target that matches none.
+        `blocks` are as the key `layers` has them. Raises ModelError for a target that matches none,
+        and for a block that there is not.
         """
         found = {
             name.removesuffix(".weight"): (shape[0], shape[1])
             for name, shape in self.tensors.items()
             if len(shape) == 2 and name.endswith(".weight") and not _OUTSIDE.search(name)
         }
+        found = {name: found[name] for name in layers.kept(found, blocks)}
         if not targets:
             return found
         for target in targets:
@@ -93,10 +98,12 @@ class Anatomy:
                 raise ModelError(f"target modules {target} match nothing in {self.name}")
         return {n: s for n, s in found.items() if any(_meant(n, target) for target in targets)}
 
-    def adapter(self, spec: LoraSpec, targets: Sequence[str] | None = None) -> dict[str, Shape]:
+    def adapter(
+        self, spec: LoraSpec, targets: Sequence[str] | None = None, blocks: str | None = None
+    ) -> dict[str, Shape]:
         """Shapes of the factors of a LoRA adapter."""
         shapes: dict[str, Shape] = {}
-        for name, (out, into) in self.linear(targets).items():
+        for name, (out, into) in self.linear(targets, blocks).items():
             if spec.rank > min(out, into):
                 raise ModelError(f"rank {spec.rank} is larger than module {name} ({out} x {into})")
             shapes[name + factors.A], shapes[name + factors.B] = (

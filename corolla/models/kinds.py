@@ -33,13 +33,13 @@ class Form:
 
 
 def _lora_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[str, Shape]:
-    return anatomy.adapter(config.lora, config.target_modules)
+    return anatomy.adapter(config.lora, config.target_modules, config.layers)
 
 
 def _lora(config: RunConfig, base: Base) -> LoraModel:
     from corolla.models.lora import LoraModel
 
-    return LoraModel(base, config.target_modules, config.dropout)
+    return LoraModel(base, config.target_modules, config.dropout, config.layers)
 
 
 def _dense(config: RunConfig, base: Base) -> DenseModel:

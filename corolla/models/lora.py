@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from corolla.directions import moving
 from corolla.errors import ModelError
-from corolla.models import devices
+from corolla.models import devices, layers
 from corolla.models.adapter_files import (
     PREFIX,
     _inputs_in_fp32,
@@ -55,16 +55,18 @@ class LoraModel(Unrounded):
         base: Base,
         targets: Sequence[str] | None = None,
         dropout: float = 0.0,
+        blocks: str | None = None,
     ) -> None:
         """Adapters on `targets` (suffixes of module names; None: all linear layers but the output).
 
-        Raises ModelError when they match no linear layer.
+        `blocks`: in which blocks, as the key `layers` has them; None: in all. Raises ModelError
+        when targets match no linear layer, and for a block that there is not.
         """
         self.base = base
         heads = heads_of(base)
         self._head_dtype = base.model.dtype
         self.targets = list(targets) if targets else _linear_suffixes(base.model, heads)
-        self.shapes = targeted(base, self.targets)
+        self.shapes = targeted(base, self.targets, blocks)
         conv1d = any(isinstance(base.model.get_submodule(n), Conv1D) for n in self.shapes)
         self._config = LoraConfig(
             task_type=TaskType.SEQ_CLS if base.task == "classify" else TaskType.CAUSAL_LM,
@@ -72,6 +74,7 @@ class LoraModel(Unrounded):
             lora_alpha=1,
             lora_dropout=dropout,
             target_modules=self.targets,
+            layers_to_transform=layers.chosen(_names(base, heads), blocks) if blocks else None,
             modules_to_save=heads or None,
             exclude_modules=heads or None,
             fan_in_fan_out=conv1d,
@@ -301,13 +304,17 @@ def _stacked(parts: Sequence[Params]) -> Params:
     return factors.pad(stacked, factors.rank(stacked))
 
 
-def targeted(base: Base, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """(out, in) of the linear layers that are meant by `targets`, by name.
+def targeted(
+    base: Base, targets: Sequence[str], blocks: str | None = None
+) -> dict[str, tuple[int, int]]:
+    """(out, in) of the linear layers that are meant by `targets`, in these blocks, by name.
 
-    Raises ModelError for a target that matches none.
+    Raises ModelError for a target that matches none, and for a block that there is not.
     """
     heads = heads_of(base)
+    within_blocks = layers.kept(_names(base, heads), blocks)
     shapes = _shapes(base.model, targets, heads)
+    shapes = {name: shapes[name] for name in within_blocks if name in shapes}
     idle = [t for t in targets if not any(_matches(name, t) for name in shapes)]
     if idle:
         known = ", ".join(_linear_suffixes(base.model, heads)[:12])
@@ -324,6 +331,10 @@ def _linear(model: PreTrainedModel, heads: Sequence[str]) -> Iterator[tuple[str,
         is_linear = isinstance(module, nn.Linear | Conv1D) or "Linear" in type(module).__name__
         if is_linear and module is not output and not within(name, heads):
             yield name, module
+
+
+def _names(base: Base, heads: Sequence[str]) -> list[str]:
+    return [name for name, _ in _linear(base.model, heads)]
 
 
 def _linear_suffixes(model: PreTrainedModel, heads: Sequence[str]) -> list[str]:

@@ -133,8 +133,10 @@ def load(config: RunConfig, labels: Sequence[str] = ()) -> Base:
     check_length(config, model)
     if config.gradient_checkpointing:
         # Hooks that tell the gradients of examples apart work with the reentrant kind alone.
-        model.activation_checkpointing_enable({"use_reentrant": config.dp == "example"})
-        model.enable_input_require_grads()
+        reentrant = config.dp == "example"
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        if reentrant:  # which passes nothing back to a block whose inputs need no gradient
+            model.enable_input_require_grads()
         heap.spare_memory()
     return base
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from corolla.config.run import RunConfig
+from corolla.config.load import validate
 from corolla.data.rows import read_rows
 from corolla.errors import ArtefactError, ConfigError, ModelError
 from corolla.host.processes import terminate_as_interrupt
@@ -27,11 +27,15 @@ weights and arena: 11 to 17 MB (models of 1 and 16 million parameters, 16 to 128
 
 
 class Order(NamedTuple):
-    """An order to export: `model` is a name or a folder; targets None: all linear layers."""
+    """An order to export: `model` is a name or a folder; targets None: all linear layers.
+
+    `layers`: the blocks with an adapter, as the key of runs; None: all.
+    """
 
     model: str
     rank: int
     targets: tuple[str, ...] | None
+    layers: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,7 @@ class ExportRequest:
     """Where the base of an adapter is now, if elsewhere."""
     rank: int | None = None
     targets: Sequence[str] | None = None
+    layers: str | None = None
     length: int = 256
     """Tokens of a sequence."""
     bases: str = "fp32,q4"
@@ -75,7 +80,7 @@ def make(request: ExportRequest, say: Callable[[str], None] = lambda text: None)
     chosen = [base for base in BASES if base in bases.split(",")]
     if unknown := sorted(set(bases.split(",")) - set(BASES)):
         raise ConfigError(f"--base {unknown[0]!r} is unknown: use fp32, q4 or fp32,q4")
-    order = wanted(request.source, request.rank, request.targets)
+    order = wanted(request.source, request.rank, request.targets, request.layers)
     order = order._replace(model=request.model or order.model)
     say(f"loading {order.model}")
     adapter = _load(order, request.length)
@@ -106,15 +111,19 @@ def summary(manifest: bundle.Manifest, out: str) -> str:
     return f"{out}: {', '.join(made)}; every program agrees with torch; signed"
 
 
-def wanted(source: str, rank: int | None, targets: Sequence[str] | None) -> Order:
+def wanted(
+    source: str, rank: int | None, targets: Sequence[str] | None, layers: str | None
+) -> Order:
     """Returns the order: as given, else as an adapter says, else rank 8 on all linear layers."""
     path = Path(source) / "adapter_config.json"
     if not path.is_file():
-        return Order(source, rank or 8, tuple(targets) if targets else None)
+        return Order(source, rank or 8, tuple(targets) if targets else None, layers)
     try:
         config = json.loads(path.read_text())
         kind, own = config["peft_type"], config["target_modules"]
         model, own_rank = adapter_files.base_of(Path(source)), int(config["r"])
+        blocks = config.get("layers_to_transform")
+        has = ",".join(map(str, [blocks] if isinstance(blocks, int) else blocks or []))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtefactError(f"{path} cannot be read: {error!r}") from error
     if kind != "LORA" or config.get("task_type") != "CAUSAL_LM":
@@ -125,14 +134,15 @@ def wanted(source: str, rank: int | None, targets: Sequence[str] | None) -> Orde
     if config.get("rank_pattern"):
         raise ModelError(f"{source} has ranks by module: give --rank, and the base as the model")
     chosen = targets or ([own] if isinstance(own, str) else sorted(own))
-    return Order(model, rank or own_rank, tuple(chosen))
+    return Order(model, rank or own_rank, tuple(chosen), layers or has or None)
 
 
 def _load(order: Order, length: int) -> lora.LoraModel:
     if length < 8:
         raise ConfigError(f"--length {length}: at least 8 tokens, as max-length of runs")
     # In fp32 whatever is stored: the fingerprint of runs, whose default that is, says the same.
-    config = RunConfig(model=order.model, task="causal", device="cpu", max_length=8)
+    run = {"model": order.model, "task": "causal", "device": "cpu", "max_length": 8}
+    config = validate({**run, "layers": order.layers})
     base = pretrained.load(config)
     text = base.model.config.get_text_config()
     if getattr(base.model.config, "is_encoder_decoder", False):
@@ -150,7 +160,7 @@ def _load(order: Order, length: int) -> lora.LoraModel:
         )
     # Its backward pass is in operators that ExecuTorch has; that of fused attention is not.
     base.model.set_attn_implementation("eager")
-    adapter = lora.LoraModel(base, order.targets)
+    adapter = lora.LoraModel(base, order.targets, blocks=order.layers)
     spec = LoraSpec(order.rank, float(order.rank))
     adapter.check_rank(spec)
     adapter.write(adapter.init(spec, 0), spec)

@@ -24,9 +24,10 @@ from corolla.config.load import load
 from corolla.config.run import RunConfig
 from corolla.directions import signs
 from corolla.directions.pools import SignPool
-from corolla.models import anatomy, devices, footprint, pretrained, trainable
+from corolla.estimates import footprint
+from corolla.estimates.footprint import Batch, Estimate, Workload
+from corolla.models import anatomy, devices, pretrained, trainable
 from corolla.models.anatomy import Anatomy
-from corolla.models.footprint import Batch, Estimate, Workload
 from corolla.models.lora import LoraModel
 from experiments.bench import zeroth_order
 from experiments.bench.zeroth_order import Section, command, peak, resident, sequences
@@ -183,7 +184,7 @@ Measure = Callable[[str, Options], Measured]
 
 
 def constants(options: Options, measure: Measure = in_child) -> Section:
-    """The constants of corolla.models.footprint, measured again."""
+    """The constants of corolla.estimates.footprint, measured again."""
     found = Section(f"constants, {options.model}")
     imports = measure("imports", options)
     found.rows.append(_row("LIBRARIES, MB", imports, 1e6))

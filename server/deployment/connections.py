@@ -13,7 +13,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from corolla.host.occupancy import Occupancy, Occupant
+from corolla.host.occupancy import Occupancy, Occupant, network
 
 HANDSHAKE = 10.0
 """Seconds that TLS may take."""
@@ -93,7 +93,7 @@ class CountingServer(uvicorn.Server):
             except OSError:  # too many files
                 await asyncio.sleep(_PAUSE)
                 continue
-            bounds = {address: max(1, self._most // SHARE), "": self._most}
+            bounds = {network(address): max(1, self._most // SHARE), "": self._most}
             occupant = Occupant(bounds, lambda: None)
             if self.occupancy.enter(occupant):
                 occupant.end = self._run(self._secured(connection, occupant)).cancel

@@ -14,6 +14,7 @@ from corolla.config.load import validate
 from corolla.config.run import RunConfig
 from corolla.errors import WireError
 from corolla.interfaces import Strategy
+from corolla.server.rounds.expectations import sent
 from corolla.server.rounds.federation import merges
 from corolla.server.rounds.gate import judge
 from corolla.server.rounds.metrics import mean_metrics
@@ -57,7 +58,7 @@ class Merging:
             step=schedule.step_size(own, round, examples),
         )
         return Expected(
-            self.strategy.update_like(self.fresh, size),
+            sent(self.config, self.strategy, name, self.strategy.update_like(self.fresh, size)),
             self.config.uplink,
             min(examples, steps * own.batch_size),
             self.config.max_norm,

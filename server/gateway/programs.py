@@ -139,6 +139,7 @@ def _refuses(config: RunConfig) -> str:
     """Names the setting of a run that native clients have no half of; "" when there is none."""
     wrong = {
         f"parameters={config.parameters}": not config.kind.native,
+        "classes.NAME.layers": config.partial,
         "dp=example": config.dp == "example",
         f"codec {', '.join(config.codec)}": bool(config.codec),
         f"codec-down {', '.join(config.codec_down)}": bool(config.codec_down),

@@ -11,12 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import unquote
 
 import grpc
 
 from corolla.errors import WireError
 from corolla.host import logs
-from corolla.host.occupancy import Occupancy, Occupant
+from corolla.host.occupancy import Occupancy, Occupant, network
 from corolla.phones import protocol
 from corolla.proto import device_pb2 as pb
 from corolla.server.gateway.access import Token, who
@@ -26,7 +27,7 @@ from corolla.wire import rpc
 from corolla.wire.parsing import parse
 
 RATE, BURST = 50.0, 200.0
-"""Calls of one phone a second: a chunk of 1 MiB each. Strangers share those of their address."""
+"""Calls of one phone a second: a chunk of 1 MiB each. Strangers share those of their network."""
 SECONDS = {"CheckIn": 15.0, "Download": 15.0, "Upload": 240.0, "Report": 240.0, "Heartbeat": 15.0}
 """Seconds in which the request of a call must be there: a chunk has those of the slowest line."""
 MOST = {"connection": 16, "token": 256, "gateway": 1024}
@@ -76,7 +77,7 @@ class Phones:
     async def _call(self, name: str, requests: AsyncIterator[bytes], context: Context) -> Any:
         token, peer = _token(self._tokens, context), context.peer()
         # Of those with a token each connection counts: many phones share a router's address.
-        if not self._allowed(peer if token else peer.rpartition(":")[0]):
+        if not self._allowed(peer if token else _network(peer)):
             await _end(context, grpc.StatusCode.RESOURCE_EXHAUSTED, "too many calls: wait a second")
         if token is None:
             text = "this gateway does not know the token"
@@ -138,6 +139,13 @@ def _status(error: _FullError | WireError | KeyError | OSError) -> tuple[grpc.St
         case _:
             _log.error("disk", error=str(error.strerror))
             return grpc.StatusCode.UNAVAILABLE, "the gateway's disk fails"
+
+
+def _network(peer: str) -> str:
+    """Of a caller: gRPC says `ipv4:192.0.2.1:50123` and `ipv6:%5B2001:db8::1%5D:50123`."""
+    _, _, place = unquote(peer).partition(":")
+    host, _, _ = place.rpartition(":")
+    return network(host.strip("[]"))
 
 
 def _token(tokens: Mapping[str, Token], context: Context) -> Token | None:

@@ -3,11 +3,16 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+import torch
+
 from corolla.aggregation import robust
-from corolla.interfaces import Summable, Tallied
+from corolla.config.run import RunConfig
+from corolla.interfaces import Strategy, Summable, Tallied
+from corolla.models import layers
 from corolla.server.rounds.federation import Federation
 from corolla.server.rounds.verdicts import Expected
 from corolla.strategies import registry
+from corolla.tensors import factors
 from corolla.types import Payload
 from corolla.wire.messages import Kind
 
@@ -36,7 +41,27 @@ def expected(
 def like(federation: Federation, member: str, round: int, kind: str, phone: str = "") -> Payload:
     """The form of the update of a member, or its phone, of a class."""
     fresh = federation.fresh(federation.lora(member))
-    return federation.strategy.update_like(fresh, federation.size(member, round, phone, kind))
+    whole = federation.strategy.update_like(fresh, federation.size(member, round, phone, kind))
+    return sent(federation.config, federation.strategy, kind, whole)
+
+
+def sent(config: RunConfig, strategy: Strategy, kind: str, whole: Payload) -> Payload:
+    """The form of an update of a class, of the form that it has where all blocks are trained."""
+    leaves_out = registry.traits(strategy).partial == "absent"
+    return layers.sent(whole, config.of_class(kind).layers) if leaves_out else whole
+
+
+def completed(federation: Federation, aggregate: Payload) -> Payload:
+    """An aggregate with no change of blocks that nobody has trained in the round."""
+    config, strategy = federation.config, federation.strategy
+    if registry.traits(strategy).partial != "absent" or not config.partial:
+        return aggregate
+    fresh = federation.fresh(config.lora)
+    whole = strategy.update_like(fresh, factors.size(fresh))
+    return {
+        group: {**{n: torch.zeros_like(t) for n, t in whole[group].items() if n not in own}, **own}
+        for group, own in aggregate.items()
+    }
 
 
 def first_like(federation: Federation, round: int) -> Payload:

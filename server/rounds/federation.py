@@ -12,6 +12,7 @@ from corolla.config import rules, schedule
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
 from corolla.interfaces import Strategy, Summable
+from corolla.models import layers
 from corolla.server.rounds import cohort, simulated_time
 from corolla.strategies import registry
 from corolla.tensors import factors
@@ -115,9 +116,11 @@ class Federation:
         name = self.class_of(client) if kind is None else kind
         own = self.config.of_class(name)
         steps = schedule.steps_per_round(own, self.clients[client])
-        adapter = factors.size(self.fresh(self.lora(client)))
+        fresh = self.fresh(self.lora(client))
+        part = layers.trained(fresh, own.layers) if self.config.partial else None
         return replace(
-            adapter,
+            factors.size(fresh),
+            part=factors.size({n: fresh[n] for n in part}) if part is not None else None,
             scalars=steps * own.queries,
             trainer=self.config.trainer_of(name),
             seed=seeds.derive(self.config.seed, "client", phone or client, round),
@@ -180,16 +183,16 @@ def classes_behind(config: RunConfig, own: str) -> Mapping[TrainerName, str]:
     """Trainer → the class of a gateway's phones that train in this way; `own` is the gateway's.
 
     Its phones are of its own class, but for native ones that cannot train as that class does: they
-    are of the first class of the same rank and scaling that trains as they can.
+    are of the first class of the same rank, scaling and blocks that trains as they can.
     """
 
-    def rank(name: str) -> tuple[int, float]:
+    def adapter(name: str) -> tuple[int, float, str | None]:
         changed = config.classes[name]
-        return changed.rank or config.rank, changed.alpha or config.alpha
+        return changed.rank or config.rank, changed.alpha or config.alpha, changed.layers
 
     found = {config.trainer_of(own): own}
     for name in config.classes if own else ():
-        if rank(name) == rank(own):
+        if adapter(name) == adapter(own):
             found.setdefault(config.trainer_of(name), name)
     return found
 

@@ -12,6 +12,7 @@ from corolla.server.rounds.asking import (
 )
 from corolla.server.rounds.call import RoundCall, RoundEvents
 from corolla.server.rounds.defence import norms_after
+from corolla.server.rounds.expectations import completed
 from corolla.server.rounds.federation import Held
 from corolla.server.rounds.fold import Fold, empty_fold
 from corolla.server.rounds.metrics import mean_metrics, simulated_seconds, staleness
@@ -164,7 +165,7 @@ def _release(fold: Fold, events: RoundEvents) -> _Release:
                     fold.clipped, clients, call.memory, events.note, round=call.number
                 )
             )
-        aggregate = fold.aggregator.finalise()
+        aggregate = completed(call.federation, fold.aggregator.finalise())
         if spending.config.dp == "none":
             return _Release(aggregate)
         events.note(spending.hear(fold.metrics))

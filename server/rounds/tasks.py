@@ -238,8 +238,8 @@ def costs(
     broadcast = strategy.broadcast(state) if config.codec_down else Broadcast({})
     for i, (client, count) in enumerate(updates.items()):
         lora = federation.lora(client)
-        like = strategy.update_like(federation.fresh(lora), sizes[i])
         if config.codec:
+            like = expectations.like(federation, client, round, federation.class_of(client))
             saved, at_most = _saved(config.uplink, like)
             at_most = at_most or costs[i].at_most
             costs[i] = replace(costs[i], up=costs[i].up - saved, at_most=at_most)

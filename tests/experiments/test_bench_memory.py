@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from corolla.models import footprint
+from corolla.estimates import footprint
 from experiments.bench import memory as bench
 
 

@@ -1,261 +1,119 @@
-"""Partial aggregates of all strategies: sums that travel give what the updates themselves give."""
+"""Classes of clients that train some blocks alone: what is left out counts as no change."""
 
-import itertools
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from corolla import seeds
-from corolla.aggregation.stacks import Stack
-from corolla.aggregation.sums import ByGroup, Sum, WeightedMean, summable
-from corolla.interfaces import Strategy, Summable
+from corolla.config.load import validate
+from corolla.errors import ConfigError
+from corolla.interfaces import Observed
 from corolla.strategies import registry
-from corolla.types import Params, Payload, Size, TrainerName
-from corolla.wire import codec
+from corolla.strategies.registry import STRATEGIES, create
+from corolla.tensors import factors
+from corolla.types import LoraSpec, Params
+from corolla.wire import messages
+from tests.strategies import tiny
+from tests.strategies.tiny import Run
 
-NEED_ALL_UPDATES = {"flora", "fedex_lora", "flexlora", "lora_fair", "hetlora"}
-LINEAR = sorted(registry.STRATEGIES.keys() - NEED_ALL_UPDATES)
-FRESH: Params = {
-    "m.lora_A": torch.zeros(2, 5),
-    "m.lora_B": torch.zeros(7, 2),
-    "n.lora_A": torch.zeros(2, 3),
-    "n.lora_B": torch.zeros(4, 2),
-    "classifier.bias": torch.zeros(3),
-}
-Tree = Any
-"""The number of a client, or a list of trees."""
+ABLE = [name for name, cls in STRATEGIES.items() if registry.traits(cls).partial]
+CLASSES = {"whole": {}, "top": {"layers": "last:1"}, "bottom": {"layers": "first:1"}}
+SPEC = LoraSpec(4, 8.0)
 
 
-def build(name: str) -> Strategy:
-    small = {"size": 16} if name in ("seed_pool", "fedkseed", "fedkseed_pro", "mixed") else {}
-    return registry.create(name, {**small, **({"size": 16} if name == "ferret" else {})})
+@pytest.fixture(scope="module", params=ABLE)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Before its first round, on a model of two blocks with a classifier's head."""
+    folder = tmp_path_factory.mktemp("partial")
+    yield tiny.start(tiny.config(request.param, classes=CLASSES), "bert", folder, blocks=2)
 
 
-def new(strategy: Strategy) -> Summable:
-    found = summable(strategy.aggregator())
-    assert found is not None
-    return found
+def said(run: Run, rounds: list[Observed]) -> Params:
+    """The effective weights that a strategy promises, from what clients' models held."""
+    strategy, last = create(run.federation.config.strategy), rounds[-1]
+    expected = getattr(strategy, "expected", None)
+    if expected is None and strategy.aggregates == "weights":
+        return run.network.mean()
+    found = expected(rounds) if expected else factors.mean(last.trained, last.weights)
+    base = run.model.init(SPEC, 0)
+    wanted = {n: t - base[n] for n, t in factors.select(found, factors.is_head).items()}
+    products = {m: last.spec.scaling * tiny.dense(found, m) for m in factors.modules(found)}
+    return {**wanted, **products}
 
 
-def like_of(strategy: Strategy, client: int, trainer: TrainerName) -> Payload:
-    """What an update of a client looks like: its own seed, the same step for all."""
-    step = float(torch.tensor(-0.01, dtype=torch.float32))
-    size = Size(31, 22, 3, 9, trainer, 1000 + client, step, round=1, rank=2, modules=2)
-    return strategy.update_like(FRESH, size)
+def test_the_aggregate_is_that_of_what_the_clients_models_held(run: Run) -> None:
+    """Three rounds against dense sums in fp64: who did not train a block held it as it was."""
+    observed: list[Observed] = []
+    kinds: set[str] = set()
+    for _ in range(3):
+        before = run.state
+        result = run.step()
+        observed.append(tiny.observed(run, before))
+        wanted = said(run, observed)
+        run.model.show(run.federation.strategy.adapter(run.state), run.federation.config.lora)
+        found = tiny.effective(run.model)
+        assert found.keys() == wanted.keys()
+        assert tiny.relative(found, wanted) <= 1e-6
+        assert result.traffic.up == result.cost.up
+        assert result.dropped == {}
+        kinds |= {run.federation.class_of(client) for client in run.network.sent}
+    assert kinds == CLASSES.keys()
 
 
-def random_like(like: Payload, client: int) -> Payload:
-    """An update of a form: random values, random directions, the seed and step that are given."""
-    generator = seeds.generator(client, "update")
-
-    def value(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.dim() == 0:
-            return tensor
-        if not tensor.is_floating_point():
-            return (torch.rand(tensor.shape, generator=generator) * (tensor + 1)).to(tensor.dtype)
-        return torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
-
-    return {group: {n: value(t) for n, t in own.items()} for group, own in like.items()}
-
-
-def leaves(tree: Tree) -> list[int]:
-    return [tree] if isinstance(tree, int) else [leaf for part in tree for leaf in leaves(part)]
+def test_a_client_sends_the_blocks_that_it_trains_and_no_others(run: Run) -> None:
+    if not run.done:
+        run.step()
+    whole = run.federation.strategy.update_like(run.model.init(SPEC, 0), run.federation.size("a"))
+    names = {n for params in whole.values() for n in params}
+    for client in run.network.sent:
+        kind = run.federation.class_of(client)
+        sent = {n for params in run.network.update(client).values() for n in params}
+        hidden = {"top": ".layer.0.", "bottom": ".layer.1."}.get(kind, "nothing")
+        if registry.traits(run.federation.strategy).partial == "sent":
+            hidden = "nothing"
+        assert sent == {n for n in names if hidden not in n}
+        cost = run.federation.strategy.cost([run.federation.size(client, len(run.done))])[0]
+        assert messages.content_bytes(run.network.update(client)) == cost.up
 
 
-def weight(client: int) -> int:
-    return 1 + 7 * client % 13
+@pytest.mark.parametrize("name", ABLE)
+def test_a_block_that_nobody_trained_stays(name: str, tmp_path: Path) -> None:
+    classes = {"top": {"layers": "last:1"}}
+    run = tiny.start(tiny.config(name, classes=classes), "llama", tmp_path, blocks=2)
+    for _ in range(2):
+        run.step()
+    found = tiny.saved(run, tmp_path / "adapter", blocks=2)
+    moved = {n for n, delta in found.items() if bool(delta.abs().max() > 1e-9)}
+    assert moved and all(".layers.1." in n for n in moved)
 
 
-def fold(strategy: Strategy, tree: Sequence[Tree], trainer: TrainerName) -> Summable:
-    """Every list is a gateway: what is in it travels to the next one as bytes of sums."""
-    aggregator = new(strategy)
-    for part in tree:
-        like = like_of(strategy, leaves(part)[0], trainer)
-        if isinstance(part, int):
-            aggregator.add(random_like(like, part), float(weight(part)))
-            continue
-        sums = fold(strategy, part, trainer).sums()
-        sent = codec.decode(codec.encode(sums))
-        assert forms(sent) == forms(new(strategy).sums_like(like))
-        aggregator.absorb(sent, float(sum(map(weight, leaves(part)))), like)
-    return aggregator
+def test_by_hand_the_mean_counts_who_did_not_train_a_module_as_no_change() -> None:
+    """Two clients with 1 and 3 examples; only the second has module m: 3 / 4 of its change."""
+    change = {"h.0.m": torch.ones(2), "h.1.m": torch.full((2,), 4.0)}
+    aggregator = create("fedavg").aggregator()
+    aggregator.add({"adapter": {"h.0.m": change["h.0.m"]}}, 1.0)
+    aggregator.add({"adapter": change}, 3.0)
+    found = aggregator.finalise()["adapter"]
+    assert torch.equal(found["h.0.m"], torch.ones(2))
+    assert torch.equal(found["h.1.m"], torch.full((2,), 3.0))
 
 
-def forms(payload: Payload) -> dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
-    return {
-        group: {n: (t.dtype, tuple(t.shape)) for n, t in own.items()}
-        for group, own in payload.items()
-    }
-
-
-def trees(clients: int) -> st.SearchStrategy[Tree]:
-    """All clients in their order, in gateways of gateways."""
-
-    def grouped(parts: list[Tree]) -> st.SearchStrategy[Tree]:
-        if len(parts) < 2:
-            return st.just(parts)
-        cuts = st.lists(st.integers(1, len(parts) - 1), unique=True, max_size=3).map(sorted)
-        return cuts.flatmap(lambda at: nested(parts, at))
-
-    def nested(parts: list[Tree], at: list[int]) -> st.SearchStrategy[Tree]:
-        edges = [0, *at, len(parts)]
-        pieces = [parts[a:b] for a, b in itertools.pairwise(edges)]
-        if len(pieces) == 1:
-            return st.just(parts)
-        return st.tuples(
-            *(grouped(p) if len(p) > 1 else st.sampled_from([p, p[0]]) for p in pieces)
-        ).map(list)
-
-    return grouped(list(range(clients)))
-
-
-def compare(found: Payload, wanted: Payload) -> None:
-    """To the bit in float32, and as near as sums in float64 are."""
-    assert forms(found) == forms(wanted)
-    for group, own in wanted.items():
-        for name, tensor in own.items():
-            rtol, atol = (1e-12, 1e-13) if tensor.dtype == torch.float64 else (0.0, 0.0)
-            torch.testing.assert_close(
-                found[group][name], tensor, rtol=rtol, atol=atol, equal_nan=True
-            )
-
-
-@settings(max_examples=15)
-@pytest.mark.parametrize("name", LINEAR)
-@given(tree=trees(7))
-def test_any_tree_of_gateways_gives_what_all_clients_give(name: str, tree: Tree) -> None:
-    strategy = build(name)
-    for trainer in strategy.trainers:
-        flat = fold(strategy, leaves(tree), trainer)
-        compare(fold(strategy, tree, trainer).finalise(), flat.finalise())
-
-
-def test_gateways_of_both_classes_of_a_mixed_federation() -> None:
-    """A gateway's phones are of one class; the server folds both."""
-    strategy = build("mixed")
-    flat, nested = new(strategy), new(strategy)
-    for trainer, clients in ((strategy.trainers[0], (0, 1, 2)), (strategy.trainers[1], (3, 4))):
-        for client in clients:
-            like = like_of(strategy, client, trainer)
-            flat.add(random_like(like, client), float(weight(client)))
-        sums = codec.decode(codec.encode(fold(strategy, clients, trainer).sums()))
-        nested.absorb(sums, float(sum(map(weight, clients))), like)
-    compare(nested.finalise(), flat.finalise())
-
-
-def test_a_gateway_whose_phones_are_of_both_classes_of_a_mixed_federation() -> None:
-    strategy = build("mixed")
-    likes = [like_of(strategy, c, strategy.trainers[c > 2]) for c in range(5)]
-    flat, gateway, server = (new(strategy) for _ in range(3))
-    for client, like in enumerate(likes):
-        for aggregator in (flat, gateway):
-            aggregator.add(random_like(like, client), float(weight(client)))
-    sums = codec.decode(codec.encode(gateway.sums()))
-    joined = {**likes[0], **likes[4]}
-    assert forms(sums) == forms(new(strategy).sums_like(joined))
-    server.absorb(sums, float(sum(map(weight, range(5)))), joined)
-    compare(server.finalise(), flat.finalise())
-
-
-def test_a_mean_through_gateways_is_that_of_plain_float64() -> None:
-    strategy = build("fedavg")
-    tree = [0, [1, [2, 3], 4], [5]]
-    updates = [random_like({"adapter": FRESH}, client)["adapter"] for client in range(6)]
-    total = sum(map(weight, range(6)))
-    for name, tensor in fold(strategy, tree, "first_order").finalise()["adapter"].items():
-        mean = sum(weight(c) * u[name].numpy().astype("float64") for c, u in enumerate(updates))
-        torch.testing.assert_close(tensor, torch.tensor(mean / total).float(), rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("name", registry.STRATEGIES)
-def test_what_needs_single_updates_has_no_sums(name: str) -> None:
-    aggregator = registry.find(name)().aggregator()
-    assert (summable(aggregator) is None) == (name in NEED_ALL_UPDATES)
-    assert aggregator.linear == (name not in NEED_ALL_UPDATES)
-
-
-@pytest.mark.parametrize("name", LINEAR)
-def test_no_sum_is_taken_for_scalars_that_travel_in_a_header(name: str) -> None:
-    strategy = build(name)
-    for trainer in strategy.trainers:
-        like = like_of(strategy, 0, trainer)
-        for own in new(strategy).sums_like(like).values():
-            assert "scalars" not in own
-            assert all(t.dtype == torch.float64 for t in own.values())
-
-
-def test_a_group_without_tensors_stays() -> None:
-    """A model without a head has an empty group "head"."""
-    aggregator = WeightedMean()
-    like: Payload = {"adapter": {"m": torch.ones(2)}, "head": {}}
-    aggregator.absorb(codec.decode(codec.encode(aggregator.sums_like(like))), 4.0, like)
-    assert aggregator.finalise().keys() == {"adapter", "head"}
-
-
-def test_groups_are_sums_only_where_all_of_them_are() -> None:
-    assert summable(ByGroup({"a": WeightedMean(), "b": Sum()})) is not None
-    both = ByGroup({"a": WeightedMean(), "b": Stack()})
-    assert summable(both) is None
-    with pytest.raises(ValueError, match=r"not sums: \['b'\]"):
-        both.sums()
-
-
-class TestHostile:
-    """Statistics that no updates have are refused, and leave an aggregator as it was."""
-
-    CLIENTS = (0, 1, 2)
-    TOTAL = sum(map(weight, CLIENTS))
-
-    def refused(
-        self, name: str, trainer: TrainerName, group: str, changes: Mapping[str, Any]
-    ) -> None:
-        strategy = build(name)
-        like = like_of(strategy, 0, trainer)
-        sums = {g: dict(own) for g, own in fold(strategy, self.CLIENTS, trainer).sums().items()}
-        for tensor, change in changes.items():
-            sums[group][tensor] = change(sums[group][tensor].clone())
-        aggregator = fold(strategy, [3], trainer)
-        before = aggregator.finalise()
-        with pytest.raises(ValueError, match="no updates have"):
-            aggregator.absorb(sums, float(self.TOTAL), like)
-        compare(aggregator.finalise(), before)
-
-    @pytest.mark.parametrize(
-        "changes",
-        [
-            {"sum.counts": lambda t: t.neg_()},
-            {"sum.counts": lambda t: t.add_(0.5)},
-            {"sum.counts": lambda t: t.add_(10**6), "sum.magnitudes": lambda t: t},
-            {"sum.magnitudes": lambda t: t.sub_(1e6)},
-            {"sum.magnitudes": lambda t: t.add_(1e6)},
-            {"sum.magnitudes": lambda t: t.mul_(math.nan)},
-        ],
-    )
-    def test_history_of_fedkseed_pro(self, changes: Mapping[str, Any]) -> None:
-        self.refused("fedkseed_pro", "zeroth_order", "history", changes)
-
-    @pytest.mark.parametrize("trainer", ["first_order", "zeroth_order"])
-    @pytest.mark.parametrize("row", range(4))
-    @pytest.mark.parametrize("value", [-1.0, 0.5, 1e9, math.nan, 0.0])
-    def test_counts_of_mixed(self, trainer: TrainerName, row: int, value: float) -> None:
-        column = 0 if trainer == "first_order" else 1
-        if row == 2:
-            value = min(value, 1e-9)  # a larger spread only lowers the weight of its class
-
-        def change(counts: torch.Tensor) -> torch.Tensor:
-            counts[row, column] = value
-            return counts
-
-        self.refused("mixed", trainer, "counts", {"sum.counts": change})
-
-    def test_counts_of_mixed_for_the_other_class(self) -> None:
-        def change(counts: torch.Tensor) -> torch.Tensor:
-            counts[0] = counts[0].flip(0)
-            return counts
-
-        self.refused("mixed", "first_order", "counts", {"sum.counts": change})
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        *(({"strategy": name}, "is not the same as no change") for name in STRATEGIES),
+        ({"robust": "median", "cohort": 5}, "are for updates of one form"),
+        ({"dp": "client", "noise_multiplier": 1.0}, "are for updates of one form"),
+        ({"parameters": "bias"}, "classes.NAME.layers are those of LoRA adapters"),
+    ],
+)
+def test_what_does_not_go_with_it_is_refused(settings: dict[str, object], why: str) -> None:
+    asked = {**settings, "classes": {"top": {"layers": "last:1"}}}
+    if asked.get("strategy") in ABLE:
+        assert validate(asked).partial
+        return
+    with pytest.raises(ConfigError) as caught:
+        validate(asked)
+    assert why in str(caught.value) or str(asked.get("strategy")) in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -3,7 +3,7 @@
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -64,9 +64,9 @@ IDS = torch.arange(2, 26).reshape(2, 12)
 _SIZE = Size(vocabulary=VOCABULARY, intermediate=48, layers=1, positions=32)
 
 
-def base(kind: str) -> Base:
+def base(kind: str, blocks: int = 1) -> Base:
     """The same weights each time."""
-    model = tiny_models.build(kind, _SIZE, len(LABELS), seed=7)
+    model = tiny_models.build(kind, replace(_SIZE, layers=blocks), len(LABELS), seed=7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:  # transformers starts biases at 0 and norms at 1
@@ -77,9 +77,9 @@ def base(kind: str) -> Base:
     return Base(model, word_tokenizer(VOCABULARY), task, kind, kind, pretrained.fingerprint(model))
 
 
-def lora_model(kind: str, dropout: float = 0.0) -> LoraModel:
+def lora_model(kind: str, dropout: float = 0.0, blocks: int = 1) -> LoraModel:
     """An adapter on all linear layers of a tiny model."""
-    return LoraModel(base(kind), dropout=dropout)
+    return LoraModel(base(kind, blocks), dropout=dropout)
 
 
 def adapter(model: LoraModel, spec: LoraSpec, seed: int) -> Params:
@@ -228,9 +228,11 @@ class Run:
         return result
 
 
-def start(settings: RunConfig, kind: str, folder: Path, *, reverse: bool = False) -> Run:
+def start(
+    settings: RunConfig, kind: str, folder: Path, *, reverse: bool = False, blocks: int = 1
+) -> Run:
     """A federation before its first round."""
-    model = lora_model(kind, settings.dropout)
+    model = lora_model(kind, settings.dropout, blocks)
     strategy = build_strategy(settings)
     worker = Worker(settings, model, data(kind), Memory(folder))
     first = strategy.init(
@@ -395,11 +397,12 @@ def effective(model: LoraModel) -> Params:
     return dense
 
 
-def saved(run: Run, folder: Path) -> Params:
+def saved(run: Run, folder: Path, blocks: int = 1) -> Params:
     """What the saved global adapter adds to the base weights, loaded by peft alone."""
     strategy, spec = run.federation.strategy, run.federation.config.lora
     run.model.save(folder, strategy.adapter(run.state), spec)
-    return peft_weights(PeftModel.from_pretrained(base(run.model.base.name).model, str(folder)))
+    plain = base(run.model.base.name, blocks).model
+    return peft_weights(PeftModel.from_pretrained(plain, str(folder)))
 
 
 def peft_weights(model: PeftModel) -> Params:

@@ -49,13 +49,15 @@ class Channel {
     prepare(context, seconds);
     response->Clear();
     up_ += request.ByteSizeLong() + kOverhead;
+    grpc::Status status;
     if constexpr (std::is_same_v<R, v1::CheckInResponse>) {
-      return check_in(context, request, response);
+      status = check_in(context, request, response);
     } else {
-      grpc::Status status = (stub_.get()->*method)(&context, request, response);
+      status = (stub_.get()->*method)(&context, request, response);
       down_ += response->ByteSizeLong();
-      return status;
     }
+    down_ += status.error_message().size();
+    return status;
   }
 
   uint64_t bytes_up() const { return up_; }

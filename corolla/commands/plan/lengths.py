@@ -13,8 +13,8 @@ from corolla.config.run import RunConfig
 from corolla.data import federated
 from corolla.data.federated import FederatedData
 from corolla.data.rows import Example
+from corolla.estimates.footprint import Batch
 from corolla.models.anatomy import Anatomy
-from corolla.models.footprint import Batch
 from corolla.server.rounds.federation import Federation
 
 _SCORED = 8

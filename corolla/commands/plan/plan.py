@@ -22,9 +22,10 @@ from corolla.data import federated
 from corolla.data.federated import FederatedData
 from corolla.data.rows import counted
 from corolla.errors import ConfigError
-from corolla.models import anatomy, footprint
+from corolla.estimates import footprint
+from corolla.estimates.footprint import Estimate, Workload
+from corolla.models import anatomy
 from corolla.models.anatomy import Anatomy
-from corolla.models.footprint import Estimate, Workload
 from corolla.privacy import calibration, example_level
 from corolla.privacy.guarantee import Guarantee
 from corolla.server.rounds.federation import Federation

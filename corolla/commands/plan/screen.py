@@ -7,8 +7,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from corolla.commands.plan.plan import CostEstimate, Privacy
+from corolla.estimates.footprint import Estimate
 from corolla.host.text import human_bytes
-from corolla.models.footprint import Estimate
 
 _SHOWN = 5
 """Rounds whose epsilon the table tells."""

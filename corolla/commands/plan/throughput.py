@@ -4,8 +4,8 @@ import time
 
 import torch
 
+from corolla.estimates.footprint import Batch
 from corolla.models.anatomy import Anatomy
-from corolla.models.footprint import Batch
 
 _CALIBRATION = 0.2
 """Seconds of a measurement."""

@@ -7,7 +7,7 @@ from pydantic import Field
 from corolla.config.sections import kinds
 from corolla.config.sections.kinds import Kind, KindName
 from corolla.config.sections.rule import Rule
-from corolla.config.sections.section import Positive, key, within
+from corolla.config.sections.section import Layers, Positive, key, within
 from corolla.config.sections.subject import Subject
 
 
@@ -36,6 +36,15 @@ class Adapter(Subject):
         ["q_proj", "v_proj"],
         effect="all linear layers of the blocks",
         against=("parameters=bias",),
+    )
+    layers: Layers | None = key(
+        None,
+        "The blocks of the model that get an adapter, counted from 0 at the input: `last:4`, "
+        "`first:2,last:2`, `0,3,17-23`. A backward pass ends at the deepest of them.",
+        "last:4",
+        effect="all blocks",
+        against=("parameters=bias",),
+        unsaid=True,
     )
     ranks: list[Annotated[int, within("rank")]] = key(
         [],
@@ -113,6 +122,11 @@ TARGETS: tuple[Rule[Adapter], ...] = (
     Rule(
         when=lambda run: run.target_modules and not run.kind.target_modules,
         why=lambda run: "target-modules are those of adapters",
+        instead=lambda run: f"parameters={run.parameters} has none",
+    ),
+    Rule(
+        when=lambda run: run.layers and not run.kind.factors,
+        why=lambda run: "layers are those of LoRA adapters",
         instead=lambda run: f"parameters={run.parameters} has none",
     ),
 )

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from corolla.config.sections.section import Positive, Section, key, within
+from corolla.config.sections.section import Layers, Positive, Section, key, within
 from corolla.types import TrainerName
 
 
@@ -69,6 +69,14 @@ class ClientClass(Section):
         against=("ranks=[4,8]",),
     )
 
+    layers: Layers | None = key(
+        None,
+        "The blocks that its clients train and send, counted among those of the run.",
+        "last:2",
+        effect="the run's",
+        against=("strategy=hetlora", "robust=median", "parameters=bias"),
+        unsaid=True,
+    )
     speed: Annotated[float, Field(gt=0)] | None = key(
         None,
         "How many times as fast as others its clients train, in simulated time.",

@@ -1,15 +1,29 @@
 """The base class of all groups of settings, and the types and functions that they share."""
 
 import inspect
+import re
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from corolla.host import wording
 from corolla.wire.ranges import RANGES
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+_SOME = r"((first|last):[1-9]\d{0,3}|\d{1,4}(-\d{1,4})?)"
+_LAYERS = re.compile(rf"{_SOME}(,{_SOME})*")
+
+
+def _layers(text: str) -> str:
+    if not _LAYERS.fullmatch(text):
+        raise ValueError("expected blocks such as last:4, first:2,last:2 or 0,3,17-23")
+    return text
+
+
+Layers = Annotated[str, Field(coerce_numbers_to_str=True), AfterValidator(_layers)]
+"""Blocks of a model, as corolla/models/layers.py reads them."""
 
 
 class Section(BaseModel):

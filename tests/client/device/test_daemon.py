@@ -21,9 +21,9 @@ from corolla.client.training.worker import Worker
 from corolla.config.run import RunConfig
 from corolla.data import federated
 from corolla.errors import ConfigError, DataError, ModelError, SchemaError, WireError
+from corolla.estimates.footprint import Estimate
 from corolla.host import logs
 from corolla.models import pretrained, trainable
-from corolla.models.footprint import Estimate
 from corolla.privacy.accounting import Release, gaussian_epsilon
 from corolla.privacy.ledger import Ledger
 from corolla.proto import update_pb2

@@ -11,8 +11,9 @@ from corolla.config.build import build_strategy
 from corolla.config.load import validate
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, ModelError
-from corolla.models import anatomy, footprint
-from corolla.models.footprint import Batch, Workload
+from corolla.estimates import footprint
+from corolla.estimates.footprint import Batch, Workload
+from corolla.models import anatomy
 from corolla.proto import update_pb2
 
 

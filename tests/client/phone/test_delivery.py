@@ -39,6 +39,24 @@ class TooSlow(grpc.RpcError):
         return ""
 
 
+class Wordy(TooSlow):
+    def details(self) -> str:
+        return "é" * 3000
+
+
+def test_the_words_of_an_error_count_against_the_limits_of_a_day(world: World) -> None:
+    phone = a_phone(world, Scripted(gateways.a_task(CONFIG)))
+
+    def refused(request: pb.CheckInRequest) -> pb.CheckInResponse:
+        raise Wordy
+
+    with phone.channel:
+        before = phone.caller.meter.spent().bytes
+        answer = method(refused, pb.CheckInResponse)
+        assert phone.caller.once(answer, pb.CheckInRequest(), seconds=30) is None
+    assert phone.caller.meter.spent().bytes - before >= 6000
+
+
 def test_on_a_slow_line_an_update_goes_up_in_smaller_chunks_and_the_lease_is_kept(
     world: World,
 ) -> None:

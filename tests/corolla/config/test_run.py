@@ -152,6 +152,7 @@ def test_keys_are_written_section_by_section() -> None:
     own = [key for section in sections for key in vars(section)["__annotations__"]]
     assert list(RunConfig.model_fields) == own
     unsaid = {
+        "layers",
         "new_head",
         "template_date",
     }  # where they are as usual: what is stored stays as it was

@@ -2,7 +2,7 @@
 
 import pytest
 
-from corolla.host.occupancy import Occupancy, Occupant
+from corolla.host.occupancy import Occupancy, Occupant, network
 
 
 class Calls:
@@ -58,3 +58,19 @@ def test_who_leaves_twice_is_counted_once_and_nothing_is_kept(calls: Calls) -> N
         calls.open.settle(call)
         calls.open.leave(call)
     assert calls.open._open == {}
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("2001:db8:1:2:3::9", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2:ffff:ffff:ffff:ffff", "2001:db8:1:2::/64"),
+        ("2001:db8:1:3::1", "2001:db8:1:3::/64"),
+        ("::ffff:192.0.2.7", "192.0.2.7"),
+        ("", ""),
+        ("a socket", "a socket"),
+    ],
+)
+def test_an_ipv6_network_counts_as_one_caller(address: str, expected: str) -> None:
+    assert network(address) == expected

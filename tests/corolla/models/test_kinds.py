@@ -8,7 +8,8 @@ import transformers
 
 from corolla.config.run import RunConfig
 from corolla.config.sections.kinds import KINDS
-from corolla.models import anatomy, footprint, kinds, pretrained, trainable
+from corolla.estimates import footprint
+from corolla.models import anatomy, kinds, pretrained, trainable
 from corolla.models.full import FullModel
 from corolla.models.parts import PARTS
 

@@ -338,12 +338,12 @@ def test_an_adapter_brings_its_base_rank_and_targets(settings: Settings, tmp_pat
     model = lora.LoraModel(pretrained.load(settings()), ["q_proj", "v_proj"])
     spec = settings().lora
     model.save(tmp_path / "adapter", Adapter(model.init(spec, 0)), spec)
-    found = export.wanted(str(tmp_path / "adapter"), None, None)
+    found = export.wanted(str(tmp_path / "adapter"), None, None, None)
     assert found.model == settings().model
     assert found.rank == spec.rank
     assert found.targets == ("q_proj", "v_proj")
-    assert export.wanted(str(tmp_path / "adapter"), 7, ["k_proj"])[1:] == (7, ("k_proj",))
-    assert export.wanted("embedded", None, None) == ("embedded", 8, None)
+    assert export.wanted(str(tmp_path / "adapter"), 7, ["k_proj"], None)[1:3] == (7, ("k_proj",))
+    assert export.wanted("embedded", None, None, None) == ("embedded", 8, None, None)
 
 
 @pytest.mark.parametrize(
@@ -359,7 +359,7 @@ def test_adapters_that_no_phone_trains(tmp_path: Path, changes: dict[str, Any], 
     config["base_model_name_or_path"] = "embedded"
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **changes}))
     with pytest.raises(ModelError, match=said):
-        export.wanted(str(tmp_path), None, None)
+        export.wanted(str(tmp_path), None, None, None)
 
 
 def command(*more: str) -> Any:

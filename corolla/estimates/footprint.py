@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from corolla.config.run import RunConfig
-from corolla.models import kinds
+from corolla.models import kinds, layers
 from corolla.models.anatomy import Anatomy, Shape
 from corolla.types import TrainerName
 
@@ -186,15 +186,18 @@ def operations(anatomy: Anatomy, config: RunConfig, trainer: TrainerName, batch:
     """Floating-point operations of a step: products with weights, as all else is little.
 
     A pass forward is 2 for each weight and position (Kaplan et al., arXiv 2001.08361); gradients of
-    the inputs take the same again, those of the weights only where these are trained.
+    the inputs take the same again in the blocks that a backward pass goes through, those of the
+    weights only where these are trained.
     """
     batch = batch.of(config)
     linear = sum(math.prod(shape) for shape in anatomy.linear().values())
-    forward = 2.0 * linear * batch.positions
-    forward += 2.0 * anatomy.vocabulary * anatomy.hidden * batch.targets
+    blocks = 2.0 * linear * batch.positions
+    head = 2.0 * anatomy.vocabulary * anatomy.hidden * batch.targets
     if trainer == "zeroth_order":
-        return 2 * config.queries * forward
-    return forward * (2 + config.kind.whole + config.gradient_checkpointing)
+        return 2 * config.queries * (blocks + head)
+    passed = _passed(anatomy, config) / anatomy.layers
+    again = 1 + config.kind.whole + config.gradient_checkpointing
+    return (blocks + head) + (passed * blocks + head) * again
 
 
 # --- the worst moment -----------------------------------------------------------------------------
@@ -215,33 +218,52 @@ def _kept(anatomy: Anatomy, config: RunConfig, batch: Batch) -> Blocks:
     From the code of transformers and peft: the inputs of norms, adapters and activation functions,
     and of attention its inputs and its output.
     """
-    layer = _layer(anatomy, config, batch)
-    if not config.gradient_checkpointing:
-        return [(anatomy.layers * count, size) for count, size in layer]
-    inputs = _WIDTH[config.dtype] * batch.positions * anatomy.hidden
-    return [(anatomy.layers + 1, inputs), *layer]
+    layer, passed = _layer(anatomy, config, batch), _passed(anatomy, config)
+    if config.gradient_checkpointing:
+        inputs = _WIDTH[config.dtype] * batch.positions * anatomy.hidden
+        return [(passed + 1, inputs), *layer]
+    adapted = len(_adapted(anatomy, config))
+    between = _layer(anatomy, config, batch, frozen=True)
+    return [
+        *((adapted * count, size) for count, size in layer),
+        *(((passed - adapted) * count, size) for count, size in between),
+    ]
 
 
-def _layer(anatomy: Anatomy, config: RunConfig, batch: Batch) -> Blocks:
+def _adapted(anatomy: Anatomy, config: RunConfig) -> Sequence[int]:
+    """Numbers of the blocks that are trained."""
+    if config.layers is None:
+        return range(anatomy.layers)
+    return layers.chosen(anatomy.linear(), config.layers)
+
+
+def _passed(anatomy: Anatomy, config: RunConfig) -> int:
+    """How many blocks a backward pass goes through: those from the deepest trained one upwards."""
+    return anatomy.layers - min(_adapted(anatomy, config))
+
+
+def _layer(anatomy: Anatomy, config: RunConfig, batch: Batch, frozen: bool = False) -> Blocks:
+    """Returns what one block keeps; a frozen one, without adapters, not the inputs of these."""
     width, positions = _WIDTH[config.dtype], batch.positions
     queries = anatomy.heads * anatomy.head_dim
     keys = anatomy.kv_heads * anatomy.head_dim
     shown = queries if batch.padded else keys
-    fed = 4 if _gated(anatomy) else 2
+    fed = (4 if _gated(anatomy) else 2) - frozen
     blocks: list[tuple[float, float]] = [
-        (anatomy.norms + 2, width * positions * anatomy.hidden),
+        (anatomy.norms + (0 if frozen else 2), width * positions * anatomy.hidden),
         (2, width * positions * queries),
         (2, width * positions * shown),
         (fed, width * positions * anatomy.intermediate),
     ]
     if anatomy.head_norms:
         blocks += [(1, width * positions * queries), (1, width * positions * keys)]
-    if config.kind.factors:
-        modules = anatomy.linear(config.target_modules)
-        each = len(modules) / anatomy.layers
+    if config.kind.factors and not frozen:
+        modules = anatomy.linear(config.target_modules, config.layers)
+        adapted = len(_adapted(anatomy, config))
+        each = len(modules) / adapted
         blocks.append((each, 4 * positions * config.lora.rank))
         if width < 4:  # adapters compute in fp32 on a copy of their input; norms do as well
-            inputs = sum(into for _, into in modules.values()) / anatomy.layers
+            inputs = sum(into for _, into in modules.values()) / adapted
             blocks.append((1, 4 * positions * inputs))
             blocks.append((anatomy.norms, 4 * positions * anatomy.hidden))
     return blocks

@@ -7,20 +7,23 @@ from corolla import seeds
 from corolla.config.load import validate
 from corolla.config.run import RunConfig
 from corolla.data.encoding import Encoded, collate
+from corolla.estimates import footprint
+from corolla.estimates.footprint import HEAP, MAPPED, Batch, Workload
 from corolla.evaluation.scoring import loss_sum
-from corolla.models import anatomy, footprint, lora, pretrained
-from corolla.models.footprint import HEAP, MAPPED, Batch, Workload
+from corolla.models import anatomy, lora, pretrained
 
 
 def config(**changes: object) -> RunConfig:
     return validate({"device": "cpu", "max_length": 64, **changes})
 
 
-@pytest.mark.parametrize("rank", [4, 16])
-def test_what_autograd_keeps(rank: int) -> None:
+@pytest.mark.parametrize(
+    ("rank", "layers"), [(4, None), (16, None), (4, "last:1"), (4, "1,3"), (4, "first:1")]
+)
+def test_what_autograd_keeps(rank: int, layers: str | None) -> None:
     """The sum of all tensors that a real backward pass needs and the model does not own."""
-    own = config(rank=rank, alpha=2.0 * rank)
-    model = lora.LoraModel(pretrained.load(own))
+    own = config(rank=rank, alpha=2.0 * rank, layers=layers)
+    model = lora.LoraModel(pretrained.load(own), blocks=layers)
     model.write(model.init(own.lora, 0), own.lora)
     for _, parameter in model.parameters():
         parameter.requires_grad_(True)
