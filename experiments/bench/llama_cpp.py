@@ -39,7 +39,7 @@ from corolla.models import pretrained
 from corolla.models.lora import LoraModel
 from corolla.tensors import factors
 from corolla.types import Adapter, LoraSpec
-from experiments.bench.zeroth_order import Section, command
+from experiments.bench.zeroth_order import Ratio, Section, command
 
 CANDIDATES, STEPS, PROMPTS, TEXTS = 10, 20, 20, 200
 NEAR = 1e-3
@@ -258,7 +258,11 @@ def tokens(options: Options) -> Section:
                     for text in asked
                     if reader.tokens(text, special) != _ids(own, text, special)
                 ]
-                row = {"ratio": f"{kind}, {name}", "compared": len(asked), "differ": len(odd)}
+                row: Ratio = {
+                    "ratio": f"{kind}, {name}",
+                    "compared": len(asked),
+                    "differ": len(odd),
+                }
                 found.ratios.append({**row, "bar": "0", "met": not odd})
                 found.notes += [f"{name}: {text!r} differs" for text in odd[:5]]
             del reader
@@ -331,12 +335,11 @@ def exports(options: Options) -> Section:
                 ("adapter on the base in f32", alone, out / f"adapter-{kind}.gguf"),
             ):
                 agreement = agree(LlamaCpp(base_file, adapter), prompts, steps)
-                bar = (
-                    {"bar": f"≤ {BAR:g}, equal", "met": agreement.met}
-                    if kind == "f32"
-                    else {"bar": "", "met": None}
-                )
-                found.ratios.append({"ratio": f"{kind}, {name}", **asdict(agreement), **bar})
+                row: Ratio = {"ratio": f"{kind}, {name}", **asdict(agreement)}
+                exact = kind == "f32"
+                row |= {"bar": f"≤ {BAR:g}, equal" if exact else ""}
+                row |= {"met": agreement.met if exact else None}
+                found.ratios.append(row)
                 gc.collect()
     return found
 

@@ -141,10 +141,8 @@ def lines(entry: str) -> dict[str, str]:
 def table(results: Mapping[str, Any]) -> str:
     """The results as Markdown: means over seeds, and from the least to the largest."""
     cells = list(results["seeds"].values())
-    rows = [
-        f"| of {len(cells)} seeds: mean (least to largest) | {' | '.join(MODELS.values())} |",
-        "|---|---|---|---|",
-    ]
+    about = f"seeds {', '.join(results['seeds'])}: mean (least to largest)"
+    rows = [f"| {about} | {' | '.join(MODELS.values())} |", "|---|---|---|---|"]
     for title, key, shape in (
         ("held-out loss per token", "loss", "{:.3f}"),
         ("held-out accuracy per token", "accuracy", "{:.1%}"),

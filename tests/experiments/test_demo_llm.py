@@ -32,4 +32,3 @@ def test_lines_are_right_where_they_are_the_datas() -> None:
 def test_the_table_of_the_readme_is_that_of_the_results() -> None:
     results: dict[str, Any] = json.loads(run.RESULTS.read_text())
     assert run.table(results) in Path(run.HERE, "README.md").read_text()
-    assert len(results["seeds"]) == len(run.SEEDS)

@@ -136,7 +136,7 @@ def test_availability_is_the_same_file_from_another_folder(
 
 
 def test_keys_are_written_section_by_section() -> None:
-    """run.json, config.toml and hashes of a config hold them in this order."""
+    """run.json, files of settings and hashes of a config hold them in this order."""
     sections = (
         Subject,
         Population,

@@ -64,7 +64,7 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> Left:
     plain = RunConfig(model=str(base), max_length=64, device="cpu")
     logits = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiny, "base", lambda kind: pretrained.load(plain))
+        patch.setattr(tiny, "base", lambda *asked: pretrained.load(plain))
         for name in STRATEGIES:
             run = tiny.start(
                 tiny.config(name, **tiny.classes(name)), "llama", folder / name / "kept"
