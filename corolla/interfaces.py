@@ -230,6 +230,7 @@ class Traits:
     """How an update says that some blocks were not trained; "" where it cannot.
 
     Without their tensors, where the aggregate takes these for no change; or with them as they were.
+    Of no use where clients keep a part of the model, or coordinates change from round to round.
     """
     dense: bool = False
     """All trained tensors are treated alike: any set of parameters can be trained."""
@@ -264,6 +265,22 @@ class PricedByState(Protocol):
 
     def cost_from(self, state: Payload, cohort: Sequence[Size]) -> Sequence[Cost]:
         """As `Strategy.cost`, for a round that starts from `state`."""
+
+
+@runtime_checkable
+class Stacking(Protocol):
+    """A strategy that stacks factors: the rank of its model grows with each round."""
+
+    def rank_after(self, rounds: int, cohort: Sequence[Size]) -> int:
+        """The rank of the factors after so many rounds of such cohorts, where nothing is cut."""
+
+    def cut(self, state: Payload, rank: int) -> tuple[Payload, Metrics]:
+        """The state of the best model of rank at most `rank`, for the key `max_rank`.
+
+        Module by module the truncated SVD of the effective update (Eckart and Young), from its
+        factors in fp64. Reports "rank_error", ‖before - after‖_F / ‖before‖_F over all modules; a
+        state of no larger rank stays as it is, bit for bit, with an error of 0.
+        """
 
 
 class Claim(Protocol):

@@ -16,13 +16,13 @@ from flwr.app import Context
 from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
+from corolla.artefacts.sizes import sentence
 from corolla.config import rules
 from corolla.config.load import load, validate
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, CorollaError, StoppedError
-from corolla.host import logs
+from corolla.host import files, logs
 from corolla.host.processes import note_process
-from corolla.models import folders
 from corolla.server.deployment.grid import GridNetwork, count_nodes, hello
 from corolla.server.deployment.limits import Admission, Limits
 from corolla.server.deployment.order import (
@@ -171,9 +171,7 @@ def _limits(config: RunConfig, order: RunOrder, loaded: Setup) -> Limits:
 def _simulated(grid: Grid, context: Context) -> None:
     """Started by `flwr run`: settings come from the run config of the app."""
     settings = dict(context.run_config)
-    folder = Path(
-        str(settings.pop("out", "") or folders.cache_dir() / "runs" / str(context.run_id))
-    )
+    folder = Path(str(settings.pop("out", "") or files.cache_dir() / "runs" / str(context.run_id)))
     more = shlex.split(str(settings.pop("set", "")))
     config = load(None, {key.replace("-", "_"): v for key, v in settings.items() if v != ""}, more)
     refuse_simulated(config)
@@ -181,11 +179,12 @@ def _simulated(grid: Grid, context: Context) -> None:
     summary = serve(grid, SimulatedRun(config, folder, f"{context.run_id:032x}"[:32]), _Log())
     log(
         INFO,
-        "held-out loss %.4f -> %.4f; adapter %s (sha256 %s)",
+        "held-out loss %.4f -> %.4f; adapter %s (sha256 %s)%s",
         summary.base["loss"],
         summary.final["loss"],
         summary.artefact,
         summary.adapter_hash,
+        f"; {sentence(summary.served.to_json(summary.final['loss']))}" if summary.served else "",
     )
 
 

@@ -31,7 +31,6 @@ class FedDpa(FedAvg):
     keeps: ClassVar[bool] = True
     dense: ClassVar[bool] = False
     stale: ClassVar[bool] = False
-    partial: ClassVar[str] = ""
     when: ClassVar[str] = "a model for each client beside a global one, at twice the local steps"
 
     share: float = option(

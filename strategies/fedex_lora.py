@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from corolla.aggregation.stacks import MeanAndResidual
 from corolla.interfaces import Client, Observed
@@ -50,27 +51,21 @@ class FedExLora:
     full: ClassVar[bool] = False
     individual: ClassVar[bool] = True
     bounded: ClassVar[bool] = False
-    when: ClassVar[str] = "the exact aggregate, whatever the number of local steps: start here"
+    when: ClassVar[str] = "exact whatever the number of local steps, where ranks may grow"
 
     residual_rank: int | None = option(
         None,
         "The rank that a round's residual is cut to; null: nothing is cut, the aggregate is exact.",
         8,
     )
-    max_rank: int | None = option(
-        None,
-        "The largest rank that blocks are compacted to; null: the full rank of each module, which "
-        "loses nothing.",
-        64,
-    )
     compact_at: float = option(
         2.0,
-        "How many times the largest compacted rank all blocks may have before they are compacted.",
+        "How many times the modules' full rank all blocks may have before they are compacted.",
         4.0,
     )
 
     def __post_init__(self) -> None:
-        blocks.check(self.max_rank, self.compact_at)
+        blocks.check(self.compact_at)
         own = self.residual_rank
         if own is not None and (type(own) is not int or own < 1):
             raise ValueError(f"residual_rank must be a whole number from 1, found {own}")
@@ -99,9 +94,18 @@ class FedExLora:
         if self.residual_rank is not None:
             residual, error = factors.compact(residual, self.residual_rank)
             lost = {"truncation_error": error}
-        kept, metrics = blocks.append(state, residual, self.max_rank, self.compact_at)
+        kept, metrics = blocks.append(state, residual, self.compact_at)
         adapter = tree.add(state["adapter"], aggregate["adapter"])
         return {"adapter": adapter, **kept}, {**metrics, **lost}
+
+    def cut(self, state: Payload, rank: int) -> tuple[Payload, Metrics]:
+        """Clients go on with the directions of the largest singular values, the rest is frozen."""
+        own = factors.select(state["adapter"], factors.is_a, factors.is_b)
+        trained, kept, metrics = blocks.cut(state, rank, own)
+        return {"adapter": {**state["adapter"], **trained}, **kept}, metrics
+
+    def rank_after(self, rounds: int, cohort: Sequence[Size]) -> int:
+        return sum(s.rank for s in cohort[:1]) + rounds * sum(s.rank for s in cohort[1:])
 
     def adapter(self, state: Payload) -> Adapter:
         return Adapter(state["adapter"], residuals=tuple(blocks.of(state).values()))
@@ -119,24 +123,22 @@ class FedExLora:
     @property
     def exact(self) -> bool:
         """True where the options cut nothing."""
-        return self.residual_rank is None and self.max_rank is None
+        return self.residual_rank is None
 
     def expected(self, rounds: Sequence[Observed]) -> Params:
         """The means of A and B beside the sum of all rounds' dense residuals, cut as asked."""
-        last, total = rounds[-1], dense.DenseBlocks(self.max_rank, self.compact_at)
+        last, total = rounds[-1], dict[str, Tensor]()
         for own in rounds:
-            block, ranks = {}, {}
             means = factors.mean(own.trained, own.weights)
             for m in factors.modules(last.start):
                 products = [p * factors.product(own.trained[c], m) for c, p in own.weights.items()]
-                block[m] = torch.stack(products).sum(0) - factors.product(means, m)
-                ranks[m] = (len(products) - 1) * own.spec.rank
+                block = torch.stack(products).sum(0) - factors.product(means, m)
                 if self.residual_rank is not None:
-                    most = min(self.residual_rank, ranks[m], *block[m].shape)
-                    block[m], ranks[m] = dense.cut(block[m], most) if most else (block[m], 0)
-            total.append(block, ranks)
+                    most = min(self.residual_rank, (len(products) - 1) * own.spec.rank)
+                    block = dense.cut(block, most)[0] if most else block
+                total[m] = total.get(m, 0) + block
         found = factors.mean(last.trained, last.weights)
-        for m, added in total.sums.items():
+        for m, added in total.items():
             eye = torch.eye(added.shape[1], dtype=added.dtype)
             found[m + factors.B] = torch.cat([found[m + factors.B], added], dim=1)
             found[m + factors.A] = torch.cat([found[m + factors.A], eye], dim=0)

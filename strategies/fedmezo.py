@@ -30,7 +30,6 @@ class FedMeZO(FedAvg):
     name: ClassVar[str] = "fedmezo"
     trainers: ClassVar[tuple[TrainerName, ...]] = ("zeroth_order",)
     stale: ClassVar[bool] = False
-    partial: ClassVar[str] = ""
     when: ClassVar[str] = "forward passes only, where bytes do not matter"
 
     directions: Literal["gaussian", "sign", "low_rank"] = option(

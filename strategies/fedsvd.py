@@ -28,7 +28,6 @@ class FedSvd(FfaLora):
     name: ClassVar[str] = "fedsvd"
     rebases: ClassVar[bool] = True
     stale: ClassVar[bool] = False
-    partial: ClassVar[str] = ""
     when: ClassVar[str] = "differential privacy: noise on B alone, and an A that adapts"
 
     def broadcast(self, state: Payload) -> Broadcast:

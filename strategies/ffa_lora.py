@@ -70,7 +70,4 @@ class FfaLora:
         return Adapter({**state["A"], **state["adapter"]})
 
     def cost(self, cohort: Sequence[Size]) -> Sequence[Cost]:
-        return [
-            Cost(up=4 * (s.trained.B + s.head), down=4 * (s.B + s.head), once=4 * s.A)
-            for s in cohort
-        ]
+        return [Cost(4 * (s.trained.B + s.head), 4 * (s.B + s.head), 4 * s.A) for s in cohort]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from corolla.aggregation.stacks import Stack
 from corolla.aggregation.sums import ByGroup, WeightedMean
@@ -37,9 +38,8 @@ class Flora:
 
     Each round every client trains a fresh adapter of its own rank (A random, B zero). The stack
     of a round, of rank Σ r_m, becomes a frozen block beside the base model: it is never merged
-    into it. Once the blocks' rank is more than `compact_at` times the largest they are compacted
-    to, all are replaced by one block of at most `max_rank` (None: the full rank of each module,
-    which loses nothing).
+    into it. Once the blocks' rank is more than `compact_at` times the full rank of the modules, all
+    are replaced by one block of that rank, which loses nothing.
 
     Blocks are sent once: a client that was absent receives all that it has missed. With `energy`
     below 1 the stack of a round is first truncated to the smallest rank that keeps this part of
@@ -62,15 +62,9 @@ class Flora:
     partial: ClassVar[str] = "absent"
     when: ClassVar[str] = "exact with clients of different ranks, over few and long rounds"
 
-    max_rank: int | None = option(
-        None,
-        "The largest rank that blocks are compacted to; null: the full rank of each module, which "
-        "loses nothing.",
-        64,
-    )
     compact_at: float = option(
         2.0,
-        "How many times the largest compacted rank all blocks may have before they are compacted.",
+        "How many times the modules' full rank all blocks may have before they are compacted.",
         4.0,
     )
     energy: float = option(
@@ -80,7 +74,7 @@ class Flora:
     )
 
     def __post_init__(self) -> None:
-        blocks.check(self.max_rank, self.compact_at)
+        blocks.check(self.compact_at)
         if not 0 < self.energy <= 1:
             raise ValueError(f"energy must be above 0 and at most 1, found {self.energy}")
 
@@ -115,9 +109,16 @@ class Flora:
         if self.energy < 1:
             block, error = factors.compact(block, energy=self.energy)
             lost = {"truncation_error": error}
-        kept, metrics = blocks.append(state, block, self.max_rank, self.compact_at)
+        kept, metrics = blocks.append(state, block, self.compact_at)
         head = tree.add(state["head"], aggregate["head"])
         return {"head": head, **kept}, {**metrics, **lost}
+
+    def cut(self, state: Payload, rank: int) -> tuple[Payload, Metrics]:
+        _, kept, metrics = blocks.cut(state, rank)
+        return {"head": state["head"], **kept}, metrics
+
+    def rank_after(self, rounds: int, cohort: Sequence[Size]) -> int:
+        return rounds * sum(size.rank for size in cohort)
 
     def adapter(self, state: Payload) -> Adapter:
         return Adapter(state["head"], tuple(blocks.of(state).values()))
@@ -130,25 +131,23 @@ class Flora:
     @property
     def exact(self) -> bool:
         """True where the options cut nothing."""
-        return self.energy == 1 and self.max_rank is None
+        return self.energy == 1
 
     def expected(self, rounds: Sequence[Observed]) -> Params:
-        """The sum of all rounds' dense means, each cut to `energy`, all to `max_rank`."""
-        last, total = rounds[-1], dense.DenseBlocks(self.max_rank, self.compact_at)
+        """The sum of all rounds' dense means, each cut to `energy`."""
+        last, total = rounds[-1], dict[str, Tensor]()
         for own in rounds:
-            block, ranks = {}, {}
             for m in factors.modules(last.start):
                 scaled = [
                     p * own.lora[c].scaling * factors.product(own.trained[c], m)
                     for c, p in own.weights.items()
                 ]
-                block[m] = torch.stack(scaled).sum(0)
-                ranks[m] = sum(own.lora[c].rank for c in own.weights)
+                block = torch.stack(scaled).sum(0)
                 if self.energy < 1:
-                    block[m], ranks[m] = dense.cut(block[m], energy=self.energy)
-            total.append(block, ranks)
+                    block, _ = dense.cut(block, energy=self.energy)
+                total[m] = total.get(m, 0) + block
         found = factors.mean(last.trained, last.weights, factors.is_head)
-        for m, added in total.sums.items():
+        for m, added in total.items():
             found[m + factors.B] = added / last.spec.scaling
             found[m + factors.A] = torch.eye(added.shape[1], dtype=added.dtype)
         return found

@@ -37,7 +37,6 @@ class Local(FedAvg):
     stale: ClassVar[bool] = False
     personal: ClassVar[bool] = True
     keeps: ClassVar[bool] = True
-    partial: ClassVar[str] = ""
     when: ClassVar[str] = "to see what clients can do without each other"
 
     def local(self, client: Client, received: Payload) -> Update:

@@ -36,6 +36,4 @@ def misfit(kind: Any, value: object) -> str:
         return "" if isinstance(value, bool) else "true or false"
     if kind is int:
         return "" if number and isinstance(value, int) else "a whole number"
-    if kind is float:
-        return "" if number and value == value else "a number"
-    return ""
+    return "a number" if kind is float and not (number and value == value) else ""

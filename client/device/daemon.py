@@ -194,7 +194,7 @@ class Trainer:
             "strategy": files.allowed(str(run.get("strategy", "fedavg")), own.allow, "device"),
             "data": own.data,
             # No server chooses which columns of a device are read.
-            **{"columns": {}, "splits": {}, "subset": None},
+            **{"columns": own.columns, "splits": own.splits, "subset": own.subset},
             "engine": "inprocess",
             "device": own.device,
             "threads": own.threads,

@@ -38,7 +38,10 @@ class Own(BaseModel):
     root_certificates: Path | None = Field(
         None, description="of the server's CA, in PEM; None: those of the system"
     )
-    data: str = Field(description=".jsonl file; all rows are this client's")
+    data: str = Field(description="file, folder or hub set; all rows are this client's")
+    columns: dict[str, str] = Field({}, description="names of its columns, by ours: {prompt=body}")
+    splits: dict[str, str] = Field({}, description="names of its splits, by ours: {train=all}")
+    subset: str | None = Field(None, description="configuration of a hub set; None: the only one")
     name: str | None = Field(None, description="in the federation; None: made from the key")
     model: str = Field("embedded", description="as for a run: name, folder or .gguf file")
     state: Path = Field(
@@ -78,6 +81,17 @@ class Own(BaseModel):
     def models(self) -> Path:
         """The folder of base models that gateways have offered."""
         return self.state / "models"
+
+    @field_validator("columns", "splits", mode="before")
+    @classmethod
+    def _named(cls, value: object) -> object:
+        """Names of a table, or of options that each give one as OURS=ITS."""
+        if not isinstance(value, list | tuple):
+            return value
+        pairs = [str(own).partition("=") for own in value]
+        if not all(ours and its for ours, _, its in pairs):
+            raise ValueError("expected names as prompt=body")
+        return {ours: its for ours, _, its in pairs}
 
     @field_validator("memory", "run_disk", "disk", mode="before")
     @classmethod

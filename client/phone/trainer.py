@@ -13,7 +13,8 @@ from corolla.client.device.node import only_one
 from corolla.client.device.settings import Own
 from corolla.client.phone.policies import NO_LIMITS, Limits
 from corolla.client.phone.session import Phone, Settings
-from corolla.data.rows import check_clients, check_one_kind, counted, read_rows
+from corolla.data.files.sources import Source
+from corolla.data.rows import check_clients, check_one_kind, counted, read
 from corolla.errors import ConfigError, StoppedError, WireError
 from corolla.host import logs
 from corolla.host.processes import bypass_proxies, stoppable
@@ -35,7 +36,7 @@ class TorchTrainer:
         `say` tells the owner why a task is not done.
         """
         self._own, self._say = own, say
-        rows, _ = read_rows(own.data)
+        rows = read(Source(own.data, own.columns, own.splits, own.subset)).examples
         check_one_kind(rows, own.data)
         check_clients(rows, own.data)
         self._examples = counted("example" if own.epsilon else "none", rows)

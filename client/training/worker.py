@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from corolla import seeds
+from corolla.artefacts.card import write_brief_card
 from corolla.artefacts.records import write_decoded, write_update
 from corolla.client.training import private
 from corolla.client.training.first_order import FirstOrder
@@ -400,7 +401,10 @@ def _save_personal(
     if memory.room:
         parts = (adapter.trained, *adapter.frozen, *adapter.residuals)
         memory.room.ask(sum(codec.file_bytes(part) for part in parts))
-    model.save(memory.kept_folder(client) / "adapter", adapter, lora)
+    folder = memory.kept_folder(client) / "adapter"
+    model.save(folder, adapter, lora)
+    what = "The personal model of one client: what all share, and what it keeps for itself."
+    write_brief_card(folder, what, model.base.name)
     if memory.room:
         memory.room.settle()
 

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,25 @@ def write_card(folder: Path, info: Mapping[str, Any], served: Mapping[str, Any] 
     of an adapter that was cut to a rank, None for the exact one.
     """
     config = json.loads((folder / CONFIG).read_text())
-    name = str(config.get("base_model_name_or_path") or "")
-    licence = licence_of(str(info.get("config", {}).get("model") or name))
-    head = ["---", f"base_model: {json.dumps(name)}", "library_name: peft"]
-    head += [f"license: {licence}"] if licence else []
-    head += ["tags: [lora, federated]", "---", ""]
-    kind = f"{config['peft_type']} adapter"
-    lines = [*head, f"# {kind} for {name}", ""]
-    lines += _training(info, licence)
+    licence = licence_of(str(info.get("config", {}).get("model") or _base(config)))
+    lines = [*_head(config, licence), *_training(info, licence)]
     lines += _scores(info, served) if info else []
-    lines += _loading(folder, config, name)
+    lines += _loading(folder, config, info.get("labels", ()))
     write_atomic(folder / NAME, ("\n".join(lines) + "\n").encode())
+
+
+def write_brief_card(folder: Path, what: str, model: str) -> None:
+    """Write README.md beside an adapter that is no result: of one client, or of one round.
+
+    `what` is a sentence on it, `model` the base model as the run names it. Nothing where a whole
+    model is saved. It costs a small file: the licence is looked up once in a process.
+    """
+    if not (folder / CONFIG).is_file():
+        return
+    config, licence = json.loads((folder / CONFIG).read_text()), _licence(model)
+    lines = [*_head(config, licence), what, "", _licence_line(licence), "", "## Load it", ""]
+    lines += ["With PEFT, which its run has not done:", "", *_with_peft(config)]
+    write_atomic(folder / NAME, "\n".join(lines).encode())
 
 
 def write_cards(folder: Path, info: Mapping[str, Any]) -> None:
@@ -59,9 +68,30 @@ def licence_of(model: str) -> str:
     return found[1] if found else ""
 
 
+_licence = cache(licence_of)
+
+
+def _base(config: Mapping[str, Any]) -> str:
+    """The name of the base model in adapter_config.json; "" where there is none."""
+    return str(config.get("base_model_name_or_path") or "")
+
+
+def _head(config: Mapping[str, Any], licence: str) -> Sequence[str]:
+    """The fields that hubs read, and the title."""
+    name = _base(config)
+    fields = [f"base_model: {json.dumps(name)}", "library_name: peft"]
+    fields += [f"license: {licence}"] if licence else []
+    title = f"# {config['peft_type']} adapter for {name}"
+    return ["---", *fields, "tags: [lora, federated]", "---", "", title, ""]
+
+
+def _licence_line(licence: str) -> str:
+    return f"Licence of the base model: {licence or 'not named here, see the base model'}."
+
+
 def _training(info: Mapping[str, Any], licence: str) -> Sequence[str]:
     """Base, data, strategy and privacy of the run; a sentence where none is known."""
-    told = f"Licence of the base model: {licence or 'not named here, see the base model'}."
+    told = _licence_line(licence)
     if not info:
         return [told, ""]
     config: RunConfig = RunConfig.model_construct(**info["config"])
@@ -80,6 +110,8 @@ def _training(info: Mapping[str, Any], licence: str) -> Sequence[str]:
         *([("blocks", config.layers)] if config.layers else []),
         ("privacy", privacy["line"] if privacy else "no differential privacy"),
     ]
+    if info.get("labels"):
+        rows.insert(2, ("labels, in the order of the head", ", ".join(info["labels"])))
     return [told, "", "| trained | |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows), ""]
 
 
@@ -102,26 +134,35 @@ def _scores(info: Mapping[str, Any], served: Mapping[str, Any] | None) -> Sequen
     return lines
 
 
-def _loading(folder: Path, config: Mapping[str, Any], name: str) -> Sequence[str]:
-    """How programs load it, and which of them did."""
-    classify = config.get("task_type") == "SEQ_CLS"
+def _with_peft(config: Mapping[str, Any], labels: Sequence[str] = ()) -> Sequence[str]:
+    """How plain PEFT loads an adapter; `labels` in the order of a classifier's head."""
+    name, classify = _base(config), config.get("task_type") == "SEQ_CLS"
     auto = "AutoModelForSequenceClassification" if classify else "AutoModelForCausalLM"
     where = 'asset("model")' if name == "embedded" else f'"{name}"'
-    lines = [
-        "## Load it",
-        "",
-        "With PEFT; the run of the exact adapter ended by loading it so, in another process:",
-        "",
+    named = f", id2label={dict(enumerate(labels))!r}" if labels else ""
+    return [
         "```python",
         "import torch",
         "from peft import PeftModel",
         f"from transformers import {auto}",
         *([] if name != "embedded" else ["from corolla.embedded.assets import asset"]),
         "",
-        f"base = {auto}.from_pretrained({where}, dtype=torch.float32)",
+        f"base = {auto}.from_pretrained({where}, dtype=torch.float32{named})",
         'model = PeftModel.from_pretrained(base, ".").eval()',
         "```",
         "",
+    ]
+
+
+def _loading(folder: Path, config: Mapping[str, Any], labels: Sequence[str]) -> Sequence[str]:
+    """How programs load it, and which of them did; `labels` in the order of a classifier's head."""
+    name = _base(config)
+    lines = [
+        "## Load it",
+        "",
+        "With PEFT; the run of the exact adapter ended by loading it so, in another process:",
+        "",
+        *_with_peft(config, labels),
     ]
     try:
         saved = read_lora(folder)

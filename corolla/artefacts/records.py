@@ -3,10 +3,11 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from corolla.artefacts.card import write_brief_card
+from corolla.models.trainable import Trainable
 from corolla.storage.folders import client_folder
 from corolla.types import Adapter, LoraSpec, Payload, Update
 from corolla.wire import codec
@@ -14,12 +15,9 @@ from corolla.wire import codec
 _TRAINED = ("adapter", "factors", "head")
 """Groups of updates that hold what was trained: differences, or factors with their scaling."""
 
-if TYPE_CHECKING:  # it loads transformers, which a gateway has no use for
-    from corolla.models.trainable import Trainable
-
 
 def write_update(
-    folder: Path, model: "Trainable", lora: LoraSpec, update: Update, client: str
+    folder: Path, model: Trainable, lora: LoraSpec, update: Update, client: str
 ) -> None:
     """The adapter a client's model holds after local training, read from the model itself.
 
@@ -27,6 +25,9 @@ def write_update(
     the weight in the mean to `update.json` when the round is done.
     """
     model.save(folder, Adapter(model.read(), model.frozen), lora)
+    write_brief_card(
+        folder, "What the model of one client held after one round, not a result.", model.base.name
+    )
     facts = {
         "client": client,
         "num_examples": update.num_examples,
@@ -38,7 +39,7 @@ def write_update(
 
 
 def write_decoded(
-    folder: Path, model: "Trainable", lora: LoraSpec, sent: Payload, opened: Payload
+    folder: Path, model: Trainable, lora: LoraSpec, sent: Payload, opened: Payload
 ) -> None:
     """Writes, beside the adapter, an update as the server decodes it after a lossy codec.
 
@@ -57,6 +58,9 @@ def write_decoded(
             scale = _scale(sent[group][name], trained[name]) if group == "factors" else 1.0
             trained[name] = trained[name] + lost / scale
     model.save(folder / "decoded", Adapter(trained, model.frozen), lora)
+    write_brief_card(
+        folder / "decoded", "One client's update as the server decoded it.", model.base.name
+    )
 
 
 def _scale(sent: Tensor, trained: Tensor) -> float:

@@ -2,15 +2,13 @@
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from corolla.artefacts.adapters import TENSORS, SavedLora, cut, read_lora, write_lora
+from corolla.artefacts.sizes import SERVED
 from corolla.types import Adapter, Metrics
-
-NAME = "served"
-"""The folder beside adapter/."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +24,8 @@ class Served:
     """‖exact - served‖_F / ‖exact‖_F of effective weights."""
     small: SavedLora | None = None
     """None: the exact one is small enough and is served itself."""
+    small_bytes: int = 0
+    """Of the tensors of served/, once they are written."""
 
     @property
     def rank(self) -> int:
@@ -35,8 +35,9 @@ class Served:
     def to_json(self, exact: float) -> dict[str, Any]:
         """The object of run.json; `exact` is the held-out loss of adapter/."""
         return {
-            "folder": NAME if self.small else "adapter",
+            "folder": SERVED if self.small else "adapter",
             "rank": self.rank,
+            "bytes": self.small_bytes if self.small else self.exact_bytes,
             "error": self.error,
             "loss": self.loss,
             "exact": {"rank": self.exact_rank, "bytes": self.exact_bytes, "loss": exact},
@@ -58,8 +59,13 @@ def prepare(folder: Path, rank: int, loss: float, score: Callable[[Adapter], Met
     return Served(exact.spec.rank, size, found["loss"], error, small)
 
 
-def write(served: Served, folder: Path, exact: Path, base: str) -> None:
-    """Write `folder`/served beside the adapter folder `exact`; nothing where that one is served."""
-    shutil.rmtree(folder / NAME, ignore_errors=True)
-    if served.small:
-        write_lora(folder / NAME, served.small, exact, base)
+def write(served: Served, folder: Path, exact: Path, base: str) -> Served:
+    """Write `folder`/served beside the adapter folder `exact`; nothing where that one is served.
+
+    Returns the same with the bytes that were written.
+    """
+    shutil.rmtree(folder / SERVED, ignore_errors=True)
+    if not served.small:
+        return served
+    write_lora(folder / SERVED, served.small, exact, base)
+    return replace(served, small_bytes=(folder / SERVED / TENSORS).stat().st_size)

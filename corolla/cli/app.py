@@ -31,6 +31,7 @@ app = typer.Typer(
     help="Federated fine-tuning of language models on Flower.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    suggest_commands=False,  # click 8.5 does so itself
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 

@@ -91,6 +91,18 @@ class Command(TyperCommand):
             if isinstance(argument, TyperArgument):
                 argument.help = told[str(argument.name)].default.help
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """The arguments as click reads them; options that are missing are named all at once."""
+        given = {own.partition("=")[0] for own in args}
+        try:
+            return super().parse_args(ctx, args)
+        except click.MissingParameter as error:
+            options = [own for own in self.params if isinstance(own, click.Option) and own.required]
+            lacking = [own.opts[0] for own in options if not given & set(own.opts)]
+            if len(lacking) < 2:
+                raise
+            raise click.UsageError(f"Missing options {', '.join(lacking)}.", ctx) from error
+
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the help, with the texts of fields for as long as that takes."""
         own = {option: option.help for option in self.params if isinstance(option, click.Option)}

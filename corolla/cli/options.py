@@ -215,10 +215,21 @@ _RUN_DISK = Option(str | None, "That one run may keep, at most.", usual="2GB")
 _SERVER = Option(str | None, "corolla server.", more={"metavar": "HOST:PORT"})
 _ROOTS = Option(Path | None, "ca.pem of the server.", usual="the system's")
 
+_READING: Table = {
+    "columns": Option(
+        list[str] | None, "Its column for one of ours: prompt=body; repeatable.", usual="as ours"
+    ),
+    "splits": Option(
+        list[str] | None, "Its split for one of ours: train=all; repeatable.", usual="as ours"
+    ),
+    "subset": Option(str | None, "The configuration of a hub's set.", usual="the only one"),
+}
+
 DEVICE: Table = {
     "server": _SERVER,
     "root_certificates": _ROOTS,
-    "data": Option(str | None, "FILE.jsonl: its own rows, for training and evaluation."),
+    "data": Option(str | None, "Its own rows, a file or folder, for training and evaluation."),
+    **_READING,
     "name": Option(str | None, "In the federation.", usual="made from the key"),
     "model": Option(str | None, "The run's: hub name, folder, .gguf.", usual="embedded"),
     "state": Option(Path | None, "Key, logs, what is kept.", usual="~/.local/state/corolla"),
@@ -295,7 +306,8 @@ GATEWAY: Table = {
 PHONE: Table = {
     "gateway": Option(str, "corolla gateway.", ..., more={"metavar": "HOST:PORT"}),
     "token_file": Option(Path, "What the gateway's owner gave.", ...),
-    "data": Option(str, "FILE.jsonl: its own rows, for training and evaluation.", ...),
+    "data": Option(str, "Its own rows, a file or folder, for training and evaluation.", ...),
+    **_READING,
     "root_certificates": Option(Path | None, "ca.pem of the gateway.", usual="the system's"),
     "name": Option(str | None, "In the federation.", usual="made once, kept in --state"),
     "model": Option(str | None, "Hub name, folder, 'embedded'.", usual="the gateway's"),

@@ -10,13 +10,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from corolla.config.rules import not_noised
+from corolla.config.asked import not_noised
 from corolla.host.text import human_bytes
-from corolla.interfaces import Strategy, Traits
+from corolla.interfaces import Stacking, Strategy, Traits
 from corolla.strategies.registry import STRATEGIES, traits
 from corolla.types import Aggregates, Cost, Size, TrainerName
 
-COHORT = 8
+COHORT, ROUNDS = 8, 10
 QUERIES = 50
 """Directions that a zeroth-order client measures in a round, as the config has it."""
 
@@ -59,13 +59,22 @@ no head. "Once": what a client receives in its first round, and again when it ha
 that were missed.
 
 """
+_RANKS = f"""
+## What a run ends in
+
+Ranks and bytes of `adapter/`, with cohorts of {COHORT}, after {ROUNDS} rounds. What a strategy
+stacks grows until it has the full rank of the modules, or `max_rank`, to which each round is cut;
+`served/` has rank 64 at most (`served_rank`).
+
+"""
 
 
 @dataclass(frozen=True)
 class Entry:
     """The catalogue's entry of one strategy. `costs`: reference → the costs of its clients.
 
-    There is more than one cost where rounds or trainers differ.
+    There is more than one cost where rounds or trainers differ. `ranks`: reference → the rank of
+    the adapter before the first round, and what each round adds.
     """
 
     name: str
@@ -79,6 +88,7 @@ class Entry:
     dp: bool
     traits: Traits
     costs: Mapping[str, Sequence[Cost]]
+    ranks: Mapping[str, tuple[int, int]]
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain values, traits beside the rest."""
@@ -107,7 +117,16 @@ def _entry(name: str, cls: type[Strategy]) -> Entry:
         dp=not own.personal and not not_noised(cls()),
         traits=own,
         costs={reference: costs(cls(), size) for reference, size in REFERENCES.items()},
+        ranks={reference: ranks(cls(), size) for reference, size in REFERENCES.items()},
     )
+
+
+def ranks(strategy: Strategy, size: Size) -> tuple[int, int]:
+    """(rank of the adapter before the first round, what a round of COHORT such adapters adds)."""
+    if not isinstance(strategy, Stacking):
+        return size.rank, 0
+    before, after = (strategy.rank_after(rounds, [size] * COHORT) for rounds in (0, 1))
+    return before, after - before
 
 
 def costs(strategy: Strategy, size: Size) -> list[Cost]:
@@ -128,6 +147,7 @@ def markdown() -> str:
     about = [(e.title, _links(e.papers), e.traits.when) for e in known]
     able = [_can(e) for e in known]
     paid = [[cell for found in e.costs.values() for cell in _bytes(found)] for e in known]
+    ends = [[name, *cells] for name, cells in _ends(known, [*REFERENCES])]
     ways = [f"{reference}: {way}" for reference in REFERENCES for way in ("sent", "received")]
     return (
         _HEADER
@@ -136,20 +156,49 @@ def markdown() -> str:
         + _table(known, _CAN, able)
         + _BYTES
         + _table(known, ways, paid)
+        + _RANKS
+        + _lines(
+            [["strategy", *[f"{name}: {what}" for name in REFERENCES for what in _ENDS]], *ends]
+        )
     )
 
 
 def print_catalogue(console: Console) -> None:
-    """The same for a terminal, in short: two tables, which fit 80 columns."""
+    """The same for a terminal, in short: three tables, which fit 80 columns."""
     known, reference = entries(), "Llama-3.2-3B, q and v, rank 16"
     uses = Table("strategy", "when to use it", box=box.SIMPLE_HEAD)
     costs = Table("strategy", "averages", "sent", "received", box=box.SIMPLE_HEAD)
+    ends = Table("strategy", *_ENDS, box=box.SIMPLE_HEAD)
     for e in known:
         uses.add_row(e.name, e.traits.when)
         costs.add_row(e.name, AGGREGATES[e.aggregates], *_bytes(e.costs[reference]))
     console.print(uses)
     console.print(f"bytes of a client in a round: {reference}, cohorts of {COHORT}")
     console.print(costs)
+    console.print(f"adapter/ of a run of {ROUNDS} rounds, with the same; max_rank bounds its rank")
+    for name, cells in _ends(known, [reference]):
+        ends.add_row(name, *cells)
+    console.print(ends)
+
+
+_ENDS = ("rank of adapter/", "its size")
+
+
+def _ends(known: Sequence[Entry], references: Sequence[str]) -> list[tuple[str, Sequence[str]]]:
+    """(strategy, cells of _ENDS for each reference); those whose rank does not grow are one row."""
+    found = {e.name: [cell for name in references for cell in _end(e, name)] for e in known}
+    growing = [e.name for e in known if any(grows for _, grows in e.ranks.values())]
+    rest = next(name for name in found if name not in growing)
+    return [*((name, found[name]) for name in growing), ("all others", found[rest])]
+
+
+def _end(e: Entry, reference: str) -> tuple[str, str]:
+    """The rank that the adapter of a run has, and its bytes after ROUNDS rounds."""
+    size, (before, grows) = REFERENCES[reference], e.ranks[reference]
+    count = 4 * (size.A + size.B) * (before + ROUNDS * grows) // size.rank
+    if not grows:
+        return f"{before}", human_bytes(count)
+    return f"{before} + {grows} a round".removeprefix("0 + "), f"≤ {human_bytes(count)}"
 
 
 _CAN = (
@@ -196,6 +245,12 @@ def _yes(value: bool) -> str:
 
 
 def _table(known: Sequence[Entry], head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [["strategy", *head], ["---"] * (1 + len(head))]
-    lines += [[f"`{e.name}`", *row] for e, row in zip(known, rows, strict=True)]
+    named = [[f"`{e.name}`", *row] for e, row in zip(known, rows, strict=True)]
+    return _lines([["strategy", *head], *named])
+
+
+def _lines(rows: Sequence[Sequence[str]]) -> str:
+    """A table, whose first row is its head."""
+    head, *others = rows
+    lines = [head, ["---"] * len(head), *others]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)

@@ -1,114 +1,15 @@
 """Which settings go with which strategy: what would be unsafe or mean nothing is refused."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
-
-import torch
+import math
 
 from corolla.aggregation import robust
-from corolla.aggregation.sums import ByGroup, SeedSums, WeightedMean
+from corolla.config.asked import Asked, able, not_noised, takes_parts, takes_start, without_factors
 from corolla.config.run import RunConfig
 from corolla.config.sections.rule import Rule, refusal
 from corolla.errors import ConfigError
-from corolla.interfaces import Aggregator, Strategy, Traits
+from corolla.interfaces import Stacking, Strategy
 from corolla.strategies import registry
-from corolla.tensors import factors
-from corolla.types import LoraSpec, Params, Size, Space, TrainerName
-from corolla.wire.compression import PLAIN, Pipeline
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A config and the strategy that it names, with what the rules look at."""
-
-    config: RunConfig
-    strategy: Strategy
-
-    @cached_property
-    def traits(self) -> Traits:
-        """The traits that the strategy states of itself."""
-        return registry.traits(self.strategy)
-
-    @property
-    def subject(self) -> str:
-        """The strategy in a sentence."""
-        return f"strategy {registry.label(self.config.strategy)}"
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the classes of clients; "" alone where all are alike."""
-        return tuple(self.config.classes) or ("",)
-
-    @cached_property
-    def trainers(self) -> set[TrainerName]:
-        """How clients of this run train."""
-        return {self.config.trainer_of(name) for name in self.classes}
-
-    @cached_property
-    def pipelines(self) -> tuple[Pipeline, Pipeline]:
-        """Of updates and of broadcasts. Raises ConfigError for codecs that are none."""
-        return self.config.uplink, self.config.downlink
-
-    @property
-    def up(self) -> Pipeline:
-        """How updates are compressed."""
-        return self.pipelines[0]
-
-    @property
-    def down(self) -> Pipeline:
-        """How broadcasts are compressed."""
-        return self.pipelines[1]
-
-    @property
-    def cohort(self) -> int:
-        """Updates of a round."""
-        run = self.config
-        return run.buffer or run.cohort or min(8, run.clients or 8)
-
-    @property
-    def hostile(self) -> int:
-        """Updates of a round that may be hostile."""
-        return robust.hostile(self.cohort, self.config.byzantine)
-
-    @property
-    def least(self) -> int:
-        """Updates that the rule of robust aggregation needs; 0 without one."""
-        rule = self.config.robust
-        return 0 if rule == "none" else robust.least(rule, self.hostile)
-
-    @cached_property
-    def unfit_for_robust(self) -> str:
-        """Why updates of this strategy cannot be defended by the rule; "" if they can."""
-        run = self.config
-        if run.robust == "none":
-            return ""
-        likes = [
-            self.strategy.update_like(_one_module(run, spec), Size(1, 1, scalars=1, trainer=how))
-            for spec in set(run.loras)
-            for how in self.trainers
-        ]
-        return robust.refusal(run.robust, compared_in(run, self.strategy), self.traits, likes) or ""
-
-    @cached_property
-    def overfull(self) -> list[RunConfig]:
-        """Settings of classes whose updates would hold too many scalars."""
-        zeroth = [n for n in self.classes if self.config.trainer_of(n) == "zeroth_order"]
-        settings = [self.config.of_class(name) for name in zeroth]
-        return [own for own in settings if own.local_steps * own.queries > 1 << 16]
-
-    @property
-    def misfits(self) -> list[str]:
-        """Classes whose clients train as the strategy does not."""
-        usable = self.strategy.trainers
-        classes = self.config.classes.items()
-        return [name for name, own in classes if own.trainer and own.trainer not in usable]
-
-
-def _able(fits: Callable[[type[Strategy]], object]) -> str:
-    """Names of all strategies that fit."""
-    return " or ".join(name for name, cls in registry.STRATEGIES.items() if fits(cls))
-
+from corolla.wire.compression import PLAIN
 
 _STATE: tuple[Rule[Asked], ...] = (
     Rule(
@@ -118,7 +19,7 @@ _STATE: tuple[Rule[Asked], ...] = (
             f"ranks {[spec.rank for spec in asked.config.loras]}, "
             f"alphas {[spec.alpha for spec in asked.config.loras]}"
         ),
-        instead=lambda asked: f"use {_able(lambda cls: cls.mixed_ranks)}",
+        instead=lambda asked: f"use {able(lambda cls: cls.mixed_ranks)}",
     ),
     Rule(
         when=lambda asked: asked.config.buffer and not asked.traits.stale,
@@ -126,14 +27,14 @@ _STATE: tuple[Rule[Asked], ...] = (
             f"buffer applies updates made from older states, and those of {asked.subject} count "
             f"only for the state they were made from (its base, phase or directions change)"
         ),
-        instead=lambda asked: f"use {_able(lambda cls: registry.traits(cls).stale)}",
+        instead=lambda asked: f"use {able(lambda cls: registry.traits(cls).stale)}",
     ),
     Rule(
-        when=lambda asked: not asked.config.kind.factors and not _without_factors(asked.strategy),
+        when=lambda asked: not asked.config.kind.factors and not without_factors(asked.strategy),
         why=lambda asked: (
             f"{asked.subject} trains LoRA factors, found parameters={asked.config.parameters}"
         ),
-        instead=lambda asked: f"use {_able(_without_factors)}",
+        instead=lambda asked: f"use {able(without_factors)}",
     ),
     Rule(
         when=lambda asked: asked.config.optimizer not in asked.traits.optimizers,
@@ -157,12 +58,12 @@ _LAYERS: tuple[Rule[Asked], ...] = (
         instead=lambda asked: f"parameters={asked.config.parameters} has none",
     ),
     Rule(
-        when=lambda asked: asked.config.partial and not asked.traits.partial,
+        when=lambda asked: asked.config.partial and not takes_parts(asked.strategy),
         why=lambda asked: (
             f"in {asked.subject} a block that clients of a class do not train is not the same as "
             f"no change of it"
         ),
-        instead=lambda asked: f"use {_able(lambda cls: registry.traits(cls).partial)}",
+        instead=lambda asked: f"use {able(lambda cls: takes_parts(cls))}",
     ),
     Rule(
         when=lambda asked: asked.config.partial and "zeroth_order" in asked.trainers,
@@ -175,6 +76,21 @@ _LAYERS: tuple[Rule[Asked], ...] = (
         ),
         why=lambda asked: "classes.NAME.layers makes updates of unlike forms",
         instead="robust and dp=client are for updates of one form: set layers for the run",
+    ),
+)
+
+_RANKS: tuple[Rule[Asked], ...] = (
+    Rule(
+        when=lambda asked: (
+            isinstance(asked.strategy, Stacking)
+            and takes_start(asked.strategy)
+            and (asked.config.max_rank or math.inf) < asked.config.lora.rank
+        ),
+        why=lambda asked: (
+            f"clients of {asked.subject} go on with an adapter of rank {asked.config.lora.rank}, "
+            f"which is more than max-rank={asked.config.max_rank}"
+        ),
+        instead="raise max-rank, or lower rank",
     ),
 )
 
@@ -208,7 +124,7 @@ _CODECS: tuple[Rule[Asked], ...] = (
         why=lambda asked: f"{asked.subject} sends {asked.traits.updates}",
         instead=lambda asked: (
             f"codec rank keeps the products of factors, use "
-            f"{_able(lambda cls: registry.traits(cls).updates == 'factors')}"
+            f"{able(lambda cls: registry.traits(cls).updates == 'factors')}"
         ),
     ),
     Rule(
@@ -227,7 +143,7 @@ _START: tuple[Rule[Asked], ...] = (
             f"start=gradient is an adapter that the server hands out, and clients of "
             f"{asked.subject} begin from another"
         ),
-        instead=lambda asked: f"use {_able(lambda cls: takes_start(cls()))}",
+        instead=lambda asked: f"use {able(lambda cls: takes_start(cls()))}",
     ),
 )
 
@@ -325,7 +241,7 @@ _TRAINERS: tuple[Rule[Asked], ...] = (
     ),
 )
 
-RULES = (*_STATE, *_LAYERS, *_CODECS, *_START, *_ROBUST, *_PRIVATE, *_TRAINERS)
+RULES = (*_STATE, *_RANKS, *_LAYERS, *_CODECS, *_START, *_ROBUST, *_PRIVATE, *_TRAINERS)
 """Of several that apply, the first is told."""
 
 _GATEWAYS: tuple[Rule[Asked], ...] = (
@@ -390,58 +306,3 @@ def refuse_kept_updates(config: RunConfig) -> None:
         raise ConfigError(
             "--keep-updates keeps what dp=client hides: the update of each client; leave it out"
         )
-
-
-def compared_in(config: RunConfig, strategy: Strategy) -> Space:
-    """Returns the space in which the rule of robust aggregation compares the strategy's updates."""
-    own = robust.space_of(registry.traits(strategy))
-    return own if config.robust_space == "auto" else config.robust_space
-
-
-def not_noised(strategy: Strategy) -> str:
-    """Why noise on a sum of clipped updates would not make a strategy private; "" if it does."""
-    traits = registry.traits(strategy)
-    if traits.mirrors:
-        return "the server sums up what its clients keep, and neither may be clipped nor noised"
-    if traits.individual or not strategy.aggregator().linear:
-        return "its updates are not added up, each is used by itself"
-    if not traits.bounded:
-        return "a clipped update may still move the model by any amount"
-    if not _is_mean(strategy.aggregator()):
-        return "what it adds up is not one mean over all clients, which noise could be put on"
-    return ""
-
-
-def takes_start(strategy: Strategy) -> bool:
-    """Returns whether first-order clients get the strategy's start adapter, at its scaling."""
-    if "first_order" not in strategy.trainers:
-        return False
-    one, scaling = torch.ones(1, 1), 2.0
-    state = strategy.init({"m" + factors.A: one, "m" + factors.B: one}, 0)
-    found = strategy.adapter(state)
-    parts = [factors.bake(p, scaling) for p in (found.trained, *found.residuals)] + [*found.frozen]
-    total = sum(
-        float(factors.product(p, m))
-        for p in parts
-        for m in factors.modules(p)
-        if m + factors.B in p
-    )
-    return strategy.broadcast(state).log is None and abs(total - scaling) < 1e-5
-
-
-def _is_mean(aggregator: Aggregator) -> bool:
-    """Returns whether an aggregator makes nothing of clients' updates but their mean."""
-    if isinstance(aggregator, ByGroup):
-        return all(map(_is_mean, aggregator.groups.values()))
-    return type(aggregator) in (WeightedMean, SeedSums)  # a subclass may keep single updates
-
-
-def _without_factors(strategy: Strategy | type[Strategy]) -> bool:
-    """Returns whether a strategy can train other tensors than LoRA factors."""
-    return strategy.full or registry.traits(strategy).dense
-
-
-def _one_module(config: RunConfig, spec: LoraSpec) -> Params:
-    """The smallest adapter of a rank: the form of updates follows from it."""
-    a, b = torch.zeros(spec.rank, 1), torch.zeros(1, spec.rank)
-    return {"m" + factors.A: a, "m" + factors.B: b} if config.kind.factors else {}

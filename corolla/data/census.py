@@ -1,6 +1,6 @@
 """How long rows are in tokens, what max_length leaves of them, and who has nothing left."""
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -92,11 +92,14 @@ class Census:
 
 def sample(data: FederatedData, encoder: Encoder, seed: int, most: int = SAMPLE) -> dict[str, Any]:
     """Lengths of at most `most` training rows, drawn by the seed; `of` says of how many."""
-    rows = [(client, row) for client, split in data.clients.items() for row in split.train]
-    census = Census(encoder)
-    for i in drawn(len(rows), most, seed):
-        census.add(rows[i][1], rows[i][0])
-    return {"of": len(rows), **census.to_json()}
+    census, before = Census(encoder), 0
+    count = sum(len(split.train) for split in data.clients.values())
+    places = deque(drawn(count, most, seed))
+    for client, split in data.clients.items():
+        while places and places[0] < before + len(split.train):
+            census.add(split.train[places.popleft() - before], client)
+        before += len(split.train)
+    return {"of": count, **census.to_json()}
 
 
 def drawn(count: int, most: int, seed: int) -> Iterable[int]:

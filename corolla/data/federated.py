@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from corolla.config.run import RunConfig
-from corolla.data import columns
+from corolla.data import kept
+from corolla.data.files import columns
+from corolla.data.files.sources import Source
 from corolla.data.partition import Split, partition, split_client
 from corolla.data.rows import (
     Example,
@@ -24,7 +26,6 @@ from corolla.data.rows import (
     read,
     unit_of,
 )
-from corolla.data.sources import Source
 from corolla.errors import DataError
 from corolla.host import logs
 
@@ -65,7 +66,7 @@ def load(config: RunConfig) -> FederatedData:
     Raises DataError for a file that is missing, malformed or leaves no client, ConfigError for a
     partition that the data cannot give.
     """
-    return dealt(config, read(source_of(config)))
+    return dealt(config, kept.read(source_of(config)))
 
 
 def dealt(config: RunConfig, found: Rows) -> FederatedData:
@@ -181,7 +182,7 @@ def load_heldout(config: RunConfig) -> FederatedData:
     A file: its test rows, else its validation rows; without splits, what a simulation holds out
     where rows have client_id, else all rows.
     """
-    found = read(source_of(config))
+    found = kept.read(source_of(config))
     rows = found.examples
     check_one_kind(rows, config.data)
     check_clients(rows, config.data)

@@ -13,7 +13,8 @@ from typing import Any
 from corolla.errors import DataError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-_SHAREGPT = {"human": "user", "gpt": "assistant", "function_response": "tool"}
+_CALL = "function_call"
+_SHAREGPT = {"human": "user", "gpt": "assistant", _CALL: "assistant", "function_response": "tool"}
 _SHAREGPT |= {"observation": "tool", **{role: role for role in ROLES}}
 _PREFERENCES = ("chosen", "rejected")
 
@@ -177,6 +178,8 @@ def _turn(message: Any, where: str) -> Turn:
     if role is None:
         known = ", ".join(_SHAREGPT if sharegpt else ROLES)
         raise DataError(f"{where}: unknown role {str(name)[:40]!r}: known are {known}")
+    if sharegpt and name == _CALL:
+        fields["tool_calls"], content = _said_calls(content, where), None
     weight = fields.pop("weight", 1)
     if weight not in (0, 1):
         raise DataError(f"{where}: weight must be 0 or 1, found {str(weight)[:40]}")
@@ -224,6 +227,21 @@ def _calls(calls: Any, where: str) -> list[Any]:
                 call = {**call, "function": function} if "function" in call else function
         found.append(call)
     return found
+
+
+def _said_calls(content: Any, where: str) -> list[Any]:
+    """Calls of tools from the JSON text of one, or of a list, as LLaMA-Factory's data have them."""
+    try:
+        told = json.loads(content) if isinstance(content, str) else content
+    except (ValueError, RecursionError):
+        told = None
+    calls = told if isinstance(told, list) else [told]
+    if not calls or not all(isinstance(own, dict) and "name" in own for own in calls):
+        raise DataError(
+            f"{where}: {_CALL} must be the JSON of an object with name and arguments, or of a "
+            f"list of such"
+        )
+    return [{"type": "function", "function": own} for own in calls]
 
 
 def _tools(tools: Any, where: str) -> str:

@@ -3,26 +3,29 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from corolla.data import columns, forms, sources
+from corolla.data import forms
+from corolla.data.files import columns, sources
+from corolla.data.files.sources import SPLITS, Reading, Source
 from corolla.data.forms import Turn, encodable
-from corolla.data.sources import SPLITS, Reading, Source
 from corolla.errors import DataError
 
 _IDS = ("client_id", "user_id")
-_TELLING = (
-    *("system", "context", "input", "history", "instruction", "messages", "conversations"),
-    *("tools", "completion", "output", "chosen", "rejected"),
+_TELLING = frozenset(
+    {
+        *("system", "context", "input", "history", "instruction", "messages", "conversations"),
+        *("tools", "completion", "output", "chosen", "rejected"),
+    }
 )
 """Columns that change what a row means; where one is not used, people are told."""
 _PLAIN = ("text", "prompt", "response")
 _ANSWERED = ("prompt", "answer", "choices")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """One row. Exactly one of: text; prompt and text (the response); text and label; turns.
 
@@ -97,7 +100,8 @@ class Example:
         """All fields that say what the row is, wherever it stands."""
         left_out = {"line", "unused", "turns", "tools"}
         left_out |= {"user"} if self.user is None else set()
-        found = {name: value for name, value in vars(self).items() if name not in left_out}
+        names = [own.name for own in fields(self) if own.name not in left_out]
+        found = {name: getattr(self, name) for name in names}
         if self.turns:
             found |= {"turns": [vars(turn) for turn in self.turns], "tools": self.tools}
         return found
@@ -116,27 +120,39 @@ class Rows:
 
 
 def read(source: Source) -> Rows:
-    """The rows of a source. Raises DataError naming the row that cannot be used."""
+    """The rows of a source, in memory. Raises DataError naming the row that cannot be used."""
     reading, unused = Reading(), Counter[str]()
-    examples = []
+    return rows_of(source, list(examples(source, reading, unused)), reading, unused)
+
+
+def examples(source: Source, reading: Reading, unused: Counter[str]) -> Iterator[Example]:
+    """The rows of a source one by one; `reading` and `unused` are filled meanwhile."""
     for row, where, line in sources.rows(source, reading):
         try:
             example = _example(row, where, line)
         except DataError as error:
             raise DataError(f"{error}{sources.hint(row)}") from None
         unused.update(example.unused)
-        examples.append(example)
-    if not examples:
+        yield example
+
+
+def rows_of(source: Source, found: list[Example], reading: Reading, unused: Counter[str]) -> Rows:
+    """All rows of a source that has been read. Raises DataError where there are none."""
+    if not found:
         left = ", ".join(f"{split} ({n})" for split, n in reading.unread.items())
         rest = f" of the splits that are asked for: it has {left}" if left else ""
         raise DataError(f"{source.name} has no rows{rest}")
-    return Rows(examples, reading.fingerprint or _fingerprint(examples), reading, unused)
+    return Rows(found, reading.fingerprint or _fingerprint(found), reading, unused)
 
 
 def _fingerprint(examples: Sequence[Example]) -> str:
-    """The sha256 of rows that were read from no bytes of their own."""
-    content = json.dumps([row.content() for row in examples], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
+    """The sha256 of rows that were read from no bytes of their own: of a JSON array of them."""
+    digest = hashlib.sha256(b"[")
+    for place, row in enumerate(examples):
+        digest.update((", " if place else "").encode())
+        digest.update(json.dumps(row.content(), sort_keys=True).encode())
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 def read_rows(name: str) -> tuple[list[Example], str]:
@@ -163,7 +179,7 @@ def _example(row: Any, where: str, line: int = 0) -> Example:
     ids = (("client_id", client), ("user_id", user))
     texts = (("text", said["text"]), ("prompt", said.get("prompt")), ("tools", said.get("tools")))
     for key, value in (*texts, ("label", label), *ids):
-        if not encodable(str(value)):
+        if value is not None and not encodable(value):
             raise DataError(f"{where}: {key} has half of a surrogate pair, which is no text")
     return Example(
         label=label,
@@ -171,7 +187,7 @@ def _example(row: Any, where: str, line: int = 0) -> Example:
         split=SPLITS.get(str(split)),
         line=line,
         user=user,
-        unused=frozenset(n for n in _TELLING if n not in used and _tells(row.get(n))),
+        unused=frozenset(n for n in _TELLING & row.keys() if n not in used and _tells(row[n])),
         **said,
     )
 

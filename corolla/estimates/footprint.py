@@ -169,8 +169,8 @@ def trained(anatomy: Anatomy, config: RunConfig, labels: int = 0) -> int:
 
 def trained_shapes(anatomy: Anatomy, config: RunConfig, labels: int = 0) -> dict[str, Shape]:
     """Shapes of the tensors that are trained, by name."""
-    head: dict[str, Shape] = {"score.weight": (labels, anatomy.hidden)} if labels else {}
-    return {**kinds.of(config).shapes(anatomy, config, labels), **head}
+    usual: dict[str, Shape] = {"score.weight": (labels, anatomy.hidden)} if labels else {}
+    return {**kinds.of(config).shapes(anatomy, config, labels), **(anatomy.head or usual)}
 
 
 def weights(anatomy: Anatomy, config: RunConfig) -> float:

@@ -14,6 +14,13 @@ _HELD = ".held"
 """The name of the file in a temporary folder whose lock says that a process uses the folder."""
 
 
+def cache_dir() -> Path:
+    """The folder for what can be made again: $COROLLA_CACHE, else the user's cache folder."""
+    root = os.environ.get("COROLLA_CACHE")
+    base = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    return Path(root) if root else base / "corolla"
+
+
 def write_atomic(path: Path, data: bytes, private: bool = False) -> None:
     """Write a file so that it is either the old one or the new one, whatever happens.
 

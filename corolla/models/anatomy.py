@@ -5,7 +5,7 @@ import math
 import re
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,7 +17,9 @@ from corolla.types import LoraSpec
 
 Shape = tuple[int, ...]
 
-_OUTSIDE = re.compile(r"embed|emb\b|wte|wpe|lm_head|shared|score|classifier|rel_attn|norm|ln_")
+_OUTSIDE = re.compile(
+    r"embed(?!ding_hidden_mapping)|emb\b|wte|wpe|lm_head|shared|score|classifier|rel_attn|norm|ln_"
+)
 """Names of 2-D weights that are no linear layers of a block."""
 
 _IN_OUT = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
@@ -60,6 +62,8 @@ class Anatomy:
     tokenizer_bytes: int
     tokenizer: Path | None = None
     """tokenizer.json, where there is one."""
+    head: Mapping[str, Shape] = field(default_factory=dict)
+    """Tensors of a classifier that are trained as they are: name → shape; {} where not known."""
 
     @property
     def values(self) -> int:

@@ -3,11 +3,11 @@
 import hashlib
 import importlib
 import importlib.util
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from corolla.errors import ModelError
+from corolla.host.files import cache_dir
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,6 @@ PACKAGED = {
 """Real language models by the name that a run gives them."""
 _CONVERSION = b"2"
 """Version of the conversion: folders of an earlier one are made anew."""
-
-
-def cache_dir() -> Path:
-    """Where converted models are kept: $COROLLA_CACHE, else the user's cache folder."""
-    root = os.environ.get("COROLLA_CACHE")
-    base = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    return Path(root) if root else base / "corolla"
 
 
 def packaged(name: str) -> Path:

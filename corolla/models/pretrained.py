@@ -252,7 +252,8 @@ def _convert(gguf: Path) -> Path:
             model.hf_quantizer = None
             if hasattr(model.config, "quantization_config"):
                 del model.config.quantization_config
-            model.save_pretrained(scratch)
+            with Quiet():
+                model.save_pretrained(scratch)
             tokenizer.save_pretrained(scratch)
         try:
             scratch.rename(target)

@@ -3,8 +3,6 @@
 What `corolla check` holds strategies against; nothing that trains or aggregates uses it.
 """
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -21,27 +19,3 @@ def cut(whole: Tensor, rank: int | None = None, energy: float = 1.0) -> tuple[Te
         parts = s.square().cumsum(0) / s.square().sum().clamp(min=1e-300)
         keep = min(keep, int((parts < energy).sum()) + 1)
     return (u[:, :keep] * s[:keep]) @ vt[:keep], keep
-
-
-class DenseBlocks:
-    """The sum of frozen blocks in each module (out, in), by the rule of corolla.tensors.blocks.
-
-    Their ranks are those that the factors have, which decide when all are cut to `max_rank`.
-    """
-
-    def __init__(self, max_rank: int | None, compact_at: float) -> None:
-        self.max_rank, self.compact_at = max_rank, compact_at
-        self.sums: dict[str, Tensor] = {}
-        self.ranks: dict[str, int] = {}
-
-    def append(self, block: Mapping[str, Tensor], ranks: Mapping[str, int]) -> None:
-        """Add the block of a round, whose factors have `ranks`."""
-        for module, added in block.items():
-            self.sums[module] = self.sums.get(module, 0) + added
-            self.ranks[module] = self.ranks.get(module, 0) + ranks[module]
-        full = max(min(added.shape) for added in self.sums.values())
-        if max(self.ranks.values()) <= self.compact_at * min(self.max_rank or full, full):
-            return
-        for module, added in self.sums.items():
-            most = min(self.max_rank or full, self.ranks[module], *added.shape)
-            self.sums[module], self.ranks[module] = cut(added, most)

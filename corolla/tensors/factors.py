@@ -86,6 +86,18 @@ def stack(parts: Sequence[Params]) -> Params:
     return stacked
 
 
+def split(params: Params, rank: int) -> tuple[Params, Params]:
+    """The first `rank` columns of each B with the rows of A that go with them, and the others."""
+    first = {n: t[:rank] if is_a(n) else t[:, :rank] for n, t in params.items()}
+    return first, {n: t[rank:] if is_a(n) else t[:, rank:] for n, t in params.items()}
+
+
+def lengths(params: Params) -> dict[str, float]:
+    """Module → the mean length of the rows of its A; 1 where they are all zero."""
+    found = {m: params[m + A].double().norm(dim=1).mean() for m in modules(params)}
+    return {m: float(length) or 1.0 for m, length in found.items()}
+
+
 def product(params: Params, module: str) -> Tensor:
     """The (out, in) update of one module in fp64."""
     return params[module + B].double() @ params[module + A].double()
@@ -127,12 +139,17 @@ def _times(reflectors: Tensor, tau: Tensor, small: Tensor) -> Tensor:
 
 
 def compact(
-    params: Params, max_rank: int | None = None, energy: float = 1.0
+    params: Params,
+    max_rank: int | None = None,
+    energy: float = 1.0,
+    lengths: Mapping[str, float] | None = None,
 ) -> tuple[Params, float]:
     """The best factors of rank at most `max_rank` (per module at most min(out, in)) and the error.
 
     With `energy` below 1, of the smallest rank that keeps this part of Σ S² of each module. The
     truncation is the best one in Frobenius norm (Eckart and Young). Runs in fp64 and rounds once.
+    Both factors carry the square roots of the singular values; with `lengths` (module → length)
+    all rows of A are of that length, and B carries the rest.
     The error is ‖exact − compact‖_F / ‖exact‖_F over all modules, from the discarded singular
     values; it is 0 without truncation.
     """
@@ -146,9 +163,11 @@ def compact(
             keep = min(keep, enough)
         lost += float(square[keep:].sum())
         total += float(square.sum())
-        root = s[:keep].sqrt()  # balanced: both factors carry sqrt(S)
-        out[name + B] = (u[:, :keep] * root).to(params[name + B].dtype)
-        out[name + A] = (root[:, None] * vt[:keep]).to(params[name + A].dtype)
+        root = s[:keep].sqrt()
+        right = torch.full_like(root, lengths[name]) if lengths else root
+        left = s[:keep] / right if lengths else root
+        out[name + B] = (u[:, :keep] * left).to(params[name + B].dtype)
+        out[name + A] = (right[:, None] * vt[:keep]).to(params[name + A].dtype)
     return out, (lost / total) ** 0.5 if total else 0.0
 
 

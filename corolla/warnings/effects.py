@@ -9,13 +9,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from corolla.config.run import RunConfig
 from corolla.config.sections import learning_rates
 from corolla.config.sections.groups import ClientClass
 from corolla.config.sections.rule import Rule
-from corolla.interfaces import Traits
+from corolla.interfaces import Stacking, Traits
 from corolla.strategies import registry
 from corolla.types import TrainerName
 
@@ -139,6 +140,13 @@ EFFECTS: Mapping[str, tuple[Rule[Reader], ...]] = {
     ),
     "rslora": (_ADAPTER,),
     "served_rank": (_ADAPTER,),
+    "max_rank": (
+        _unless(
+            lambda reader: issubclass(registry.find(reader.config.strategy), Stacking),
+            lambda reader: f"the state of {_subject(reader)} has a rank that does not grow",
+            "leave it out, or use a strategy that stacks factors, such as flora",
+        ),
+    ),
     "dropout": (_BACKWARD, _ADAPTER),
     "public_examples": (
         _unless(
@@ -152,6 +160,13 @@ EFFECTS: Mapping[str, tuple[Rule[Reader], ...]] = {
             lambda reader: reader.config.kind.virtual_tokens,
             lambda reader: f"parameters={reader.config.parameters} has no virtual tokens",
             "leave it out, or use parameters=prompt",
+        ),
+    ),
+    "subset": (
+        _unless(
+            lambda reader: not Path(reader.config.data).exists(),
+            "only a set of the hub has configurations",
+            _LEAVE,
         ),
     ),
     "partition_alpha": (

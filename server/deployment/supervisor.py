@@ -19,6 +19,7 @@ from threading import Event
 import httpx
 import psutil
 
+from corolla.artefacts.sizes import sentence
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, RoundError, StoppedError
 from corolla.host import certificates, logs, supervised
@@ -225,15 +226,18 @@ class Supervisor:
             loss = line.get("eval_loss")
             self.say(
                 f"round {line['round']}: {line['clients']} clients, {line['dropped']} dropped, "
-                f"{line['seconds']:.1f} s" + (f", held-out loss {loss:.4f}" if loss else "")
+                f"{line['seconds']:.1f} s"
+                + (f", held-out loss {loss:.4f}" if loss else "")
+                + (f", max-rank cut {line['rank_error']:.2%} off" if "rank_error" in line else "")
             )
         self._told = len(lines)
 
     def _tell_proof(self) -> None:
-        """Says the claim that was proven of the saved model, where run.json has one."""
+        """Says ranks and sizes, and what was proven of the saved model, where run.json has them."""
         with suppress(OSError, ValueError, KeyError):
             info = json.loads((self.folder / "run.json").read_text())
             self.say(f"what is saved is what was trained: {info['reload']['claim']}")
+            self.say(sentence(info["served"]))
 
     def _kept(self) -> str:
         return f"stopped{how_to_go_on(self.folder)}"

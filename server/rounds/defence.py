@@ -5,7 +5,7 @@ import hashlib
 import torch
 
 from corolla.aggregation.robust import Robust
-from corolla.config.rules import compared_in
+from corolla.config.asked import compared_in
 from corolla.server.rounds import expectations
 from corolla.server.rounds.call import RoundCall
 from corolla.types import Payload

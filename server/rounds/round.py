@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from corolla.aggregation import robust
 from corolla.errors import RoundError
+from corolla.interfaces import Stacking
 from corolla.server.rounds.asking import (
     Asking,
     answer_of,
@@ -175,11 +176,19 @@ def _release(fold: Fold, events: RoundEvents) -> _Release:
 
 
 def _applied(fold: Fold, aggregate: Payload) -> tuple[Payload, Metrics]:
-    """The state after the aggregate. Raises RoundError when it is not finite."""
-    state, metrics = fold.call.federation.strategy.apply(fold.call.state, aggregate)
+    """The state after the aggregate, of rank at most `max_rank`.
+
+    Raises RoundError when it is not finite.
+    """
+    federation = fold.call.federation
+    strategy, most = federation.strategy, federation.config.max_rank
+    state, metrics = strategy.apply(fold.call.state, aggregate)
     if not all(tree.finite(params) for params in state.values()):
         how = "lower clip" if fold.clipped else "lower lr"
         raise RoundError(f"round {fold.call.number}: the aggregate is not finite: {how}")
+    if most and isinstance(strategy, Stacking):
+        state, cut = strategy.cut(state, most)
+        metrics = {**metrics, **cut}
     return state, metrics
 
 

@@ -88,7 +88,7 @@ def save(
     shutil.rmtree(there, ignore_errors=True)
     unproven.replace(there)
     if smaller:
-        served.write(smaller, folder, there, judge.config.model)
+        smaller = served.write(smaller, folder, there, judge.config.model)
     return there, proof, smaller
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from corolla import seeds
 from corolla.artefacts import records
-from corolla.artefacts.card import write_cards
+from corolla.artefacts.card import write_brief_card, write_cards
 from corolla.config.run import RunConfig
 from corolla.directions import seedlog
 from corolla.errors import ArtefactError, ConfigError, RoundError, StoppedError
@@ -311,6 +311,8 @@ class Run:
     def _keep_global(self, federation: Federation, state: Payload, round: int) -> None:
         folder = folders.round_folder(self.folder / "global", round)
         self.evaluator.model.save(folder, federation.strategy.adapter(state), self.config.lora)
+        what = f"The global model after round {round} of {self.config.rounds}."
+        write_brief_card(folder, what, self.config.model)
 
 
 def _refuse_cohort(federation: Federation) -> None:

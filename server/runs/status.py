@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
 from corolla.errors import ArtefactError
+from corolla.host.text import human_bytes
 from corolla.server.runs.journal import NAME, ORDER, Entry, alive, past, read
 
 State = Literal["running", "paused", "stopped", "failed", "done"]
@@ -224,7 +224,8 @@ def print_status(console: Console, found: Status) -> None:
     table.add_row("clients", f"{found.clients}{online}")
     none = "not told" if found.sampling == "poisson" else "none"
     table.add_row("replies", ", ".join(f"{n} {c}" for c, n in found.verdicts.items()) or none)
-    table.add_row("bytes", f"up {decimal(found.bytes_up)}, down {decimal(found.bytes_down)}")
+    up, down = human_bytes(found.bytes_up), human_bytes(found.bytes_down)
+    table.add_row("bytes", f"up {up}, down {down}")
     table.add_row("loss", f"training {_loss(found.train_loss)}, held-out {_loss(found.eval_loss)}")
     if found.unit or found.epsilon is not None:
         table.add_row("epsilon", _spent(found))
@@ -261,7 +262,7 @@ def _rounds(lines: Sequence[Mapping[str, Any]]) -> Table:
             str(line["round"]),
             *(str(line.get(name, "-")) for name in ("clients", "dropped")),
             *(_loss(line.get(name)) for name in ("train_loss", "eval_loss")),
-            *(decimal(line[name]) for name in ("bytes_up", "bytes_down")),
+            *(human_bytes(line[name]) for name in ("bytes_up", "bytes_down")),
             f"{line.get('seconds', 0):.1f}",
             *([_loss(line.get("epsilon"))] if private else []),
         )

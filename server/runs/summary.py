@@ -72,6 +72,11 @@ class Summary:
         """How evenly clients are served, before and after (evaluate.fairness)."""
         return fairness(self.clients)
 
+    @property
+    def rank_errors(self) -> list[float]:
+        """What the cut to `max_rank` lost in each round, relative; empty without the key."""
+        return [line["rank_error"] for line in self.lines if "rank_error" in line]
+
     def to_json(self, samples: bool) -> dict[str, Any]:
         """Returns the facts that run.json gets when a run is done.
 
@@ -92,6 +97,7 @@ class Summary:
             "reload_max_logit_difference": self.proof.difference,
             "reload": self.proof.to_json(),
             **({"served": self.served.to_json(self.final["loss"])} if self.served else {}),
+            **({"rank_errors": errors} if (errors := self.rank_errors) else {}),
             "bytes_per_client": self.per_client,
             "clients": self.clients,
             "fairness": self.fairness,

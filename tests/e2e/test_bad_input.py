@@ -24,7 +24,7 @@ SIMULATE = [
     (["--strategy", "florra"], 2, "did you mean 'flora'"),
     (["--set", "ranc=3"], 2, "did you mean 'rank'"),
     (["--set", "rank"], 2, "expected key=value"),
-    (["--set", "flora.max_rnk=3", "--strategy", "flora"], 2, "did you mean 'max_rank'"),
+    (["--set", "flora.energie=3", "--strategy", "flora"], 2, "did you mean 'energy'"),
     (["--strategy", "no.such.module:Thing"], 2, "cannot import"),
     (["--rank", "0"], 2, "rank"),
     (["--rank", "65"], 1, "rank 65 is larger than module"),
@@ -89,7 +89,7 @@ def test_config_files(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     for content, says in (
         ("local-stepps = 3", "did you mean 'local_steps'"),
-        ("[flroa]\nmax_rank = 3", "did you mean 'flora'"),
+        ("[flroa]\nenergy = 3", "did you mean 'flora'"),
         ("rank = ", "is not TOML"),
         ('rank = "many"', "rank"),
     ):

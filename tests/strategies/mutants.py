@@ -25,7 +25,7 @@ from corolla.strategies.mixed import Mixed
 from corolla.strategies.options import option
 from corolla.strategies.scaffold import Scaffold
 from corolla.strategies.seed_pool import SeedPool
-from corolla.tensors import factors, tree
+from corolla.tensors import blocks, factors, tree
 from corolla.types import Aggregates, Cost, Metrics, Params, Payload, Size, Update
 
 # Aggregators of one's own: all updates are kept until the end.
@@ -432,6 +432,21 @@ class EnergyOfValues(Flora):
 
     def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
         return Flora.apply(replace(self, energy=self.energy**0.5), state, aggregate)
+
+
+class CutsTheNewest(Flora):
+    """Cuts the factors that came last instead of the smallest singular values."""
+
+    def cut(self, state: Payload, rank: int) -> tuple[Payload, Metrics]:
+        whole = factors.stack([*blocks.of(state).values()])
+        first = {n: t[:rank] if factors.is_a(n) else t[:, :rank] for n, t in whole.items()}
+        return {"head": state["head"], blocks.COMPACTED: first}, {"rank_error": 0.0}
+
+
+class LeavesOutWhatCounts(FlexLora):
+    """A block that a client does not train is missing in its factors, and counts as zero."""
+
+    partial: ClassVar[str] = "absent"
 
 
 class StartUnbalanced(FlexLora):

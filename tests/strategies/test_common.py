@@ -44,7 +44,7 @@ LIMITS = {
     **dict.fromkeys(["no leak between clients", "examples counted"], 0.0),
     **dict.fromkeys(["every weight counts", "server half is pure"], 0.0),
     **dict.fromkeys(["what is kept counts", "what is kept stays", "directions of one's own"], 0.0),
-    "mirrors what clients keep": 1e-6,
+    **dict.fromkeys(["mirrors what clients keep", "best of max_rank", "max_rank adds up"], 1e-6),
     "saved and reloaded": 1e-5,
 }
 EFFECT = "option has an effect"
@@ -186,6 +186,8 @@ def proofs(name: str) -> set[str]:
         found |= {"partial sums", "linear as declared"}
     if name in ("fedkseed", "fedkseed_pro"):
         found |= {"directions of one's own"}
+    if name in ("flora", "fedex_lora"):
+        found |= {"best of max_rank", "max_rank adds up"}
     if said.mirrors:
         found |= {"mirrors what clients keep"}
     if said.mirrors or said.personal:

@@ -1,6 +1,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -8,6 +9,7 @@ from torch.func import functional_call
 
 from corolla.aggregation.stacks import MeanAndResidual
 from corolla.strategies.fedex_lora import FedExLora
+from corolla.tensors import tree
 from corolla.types import Cost, LoraSpec, Params, Payload, Size
 from tests.strategies import tiny
 
@@ -158,6 +160,29 @@ def test_a_truncated_residual_is_the_best_one_and_says_its_error(kept: int) -> N
     assert metrics["frozen_rank"] == kept
 
 
+@pytest.mark.parametrize("kept", [2, 3])
+def test_a_cut_is_the_dense_svd_of_adapter_and_residuals(kept: int) -> None:
+    """Clients go on from a part of rank 2 of it; with max_rank 2 nothing is left beside."""
+    strategy, cohort = FedExLora(), clients(4)
+    state = tiny.play(strategy, first(strategy), cohort)
+    same, told = strategy.cut(state, strategy.rank_after(1, [Size(32, 40, rank=2)] * 4))
+    assert tree.digest_all(same) == tree.digest_all(state)
+    assert told == {"rank_error": 0.0}
+    after, told = strategy.cut(state, kept)
+    u, s, vt = np.linalg.svd(effective(strategy, state).numpy())
+    best = torch.from_numpy((u[:, :kept] * s[:kept]) @ vt[:kept])
+    assert gap(effective(strategy, after), best) < 1e-6
+    tail = float(np.sqrt((s[kept:] ** 2).sum() / (s**2).sum()))
+    assert tail > 0.05
+    assert told == {"frozen_rank": kept - 2, "rank_error": pytest.approx(tail, rel=1e-6)}
+    adapter = strategy.adapter(after)
+    assert adapter.trained["m.lora_A"].shape == (2, INTO)
+    assert len(adapter.residuals) == kept - 2
+    before = strategy.adapter(state).trained["m.lora_A"].norm(dim=1).mean()
+    lengths = adapter.trained["m.lora_A"].norm(dim=1)
+    assert torch.allclose(lengths, before.expand(2), rtol=1e-5)
+
+
 def test_cost_is_as_floras() -> None:
     """M P_AB down, in the first exact form; less with a truncated residual."""
     size = Size(A=32, B=40, head=3, rank=2)
@@ -190,7 +215,6 @@ def test_logits_are_those_of_the_dense_mean(model: str, tmp_path: Path) -> None:
     [
         ({"residual_rank": 0}, "residual_rank must be a whole number from 1, found 0"),
         ({"residual_rank": 1.5}, "residual_rank must be a whole number from 1, found 1.5"),
-        ({"max_rank": 0}, "max_rank must be a whole number from 1, found 0"),
         ({"compact_at": 0.5}, "compact_at must be at least 1, found 0.5"),
     ],
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from corolla.config.asked import takes_parts
 from corolla.config.load import validate
 from corolla.errors import ConfigError
 from corolla.interfaces import Observed
@@ -17,7 +18,7 @@ from corolla.wire import messages
 from tests.strategies import tiny
 from tests.strategies.tiny import Run
 
-ABLE = [name for name, cls in STRATEGIES.items() if registry.traits(cls).partial]
+ABLE = [name for name, cls in STRATEGIES.items() if takes_parts(cls)]
 CLASSES = {"whole": {}, "top": {"layers": "last:1"}, "bottom": {"layers": "first:1"}}
 SPEC = LoraSpec(4, 8.0)
 

@@ -118,17 +118,17 @@ def test_what_cannot_be_a_strategy_is_refused(name: str, message: str) -> None:
     [
         (
             "flora",
-            {"max_rnk": 8},
-            "strategy flora has no option 'max_rnk': did you mean 'max_rank'?",
+            {"energie": 8},
+            "strategy flora has no option 'energie': did you mean 'energy'?",
         ),
-        ("flora", {"qqq": 8}, "its options are max_rank, compact_at"),
+        ("flora", {"qqq": 8}, "its options are compact_at, energy"),
         ("fedavg", {"mu": 0.1}, "strategy fedavg has no option 'mu': it has no options"),
         (
-            "flora",
-            {"max_rank": 0},
-            "strategy flora: max_rank must be a whole number from 1, found 0",
+            "fedex_lora",
+            {"residual_rank": 0},
+            "strategy fedex_lora: residual_rank must be a whole number from 1, found 0",
         ),
-        ("flora", {"max_rank": 2.5}, "strategy flora: max_rank must be"),
+        ("fedex_lora", {"residual_rank": 2.5}, "strategy fedex_lora: residual_rank must be"),
         ("flora", {"compact_at": "often"}, "strategy flora: compact_at is a number, found 'often'"),
         ("fedavgm", {"beta": [0.5]}, "strategy fedavgm: beta is a number, found [0.5]"),
         ("fedavgm", {"lr": True}, "strategy fedavgm: lr is a number, found True"),
@@ -155,7 +155,7 @@ def test_an_option_of_another_type_is_said_in_words(name: str, value: object) ->
 
 
 def test_options_reach_the_strategy() -> None:
-    assert create("flora", {"max_rank": 8, "compact_at": 3.0}) == Flora(8, 3.0)
+    assert create("flora", {"compact_at": 3.0, "energy": 0.9}) == Flora(3.0, 0.9)
     assert create("fedavg", {}) == create("fedavg") == FedAvg()
 
 

@@ -65,14 +65,22 @@ class Round:
 
 
 class Probe:
-    """A strategy on a tiny model, with a federation of CLIENTS whose devices keep in `folder`."""
+    """A strategy on a tiny model, with a federation of CLIENTS whose devices keep in `folder`.
+
+    `changes` are other keys of the run.
+    """
 
     def __init__(
-        self, name: str, kind: str, folder: Path, options: Mapping[str, object] | None = None
+        self,
+        name: str,
+        kind: str,
+        folder: Path,
+        options: Mapping[str, object] | None = None,
+        changes: Mapping[str, object] | None = None,
     ) -> None:
         self.name, self.kind, self.folder = name, kind, folder
         self.options = dict(options or {})
-        self.config = settings(name, kind, self.options)
+        self.config = settings(name, kind, self.options, changes=changes)
         self.labels = list(_LABELS) if kind == "bert" else []
         self.data = _data(self.labels)
         self.strategy = build_strategy(self.config)
@@ -187,7 +195,11 @@ def shares(examples: Mapping[str, float]) -> dict[str, float]:
 
 
 def settings(
-    name: str, kind: str, options: Mapping[str, object], lr: float | None = None
+    name: str,
+    kind: str,
+    options: Mapping[str, object],
+    lr: float | None = None,
+    changes: Mapping[str, object] | None = None,
 ) -> RunConfig:
     """Of the whole federation, with mixed ranks and trainers where the strategy allows."""
     cls = registry.find(name)
@@ -210,6 +222,7 @@ def settings(
         lr=lr,
         local_steps=1 if lr == STILL else STEPS,
         batch_size=BATCH,
+        **(changes or {}),
         **spec,
     )
 

@@ -5,6 +5,7 @@ them, and with rank stabilisation; each proof compares what became of them with 
 one option after the other is moved away from its default and all is proven again on one model.
 """
 
+import itertools
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,10 +14,11 @@ from pathlib import Path
 
 import torch
 
-from corolla.commands.check import folds, local, options, oracle, tiny_models, traffic
+from corolla.commands.check import folds, local, options, oracle, ranks, tiny_models, traffic
 from corolla.commands.check.findings import Finding, Proof, Result, made
 from corolla.commands.check.probe import Probe, Round
-from corolla.commands.check.tables import BRIEFLY, REGROUPED, ROUNDS, Trial
+from corolla.commands.check.tables import BRIEFLY, CLASSES, REGROUPED, ROUNDS, Trial
+from corolla.config.asked import takes_parts
 from corolla.errors import ConfigError
 from corolla.server.rounds.call import RoundCall
 from corolla.server.rounds.round import run_round
@@ -27,6 +29,7 @@ OPTIONS_ON = "bert"
 """The model that options are tried on: it has a head beside its adapter."""
 
 _EFFECT = "option has an effect"
+_PARTS = "blocks by class"
 
 
 def conform(
@@ -92,7 +95,8 @@ class _Check:
                 probe = Probe(self.name, kind, Path(scratch), given)
                 done = list(probe.rounds(BRIEFLY if briefly else self.rounds))
                 self.done[_key(kind, given)] = _digest(done)
-                for proof in _proofs(probe, done, briefly):
+                more = () if briefly else (*ranks.proofs(probe), *_of_parts(probe))
+                for proof in itertools.chain(_proofs(probe, done, briefly), more):
                     yield replace(made(proof, kind), options=given)
         except Exception as error:  # noqa: BLE001 - whatever a strategy raises is its failure
             yield _raised(kind, error, given)
@@ -151,6 +155,18 @@ def _as_declared(probe: Probe, done: Sequence[Round]) -> Finding:
         for number, round in enumerate(done)
     ]
     return oracle.as_declared(probe, errors)
+
+
+def _of_parts(probe: Probe) -> Iterator[Proof]:
+    """Where clients of a class may train some blocks alone, the same holds of such rounds."""
+    if takes_parts(probe.strategy) and probe.kind == OPTIONS_ON:
+        yield _PARTS, lambda: _in_parts(probe)
+
+
+def _in_parts(probe: Probe) -> Finding:
+    with tempfile.TemporaryDirectory() as folder:
+        own = Probe(probe.name, probe.kind, Path(folder), probe.options, {"classes": CLASSES})
+        return replace(_as_declared(own, list(own.rounds(BRIEFLY))), check=_PARTS)
 
 
 def _one_client(probe: Probe) -> Finding:

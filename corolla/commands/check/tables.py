@@ -31,7 +31,12 @@ ROUNDS: Sequence[Sequence[str]] = (
 
 
 BRIEFLY = 2
-"""Rounds that are run with an option away from its default."""
+"""Rounds that are run with an option away from its default, or with `max_rank`."""
+
+CLASSES = {"whole": {}, "top": {"layers": "last:1"}, "bottom": {"layers": "first:1"}}
+"""Classes of clients that train some blocks of the probe models alone."""
+MAX_RANK = 8
+"""The largest rank that states are cut to: twice that of a client, a fourth of the full one."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +89,6 @@ class Trial:
 
 
 TRIALS: Mapping[tuple[str, str], Sequence[Trial]] = {
-    ("flora", "max_rank"): [Trial(24, {"compact_at": 3.0})],
-    ("fedex_lora", "max_rank"): [Trial(24, {"compact_at": 1.25})],
     ("fedex_lora", "compact_at"): [Trial(1.0)],
     ("mixed", "size"): [Trial(1024)],
     ("fedmezo", "interval"): [Trial(1, {"directions": "low_rank"})],

@@ -65,6 +65,8 @@ class Cell:
     cpu_seconds: float | None = None
     beside: bool = False
     """True where another cell ran at the same time: its seconds are from a shared machine."""
+    served: Mapping[str, Any] | None = None
+    """Ranks and bytes of adapter/ and served/, as run.json has them; None without factors."""
     warnings: Sequence[Mapping[str, Any]] = ()
     """The warnings of the run, as its run.json has them."""
     aggregation_errors: Sequence[float] | None = None
@@ -135,6 +137,7 @@ def _cell(
         work=[method["trainers"], *(config[k] for k in _WORK)],
         tokens=[line.get("target_tokens") for line in lines],
         epsilon=info.get("privacy", {}).get("epsilon"),
+        served=info.get("served"),
         warnings=info["warnings"],
         **costs,
     )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from corolla.artefacts.sizes import sizes
 from corolla.commands.compare import plots
 from corolla.commands.compare.plots import Entry
 from corolla.commands.compare.results import JUDGED
@@ -33,6 +34,7 @@ def write_comparison(folder: Path, results: Mapping[str, Any]) -> None:
         size=human_bytes,
         interval=interval,
         number=number,
+        sizes=sizes,
         charts=charts,
         sentences=sentences(results),
         colour={e["label"]: shown(plots.COLOURS[i % len(plots.COLOURS)]) for i, e in numbered},

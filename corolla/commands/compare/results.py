@@ -157,6 +157,7 @@ def _summary(cells: Sequence[Cell], budgets: Mapping[str, float] | None) -> dict
         "cpu_seconds": statistics.fmean(cpu) if cpu else None,
         "beside": any(cell.beside for cell in cells),
         "peak_rss": max(cell.peak_rss for cell in cells),
+        "served": max((c.served for c in cells if c.served), key=_error_served, default=None),
         "dropped": sum(cell.dropped for cell in cells),
         "warnings": _warnings(cells),
         "epsilon": max(spent) if spent else None,
@@ -265,6 +266,11 @@ def _pareto(entries: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _told(values: Sequence[float]) -> dict[str, Any]:
     return vars(mean(values))
+
+
+def _error_served(served: Mapping[str, Any]) -> float:
+    """What served/ lost: of several seeds the worst one is shown."""
+    return float(served["error"])
 
 
 def _bytes(point: Point) -> float:

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from corolla.artefacts.sizes import sizes
 from corolla.commands.compare.plots import Entry
 from corolla.commands.compare.report import interval, number, sentences
 from corolla.host.text import human_bytes
@@ -45,6 +46,8 @@ def print_comparison(console: Console, results: Mapping[str, Any], folder: Path)
     """The summary tables, what may be said, and what went wrong."""
     methods = results["methods"]
     console.print(_quality(results), _costs(methods))
+    if any(e.get("served") for e in methods):
+        console.print(_ranks(methods))
     if any(e.get("beside") for e in methods):
         console.print("† runs shared the machine: rather compare CPU seconds", style="dim")
     if any((e.get("at_bytes") or {}).get("within_first_round") for e in methods):
@@ -113,6 +116,16 @@ def _costs(methods: Sequence[Entry]) -> Table:
             f"{max(errors):.1e}" if errors else "–",
             *([number(e["epsilon"], 3)] if private else []),
         )
+    return table
+
+
+def _ranks(methods: Sequence[Entry]) -> Table:
+    """Returns the table of what runs end in; of several seeds the one whose served/ lost most."""
+    table = _table("Adapters that runs end in", "adapter/", "served/")
+    for e in methods:
+        if told := e.get("served"):
+            exact, small = sizes(told)
+            table.add_row(_label(e), exact, small or "adapter/ itself")
     return table
 
 

@@ -4,22 +4,22 @@ Everything is counted over all rows as a simulation would deal them out; lengths
 sample of them is asked for. Nothing is trained, and of the model only the tokenizer is loaded.
 """
 
+import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from corolla.config.run import RunConfig
-from corolla.data import census, federated
+from corolla.data import census, federated, kept
 from corolla.data.census import Census
-from corolla.data.columns import COLUMNS
 from corolla.data.encoding import IGNORE, Encoded, Encoder
 from corolla.data.federated import FederatedData
+from corolla.data.files.columns import COLUMNS
 from corolla.data.rows import Example, Rows
-from corolla.data.rows import read as rows_of
 from corolla.models import pretrained
 
 Progress = Callable[[Iterable[int], int], Iterable[int]]
@@ -102,7 +102,7 @@ class Look:
 
 def read(config: RunConfig) -> Rows:
     """The rows of a run's data. Raises DataError."""
-    return rows_of(federated.source_of(config))
+    return kept.read(federated.source_of(config))
 
 
 def look(config: RunConfig, rows: Rows, most: int | None, progress: Progress) -> Look:
@@ -147,18 +147,19 @@ def form(row: Example) -> str:
     return "text" if row.prompt is None else "prompt and response"
 
 
-def _content(row: Example) -> tuple[Any, ...]:
-    """Returns the content of a row, whichever client has it and wherever it stands."""
+def _content(row: Example) -> bytes:
+    """A digest of the content of a row, whichever client has it and wherever it stands."""
     whose = {"client", "split", "line", "user", "unused"}
-    return tuple(value for name, value in vars(row).items() if name not in whose)
+    told = [getattr(row, own.name) for own in fields(row) if own.name not in whose]
+    return hashlib.blake2b(repr(told).encode(), digest_size=16).digest()
 
 
 def duplicates(data: FederatedData) -> Duplicates:
     """Rows of equal content in a federation."""
-    owner: dict[tuple[Any, ...], str] = {}
-    shared = set[tuple[Any, ...]]()
+    owner: dict[bytes, str] = {}
+    shared = set[bytes]()
     within, held = 0, 0
-    counts = Counter[tuple[Any, ...]]()
+    counts = Counter[bytes]()
     for client, split in data.clients.items():
         own = Counter(map(_content, split.train))
         within += own.total() - len(own)

@@ -12,7 +12,7 @@ from corolla.commands.simulate.progress import say_warning
 from corolla.config.run import RunConfig
 from corolla.data import census
 from corolla.data.census import Census
-from corolla.data.columns import COLUMNS
+from corolla.data.files.columns import COLUMNS
 
 _FEW = 8
 """Clients, labels or columns that are named, the largest first."""

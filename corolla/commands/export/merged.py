@@ -44,7 +44,8 @@ def export_merged(adapter: Path, model: str | None, folder: Path) -> float:
         wanted = tuned(**probe).logits
         merged = adapter_files.merge(tuned)
     with making_folder(folder) as scratch:
-        merged.save_pretrained(scratch)
+        with pretrained.Quiet():
+            merged.save_pretrained(scratch)
         base.tokenizer.save_pretrained(scratch)
         del merged, tuned, base
         again = artefacts.whole(scratch, config, labels)

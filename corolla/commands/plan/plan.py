@@ -1,12 +1,12 @@
 """`corolla plan`: what a run will cost, before anything is loaded: bytes, memory, time, privacy.
 
-Reads the data, config.json and the headers of the model's files; never its weights.
+Reads the data, the tokenizer, config.json and the headers of the model's files; never its weights.
 """
 
 import math
 import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -18,13 +18,16 @@ from corolla.commands.plan.throughput import throughput
 from corolla.config import schedule
 from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
-from corolla.data import federated
+from corolla.data import census, federated
+from corolla.data.encoding import Encoder
 from corolla.data.federated import FederatedData
 from corolla.data.rows import counted
 from corolla.errors import ConfigError
 from corolla.estimates import footprint
 from corolla.estimates.footprint import Estimate, Workload
-from corolla.models import anatomy
+from corolla.evaluation.labels import ordered
+from corolla.interfaces import Stacking
+from corolla.models import anatomy, classifier_sizes, pretrained
 from corolla.models.anatomy import Anatomy
 from corolla.privacy import calibration, example_level
 from corolla.privacy.guarantee import Guarantee
@@ -33,7 +36,7 @@ from corolla.server.rounds.tasks import costs
 from corolla.server.runs.account import open_account
 from corolla.server.runs.journal import Past
 from corolla.strategies import registry
-from corolla.types import LoraSpec, Params, TrainerName
+from corolla.types import Cost, LoraSpec, Params, TrainerName
 
 _POINTS = 10
 """Number of rounds after which epsilon of examples is told, at most."""
@@ -169,7 +172,15 @@ def plan(config: RunConfig, budget: int | None = None) -> CostEstimate:
             f"{config.model}: use --set max-length={model.positions}"
         )
     data = federated.load(config)
+    data = replace(data, labels=ordered(config, data.labels))
     labels = len(data.labels) if config.task != "causal" else 0
+    model = classifier_sizes.sized(model, labels) if labels else model
+    sizes = lengths.estimated(config, labels)
+    if model.tokenizer:
+        tokenizer = pretrained.load_tokenizer(config.model, str(model.tokenizer.parent))
+        data = census.with_targets(config, data, tokenizer)
+        encoder = Encoder.of(config, tokenizer, data.labels if labels else ())
+        sizes = lengths.exact(encoder, config.dp == "example")
     federation = _federation(config, model, data, labels)
     if config.cohort and config.cohort > len(data.clients):
         raise ConfigError(
@@ -177,7 +188,7 @@ def plan(config: RunConfig, budget: int | None = None) -> CostEstimate:
         )
     promised = privacy(federation, "user" if data.names_users else "example")
     sent = traffic(federation)
-    batches = lengths.batches(federation, model, data, labels)
+    batches = lengths.batches(federation, data, sizes)
     return CostEstimate(
         config=config,
         parameters=model.values,
@@ -310,7 +321,7 @@ def _federation(config: RunConfig, model: Anatomy, data: FederatedData, labels: 
     return Federation("0" * 32, config, strategy, numbers, fresh)
 
 
-def _rounds(federation: Federation) -> list[tuple[int, list[Any]]]:
+def _rounds(federation: Federation) -> list[tuple[int, Sequence[Cost]]]:
     """(how often, the costs of a cohort) of odd and of even rounds: factors may take turns."""
     start = federation.fresh(federation.config.lora)
     state = federation.strategy.init(start, federation.config.seed)
@@ -320,8 +331,22 @@ def _rounds(federation: Federation) -> list[tuple[int, list[Any]]]:
     for round, times in ((1, math.ceil(number / 2)), (2, number // 2)):
         if times:
             cohort = federation.sample(everyone, size, round)
-            found.append((times, costs(federation, state, round, dict.fromkeys(cohort, 1))))
+            paid = costs(federation, state, round, dict.fromkeys(cohort, 1))
+            found.append((times, _cut(federation, list(cohort), paid)))
     return found
+
+
+def _cut(federation: Federation, cohort: Sequence[str], paid: Sequence[Cost]) -> Sequence[Cost]:
+    """The costs with `max_rank`: a state that was cut is sent whole, and has no larger rank."""
+    strategy, most = federation.strategy, federation.config.max_rank
+    sizes = [federation.size(client) for client in cohort]
+    rounds = federation.config.rounds - 1  # the state after the last round is not sent
+    if not (most and isinstance(strategy, Stacking) and strategy.rank_after(rounds, sizes) > most):
+        return paid
+    return [
+        replace(cost, down=4 * (most * (size.A + size.B) // size.rank + size.head), at_most=True)
+        for cost, size in zip(paid, sizes, strict=True)
+    ]
 
 
 def _classes(config: RunConfig) -> list[tuple[RunConfig, TrainerName]]:

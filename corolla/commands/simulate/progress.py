@@ -17,7 +17,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from corolla.artefacts.served import Served
+from corolla.artefacts.sizes import sentence
 from corolla.data import census
 from corolla.evaluation.scoring import SHARES
 from corolla.host.text import human_bytes
@@ -130,6 +130,7 @@ class Bars:
             f"{line['seconds']:.1f} s",
             f"simulated {line['sim_seconds']:,.1f} s" if "sim_seconds" in line else "",
             f"epsilon {line['epsilon']:.3g}" if "epsilon" in line else "",
+            f"max-rank cut {line['rank_error']:.2%} off" if "rank_error" in line else "",
             _zeros(line),
             f"[yellow]{line['dropped']} dropped[/]" if line.get("dropped") else "",
         ]
@@ -204,8 +205,7 @@ def print_summary(console: Console, summary: Summary) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    if summary.served:
-        console.print(_of_served(summary, summary.served), highlight=False, soft_wrap=True)
+    _print_ranks(console, summary)
     if summary.personal:
         console.print(
             f"personal adapters {escape(str(summary.folder / 'clients'))}/<client>/adapter  "
@@ -215,6 +215,20 @@ def print_summary(console: Console, summary: Summary) -> None:
             soft_wrap=True,
         )
     console.print(f"report  {escape(str(summary.folder / 'report.html'))}", soft_wrap=True)
+
+
+def _print_ranks(console: Console, summary: Summary) -> None:
+    """Prints the ranks and sizes of adapters, and what `max_rank` has cut."""
+    if summary.served:
+        told = sentence(summary.served.to_json(summary.final["loss"]))
+        console.print(f"ranks  {told}", highlight=False, soft_wrap=True)
+    if errors := summary.rank_errors:
+        console.print(
+            f"max-rank  {sum(error > 0 for error in errors)} of {len(errors)} rounds were cut: the "
+            f"last {errors[-1]:.2%} off in effective weights, the worst {max(errors):.2%}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _print_costs(console: Console, summary: Summary) -> None:
@@ -232,18 +246,6 @@ def _print_costs(console: Console, summary: Summary) -> None:
         f"time {summary.seconds:.1f} s{told}; peak memory of this process "
         f"{human_bytes(summary.peak_rss)}",
         highlight=False,
-    )
-
-
-def _of_served(summary: Summary, served: Served) -> str:
-    """The ranks, the size and the losses of the exact adapter and of the one for servers."""
-    exact = f"rank {served.exact_rank}, {human_bytes(served.exact_bytes)}"
-    if not served.small:
-        return f"served  adapter itself ({exact})"
-    return (
-        f"served  {escape(str(summary.folder / 'served'))}  (rank {served.rank} of {exact} exact; "
-        f"{served.error:.2%} off in effective weights, held-out loss {served.loss:.4f} for "
-        f"{summary.final['loss']:.4f})"
     )
 
 

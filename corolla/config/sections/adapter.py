@@ -27,6 +27,16 @@ class Adapter(Subject):
         "one is larger, the best of this rank lies in served/.",
         32,
     )
+    max_rank: Annotated[int, within("rank")] | None = key(
+        None,
+        "The largest rank of the state of a strategy that stacks factors: after each round it "
+        "becomes the best one of this rank, and the error is told.",
+        16,
+        effect="none, nothing is cut",
+        beside="strategy=flora",
+        against=("strategy=fedex_lora rank=32",),
+        unsaid=True,
+    )
     dropout: Annotated[float, Field(ge=0, lt=1)] = key(
         0.0, "The probability with which an input of an adapter is dropped in training.", 0.05
     )

@@ -19,8 +19,8 @@ class Subject(Section):
     options: dict[str, Any] = key(
         {},
         "Options of the strategy by name; strategy.NAME=value sets one of them.",
-        {"max_rank": 64},
-        beside="strategy=flora",
+        {"residual_rank": 8},
+        beside="strategy=fedex_lora",
         against=("strategy=fedavg",),
     )
     model: str = key(

@@ -150,6 +150,15 @@ def test_the_servers_machine_counts_for_nothing(
     assert ask(trainer, hello(settings(), **start)).error == ""
 
 
+def test_its_own_columns_are_read(own: Callable[..., Own], tmp_path: Path) -> None:
+    """A server's columns, splits and subset are not those of the device, see above."""
+    path = tmp_path / "own.csv"
+    path.write_text("body,kind\n" + "text,all\n" * 5 + "text,rest\n" * 2)
+    trainer = Trainer(own(data=str(path), columns={"text": "body", "split": "kind"},
+                          splits={"train": "all"}), "cyd")  # fmt: skip
+    assert trainer.examples == 3  # one of five is kept for evaluation, and one held out
+
+
 def test_its_own_micro_batch_is_used_and_fits_the_batch(
     own: Callable[..., Own], settings: Settings
 ) -> None:

@@ -30,9 +30,23 @@ def test_options_go_over_the_file(options: dict[str, Any], tmp_path: Path) -> No
     assert found.root_certificates == Path.cwd() / "ca.pem"
 
 
+def test_a_device_names_its_own_columns_and_splits(options: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "client.toml"
+    file.write_text('subset = "main"\n[columns]\ntext = "diary"\n[splits]\ntrain = "all"\n')
+    found = settings.load(file, options)
+    assert (found.columns, found.splits, found.subset) == (
+        {"text": "diary"},
+        {"train": "all"},
+        "main",
+    )
+    found = settings.load(file, options | {"columns": ["prompt=q", "response=a=b"], "splits": None})
+    assert (found.columns, found.splits) == ({"prompt": "q", "response": "a=b"}, {"train": "all"})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"columns": ["body"]}, "--columns: expected names as prompt=body, found"),
         ({"server": None}, "--server is missing"),
         ({"data": None}, "--data is missing"),
         ({"server": "https://host:1"}, "--server: expected HOST:PORT, without https://"),

@@ -22,9 +22,9 @@ from corolla.aggregation.robust import (
 )
 from corolla.aggregation.stacks import Stack
 from corolla.aggregation.sums import ByGroup, SeedSums, Sum, WeightedMean
+from corolla.config.asked import compared_in
 from corolla.config.build import build_strategy
 from corolla.config.load import validate
-from corolla.config.rules import compared_in
 from corolla.errors import ConfigError
 from corolla.interfaces import Aggregator, Traits
 from corolla.strategies import registry

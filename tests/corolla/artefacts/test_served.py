@@ -12,9 +12,11 @@ from peft import PeftModel
 
 from corolla.artefacts import card as card_module
 from corolla.artefacts.adapters import read_lora
+from corolla.artefacts.sizes import sentence
 from corolla.commands import artefacts
 from corolla.commands.simulate.in_process import simulate
 from corolla.config.run import RunConfig
+from corolla.host.text import human_bytes
 
 Settings = Callable[..., RunConfig]
 Facts = dict[str, Any]
@@ -43,6 +45,9 @@ def test_a_large_adapter_has_a_small_one_beside_it(settings: Settings, tmp_path:
     assert told["folder"] == "served"
     assert told["exact"]["loss"] == facts["final"]["loss"] != told["loss"]
     assert told["exact"]["rank"] == read_lora(exact).spec.rank > told["rank"] == 3
+    served = tmp_path / "cut" / "served" / "adapter_model.safetensors"
+    assert told["bytes"] == served.stat().st_size
+    assert sentence(told).startswith(f"adapter/ is of rank {told['exact']['rank']}, ")
     assert told["exact"]["bytes"] == (exact / "adapter_model.safetensors").stat().st_size
     all_of, best = dense(config.model, exact), dense(config.model, tmp_path / "cut" / "served")
     lost = total = 0.0
@@ -56,7 +61,8 @@ def test_a_large_adapter_has_a_small_one_beside_it(settings: Settings, tmp_path:
     scores = artefacts.evaluate_adapter(tmp_path / "cut" / "served", None, None)
     assert scores["adapter"]["loss"] == pytest.approx(told["loss"], abs=1e-6)
     page = (tmp_path / "cut" / "report.html").read_text()
-    assert f"for servers in served/: rank 3, {100 * told['error']:.3f}% off" in page
+    size = human_bytes(told["bytes"])
+    assert f"for servers in served/: rank 3, {size}, {100 * told['error']:.3f}% off" in page
     card = (tmp_path / "cut" / "served" / "README.md").read_text()
     assert f"{told['error']:.3%} off in effective weights" in card
     assert f"{told['loss']:.4f}" in card
@@ -69,6 +75,7 @@ def test_the_run_and_its_adapter_are_the_same_bits(settings: Settings, tmp_path:
     assert not (tmp_path / "64" / "served").exists()
     assert large["served"]["folder"] == "adapter"
     assert large["served"]["error"] == 0.0
+    assert sentence(large["served"]).endswith(", and is served itself")
     assert large["served"]["loss"] == large["final"]["loss"]
 
 
@@ -94,6 +101,26 @@ def test_a_card_says_what_the_run_did(settings: Settings, tmp_path: Path) -> Non
     assert "epsilon 3 of each client" in card
     assert facts["data_sha256"] not in card
     assert "/" + str(Path(settings().model).relative_to("/")) not in card
+
+
+def test_the_card_of_a_classifier_loads_it_with_its_labels(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lines of Python, run as they stand there: the class names are in the head's order."""
+    names = ("yes", "no", 'per "haps')
+    rows = [{"text": f"row {i}", "label": names[i % 3], "client_id": i % 2} for i in range(30)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    simulate(settings(data=str(data), cohort=2, rounds=1), tmp_path / "out")
+    labels = json.loads((tmp_path / "out" / "run.json").read_text())["labels"]
+    card = (tmp_path / "out" / "adapter" / "README.md").read_text()
+    assert f"| labels, in the order of the head | {', '.join(labels)} |" in card
+    monkeypatch.chdir(tmp_path / "out" / "adapter")
+    code = card.partition("```python\n")[2].partition("```")[0]
+    found: dict[str, Any] = {}
+    exec(code.replace(f'"{Path(settings().model).name}"', repr(settings().model)), found)
+    assert found["model"].config.id2label == dict(enumerate(labels))
+    assert found["model"].config.num_labels == 3
 
 
 def test_scales_have_no_rank_to_serve(settings: Settings, tmp_path: Path) -> None:

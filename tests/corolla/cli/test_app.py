@@ -48,3 +48,8 @@ def test_help_of_a_command_does_not_wait_for_torch() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout == "True []\n"
+
+
+def test_a_misspelt_command_is_suggested_once() -> None:
+    output = CliRunner().invoke(app, ["simlate"]).output
+    assert output.count("Did you mean 'simulate'?") == 1

@@ -27,7 +27,7 @@ def app() -> typer.Typer:
         """Print what it was given."""
         print(first, options, others, last)
 
-    made.command()(command)
+    made.command(cls=Command)(command)
     return made
 
 
@@ -48,6 +48,8 @@ def test_options_stand_where_the_parameter_stands(app: typer.Typer) -> None:
     ("given", "message"),
     [
         (["--last", "z"], "Missing option '--needed'"),
+        (["--size", "4"], "Missing options --needed, --last."),
+        (["--needed=1"], "Missing option '--last'"),
         (["--last", "z", "--needed", "1", "--size", "0"], "Invalid value for '--size'"),
         (["--last", "z", "--needed", "1", "--name", "a"], "--name"),
     ],

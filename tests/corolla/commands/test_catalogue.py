@@ -103,6 +103,16 @@ def test_bytes_of_worked_figures(name: str, reference: str, up: int) -> None:
     assert catalogue.costs(STRATEGIES[name](), REFERENCES[reference])[0].up == up
 
 
+def test_ranks_are_those_of_the_factors_after_so_many_rounds() -> None:
+    """8 clients of rank 16: FLoRA stacks all, FedEx-LoRA the residual of 7 beside its adapter."""
+    found = {e.name: e.ranks[QV] for e in catalogue.entries()}
+    assert (found.pop("flora"), found.pop("fedex_lora")) == ((0, 128), (16, 112))
+    assert set(found.values()) == {(16, 0)}
+    rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| flora | ")]
+    size = 4 * (REFERENCES[QV].A + REFERENCES[QV].B) * 10 * 8
+    assert f"| 128 a round | ≤ {size / 1e9:.1f} GB |" in rows[0]
+
+
 def test_what_is_sent_once() -> None:
     size = REFERENCES[QV]
     once = {e.name: {cost.once for cost in e.costs[QV]} for e in catalogue.entries()}
@@ -195,6 +205,12 @@ def test_the_terminal_gets_a_table() -> None:
     assert printed.exit_code == 0
     for name in STRATEGIES:
         assert f" {name} " in printed.stdout
+    assert " 128 a round " in printed.stdout
+
+
+def test_the_terminal_table_fits_80_columns() -> None:
+    printed = CliRunner().invoke(app, ["strategies"], env={"COLUMNS": "80"})
+    assert max(map(len, printed.stdout.splitlines())) <= 80
 
 
 def test_two_forms_at_once_are_refused() -> None:

@@ -50,14 +50,14 @@ def test_one_key_is_told_in_full(word: str) -> None:
 
 def test_a_key_of_a_class_and_an_option_are_found_by_their_names() -> None:
     assert run("classes.phone.local-steps").startswith("classes.NAME.local_steps: ")
-    assert run("flora.max-rank").startswith("flora.max_rank: ")
+    assert run("flora.compact-at").startswith("flora.compact_at: ")
 
 
 @pytest.mark.parametrize(
     ("word", "found"),
     [
         ("simulated", ["step_seconds", "deadline_simulated", "classes.NAME.drop"]),
-        ("max rank", ["flora.max_rank", "fedex_lora.max_rank"]),
+        ("compact at", ["flora.compact_at", "fedex_lora.compact_at"]),
         ("privacy", ["dp", "separation"]),
     ],
 )

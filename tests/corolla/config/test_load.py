@@ -10,7 +10,7 @@ from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.config.sections.groups import ClientClass
 from corolla.errors import ConfigError
-from corolla.strategies.flora import Flora
+from corolla.strategies.fedex_lora import FedExLora
 from tests.corolla.config.configs import load, refused
 
 
@@ -33,9 +33,9 @@ def test_one_key_as_an_option_and_another_with_set_is_refused(tmp_path: Path) ->
 
 def test_options_of_another_strategy_are_refused_where_one_is_chosen(tmp_path: Path) -> None:
     """In a file they may stand: one serves a comparison."""
-    said = refused(tmp_path, None, ["flora.max-rank=3"])
-    assert said == "flora.NAME in --set is for strategy flora, found fedavg"
-    assert load(tmp_path, "[flora]\nmax_rank = 3").options == {}
+    said = refused(tmp_path, None, ["fedex_lora.residual-rank=3"])
+    assert said == "fedex_lora.NAME in --set is for strategy fedex_lora, found fedavg"
+    assert load(tmp_path, "[fedex_lora]\nresidual_rank = 3").options == {}
 
 
 def test_a_class_without_settings_is_a_class(tmp_path: Path) -> None:
@@ -83,11 +83,19 @@ def test_settings_are_read_as_their_type(
         ("local-step = 3", [], ["'local_steps'"]),
         (None, ["learnin_rate=1"], ["'learnin_rate'", "--set"]),
         (None, ["batchsize=1"], ["'batch_size'"]),
-        ("[flra]\nmax_rank = 3", [], ["'flra'", "'flora'"]),
-        (None, ["flra.max_rank=3"], ["'flra'", "'flora'", "--set"]),
-        (None, ["strategi.max_rank=3"], ["'strategy'"]),
-        (None, ["strategy=flora", "strategy.max_rnk=3"], ["'max_rnk'", "'max_rank'"]),
-        ("strategy = 'flora'\n[flora]\nmax-rnk = 3", [], ["'max_rnk'", "'max_rank'"]),
+        ("[fedex_lra]\nresidual_rank = 3", [], ["'fedex_lra'", "'fedex_lora'"]),
+        (None, ["fedex_lra.residual_rank=3"], ["'fedex_lra'", "'fedex_lora'", "--set"]),
+        (None, ["strategi.residual_rank=3"], ["'strategy'"]),
+        (
+            None,
+            ["strategy=fedex_lora", "strategy.residual_rnk=3"],
+            ["'residual_rnk'", "'residual_rank'"],
+        ),
+        (
+            "strategy = 'fedex_lora'\n[fedex_lora]\nresidual-rnk = 3",
+            [],
+            ["'residual_rnk'", "'residual_rank'"],
+        ),
         (None, ["strategy.mu=3"], ["fedavg", "no options", "'mu'"]),
         (None, ["strategy=fedavgg"], ["'fedavgg'", "'fedavg'"]),
         (None, ["zzzzzz=3"], ["'zzzzzz'", "no key is like it, corolla keys lists all"]),
@@ -97,7 +105,7 @@ def test_settings_are_read_as_their_type(
         (None, ["zzz.zzz=8"], ["'zzz'", "there are classes, strategy"]),
         (None, ["lr.a=1"], ["lr: expected a number from", "found a table with 'a'"]),
         ("[ranks]\na = 1", [], ["ranks: expected a list such as [4,8], found a table"]),
-        (None, ["options.max_rank=3"], ["set as 'strategy.max_rank'"]),
+        (None, ["options.residual_rank=3"], ["set as 'strategy.residual_rank'"]),
     ],
 )
 def test_an_unknown_key_gets_the_nearest_one(
@@ -110,26 +118,29 @@ def test_an_unknown_key_gets_the_nearest_one(
 @pytest.mark.parametrize(
     ("toml", "settings"),
     [
-        ("strategy = 'flora'\n[flora]\nmax-rank = 7\n[fedavg]", []),
-        ("strategy = 'flora'\nflora.max_rank = 7", []),
-        ("strategy = 'flora'\noptions = { max_rank = 7 }", []),
-        (None, ["strategy=flora", "flora.max-rank=7"]),
-        (None, ["strategy=flora", "strategy.max_rank=7"]),
-        (None, ["strategy.max_rank=7", "strategy=flora"]),
-        ("strategy = 'flora'\n[flora]\nmax_rank = 9", ["flora.max_rank=7"]),
+        ("strategy = 'fedex_lora'\n[fedex_lora]\nresidual-rank = 7\n[fedavg]", []),
+        ("strategy = 'fedex_lora'\nfedex_lora.residual_rank = 7", []),
+        ("strategy = 'fedex_lora'\noptions = { residual_rank = 7 }", []),
+        (None, ["strategy=fedex_lora", "fedex_lora.residual-rank=7"]),
+        (None, ["strategy=fedex_lora", "strategy.residual_rank=7"]),
+        (None, ["strategy.residual_rank=7", "strategy=fedex_lora"]),
+        (
+            "strategy = 'fedex_lora'\n[fedex_lora]\nresidual_rank = 9",
+            ["fedex_lora.residual_rank=7"],
+        ),
     ],
 )
 def test_options_of_a_strategy_reach_it(
     tmp_path: Path, toml: str | None, settings: list[str]
 ) -> None:
-    assert build_strategy(load(tmp_path, toml, settings)) == Flora(max_rank=7)
+    assert build_strategy(load(tmp_path, toml, settings)) == FedExLora(residual_rank=7)
 
 
 def test_tables_of_other_strategies_are_kept_out(tmp_path: Path) -> None:
     """One file serves a comparison of strategies."""
-    toml = "strategy = 'fedavg'\n[flora]\nmax_rank = 7"
+    toml = "strategy = 'fedavg'\n[fedex_lora]\nresidual_rank = 7"
     assert load(tmp_path, toml).options == {}
-    assert load(tmp_path, toml, strategy="flora").options == {"max_rank": 7}
+    assert load(tmp_path, toml, strategy="fedex_lora").options == {"residual_rank": 7}
 
 
 def test_names_of_strategies_may_have_dashes(tmp_path: Path) -> None:
@@ -166,12 +177,15 @@ def test_names_of_strategies_may_have_dashes(tmp_path: Path) -> None:
         (["strategy=no.such.module:Class"], ["no.such.module:Class"]),
         (["strategy=math:pi"], ["math:pi", "not a class"]),
         (["strategy=pathlib:Path"], ["pathlib:Path", "lacks", "aggregator"]),
-        (["strategy=flora", "flora.max_rank=0"], ["max_rank must be a whole number from 1"]),
-        (["strategy=flora", "flora.max_rank=many"], ["flora"]),
-        (["model=[1,\n2]"], ["model"]),
-        (["options=3"], ['options: expected a table such as {"max_rank":64}, found 3']),
         (
-            ["strategy=flora", "options=[1]", "flora.max_rank=8"],
+            ["strategy=fedex_lora", "fedex_lora.residual_rank=0"],
+            ["residual_rank must be a whole number from 1"],
+        ),
+        (["strategy=fedex_lora", "fedex_lora.residual_rank=many"], ["fedex_lora"]),
+        (["model=[1,\n2]"], ["model"]),
+        (["options=3"], ['options: expected a table such as {"residual_rank":8}, found 3']),
+        (
+            ["strategy=fedex_lora", "options=[1]", "fedex_lora.residual_rank=8"],
             ["options: expected a table", "[1]"],
         ),
         (["ranks=" + "[" * 100_000], ["ranks: expected a list such as [4,8], found '[[["]),
@@ -225,7 +239,7 @@ def test_classes_are_given_in_a_file_or_with_set(
 
 @pytest.fixture
 def stored(tmp_path: Path) -> RunConfig:
-    made = RunConfig(strategy="flora", options={"max_rank": 3}, rounds=4, lr=0.5)
+    made = RunConfig(strategy="fedex_lora", options={"residual_rank": 3}, rounds=4, lr=0.5)
     (tmp_path / "run.json").write_text(json.dumps({"config": made.model_dump(mode="json")}))
     return made
 
@@ -234,10 +248,10 @@ def stored(tmp_path: Path) -> RunConfig:
     ("overrides", "settings"),
     [
         ({}, []),
-        ({"rounds": 4, "strategy": "flora"}, []),
+        ({"rounds": 4, "strategy": "fedex_lora"}, []),
         ({"lr": 0.5}, ["rounds=4"]),
-        ({}, ["strategy.max_rank=3"]),
-        ({}, ["flora.max_rank=3"]),
+        ({}, ["strategy.residual_rank=3"]),
+        ({}, ["fedex_lora.residual_rank=3"]),
         ({"rounds": None}, []),
     ],
 )
@@ -254,8 +268,8 @@ def test_a_resumed_run_keeps_its_config(
         ({"rounds": 5, "lr": 0.25}, [], "lr="),
         ({"lr": 0.25}, [], "lr=0.5"),
         ({}, ["batch-size=3"], "batch-size=8, found 3"),
-        ({}, ["strategy.max_rank=5"], "max_rank"),
-        ({"strategy": "fedavg"}, [], "max_rank"),
+        ({}, ["strategy.residual_rank=5"], "residual_rank"),
+        ({"strategy": "fedavg"}, [], "residual_rank"),
         ({"strategy": "ffa-lora"}, ["options={}"], "goes on with"),
     ],
 )

@@ -114,7 +114,7 @@ def test_where_nothing_is_near_a_few_keys_are_named_and_many_are_not() -> None:
             {"target_modules": "foo"},
             'target-modules: expected a list such as ["q_proj","v_proj"], or null, found \'foo\'',
         ),
-        ({"options": 4}, 'options: expected a table such as {"max_rank":64}, found 4'),
+        ({"options": 4}, 'options: expected a table such as {"residual_rank":8}, found 4'),
     ],
 )
 def test_a_mistake_in_code_is_said_as_on_the_command_line(given: dict[str, Any], told: str) -> None:

@@ -113,6 +113,26 @@ def test_a_question_and_an_answer_are_the_same_in_every_form(
                 tools='[{"name": "f"}]',
             ),
         ),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "q"},
+                    {"from": "function_call", "value": json.dumps(CALL["function"])},
+                    {"from": "observation", "value": "1"},
+                    {"from": "function_call", "value": json.dumps([CALL["function"]] * 2)},
+                    {"from": "observation", "value": "2"},
+                    {"from": "gpt", "value": "a"},
+                ]
+            },
+            conversation(
+                USER,
+                Turn("assistant", "", json.dumps({"tool_calls": [CALL]}), learnt=True),
+                Turn("tool", "1"),
+                Turn("assistant", "", json.dumps({"tool_calls": [CALL] * 2}), learnt=True),
+                Turn("tool", "2"),
+                ANSWER,
+            ),
+        ),
     ],
 )  # fmt: skip
 def test_a_conversation_keeps_its_turns(tmp_path: Path, row: object, wanted: Example) -> None:
@@ -153,6 +173,10 @@ def test_prompt_and_response_are_a_dialogue_of_two_turns() -> None:
             "content has a part of type 'image_url'",
         ),
         ({"messages": [ASK, {**TELL, "tool_calls": "f()"}]}, "tool_calls must be a list"),
+        (
+            {"conversations": [{"from": "function_call", "value": "f()"}, TELL]},
+            "turn 1: function_call must be the JSON of an object with name and arguments",
+        ),
         ({"messages": [ASK, TELL], "tools": "{"}, "tools is text that is not JSON"),
         ({"messages": [ASK, TELL], "tools": ["f"]}, "tools must be a list of objects"),
         ({"messages": [ASK, {**TELL, "content": "\ud800"}]}, "half of a surrogate pair"),

@@ -75,7 +75,7 @@ def test_a_signature_tells_types_without_bounds(annotation: object, type_: objec
         ("model", "expected text"),
         ("ranks", "expected a list such as [4,8]"),
         ("target_modules", 'expected a list such as ["q_proj","v_proj"], or null'),
-        ("options", 'expected a table such as {"max_rank":64}'),
+        ("options", 'expected a table such as {"residual_rank":8}'),
     ],
 )
 def test_what_a_key_takes_is_said_in_words(key: str, words: str) -> None:

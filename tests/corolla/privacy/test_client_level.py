@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from corolla.aggregation.sums import WeightedMean
-from corolla.config.rules import not_noised
+from corolla.config.asked import not_noised
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
 from corolla.privacy import accounting, randomness

@@ -28,6 +28,7 @@ ELSEWHERE = {
     **dict.fromkeys(("micro_batch_size", "gradient_checkpointing"), "memory"),
     **dict.fromkeys(("model", "data", "availability", "splits"), "in a file"),
     "quantization": "needs bitsandbytes",
+    "layers": "in models of more than one block",
     "options": "a table of options, which are keys of their own",
     "task": "its example is what these rows are taken for anyway",
 }
@@ -93,6 +94,9 @@ def test_a_default_is_no_setting() -> None:
         ("classes.a.share=3", "classes.a.share=3 (all clients are of the only class)"),
         ("classes.a.local_steps=3 local_epochs=1", "classes.a.local_steps=3 (local-epochs=1"),
         ("strategy=fedmezo fedmezo.interval=4", "fedmezo.interval=4 (it is for directions of low"),
+        ("data=. subset=main", "subset=main (only a set of the hub has configurations"),
+        ("max_rank=9", "max-rank=9 (the state of strategy fedavg has a rank that does not grow)"),
+        ("strategy=flexlora max_rank=9", "max-rank=9 (the state of strategy flexlora has a rank"),
         ("wait=9", "wait=9.0 (in this process every client answers at once)"),
     ],
 )

@@ -179,6 +179,8 @@ CASES: Mapping[str, dict[str, Any]] = {
     "flora": {"strategy": "flora"},
     "flora, half": {"strategy": "flora", "codec": ["fp16", "zstd"]},
     "fedex_lora": {"strategy": "fedex_lora"},
+    "flora of a rank": {"strategy": "flora", "max_rank": 6, "codec": ["int8"]},
+    "fedex_lora of a rank": {"strategy": "fedex_lora", "max_rank": 6},
     "seed_pool": {"strategy": "seed_pool"},
     "fedkseed": {"strategy": "fedkseed", "options": {"size": 64}},
     "fedkseed_pro": {"strategy": "fedkseed_pro", "options": {"size": 64}},

@@ -303,7 +303,7 @@ def test_a_run_that_is_resumed_goes_on_from_its_checkpoint(
 
 
 def test_all_strategies_say_whether_they_follow() -> None:
-    from corolla.config.rules import takes_start
+    from corolla.config.asked import takes_start
 
     follow = {name for name, cls in STRATEGIES.items() if takes_start(cls())}
     assert follow >= set(FOLLOW)

@@ -1,4 +1,3 @@
-import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -134,7 +133,7 @@ def test_a_run_is_decided_by_its_seed(settings: Settings, tmp_path: Path) -> Non
         {"strategy": "ffa_lora"},
         {"strategy": "ffa_lora", "eval_clients": 0},
         {"strategy": "flora"},
-        {"strategy": "flora", "cohort": 2},
+        {"strategy": "fedex_lora", "cohort": 2, "max_rank": 3},
         {"strategy": "fedavg", "schedule": "cosine", "warmup_rounds": 0.5, "dropout": 0.2},
     ],
     ids=lambda changes: " ".join(str(value) for value in changes.values()),
@@ -343,6 +342,12 @@ def test_kept_updates_let_anybody_check_the_mean(settings: Settings, tmp_path: P
             torch.testing.assert_close(tensor.double(), mean, rtol=1e-5, atol=1e-7)
     final = read(folder / "adapter")
     assert all(torch.equal(final[n], t) for n, t in read(folder / "global" / "round-002").items())
+    for place, what in (("global/round-002", "round 2 of 2"), ("updates/round-001/ada", "client")):
+        card = (folder / place / "README.md").read_text()
+        assert what in card
+        assert "base_model: " in card
+        assert "PeftModel.from_pretrained(base" in card
+        assert str(tmp_path) not in card
 
 
 @pytest.mark.parametrize(
@@ -464,13 +469,15 @@ def test_a_lossless_codec_has_nothing_else_to_keep(settings: Settings, tmp_path:
 def test_bytes_after_a_compaction_are_those_of_the_formula(
     settings: Settings, tmp_path: Path, strategy: str
 ) -> None:
-    config = settings(strategy=strategy, rounds=5, options={"max_rank": 3, "compact_at": 4.0})
+    config = settings(strategy=strategy, rounds=3, options={"compact_at": 1.0}, max_rank=5)
     folder = simulate(config, tmp_path / "out").folder
     found = lines(folder)
-    ranks = [line["frozen_rank"] for line in found]
-    assert any(after <= before for before, after in itertools.pairwise(ranks))  # compacted
     for line in found[1:]:  # before the first round there is no block to send
         assert line["bytes_down"] == line["formula_down"]
+    assert all(line["rank_error"] > 0 for line in found)
+    told = json.loads((folder / "run.json").read_text())
+    assert told["rank_errors"] == [line["rank_error"] for line in found]
+    assert told["served"]["exact"]["rank"] == 5
 
 
 @pytest.mark.parametrize("strategy", ["fedsa_lora", "feddpa"])
@@ -483,5 +490,6 @@ def test_every_client_that_trained_has_its_personal_adapter(
     ).folder
     saved = {path.parent.name for path in (folder / "clients").glob("*/adapter")}
     assert saved == {"ada", "ben", "cyd", "dot"}
+    assert "of one client" in (folder / "clients" / "ada" / "adapter" / "README.md").read_text()
     info = strict((folder / "run.json").read_text())
     assert len(info["clients"]) == 1

@@ -153,7 +153,7 @@ def test_the_command_prints_a_table(tmp_path: Path) -> None:
         result = RUNNER.invoke(app, ["status", str(tmp_path)], env={"COLUMNS": "100"})
     assert result.exit_code == 0, result.output
     shown = result.stdout
-    for part in ("running", "1 of 9", "2 accepted, 1 not_finite", "1.0 kB", "1.25", "NaN in x"):
+    for part in ("running", "1 of 9", "2 accepted, 1 not_finite", "1.0 KB", "1.25", "NaN in x"):
         assert part in shown, part
 
 

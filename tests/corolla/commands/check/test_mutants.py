@@ -25,6 +25,8 @@ UP, DOWN, FIRST = "bytes up = formula", "bytes down = formula", "bytes at first 
 EVALUATES, EFFECT = "evaluates the model", "option has an effect"
 MIRRORS, KEPT, STAYS = "mirrors what clients keep", "what is kept counts", "what is kept stays"
 DIRECTIONS = "directions of one's own"
+PARTS = "blocks by class"
+BEST, ADDS_UP = "best of max_rank", "max_rank adds up"
 UNWEIGHTED = (BY_EXAMPLES, SHARES, EACH, SUMS, LINEAR)
 FOLDED = (BY_EXAMPLES, SHARES, ORDER, GROUPING)
 
@@ -72,7 +74,9 @@ MUTANTS = [
     Mutant("CutTooFar", (EXPECTED, BY_EXAMPLES, DOWN), "bert", "residual_rank"),
     Mutant("EnergyOfValues", (EXPECTED, BY_EXAMPLES), "bert", "energy"),
     Mutant("StartUnbalanced", (START, EVALUATES), "bert", "balanced"),
+    Mutant("LeavesOutWhatCounts", (PARTS,), "bert"),
     Mutant("WithoutValues", ("runs",), "bert", "only"),
+    Mutant("CutsTheNewest", (BEST, ADDS_UP)),
     Mutant("HiddenMomentum", (SHARES, LINEAR, PURE)),
     Mutant("ChangesItsState", (WEIGHTS, LEAK, BY_EXAMPLES, EACH, LINEAR, PURE)),
     Mutant("SaysLittle", (EXPECTED, BY_EXAMPLES)),
@@ -102,7 +106,7 @@ SABOTAGED = [
     Mutant("Unweighted", (FACTORS, *UNWEIGHTED)),
     Mutant("UnweightedB", (WEIGHTS, *UNWEIGHTED), "gpt2"),
     Mutant("CountsClients", (COUNTED,)),
-    Mutant("HeadForgotten", (FACTORS, BY_EXAMPLES, ONE), "bert"),
+    Mutant("HeadForgotten", (FACTORS, BY_EXAMPLES, ONE, PARTS), "bert"),
     Mutant("HalfTheBytes", (UP,)),
     Mutant("DownloadForgotten", (DOWN,)),
     Mutant("SavesUntuned", (FACTORS, START, BY_EXAMPLES, EACH, ONE)),

@@ -32,7 +32,7 @@ CLASSES = 'classes={"a":{"lr":1},"b":{}}'
         ("flora@ranks=[4,8],alpha=2", "flora@ranks=[4,8],alpha=2", ("ranks=[4,8]", "alpha=2")),
         ('fedavg@codec=["top_k:0.1","int8"]', 'fedavg@codec=["top_k:0.1","int8"]', None),
         ('fedavg@classes={"a":{"lr":1},"b":{}},lr=2', None, (CLASSES, "lr=2")),
-        ("flora@flora.max_rank=8", "flora@flora.max_rank=8", ("flora.max_rank=8",)),
+        ("flora@flora.energy=0.9", "flora@flora.energy=0.9", ("flora.energy=0.9",)),
     ],
 )  # fmt: skip
 def test_a_name_with_settings(

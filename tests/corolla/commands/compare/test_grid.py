@@ -54,8 +54,8 @@ def test_cells_side_by_side_have_a_thread_each() -> None:
 
 
 def test_options_of_a_strategy_are_for_it_alone() -> None:
-    found = make_grid(["fedavg", "flora"], settings=["flora.max_rank=8"])
-    assert [method.config.options for method in found.methods] == [{}, {"max_rank": 8}]
+    found = make_grid(["fedavg", "flora"], settings=["flora.energy=0.9"])
+    assert [method.config.options for method in found.methods] == [{}, {"energy": 0.9}]
 
 
 @pytest.mark.parametrize(

@@ -195,9 +195,12 @@ def test_the_verdict_and_warnings_are_shown_and_baselines_have_no_bytes(
     undrawn: None, tmp_path: Path
 ) -> None:
     told = {"id": "worse", "text": "worse <than> the base model", "numbers": {}}
+    exact = {"rank": 96, "bytes": 3_600_000, "loss": 3.0}
+    small = {"folder": "served", "rank": 64, "bytes": 2_400_000, "error": 0.0123, "exact": exact}
+    whole = {"folder": "adapter", "rank": 8, "error": 0.0, "exact": {**exact, "rank": 8}}
     results = made(
-        fedavg=cells("fedavg", 3.0, 3.01, 3.02, warnings=[told]),
-        flora=cells("flora", 3.01, 3.0, 3.021),
+        fedavg=cells("fedavg", 3.0, 3.01, 3.02, warnings=[told], served=whole),
+        flora=cells("flora", 3.01, 3.0, 3.021, served=small),
         local=cells("local", 1.0, 1.1, 1.2, personal=True),
     )
     found = page(results, tmp_path)
@@ -210,6 +213,9 @@ def test_the_verdict_and_warnings_are_shown_and_baselines_have_no_bytes(
     text = io.StringIO()
     print_comparison(Console(file=text, width=120), results, tmp_path)
     assert "warning: fedavg, seed 0: worse <than> the base model" in text.getvalue()
+    for said in ("rank 96, 3.6 MB", "rank 64, 2.4 MB, 1.23% off", "rank 8, ", "adapter/ itself"):
+        assert said in text.getvalue()
+        assert said in found.text
 
 
 def test_a_long_name_takes_lines_and_cuts_no_number(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,18 +13,22 @@ from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDp
 from dp_accounting.pld import PLDAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from corolla.cli.app import app
+from corolla.commands.plan import lengths
 from corolla.commands.plan.plan import Privacy, plan, privacy
 from corolla.commands.simulate.in_process import simulate
 from corolla.config.build import build_strategy
 from corolla.config.load import load
 from corolla.config.run import RunConfig
+from corolla.estimates.footprint import Batch
 from corolla.privacy.accounting import gaussian_epsilon
 from corolla.privacy.example_level import example_level
 from corolla.privacy.ledger import Ledger
 from corolla.server.rounds.federation import Federation
+from tests.corolla.models import checkpoints
 
 SMALL = ["clients=4", "cohort=2", "rounds=2", "local-steps=2", "batch-size=4", "eval-examples=8"]
 SMALL += ["eval-clients=2", "eval-client-examples=4", "max-length=64", "threads=1"]
@@ -47,6 +51,7 @@ def options(settings: Sequence[str]) -> list[str]:
         ["strategy=flora", 'codec=["int8"]', 'codec-down=["fp16"]'],
         ["strategy=rolora"],
         ["strategy=seed_pool"],
+        ["strategy=fedex_lora", "cohort=4", "rounds=3", "local-steps=1", "max-rank=12"],
     ],
 )
 def test_bytes_are_those_of_the_run(tmp_path: Path, changes: list[str]) -> None:
@@ -63,6 +68,72 @@ def test_bytes_are_those_of_the_run(tmp_path: Path, changes: list[str]) -> None:
         for line in lines:
             assert found.traffic.up[0] <= line["bytes_up"] / line["clients"] <= found.traffic.up[1]
     assert summary.bytes_down <= found.traffic.total_down <= 2 * summary.bytes_down + 100_000
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (found.clients, found.cohort) == (info["num_clients"], info["cohort"])
+
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def _chat(folder: Path) -> Path:
+    place = checkpoints.llama(folder)
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(place)
+    return place
+
+
+def _turns(number: int) -> dict[str, object]:
+    told = (("user", "q"), ("assistant", "a" * (number % 9 + 1)))
+    return {"messages": [{"role": role, "content": text} for role, text in told * 2]}
+
+
+def _labelled(number: int) -> dict[str, object]:
+    """Rows of two labels, where the checkpoint has three."""
+    return {"text": "x" * (number % 17 + 1), "label": ("no", "yes")[number % 2]}
+
+
+@pytest.mark.parametrize(
+    ("make", "row"),
+    [
+        (_chat, _turns),
+        (checkpoints.bert, _labelled),
+        (checkpoints.masked_bert, _labelled),
+        (checkpoints.masked_albert, _labelled),
+    ],
+)
+def test_lengths_and_bytes_are_those_of_templates_and_classifiers(
+    tmp_path: Path,
+    make: Callable[[Path], Path],
+    row: Callable[[int], dict[str, object]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows: list[dict[str, object]] = [{"client_id": f"c{i % 3}", **row(i)} for i in range(30)]
+    if row is _turns:
+        rows += [{"client_id": "empty", "prompt": "p" * 99, "response": "a"} for _ in range(4)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(own) + "\n" for own in rows))
+    given = {"model": str(make(tmp_path)), "data": str(tmp_path / "x.jsonl"), "rank": 2}
+    few = ["rounds=1", "cohort=2", "local-steps=3", "batch-size=1", "max-length=64", "threads=1"]
+    config = load(None, given, [*few, "eval-examples=8", "eval-clients=0"])
+    drawn: list[Batch] = []
+    largest = lengths._largest
+
+    def noted(own: Sequence[Batch]) -> Batch:
+        drawn.extend(own)
+        return largest(own)
+
+    monkeypatch.setattr(lengths, "_largest", noted)
+    found = plan(config)
+    steps: list[int] = []
+    summary = simulate(config, tmp_path / "run", on_step=steps.append)
+    assert [batch.tokens for batch in drawn] == steps
+    assert (found.traffic.total_up, found.traffic.total_down) == (
+        summary.bytes_up,
+        summary.bytes_down,
+    )
     info = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (found.clients, found.cohort) == (info["num_clients"], info["cohort"])
 

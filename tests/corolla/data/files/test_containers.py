@@ -16,10 +16,10 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from corolla.data import streams
+from corolla.data.files import streams
+from corolla.data.files.sources import Source
 from corolla.data.forms import Turn
 from corolla.data.rows import Example, read
-from corolla.data.sources import Source
 from corolla.errors import DataError
 
 ODD = 'é日本\u2028 "quoted", with; a\ttab\nand a line'

@@ -111,6 +111,15 @@ def opened(path: Path) -> Iterator[Opened]:
         raise DataError(f"{path}: {error}") from error
 
 
+def sha256(path: Path) -> str:
+    """The sha256 of a file's own bytes. Raises DataError."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"cannot read data file {path}: {error.strerror or error}") from error
+
+
 def _opened(raw: io.BufferedReader, digest: Any, path: Path) -> Opened:
     stream, packed = raw, list[str]()
     while kind := _packing(stream.peek(4)):

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from corolla.data.streams import HEAD, LONGEST, DamagedError, Opened
+from corolla.data.files.streams import HEAD, LONGEST, DamagedError, Opened
 from corolla.errors import DataError
 
 _NESTED = frozenset({"messages", "conversations", "choices", "tools", "answers"})

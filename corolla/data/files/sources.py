@@ -9,14 +9,14 @@ import hashlib
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from corolla.data import formats, streams
-from corolla.data.columns import COLUMNS
-from corolla.data.formats import Record
+from corolla.data.files import formats, streams
+from corolla.data.files.columns import COLUMNS
+from corolla.data.files.formats import Record
 from corolla.embedded.assets import asset
 from corolla.errors import ConfigError, DataError
 
@@ -95,6 +95,20 @@ def rows(source: Source, reading: Reading) -> Iterator[Record]:
         yield record
 
 
+def fingerprint(source: Source) -> str:
+    """The fingerprint that reading a file or a folder gives it; "" for a set of the hub.
+
+    Raises DataError for files that cannot be read.
+    """
+    path = Path(source.name)
+    if not path.exists() or source.name == "embedded":
+        return ""
+    if path.is_dir():
+        names = _names(path, Reading())
+        return _together((name, streams.sha256(own)) for own, name in names.items())
+    return streams.sha256(path)
+
+
 def _check(source: Source) -> None:
     splits = sorted(set(SPLITS.values()))
     others = [f"columns.{name}" for name in source.columns if name not in COLUMNS]
@@ -154,18 +168,10 @@ def _chosen(row: dict[str, Any], theirs: Mapping[str, str], reading: Reading) ->
 
 def _folder(folder: Path, source: Source, reading: Reading) -> Iterator[Record]:
     """The rows of all data files below a folder, in the order of their names."""
-    every = [path for path in folder.rglob("*") if path.is_file() and not _hidden(path, folder)]
-    files = sorted(path for path in every if _ends(path) & SUFFIXES)
-    reading.ignored = len(every) - len(files)
-    if not files:
-        raise DataError(
-            f"folder {folder} has no data: no file in it ends in {', '.join(sorted(SUFFIXES))}, "
-            f"which .gz or .zst may follow"
-        )
-    names = {path: _name(path, folder) for path in files}
+    names = _names(folder, reading)
     known = SPLITS.keys() | set(source.splits.values())
-    parts = len(files) == 1 or all(_is_part(name, known) for name in names.values())
-    digest = hashlib.sha256()
+    parts = len(names) == 1 or all(_is_part(name, known) for name in names.values())
+    prints = list[tuple[str, str]]()
     told = dict[bool, Path]()
     """True for rows that name clients, False for rows without → the first file of such rows."""
     for path, name in names.items():
@@ -187,8 +193,26 @@ def _folder(folder: Path, source: Source, reading: Reading) -> Iterator[Record]:
             said["client_id"] = name.removeprefix(f"{outer}/") if outer in known else name
         for row, where, _ in itertools.chain([first] if first else [], found):
             yield Record(_placed(row, said, where), where, 0)
-        digest.update(f"{name} {one.fingerprint}\n".encode())
-    reading.fingerprint = digest.hexdigest()
+        prints.append((name, one.fingerprint))
+    reading.fingerprint = _together(prints)
+
+
+def _names(folder: Path, reading: Reading) -> dict[Path, str]:
+    """The data files below a folder, sorted → their names without endings. Raises DataError."""
+    every = [path for path in folder.rglob("*") if path.is_file() and not _hidden(path, folder)]
+    files = sorted(path for path in every if _ends(path) & SUFFIXES)
+    reading.ignored = len(every) - len(files)
+    if not files:
+        raise DataError(
+            f"folder {folder} has no data: no file in it ends in {', '.join(sorted(SUFFIXES))}, "
+            f"which .gz or .zst may follow"
+        )
+    return {path: _name(path, folder) for path in files}
+
+
+def _together(prints: Iterable[tuple[str, str]]) -> str:
+    """The fingerprint of a folder, from (name, sha256) of its files in their order."""
+    return hashlib.sha256("".join(f"{name} {own}\n" for name, own in prints).encode()).hexdigest()
 
 
 def _hidden(path: Path, folder: Path) -> bool:
@@ -259,4 +283,7 @@ def hint(row: Any) -> str:
     if not isinstance(row, dict) or not row or row.keys() & COLUMNS - _NO_TEXT:
         return ""
     first = next((str(name) for name in row if name not in _NO_TEXT), "NAME")
-    return f"; what is called otherwise is named with --set columns.text={first}"
+    return (
+        f"; what is called otherwise is named with --set columns.text={first}, by a device with "
+        f"--columns text={first}"
+    )

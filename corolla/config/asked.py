@@ -1,0 +1,170 @@
+"""A run and the strategy that it names, and the facts of strategies that rules look at."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from corolla.aggregation import robust
+from corolla.aggregation.sums import ByGroup, SeedSums, WeightedMean
+from corolla.config.run import RunConfig
+from corolla.interfaces import Aggregator, Strategy, Traits
+from corolla.strategies import registry
+from corolla.tensors import factors
+from corolla.types import LoraSpec, Params, Size, Space, TrainerName
+from corolla.wire.compression import Pipeline
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A config and the strategy that it names, with what the rules look at."""
+
+    config: RunConfig
+    strategy: Strategy
+
+    @cached_property
+    def traits(self) -> Traits:
+        """The traits that the strategy states of itself."""
+        return registry.traits(self.strategy)
+
+    @property
+    def subject(self) -> str:
+        """The strategy in a sentence."""
+        return f"strategy {registry.label(self.config.strategy)}"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes of clients; "" alone where all are alike."""
+        return tuple(self.config.classes) or ("",)
+
+    @cached_property
+    def trainers(self) -> set[TrainerName]:
+        """How clients of this run train."""
+        return {self.config.trainer_of(name) for name in self.classes}
+
+    @cached_property
+    def pipelines(self) -> tuple[Pipeline, Pipeline]:
+        """Of updates and of broadcasts. Raises ConfigError for codecs that are none."""
+        return self.config.uplink, self.config.downlink
+
+    @property
+    def up(self) -> Pipeline:
+        """How updates are compressed."""
+        return self.pipelines[0]
+
+    @property
+    def down(self) -> Pipeline:
+        """How broadcasts are compressed."""
+        return self.pipelines[1]
+
+    @property
+    def cohort(self) -> int:
+        """Updates of a round."""
+        run = self.config
+        return run.buffer or run.cohort or min(8, run.clients or 8)
+
+    @property
+    def hostile(self) -> int:
+        """Updates of a round that may be hostile."""
+        return robust.hostile(self.cohort, self.config.byzantine)
+
+    @property
+    def least(self) -> int:
+        """Updates that the rule of robust aggregation needs; 0 without one."""
+        rule = self.config.robust
+        return 0 if rule == "none" else robust.least(rule, self.hostile)
+
+    @cached_property
+    def unfit_for_robust(self) -> str:
+        """Why updates of this strategy cannot be defended by the rule; "" if they can."""
+        run = self.config
+        if run.robust == "none":
+            return ""
+        likes = [
+            self.strategy.update_like(_one_module(run, spec), Size(1, 1, scalars=1, trainer=how))
+            for spec in set(run.loras)
+            for how in self.trainers
+        ]
+        return robust.refusal(run.robust, compared_in(run, self.strategy), self.traits, likes) or ""
+
+    @cached_property
+    def overfull(self) -> list[RunConfig]:
+        """Settings of classes whose updates would hold too many scalars."""
+        zeroth = [n for n in self.classes if self.config.trainer_of(n) == "zeroth_order"]
+        settings = [self.config.of_class(name) for name in zeroth]
+        return [own for own in settings if own.local_steps * own.queries > 1 << 16]
+
+    @property
+    def misfits(self) -> list[str]:
+        """Classes whose clients train as the strategy does not."""
+        usable = self.strategy.trainers
+        classes = self.config.classes.items()
+        return [name for name, own in classes if own.trainer and own.trainer not in usable]
+
+
+def able(fits: Callable[[type[Strategy]], object]) -> str:
+    """Names of all strategies that fit."""
+    return " or ".join(name for name, cls in registry.STRATEGIES.items() if fits(cls))
+
+
+def compared_in(config: RunConfig, strategy: Strategy) -> Space:
+    """Returns the space in which the rule of robust aggregation compares the strategy's updates."""
+    own = robust.space_of(registry.traits(strategy))
+    return own if config.robust_space == "auto" else config.robust_space
+
+
+def not_noised(strategy: Strategy) -> str:
+    """Why noise on a sum of clipped updates would not make a strategy private; "" if it does."""
+    traits = registry.traits(strategy)
+    if traits.mirrors:
+        return "the server sums up what its clients keep, and neither may be clipped nor noised"
+    if traits.individual or not strategy.aggregator().linear:
+        return "its updates are not added up, each is used by itself"
+    if not traits.bounded:
+        return "a clipped update may still move the model by any amount"
+    if not _is_mean(strategy.aggregator()):
+        return "what it adds up is not one mean over all clients, which noise could be put on"
+    return ""
+
+
+def takes_parts(strategy: Strategy | type[Strategy]) -> bool:
+    """Returns whether clients of a class may train some blocks alone."""
+    traits = registry.traits(strategy)
+    able = traits.partial and not (traits.personal or traits.rebases)
+    return bool(able) and "first_order" in strategy.trainers
+
+
+def takes_start(strategy: Strategy) -> bool:
+    """Returns whether first-order clients get the strategy's start adapter, at its scaling."""
+    if "first_order" not in strategy.trainers:
+        return False
+    one, scaling = torch.ones(1, 1), 2.0
+    state = strategy.init({"m" + factors.A: one, "m" + factors.B: one}, 0)
+    found = strategy.adapter(state)
+    parts = [factors.bake(p, scaling) for p in (found.trained, *found.residuals)] + [*found.frozen]
+    total = sum(
+        float(factors.product(p, m))
+        for p in parts
+        for m in factors.modules(p)
+        if m + factors.B in p
+    )
+    return strategy.broadcast(state).log is None and abs(total - scaling) < 1e-5
+
+
+def _is_mean(aggregator: Aggregator) -> bool:
+    """Returns whether an aggregator makes nothing of clients' updates but their mean."""
+    if isinstance(aggregator, ByGroup):
+        return all(map(_is_mean, aggregator.groups.values()))
+    return type(aggregator) in (WeightedMean, SeedSums)  # a subclass may keep single updates
+
+
+def without_factors(strategy: Strategy | type[Strategy]) -> bool:
+    """Returns whether a strategy can train other tensors than LoRA factors."""
+    return strategy.full or registry.traits(strategy).dense
+
+
+def _one_module(config: RunConfig, spec: LoraSpec) -> Params:
+    """The smallest adapter of a rank: the form of updates follows from it."""
+    a, b = torch.zeros(spec.rank, 1), torch.zeros(1, spec.rank)
+    return {"m" + factors.A: a, "m" + factors.B: b} if config.kind.factors else {}

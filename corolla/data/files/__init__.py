@@ -1,0 +1,1 @@
+"""Files, folders and sets of the hub as rows: containers, encodings, names of columns."""
