@@ -262,8 +262,9 @@ def _convert(gguf: Path) -> Path:
                 raise
     except LOADING as error:
         reason = " ".join(str(error).split())[:300]
-        hint = "pip install 'corolla[gguf]'"
-        raise ModelError(f"cannot convert {gguf}: {reason} ({hint})") from error
+        raise ModelError(
+            f"cannot convert {gguf}: {reason} (pip install 'corolla[gguf]')"
+        ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
