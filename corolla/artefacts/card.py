@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -107,12 +107,27 @@ def _training(info: Mapping[str, Any], licence: str) -> Sequence[str]:
         ("rounds", f"{config.rounds} asked; ended with: {info.get('ended', 'not yet')}"),
         ("local steps x batch size", f"{config.local_steps} x {config.batch_size}"),
         ("target modules", ", ".join(info["target_modules"]) or "all"),
-        *([("blocks", config.layers)] if config.layers else []),
+        *_limits(config, info),
         ("privacy", privacy["line"] if privacy else "no differential privacy"),
     ]
     if info.get("labels"):
         rows.insert(2, ("labels, in the order of the head", ", ".join(info["labels"])))
     return [told, "", "| trained | |", "|---|---|", *(f"| {a} | {b} |" for a, b in rows), ""]
+
+
+def _limits(config: RunConfig, info: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The blocks that were trained, and what `max_rank` has cut, where either was asked for."""
+    if config.layers:
+        yield "blocks", config.layers
+    for name, own in config.classes.items():
+        if blocks := dict(own).get("layers"):
+            yield f"blocks of clients of class {name}", blocks
+    if config.max_rank and (errors := info.get("rank_errors")):
+        yield (
+            "max_rank",
+            f"{config.max_rank}: the state was cut after {sum(e > 0 for e in errors)} of "
+            f"{len(errors)} rounds, by {max(errors):.2%} in effective weights at most",
+        )
 
 
 def _scores(info: Mapping[str, Any], served: Mapping[str, Any] | None) -> Sequence[str]:

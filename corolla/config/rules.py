@@ -66,6 +66,18 @@ _LAYERS: tuple[Rule[Asked], ...] = (
         instead=lambda asked: f"use {able(lambda cls: takes_parts(cls))}",
     ),
     Rule(
+        when=lambda asked: (
+            asked.config.partial
+            and asked.traits.partial == "sent"
+            and len({spec.rank for spec in asked.config.loras}) > 1
+        ),
+        why=lambda asked: (
+            f"clients of {asked.subject} with a smaller rank hold a cut model, which would count "
+            f"for blocks that they do not train"
+        ),
+        instead="leave classes.NAME.layers out, or give all clients one rank",
+    ),
+    Rule(
         when=lambda asked: asked.config.partial and "zeroth_order" in asked.trainers,
         why=lambda asked: "classes.NAME.layers is for first-order clients",
         instead="directions are of all trained tensors: set layers for the run",

@@ -94,7 +94,7 @@ def read(source: Source) -> Rows:
     rest = examples(source, reading, unused)
     for row in rest:
         held.append(row)
-        size += row.size + len(row.prompt or "")
+        size += row.size + len(row.prompt or "") + len(row.tools) + sum(map(len, row.choices))
         if size > HELD:
             break
     else:

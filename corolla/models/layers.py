@@ -8,6 +8,7 @@ those below cost it neither time nor memory (PockEngine, Zhu et al., MICRO 2023,
 from collections.abc import Collection, Sequence
 
 from corolla.errors import ModelError
+from corolla.tensors import factors
 from corolla.types import Payload
 
 
@@ -69,13 +70,16 @@ def kept(names: Collection[str], text: str | None) -> list[str]:
 
 
 def trained(names: Collection[str], text: str | None) -> frozenset[str]:
-    """Returns the tensors of an adapter that are in the blocks meant, or in no block, as a head is.
+    """Returns the tensors of an adapter that are in the blocks meant, and those of a head.
 
-    `first:` and `last:` count among the blocks that the adapter has. Raises ModelError as `chosen`
-    does.
+    `first:` and `last:` count among the blocks that the adapter has; factors of modules outside of
+    all blocks are in none. Raises ModelError as `chosen` does.
     """
+    if text is None:
+        return frozenset(names)
     within = [name for name in names if block(name)]
-    return frozenset(names) - frozenset(within) | frozenset(kept(within, text) if within else ())
+    heads = {name for name in names if factors.is_head(name) and not block(name)}
+    return frozenset(heads.union(kept(within, text) if within else ()))
 
 
 def sent(payload: Payload, text: str | None) -> Payload:

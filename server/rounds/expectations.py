@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from corolla.aggregation import robust
 from corolla.config.run import RunConfig
@@ -58,10 +59,21 @@ def completed(federation: Federation, aggregate: Payload) -> Payload:
         return aggregate
     fresh = federation.fresh(config.lora)
     whole = strategy.update_like(fresh, factors.size(fresh))
+    stacked = registry.traits(strategy).updates == "factors"
     return {
-        group: {**{n: torch.zeros_like(t) for n, t in whole[group].items() if n not in own}, **own}
+        group: {
+            **{n: _still(n, t, stacked) for n, t in whole[group].items() if n not in own},
+            **own,
+        }
         for group, own in aggregate.items()
     }
+
+
+def _still(name: str, tensor: Tensor, stacked: bool) -> Tensor:
+    """No change of a tensor; of factors that are stacked, those of rank 0."""
+    if not stacked:
+        return torch.zeros_like(tensor)
+    return tensor[:0] if factors.is_a(name) else tensor[:, :0]
 
 
 def first_like(federation: Federation, round: int) -> Payload:

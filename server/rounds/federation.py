@@ -10,7 +10,7 @@ from corolla import seeds
 from corolla.aggregation.sums import summable
 from corolla.config import rules, schedule
 from corolla.config.run import RunConfig
-from corolla.errors import ConfigError
+from corolla.errors import ConfigError, ModelError
 from corolla.interfaces import Strategy, Summable
 from corolla.models import layers
 from corolla.server.rounds import cohort, simulated_time
@@ -117,16 +117,23 @@ class Federation:
         own = self.config.of_class(name)
         steps = schedule.steps_per_round(own, self.clients[client])
         fresh = self.fresh(self.lora(client))
-        part = layers.trained(fresh, own.layers) if self.config.partial else None
         return replace(
             factors.size(fresh),
-            part=factors.size({n: fresh[n] for n in part}) if part is not None else None,
+            part=self._part(fresh, name) if self.config.partial else None,
             scalars=steps * own.queries,
             trainer=self.config.trainer_of(name),
             seed=seeds.derive(self.config.seed, "client", phone or client, round),
             round=round,
             step=schedule.step_size(own, round, self.clients[client]),
         )
+
+    def _part(self, fresh: Params, name: str) -> Size:
+        """The size of what clients of a class train. Raises ConfigError for unknown blocks."""
+        try:
+            names = layers.trained(fresh, self.config.of_class(name).layers)
+        except ModelError as error:
+            raise ConfigError(f"classes.{name}.{error}") from error
+        return factors.size({n: fresh[n] for n in names})
 
     def present(self, round: int, online: AbstractSet[str] | None = None) -> list[str]:
         """The members that can be reached in a round; `online` can be asked now (None: all)."""

@@ -164,8 +164,11 @@ def _of_parts(probe: Probe) -> Iterator[Proof]:
 
 
 def _in_parts(probe: Probe) -> Finding:
+    changes: dict[str, object] = {"classes": CLASSES}
+    if registry.traits(probe.strategy).partial == "sent":  # which is for clients of one rank
+        changes |= {"ranks": [], "alphas": []}
     with tempfile.TemporaryDirectory() as folder:
-        own = Probe(probe.name, probe.kind, Path(folder), probe.options, {"classes": CLASSES})
+        own = Probe(probe.name, probe.kind, Path(folder), probe.options, changes)
         return replace(_as_declared(own, list(own.rounds(BRIEFLY))), check=_PARTS)
 
 

@@ -58,9 +58,10 @@ def test_blocks_that_there_are_not_are_named(text: str) -> None:
 
 def test_blocks_of_a_class_are_counted_among_those_of_the_run() -> None:
     params = {f"h.{n}.q{role}" for n in (0, 4, 5) for role in (factors.A, factors.B)} | {"score"}
-    found = layers.trained(params, "first:1,last:1")
+    outside = {"project_in" + role for role in (factors.A, factors.B)}
+    found = layers.trained(params | outside, "first:1,last:1")
     assert found == {name for name in params if ".4." not in name}
-    assert layers.trained(params, None) == params
+    assert layers.trained(params | outside, None) == params | outside
     assert layers.trained({"score"}, "last:1") == {"score"}
     with pytest.raises(ModelError, match="layers=3: 3 names others than the blocks there are"):
         layers.trained(params, "3")
