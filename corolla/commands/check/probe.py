@@ -222,8 +222,7 @@ def settings(
         lr=lr,
         local_steps=1 if lr == STILL else STEPS,
         batch_size=BATCH,
-        **(changes or {}),
-        **spec,
+        **{**spec, **(changes or {})},
     )
 
 
