@@ -80,7 +80,7 @@ $(STAMPS)/venv:
 # torch first and pinned: the newest may be a CUDA build of several GB. Where the index serves only
 # CUDA builds, point PIP_EXTRA_INDEX_URL at PyTorch's index of CPU builds.
 $(STAMPS)/base: pyproject.toml constraints.txt $(STAMPS)/venv
-	@echo "installing torch, transformers, peft, Flower and what they need into $(VENV), once: minutes"
+	@echo "installing torch, transformers, peft, Flower and what they need into $(VENV), once: minutes, and 2 GB of disk"
 	$(INSTALL) torch
 	$(INSTALL) -e .
 	@echo "installed in $$(( $$(date +%s) - $(BEGAN) )) s: $(VENV) takes $$(du -sh $(VENV) | cut -f 1)"

@@ -155,6 +155,7 @@ def begin(own: Own, say: Say) -> None:
     name = own.name or found.name
     order = {"own": own.model_dump(mode="json"), "name": name}
     trainer = [sys.executable, "-m", "corolla.client.device.daemon"]
+    supernode.trusting(own.root_certificates)  # or the SuperNode would be started for ever
     link = Link(own.server, own.root_certificates, name, own.state, found)
     with only_one(own.state):
         Node(link, trainer, order, say).run()

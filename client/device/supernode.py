@@ -24,6 +24,7 @@ from http.client import HTTPException, HTTPSConnection
 from pathlib import Path
 
 from corolla.client.device.identity import Identity
+from corolla.errors import ConfigError
 from corolla.host.processes import when_orphaned
 
 _AHEAD, _BEHIND = 5.0, 300.0
@@ -137,13 +138,24 @@ def explain(link: Link, code: int, lines: Sequence[str], inside: bool, before: b
     return f"the SuperNode ended with code {code}: {last[:200]}"
 
 
+def trusting(ca: Path | None) -> ssl.SSLContext:
+    """A context that trusts the certificates of a file, or the system's without one.
+
+    Raises ConfigError for a file that cannot be used.
+    """
+    try:
+        return ssl.create_default_context(cafile=str(ca) if ca else None)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"--root-certificates {ca} cannot be used: {_reason(error)}") from error
+
+
 def diagnose(server: str, ca: Path | None, timeout: float = 10.0) -> str:
     """Returns the cause that keeps a device from a server, in one line; "" when none is found."""
     host, _, port = server.rpartition(":")
     try:
-        context = ssl.create_default_context(cafile=str(ca) if ca else None)
-    except (OSError, ssl.SSLError) as error:
-        return f"--root-certificates {ca} cannot be used: {_reason(error)}"
+        context = trusting(ca)
+    except ConfigError as error:  # it was there when the client began
+        return str(error)
     connection = HTTPSConnection(host.strip("[]"), int(port), timeout=timeout, context=context)
     try:
         before = datetime.now(UTC)

@@ -40,7 +40,9 @@ def numbers(text: str, there: Sequence[int]) -> list[int]:
             missing = not wanted or not wanted <= set(there)
         if missing:
             of = f"{there[0]} to {there[-1]}" if len(there) > 1 else f"{there[0]} alone"
-            raise ModelError(f"layers={text}: {part} names others than the blocks there are, {of}")
+            raise ModelError(
+                f"layers={text}: {part} asks for blocks that are not there, found {of}"
+            )
         found |= wanted
     return sorted(found)
 

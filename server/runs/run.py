@@ -300,6 +300,7 @@ class Run:
             },
             personal=info["personal"],
             privacy=info.get("privacy", {}).get("line", ""),
+            answers=not self.evaluator.labels,
         )
         info |= summary.to_json(samples=self.config.dp != "client")
         info["warnings"] += [w.to_json() for w in outcome(self.config, info, course.lines)]

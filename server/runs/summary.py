@@ -38,6 +38,8 @@ class Summary:
     """True where the clients' own models count: the global one is a part of each."""
     privacy: str
     """The promise to each example or client; "" without differential privacy."""
+    answers: bool = True
+    """True where the model writes answers; a classifier does not."""
     warnings: Sequence[Mapping[str, Any]] = ()
     """All that the run warns of, as run.json has it (see corolla/warnings/outcome.py)."""
 

@@ -215,6 +215,9 @@ def print_summary(console: Console, summary: Summary) -> None:
             soft_wrap=True,
         )
     console.print(f"report  {escape(str(summary.folder / 'report.html'))}", soft_wrap=True)
+    asked = [f"corolla chat {summary.folder}"] if summary.answers else []
+    following = "; ".join([*asked, f"corolla evaluate {summary.folder}"])
+    console.print(f"next    {escape(following)}", highlight=False, soft_wrap=True)
 
 
 def _print_ranks(console: Console, summary: Summary) -> None:

@@ -283,7 +283,8 @@ def hint(row: Any) -> str:
     if not isinstance(row, dict) or not row or row.keys() & COLUMNS - _NO_TEXT:
         return ""
     first = next((str(name) for name in row if name not in _NO_TEXT), "NAME")
+    named = f"text={first}" if len(row.keys() - _NO_TEXT) == 1 else "prompt=NAME"
     return (
-        f"; what is called otherwise is named with --set columns.text={first}, by a device with "
-        f"--columns text={first}"
+        f"; what is called otherwise is named, as with --set columns.{named}, by a device with "
+        f"--columns {named}"
     )

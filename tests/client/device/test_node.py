@@ -20,7 +20,8 @@ import pytest
 
 from corolla.client.device import supernode
 from corolla.client.device.identity import identity
-from corolla.client.device.node import Node, make_child, only_one
+from corolla.client.device.node import Node, begin, make_child, only_one
+from corolla.client.device.settings import Own
 from corolla.client.device.supernode import Link, diagnose, explain
 from corolla.errors import ConfigError, CorollaError
 from corolla.host import certificates
@@ -240,6 +241,15 @@ def test_a_wrong_certificate_is_said(tls: Path, tmp_path: Path) -> None:
         empty.write_text("")
         assert "cannot be used" in diagnose(server, empty)
         assert "cannot be used" in diagnose(server, tmp_path / "none.pem")
+
+
+def test_a_client_does_not_begin_with_certificates_that_it_cannot_read(tmp_path: Path) -> None:
+    places = {"data": "rows.jsonl", "state": tmp_path / "state"}
+    own = Own.model_validate(
+        {"server": "localhost:1", "root_certificates": tmp_path / "none.pem", **places}
+    )
+    with pytest.raises(ConfigError, match=r"none\.pem cannot be used: No such file"):
+        begin(own, lambda text: None)
 
 
 def test_a_server_without_tls_or_none_at_all_is_said() -> None:

@@ -52,7 +52,7 @@ def test_blocks_are_counted_from_the_input(text: str, expected: list[int]) -> No
 
 @pytest.mark.parametrize("text", ["last:7", "first:7", "6", "0-6", "3-2", "0,9"])
 def test_blocks_that_there_are_not_are_named(text: str) -> None:
-    with pytest.raises(ModelError, match=f"layers={text}: .* names others than the blocks"):
+    with pytest.raises(ModelError, match=f"layers={text}: .* asks for blocks that are not there"):
         layers.numbers(text, range(6))
 
 
@@ -63,7 +63,7 @@ def test_blocks_of_a_class_are_counted_among_those_of_the_run() -> None:
     assert found == {name for name in params if ".4." not in name}
     assert layers.trained(params | outside, None) == params | outside
     assert layers.trained({"score"}, "last:1") == {"score"}
-    with pytest.raises(ModelError, match="layers=3: 3 names others than the blocks there are"):
+    with pytest.raises(ModelError, match="layers=3: 3 asks for blocks that are not there"):
         layers.trained(params, "3")
 
 

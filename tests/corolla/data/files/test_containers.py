@@ -182,6 +182,11 @@ HOSTILE: dict[str, tuple[str, Callable[[], bytes], str]] = {
         "line 2: needs text, or prompt and response",
     ),
     "another name": ("x.jsonl", lambda: b'{"body": "b"}\n', "--set columns.text=body"),
+    "other names": (
+        "x.jsonl",
+        lambda: b'{"body": "b", "reply": "c"}\n',
+        "--set columns.prompt=NAME",
+    ),
     "nested lists": ("x.json", lambda: b"[[[[1]]]]", "row 1: expected an object, found list"),
     "deep nesting": ("x.jsonl", lambda: b"[" * 100_000, "not JSON"),
     "a deep row": ("x.jsonl", lambda: b'{"text":' * 100_000, "not JSON: "),
