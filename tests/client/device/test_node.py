@@ -244,7 +244,8 @@ def test_a_wrong_certificate_is_said(tls: Path, tmp_path: Path) -> None:
 
 
 def test_a_client_does_not_begin_with_certificates_that_it_cannot_read(tmp_path: Path) -> None:
-    places = {"data": "rows.jsonl", "state": tmp_path / "state"}
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    places = {"data": str(tmp_path / "rows.jsonl"), "state": tmp_path / "state"}
     own = Own.model_validate(
         {"server": "localhost:1", "root_certificates": tmp_path / "none.pem", **places}
     )
