@@ -124,7 +124,7 @@ SABOTAGED = [
     Mutant("NormsForgotten", (EXPECTED, BY_EXAMPLES)),
     Mutant("MomentumForgotten", (EXPECTED, BY_EXAMPLES)),
     Mutant("BetasConfused", (EXPECTED, BY_EXAMPLES)),
-    Mutant("SignForgotten", (EXPECTED, BY_EXAMPLES), "bert"),
+    Mutant("SignForgotten", (EXPECTED, BY_EXAMPLES, PARTS), "bert"),
     Mutant("AveragesB", (EXPECTED, BY_EXAMPLES, START, UP, DOWN, FIRST)),
     Mutant("SendsLocal", (FACTORS, BY_EXAMPLES, ONE)),
     Mutant("SendsBoth", (STAYS, UP)),
