@@ -122,3 +122,10 @@ def test_mutated_messages_are_read_or_refused_in_little_memory(check: Path, kind
     assert found.read + found.refused == 560
     assert found.read > 20
     assert found.grown <= MOST
+
+
+def test_a_peers_text_makes_no_second_line(check: Path, tmp_path: Path) -> None:
+    (settings, _) = fuzz_native.kinds()["settings"]
+    odd = {**json.loads(settings), "class": "other\n\ttwo"}
+    found = told(check, tmp_path, "settings", [json.dumps(odd).encode()])
+    assert (found["refused"], found["escaped"]) == (1, [])

@@ -82,7 +82,6 @@ def test_a_model_or_rank_or_trainer_that_is_not_its_own(make: Make) -> None:
     assert "rank 4, the bundle 8" in refused(case, replace(case.task(), config=json.dumps(told)))
     assert "trains with first_order" in refused(case, case.task(), "loss")
     assert "no class other" in refused(case, case.task(), kind="other")
-    assert "no class other  two" in refused(case, case.task(), kind="other\n\ttwo")
     assert "q5" in refused(case, case.task(), program="q5")
 
 
