@@ -1,6 +1,6 @@
 """How long a run of many rows takes to send its first task, and how much memory.
 
-    python experiments/bench/start.py --threads 1 --json FILE
+    python -m experiments.bench.start --threads 1 --json FILE
 
 A file of JSON lines is written to a temporary folder, and a simulation of it begun twice in a new
 process each: when nothing of the file is kept, and when its rows are. Each process ends when the
