@@ -25,7 +25,7 @@ class Served:
     small: SavedLora | None = None
     """None: the exact one is small enough and is served itself."""
     small_bytes: int = 0
-    """Of the tensors of served/, once they are written."""
+    """Bytes of the tensors of served/, once they are written."""
 
     @property
     def rank(self) -> int:

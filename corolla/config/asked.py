@@ -45,7 +45,7 @@ class Asked:
 
     @cached_property
     def pipelines(self) -> tuple[Pipeline, Pipeline]:
-        """Of updates and of broadcasts. Raises ConfigError for codecs that are none."""
+        """The codecs of updates and of broadcasts. Raises ConfigError for codecs that are none."""
         return self.config.uplink, self.config.downlink
 
     @property

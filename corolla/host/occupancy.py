@@ -14,7 +14,7 @@ _SUBNET = 64
 
 
 def network(address: str) -> str:
-    """Whose callers count together: an IPv4 address, or the network of an IPv6 address.
+    """Returns the place whose callers count together: an IPv4 address, or an IPv6 network.
 
     A text that is no address, of a local socket for example, is returned as it is.
     """

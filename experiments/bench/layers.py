@@ -1,4 +1,4 @@
-"""What it saves to train the last blocks of a model alone: time and memory of the backward pass.
+"""Time and memory that it saves to train the last blocks of a model alone.
 
     python -m experiments.bench.layers --model embedded --threads 1 --json FILE
 

@@ -206,7 +206,7 @@ def make_adapter(folder: Path, model: str, spec: LoraSpec, size: float) -> Path:
 
 @dataclass(frozen=True)
 class Options:
-    """What is compared. The fields are the options of the command."""
+    """The files and prompts that are compared. The fields are the options of the command."""
 
     model: str = field(default="embedded", metadata={"help": "as for corolla simulate"})
     adapter: str = field(default="", metadata={"help": "a folder; none: a random one is made"})

@@ -122,7 +122,7 @@ def settings(case: Case, options: Options) -> tuple[RunConfig, Batch]:
 
 
 def predicted(model: Anatomy, config: RunConfig, batch: Batch) -> Estimate:
-    """What `corolla plan` would say of a client, without messages, which this one has not."""
+    """Returns the estimate of `corolla plan` for a client without messages: it has none here."""
     return footprint.client(Workload(model, batch), config, config.trainer_of(""), messages=0)
 
 

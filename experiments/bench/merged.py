@@ -1,4 +1,4 @@
-"""What it takes to merge an adapter into a model of a billion parameters.
+"""Memory and time that it takes to merge an adapter into a model of a billion parameters.
 
     python -m experiments.bench.merged --json FILE
 

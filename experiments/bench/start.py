@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def begin(name: str, options: Options) -> Measured:
-    """What this process has taken when the first task is sent; in a new process only.
+    """Measures what this process has taken when the first task is sent; in a new process only.
 
     CPU seconds are of all its threads and children.
     """

@@ -1,4 +1,4 @@
-"""What the demo with a language model learns: base beside tuned, several seeds.
+"""The lessons of the demo with a language model: base beside tuned, several seeds.
 
     python -m experiments.demo_llm.run
     python -m experiments.demo_llm.run --table

@@ -1,4 +1,4 @@
-"""What the commands of the README's "Where to start" cost: bytes, loss, seconds, rank.
+"""The costs of the commands of the README's "Where to start": bytes, loss, seconds, rank.
 
     python -m experiments.start.run
 

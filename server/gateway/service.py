@@ -142,7 +142,7 @@ def _status(error: _FullError | WireError | KeyError | OSError) -> tuple[grpc.St
 
 
 def _network(peer: str) -> str:
-    """Of a caller: gRPC says `ipv4:192.0.2.1:50123` and `ipv6:%5B2001:db8::1%5D:50123`."""
+    """Returns a caller's network, of `ipv4:192.0.2.1:50123` or `ipv6:%5B2001:db8::1%5D:50123`."""
     _, _, place = unquote(peer).partition(":")
     host, _, _ = place.rpartition(":")
     return network(host.strip("[]"))

@@ -83,7 +83,7 @@ class Federation:
         return self.quorum(self.cohort_size)
 
     def quorum(self, asked: int) -> int:
-        """Of so many updates that are asked for, how many must be valid, by the config alone."""
+        """Returns how many of the updates that are asked for must be valid, by the config alone."""
         return math.ceil(self.config.quorum * asked)
 
     def room(self, member: str) -> int:

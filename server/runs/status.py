@@ -34,7 +34,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Status:
-    """Of a run; bytes are payloads, losses those of the last round that measured them."""
+    """The state of a run; bytes are payloads, losses those of the last round that measured them."""
 
     folder: str
     run: str

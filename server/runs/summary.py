@@ -50,12 +50,12 @@ class Summary:
 
     @property
     def bytes_up(self) -> int:
-        """Of payload, from all clients in all rounds."""
+        """Bytes of payload from all clients in all rounds."""
         return sum(line["bytes_up"] for line in self.lines)
 
     @property
     def bytes_down(self) -> int:
-        """Of payload, to all clients in all rounds."""
+        """Bytes of payload to all clients in all rounds."""
         return sum(line["bytes_down"] for line in self.lines)
 
     @property
@@ -65,7 +65,7 @@ class Summary:
 
     @property
     def sim_seconds(self) -> float | None:
-        """Of all rounds on simulated devices; None where time is not simulated."""
+        """Simulated seconds of all rounds on devices; None where time is not simulated."""
         known = [line["sim_seconds"] for line in self.lines if "sim_seconds" in line]
         return math.fsum(known) if known else None
 
@@ -76,7 +76,7 @@ class Summary:
 
     @property
     def rank_errors(self) -> list[float]:
-        """What the cut to `max_rank` lost in each round, relative; empty without the key."""
+        """The relative error of the cut to `max_rank` in each round; empty without the key."""
         return [line["rank_error"] for line in self.lines if "rank_error" in line]
 
     def to_json(self, samples: bool) -> dict[str, Any]:

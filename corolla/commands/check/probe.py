@@ -201,7 +201,7 @@ def settings(
     lr: float | None = None,
     changes: Mapping[str, object] | None = None,
 ) -> RunConfig:
-    """Of the whole federation, with mixed ranks and trainers where the strategy allows."""
+    """Returns a run's settings, with mixed ranks and trainers where the strategy allows."""
     cls = registry.find(name)
     optimizer = registry.traits(cls).optimizers[0]
     lr = lr or (0.3 if optimizer == "sgd" else 1e-2)

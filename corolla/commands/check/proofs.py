@@ -190,7 +190,7 @@ def _key(kind: str, given: Mapping[str, object]) -> tuple[str, str]:
 
 
 def _digest(done: Sequence[Round]) -> str:
-    """Of all that clients sent and kept and the server made of it, in the first rounds."""
+    """Returns a digest of what clients sent and kept, and the server made, in the first rounds."""
     parts: list[str] = []
     for round in done[:BRIEFLY]:
         payloads = [round.result.state, *round.observed.updates.values(), *round.left.values()]

@@ -269,7 +269,7 @@ def _told(values: Sequence[float]) -> dict[str, Any]:
 
 
 def _error_served(served: Mapping[str, Any]) -> float:
-    """What served/ lost: of several seeds the worst one is shown."""
+    """Returns the relative error of served/: of several seeds the worst one is shown."""
     return float(served["error"])
 
 
