@@ -103,7 +103,7 @@ def second_opinions(releases: Iterable[Release], delta: float) -> Mapping[str, f
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
-    """Returns epsilon of a Gaussian mechanism whose neighbours lie `mu` deviations apart.
+    """Returns epsilon of a Gaussian mechanism whose neighbours are `mu` standard deviations apart.
 
     Solves Φ(mu/2 - ε/mu) - e^ε Φ(-mu/2 - ε/mu) = delta (Balle and Wang, theorem 8).
     """

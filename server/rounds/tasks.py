@@ -139,7 +139,7 @@ def make_tasks(
 
 
 def _header_bytes(task: Task) -> int:
-    """Returns the header bytes of a task as it is sent. Raises RoundError when it does not fit a message."""
+    """Returns a task's header bytes. Raises RoundError when it does not fit a message."""
     try:
         return len(pack_task(task).header)
     except ValueError as error:
