@@ -63,7 +63,7 @@ _LAYERS: tuple[Rule[Asked], ...] = (
             f"in {asked.subject} a block that clients of a class do not train is not the same as "
             f"no change of it"
         ),
-        instead=lambda asked: f"use {able(lambda cls: takes_parts(cls))}",
+        instead=lambda asked: f"use {able(takes_parts)}",
     ),
     Rule(
         when=lambda asked: (
