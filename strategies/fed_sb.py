@@ -16,7 +16,7 @@ from torch import Tensor
 from corolla import seeds
 from corolla.aggregation.sums import WeightedMean
 from corolla.interfaces import Client
-from corolla.strategies.listing import listed
+from corolla.strategies.listing.mark import listed
 from corolla.tensors import factors, tree
 from corolla.types import (
     Adapter,

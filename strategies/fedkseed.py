@@ -15,8 +15,8 @@ from corolla.aggregation.sums import SeedSums
 from corolla.directions import pools, seedlog, signs
 from corolla.directions.pools import GaussianPool, SignPool
 from corolla.interfaces import Aggregator, Client
-from corolla.strategies.listing import listed
-from corolla.strategies.options import option
+from corolla.strategies.listing.mark import listed
+from corolla.strategies.listing.options import option
 from corolla.types import (
     Adapter,
     Aggregates,

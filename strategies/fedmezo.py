@@ -10,8 +10,8 @@ from typing import ClassVar, Literal
 from corolla.directions.pools import GaussianPool, LowRankPool, SignPool
 from corolla.interfaces import Client
 from corolla.strategies.fedavg import FedAvg
-from corolla.strategies.listing import listed
-from corolla.strategies.options import option
+from corolla.strategies.listing.mark import listed
+from corolla.strategies.listing.options import option
 from corolla.tensors import tree
 from corolla.types import Params, Payload, Pool, TrainerName, Update
 

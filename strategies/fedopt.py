@@ -12,8 +12,8 @@ from torch import Tensor
 
 from corolla.interfaces import Observed
 from corolla.strategies.fedavg import FedAvg
-from corolla.strategies.listing import listed
-from corolla.strategies.options import option
+from corolla.strategies.listing.mark import listed
+from corolla.strategies.listing.options import option
 from corolla.tensors import factors, tree
 from corolla.types import Aggregates, Broadcast, Metrics, Params, Payload
 

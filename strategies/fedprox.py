@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from corolla.interfaces import Client
 from corolla.strategies.fedavg import FedAvg
-from corolla.strategies.listing import listed
-from corolla.strategies.options import option
+from corolla.strategies.listing.mark import listed
+from corolla.strategies.listing.options import option
 from corolla.tensors import tree
 from corolla.types import Params, Payload, Update
 

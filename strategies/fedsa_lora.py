@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from corolla.aggregation.sums import WeightedMean
 from corolla.interfaces import Client, Observed
-from corolla.strategies.listing import listed
+from corolla.strategies.listing.mark import listed
 from corolla.tensors import factors, tree
 from corolla.types import (
     Adapter,

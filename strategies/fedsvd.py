@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from corolla.strategies.ffa_lora import FfaLora
-from corolla.strategies.listing import listed
+from corolla.strategies.listing.mark import listed
 from corolla.tensors import factors, tree
 from corolla.types import Broadcast, Cost, Metrics, Payload, Size
 

@@ -13,8 +13,8 @@ import torch
 from corolla.aggregation.sums import WeightedMean
 from corolla.directions import moving, pools, seedlog, signs
 from corolla.interfaces import Client, Observed
-from corolla.strategies.listing import listed
-from corolla.strategies.options import option
+from corolla.strategies.listing.mark import listed
+from corolla.strategies.listing.options import option
 from corolla.tensors import factors, tree
 from corolla.types import (
     Adapter,

@@ -14,8 +14,8 @@ from torch import Tensor
 from corolla.aggregation.stacks import Stack
 from corolla.aggregation.sums import ByGroup, WeightedMean
 from corolla.interfaces import Client, Observed
-from corolla.strategies.listing import listed
-from corolla.strategies.options import option
+from corolla.strategies.listing.mark import listed
+from corolla.strategies.listing.options import option
 from corolla.tensors import blocks, dense, factors, tree
 from corolla.types import (
     Adapter,

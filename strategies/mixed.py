@@ -17,8 +17,8 @@ from corolla.aggregation.two_classes import Spread, TwoMeans
 from corolla.directions import moving, pools, seedlog, signs
 from corolla.directions.pools import SignPool
 from corolla.interfaces import Client, Observed
-from corolla.strategies.listing import listed
-from corolla.strategies.options import option
+from corolla.strategies.listing.mark import listed
+from corolla.strategies.listing.options import option
 from corolla.tensors import tree
 from corolla.types import (
     Adapter,

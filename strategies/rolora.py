@@ -12,7 +12,7 @@ import torch
 
 from corolla.aggregation.sums import WeightedMean
 from corolla.interfaces import Client
-from corolla.strategies.listing import listed
+from corolla.strategies.listing.mark import listed
 from corolla.tensors import factors
 from corolla.types import (
     Adapter,

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from corolla.aggregation.sums import ByGroup, Sum, WeightedMean
 from corolla.interfaces import Client
-from corolla.strategies.listing import listed
+from corolla.strategies.listing.mark import listed
 from corolla.tensors import tree
 from corolla.types import (
     Adapter,

@@ -15,8 +15,8 @@ import torch
 from corolla.aggregation.sums import SeedSums
 from corolla.directions import pools, seedlog, signs
 from corolla.interfaces import Client
-from corolla.strategies.listing import listed
-from corolla.strategies.options import option
+from corolla.strategies.listing.mark import listed
+from corolla.strategies.listing.options import option
 from corolla.types import (
     Adapter,
     Aggregates,

@@ -6,7 +6,7 @@ import sys
 
 import corolla
 from corolla.interfaces import Strategy
-from corolla.strategies.registry import STRATEGIES
+from corolla.strategies.listing.registry import STRATEGIES
 
 
 def test_every_public_name_loads() -> None:

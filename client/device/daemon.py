@@ -46,7 +46,7 @@ from corolla.privacy import accounting, ledger
 from corolla.privacy.ledger import Limit
 from corolla.storage.disk import Room, held
 from corolla.storage.memory import Memory
-from corolla.strategies.own import files
+from corolla.strategies.listing import files
 from corolla.version import __version__
 from corolla.wire import rpc
 from corolla.wire.messages import Capabilities, Reply, Task, pack_reply, unpack_reply, unpack_task

@@ -20,7 +20,7 @@ from corolla.estimates import footprint
 from corolla.estimates.footprint import Batch, Estimate, Workload
 from corolla.interfaces import Strategy
 from corolla.models import anatomy
-from corolla.strategies import registry
+from corolla.strategies.listing import registry
 from corolla.types import TrainerName
 from corolla.wire.messages import Capabilities
 

@@ -29,7 +29,7 @@ from corolla.privacy.example_level import ExampleLevel
 from corolla.privacy.ledger import Ledger, Limit
 from corolla.storage.folders import client_folder, round_folder
 from corolla.storage.memory import Memory
-from corolla.strategies import registry
+from corolla.strategies.listing import registry
 from corolla.types import Adapter, LoraSpec, Payload, TrainerName, Update, row_name
 from corolla.wire import codec, ranges
 from corolla.wire.envelope import Envelope

@@ -42,7 +42,7 @@ def simulate(
 ) -> None:
     """Fine-tune a model with a federation of simulated clients on this machine."""
     from corolla.config.load import load, resumed
-    from corolla.strategies.registry import label
+    from corolla.strategies.listing.registry import label
 
     if resume and out_dir is None:
         raise ConfigError("--resume needs --out: the folder of the run to go on with")
@@ -197,7 +197,7 @@ def check(
     from corolla.commands.check import options
     from corolla.commands.check.proofs import conform
     from corolla.commands.check.screen import print_findings
-    from corolla.strategies.registry import STRATEGIES
+    from corolla.strategies.listing.registry import STRATEGIES
 
     names = [*STRATEGIES] if strategies in (None, [], ["all"]) else list(strategies or ())
     results = conform(names, spinner(as_json), given=options.given(names, settings or ()))

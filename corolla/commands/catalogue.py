@@ -13,7 +13,7 @@ from rich.table import Table
 from corolla.config.asked import not_noised
 from corolla.host.text import human_bytes
 from corolla.interfaces import Stacking, Strategy, Traits
-from corolla.strategies.registry import STRATEGIES, traits
+from corolla.strategies.listing.registry import STRATEGIES, traits
 from corolla.types import Aggregates, Cost, Size, TrainerName
 
 COHORT, ROUNDS = 8, 10

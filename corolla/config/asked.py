@@ -10,7 +10,7 @@ from corolla.aggregation import robust
 from corolla.aggregation.sums import ByGroup, SeedSums, WeightedMean
 from corolla.config.run import RunConfig
 from corolla.interfaces import Aggregator, Strategy, Traits
-from corolla.strategies import registry
+from corolla.strategies.listing import registry
 from corolla.tensors import factors
 from corolla.types import LoraSpec, Params, Size, Space, TrainerName
 from corolla.wire.compression import Pipeline

@@ -3,7 +3,7 @@
 from corolla.config import rules
 from corolla.config.run import RunConfig
 from corolla.interfaces import Strategy
-from corolla.strategies import registry
+from corolla.strategies.listing import registry
 
 
 def build_strategy(config: RunConfig) -> Strategy:

@@ -14,7 +14,7 @@ from corolla.config.sections.section import Section
 from corolla.config.sections.settings import Settings
 from corolla.errors import ConfigError
 from corolla.host.wording import kind_of, written
-from corolla.strategies.registry import STRATEGIES
+from corolla.strategies.listing.registry import STRATEGIES
 
 CLASSES, OPTIONS = "classes", "strategies"
 """Groups of keys that are no section of RunConfig: of classes of clients, of strategies."""

@@ -12,7 +12,7 @@ from corolla.config.run import RunConfig
 from corolla.config.sections.groups import ClientClass
 from corolla.errors import ConfigError
 from corolla.host import wording
-from corolla.strategies import registry
+from corolla.strategies.listing import registry
 
 NAMED = ("columns", "splits")
 """Keys that are tables of names: NAME.field=value sets one of them."""

@@ -11,7 +11,7 @@ from corolla.config.sections.groups import ClientClass
 from corolla.errors import ConfigError
 from corolla.host import wording
 from corolla.host.text import nearest
-from corolla.strategies.registry import STRATEGIES
+from corolla.strategies.listing.registry import STRATEGIES
 
 MEANINGS: Mapping[str, str] = {
     **dict.fromkeys(("learning_rate", "base_lr", "rate"), "lr"),

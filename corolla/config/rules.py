@@ -8,7 +8,7 @@ from corolla.config.run import RunConfig
 from corolla.config.sections.rule import Rule, refusal
 from corolla.errors import ConfigError
 from corolla.interfaces import Stacking, Strategy
-from corolla.strategies import registry
+from corolla.strategies.listing import registry
 from corolla.wire.compression import PLAIN
 
 _STATE: tuple[Rule[Asked], ...] = (

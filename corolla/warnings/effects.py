@@ -17,7 +17,7 @@ from corolla.config.sections import learning_rates
 from corolla.config.sections.groups import ClientClass
 from corolla.config.sections.rule import Rule
 from corolla.interfaces import Stacking, Traits
-from corolla.strategies import registry
+from corolla.strategies.listing import registry
 from corolla.types import TrainerName
 
 

@@ -29,7 +29,7 @@ from corolla.server.rounds.gate import judge
 from corolla.server.rounds.tasks import Traffic, make_tasks
 from corolla.server.rounds.verdicts import Expected, Judged
 from corolla.storage.memory import Memory
-from corolla.strategies import registry
+from corolla.strategies.listing import registry
 from corolla.types import Params, Payload
 from corolla.wire import codec, messages, packet
 from corolla.wire.compression import pipeline

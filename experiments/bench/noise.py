@@ -28,7 +28,7 @@ from corolla.interfaces import Strategy
 from corolla.privacy.client_level import ClientLevel
 from corolla.privacy.clipped_sum import ClippedSum
 from corolla.privacy.randomness import Normal, clip_factors
-from corolla.strategies import registry
+from corolla.strategies.listing import registry
 from corolla.tensors import factors
 from corolla.types import Params, Payload
 

@@ -12,7 +12,7 @@ from corolla.interfaces import Strategy, Summable, Tallied
 from corolla.models import layers
 from corolla.server.rounds.federation import Federation
 from corolla.server.rounds.verdicts import Expected
-from corolla.strategies import registry
+from corolla.strategies.listing import registry
 from corolla.tensors import factors
 from corolla.types import Payload
 from corolla.wire.messages import Kind

@@ -14,7 +14,7 @@ from corolla.errors import ConfigError, ModelError
 from corolla.interfaces import Strategy, Summable
 from corolla.models import layers
 from corolla.server.rounds import cohort, simulated_time
-from corolla.strategies import registry
+from corolla.strategies.listing import registry
 from corolla.tensors import factors
 from corolla.types import LoraSpec, Params, Size, TrainerName
 

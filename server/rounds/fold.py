@@ -15,7 +15,7 @@ from corolla.server.rounds.federation import Held
 from corolla.server.rounds.spending import Spending
 from corolla.server.rounds.tasks import accepted_note, accepted_only
 from corolla.server.rounds.verdicts import Code, Judged, Verdict
-from corolla.strategies import registry
+from corolla.strategies.listing import registry
 from corolla.types import Metrics
 
 

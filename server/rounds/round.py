@@ -21,7 +21,7 @@ from corolla.server.rounds.network import Network
 from corolla.server.rounds.spending import Spending
 from corolla.server.rounds.tasks import Traffic, costs, formula, trained
 from corolla.server.rounds.verdicts import Code, Verdict
-from corolla.strategies import registry
+from corolla.strategies.listing import registry
 from corolla.tensors import tree
 from corolla.types import Cost, Metrics, Payload
 from corolla.wire.messages import Kind

@@ -11,7 +11,7 @@ from corolla.privacy.guarantee import NEIGHBOURS, Unit
 from corolla.server.rounds.federation import Federation
 from corolla.server.rounds.spending import Spending
 from corolla.server.runs.evaluate import Evaluator
-from corolla.strategies.registry import label, traits
+from corolla.strategies.listing.registry import label, traits
 from corolla.types import Aggregates
 from corolla.version import __version__
 

@@ -42,7 +42,7 @@ from corolla.server.runs.proof import save
 from corolla.server.runs.report import write_report
 from corolla.server.runs.summary import Summary
 from corolla.storage import folders
-from corolla.strategies.registry import traits
+from corolla.strategies.listing.registry import traits
 from corolla.tensors import tree
 from corolla.types import Adapter, Metrics, Payload
 from corolla.warnings.outcome import of_extension, outcome

@@ -1,12 +1,11 @@
 """The commands of docs/privacy.md as they stand there, as forks of a warm process in small runs."""
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.forked import Commands
+from tests.e2e.forked import Commands, run_line
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "privacy.md"
 TEXT = DOCUMENT.read_text(encoding="utf-8")
@@ -19,15 +18,7 @@ def test_shell_examples(block: int, commands: Commands, tmp_path: Path) -> None:
     assert lines
     for line in lines:
         assert line.startswith("corolla ")
-        done = subprocess.run(
-            ["bash", "-c", line],
-            cwd=tmp_path,
-            env=commands.environment(small=True),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, line + done.stdout + done.stderr
+        run_line(line, tmp_path, commands.environment(small=True))
 
 
 def test_there_are_commands_and_the_links_lead_somewhere() -> None:

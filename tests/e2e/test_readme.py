@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.e2e.forked import Commands
+from tests.e2e.forked import Commands, run_line
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -55,7 +55,7 @@ def test_shell_examples(block: int, commands: Commands, tmp_path: Path) -> None:
         assert line.startswith("corolla ")
         name = line.split()[1]
         cold = line == FIRST[name] and name != "compare"
-        run(["bash", "-c", line], tmp_path, COLD if cold else commands.environment(small=True))
+        run_line(line, tmp_path, COLD if cold else commands.environment(small=True))
 
 
 @pytest.mark.parametrize("block", range(len(PYTHON)))
@@ -113,7 +113,7 @@ def test_both_set_up_commands_are_named() -> None:
 
 
 def test_every_strategy_is_in_the_table() -> None:
-    from corolla.strategies.registry import STRATEGIES
+    from corolla.strategies.listing.registry import STRATEGIES
 
     for name in STRATEGIES:
         assert f"| `{name}` |" in README

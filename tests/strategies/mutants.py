@@ -22,7 +22,7 @@ from corolla.strategies.ffa_lora import FfaLora
 from corolla.strategies.flexlora import FlexLora
 from corolla.strategies.flora import Flora
 from corolla.strategies.mixed import Mixed
-from corolla.strategies.options import option
+from corolla.strategies.listing.options import option
 from corolla.strategies.scaffold import Scaffold
 from corolla.strategies.seed_pool import SeedPool
 from corolla.tensors import blocks, factors, tree

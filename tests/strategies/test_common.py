@@ -24,8 +24,8 @@ from corolla.server.rounds.network import Network
 from corolla.server.rounds.round import evaluate_clients
 from corolla.server.rounds.tasks import accepted_only
 from corolla.storage.memory import Memory
-from corolla.strategies import registry
-from corolla.strategies.registry import STRATEGIES, create
+from corolla.strategies.listing import registry
+from corolla.strategies.listing.registry import STRATEGIES, create
 from corolla.tensors import factors, tree
 from corolla.types import LoraSpec, Params, Payload
 from corolla.wire import codec, messages, scalar_groups

@@ -10,8 +10,8 @@ from corolla.config.asked import takes_parts
 from corolla.config.load import validate
 from corolla.errors import ConfigError
 from corolla.interfaces import Observed
-from corolla.strategies import registry
-from corolla.strategies.registry import STRATEGIES, create
+from corolla.strategies.listing import registry
+from corolla.strategies.listing.registry import STRATEGIES, create
 from corolla.tensors import factors
 from corolla.types import LoraSpec, Params
 from corolla.wire import messages

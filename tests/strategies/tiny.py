@@ -33,7 +33,7 @@ from corolla.server.rounds.federation import Federation, Held
 from corolla.server.rounds.network import Network
 from corolla.server.rounds.round import RoundResult, run_round
 from corolla.storage.memory import Memory
-from corolla.strategies import registry
+from corolla.strategies.listing import registry
 from corolla.tensors import factors
 from corolla.types import (
     Broadcast,

@@ -21,7 +21,7 @@ from corolla.interfaces import Strategy
 from corolla.server.rounds import expectations
 from corolla.server.rounds.federation import Federation
 from corolla.server.rounds.network import Network
-from corolla.strategies import registry
+from corolla.strategies.listing import registry
 from corolla.tensors import factors
 from corolla.types import Params, Payload
 from corolla.wire import scalar_groups

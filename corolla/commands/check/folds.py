@@ -13,7 +13,7 @@ from corolla.commands.check.findings import Finding, Proof, Worst
 from corolla.commands.check.probe import Probe, Round, shares
 from corolla.commands.check.tables import ORDERS, REGROUPED, TREES, WEIGHTINGS, Weighting
 from corolla.interfaces import Aggregator, Observed, Summable
-from corolla.strategies import registry
+from corolla.strategies.listing import registry
 from corolla.tensors import factors, tree
 from corolla.types import LoraSpec, Params, Payload
 from corolla.wire import codec

@@ -16,7 +16,7 @@ from corolla.server.rounds.call import RoundCall
 from corolla.server.rounds.federation import Held
 from corolla.server.rounds.round import evaluate_clients, run_round
 from corolla.server.rounds.tasks import accepted_only
-from corolla.strategies import registry
+from corolla.strategies.listing import registry
 from corolla.types import Payload
 
 

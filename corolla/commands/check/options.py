@@ -8,8 +8,8 @@ from typing import Any, Literal
 from corolla.commands.check.tables import TRIALS, Trial
 from corolla.errors import ConfigError
 from corolla.host import wording
-from corolla.strategies import registry
-from corolla.strategies.options import types
+from corolla.strategies.listing import registry
+from corolla.strategies.listing.options import types
 
 
 def given(names: Sequence[str], settings: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -66,7 +66,7 @@ def trials(name: str, option: str, fixed: Mapping[str, object]) -> Sequence[Tria
         return [Trial(value)]
     raise ConfigError(
         f"no value beside its default {field.default!r} was found to try: declare it with "
-        f"corolla.strategies.options.option(default, text, example)"
+        f"corolla.strategies.listing.options.option(default, text, example)"
     )
 
 

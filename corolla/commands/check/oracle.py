@@ -10,7 +10,7 @@ from torch import Tensor
 from corolla.commands.check.findings import Finding
 from corolla.commands.check.probe import Probe
 from corolla.interfaces import Observed, Strategy
-from corolla.strategies import registry
+from corolla.strategies.listing import registry
 from corolla.tensors import factors, tree
 from corolla.types import Params, Payload
 

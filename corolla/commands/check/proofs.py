@@ -22,7 +22,7 @@ from corolla.config.asked import takes_parts
 from corolla.errors import ConfigError
 from corolla.server.rounds.call import RoundCall
 from corolla.server.rounds.round import run_round
-from corolla.strategies import registry
+from corolla.strategies.listing import registry
 from corolla.tensors import tree
 
 OPTIONS_ON = "bert"

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 from corolla.config.sections.dataset import Dataset
 from corolla.config.sections.evaluation import Evaluation
 from corolla.errors import ConfigError
-from corolla.strategies import registry
+from corolla.strategies.listing import registry
 
 Baseline = Literal["local", "global"]
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)

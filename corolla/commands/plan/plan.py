@@ -35,7 +35,7 @@ from corolla.server.rounds.federation import Federation
 from corolla.server.rounds.tasks import costs
 from corolla.server.runs.account import open_account
 from corolla.server.runs.journal import Past
-from corolla.strategies import registry
+from corolla.strategies.listing import registry
 from corolla.types import Cost, LoraSpec, Params, TrainerName
 
 _POINTS = 10

@@ -25,7 +25,7 @@ from corolla.models.lora import LoraModel
 from corolla.models.pretrained import Base
 from corolla.privacy.example_level import ExampleLevel
 from corolla.privacy.randomness import clip_factors
-from corolla.strategies import registry
+from corolla.strategies.listing import registry
 from corolla.types import LoraSpec, Params
 from tests.conftest import byte_tokenizer
 

@@ -27,7 +27,7 @@ from corolla.config.build import build_strategy
 from corolla.config.load import validate
 from corolla.errors import ConfigError
 from corolla.interfaces import Aggregator, Traits
-from corolla.strategies import registry
+from corolla.strategies.listing import registry
 from corolla.tensors import factors
 from corolla.types import Params, Payload, RobustRule, Space
 

@@ -17,7 +17,7 @@ from corolla.cli.app import app
 from corolla.commands import catalogue
 from corolla.commands.catalogue import COHORT, QUERIES, REFERENCES
 from corolla.embedded.assets import asset
-from corolla.strategies.registry import STRATEGIES
+from corolla.strategies.listing.registry import STRATEGIES
 from corolla.types import Size
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "strategies.md"

@@ -10,7 +10,7 @@ from corolla.config.keys import CLASSES, OPTIONS, Key, sections, table, titles
 from corolla.config.load import load
 from corolla.config.run import RunConfig
 from corolla.config.sections.groups import ClientClass
-from corolla.strategies.registry import STRATEGIES, create
+from corolla.strategies.listing.registry import STRATEGIES, create
 
 KEYS = table()
 RUN = [key for key in KEYS if key.group not in (CLASSES, OPTIONS)]

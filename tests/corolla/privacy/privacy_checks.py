@@ -17,7 +17,7 @@ from corolla.config.run import RunConfig
 from corolla.privacy import randomness
 from corolla.privacy.client_level import ClientLevel
 from corolla.privacy.example_level import ExampleLevel
-from corolla.strategies import registry
+from corolla.strategies.listing import registry
 from corolla.types import Metrics, Params, Payload, Size
 
 FALSE_ALARM = 1e-9

@@ -18,7 +18,7 @@ from corolla.models.adapter_files import read_adapter
 from corolla.models.lora import LoraModel
 from corolla.models.pretrained import Base
 from corolla.server.runs import gradient_start
-from corolla.strategies.registry import STRATEGIES, create
+from corolla.strategies.listing.registry import STRATEGIES, create
 from corolla.tensors import tree
 from corolla.types import Params
 from tests.conftest import Settings

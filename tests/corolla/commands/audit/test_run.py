@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from corolla import seeds
 from corolla.cli.app import app
 from corolla.commands.audit import canaries, done, run, watched
 from corolla.commands.audit.run import Audit, Proof
@@ -27,7 +27,7 @@ from corolla.privacy.clipped_sum import ClippedSum
 from corolla.privacy.example_level import ExampleLevel
 from corolla.server.rounds.federation import Federation
 from corolla.server.runs import account
-from corolla.strategies import registry
+from corolla.strategies.listing import registry
 from corolla.types import LoraSpec, Payload
 from tests.strategies import tiny
 
@@ -53,15 +53,16 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 Settings = Callable[..., RunConfig]
 
 
+@pytest.fixture(autouse=True)
+def seeded_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The noise of dp follows from a seed: at 95 % one of twenty right audits refutes by chance."""
+    generator = np.random.default_rng(5)
+    monkeypatch.setattr("os.urandom", generator.bytes)
+
+
 @pytest.fixture
-def settings(home: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """A config on the tiny federation; the noise of dp follows from a seed."""
-    generator = seeds.generator(5, "noise")
-
-    def normal(shape: Sequence[int]) -> Tensor:
-        return torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
-
-    monkeypatch.setattr(account, "ClientLevel", partial(ClientLevel, normal=normal))
+def settings(home: Path) -> Settings:
+    """A config on the tiny federation."""
 
     def make(**changes: Any) -> RunConfig:
         usual: dict[str, Any] = {
@@ -120,7 +121,6 @@ def test_a_mechanism_that_is_wrong_is_refuted(
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_right_mechanism_is_not_refuted(seed: int, settings: Settings) -> None:
-    """At 95 % one of twenty could be by chance; the noise and the coins here are from seeds."""
     found = run.audit(settings(seed=seed, **CLIENT), 240, 80)
     assert found.claimed is not None
     assert not found.refuted

@@ -9,10 +9,10 @@ from corolla.cli.app import app
 from corolla.commands.check import options
 from corolla.commands.check.tables import TRIALS, Trial
 from corolla.errors import ConfigError
-from corolla.strategies import registry
+from corolla.strategies.listing import registry
 from corolla.strategies.fedavg import FedAvg
-from corolla.strategies.options import option
-from corolla.strategies.registry import STRATEGIES
+from corolla.strategies.listing.options import option
+from corolla.strategies.listing.registry import STRATEGIES
 
 HERE = "tests.corolla.commands.check.test_options:"
 

@@ -18,7 +18,7 @@ from corolla.artefacts import served
 from corolla.commands.export.order import Order, export
 from corolla.config.run import RunConfig
 from corolla.models import pretrained
-from corolla.strategies.registry import STRATEGIES
+from corolla.strategies.listing.registry import STRATEGIES
 from tests.corolla.artefacts import tiny_models
 from tests.strategies import tiny
 

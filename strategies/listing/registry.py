@@ -9,20 +9,19 @@ from typing import Any
 from corolla.errors import ConfigError
 from corolla.host.text import nearest
 from corolla.interfaces import Strategy, Traits
-from corolla.strategies import options as options_of
-from corolla.strategies.listing import LISTED
-from corolla.strategies.own import files
+from corolla.strategies.listing import files
+from corolla.strategies.listing import options as options_of
+from corolla.strategies.listing.mark import LISTED
 
 _FIRST = "fedavg"
 """The strategy that most others change one thing of: lists and advice begin with it."""
 
 
 def _all() -> dict[str, type[Strategy]]:
-    """Imports every file of this folder, and takes the strategies that are marked in them."""
-    folder = __name__.rpartition(".")[0]
+    """Imports every file of the strategies' folder, and takes those that are marked in them."""
+    folder = __name__.rpartition(".listing.")[0]
     for file in pkgutil.iter_modules(importlib.import_module(folder).__path__, f"{folder}."):
-        if file.name != __name__:
-            importlib.import_module(file.name)
+        importlib.import_module(file.name)
     own = [cls for cls in LISTED if cls.__module__.startswith(f"{folder}.")]
     return {cls.name: cls for cls in sorted(own, key=lambda cls: (cls.name != _FIRST, cls.name))}
 

@@ -19,7 +19,7 @@ from corolla.strategies import fedavg
 from corolla.strategies.fedavg import FedAvg
 from corolla.strategies.ffa_lora import FfaLora
 from corolla.strategies.flora import Flora
-from corolla.strategies.registry import STRATEGIES, create, find
+from corolla.strategies.listing.registry import STRATEGIES, create, find
 from tests.strategies.sabotaged import Own
 
 OWN = "tests.strategies.sabotaged:"
@@ -51,7 +51,7 @@ def test_a_class_of_a_user_is_not_listed(tmp_path: Path) -> None:
     assert own is not FedAvg
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import mine\n"
-        "from corolla.strategies.registry import STRATEGIES\n"
+        "from corolla.strategies.listing.registry import STRATEGIES\n"
         "print(STRATEGIES['fedavg'] is mine.FedAvg)"
     )
     done = subprocess.run(

@@ -1,1 +1,0 @@
-"""Strategies of people's own, in files beside Corolla."""
