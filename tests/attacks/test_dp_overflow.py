@@ -157,7 +157,7 @@ def test_two_devices_answer_alike_at_every_clip(
     asked, answered = list(asked_for(dtype)), 0
     for number, (seed, clip, noise) in enumerate(asked, start=1):
         numbers = {"seed": seed, "clip": clip, "noise_multiplier": noise, "dtype": dtype}
-        task = server.task(number, wild, alpha=1e6, **numbers)
+        task = server.task(number, wild, alpha=1e6, rounds=len(asked), **numbers)
         fewer, more = (shown(answer(devices[n], task)) for n in (FEWER, MORE))
         assert fewer == more, (clip, seed, noise)
         spent = [len(lines(devices[n])) for n in (FEWER, MORE)]
