@@ -43,6 +43,11 @@ class Asked:
         """How clients of this run train."""
         return {self.config.trainer_of(name) for name in self.classes}
 
+    @property
+    def batch_sizes(self) -> set[int]:
+        """The sequences of a local step, of every class."""
+        return {self.config.of_class(name).batch_size for name in self.classes}
+
     @cached_property
     def pipelines(self) -> tuple[Pipeline, Pipeline]:
         """The codecs of updates and of broadcasts. Raises ConfigError for codecs that are none."""

@@ -148,6 +148,44 @@ _CODECS: tuple[Rule[Asked], ...] = (
     ),
 )
 
+_SQUARES: tuple[Rule[Asked], ...] = (
+    Rule(
+        when=lambda asked: asked.traits.squares and len(asked.batch_sizes) > 1,
+        why=lambda asked: (
+            f"{asked.subject} compares squared gradients of batches, which are smaller in larger "
+            f"batches, found batch_size {' and '.join(map(str, sorted(asked.batch_sizes)))}"
+        ),
+        instead="leave classes.NAME.batch_size out; micro_batch_size saves as much memory",
+    ),
+    Rule(
+        when=lambda asked: (
+            asked.traits.squares
+            and (asked.up.needs_differences or asked.up.number not in (None, "bf16"))
+        ),
+        why=lambda asked: (
+            f"{asked.subject} sends squared gradients, which span many orders of magnitude: codec "
+            f"{', '.join(asked.config.codec)} would make most of them 0"
+        ),
+        instead="use bf16, and zstd",
+    ),
+    Rule(
+        when=lambda asked: asked.traits.squares and asked.config.max_norm is not None,
+        why=lambda asked: (
+            f"{asked.subject} divides what clients send, so that max-norm would not bound how far "
+            f"one of them moves the model"
+        ),
+        instead="leave max-norm out",
+    ),
+    Rule(
+        when=lambda asked: asked.traits.squares and asked.config.robust != "none",
+        why=lambda asked: (
+            f"robust={asked.config.robust} compares changes, and {asked.subject} sends them times "
+            f"squared gradients"
+        ),
+        instead="use fedavg, or leave robust out",
+    ),
+)
+
 _START: tuple[Rule[Asked], ...] = (
     Rule(
         when=lambda asked: asked.config.start == "gradient" and not takes_start(asked.strategy),
@@ -253,7 +291,10 @@ _TRAINERS: tuple[Rule[Asked], ...] = (
     ),
 )
 
-RULES = (*_STATE, *_RANKS, *_LAYERS, *_CODECS, *_START, *_ROBUST, *_PRIVATE, *_TRAINERS)
+RULES = (
+    *(*_STATE, *_RANKS, *_LAYERS, *_SQUARES, *_CODECS, *_START, *_ROBUST, *_PRIVATE),
+    *_TRAINERS,
+)
 """Of several that apply, the first is told."""
 
 _GATEWAYS: tuple[Rule[Asked], ...] = (

@@ -19,6 +19,7 @@ from corolla.strategies.fedopt import FedAdam
 from corolla.strategies.fedprox import FedProx
 from corolla.strategies.fedsa_lora import FedSaLora
 from corolla.strategies.ffa_lora import FfaLora
+from corolla.strategies.fisher import FisherMerge
 from corolla.strategies.flexlora import FlexLora
 from corolla.strategies.flora import Flora
 from corolla.strategies.listing.options import option
@@ -576,6 +577,35 @@ class LateSign(FfaLora):
         move = tree.scale(aggregate["adapter"], sign)
         after = {**state, "adapter": tree.add(state["adapter"], move)}
         return {**after, "count": {"rounds": number}}, {}
+
+
+class FisherUnweighted(FisherMerge):
+    """The denominator is the mean over clients, not over their examples."""
+
+    def aggregator(self) -> ByGroup:
+        return ByGroup({"weighted": WeightedMean(), "fisher": _Unweighted()})
+
+
+class _Unweighted(WeightedMean):
+    def add(self, payload: Payload, weight: float) -> None:
+        super().add(payload, 1.0)
+
+
+class FisherOfTheMean(FisherMerge):
+    """The mean of F Δ over the mean of F of all coordinates: a FedAvg of its own weights."""
+
+    def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
+        fisher = aggregate["fisher"]
+        flat = {n: torch.full_like(f, float(f.mean())) for n, f in fisher.items()}
+        return super().apply(state, {**aggregate, "fisher": flat})
+
+
+class FisherFloorTooHigh(FisherMerge):
+    """A floor of a hundredth of the mean holds back what few depend on."""
+
+    def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
+        fisher = {n: f + 0.01 * f.mean() for n, f in aggregate["fisher"].items()}
+        return super().apply(state, {**aggregate, "fisher": fisher})
 
 
 class SaysItRounds(FedAvg):

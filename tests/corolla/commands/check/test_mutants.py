@@ -89,6 +89,9 @@ MUTANTS = [
     Mutant("SameDirections", (DIRECTIONS,)),
     # What passed at first when somebody tried to get past the check.
     Mutant("LateSign", (WEIGHTS, BY_EXAMPLES), rounds=5),
+    Mutant("FisherUnweighted", (EXPECTED, BY_EXAMPLES, SHARES, SUMS, LINEAR)),
+    Mutant("FisherOfTheMean", (EXPECTED, BY_EXAMPLES)),
+    Mutant("FisherFloorTooHigh", (EXPECTED, BY_EXAMPLES)),
     Mutant("SaysItRounds", (FACTORS, BY_EXAMPLES, SHARES, SUMS, LINEAR)),
     Mutant("EvaluatesItsStart", (EVALUATES,)),
     Mutant("OnceForgotten", (FIRST,)),
