@@ -78,6 +78,11 @@ _LAYERS: tuple[Rule[Asked], ...] = (
         instead="leave classes.NAME.layers out, or give all clients one rank",
     ),
     Rule(
+        when=lambda asked: asked.config.budgeted and "zeroth_order" in asked.trainers,
+        why=lambda asked: "budget is a share of a backward pass, and of what it trains",
+        instead="clients without gradients have none: set layers",
+    ),
+    Rule(
         when=lambda asked: asked.config.partial and "zeroth_order" in asked.trainers,
         why=lambda asked: "classes.NAME.layers is for first-order clients",
         instead="directions are of all trained tensors: set layers for the run",

@@ -232,9 +232,11 @@ def _kept(anatomy: Anatomy, config: RunConfig, batch: Batch) -> Blocks:
 
 def _adapted(anatomy: Anatomy, config: RunConfig) -> Sequence[int]:
     """Numbers of the blocks that are trained."""
-    if config.layers is None:
+    if config.layers is None and not (config.kind.factors and config.target_modules):
         return range(anatomy.layers)
-    return layers.chosen(anatomy.linear(), config.layers)
+    modules = anatomy.linear(config.target_modules, config.layers)
+    found = {place[1] for name in modules if (place := layers.block(name))}
+    return sorted(found) or range(anatomy.layers)
 
 
 def _passed(anatomy: Anatomy, config: RunConfig) -> int:

@@ -94,12 +94,12 @@ class Anatomy:
             for name, shape in self.tensors.items()
             if len(shape) == 2 and name.endswith(".weight") and not _OUTSIDE.search(name)
         }
+        for target in targets or ():
+            if not any(_meant(name, target) for name in found):
+                raise ModelError(f"target modules {target} match nothing in {self.name}")
         found = {name: found[name] for name in layers.kept(found, blocks)}
         if not targets:
             return found
-        for target in targets:
-            if not any(_meant(name, target) for name in found):
-                raise ModelError(f"target modules {target} match nothing in {self.name}")
         return {n: s for n, s in found.items() if any(_meant(n, target) for target in targets)}
 
     def adapter(

@@ -150,7 +150,7 @@ EFFECTS: Mapping[str, tuple[Rule[Reader], ...]] = {
     "dropout": (_BACKWARD, _ADAPTER),
     "public_examples": (
         _unless(
-            lambda reader: reader.config.start == "gradient",
+            lambda reader: reader.config.start == "gradient" or reader.config.public,
             "no public rows are read with start=random",
             "leave it out, or use start=gradient",
         ),

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from corolla.budgets import settle
 from corolla.client.device.machine import Choice, choose
 from corolla.commands.plan import lengths
 from corolla.commands.plan.lengths import Batches
@@ -129,6 +130,8 @@ class CostEstimate:
     duration: Duration
     privacy: Privacy | None
     """None without differential privacy."""
+    chosen: Mapping[str, Any]
+    """The choice under the key `budget`; {} without one. With public rows these decide instead."""
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain values."""
@@ -157,6 +160,7 @@ class CostEstimate:
             },
             "epsilon": self.privacy and self.privacy.end.to_json()["epsilon"],
             "privacy": self.privacy and self.privacy.to_json(),
+            **({"chosen": dict(self.chosen)} if self.chosen else {}),
         }
 
 
@@ -175,6 +179,7 @@ def plan(config: RunConfig, budget: int | None = None) -> CostEstimate:
     data = replace(data, labels=ordered(config, data.labels))
     labels = len(data.labels) if config.task != "causal" else 0
     model = classifier_sizes.sized(model, labels) if labels else model
+    config, told = settle.foreseen(config, model, labels)
     sizes = lengths.estimated(config, labels)
     if model.tokenizer:
         tokenizer = pretrained.load_tokenizer(config.model, str(model.tokenizer.parent))
@@ -199,6 +204,7 @@ def plan(config: RunConfig, budget: int | None = None) -> CostEstimate:
         memory=memory(federation, model, batches, sent, labels, budget),
         duration=duration(federation, model, batches, data),
         privacy=promised,
+        chosen=told.get("budget", {}),
     )
 
 

@@ -7,7 +7,7 @@ from pydantic import Field
 from corolla.config.sections import kinds
 from corolla.config.sections.kinds import Kind, KindName
 from corolla.config.sections.rule import Rule
-from corolla.config.sections.section import Layers, Positive, key, within
+from corolla.config.sections.section import Budget, Layers, Positive, key, within
 from corolla.config.sections.subject import Subject
 
 
@@ -56,6 +56,17 @@ class Adapter(Subject):
         against=("parameters=bias",),
         unsaid=True,
     )
+    budget: Budget | None = key(
+        None,
+        "The share of what training all modules takes that training may take: `flops:0.5` of the "
+        "backward pass, `bytes:0.25` of an update, `memory:0.5` of what the choice decides of the "
+        "peak. The best modules within it are chosen before the first round, on `public` rows if "
+        "these are given, and run.json says them as `layers` or `target_modules`.",
+        "flops:0.5",
+        effect="none, all are trained",
+        against=("parameters=bias", "strategy=seed_pool", "ranks=[4,8]"),
+        unsaid=True,
+    )
     ranks: list[Annotated[int, within("rank")]] = key(
         [],
         "The ranks of clients' adapters, which clients take in turn.",
@@ -83,7 +94,7 @@ class Adapter(Subject):
     )
     public: str | None = key(
         None,
-        "A .jsonl file of rows that belong to no client, for start=gradient.",
+        "A .jsonl file of rows that belong to no client, for start=gradient and for budget.",
         "public.jsonl",
         effect="none",
         beside="start=gradient",
@@ -116,6 +127,11 @@ class Adapter(Subject):
         return kinds.KINDS[self.parameters]
 
     @property
+    def budgeted(self) -> bool:
+        """True where blocks or modules are still to be chosen under a budget."""
+        return self.budget is not None
+
+    @property
     def prefix(self) -> int:
         """Virtual tokens that stand before each text."""
         return self.virtual_tokens if self.kind.virtual_tokens else 0
@@ -139,12 +155,22 @@ TARGETS: tuple[Rule[Adapter], ...] = (
         why=lambda run: "layers are those of LoRA adapters",
         instead=lambda run: f"parameters={run.parameters} has none",
     ),
+    Rule(
+        when=lambda run: run.budget and not run.kind.factors,
+        why=lambda run: "budget chooses modules of LoRA adapters",
+        instead=lambda run: f"parameters={run.parameters} has none",
+    ),
+    Rule(
+        when=lambda run: run.budget and run.ranks,
+        why=lambda run: "budget is for one rank of all clients",
+        instead=lambda run: f"found ranks={list(run.ranks)}, leave one of the two out",
+    ),
 )
 
 PUBLIC: tuple[Rule[Adapter], ...] = (
     Rule(
-        when=lambda run: run.start == "random" and run.public,
-        why=lambda run: f"public={run.public} is for start=gradient",
+        when=lambda run: run.start == "random" and run.public and not run.budgeted,
+        why=lambda run: f"public={run.public} is for start=gradient, and for budget",
         instead="leave it out",
     ),
     Rule(
@@ -153,7 +179,7 @@ PUBLIC: tuple[Rule[Adapter], ...] = (
         instead="rows that belong to no client",
     ),
     Rule(
-        when=lambda run: run.start == "gradient" and run.public == run.data,
+        when=lambda run: run.public and run.public == run.data,
         why=lambda run: "public rows belong to no client",
         instead="found the file of the clients' data",
     ),
