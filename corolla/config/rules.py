@@ -7,7 +7,7 @@ from corolla.config.asked import Asked, able, not_noised, takes_parts, takes_sta
 from corolla.config.run import RunConfig
 from corolla.config.sections.rule import Rule, refusal
 from corolla.errors import ConfigError
-from corolla.interfaces import Stacking, Strategy
+from corolla.interfaces import Choosing, Stacking, Strategy
 from corolla.strategies.listing import registry
 from corolla.wire.compression import PLAIN
 
@@ -56,6 +56,11 @@ _LAYERS: tuple[Rule[Asked], ...] = (
         when=lambda asked: asked.config.partial and not asked.config.kind.factors,
         why=lambda asked: "classes.NAME.layers are those of LoRA adapters",
         instead=lambda asked: f"parameters={asked.config.parameters} has none",
+    ),
+    Rule(
+        when=lambda asked: asked.config.partial and isinstance(asked.strategy, Choosing),
+        why=lambda asked: f"{asked.subject} says by itself which blocks clients train in a round",
+        instead="leave classes.NAME.layers out, or set layers for the run",
     ),
     Rule(
         when=lambda asked: asked.config.partial and not takes_parts(asked.strategy),

@@ -125,9 +125,11 @@ class DenseModel(Unrounded):
             buffer.copy_(self._buffers[name])
 
     def show(self, adapter: Adapter, spec: LoraSpec) -> None:
-        """Write a global model."""
+        """Write a global model; tensors that it does not have are as they were at first."""
         blocks = (*adapter.frozen, *adapter.residuals)
-        self.write(self._settle(adapter.trained, adapter.moves), spec, blocks)
+        lacks = adapter.trained.keys() != self._leaves.keys()
+        start = {**self.init(spec, 0), **adapter.trained} if lacks else adapter.trained
+        self.write(self._settle(start, adapter.moves), spec, blocks)
 
     def enter(self, start: Params, spec: LoraSpec, moves: Sequence[Move]) -> Space:
         """Write `start` after `moves`; the space of the trained tensors, standing there."""

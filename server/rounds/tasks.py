@@ -165,6 +165,7 @@ def _settings(
         like,
         labels=federation.labels if federation.own_devices else None,
         fresh={"adapter": federation.fresh(lora)} if gateway else None,
+        chosen=federation.chosen if gateway else (),
     )
 
 
@@ -232,9 +233,10 @@ def costs(
     `updates` says how many came from each: a gateway gets one broadcast for all, and sends a
     partial aggregate, or as many updates as it has.
     """
+    federation = federation.at(state)
     config, strategy = federation.config, federation.strategy
     sizes = [federation.size(client, round) for client in updates]
-    costs = list(_priced(strategy, state, sizes))
+    costs = list(priced(strategy, state, sizes))
     broadcast = strategy.broadcast(state) if config.codec_down else Broadcast({})
     for i, (client, count) in enumerate(updates.items()):
         lora = federation.lora(client)
@@ -253,7 +255,7 @@ def costs(
     return costs
 
 
-def _priced(strategy: Strategy, state: Payload, sizes: Sequence[Size]) -> Sequence[Cost]:
+def priced(strategy: Strategy, state: Payload, sizes: Sequence[Size]) -> Sequence[Cost]:
     """The strategy's formula, which for some depends on the state of the server."""
     if isinstance(strategy, PricedByState):
         return strategy.cost_from(state, sizes)
