@@ -140,6 +140,24 @@ def takes_parts(strategy: Strategy | type[Strategy]) -> bool:
     return bool(able) and "first_order" in strategy.trainers
 
 
+def takes_sparse(strategy: Strategy) -> bool:
+    """Returns whether clients may start from some values of the adapter and 0 for the others.
+
+    So it is where all that they receive is that adapter, and the server adds their changes of what
+    they received, tensor by tensor, to the whole one.
+    """
+    traits = registry.traits(strategy)
+    own = traits.personal or traits.keeps or traits.mirrors or strategy.aggregates == "weights"
+    if own or not traits.dense or traits.updates != "differences" or strategy.mixed_ranks:
+        return False
+    start = {"m" + factors.A: torch.ones(1, 1), "m" + factors.B: torch.zeros(1, 1)}
+    sent = strategy.broadcast(strategy.init(start, 0))
+    alone = not (sent.cached or sent.fitted or sent.log is not None)
+    return (
+        alone and sent.payload.keys() == {"adapter"} and sent.payload["adapter"].keys() == {*start}
+    )
+
+
 def takes_start(strategy: Strategy) -> bool:
     """Returns whether first-order clients get the strategy's start adapter, at its scaling."""
     if "first_order" not in strategy.trainers:

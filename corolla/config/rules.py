@@ -3,7 +3,15 @@
 import math
 
 from corolla.aggregation import robust
-from corolla.config.asked import Asked, able, not_noised, takes_parts, takes_start, without_factors
+from corolla.config.asked import (
+    Asked,
+    able,
+    not_noised,
+    takes_parts,
+    takes_sparse,
+    takes_start,
+    without_factors,
+)
 from corolla.config.run import RunConfig
 from corolla.config.sections.rule import Rule, refusal
 from corolla.errors import ConfigError
@@ -150,11 +158,36 @@ _CODECS: tuple[Rule[Asked], ...] = (
         ),
     ),
     Rule(
-        when=lambda asked: (
-            asked.down.needs_factors or asked.down.needs_differences or asked.down.number == "int4"
-        ),
+        when=lambda asked: asked.down.needs_factors or asked.down.number == "int4",
         why=lambda asked: f"codec-down {', '.join(asked.config.codec_down)}",
-        instead="a broadcast holds weights, not their changes; use fp16, bf16 or int8, and zstd",
+        instead="a broadcast holds weights, not their changes; use top_k of factors, fp16, bf16 or "
+        "int8, and zstd",
+    ),
+    Rule(
+        when=lambda asked: asked.down.needs_differences and not asked.config.kind.factors,
+        why=lambda asked: (
+            f"codec-down {', '.join(asked.config.codec_down)} leaves values out as 0, which is "
+            f"neutral in LoRA factors, found parameters={asked.config.parameters}"
+        ),
+        instead="use fp16, bf16 or int8",
+    ),
+    Rule(
+        when=lambda asked: asked.down.needs_differences and not takes_sparse(asked.strategy),
+        why=lambda asked: (
+            f"codec-down top_k lets clients start from a part of the factors, and {asked.subject} "
+            f"does not aggregate their changes of it"
+        ),
+        instead=lambda asked: f"use {able(lambda cls: takes_sparse(cls()))}",
+    ),
+    Rule(
+        when=lambda asked: (
+            asked.down.needs_differences and asked.config.start not in ("random", "gradient")
+        ),
+        why=lambda asked: (
+            f"codec-down top_k leaves out a part of the factors, and those of "
+            f"start={asked.config.start} belong together"
+        ),
+        instead="use start=random, or fp16, bf16 or int8",
     ),
 )
 

@@ -17,7 +17,7 @@ from corolla.server.rounds.federation import Federation, Held
 from corolla.tensors import tree
 from corolla.types import Broadcast, Cost, LoraSpec, Payload, Size
 from corolla.wire import codec, limits, messages, scalar_groups
-from corolla.wire.compression import Pipeline
+from corolla.wire.compression import PLAIN, Pipeline
 from corolla.wire.envelope import Envelope, Sealed
 from corolla.wire.messages import Kind, Log, Task, pack_task
 from corolla.wire.task_settings import TaskSettings
@@ -63,11 +63,14 @@ class _Content:
 class _Contents:
     """The contents of the tasks of a round: packed once for all members that are sent the same."""
 
-    def __init__(self, federation: Federation, state: Payload, round: int) -> None:
+    def __init__(self, federation: Federation, state: Payload, round: int, kind: Kind) -> None:
         broadcast = federation.strategy.broadcast(state)
         if broadcast.snapshot is not None:
             broadcast = replace(broadcast, snapshot=cache(broadcast.snapshot))
         self.federation, self.state, self.round = federation, state, round
+        down = federation.config.downlink
+        # What is measured is the model of the run, not the part of it that training starts from.
+        self.envelope = Envelope(PLAIN if kind != Kind.TRAIN and down.needs_differences else down)
         self.broadcast, rows = broadcast, broadcast.log
         self.cached = {group: codec.content_id(own) for group, own in broadcast.cached.items()}
         self.versions = seedlog.versions(federation.origin, rows) if rows is not None else []
@@ -90,13 +93,10 @@ class _Contents:
         log, extra = _log(self.broadcast, self.versions, since, self.state)
         beside = {**{g: self.broadcast.cached[g] for g in lacks}, **extra}
         config, payload = self.federation.config, _of_each_round(self.broadcast, lora)
-        envelope, seed = (
-            Envelope(config.downlink),
-            seeds.derive(config.seed, "broadcast", self.round),
-        )
-        sealed = envelope.seal(payload, seed, beside=beside)
+        seed = seeds.derive(config.seed, "broadcast", self.round)
+        sealed = self.envelope.seal(payload, seed, beside=beside)
         rows = sum(scalar_groups.scalar_bytes(row) for row in (log.rows if log else ()))
-        return _Content(sealed, log, envelope.like(payload), sealed.size + rows)
+        return _Content(sealed, log, self.envelope.like(payload), sealed.size + rows)
 
 
 def make_tasks(
@@ -112,7 +112,7 @@ def make_tasks(
 
     `members` says how many updates each is asked for.
     """
-    contents, version = _Contents(federation, state, round), tree.digest_all(state)
+    contents, version = _Contents(federation, state, round, kind), tree.digest_all(state)
     run = run_settings(federation.config, federation.own_devices)
     tasks: dict[str, Task] = {}
     for client, seats in members.items():

@@ -176,6 +176,7 @@ def start(tmp_path: Path) -> Callable[..., Run]:
 CASES: Mapping[str, dict[str, Any]] = {
     "fedavg": {"strategy": "fedavg"},
     "fedavg, int8": {"strategy": "fedavg", "codec": ["int8"]},
+    "fedadam, from a part": {"strategy": "fedadam", "codec_down": ["top_k:0.25"]},
     "fisher": {"strategy": "fisher", "codec": ["bf16"]},
     "flora": {"strategy": "flora"},
     "flora, half": {"strategy": "flora", "codec": ["fp16", "zstd"]},
