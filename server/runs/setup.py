@@ -21,11 +21,11 @@ from corolla.evaluation.scoring import loss_sum
 from corolla.interfaces import Strategy
 from corolla.models import devices, pretrained, trainable
 from corolla.models.experts import reach
-from corolla.models.experts.reach import Parts, Reach
 from corolla.models.pretrained import Base
-from corolla.models.trainable import Differentiable, Trainable
+from corolla.models.trainable import Trainable
 from corolla.server.rounds.cohort import read_trace
 from corolla.server.runs.evaluate import Evaluator
+from corolla.warnings import frozen
 from corolla.warnings.outcome import RunWarning, of_settings
 
 _UNMOVED = 0.1
@@ -74,11 +74,11 @@ def set_up(config: RunConfig, run_id: str | None, deployed: bool = False) -> Set
     }
     parts = reach.parts(base.model)
     model = trainable.build(config, base)
-    reached = _reached(model, parts)
+    reached = reach.of_model(parts, model)
     facts["reach"] = reached.to_json()
     evaluator = Evaluator(config, model, dataset.heldout, dataset.labels)
     warned = [*of_settings(config, deployed), *_of_rows(config, dataset, base)]
-    warned += [*_of_model(model), *_of_experts(config, reached), *_of_eps(config, evaluator)]
+    warned += [*_of_model(model), *frozen.of_experts(config, reached), *_of_eps(config, evaluator)]
     warned += [RunWarning("data", why, instead) for why, instead in dataset.notes]
     bounded = config.max_norm is not None or config.robust != "none" or config.dp == "client"
     if deployed and not bounded:
@@ -159,21 +159,6 @@ def _slopes(config: RunConfig, evaluator: Evaluator, eps: float) -> Tensor:
         slopes.append((above - float(loss_sum(model.model, batch))) / (2 * eps))
     space.look(pool, {})
     return torch.tensor(slopes, dtype=torch.float64)
-
-
-def _reached(model: Trainable, parts: Parts) -> Reach:
-    """What of the base model a run changes: all of it where it is moved in place."""
-    names = [n for n, _ in model.parameters()] if isinstance(model, Differentiable) else None
-    return reach.of(parts, names)
-
-
-def _of_experts(config: RunConfig, reached: Reach) -> list[RunWarning]:
-    """Warnings about fused experts that an adapter on linear layers does not reach."""
-    if not config.kind.target_modules or not reached.experts:
-        return []
-    instead = "parameters=full trains them"
-    numbers = {"values": float(reached.frozen_values), "parameters": float(reached.parameters)}
-    return [RunWarning("experts", reached.experts, instead, numbers)]
 
 
 def _of_model(model: Trainable) -> list[RunWarning]:

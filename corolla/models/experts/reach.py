@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from corolla.models.trainable import Differentiable, Trainable
 from corolla.tensors import factors
 
 _SHOWN = 3
@@ -105,6 +106,12 @@ def of(base: Parts, trained: Collection[str] | None) -> Reach:
         sum(base.values[name] for name in frozen),
         sorted(other for other, name in base.tied.items() if name in as_they_are),
     )
+
+
+def of_model(base: Parts, model: Trainable) -> Reach:
+    """What a run reaches: all of a model that is moved in place."""
+    names = [n for n, _ in model.parameters()] if isinstance(model, Differentiable) else None
+    return of(base, names)
 
 
 def _reached(name: str) -> set[str]:

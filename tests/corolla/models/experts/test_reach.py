@@ -18,10 +18,6 @@ from tests.corolla.models.experts import mixtures
 from tests.strategies import tiny
 
 
-def reached(model: LoraModel | DenseModel, parts: reach.Parts) -> reach.Reach:
-    return reach.of(parts, [name for name, _ in model.parameters()])
-
-
 @pytest.mark.parametrize("kind", mixtures.KINDS)
 def test_an_adapter_on_linear_layers_leaves_fused_experts_frozen(kind: str) -> None:
     base = mixtures.base(kind)
@@ -29,7 +25,7 @@ def test_an_adapter_on_linear_layers_leaves_fused_experts_frozen(kind: str) -> N
     attention = sum(n for name, n in named.items() if "_proj.weight" in name)
     experts = {n: size for n, size in named.items() if n.endswith(("gate_up_proj", "down_proj"))}
     parts = reach.parts(base.model)
-    found = reached(LoraModel(base), parts)
+    found = reach.of_model(parts, LoraModel(base))
     assert (found.values, found.parameters) == (attention, sum(named.values()))
     assert list(found.frozen_experts) == sorted(experts)
     assert found.frozen_values == sum(experts.values())
@@ -42,19 +38,19 @@ def test_an_adapter_on_linear_layers_leaves_fused_experts_frozen(kind: str) -> N
 def test_layers_whose_weights_are_reached_are_counted() -> None:
     parts = reach.parts(tiny.base("llama").model)
     blocks = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32
-    found = reached(LoraModel(tiny.base("llama")), parts)
+    found = reach.of_model(parts, LoraModel(tiny.base("llama")))
     assert found.values == blocks
     assert found.parameters == blocks + 64 * 32 + 3 * 32
     assert (found.experts, found.tied) == ("", [])
-    scaled = reached(DenseModel(tiny.base("llama"), "ia3"), parts)
+    scaled = reach.of_model(parts, DenseModel(tiny.base("llama"), "ia3"))
     assert scaled.values == 2 * 16 * 32 + 48 * 32  # keys, values and the second layer
-    assert reached(DenseModel(tiny.base("llama"), "prompt"), parts).values == 0
+    assert reach.of_model(parts, DenseModel(tiny.base("llama"), "prompt")).values == 0
     assert reach.of(parts, None).share == 1.0
 
 
 def test_a_tied_output_layer_is_named() -> None:
     parts = reach.parts(tiny.base("llama").model)
-    found = reached(DenseModel(tiny.base("llama"), "embeddings"), parts)
+    found = reach.of_model(parts, DenseModel(tiny.base("llama"), "embeddings"))
     assert (found.values, found.tied) == (64 * 32, ["lm_head.weight"])
     assert found.line.endswith("; tied to what is trained: lm_head.weight")
     assert reach.Reach(**found.to_json()) == found
