@@ -8,6 +8,7 @@ ia3      vectors that scale keys, values and feed-forward activations ((IA)³: L
          2022, arXiv 2205.05638)
 prompt   embeddings of virtual tokens before the text (Lester et al., EMNLP 2021, arXiv 2104.08691)
 head     the output layer, or the head of a classifier
+embeddings  the table of the embeddings of tokens, and with it an output layer that is tied to it
 full     all parameters
 
 A classifier's head is trained with each of them. Tensors keep their names in the base model; new

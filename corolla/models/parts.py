@@ -6,6 +6,7 @@ shapes from here: libraries that load models are imported where one is built.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
     from torch import nn
 
     from corolla.models.pretrained import Base
+
+_TABLE = re.compile(
+    r"(^|\.)(embed_tokens|wte|(word_|tok_)?embeddings|word_embedding|tokens_embed|embed_in)\.weight$"
+)
+"""Names of the table of the embeddings of tokens."""
 
 Shapes = Callable[[Anatomy, RunConfig, int], Mapping[str, Shape]]
 """Shapes of the trained tensors by name, in a model with so many labels (0: it generates).
@@ -91,6 +97,13 @@ def _output(base: Base) -> list[str]:
         )
     own = {id(parameter) for parameter in output.parameters()}
     return [name for name, parameter in base.model.named_parameters() if id(parameter) in own]
+
+
+def _embeddings(base: Base) -> list[str]:
+    """The table of the embeddings of tokens, and a classifier's head; tied layers stay tied."""
+    table = base.model.get_input_embeddings().weight
+    own = [name for name, parameter in base.model.named_parameters() if parameter is table]
+    return sorted({*_heads(base), *own})
 
 
 def _no_tensors(base: Base) -> list[str]:
@@ -171,6 +184,16 @@ def _head_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[st
     return {} if labels else output
 
 
+def _embeddings_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[str, Shape]:
+    found = {n: s for n, s in anatomy.tensors.items() if _TABLE.search(n) and len(s) == 2}
+    if not found:
+        raise ModelError(
+            f"parameters=embeddings: which tensor of {anatomy.name} has the embeddings of tokens "
+            f"is not known, its size neither; corolla simulate finds it in the model"
+        )
+    return found
+
+
 def _full_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[str, Shape]:
     return anatomy.tensors
 
@@ -180,6 +203,7 @@ PARTS = {
     "prompt": Part(_no_tensors, _prompt_shapes, added=_prompt),
     "bias": Part(_biases, _bias_shapes),
     "head": Part(_output, _head_shapes),
+    "embeddings": Part(_embeddings, _embeddings_shapes),
     "full": Part(_names, _full_shapes),
 }
 """Name of a kind → its part."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-KindName = Literal["lora", "ia3", "prompt", "bias", "head", "full"]
+KindName = Literal["lora", "ia3", "prompt", "bias", "head", "embeddings", "full"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ _ROWS = (
     ),
     Kind("bias", artefact="model", hooked=True),
     Kind("head", artefact="model", output=True, hooked=True),
+    Kind("embeddings", artefact="model"),  # no hook tells the rows of a batch apart
     Kind(
         "full",
         artefact="model",

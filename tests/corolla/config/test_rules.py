@@ -109,7 +109,7 @@ def test_bad_settings_of_zeroth_order_are_refused_in_one_line(
 
 def test_other_tensors_are_trained_by_strategies_that_can(tmp_path: Path) -> None:
     for name in ("seed_pool", "fedkseed", "fedkseed_pro", "fedavg", "fedmezo"):
-        for role in ("ia3", "prompt", "bias", "head", "full"):
+        for role in ("ia3", "prompt", "bias", "head", "embeddings", "full"):
             assert load(tmp_path, None, [f"parameters={role}"], strategy=name).parameters == role
 
 
