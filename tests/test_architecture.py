@@ -32,6 +32,7 @@ LAYERS = (
     ("privacy", "data", "models"),
     ("evaluation", "phones", "warnings", "estimates"),
     ("artefacts",),
+    ("selection",),
     ("client", "server"),
     ("commands",),
     ("api", "cli"),

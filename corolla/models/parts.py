@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from corolla.config.run import RunConfig
 from corolla.errors import ModelError
 from corolla.models.anatomy import Anatomy, Shape
+from corolla.models.sparse import places
 
 if TYPE_CHECKING:
     from peft import IA3Config, PromptTuningConfig
@@ -32,6 +33,11 @@ def _no_targets(base: Base, given: Sequence[str] | None) -> list[str]:
 
 def _nothing(base: Base, targets: Sequence[str], virtual_tokens: int) -> None:
     """Nothing is added to the base."""
+
+
+def _given(base: Base, given: Sequence[str] | None) -> list[str]:
+    """Those that are named."""
+    return list(given or ())
 
 
 @dataclass(frozen=True)
@@ -171,6 +177,11 @@ def _head_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[st
     return {} if labels else output
 
 
+def _sparse_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[str, Shape]:
+    found = anatomy.linear(config.target_modules, config.layers)
+    return {f"{n}.delta": (places.count(n, s, config.rank),) for n, s in found.items()}
+
+
 def _full_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[str, Shape]:
     return anatomy.tensors
 
@@ -181,5 +192,6 @@ PARTS = {
     "bias": Part(_biases, _bias_shapes),
     "head": Part(_output, _head_shapes),
     "full": Part(_names, _full_shapes),
+    "sparse": Part(_heads, _sparse_shapes, _given),
 }
 """Name of a kind → its part."""

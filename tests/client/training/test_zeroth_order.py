@@ -26,7 +26,7 @@ from corolla.evaluation import scoring
 from corolla.models import pretrained, trainable
 from corolla.models.full import FullModel
 from corolla.models.lora import LoraModel
-from corolla.models.space import Beside, InPlace, Space
+from corolla.directions.space import Beside, InPlace, Space
 from corolla.models.trainable import Trainable
 from corolla.types import Adapter, LoraSpec, Move, Params, Pool, Walk
 from tests.client.training.dense import DATA, SPEC, padded, plain_loss
