@@ -32,6 +32,7 @@ LAYERS = (
     ("privacy", "data", "models"),
     ("evaluation", "phones", "warnings", "estimates"),
     ("artefacts", "budgets"),
+    ("selection",),
     ("client", "server"),
     ("commands",),
     ("api", "cli"),

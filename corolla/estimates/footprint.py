@@ -127,6 +127,7 @@ def client(
         "weights": weights(anatomy, config),
         "trained values, at the start and now": 0 if in_place else 8 * values,
         "gradients and optimiser": 0 if in_place else 4 * steps * values,
+        "sparse set": _sparse_set(anatomy, config, trainer),
         "gradients of each example": _apart(config, trainer, batch, values),
         "messages": messages if messages is not None else (0 if in_place else 8 * values),
         "activations": _resident(activations, sparing),
@@ -196,11 +197,21 @@ def operations(anatomy: Anatomy, config: RunConfig, trainer: TrainerName, batch:
     if trainer == "zeroth_order":
         return 2 * config.queries * (blocks + head)
     passed = _passed(anatomy, config) / anatomy.layers
-    again = 1 + config.kind.whole + config.gradient_checkpointing
+    again = 1 + (config.kind.whole or config.kind.sparse) + config.gradient_checkpointing
     return (blocks + head) + (passed * blocks + head) * again
 
 
 # --- the worst moment -----------------------------------------------------------------------------
+
+
+def _sparse_set(anatomy: Anatomy, config: RunConfig, trainer: TrainerName) -> float:
+    """Places and the base's values at them; backpropagation has one matrix's whole gradient."""
+    if not config.kind.sparse:
+        return 0.0
+    modules = anatomy.linear(config.target_modules, config.layers)
+    values = config.rank * sum(map(sum, modules.values()))
+    gradient = max(map(math.prod, modules.values())) if trainer == "first_order" else 0
+    return 12.0 * values + 4.0 * gradient
 
 
 def _apart(config: RunConfig, trainer: TrainerName, batch: Batch, values: int) -> float:

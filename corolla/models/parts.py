@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from corolla.config.run import RunConfig
 from corolla.errors import ModelError
 from corolla.models.anatomy import Anatomy, Shape
+from corolla.models.sparse import places
 
 if TYPE_CHECKING:
     from peft import IA3Config, PromptTuningConfig
@@ -38,6 +39,11 @@ def _no_targets(base: Base, given: Sequence[str] | None) -> list[str]:
 
 def _nothing(base: Base, targets: Sequence[str], virtual_tokens: int) -> None:
     """Nothing is added to the base."""
+
+
+def _given(base: Base, given: Sequence[str] | None) -> list[str]:
+    """Those that are named."""
+    return list(given or ())
 
 
 @dataclass(frozen=True)
@@ -194,6 +200,11 @@ def _embeddings_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapp
     return found
 
 
+def _sparse_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[str, Shape]:
+    found = anatomy.linear(config.target_modules, config.layers)
+    return {f"{n}.delta": (places.count(n, s, config.rank),) for n, s in found.items()}
+
+
 def _full_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[str, Shape]:
     return anatomy.tensors
 
@@ -205,5 +216,6 @@ PARTS = {
     "head": Part(_output, _head_shapes),
     "embeddings": Part(_embeddings, _embeddings_shapes),
     "full": Part(_names, _full_shapes),
+    "sparse": Part(_heads, _sparse_shapes, _given),
 }
 """Name of a kind → its part."""

@@ -24,12 +24,13 @@ from corolla.data.encoding import Encoder
 from corolla.data.federated import FederatedData
 from corolla.data.rows import counted
 from corolla.errors import ConfigError
-from corolla.estimates import footprint
+from corolla.estimates import classifier_sizes, footprint
 from corolla.estimates.footprint import Estimate, Workload
 from corolla.evaluation.labels import ordered
 from corolla.interfaces import Stacking
-from corolla.models import anatomy, classifier_sizes, pretrained
+from corolla.models import anatomy, pretrained
 from corolla.models.anatomy import Anatomy
+from corolla.models.sparse import carried, places
 from corolla.privacy import calibration, example_level
 from corolla.privacy.guarantee import Guarantee
 from corolla.server.rounds.federation import Federation
@@ -38,6 +39,7 @@ from corolla.server.runs.account import open_account
 from corolla.server.runs.journal import Past
 from corolla.strategies.listing import registry
 from corolla.types import Cost, LoraSpec, Params, TrainerName
+from corolla.wire import codec
 
 _POINTS = 10
 """Number of rounds after which epsilon of examples is told, at most."""
@@ -192,7 +194,7 @@ def plan(config: RunConfig, budget: int | None = None) -> CostEstimate:
             f"cohort {config.cohort} is larger than the {len(data.clients)} clients: lower it"
         )
     promised = privacy(federation, "user" if data.names_users else "example")
-    sent = traffic(federation)
+    sent = _with_places(traffic(federation), config, model, len(data.clients))
     batches = lengths.batches(federation, data, sizes)
     return CostEstimate(
         config=config,
@@ -226,6 +228,22 @@ def traffic(federation: Federation) -> Traffic:
         + len(federation.clients) * once,
         exchange=max(cost.up + cost.down + cost.once for cost in members),
         stored=updates + max(down),
+    )
+
+
+def _with_places(sent: Traffic, config: RunConfig, model: Anatomy, clients: int) -> Traffic:
+    """The traffic with the places of a sparse set, where each client is sent them once."""
+    if not config.kind.sparse or config.select == "random":
+        return sent
+    shapes = model.linear(config.target_modules, config.layers)
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    counts = {name: places.count(name, shape, config.rank) for name, shape in shapes.items()}
+    once = codec.content_bytes({carried.GROUP: places.blank(sizes, counts)})
+    return replace(
+        sent,
+        once=sent.once + once,
+        total_down=sent.total_down + clients * once,
+        exchange=sent.exchange + once,
     )
 
 

@@ -8,10 +8,10 @@ from corolla.config.sections import kinds
 from corolla.config.sections.kinds import Kind, KindName
 from corolla.config.sections.rule import Rule
 from corolla.config.sections.section import Budget, Layers, Positive, key, within
-from corolla.config.sections.subject import Subject
+from corolla.config.sections.sparse_set import READS_ROWS, SparseSet
 
 
-class Adapter(Subject):
+class Adapter(SparseSet):
     """An adapter, or the tensors that are trained in its place."""
 
     rank: Annotated[int, within("rank")] = key(8, "The rank of LoRA adapters.", 16)
@@ -94,7 +94,8 @@ class Adapter(Subject):
     )
     public: str | None = key(
         None,
-        "A .jsonl file of rows that belong to no client, for start=gradient and for budget.",
+        "A .jsonl file of rows that belong to no client, for start=gradient, for budget, and for "
+        "select=fisher or gradient.",
         "public.jsonl",
         effect="none",
         beside="start=gradient",
@@ -109,8 +110,8 @@ class Adapter(Subject):
 
     parameters: KindName = key(
         kinds.DEFAULT.name,
-        "What is trained: an adapter (lora, ia3, prompt), or tensors of the model as they are "
-        "(bias, head, embeddings, full).",
+        "What is trained: an adapter (lora, ia3, prompt), tensors of the model as they are "
+        "(bias, head, embeddings, full), or values at places of its weight matrices (sparse).",
         "ia3",
         against=("strategy=flora", "quantization=4bit", "dp=example epsilon=8"),
     )
@@ -137,6 +138,29 @@ class Adapter(Subject):
         return self.virtual_tokens if self.kind.virtual_tokens else 0
 
 
+SELECTION: tuple[Rule[Adapter], ...] = (
+    Rule(
+        when=lambda run: run.select != "random" and not run.kind.sparse,
+        why=lambda run: f"select={run.select} is for parameters=sparse",
+        instead=lambda run: f"found parameters={run.parameters}, leave it out",
+    ),
+    Rule(
+        when=lambda run: run.explored and run.select != "movement",
+        why=lambda run: f"explored={run.explored} is for select=movement",
+        instead=lambda run: f"found select={run.select}",
+    ),
+    Rule(
+        when=lambda run: run.select == "movement" and not run.explored,
+        why=lambda run: "select=movement needs explored=FOLDER",
+        instead="a LoRA adapter of the same base, as a run before has saved it",
+    ),
+    Rule(
+        when=lambda run: run.selects_by_rows and not run.public,
+        why=lambda run: f"select={run.select} needs public=FILE.jsonl",
+        instead="rows that belong to no client",
+    ),
+)
+
 ALPHAS: tuple[Rule[Adapter], ...] = (
     Rule(
         when=lambda run: run.alphas and len(run.alphas) != len(run.ranks),
@@ -151,8 +175,8 @@ TARGETS: tuple[Rule[Adapter], ...] = (
         instead=lambda run: f"parameters={run.parameters} has none",
     ),
     Rule(
-        when=lambda run: run.layers and not run.kind.factors,
-        why=lambda run: "layers are those of LoRA adapters",
+        when=lambda run: run.layers and not run.kind.blocks,
+        why=lambda run: "layers are those of LoRA adapters and sparse sets",
         instead=lambda run: f"parameters={run.parameters} has none",
     ),
     Rule(
@@ -169,8 +193,13 @@ TARGETS: tuple[Rule[Adapter], ...] = (
 
 PUBLIC: tuple[Rule[Adapter], ...] = (
     Rule(
-        when=lambda run: run.start == "random" and run.public and not run.budgeted,
-        why=lambda run: f"public={run.public} is for start=gradient, and for budget",
+        when=lambda run: (
+            run.start == "random" and run.public and not (run.budgeted or run.selects_by_rows)
+        ),
+        why=lambda run: (
+            f"public={run.public} is for start=gradient, for budget, and for "
+            f"select={' or '.join(READS_ROWS)}"
+        ),
         instead="leave it out",
     ),
     Rule(

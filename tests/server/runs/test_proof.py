@@ -63,6 +63,7 @@ def saved(judge: Evaluator, folder: Path) -> tuple[Adapter, Path]:
     [
         *((p, "causal") for p in ("lora", "ia3", "prompt", "bias", "head", "embeddings", "full")),
         *((p, "classify") for p in ("lora", "ia3", "bias", "head", "embeddings", "full")),
+        *(("sparse", task) for task in ("causal", "classify")),
     ],
 )
 def test_every_kind_is_proven(

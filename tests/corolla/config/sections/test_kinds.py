@@ -30,6 +30,7 @@ RATES = {
     "bias": (3e-3, 3e-4, 3e-3, 1e-4),
     "head": (3e-3, 3e-4, 3e-3, 1e-4),
     "full": (3e-3, 3e-5, 3e-4, 1e-6),
+    "sparse": USUAL,
 }
 
 
