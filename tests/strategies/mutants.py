@@ -14,7 +14,6 @@ from corolla.interfaces import Client, Observed
 from corolla.strategies.fedavg import FedAvg
 from corolla.strategies.fedavgm import FedAvgM
 from corolla.strategies.fedex_lora import FedExLora
-from corolla.strategies.fedkseed import FedKSeed
 from corolla.strategies.fedopt import FedAdam
 from corolla.strategies.fedprox import FedProx
 from corolla.strategies.fedsa_lora import FedSaLora
@@ -25,7 +24,8 @@ from corolla.strategies.flora import Flora
 from corolla.strategies.listing.options import option
 from corolla.strategies.mixed import Mixed
 from corolla.strategies.scaffold import Scaffold
-from corolla.strategies.seed_pool import SeedPool
+from corolla.strategies.scalars.fedkseed import FedKSeed
+from corolla.strategies.scalars.seed_pool import SeedPool
 from corolla.tensors import blocks, factors, tree
 from corolla.types import Aggregates, Cost, Metrics, Params, Payload, Size, Update
 
