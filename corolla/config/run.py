@@ -17,8 +17,7 @@ from corolla.config.sections.rule import Rule, refusal
 from corolla.config.sections.section import given
 from corolla.config.sections.settings import Settings
 from corolla.errors import ConfigError
-from corolla.strategies.listing import registry
-from corolla.strategies.listing import files
+from corolla.strategies.listing import files, registry
 from corolla.types import TrainerName
 
 

@@ -19,8 +19,7 @@ from corolla.server.rounds.federation import merges
 from corolla.server.rounds.gate import judge
 from corolla.server.rounds.metrics import mean_metrics
 from corolla.server.rounds.verdicts import Expected, Judged
-from corolla.strategies.listing import registry
-from corolla.strategies.listing import files
+from corolla.strategies.listing import files, registry
 from corolla.tensors import factors
 from corolla.types import PER_USER, Params
 from corolla.wire import codec, limits, messages

@@ -72,7 +72,12 @@ def run_line(line: str, folder: Path, environment: Mapping[str, str]) -> str:
     """
     for attempt in range(3):
         done = subprocess.run(
-            ["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, check=False
+            ["bash", "-c", line],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if attempt == 2 or "the claim is refuted" not in done.stdout:
             break

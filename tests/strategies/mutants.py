@@ -21,8 +21,8 @@ from corolla.strategies.fedsa_lora import FedSaLora
 from corolla.strategies.ffa_lora import FfaLora
 from corolla.strategies.flexlora import FlexLora
 from corolla.strategies.flora import Flora
-from corolla.strategies.mixed import Mixed
 from corolla.strategies.listing.options import option
+from corolla.strategies.mixed import Mixed
 from corolla.strategies.scaffold import Scaffold
 from corolla.strategies.seed_pool import SeedPool
 from corolla.tensors import blocks, factors, tree

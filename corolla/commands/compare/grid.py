@@ -15,8 +15,7 @@ from corolla.commands.compare.contenders import Baseline, Contender
 from corolla.config.load import load
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
-from corolla.strategies.listing import registry
-from corolla.strategies.listing import files
+from corolla.strategies.listing import files, registry
 
 FACTORS = (1 / 3, 1.0, 3.0)
 """Learning rates that are tried without --lrs, relative to each strategy's usual one."""

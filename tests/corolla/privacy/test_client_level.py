@@ -24,8 +24,8 @@ from corolla.privacy.client_level import ClientLevel
 from corolla.privacy.example_level import ExampleLevel, example_level
 from corolla.privacy.guarantee import Guarantee
 from corolla.privacy.randomness import Normal, clip_factors, os_normal, os_uniform
-from corolla.strategies.listing import registry
 from corolla.strategies.fedavg import FedAvg
+from corolla.strategies.listing import registry
 from corolla.types import Payload
 from corolla.wire import codec
 from tests.corolla.privacy import privacy_checks as checks

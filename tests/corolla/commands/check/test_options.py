@@ -9,8 +9,8 @@ from corolla.cli.app import app
 from corolla.commands.check import options
 from corolla.commands.check.tables import TRIALS, Trial
 from corolla.errors import ConfigError
-from corolla.strategies.listing import registry
 from corolla.strategies.fedavg import FedAvg
+from corolla.strategies.listing import registry
 from corolla.strategies.listing.options import option
 from corolla.strategies.listing.registry import STRATEGIES
 
