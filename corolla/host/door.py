@@ -166,7 +166,7 @@ class Door:
             if self._visitors.get(own) is visitor:
                 del self._visitors[own]
 
-        outer.ended = inner.ended = ended  # type: ignore[method-assign]
+        outer.ended = inner.ended = ended
         visitor.begin([outer, inner])
         for half in (outer, inner):
             half.transport.resume_reading()

@@ -32,8 +32,13 @@ LONGEST_PATH = 103
 _UNLIMITED = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
 """Beyond the usual 4 MB: both ends of the socket are processes of one user."""
 
-_STREAMS = 32
-"""Calls of one connection that gRPC takes in at a time, also those of which nobody is told."""
+_SERVER = (
+    ("grpc.so_reuseport", 0),  # or two servers would share a port, and half the calls be lost
+    ("grpc.keepalive_time_ms", 20_000),  # or calls of a peer that vanished would stay
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.max_concurrent_streams", 32),  # of a connection, also calls that nobody is told of
+    ("grpc.server_handshake_timeout_ms", 10_000),  # two minutes, else, for a silent stranger
+)
 
 _QUICK = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000))
 """A trainer that starts again is found within a second."""
@@ -148,15 +153,7 @@ def tls_server(
     It has so many `connections` at a time, taken at a door that says whose a call is. Raises
     ConfigError when the address is taken or the files cannot be used.
     """
-    options = (
-        ("grpc.max_receive_message_length", most_bytes),
-        ("grpc.max_send_message_length", most_bytes),
-        ("grpc.so_reuseport", 0),  # or two servers would share a port, and half the calls be lost
-        ("grpc.keepalive_time_ms", 20_000),  # or calls of a peer that vanished would stay
-        ("grpc.keepalive_timeout_ms", 10_000),
-        ("grpc.max_concurrent_streams", _STREAMS),
-        ("grpc.server_handshake_timeout_ms", 10_000),  # two minutes, else, for a silent stranger
-    )
+    options = (*_SERVER, *_longest(most_bytes))
     try:
         pair = (key.read_bytes(), certificate.read_bytes())
     except OSError as error:
@@ -210,12 +207,13 @@ def tls_channel(address: str, ca: Path | None, *, most_bytes: int) -> grpc.Chann
         roots = ca.read_bytes() if ca else None
     except OSError as error:
         raise ConfigError(f"cannot read {ca}: {error.strerror}") from error
-    options = (
-        ("grpc.max_receive_message_length", most_bytes),
-        ("grpc.max_send_message_length", most_bytes),
-        ("grpc.max_reconnect_backoff_ms", 10_000),
-    )
+    options = (("grpc.max_reconnect_backoff_ms", 10_000), *_longest(most_bytes))
     return grpc.secure_channel(address, grpc.ssl_channel_credentials(roots), options=options)
+
+
+def _longest(bytes: int) -> tuple[tuple[str, int], ...]:
+    """Options for messages of so many bytes, both ways; what is compressed counts as it was."""
+    return ("grpc.max_receive_message_length", bytes), ("grpc.max_send_message_length", bytes)
 
 
 @dataclass(frozen=True)
