@@ -56,7 +56,7 @@ class Lisa(FedAvg):
     choose: Literal["random", "half", "suffix", "change"] = option(
         "random", "How the blocks of a round are chosen.", "suffix", {"layers": 1}
     )
-    always: Sequence[str] = option(
+    always: Sequence[Literal["embed", "norm", "head"]] = option(
         units.OUTSIDE, "What is trained in each round: embed, norm (the last), head.", ["norm"]
     )
     every: int = option(1, "The number of rounds for which a choice holds.", 2, {"choose": "half"})

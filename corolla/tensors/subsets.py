@@ -53,13 +53,13 @@ class Choice:
         zeros = torch.zeros(len(own), dtype=torch.uint8)
         notes = {"seed": torch.tensor([seed, 0]), "sent": zeros if known else zeros + 1}
         if self.way == "change":
-            notes["change"] = torch.full((len(own),), -1.0, dtype=torch.float64)
+            notes["change"] = torch.full((len(own),), -1.0)
         return self._next(own, notes, zeros)
 
     def after(self, state: Payload, notes: Params, moved: Params) -> Params:
         """The notes of the next round; `state` has the units before this one, `moved` changes.
 
-        The change of a unit is ‖w' - w‖ / ‖w‖ over its tensors, in fp64.
+        The change of a unit is ‖w' - w‖ / ‖w‖ over its tensors, in fp64, rounded once.
         """
         own, chosen = {unit: tuple(params) for unit, params in state.items()}, notes["chosen"]
         found = {**notes, "sent": notes["sent"] | chosen}

@@ -164,7 +164,8 @@ def test_local_steps_are_those_of_torch_on_the_subset(
     plain.train()
     for _ in range(3):
         logits = plain(input_ids=ids).logits[:, :-1]
-        cross_entropy(logits.reshape(-1, tiny.VOCABULARY), ids[:, 1:].reshape(-1)).backward()
+        loss: Any = cross_entropy(logits.reshape(-1, tiny.VOCABULARY), ids[:, 1:].reshape(-1))
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(own.values(), 0.5)
         steps.step()
         steps.zero_grad()

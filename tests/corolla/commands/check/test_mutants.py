@@ -145,6 +145,9 @@ SABOTAGED = [
     Mutant("HeaderForgotten", (UP,)),
     Mutant("SmallRows", (DOWN,)),
     Mutant("ClassesAlike", (FACTORS, BY_EXAMPLES)),
+    Mutant("ForgetsWhatWasTrained", (EVALUATES,), rounds=5),
+    Mutant("ShrinksWhatIsFrozen", (FACTORS, BY_EXAMPLES), rounds=5),
+    Mutant("TrainsEverything", (FACTORS, BY_EXAMPLES, ONE)),
 ]
 
 
