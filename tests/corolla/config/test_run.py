@@ -152,6 +152,7 @@ def test_keys_are_written_section_by_section() -> None:
     own = [key for section in sections for key in vars(section)["__annotations__"]]
     assert list(RunConfig.model_fields) == own
     unsaid = {
+        "keep_hardest",
         "layers",
         "max_rank",
         "new_head",
