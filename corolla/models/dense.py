@@ -4,6 +4,8 @@ What FedPEFT (Sun et al., "Conquering the Communication Constraints to Enable La
 Models in Federated Learning", arXiv 2210.01708) calls the choice of what travels:
 
 bias     all bias vectors (BitFit: Ben Zaken et al., ACL 2022, arXiv 2106.10199)
+norm     all weights and biases of normalisations (Zhao et al., "Tuning LayerNorm in Attention",
+         ICLR 2024, arXiv 2312.11420)
 ia3      vectors that scale keys, values and feed-forward activations ((IA)³: Liu et al., NeurIPS
          2022, arXiv 2205.05638)
 prompt   embeddings of virtual tokens before the text (Lester et al., EMNLP 2021, arXiv 2104.08691)

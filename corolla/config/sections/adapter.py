@@ -99,7 +99,7 @@ class Adapter(Subject):
     parameters: KindName = key(
         kinds.DEFAULT.name,
         "What is trained: an adapter (lora, ia3, prompt), or tensors of the model as they are "
-        "(bias, head, full).",
+        "(bias, norm, head, full).",
         "ia3",
         against=("strategy=flora", "quantization=4bit", "dp=example epsilon=8"),
     )

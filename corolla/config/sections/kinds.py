@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-KindName = Literal["lora", "ia3", "prompt", "bias", "head", "full"]
+KindName = Literal["lora", "ia3", "prompt", "bias", "norm", "head", "full"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ _ROWS = (
         not_private=_ADDED_UP,
     ),
     Kind("bias", artefact="model", hooked=True),
+    Kind("norm", artefact="model"),
     Kind("head", artefact="model", output=True, hooked=True),
     Kind(
         "full",
