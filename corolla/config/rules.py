@@ -296,6 +296,22 @@ _PRIVATE: tuple[Rule[Asked], ...] = (
     ),
 )
 
+_HARDEST: tuple[Rule[Asked], ...] = (
+    Rule(
+        when=lambda asked: asked.config.keep_hardest and asked.config.dp != "none",
+        why=lambda asked: (
+            f"keep-hardest chooses by what examples are, which no epsilon of dp={asked.config.dp} "
+            f"covers"
+        ),
+        instead="leave it out",
+    ),
+    Rule(
+        when=lambda asked: asked.config.keep_hardest and "zeroth_order" in asked.trainers,
+        why=lambda asked: "keep-hardest is for first-order clients",
+        instead="to score is a part of the work of zeroth-order ones: leave it out",
+    ),
+)
+
 _TRAINERS: tuple[Rule[Asked], ...] = (
     Rule(
         when=lambda asked: (
@@ -336,7 +352,7 @@ _TRAINERS: tuple[Rule[Asked], ...] = (
 
 RULES = (
     *(*_STATE, *_RANKS, *_LAYERS, *_SQUARES, *_CODECS, *_START, *_ROBUST, *_PRIVATE),
-    *_TRAINERS,
+    *(*_HARDEST, *_TRAINERS),
 )
 """Of several that apply, the first is told."""
 

@@ -5,6 +5,8 @@ Models in Federated Learning", arXiv 2210.01708) calls the choice of what travel
 
 bias     all bias vectors (BitFit: Ben Zaken et al., ACL 2022, arXiv 2106.10199)
 sparse   values at places of weight matrices (corolla/models/sparse)
+norm     all weights and biases of normalisations (Zhao et al., "Tuning LayerNorm in Attention",
+         ICLR 2024, arXiv 2312.11420)
 ia3      vectors that scale keys, values and feed-forward activations ((IA)³: Liu et al., NeurIPS
          2022, arXiv 2205.05638)
 prompt   embeddings of virtual tokens before the text (Lester et al., EMNLP 2021, arXiv 2104.08691)

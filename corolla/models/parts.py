@@ -32,6 +32,10 @@ Shapes = Callable[[Anatomy, RunConfig, int], Mapping[str, Shape]]
 A classifier's head, which is trained with all kinds, is counted beside them."""
 
 
+_NORM = re.compile(r"(^|\.)([^.]*norm[^.]*|ln(_[^.]*)?)\.(weight|bias)$", re.IGNORECASE)
+"""Names of the tensors of normalisations: input_layernorm.weight, q_norm.weight, ln_1.bias, …"""
+
+
 def _no_targets(base: Base, given: Sequence[str] | None) -> list[str]:
     """None: modules cannot be chosen."""
     return []
@@ -89,6 +93,19 @@ def _biases(base: Base) -> list[str]:
             f"parameters=bias: {base.name} has no bias vectors; use lora, ia3 or prompt"
         )
     return sorted({*_heads(base), *biases})
+
+
+def _norms(base: Base) -> list[str]:
+    """The weights and biases of all normalisations: of blocks, of queries and keys, and the last.
+
+    A scale of what a normalisation gives, and a shift of it, are its own weight and bias.
+    """
+    norms = [name for name in _names(base) if _NORM.search(name)]
+    if not norms:
+        raise ModelError(
+            f"parameters=norm: {base.name} has no normalisation with weights; use lora or ia3"
+        )
+    return sorted({*_heads(base), *norms})
 
 
 def _output(base: Base) -> list[str]:
@@ -185,6 +202,10 @@ def _bias_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[st
     return {n: s for n, s in anatomy.tensors.items() if n.endswith("bias")}
 
 
+def _norm_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[str, Shape]:
+    return {n: s for n, s in anatomy.tensors.items() if _NORM.search(n)}
+
+
 def _head_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[str, Shape]:
     output = {n: s for n, s in anatomy.tensors.items() if n.startswith("lm_head")}
     return {} if labels else output
@@ -213,6 +234,7 @@ PARTS = {
     "ia3": Part(_heads, _ia3_shapes, _scaled, _ia3),
     "prompt": Part(_no_tensors, _prompt_shapes, added=_prompt),
     "bias": Part(_biases, _bias_shapes),
+    "norm": Part(_norms, _norm_shapes),
     "head": Part(_output, _head_shapes),
     "embeddings": Part(_embeddings, _embeddings_shapes),
     "full": Part(_names, _full_shapes),

@@ -286,7 +286,11 @@ def duration(
     at_a_time = batches.largest.limited(config.micro_batch_size or config.batch_size)
     flops = throughput(model, at_a_time, config.threads)
     seconds = [
-        _steps(own, data) * footprint.operations(model, own, trainer, batches.typical) / flops
+        (
+            _steps(own, data) * footprint.operations(model, own, trainer, batches.typical)
+            + _scored(own, data) * footprint.scoring(model, own, batches.typical)
+        )
+        / flops
         for own, trainer in _classes(config)
     ]
     return Duration(flops, max(seconds), federation.cohort_size * statistics.fmean(seconds))
@@ -388,6 +392,12 @@ def _steps(config: RunConfig, data: FederatedData) -> float:
     return statistics.fmean(
         schedule.steps_per_round(config, units) * rows / units for rows, units in numbers
     )
+
+
+def _scored(config: RunConfig, data: FederatedData) -> float:
+    """Batches that a client scores in a round, on average, to find its hardest rows."""
+    rows = (len(own.train) for own in data.clients.values())
+    return statistics.fmean(schedule.scored(config, n) / config.batch_size for n in rows)
 
 
 def _terms(estimate: Estimate) -> dict[str, Any]:

@@ -110,8 +110,8 @@ class Adapter(SparseSet):
 
     parameters: KindName = key(
         kinds.DEFAULT.name,
-        "What is trained: an adapter (lora, ia3, prompt), tensors of the model as they are "
-        "(bias, head, embeddings, full), or values at places of its weight matrices (sparse).",
+        "What is trained: an adapter (lora, ia3, prompt), tensors of the model as they are (bias, "
+        "norm, head, embeddings, full), or values at places of its weight matrices (sparse).",
         "ia3",
         against=("strategy=flora", "quantization=4bit", "dp=example epsilon=8"),
     )

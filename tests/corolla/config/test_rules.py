@@ -161,6 +161,9 @@ def test_bad_policies_are_refused_in_one_line(
         ({"strategy": "fedsa_lora", "eval_clients": 0}, "personal models"),
         ({"strategy": "hetlora", "options": {"normalise": "False"}}, "is true or false"),
         ({"strategy": "flora", "robust": "krum", "robust_space": "tensors"}, "random basis"),
+        ({"keep_hardest": 0.5, "dp": "example", "epsilon": 8.0}, "no epsilon of dp=example covers"),
+        ({"keep_hardest": 0.5, "dp": "client", "epsilon": 8.0}, "no epsilon of dp=client covers"),
+        ({"keep_hardest": 0.5, "strategy": "seed_pool"}, "keep-hardest is for first-order clients"),
     ],
 )
 def test_what_would_run_and_mean_nothing_is_refused(changes: dict[str, Any], told: str) -> None:

@@ -156,6 +156,7 @@ def test_keys_are_written_section_by_section() -> None:
     unsaid = {
         "budget",
         "explored",
+        "keep_hardest",
         "layers",
         "max_rank",
         "new_head",
