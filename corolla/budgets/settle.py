@@ -4,9 +4,11 @@ A run settles its budgets before the first round: they become `layers` or `targe
 all that follow these keys need to know nothing of budgets.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -132,6 +134,12 @@ def resumed(config: RunConfig, begun: RunConfig) -> RunConfig:
     return config.model_copy(
         update={**{key: getattr(begun, key) for key in keys}, "classes": classes}
     )
+
+
+def recalled(run: Path) -> dict[str, Any]:
+    """What run.json in the folder of a run said of its budgets when it began."""
+    info = json.loads((run / "run.json").read_text())
+    return {"budget": info["budget"]} if "budget" in info else {}
 
 
 def chosen(problem: Problem, budget: Budget, whole_blocks: bool, key: str) -> Chosen:
