@@ -97,6 +97,17 @@ def least(levels: Sequence[Level]) -> int:
     return min(found)
 
 
+def whole(scores: Mapping[str, float]) -> dict[str, int]:
+    """Scores as whole numbers from 1 to 1 + 2^20, so that sums of them are exact.
+
+    A module whose step has not helped keeps 1: it is taken where nothing better fits.
+    """
+    top = max(scores.values(), default=0.0)
+    if top <= 0:
+        return dict.fromkeys(scores, 1)
+    return {name: 1 + round(max(0.0, own) / top * (1 << 20)) for name, own in scores.items()}
+
+
 def _unit(levels: Sequence[Level], budget: int) -> int:
     """The cost that is one part of the budget."""
     costs = [level.through for level in levels]

@@ -1,6 +1,6 @@
-"""Scores of modules from rows that belong to no client, and the sensitivity of trained values."""
+"""Scores of modules from rows that belong to no client."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -75,14 +75,3 @@ def _step(config: RunConfig, gradient: Tensor) -> Tensor:
     if config.optimizer == "sgd":
         return -config.lr * gradient
     return -config.lr * gradient / (gradient.abs() + _TINY)
-
-
-def whole(scores: Mapping[str, float]) -> dict[str, int]:
-    """Scores as whole numbers from 1 to 1 + 2^20, so that sums of them are exact.
-
-    A module whose step has not helped keeps 1: it is taken where nothing better fits.
-    """
-    top = max(scores.values(), default=0.0)
-    if top <= 0:
-        return dict.fromkeys(scores, 1)
-    return {name: 1 + round(max(0.0, own) / top * (1 << 20)) for name, own in scores.items()}

@@ -4,28 +4,30 @@ A run settles its budgets before the first round: they become `layers` or `targe
 all that follow these keys need to know nothing of budgets.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from corolla.budgets import asked, costs, knapsack, scores
+from corolla.budgets import asked, costs, knapsack
 from corolla.budgets.asked import MEANING, Budget
 from corolla.budgets.knapsack import End, Level, Option
 from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
-from corolla.data import public
 from corolla.errors import ConfigError
 from corolla.estimates import footprint
 from corolla.estimates.footprint import Batch, Workload
 from corolla.interfaces import Strategy
 from corolla.models import anatomy, layers
 from corolla.models.anatomy import Anatomy
-from corolla.models.lora import LoraModel
-from corolla.models.pretrained import Base
 from corolla.tensors import factors
+
+if TYPE_CHECKING:
+    from corolla.models.pretrained import Base
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Chosen:
 
 
 def settled(
-    config: RunConfig, base: Base, labels: Sequence[str] = ()
+    config: RunConfig, base: "Base", labels: Sequence[str] = ()
 ) -> tuple[RunConfig, dict[str, Any]]:
     """The settings with what their budgets lead to, and what run.json says of it; `base` stays.
 
@@ -82,6 +84,10 @@ def settled(
         return config, {}
     found: Mapping[str, float] = {}
     if config.public:
+        from corolla.budgets import scores  # imports peft, which plans do without
+        from corolla.data import public
+        from corolla.models.lora import LoraModel
+
         rows = public.sequences(config, base.tokenizer, labels, "budget")
         model = LoraModel(base, config.target_modules, blocks=config.layers)
         try:
@@ -132,6 +138,12 @@ def resumed(config: RunConfig, begun: RunConfig) -> RunConfig:
     return config.model_copy(
         update={**{key: getattr(begun, key) for key in keys}, "classes": classes}
     )
+
+
+def recalled(run: Path) -> dict[str, Any]:
+    """What run.json in the folder of a run said of its budgets when it began."""
+    info = json.loads((run / "run.json").read_text())
+    return {"budget": info["budget"]} if "budget" in info else {}
 
 
 def chosen(problem: Problem, budget: Budget, whole_blocks: bool, key: str) -> Chosen:
@@ -293,7 +305,7 @@ def _ordered(names: Sequence[str] | Mapping[str, object]) -> list[str]:
 def _values(names: Sequence[str], scored: Mapping[str, float]) -> dict[str, int]:
     if not scored:
         return dict.fromkeys(names, 1)
-    known = {short(name): own for name, own in scores.whole(scored).items()}
+    known = {short(name): own for name, own in knapsack.whole(scored).items()}
     return {name: known[short(name)] for name in names}
 
 

@@ -55,12 +55,6 @@ def stored_warnings(folder: Path) -> list[str]:
         return []
 
 
-def stored_budget(folder: Path) -> dict[str, Any]:
-    """What run.json says of the choice under a budget, which is made once."""
-    info = json.loads((folder / "run.json").read_text())
-    return {"budget": info["budget"]} if "budget" in info else {}
-
-
 def refuse_other_inputs(
     folder: Path,
     config: RunConfig,

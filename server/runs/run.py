@@ -12,6 +12,7 @@ from typing import Any, Literal
 from corolla import seeds
 from corolla.artefacts import records
 from corolla.artefacts.card import write_brief_card, write_cards
+from corolla.budgets import settle
 from corolla.config.run import RunConfig
 from corolla.directions import seedlog
 from corolla.errors import ArtefactError, ConfigError, RoundError, StoppedError
@@ -35,13 +36,7 @@ from corolla.server.runs.attempts import Attempts, Done, how_to_go_on
 from corolla.server.runs.checkpoint import Checkpoint
 from corolla.server.runs.ending import ended
 from corolla.server.runs.evaluate import Evaluator, Sample
-from corolla.server.runs.folder import (
-    committed_lines,
-    refuse_other_inputs,
-    stored_budget,
-    write_info,
-    write_lines,
-)
+from corolla.server.runs.folder import committed_lines, refuse_other_inputs, write_info, write_lines
 from corolla.server.runs.info import privacy_budget, privacy_info, run_info
 from corolla.server.runs.journal import Journal, Past, fail_point
 from corolla.server.runs.metrics_line import metrics_line
@@ -155,7 +150,7 @@ class Run:
         lines = committed_lines(self.folder, at.round)
         facts = {**self.facts, **carried.facts(at.state)}
         info = run_info(facts, federation, self.evaluator, account, self.keep_updates)
-        info |= stored_budget(self.folder) if self.resume else {}
+        info |= settle.recalled(self.folder) if self.resume else {}
         info["warnings"] += of_extension(self.config, journal.past.rounds)
         base = self._base(federation, untouched)
         write_info(self.folder, {**info, "base": base["metrics"], "status": "running"})

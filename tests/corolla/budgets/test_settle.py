@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from corolla.budgets import costs, scores, settle
+from corolla.budgets import costs, knapsack, scores, settle
 from corolla.commands.simulate.in_process import simulate
 from corolla.config.build import build_strategy
 from corolla.config.load import validate
@@ -157,9 +157,9 @@ def test_importance_of_a_quadratic_by_hand() -> None:
 
 
 def test_scores_become_whole_numbers_of_at_least_one() -> None:
-    found = scores.whole({"a": 2.0, "b": -1.0, "c": 1.0})
+    found = knapsack.whole({"a": 2.0, "b": -1.0, "c": 1.0})
     assert found == {"a": 1 + 2**20, "b": 1, "c": 1 + 2**19}
-    assert scores.whole({"a": -1.0}) == {"a": 1}
+    assert knapsack.whole({"a": -1.0}) == {"a": 1}
 
 
 def test_scoring_leaves_the_base_as_it_was_and_is_the_same_each_time(rows: Path) -> None:
