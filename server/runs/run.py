@@ -203,9 +203,8 @@ class Run:
         model = self.evaluator.model
         for spec in self.config.loras:
             model.check_rank(spec)
-        run_id = self.facts.get("run_id") or secrets.token_hex(16)
         federation = Federation(
-            str(run_id),
+            str(self.facts.get("run_id") or secrets.token_hex(16)),
             self.config,
             self.strategy,
             clients,
