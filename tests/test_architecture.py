@@ -31,7 +31,7 @@ LAYERS = (
     ("config",),
     ("privacy", "data", "models"),
     ("evaluation", "phones", "warnings", "estimates"),
-    ("artefacts",),
+    ("artefacts", "starts"),
     ("client", "server"),
     ("commands",),
     ("api", "cli"),
