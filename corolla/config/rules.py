@@ -231,12 +231,37 @@ _SQUARES: tuple[Rule[Asked], ...] = (
 
 _START: tuple[Rule[Asked], ...] = (
     Rule(
-        when=lambda asked: asked.config.start == "gradient" and not takes_start(asked.strategy),
+        when=lambda asked: asked.config.start != "random" and not takes_start(asked.strategy),
         why=lambda asked: (
-            f"start=gradient is an adapter that the server hands out, and clients of "
+            f"start={asked.config.start} is an adapter that the server hands out, and clients of "
             f"{asked.subject} begin from another"
         ),
         instead=lambda asked: f"use {able(lambda cls: takes_start(cls()))}",
+    ),
+    Rule(
+        when=lambda asked: (
+            (wanted := asked.config.begins.frozen)
+            and asked.frozen not in (("A", "B") if wanted == "either" else (wanted,))
+        ),
+        why=lambda asked: f"start={asked.config.start} makes a factor that must not be trained",
+        instead=lambda asked: (
+            "use strategy=ffa_lora"
+            + (" strategy.train=A" if asked.config.begins.frozen == "B" else "")
+        ),
+    ),
+    Rule(
+        when=lambda asked: (
+            asked.frozen == "B"
+            and asked.config.begins.zero == "B"
+            and asked.config.start != "random"
+        ),
+        why=lambda asked: f"start={asked.config.start} leaves B at zero, and train=A keeps it",
+        instead="use strategy.train=B",
+    ),
+    Rule(
+        when=lambda asked: asked.config.begins.offset and asked.unfit_for_offset,
+        why=lambda asked: f"start={asked.config.start} takes a part out of the base",
+        instead=lambda asked: asked.unfit_for_offset,
     ),
 )
 

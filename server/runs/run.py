@@ -30,7 +30,7 @@ from corolla.server.rounds.federation import Federation
 from corolla.server.rounds.network import Network
 from corolla.server.rounds.round import evaluate_clients
 from corolla.server.rounds.spending import Spending
-from corolla.server.runs import checkpoint, gradient_start
+from corolla.server.runs import checkpoint
 from corolla.server.runs.account import open_account
 from corolla.server.runs.attempts import Attempts, Done, how_to_go_on
 from corolla.server.runs.checkpoint import Checkpoint
@@ -44,6 +44,7 @@ from corolla.server.runs.observer import Observer
 from corolla.server.runs.proof import save
 from corolla.server.runs.report import write_report
 from corolla.server.runs.summary import Summary
+from corolla.starts import table as starts
 from corolla.storage import folders
 from corolla.strategies.listing.registry import traits
 from corolla.tensors import tree
@@ -128,9 +129,9 @@ class Run:
         start = model.init(self.config.lora, seeds.derive(seed, "init"))
         untouched = initial = federation.strategy.init(start, seed)
         federation = replace(federation, origin=seedlog.origin(model.base.fingerprint, untouched))
-        if self.config.start == "gradient" and not found:
-            start = gradient_start.adapter(model, start, self.config, self.evaluator.labels)
-            initial = federation.strategy.init(start, seed)
+        if self.config.start != "random" and not found:
+            begun = starts.begin(model, start, self.config, self.evaluator.labels)
+            initial = begun.state(federation.strategy, seed)
         support = {} if found else places_of(model, self.config, self.evaluator.labels)
         untouched, initial = {**untouched, **support}, {**initial, **support}
         at = found or Checkpoint(federation.run_id, 0, initial, {})

@@ -16,7 +16,7 @@ from corolla.client.device.machine import Choice, choose
 from corolla.commands.plan import lengths
 from corolla.commands.plan.lengths import Batches
 from corolla.commands.plan.throughput import throughput
-from corolla.config import schedule
+from corolla.config import offset, schedule
 from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.data import census, federated
@@ -352,7 +352,8 @@ def _federation(config: RunConfig, model: Anatomy, data: FederatedData, labels: 
 def _rounds(federation: Federation) -> list[tuple[int, Sequence[Cost]]]:
     """(how often, the costs of a cohort) of odd and of even rounds: factors may take turns."""
     start = federation.fresh(federation.config.lora)
-    state = federation.strategy.init(start, federation.config.seed)
+    begun = offset.planned(federation.config.begins.offset, start)
+    state = {**federation.strategy.init(start, federation.config.seed), **begun}
     everyone, size = list(federation.clients), federation.cohort_size
     number = federation.config.rounds
     found = []
