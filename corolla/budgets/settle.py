@@ -121,7 +121,7 @@ def foreseen(
         key = f"classes.{name}.budget"
         found = chosen(problem, asked.read(own.budget), whole_blocks=True, key=key)
         told.setdefault("classes", {})[name] = _told(own.budget, found)
-        blocks = text(costs.by_block(found.names))
+        blocks = layers.text(costs.by_block(found.names))
         classes[name] = own.model_copy(update={"layers": blocks, "budget": None})
     return config.model_copy(update={"classes": classes}), {"budget": told}
 
@@ -168,17 +168,6 @@ def chosen(problem: Problem, budget: Budget, whole_blocks: bool, key: str) -> Ch
         f"{key}={budget.text} is too little to train anything: the least takes {least:.3f} of the "
         f"{MEANING[budget.unit]}, raise it"
     )
-
-
-def text(blocks: Mapping[int, object] | Sequence[int]) -> str:
-    """Numbers of blocks as the key `layers` has them: 0,3,17-23."""
-    runs: list[list[int]] = []
-    for number in sorted(blocks):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(f"{a}-{b}" if a < b else str(a) for a, b in runs)
 
 
 # --- costs ----------------------------------------------------------------------------------------
@@ -264,7 +253,7 @@ def _cost(problem: Problem, budget: Budget, names: Sequence[str]) -> int:
 
 def _peak(problem: Problem, blocks: Sequence[int]) -> int:
     """Bytes of a client that trains these blocks."""
-    config = problem.config.model_copy(update={"layers": text(list(blocks))})
+    config = problem.config.model_copy(update={"layers": layers.text(list(blocks))})
     work = Workload(problem.model, problem.batch, labels=problem.labels)
     return footprint.client(work, config, "first_order").total
 
@@ -312,8 +301,8 @@ def _values(names: Sequence[str], scored: Mapping[str, float]) -> dict[str, int]
 def _as_keys(config: RunConfig, names: Sequence[str], found: Sequence[str]) -> dict[str, Any]:
     """The settings that mean these modules: blocks where these are whole, else their names."""
     blocks = costs.by_block(found)
-    if set(layers.kept(names, text(blocks))) == set(found):
-        return {"layers": text(blocks)}
+    if set(layers.kept(names, layers.text(blocks))) == set(found):
+        return {"layers": layers.text(blocks)}
     return {"layers": None, "target_modules": sorted(map(short, found))}
 
 
