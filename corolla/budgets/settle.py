@@ -19,7 +19,7 @@ from corolla.budgets.knapsack import End, Level, Option
 from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
-from corolla.estimates import footprint
+from corolla.estimates import flops, footprint
 from corolla.estimates.footprint import Batch, Workload
 from corolla.interfaces import Strategy
 from corolla.models import anatomy, layers
@@ -177,7 +177,7 @@ def _flops(problem: Problem, whole_blocks: bool) -> tuple[list[Level], int, int]
     """(levels, the cost of any set, that of everything) in operations backwards."""
     rank, values = problem.config.rank, problem.values
     total = _cost(problem, asked.read("flops:1"), problem.names)
-    fixed = 2 * problem.batch.targets * problem.model.hidden * problem.model.vocabulary
+    fixed = flops.head(problem.model, problem.batch, True, problem.labels).backward
     if whole_blocks:
         levels = costs.of_blocks(
             problem.model, problem.batch, problem.names, rank, _of_block(problem)
@@ -248,7 +248,7 @@ def _cost(problem: Problem, budget: Budget, names: Sequence[str]) -> int:
     if budget.unit == "memory":
         return _peak(problem, list(costs.by_block(names))) - _idle(problem)
     ranks = dict.fromkeys(names, problem.config.rank)
-    return costs.backward(problem.model, problem.batch, ranks)
+    return costs.backward(problem.model, problem.batch, ranks, problem.labels)
 
 
 def _peak(problem: Problem, blocks: Sequence[int]) -> int:
