@@ -24,6 +24,7 @@ from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, CorollaError, StoppedError
 from corolla.host import files, logs
 from corolla.host.processes import note_process
+from corolla.models.experts.reach import Reach
 from corolla.server.deployment.grid import GridNetwork, count_nodes, hello
 from corolla.server.deployment.limits import Admission, Limits
 from corolla.server.deployment.order import (
@@ -195,6 +196,7 @@ class _Log(Silent):
 
     def started(self, facts: Mapping[str, Any], first_round: int) -> None:
         log(INFO, "%d clients, held-out loss %.4f", facts["num_clients"], facts["base"]["loss"])
+        log(INFO, "%s", Reach(**facts["reach"]).line)
         for warning in facts["warnings"]:
             self.warned(warning["text"])
 
@@ -218,6 +220,7 @@ class _Lines(Silent):
 
     def started(self, facts: Mapping[str, Any], first_round: int) -> None:
         self._log.info("started", round=first_round, clients=facts["num_clients"])
+        self._log.info("reached", why=Reach(**facts["reach"]).line)
         for warning in facts["warnings"]:
             self.warned(warning["text"])
 

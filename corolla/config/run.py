@@ -45,7 +45,7 @@ class RunConfig(Settings):
         registry.find(name)
         return files.absolute(name) if ":" in name else name.replace("-", "_")
 
-    @field_validator("model", "data", "availability", "public")
+    @field_validator("model", "data", "availability", "public", "explored")
     @classmethod
     def _absolute(cls, name: str | None) -> str | None:
         """A path must mean the same from another folder: run.json is read later."""
@@ -134,11 +134,13 @@ RULES: tuple[Rule[RunConfig], ...] = (
     *training.RANKS,
     *population.BUFFER,
     *machine.QUANTIZED,
+    *machine.FULL_PRECISION,
     *training.RANKS_OF_ADAPTERS,
     *adapter.TARGETS,
     *machine.DEVICES,
-    *adapter.PUBLIC,
-    *machine.GRADIENT_START,
+    *adapter.SELECTION,
+    *adapter.STARTS,
+    *machine.STARTS,
     *privacy.SETTINGS,
     *privacy.CLIENTS,
     *privacy.EXAMPLES,

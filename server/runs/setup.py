@@ -21,10 +21,12 @@ from corolla.evaluation.labels import ordered
 from corolla.evaluation.scoring import loss_sum
 from corolla.interfaces import Strategy
 from corolla.models import devices, pretrained, trainable
+from corolla.models.experts import reach
 from corolla.models.pretrained import Base
 from corolla.models.trainable import Trainable
 from corolla.server.rounds.cohort import read_trace
 from corolla.server.runs.evaluate import Evaluator
+from corolla.warnings import frozen
 from corolla.warnings.outcome import RunWarning, of_settings
 
 _UNMOVED = 0.1
@@ -72,10 +74,13 @@ def set_up(config: RunConfig, run_id: str | None, deployed: bool = False) -> Set
         **({"availability_sha256": trace.sha256} if trace else {}),
         **chosen,
     }
+    parts = reach.parts(base.model)
     model = trainable.build(config, base)
+    reached = reach.of_model(parts, model)
+    facts["reach"] = reached.to_json()
     evaluator = Evaluator(config, model, dataset.heldout, dataset.labels)
     warned = [*of_settings(config, deployed), *_of_rows(config, dataset, base)]
-    warned += [*_of_model(model), *_of_eps(config, evaluator)]
+    warned += [*_of_model(model), *frozen.of_experts(config, reached), *_of_eps(config, evaluator)]
     warned += [RunWarning("data", why, instead) for why, instead in dataset.notes]
     bounded = config.max_norm is not None or config.robust != "none" or config.dp == "client"
     if deployed and not bounded:
