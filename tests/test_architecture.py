@@ -31,7 +31,7 @@ LAYERS = (
     ("config",),
     ("privacy", "data", "models"),
     ("evaluation", "phones", "warnings", "estimates"),
-    ("artefacts",),
+    ("artefacts", "budgets", "starts"),
     ("selection",),
     ("client", "server"),
     ("commands",),

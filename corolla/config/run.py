@@ -97,7 +97,12 @@ class RunConfig(Settings):
     @property
     def partial(self) -> bool:
         """True where clients of some class train a part of the blocks alone."""
-        return any(own.layers for own in self.classes.values())
+        return any(own.layers or own.budget for own in self.classes.values())
+
+    @property
+    def budgeted(self) -> bool:
+        """True where blocks or modules are still to be chosen under a budget."""
+        return bool(self.budget) or any(own.budget for own in self.classes.values())
 
     @property
     def simulates_time(self) -> bool:
@@ -134,8 +139,8 @@ RULES: tuple[Rule[RunConfig], ...] = (
     *adapter.TARGETS,
     *machine.DEVICES,
     *adapter.SELECTION,
-    *adapter.PUBLIC,
-    *machine.GRADIENT_START,
+    *adapter.STARTS,
+    *machine.STARTS,
     *privacy.SETTINGS,
     *privacy.CLIENTS,
     *privacy.EXAMPLES,

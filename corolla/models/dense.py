@@ -5,10 +5,13 @@ Models in Federated Learning", arXiv 2210.01708) calls the choice of what travel
 
 bias     all bias vectors (BitFit: Ben Zaken et al., ACL 2022, arXiv 2106.10199)
 sparse   values at places of weight matrices (corolla/models/sparse)
+norm     all weights and biases of normalisations (Zhao et al., "Tuning LayerNorm in Attention",
+         ICLR 2024, arXiv 2312.11420)
 ia3      vectors that scale keys, values and feed-forward activations ((IA)³: Liu et al., NeurIPS
          2022, arXiv 2205.05638)
 prompt   embeddings of virtual tokens before the text (Lester et al., EMNLP 2021, arXiv 2104.08691)
 head     the output layer, or the head of a classifier
+embeddings  the table of the embeddings of tokens, and with it an output layer that is tied to it
 full     all parameters
 
 A classifier's head is trained with each of them. Tensors keep their names in the base model; new
@@ -130,9 +133,11 @@ class DenseModel(Unrounded):
             buffer.copy_(self._buffers[name])
 
     def show(self, adapter: Adapter, spec: LoraSpec) -> None:
-        """Write a global model."""
+        """Write a global model; tensors that it does not have are as they were at first."""
         blocks = (*adapter.frozen, *adapter.residuals)
-        self.write(self._settle(adapter.trained, adapter.moves), spec, blocks)
+        lacks = adapter.trained.keys() != self._leaves.keys()
+        start = {**self.init(spec, 0), **adapter.trained} if lacks else adapter.trained
+        self.write(self._settle(start, adapter.moves), spec, blocks)
 
     def enter(self, start: Params, spec: LoraSpec, moves: Sequence[Move]) -> Space:
         """Write `start` after `moves`; the space of the trained tensors, standing there."""

@@ -84,7 +84,7 @@ class SparseModel(DenseModel):
     def hold(self, given: Params) -> None:
         """Train values at these places (see places.packed) from now on; `write` comes after it.
 
-        Raises ValueError for places that are none of this model.
+        Raises WireError for places that are none of this model.
         """
         if (digest := tree.digest(given)) == self._held:
             return

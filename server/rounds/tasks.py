@@ -18,7 +18,7 @@ from corolla.server.rounds.federation import Federation, Held
 from corolla.tensors import tree
 from corolla.types import Broadcast, Cost, LoraSpec, Payload, Size
 from corolla.wire import codec, limits, messages, scalar_groups
-from corolla.wire.compression import Pipeline
+from corolla.wire.compression import PLAIN, Pipeline
 from corolla.wire.envelope import Envelope, Sealed
 from corolla.wire.messages import Kind, Log, Task, pack_task
 from corolla.wire.task_settings import TaskSettings
@@ -64,13 +64,16 @@ class _Content:
 class _Contents:
     """The contents of the tasks of a round: packed once for all members that are sent the same."""
 
-    def __init__(self, federation: Federation, state: Payload, round: int) -> None:
+    def __init__(self, federation: Federation, state: Payload, round: int, kind: Kind) -> None:
         own, support = carried.apart(state)
         broadcast = federation.strategy.broadcast(own)
         broadcast = replace(broadcast, cached={**broadcast.cached, **support})
         if broadcast.snapshot is not None:
             broadcast = replace(broadcast, snapshot=cache(broadcast.snapshot))
         self.federation, self.state, self.round = federation, state, round
+        down = federation.config.downlink
+        # What is measured is the model of the run, not the part of it that training starts from.
+        self.envelope = Envelope(PLAIN if kind != Kind.TRAIN and down.needs_differences else down)
         self.broadcast, rows = broadcast, broadcast.log
         self.cached = {group: codec.content_id(own) for group, own in broadcast.cached.items()}
         self.versions = seedlog.versions(federation.origin, rows) if rows is not None else []
@@ -93,13 +96,10 @@ class _Contents:
         log, extra = _log(self.broadcast, self.versions, since, self.state)
         beside = {**{g: self.broadcast.cached[g] for g in lacks}, **extra}
         config, payload = self.federation.config, _of_each_round(self.broadcast, lora)
-        envelope, seed = (
-            Envelope(config.downlink),
-            seeds.derive(config.seed, "broadcast", self.round),
-        )
-        sealed = envelope.seal(payload, seed, beside=beside)
+        seed = seeds.derive(config.seed, "broadcast", self.round)
+        sealed = self.envelope.seal(payload, seed, beside=beside)
         rows = sum(scalar_groups.scalar_bytes(row) for row in (log.rows if log else ()))
-        return _Content(sealed, log, envelope.like(payload), sealed.size + rows)
+        return _Content(sealed, log, self.envelope.like(payload), sealed.size + rows)
 
 
 def make_tasks(
@@ -115,7 +115,7 @@ def make_tasks(
 
     `members` says how many updates each is asked for.
     """
-    contents, version = _Contents(federation, state, round), tree.digest_all(state)
+    contents, version = _Contents(federation, state, round, kind), tree.digest_all(state)
     run = run_settings(federation.config, federation.own_devices)
     tasks: dict[str, Task] = {}
     for client, seats in members.items():
@@ -168,6 +168,7 @@ def _settings(
         like,
         labels=federation.labels if federation.own_devices else None,
         fresh={"adapter": federation.fresh(lora)} if gateway else None,
+        chosen=federation.chosen if gateway else (),
     )
 
 
@@ -235,10 +236,11 @@ def costs(
     `updates` says how many came from each: a gateway gets one broadcast for all, and sends a
     partial aggregate, or as many updates as it has.
     """
+    federation = federation.at(state)
     config, strategy = federation.config, federation.strategy
     sizes = [federation.size(client, round) for client in updates]
     own, support = carried.apart(state)
-    costs = _with(support, _priced(strategy, own, sizes))
+    costs = _with(support, priced(strategy, own, sizes))
     broadcast = strategy.broadcast(own) if config.codec_down else Broadcast({})
     for i, (client, count) in enumerate(updates.items()):
         lora = federation.lora(client)
@@ -257,7 +259,7 @@ def costs(
     return costs
 
 
-def _priced(strategy: Strategy, state: Payload, sizes: Sequence[Size]) -> Sequence[Cost]:
+def priced(strategy: Strategy, state: Payload, sizes: Sequence[Size]) -> Sequence[Cost]:
     """The strategy's formula, which for some depends on the state of the server."""
     if isinstance(strategy, PricedByState):
         return strategy.cost_from(state, sizes)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-KindName = Literal["lora", "ia3", "prompt", "bias", "head", "full", "sparse"]
+KindName = Literal["lora", "ia3", "prompt", "bias", "norm", "head", "embeddings", "full", "sparse"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,9 @@ _ROWS = (
         not_private=_ADDED_UP,
     ),
     Kind("bias", artefact="model", hooked=True),
+    Kind("norm", artefact="model"),
     Kind("head", artefact="model", output=True, hooked=True),
+    Kind("embeddings", artefact="model"),  # no hook tells the rows of a batch apart
     Kind(
         "full",
         artefact="model",

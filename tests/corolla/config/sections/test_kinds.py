@@ -28,6 +28,7 @@ RATES = {
     "ia3": (3e-2, 3e-3, 3e-3, 1e-4),
     "prompt": (3e-2, 3e-3, 3e-3, 1e-4),
     "bias": (3e-3, 3e-4, 3e-3, 1e-4),
+    "norm": (3e-3, 3e-4, 3e-3, 1e-4),
     "head": (3e-3, 3e-4, 3e-3, 1e-4),
     "full": (3e-3, 3e-5, 3e-4, 1e-6),
     "sparse": USUAL,
