@@ -1,4 +1,4 @@
-"""A door before a server that counts no connections: they are taken here, and their bytes passed on.
+"""A door before a server that counts no connections: it takes them, and passes their bytes on.
 
 The server listens on loopback. Who is let in is counted by network and in all, from the moment that
 the connection is taken, and is known to the server by the port that its bytes come from.
@@ -54,7 +54,7 @@ class Visitor:
             half.turn()
 
     def works(self, more: int) -> None:
-        """One more call of it is at work, or one less (-1); without any, it waits for its caller."""
+        """One more call is at work, or one less (-1); without any, it waits for its caller."""
         self._at_work += more
         change = self._occupancy.settle if self._at_work else self._occupancy.wait
         change(self._occupant)
