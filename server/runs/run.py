@@ -12,7 +12,6 @@ from typing import Any, Literal
 from corolla import seeds
 from corolla.artefacts import records
 from corolla.artefacts.card import write_brief_card, write_cards
-from corolla.budgets import settle
 from corolla.config.run import RunConfig
 from corolla.directions import seedlog
 from corolla.errors import ArtefactError, ConfigError, RoundError, StoppedError
@@ -145,7 +144,6 @@ class Run:
         lines = committed_lines(self.folder, at.round)
         facts = {**self.facts, **carried.facts(at.state)}
         info = run_info(facts, federation, self.evaluator, account, self.keep_updates)
-        info |= settle.recalled(self.folder) if self.resume else {}
         info["warnings"] += of_extension(self.config, journal.past.rounds)
         base = self._base(federation, untouched)
         write_info(self.folder, {**info, "base": base["metrics"], "status": "running"})
