@@ -5,12 +5,13 @@ Reads the data, the tokenizer, config.json and the headers of the model's files;
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
+from corolla import seeds
 from corolla.client.device.machine import Choice, choose
 from corolla.commands.plan import lengths
 from corolla.commands.plan.lengths import Batches
@@ -26,7 +27,7 @@ from corolla.errors import ConfigError
 from corolla.estimates import footprint
 from corolla.estimates.footprint import Estimate, Workload
 from corolla.evaluation.labels import ordered
-from corolla.interfaces import Stacking
+from corolla.interfaces import Choosing, Stacking
 from corolla.models import anatomy, classifier_sizes, pretrained
 from corolla.models.anatomy import Anatomy
 from corolla.privacy import calibration, example_level
@@ -36,10 +37,15 @@ from corolla.server.rounds.tasks import costs
 from corolla.server.runs.account import open_account
 from corolla.server.runs.journal import Past
 from corolla.strategies.listing import registry
+from corolla.tensors import factors, tree
 from corolla.types import Cost, LoraSpec, Params, TrainerName
+from corolla.wire import messages
 
 _POINTS = 10
 """Number of rounds after which epsilon of examples is told, at most."""
+
+_FOLLOWED = 200
+"""Rounds that are followed where other tensors are trained in each: later ones cost as the last."""
 
 _LEVELS = 100
 """Number of epsilons of examples that are computed for these rounds: each takes a tenth of a
@@ -322,7 +328,12 @@ def _federation(config: RunConfig, model: Anatomy, data: FederatedData, labels: 
 
 
 def _rounds(federation: Federation) -> list[tuple[int, Sequence[Cost]]]:
-    """(how often, the costs of a cohort) of odd and of even rounds: factors may take turns."""
+    """(how often, the costs of a cohort) of odd and of even rounds: factors may take turns.
+
+    Of each round, where other tensors are trained in each.
+    """
+    if isinstance(federation.strategy, Choosing):
+        return list(_of_units(federation, federation.strategy))
     start = federation.fresh(federation.config.lora)
     state = federation.strategy.init(start, federation.config.seed)
     everyone, size = list(federation.clients), federation.cohort_size
@@ -334,6 +345,41 @@ def _rounds(federation: Federation) -> list[tuple[int, Sequence[Cost]]]:
             paid = costs(federation, state, round, dict.fromkeys(cohort, 1))
             found.append((times, _cut(federation, list(cohort), paid)))
     return found
+
+
+def _of_units(federation: Federation, strategy: Choosing) -> Iterator[tuple[int, Sequence[Cost]]]:
+    """The same round by round: a client receives the units that were trained since it was here."""
+    state = federation.strategy.init(_start(federation), federation.config.seed)
+    number, everyone = federation.config.rounds, list(federation.clients)
+    trained: dict[str, int] = {}
+    here: dict[str, int] = {}
+    for round in range(1, min(number, _FOLLOWED) + 1):
+        cohort = federation.sample(everyone, federation.cohort_size, round)
+        sent = federation.strategy.broadcast(state)
+        told = messages.content_bytes(sent.payload)
+        paid = []
+        for client, cost in zip(
+            cohort, costs(federation, state, round, dict.fromkeys(cohort, 1)), strict=True
+        ):
+            lacks = [u for u in sent.cached if trained.get(u, 0) >= here.get(client, 0)]
+            values = sum(tree.count(sent.cached[unit]) for unit in lacks)
+            paid.append(replace(cost, down=4 * values + told, once=0))
+            here[client] = round
+        trained |= dict.fromkeys(strategy.chosen(state), round)
+        state, _ = federation.strategy.apply(state, {"adapter": {}})
+        yield (1 if round < _FOLLOWED else number - round + 1), paid
+
+
+def _start(federation: Federation) -> Params:
+    """A fresh adapter; its values count where clients can make them, so that none are sent."""
+    config, start = federation.config, federation.fresh(federation.config.lora)
+    if config.start != "random" or not isinstance(federation.strategy, Choosing):
+        return start
+    shapes = {
+        m: (len(start[m + factors.B]), start[m + factors.A].shape[1])
+        for m in factors.modules(start)
+    }
+    return {**start, **factors.fresh(shapes, config.rank, seeds.derive(config.seed, "init"))}
 
 
 def _cut(federation: Federation, cohort: Sequence[str], paid: Sequence[Cost]) -> Sequence[Cost]:
