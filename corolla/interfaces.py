@@ -215,6 +215,9 @@ class Traits:
 
     The sum can then carry the noise of differential privacy.
     """
+    squares: bool = False
+    """Updates hold squared gradients of batches: all clients need one size of batches, and few bits
+    or a bound on a norm would not mean what they mean for differences."""
     personal: bool = False
     """Clients keep a part of their model: it is evaluated on the clients."""
     keeps: bool = False

@@ -133,6 +133,7 @@ def client(
         "weights in fp32": _masters(anatomy, config, trainer),
         "trained values, at the start and now": 0 if in_place else 8 * values,
         "gradients and optimiser": 0 if in_place else 4 * steps * stepped,
+        "sparse set": _sparse_set(anatomy, config, trainer),
         "gradients of each example": _apart(config, trainer, batch, values),
         "messages": messages if messages is not None else (0 if in_place else 8 * values),
         "activations": _resident(activations, sparing),
@@ -195,16 +196,17 @@ def operations(anatomy: Anatomy, config: RunConfig, trainer: TrainerName, batch:
     the inputs take the same again in the blocks that a backward pass goes through, those of the
     weights only where these are trained.
     """
-    batch = batch.of(config)
-    linear = sum(math.prod(shape) for shape in anatomy.linear().values())
-    blocks = 2.0 * linear * batch.positions
-    head = 2.0 * anatomy.vocabulary * anatomy.hidden * batch.targets
+    blocks, head = _forward(anatomy, config, batch)
     if trainer == "zeroth_order":
         return 2 * config.queries * (blocks + head)
     passed = _passed(anatomy, config) / anatomy.layers
     stepped = len(_adapted(anatomy, config)) / anatomy.layers
     inputs = (passed * blocks + head) * (1 + config.gradient_checkpointing)
-    return (blocks + head) + inputs + (stepped * blocks + head) * config.kind.whole
+    return (
+        (blocks + head)
+        + inputs
+        + (stepped * blocks + head) * (config.kind.whole or config.kind.sparse)
+    )
 
 
 def _count(shapes: Mapping[str, Shape]) -> int:
@@ -229,7 +231,30 @@ def _masters(anatomy: Anatomy, config: RunConfig, trainer: TrainerName) -> int:
     return 4 * anatomy.values if half else 0
 
 
+def scoring(anatomy: Anatomy, config: RunConfig, batch: Batch) -> float:
+    """Floating-point operations of a pass forward over a batch, as `keep_hardest` scores it."""
+    return sum(_forward(anatomy, config, batch))
+
+
+def _forward(anatomy: Anatomy, config: RunConfig, batch: Batch) -> tuple[float, float]:
+    """The operations of a pass forward: (blocks, output layer)."""
+    batch = batch.of(config)
+    linear = sum(math.prod(shape) for shape in anatomy.linear().values())
+    head = 2.0 * anatomy.vocabulary * anatomy.hidden * batch.targets
+    return 2.0 * linear * batch.positions, head
+
+
 # --- the worst moment -----------------------------------------------------------------------------
+
+
+def _sparse_set(anatomy: Anatomy, config: RunConfig, trainer: TrainerName) -> float:
+    """Places and the base's values at them; backpropagation has one matrix's whole gradient."""
+    if not config.kind.sparse:
+        return 0.0
+    modules = anatomy.linear(config.target_modules, config.layers)
+    values = config.rank * sum(map(sum, modules.values()))
+    gradient = max(map(math.prod, modules.values())) if trainer == "first_order" else 0
+    return 12.0 * values + 4.0 * gradient
 
 
 def _apart(config: RunConfig, trainer: TrainerName, batch: Batch, values: int) -> float:
@@ -262,8 +287,10 @@ def _kept(anatomy: Anatomy, config: RunConfig, batch: Batch) -> Blocks:
 def _adapted(anatomy: Anatomy, config: RunConfig) -> Sequence[int]:
     """Numbers of the blocks that are trained."""
     there: Sequence[int] = range(anatomy.layers)
-    if config.layers is not None:
-        there = layers.chosen(anatomy.linear(), config.layers)
+    if config.layers is not None or (config.kind.factors and config.target_modules):
+        modules = anatomy.linear(config.target_modules, config.layers)
+        found = {place[1] for name in modules if (place := units.block(name))}
+        there = sorted(found) or there
     choosing = _choosing(config)
     return [there[i] for i in choosing.most((), len(there))[0]] if choosing else there
 

@@ -41,7 +41,7 @@ class Choice:
                 raise ValueError(f"{name} must be at least 1, found {number}")
         if self.way not in get_args(Way):
             raise ValueError(f"choose must be {_or(get_args(Way))}, found {self.way!r}")
-        if isinstance(self.always, str) or not set(self.always) <= set(units.OUTSIDE):
+        if not set(self.always) <= set(units.OUTSIDE):
             raise ValueError(f"always is a list of {_or(units.OUTSIDE)}, found {self.always!r}")
 
     def units(self, names: Collection[str]) -> dict[str, tuple[str, ...]]:

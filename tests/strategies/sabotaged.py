@@ -17,7 +17,6 @@ from corolla.strategies.fedavg import FedAvg
 from corolla.strategies.fedavgm import FedAvgM
 from corolla.strategies.feddpa import FedDpa
 from corolla.strategies.fedex_lora import FedExLora
-from corolla.strategies.fedkseed import FedKSeed
 from corolla.strategies.fedopt import FedAdam, FedYogi
 from corolla.strategies.fedsa_lora import FedSaLora
 from corolla.strategies.fedsvd import FedSvd
@@ -29,7 +28,8 @@ from corolla.strategies.lisa import Lisa
 from corolla.strategies.lora_fair import LoraFair
 from corolla.strategies.mixed import Mixed
 from corolla.strategies.rolora import RoLora
-from corolla.strategies.seed_pool import SeedPool
+from corolla.strategies.scalars.fedkseed import FedKSeed
+from corolla.strategies.scalars.seed_pool import SeedPool
 from corolla.tensors import factors, tree
 from corolla.tensors.subsets import marked
 from corolla.types import (

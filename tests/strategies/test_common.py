@@ -14,7 +14,7 @@ import torch
 from corolla.client.training.worker import Worker
 from corolla.commands.check.findings import Result
 from corolla.commands.check.proofs import conform
-from corolla.config.asked import takes_parts
+from corolla.config.asked import takes_parts, takes_start
 from corolla.config.build import build_strategy
 from corolla.directions import seedlog
 from corolla.errors import ConfigError
@@ -38,7 +38,7 @@ SPEC = LoraSpec(4, 8.0)
 CLAIMED = [*DECLARED.values(), "as expected", "one client", "weights = examples"]
 CLAIMED += ["shares alone count", "linear as declared"]
 LIMITS = {
-    **dict.fromkeys([*CLAIMED, "blocks by class"], 1e-6),
+    **dict.fromkeys([*CLAIMED, "blocks by class", "start beside the base", "sparse sets"], 1e-6),
     **dict.fromkeys(["grouping", "order", "partial sums", "starts from the model"], 1e-6),
     **dict.fromkeys(["bytes up = formula", "bytes down = formula"], 0.0),
     **{"bytes at first = formula": 0.0, "evaluates the model": 1e-6},
@@ -176,6 +176,13 @@ def test_more_than_one_way_to_train_needs_all_of_them(name: str) -> None:
 # Proofs on effective weights
 
 
+def goes_beside(name: str) -> bool:
+    """Whether a part of the base may be out of it, and the adapter in its place."""
+    strategy = create(name)
+    alone = set(strategy.trainers) == {"first_order"}
+    return takes_start(strategy) and alone and not traits(name).personal
+
+
 def proofs(name: str, model: str) -> set[str]:
     """All that a strategy must be held against on a model, by what it says of itself."""
     strategy, said = create(name), traits(name)
@@ -191,6 +198,10 @@ def proofs(name: str, model: str) -> set[str]:
         found |= {"best of max_rank", "max_rank adds up"}
     if takes_parts(strategy) and model == "bert":
         found |= {"blocks by class"}
+    if (strategy.full or said.dense) and not said.personal and model == "bert":
+        found |= {"sparse sets"}
+    if goes_beside(name) and model == "bert":
+        found |= {"start beside the base"}
     if said.mirrors:
         found |= {"mirrors what clients keep"}
     if said.mirrors or said.personal:
@@ -203,7 +214,7 @@ def test_conforms(name: str, result: Result, model: str) -> None:
     """Every expected proof is there, with the expected limit, and holds."""
     found = {f.check: f for f in result.findings if f.model == model and not f.options}
     assert found.keys() == proofs(name, model)
-    claimed = {*CLAIMED, "blocks by class"}
+    claimed = {*CLAIMED, "blocks by class", "start beside the base", "sparse sets"}
     off = {check: rounding(name) if check in claimed else 0.0 for check in found}
     assert {c: f.limit for c, f in found.items()} == {c: LIMITS[c] + off[c] for c in found}
     assert rounding(name) <= 2**-11

@@ -281,7 +281,7 @@ def test_half_of_the_modules_are_trained_in_each_block(dense: Callable[..., Dens
         ({"every": 0}, "every must be at least 1, found 0"),
         ({"choose": "best"}, "choose must be random or half or suffix or change, found 'best'"),
         ({"always": ["tail"]}, r"always is a list of embed or norm or head, found \['tail'\]"),
-        ({"always": "embed"}, "always is a list of embed or norm or head, found 'embed'"),
+        ({"always": "embed"}, "always is a list of words, found 'embed'"),
     ],
 )
 def test_options_that_are_none_get_one_line(options: dict[str, Any], why: str) -> None:

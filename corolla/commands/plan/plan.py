@@ -5,18 +5,18 @@ Reads the data, the tokenizer, config.json and the headers of the model's files;
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
-from corolla import seeds
+from corolla.budgets import settle
 from corolla.client.device.machine import Choice, choose
-from corolla.commands.plan import lengths
+from corolla.commands.plan import lengths, subsets
 from corolla.commands.plan.lengths import Batches
 from corolla.commands.plan.throughput import throughput
-from corolla.config import schedule
+from corolla.config import offset, schedule
 from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.data import census, federated
@@ -24,12 +24,13 @@ from corolla.data.encoding import Encoder
 from corolla.data.federated import FederatedData
 from corolla.data.rows import counted
 from corolla.errors import ConfigError
-from corolla.estimates import footprint
+from corolla.estimates import classifier_sizes, footprint
 from corolla.estimates.footprint import Estimate, Workload
 from corolla.evaluation.labels import ordered
 from corolla.interfaces import Choosing, Stacking
-from corolla.models import anatomy, classifier_sizes, pretrained
+from corolla.models import anatomy, pretrained
 from corolla.models.anatomy import Anatomy
+from corolla.models.sparse import carried, places
 from corolla.privacy import calibration, example_level
 from corolla.privacy.guarantee import Guarantee
 from corolla.server.rounds.federation import Federation
@@ -37,15 +38,11 @@ from corolla.server.rounds.tasks import costs
 from corolla.server.runs.account import open_account
 from corolla.server.runs.journal import Past
 from corolla.strategies.listing import registry
-from corolla.tensors import factors, tree
 from corolla.types import Cost, LoraSpec, Params, TrainerName
-from corolla.wire import messages
+from corolla.wire import codec
 
 _POINTS = 10
 """Number of rounds after which epsilon of examples is told, at most."""
-
-_FOLLOWED = 200
-"""Rounds that are followed where other tensors are trained in each: later ones cost as the last."""
 
 _LEVELS = 100
 """Number of epsilons of examples that are computed for these rounds: each takes a tenth of a
@@ -135,6 +132,8 @@ class CostEstimate:
     duration: Duration
     privacy: Privacy | None
     """None without differential privacy."""
+    chosen: Mapping[str, Any]
+    """The choice under the key `budget`; {} without one. With public rows these decide instead."""
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain values."""
@@ -163,6 +162,7 @@ class CostEstimate:
             },
             "epsilon": self.privacy and self.privacy.end.to_json()["epsilon"],
             "privacy": self.privacy and self.privacy.to_json(),
+            **({"chosen": dict(self.chosen)} if self.chosen else {}),
         }
 
 
@@ -181,6 +181,7 @@ def plan(config: RunConfig, budget: int | None = None) -> CostEstimate:
     data = replace(data, labels=ordered(config, data.labels))
     labels = len(data.labels) if config.task != "causal" else 0
     model = classifier_sizes.sized(model, labels) if labels else model
+    config, told = settle.foreseen(config, model, labels)
     sizes = lengths.estimated(config, labels)
     if model.tokenizer:
         tokenizer = pretrained.load_tokenizer(config.model, str(model.tokenizer.parent))
@@ -193,7 +194,7 @@ def plan(config: RunConfig, budget: int | None = None) -> CostEstimate:
             f"cohort {config.cohort} is larger than the {len(data.clients)} clients: lower it"
         )
     promised = privacy(federation, "user" if data.names_users else "example")
-    sent = traffic(federation)
+    sent = _with_places(traffic(federation), config, model, len(data.clients))
     batches = lengths.batches(federation, data, sizes)
     return CostEstimate(
         config=config,
@@ -205,6 +206,7 @@ def plan(config: RunConfig, budget: int | None = None) -> CostEstimate:
         memory=memory(federation, model, batches, sent, labels, budget),
         duration=duration(federation, model, batches, data),
         privacy=promised,
+        chosen=told.get("budget", {}),
     )
 
 
@@ -226,6 +228,22 @@ def traffic(federation: Federation) -> Traffic:
         + len(federation.clients) * once,
         exchange=max(cost.up + cost.down + cost.once for cost in members),
         stored=updates + max(down),
+    )
+
+
+def _with_places(sent: Traffic, config: RunConfig, model: Anatomy, clients: int) -> Traffic:
+    """The traffic with the places of a sparse set, where each client is sent them once."""
+    if not config.kind.sparse or config.select == "random":
+        return sent
+    shapes = model.linear(config.target_modules, config.layers)
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    counts = {name: places.count(name, shape, config.rank) for name, shape in shapes.items()}
+    once = codec.content_bytes({carried.GROUP: places.blank(sizes, counts)})
+    return replace(
+        sent,
+        once=sent.once + once,
+        total_down=sent.total_down + clients * once,
+        exchange=sent.exchange + once,
     )
 
 
@@ -268,7 +286,11 @@ def duration(
     at_a_time = batches.largest.limited(config.micro_batch_size or config.batch_size)
     flops = throughput(model, at_a_time, config.threads)
     seconds = [
-        _steps(own, data) * footprint.operations(model, own, trainer, batches.typical) / flops
+        (
+            _steps(own, data) * footprint.operations(model, own, trainer, batches.typical)
+            + _scored(own, data) * footprint.scoring(model, own, batches.typical)
+        )
+        / flops
         for own, trainer in _classes(config)
     ]
     return Duration(flops, max(seconds), federation.cohort_size * statistics.fmean(seconds))
@@ -333,9 +355,10 @@ def _rounds(federation: Federation) -> list[tuple[int, Sequence[Cost]]]:
     Of each round, where other tensors are trained in each.
     """
     if isinstance(federation.strategy, Choosing):
-        return list(_of_units(federation, federation.strategy))
+        return list(subsets.rounds(federation, federation.strategy))
     start = federation.fresh(federation.config.lora)
-    state = federation.strategy.init(start, federation.config.seed)
+    begun = offset.planned(federation.config.begins.offset, start)
+    state = {**federation.strategy.init(start, federation.config.seed), **begun}
     everyone, size = list(federation.clients), federation.cohort_size
     number = federation.config.rounds
     found = []
@@ -345,41 +368,6 @@ def _rounds(federation: Federation) -> list[tuple[int, Sequence[Cost]]]:
             paid = costs(federation, state, round, dict.fromkeys(cohort, 1))
             found.append((times, _cut(federation, list(cohort), paid)))
     return found
-
-
-def _of_units(federation: Federation, strategy: Choosing) -> Iterator[tuple[int, Sequence[Cost]]]:
-    """The same round by round: a client receives the units that were trained since it was here."""
-    state = federation.strategy.init(_start(federation), federation.config.seed)
-    number, everyone = federation.config.rounds, list(federation.clients)
-    trained: dict[str, int] = {}
-    here: dict[str, int] = {}
-    for round in range(1, min(number, _FOLLOWED) + 1):
-        cohort = federation.sample(everyone, federation.cohort_size, round)
-        sent = federation.strategy.broadcast(state)
-        told = messages.content_bytes(sent.payload)
-        paid = []
-        for client, cost in zip(
-            cohort, costs(federation, state, round, dict.fromkeys(cohort, 1)), strict=True
-        ):
-            lacks = [u for u in sent.cached if trained.get(u, 0) >= here.get(client, 0)]
-            values = sum(tree.count(sent.cached[unit]) for unit in lacks)
-            paid.append(replace(cost, down=4 * values + told, once=0))
-            here[client] = round
-        trained |= dict.fromkeys(strategy.chosen(state), round)
-        state, _ = federation.strategy.apply(state, {"adapter": {}})
-        yield (1 if round < _FOLLOWED else number - round + 1), paid
-
-
-def _start(federation: Federation) -> Params:
-    """A fresh adapter; its values count where clients can make them, so that none are sent."""
-    config, start = federation.config, federation.fresh(federation.config.lora)
-    if config.start != "random" or not isinstance(federation.strategy, Choosing):
-        return start
-    shapes = {
-        m: (len(start[m + factors.B]), start[m + factors.A].shape[1])
-        for m in factors.modules(start)
-    }
-    return {**start, **factors.fresh(shapes, config.rank, seeds.derive(config.seed, "init"))}
 
 
 def _cut(federation: Federation, cohort: Sequence[str], paid: Sequence[Cost]) -> Sequence[Cost]:
@@ -410,6 +398,12 @@ def _steps(config: RunConfig, data: FederatedData) -> float:
     return statistics.fmean(
         schedule.steps_per_round(config, units) * rows / units for rows, units in numbers
     )
+
+
+def _scored(config: RunConfig, data: FederatedData) -> float:
+    """Batches that a client scores in a round, on average, to find its hardest rows."""
+    rows = (len(own.train) for own in data.clients.values())
+    return statistics.fmean(schedule.scored(config, n) / config.batch_size for n in rows)
 
 
 def _terms(estimate: Estimate) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def options(settings: Sequence[str]) -> list[str]:
     [
         [],
         ["strategy=flora", 'codec=["int8"]', 'codec-down=["fp16"]'],
-        ["strategy=rolora"],
+        ["strategy=rolora", "start=olora"],
         ["strategy=lisa", "strategy.layers=1"],
         ["strategy=lisa", "strategy.layers=1", "parameters=full", "rounds=4", "strategy.always=[]"],
         ["strategy=seed_pool"],
