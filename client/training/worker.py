@@ -24,6 +24,7 @@ from corolla.errors import ConfigError, CorollaError, ModelError, WireError
 from corolla.evaluation.scoring import halves, score_by_row
 from corolla.interfaces import Client, Strategy, Traits
 from corolla.models import layers
+from corolla.models.sparse import carried
 from corolla.models.trainable import Differentiable, Trainable
 from corolla.privacy import example_level, ledger
 from corolla.privacy.example_level import ExampleLevel
@@ -238,8 +239,10 @@ class Worker:
         followed = self._follow(task.log, sent) if task.log else {}
         if missing or followed is None:
             raise _NotHeldError(missing or ["log"])
-        groups = {**followed, **sent, **self.memory.recall(task.cached)}
-        ranges.check_tensors(groups)
+        received = {**followed, **sent, **self.memory.recall(task.cached)}
+        ranges.check_tensors(received)
+        carried.hold(self.model, received)
+        groups, _ = carried.apart(received)
         kept, owed = self._kept(client, settings.accepted, commit=task.kind == Kind.TRAIN)
         return Received(settings, groups, kept, owed)
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from corolla.models.full import FullModel
     from corolla.models.lora import LoraModel
     from corolla.models.pretrained import Base
+    from corolla.models.sparse_model import SparseModel
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,17 @@ def _full(config: RunConfig, base: Base) -> FullModel | DenseModel:
     return _dense(config, base)
 
 
+def _sparse(config: RunConfig, base: Base) -> SparseModel:
+    from corolla.models.sparse_model import SparseModel
+
+    return SparseModel(base, config.rank, config.target_modules, config.layers, config.seed)
+
+
 FORMS: Mapping[str, Form] = {
     **{name: Form(part.shapes, _dense) for name, part in PARTS.items()},
     "lora": Form(_lora_shapes, _lora),
     "full": Form(PARTS["full"].shapes, _full),
+    "sparse": Form(PARTS["sparse"].shapes, _sparse),
 }
 """Name of a kind → its form."""
 

@@ -9,18 +9,8 @@ from collections.abc import Collection, Sequence
 
 from corolla.errors import ModelError
 from corolla.tensors import factors
+from corolla.tensors.units import block
 from corolla.types import Payload
-
-
-def block(name: str) -> tuple[str, int] | None:
-    """Returns the stack and the number of a module's block; None for a module outside of blocks."""
-    before, _, after = name.partition(".")
-    while after:
-        part, _, rest = after.partition(".")
-        if part.isdecimal() and rest:
-            return before, int(part)
-        before, after = f"{before}.{part}", rest
-    return None
 
 
 def numbers(text: str, there: Sequence[int]) -> list[int]:

@@ -6,6 +6,7 @@ shapes from here: libraries that load models are imported where one is built.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 from corolla.config.run import RunConfig
 from corolla.errors import ModelError
 from corolla.models.anatomy import Anatomy, Shape
+from corolla.models.sparse import places
 
 if TYPE_CHECKING:
     from peft import IA3Config, PromptTuningConfig
@@ -20,9 +22,18 @@ if TYPE_CHECKING:
 
     from corolla.models.pretrained import Base
 
+_TABLE = re.compile(
+    r"(^|\.)(embed_tokens|wte|(word_|tok_)?embeddings|word_embedding|tokens_embed|embed_in)\.weight$"
+)
+"""Names of the table of the embeddings of tokens."""
+
 Shapes = Callable[[Anatomy, RunConfig, int], Mapping[str, Shape]]
 """Shapes of the trained tensors by name, in a model with so many labels (0: it generates).
 A classifier's head, which is trained with all kinds, is counted beside them."""
+
+
+_NORM = re.compile(r"(^|\.)([^.]*norm[^.]*|ln(_[^.]*)?)\.(weight|bias)$", re.IGNORECASE)
+"""Names of the tensors of normalisations: input_layernorm.weight, q_norm.weight, ln_1.bias, …"""
 
 
 def _no_targets(base: Base, given: Sequence[str] | None) -> list[str]:
@@ -32,6 +43,11 @@ def _no_targets(base: Base, given: Sequence[str] | None) -> list[str]:
 
 def _nothing(base: Base, targets: Sequence[str], virtual_tokens: int) -> None:
     """Nothing is added to the base."""
+
+
+def _given(base: Base, given: Sequence[str] | None) -> list[str]:
+    """Those that are named."""
+    return list(given or ())
 
 
 @dataclass(frozen=True)
@@ -79,6 +95,19 @@ def _biases(base: Base) -> list[str]:
     return sorted({*_heads(base), *biases})
 
 
+def _norms(base: Base) -> list[str]:
+    """The weights and biases of all normalisations: of blocks, of queries and keys, and the last.
+
+    A scale of what a normalisation gives, and a shift of it, are its own weight and bias.
+    """
+    norms = [name for name in _names(base) if _NORM.search(name)]
+    if not norms:
+        raise ModelError(
+            f"parameters=norm: {base.name} has no normalisation with weights; use lora or ia3"
+        )
+    return sorted({*_heads(base), *norms})
+
+
 def _output(base: Base) -> list[str]:
     """The output layer of a model that generates, the head of a classifier."""
     if heads := _heads(base):
@@ -91,6 +120,13 @@ def _output(base: Base) -> list[str]:
         )
     own = {id(parameter) for parameter in output.parameters()}
     return [name for name, parameter in base.model.named_parameters() if id(parameter) in own]
+
+
+def _embeddings(base: Base) -> list[str]:
+    """The table of the embeddings of tokens, and a classifier's head; tied layers stay tied."""
+    table = base.model.get_input_embeddings().weight
+    own = [name for name, parameter in base.model.named_parameters() if parameter is table]
+    return sorted({*_heads(base), *own})
 
 
 def _no_tensors(base: Base) -> list[str]:
@@ -166,9 +202,28 @@ def _bias_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[st
     return {n: s for n, s in anatomy.tensors.items() if n.endswith("bias")}
 
 
+def _norm_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[str, Shape]:
+    return {n: s for n, s in anatomy.tensors.items() if _NORM.search(n)}
+
+
 def _head_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[str, Shape]:
     output = {n: s for n, s in anatomy.tensors.items() if n.startswith("lm_head")}
     return {} if labels else output
+
+
+def _embeddings_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[str, Shape]:
+    found = {n: s for n, s in anatomy.tensors.items() if _TABLE.search(n) and len(s) == 2}
+    if not found:
+        raise ModelError(
+            f"parameters=embeddings: which tensor of {anatomy.name} has the embeddings of tokens "
+            f"is not known, its size neither; corolla simulate finds it in the model"
+        )
+    return found
+
+
+def _sparse_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[str, Shape]:
+    found = anatomy.linear(config.target_modules, config.layers)
+    return {f"{n}.delta": (places.count(n, s, config.rank),) for n, s in found.items()}
 
 
 def _full_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[str, Shape]:
@@ -179,7 +234,10 @@ PARTS = {
     "ia3": Part(_heads, _ia3_shapes, _scaled, _ia3),
     "prompt": Part(_no_tensors, _prompt_shapes, added=_prompt),
     "bias": Part(_biases, _bias_shapes),
+    "norm": Part(_norms, _norm_shapes),
     "head": Part(_output, _head_shapes),
+    "embeddings": Part(_embeddings, _embeddings_shapes),
     "full": Part(_names, _full_shapes),
+    "sparse": Part(_heads, _sparse_shapes, _given),
 }
 """Name of a kind → its part."""

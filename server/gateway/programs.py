@@ -144,6 +144,7 @@ def _refuses(config: RunConfig) -> str:
         "classes.NAME.layers": config.partial,
         "strategy.train=A": config.options.get("train") == "A",
         "dp=example": config.dp == "example",
+        "keep-hardest": config.keep_hardest is not None,
         f"codec {', '.join(config.codec)}": bool(config.codec),
         f"codec-down {', '.join(config.codec_down)}": bool(config.codec_down),
     }

@@ -22,12 +22,12 @@ from corolla.interfaces import Observed, Strategy, Traits
 from corolla.server.rounds.call import RoundCall
 from corolla.server.rounds.network import Network
 from corolla.server.rounds.round import evaluate_clients
-from corolla.server.rounds.tasks import accepted_only
+from corolla.server.rounds.tasks import accepted_only, priced
 from corolla.storage.memory import Memory
 from corolla.strategies.listing import registry
 from corolla.strategies.listing.registry import STRATEGIES, create
 from corolla.tensors import factors, tree
-from corolla.types import LoraSpec, Params, Payload
+from corolla.types import Cost, LoraSpec, Params, Payload
 from corolla.wire import codec, messages, scalar_groups
 from corolla.wire.packet import Packet
 from tests.strategies import tiny
@@ -507,9 +507,16 @@ def test_bytes_are_those_of_the_tensors(name: str, run: Run) -> None:
     assert result.traffic.down == sum(size_of(r) for r in run.network.received.values())
 
 
+def costs_of(run: Run, clients: Sequence[str]) -> Sequence[Cost]:
+    """By the strategy's formula, for the second round."""
+    state = run.done[0].state
+    sizes = [run.federation.at(state).size(c, 2) for c in clients]
+    return priced(run.federation.strategy, state, sizes)
+
+
 def test_upload_is_the_formula_for_each_client(name: str, run: Run) -> None:
     clients = list(run.network.sent)
-    costs = run.federation.strategy.cost([run.federation.size(c, 2) for c in clients])
+    costs = costs_of(run, clients)
     assert len(costs) == len(clients)
     for client, cost in zip(clients, costs, strict=True):
         assert messages.content_bytes(run.network.update(client)) == cost.up
@@ -526,7 +533,7 @@ def test_download_is_the_formula_for_who_missed_nothing(name: str, run: Run) -> 
     """In the second round, of those that were there in the first; a limit where it says so."""
     clients = [c for c in run.network.received if c in run.done[0].num_examples]
     assert clients
-    costs = run.federation.strategy.cost([run.federation.size(c, 2) for c in run.network.received])
+    costs = costs_of(run, [*run.network.received])
     by_client = dict(zip(run.network.received, costs, strict=True))
     for client in clients:
         found, cost = messages.content_bytes(run.network.received[client]), by_client[client]
@@ -556,7 +563,7 @@ def test_a_state_is_a_payload_of_single_precision(name: str, run: Run) -> None:
             wanted = torch.float32
             if n in ("seed", "key"):
                 wanted = torch.int64
-            elif group == "phase":
+            elif group in ("phase", "subset"):
                 wanted = torch.uint8
             elif n == "scalars" and group.startswith("log-") and rounding(name):
                 wanted = torch.float16

@@ -7,12 +7,12 @@ from pydantic import AfterValidator, Field
 from corolla.config.sections import kinds, starts
 from corolla.config.sections.kinds import Kind, KindName
 from corolla.config.sections.rule import Rule
-from corolla.config.sections.section import Layers, Positive, key, within
+from corolla.config.sections.section import Budget, Layers, Positive, key, within
+from corolla.config.sections.sparse_set import READS_ROWS, SparseSet
 from corolla.config.sections.starts import Start
-from corolla.config.sections.subject import Subject
 
 
-class Adapter(Subject):
+class Adapter(SparseSet):
     """An adapter, or the tensors that are trained in its place."""
 
     rank: Annotated[int, within("rank")] = key(8, "The rank of LoRA adapters.", 16)
@@ -57,6 +57,17 @@ class Adapter(Subject):
         against=("parameters=bias",),
         unsaid=True,
     )
+    budget: Budget | None = key(
+        None,
+        "The share of what training all modules takes that training may take: `flops:0.5` of the "
+        "backward pass, `bytes:0.25` of an update, `memory:0.5` of what the choice decides of the "
+        "peak. The best modules within it are chosen before the first round, on `public` rows if "
+        "these are given, and run.json says them as `layers` or `target_modules`.",
+        "flops:0.5",
+        effect="none, all are trained",
+        against=("parameters=bias", "strategy=seed_pool", "ranks=[4,8]"),
+        unsaid=True,
+    )
     ranks: list[Annotated[int, within("rank")]] = key(
         [],
         "The ranks of clients' adapters, which clients take in turn.",
@@ -91,7 +102,8 @@ class Adapter(Subject):
     )
     public: str | None = key(
         None,
-        "A .jsonl file of rows that belong to no client, for a start that is made from them.",
+        "A .jsonl file of rows that belong to no client, for a start that is made from them, for "
+        "budget, and for select=fisher or gradient.",
         "public.jsonl",
         effect="none",
         beside="start=gradient",
@@ -106,8 +118,8 @@ class Adapter(Subject):
 
     parameters: KindName = key(
         kinds.DEFAULT.name,
-        "What is trained: an adapter (lora, ia3, prompt), or tensors of the model as they are "
-        "(bias, head, full).",
+        "What is trained: an adapter (lora, ia3, prompt), tensors of the model as they are (bias, "
+        "norm, head, embeddings, full), or values at places of its weight matrices (sparse).",
         "ia3",
         against=("strategy=flora", "quantization=4bit", "dp=example epsilon=8"),
     )
@@ -124,15 +136,48 @@ class Adapter(Subject):
         return kinds.KINDS[self.parameters]
 
     @property
+    def budgeted(self) -> bool:
+        """True where blocks or modules are still to be chosen under a budget."""
+        return self.budget is not None
+
+    @property
     def begins(self) -> Start:
         """The start of the adapter, with its facts."""
         return starts.of(self.start)
+
+    @property
+    def reads_public(self) -> bool:
+        """True where public rows are read, if there are any."""
+        return self.begins.rows or self.budgeted or self.selects_by_rows
 
     @property
     def prefix(self) -> int:
         """Virtual tokens that stand before each text."""
         return self.virtual_tokens if self.kind.virtual_tokens else 0
 
+
+SELECTION: tuple[Rule[Adapter], ...] = (
+    Rule(
+        when=lambda run: run.select != "random" and not run.kind.sparse,
+        why=lambda run: f"select={run.select} is for parameters=sparse",
+        instead=lambda run: f"found parameters={run.parameters}, leave it out",
+    ),
+    Rule(
+        when=lambda run: run.explored and run.select != "movement",
+        why=lambda run: f"explored={run.explored} is for select=movement",
+        instead=lambda run: f"found select={run.select}",
+    ),
+    Rule(
+        when=lambda run: run.select == "movement" and not run.explored,
+        why=lambda run: "select=movement needs explored=FOLDER",
+        instead="a LoRA adapter of the same base, as a run before has saved it",
+    ),
+    Rule(
+        when=lambda run: run.selects_by_rows and not run.public,
+        why=lambda run: f"select={run.select} needs public=FILE.jsonl",
+        instead="rows that belong to no client",
+    ),
+)
 
 ALPHAS: tuple[Rule[Adapter], ...] = (
     Rule(
@@ -148,16 +193,29 @@ TARGETS: tuple[Rule[Adapter], ...] = (
         instead=lambda run: f"parameters={run.parameters} has none",
     ),
     Rule(
-        when=lambda run: run.layers and not run.kind.factors,
-        why=lambda run: "layers are those of LoRA adapters",
+        when=lambda run: run.layers and not run.kind.blocks,
+        why=lambda run: "layers are those of LoRA adapters and sparse sets",
         instead=lambda run: f"parameters={run.parameters} has none",
+    ),
+    Rule(
+        when=lambda run: run.budget and not run.kind.factors,
+        why=lambda run: "budget chooses modules of LoRA adapters",
+        instead=lambda run: f"parameters={run.parameters} has none",
+    ),
+    Rule(
+        when=lambda run: run.budget and run.ranks,
+        why=lambda run: "budget is for one rank of all clients",
+        instead=lambda run: f"found ranks={list(run.ranks)}, leave one of the two out",
     ),
 )
 
 STARTS: tuple[Rule[Adapter], ...] = (
     Rule(
-        when=lambda run: not run.begins.rows and run.public,
-        why=lambda run: f"public={run.public} is for start={starts.with_rows()}",
+        when=lambda run: run.public and not run.reads_public,
+        why=lambda run: (
+            f"public={run.public} is for start={starts.with_rows()}, for budget, and for "
+            f"select={' or '.join(READS_ROWS)}"
+        ),
         instead="leave it out",
     ),
     Rule(
@@ -166,7 +224,7 @@ STARTS: tuple[Rule[Adapter], ...] = (
         instead="rows that belong to no client",
     ),
     Rule(
-        when=lambda run: run.begins.rows and run.public == run.data,
+        when=lambda run: run.public and run.public == run.data,
         why=lambda run: "public rows belong to no client",
         instead="found the file of the clients' data",
     ),

@@ -47,6 +47,14 @@ QUANTIZED: tuple[Rule[Machine], ...] = (
     ),
 )
 
+FULL_PRECISION: tuple[Rule[Machine], ...] = (
+    Rule(
+        when=lambda run: run.dtype != "float32" and run.kind.sparse,
+        why=lambda run: f"parameters={run.parameters} changes values of the base in place",
+        instead=lambda run: f"{run.dtype} would round small changes away, use dtype=float32",
+    ),
+)
+
 DEVICES: tuple[Rule[Machine], ...] = (
     Rule(
         when=lambda run: (

@@ -61,8 +61,9 @@ def saved(judge: Evaluator, folder: Path) -> tuple[Adapter, Path]:
 @pytest.mark.parametrize(
     ("parameters", "task"),
     [
-        *((p, "causal") for p in ("lora", "ia3", "prompt", "bias", "head", "full")),
-        *((p, "classify") for p in ("lora", "ia3", "bias", "head", "full")),
+        *((p, "causal") for p in ("lora", "ia3", "prompt", "bias", "norm", "head", "full")),
+        *((p, "classify") for p in ("lora", "ia3", "bias", "norm", "head", "full")),
+        *((p, task) for p in ("embeddings", "sparse") for task in ("causal", "classify")),
     ],
 )
 def test_every_kind_is_proven(

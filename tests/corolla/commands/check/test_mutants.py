@@ -91,6 +91,9 @@ MUTANTS = [
     Mutant("SameDirections", (DIRECTIONS,)),
     # What passed at first when somebody tried to get past the check.
     Mutant("LateSign", (WEIGHTS, BY_EXAMPLES), rounds=5),
+    Mutant("FisherUnweighted", (EXPECTED, BY_EXAMPLES, SHARES, SUMS, LINEAR)),
+    Mutant("FisherOfTheMean", (EXPECTED, BY_EXAMPLES)),
+    Mutant("FisherFloorTooHigh", (EXPECTED, BY_EXAMPLES)),
     Mutant("SaysItRounds", (FACTORS, BY_EXAMPLES, SHARES, SUMS, LINEAR)),
     Mutant("EvaluatesItsStart", (EVALUATES,)),
     Mutant("OnceForgotten", (FIRST,)),
@@ -144,6 +147,9 @@ SABOTAGED = [
     Mutant("HeaderForgotten", (UP,)),
     Mutant("SmallRows", (DOWN,)),
     Mutant("ClassesAlike", (FACTORS, BY_EXAMPLES)),
+    Mutant("ForgetsWhatWasTrained", (EVALUATES,), rounds=5),
+    Mutant("ShrinksWhatIsFrozen", (FACTORS, BY_EXAMPLES), rounds=5),
+    Mutant("TrainsEverything", (FACTORS, BY_EXAMPLES, ONE)),
 ]
 
 
