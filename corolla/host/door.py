@@ -1,4 +1,4 @@
-"""A door before a server that counts no connections: they are taken here, and their bytes passed on.
+"""A door before a server that counts no connections: it takes them, and passes their bytes on.
 
 The server listens on loopback. Who is let in is counted by network and in all, from the moment that
 the connection is taken, and is known to the server by the port that its bytes come from.
@@ -8,6 +8,7 @@ import asyncio
 import socket
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from corolla.host.occupancy import Occupancy, Occupant, network
@@ -16,6 +17,8 @@ SHARE = 4
 """One network has at most this part of all connections: many callers may share it."""
 SILENCE = 20.0
 """Seconds in which a connection must become that of a caller who is known."""
+FIRST = 1 << 17
+"""Bytes that are passed on of a caller until it is known: TLS, and the head of a first call."""
 _PAUSE = 0.1
 """Seconds until the next try where a connection cannot be taken."""
 _HOST = "127.0.0.1"
@@ -31,15 +34,27 @@ class Visitor:
         self._at_work = 0
         self._late: asyncio.TimerHandle | None = None
         self._halves: list[_Half] = []
+        self._heard = 0
 
     def known(self) -> None:
         """Notes that its caller is one of those who may call."""
-        if self._late:
-            self._late.cancel()
+        if self._late is None:
+            return
+        self._late.cancel()
         self._late = None
+        for half in self._halves:
+            half.held = False
+            half.turn()
+
+    def hears(self, half: "_Half", more: int) -> None:
+        """So many bytes more have come from outside; who is not known has to wait after FIRST."""
+        self._heard += more
+        if self._late and self._heard >= FIRST:
+            half.held = True
+            half.turn()
 
     def works(self, more: int) -> None:
-        """One more call of it is at work, or one less (-1); without any, it waits for its caller."""
+        """One more call is at work, or one less (-1); without any, it waits for its caller."""
         self._at_work += more
         change = self._occupancy.settle if self._at_work else self._occupancy.wait
         change(self._occupant)
@@ -64,21 +79,35 @@ class _Half(asyncio.Protocol):
 
     transport: asyncio.Transport
     other: "_Half"
+    held = False
+    """True while what it says has to wait."""
+    full = False
+    """True while the other side has too much to say already."""
+    heard: Callable[[int], None] = staticmethod(lambda more: None)
     ended: Callable[[], None] = staticmethod(lambda: None)
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self.transport = transport
         transport.pause_reading()  # until the other side is there
 
+    def turn(self) -> None:
+        """Read on, or not."""
+        if self.held or self.full:
+            self.transport.pause_reading()
+        else:
+            self.transport.resume_reading()
+
     def data_received(self, data: bytes) -> None:
         self.other.transport.write(data)
+        self.heard(len(data))
 
     def pause_writing(self) -> None:
-        self.other.transport.pause_reading()
+        self.other.full = True
+        self.other.turn()
 
     def resume_writing(self) -> None:
-        self.other.transport.resume_reading()
+        self.other.full = False
+        self.other.turn()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.ended()
@@ -167,9 +196,10 @@ class Door:
                 del self._visitors[own]
 
         outer.ended = inner.ended = ended
+        outer.heard = partial(visitor.hears, outer)
         visitor.begin([outer, inner])
         for half in (outer, inner):
-            half.transport.resume_reading()
+            half.turn()
 
 
 def listening(address: str) -> list[socket.socket]:

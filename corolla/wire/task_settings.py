@@ -86,7 +86,10 @@ class TaskSettings:
         settings LookupError, TypeError or ValueError, of which each receiver says what is wrong in
         its own words.
         """
-        told = json.loads(text)
+        try:
+            told = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("it is nested too deeply") from error
         lora = LoraSpec(**told["lora"])
         for name in ("rank", "alpha"):
             ranges.check(name, getattr(lora, name))

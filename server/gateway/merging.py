@@ -134,6 +134,9 @@ def prepare(task: Task, allow: Iterable[str] = ()) -> Merging:
     except (KeyError, TypeError, ValueError) as error:
         raise WireError(f"the task's settings cannot be read: {type(error).__name__}") from error
     config.of_class(kind)
-    fresh = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in form.items()}
+    try:
+        fresh = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in form.items()}
+    except RuntimeError as error:  # torch says so of memory
+        raise WireError("the task's adapter takes more memory than this gateway has") from error
     bare = replace(task, payload=b"", scalars={}, log=None, seats=0)
     return Merging(bare, config, build_strategy(config), kind, fresh, told.chosen)
