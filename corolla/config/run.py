@@ -134,6 +134,7 @@ RULES: tuple[Rule[RunConfig], ...] = (
     *machine.DEVICES,
     *adapter.PUBLIC,
     *machine.GRADIENT_START,
+    *machine.EXPERTS,
     *privacy.SETTINGS,
     *privacy.CLIENTS,
     *privacy.EXAMPLES,

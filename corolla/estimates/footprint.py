@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from corolla.config.run import RunConfig
 from corolla.models import kinds, layers
 from corolla.models.anatomy import Anatomy, Shape
+from corolla.models.experts import fused
 from corolla.types import TrainerName
 
 LIBRARIES = 421_000_000
@@ -129,6 +130,7 @@ def client(
         "gradients and optimiser": 0 if in_place else 4 * steps * values,
         "gradients of each example": _apart(config, trainer, batch, values),
         "messages": messages if messages is not None else (0 if in_place else 8 * values),
+        "experts with their adapters": _adapted_experts(anatomy, config, trainer),
         "activations": _resident(activations, sparing),
         "logits": _resident(logits, sparing),
         "work": WORK,
@@ -191,6 +193,7 @@ def operations(anatomy: Anatomy, config: RunConfig, trainer: TrainerName, batch:
     """
     batch = batch.of(config)
     linear = sum(math.prod(shape) for shape in anatomy.linear().values())
+    linear += fused.used(anatomy.stacks(), anatomy.experts_per_token)
     blocks = 2.0 * linear * batch.positions
     head = 2.0 * anatomy.vocabulary * anatomy.hidden * batch.targets
     if trainer == "zeroth_order":
@@ -208,8 +211,17 @@ def _apart(config: RunConfig, trainer: TrainerName, batch: Batch, values: int) -
     if config.dp != "example" or trainer != "first_order":
         return 0.0
     exact = config.dtype == "float32" and config.quantization == "none"
-    hooked = exact and config.kind.hooked  # else one sequence at a time
+    hooked = (
+        exact and config.kind.hooked and not config.target_parameters
+    )  # else one sequence at a time
     return 4.0 * values * (batch.sequences if hooked else 1) + 8.0 * values  # the sum is in fp64
+
+
+def _adapted_experts(anatomy: Anatomy, config: RunConfig, trainer: TrainerName) -> float:
+    """Weights of experts with an adapter added, of all layers or of one, and a gradient of them."""
+    every, largest = fused.adapted(anatomy.stacks(config.layers), config, anatomy.name)
+    kept = trainer == "first_order" and not config.gradient_checkpointing
+    return _WIDTH[config.dtype] * ((every if kept else largest) + largest)
 
 
 def _kept(anatomy: Anatomy, config: RunConfig, batch: Batch) -> Blocks:

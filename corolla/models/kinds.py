@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.models.anatomy import Anatomy, Shape
+from corolla.models.experts import fused
 from corolla.models.parts import PARTS, Shapes
 
 if TYPE_CHECKING:
@@ -33,13 +34,15 @@ class Form:
 
 
 def _lora_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[str, Shape]:
-    return anatomy.adapter(config.lora, config.target_modules, config.layers)
+    linear = anatomy.adapter(config.lora, config.target_modules, config.layers)
+    return {**linear, **fused.adapter(anatomy.stacks(config.layers), config, anatomy.name)}
 
 
 def _lora(config: RunConfig, base: Base) -> LoraModel:
     from corolla.models.lora import LoraModel
 
-    return LoraModel(base, config.target_modules, config.dropout, config.layers)
+    experts = config.target_parameters or ()
+    return LoraModel(base, config.target_modules, config.dropout, config.layers, experts)
 
 
 def _dense(config: RunConfig, base: Base) -> DenseModel:

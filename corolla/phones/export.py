@@ -131,6 +131,8 @@ def wanted(
             f"{source} is {kind} of {config.get('task_type')}: native clients train LoRA of causal "
             f"language models"
         )
+    if config.get("target_parameters"):
+        raise ModelError(f"{source} has adapters of fused experts, which native clients have not")
     if config.get("rank_pattern"):
         raise ModelError(f"{source} has ranks by module: give --rank, and the base as the model")
     chosen = targets or ([own] if isinstance(own, str) else sorted(own))

@@ -47,6 +47,18 @@ class Adapter(Subject):
         effect="all linear layers of the blocks",
         against=("parameters=bias",),
     )
+    target_parameters: list[str] | None = key(
+        None,
+        "The names of tensors that hold the weights of all experts of a layer, and get an adapter "
+        "for each expert beside those of linear layers (Mixtral, Qwen3-MoE, gpt-oss).",
+        ["experts.gate_up_proj", "experts.down_proj"],
+        effect="none, fused experts stay as they are",
+        against=(
+            *("parameters=bias", "dropout=0.1", "quantization=4bit"),
+            "start=gradient public=public.jsonl",
+        ),
+        unsaid=True,
+    )
     layers: Layers | None = key(
         None,
         "The blocks of the model that get an adapter, counted from 0 at the input: `last:4`, "
@@ -133,6 +145,21 @@ TARGETS: tuple[Rule[Adapter], ...] = (
         when=lambda run: run.target_modules and not run.kind.target_modules,
         why=lambda run: "target-modules are those of adapters",
         instead=lambda run: f"parameters={run.parameters} has none",
+    ),
+    Rule(
+        when=lambda run: run.target_parameters and not run.kind.factors,
+        why=lambda run: "target-parameters get LoRA adapters",
+        instead=lambda run: f"parameters={run.parameters} has none",
+    ),
+    Rule(
+        when=lambda run: run.target_parameters and run.dropout,
+        why=lambda run: f"dropout={run.dropout:g} does not go with target-parameters",
+        instead="peft adds an adapter to the weights of experts, before they see an input",
+    ),
+    Rule(
+        when=lambda run: run.target_parameters and run.start == "gradient",
+        why=lambda run: "start=gradient is for linear layers",
+        instead="leave target-parameters out, or use start=random",
     ),
     Rule(
         when=lambda run: run.layers and not run.kind.factors,

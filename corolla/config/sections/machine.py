@@ -47,6 +47,14 @@ QUANTIZED: tuple[Rule[Machine], ...] = (
     ),
 )
 
+EXPERTS: tuple[Rule[Machine], ...] = (
+    Rule(
+        when=lambda run: run.target_parameters and run.quantization != "none",
+        why=lambda run: f"target-parameters needs a base in full, found {run.quantization}",
+        instead="leave quantization out, or use dtype=bfloat16",
+    ),
+)
+
 DEVICES: tuple[Rule[Machine], ...] = (
     Rule(
         when=lambda run: (

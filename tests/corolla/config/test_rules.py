@@ -30,7 +30,7 @@ def test_different_scalings_are_mixed_ranks_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "names"),
     [
-        (["parameters=all"], ["parameters", "head, full", "'all'"]),
+        (["parameters=all"], ["parameters", "head, embeddings, full", "'all'"]),
         (
             ["parameters=full", "strategy=flora"],
             ["strategy flora trains LoRA factors", "parameters=full", "use fedavg or", "seed_pool"],
