@@ -173,7 +173,7 @@ class Experts:
         found = dict(params)
         for name, place in self._places.items():
             a, b = found.pop(place.path + factors.A), found.pop(place.path + factors.B)
-            each = b.unflatten(1, (-1, place.experts))
+            each = b.reshape(len(b), -1, place.experts)
             for expert, own in enumerate(a.chunk(place.experts)):
                 found[f"{name}.{expert}{factors.A}"] = own.contiguous()
                 found[f"{name}.{expert}{factors.B}"] = each[:, :, expert].contiguous()

@@ -58,14 +58,16 @@ def in_dense_weights(kind: str, deltas: Mapping[str, Tensor]) -> Any:
     return plain
 
 
+def product(own: Params, name: str) -> Tensor:
+    return own[f"{name}.lora_B"].double() @ own[f"{name}.lora_A"].double()
+
+
 def by_hand(params: Params, *blocks: Params) -> dict[str, Tensor]:
     """The updates of all modules, in fp64."""
     names = [name.removesuffix(".lora_A") for name in params if name.endswith(".lora_A")]
     return {
-        name: sum(
-            scaling * own[f"{name}.lora_B"].double() @ own[f"{name}.lora_A"].double()
-            for own, scaling in [(params, SPEC.scaling), *((block, 1.0) for block in blocks)]
-        )
+        name: SPEC.scaling * product(params, name)
+        + sum((product(block, name) for block in blocks), torch.zeros(()))
         for name in names
     }
 
@@ -115,10 +117,10 @@ def test_gradients_are_those_of_dense_weights(kind: str) -> None:
     for name in by_hand(start):
         tensor, _, expert = name.rpartition(".")
         if expert.isdecimal():
-            gradient = leaves[tensor].grad[int(expert)]  # type: ignore[index]
+            gradient = leaves[tensor].grad[int(expert)]
             gradient = gradient.T if kind == "gpt_oss" else gradient
         else:
-            gradient = leaves[f"{name}.weight"].grad  # type: ignore[assignment]
+            gradient = leaves[f"{name}.weight"].grad
         a, b = start[f"{name}.lora_A"], start[f"{name}.lora_B"]
         for role, wanted in (
             (".lora_A", SPEC.scaling * b.T @ gradient),
@@ -178,7 +180,9 @@ def test_examples_have_gradients_of_their_own_under_privacy() -> None:
     """A clipped sum is that of plain backpropagation, an example at a time."""
     model = built("mixtral")
     model.write(moved(model), SPEC)
-    trained = {name: p.requires_grad_(True) for name, p in model.parameters()}
+    trained = dict(model.parameters())
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
     clipper = Clipper(model, trained, 3)
     with clipper.attached():
         found = clipper([[own] for own in BATCH], 1e-3)
