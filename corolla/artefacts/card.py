@@ -119,6 +119,8 @@ def _limits(config: RunConfig, info: Mapping[str, Any]) -> Iterator[tuple[str, s
     """The experts and blocks that were trained, what `max_rank` has cut: where asked for."""
     if config.target_parameters:
         yield "target parameters", ", ".join(config.target_parameters)
+    if config.new_tokens:
+        yield "tokens of its own", ", ".join(config.new_tokens)
     if config.layers:
         yield "blocks", config.layers
     for name, own in config.classes.items():

@@ -51,6 +51,17 @@ _STATE: tuple[Rule[Asked], ...] = (
     ),
 )
 
+_TOKENS: tuple[Rule[Asked], ...] = (
+    Rule(
+        when=lambda asked: asked.config.new_tokens and asked.traits.personal,
+        why=lambda asked: (
+            f"{asked.subject} leaves what is no factor A to each client, and rows of new-tokens "
+            f"would have no mean"
+        ),
+        instead=lambda asked: f"use {able(lambda cls: not registry.traits(cls).personal)}",
+    ),
+)
+
 _LAYERS: tuple[Rule[Asked], ...] = (
     Rule(
         when=lambda asked: asked.config.partial and not asked.config.kind.factors,
@@ -253,7 +264,7 @@ _TRAINERS: tuple[Rule[Asked], ...] = (
     ),
 )
 
-RULES = (*_STATE, *_RANKS, *_LAYERS, *_CODECS, *_START, *_ROBUST, *_PRIVATE, *_TRAINERS)
+RULES = (*_STATE, *_RANKS, *_TOKENS, *_LAYERS, *_CODECS, *_START, *_ROBUST, *_PRIVATE, *_TRAINERS)
 """Of several that apply, the first is told."""
 
 _GATEWAYS: tuple[Rule[Asked], ...] = (

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from corolla.config.run import RunConfig
-from corolla.models import kinds, layers
+from corolla.models import kinds, layers, parts
 from corolla.models.anatomy import Anatomy, Shape
 from corolla.models.experts import fused
 from corolla.types import TrainerName
@@ -131,6 +131,7 @@ def client(
         "gradients of each example": _apart(config, trainer, batch, values),
         "messages": messages if messages is not None else (0 if in_place else 8 * values),
         "experts with their adapters": _adapted_experts(anatomy, config, trainer),
+        "tables with trained rows": _tables(anatomy, config, trainer),
         "activations": _resident(activations, sparing),
         "logits": _resident(logits, sparing),
         "work": WORK,
@@ -224,6 +225,14 @@ def _adapted_experts(anatomy: Anatomy, config: RunConfig, trainer: TrainerName) 
     return _WIDTH[config.dtype] * ((every if kept else largest) + largest)
 
 
+def _tables(anatomy: Anatomy, config: RunConfig, trainer: TrainerName) -> float:
+    """Copies of input and output tables with the rows of new tokens, and gradients of both."""
+    if not config.new_tokens:
+        return 0.0
+    largest = max(math.prod(shape) for shape in parts.token_tables(anatomy).values())
+    return _WIDTH[config.dtype] * largest * (4 if trainer == "first_order" else 2)
+
+
 def _kept(anatomy: Anatomy, config: RunConfig, batch: Batch) -> Blocks:
     """Returns the blocks that autograd keeps of all layers until the backward pass.
 
@@ -251,7 +260,8 @@ def _adapted(anatomy: Anatomy, config: RunConfig) -> Sequence[int]:
 
 def _passed(anatomy: Anatomy, config: RunConfig) -> int:
     """How many blocks a backward pass goes through: those from the deepest trained one upwards."""
-    return anatomy.layers - min(_adapted(anatomy, config))
+    first = 0 if config.new_tokens else min(_adapted(anatomy, config))
+    return anatomy.layers - first
 
 
 def _layer(anatomy: Anatomy, config: RunConfig, batch: Batch, frozen: bool = False) -> Blocks:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
+from corolla.models import parts
 from corolla.models.anatomy import Anatomy, Shape
 from corolla.models.experts import fused
 from corolla.models.parts import PARTS, Shapes
@@ -35,14 +36,22 @@ class Form:
 
 def _lora_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[str, Shape]:
     linear = anatomy.adapter(config.lora, config.target_modules, config.layers)
-    return {**linear, **fused.adapter(anatomy.stacks(config.layers), config, anatomy.name)}
+    experts = fused.adapter(anatomy.stacks(config.layers), config, anatomy.name)
+    return {**linear, **experts, **parts.token_rows(anatomy, config)}
 
 
 def _lora(config: RunConfig, base: Base) -> LoraModel:
     from corolla.models.lora import LoraModel
+    from corolla.models.tokens import rows
 
-    experts = config.target_parameters or ()
-    return LoraModel(base, config.target_modules, config.dropout, config.layers, experts)
+    return LoraModel(
+        base,
+        config.target_modules,
+        config.dropout,
+        config.layers,
+        config.target_parameters or (),
+        rows.ids(base.tokenizer, config.new_tokens, base.model),
+    )
 
 
 def _dense(config: RunConfig, base: Base) -> DenseModel:

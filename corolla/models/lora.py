@@ -37,6 +37,7 @@ from corolla.models.experts.stacks import Experts, free
 from corolla.models.missing import within
 from corolla.models.pretrained import Base, heads_of
 from corolla.models.space import Beside, Space, Unrounded
+from corolla.models.tokens import rows
 from corolla.tensors import factors
 from corolla.types import Adapter, LoraSpec, Move, Params
 
@@ -61,11 +62,13 @@ class LoraModel(Unrounded):
         dropout: float = 0.0,
         blocks: str | None = None,
         experts: Sequence[str] = (),
+        tokens: Sequence[int] = (),
     ) -> None:
         """Adapters on `targets` (suffixes of module names; None: all linear layers but the output).
 
         `blocks`: in which blocks, as the key `layers` has them; None: in all. `experts`: tensors
-        of fused experts that get adapters as well. Raises ModelError when targets match no linear
+        of fused experts that get adapters as well. `tokens`: ids whose rows are trained beside
+        them. Raises ModelError when targets match no linear
         layer, or no tensor, and for a block that there is not.
         """
         self.base = base
@@ -83,6 +86,7 @@ class LoraModel(Unrounded):
             target_modules=self.targets,
             target_parameters=self._experts.targets or None,
             layers_to_transform=layers.chosen(_names(base, heads), blocks) if blocks else None,
+            trainable_token_indices=rows.indices(base.model, tokens),
             modules_to_save=heads or None,
             exclude_modules=heads or None,
             fan_in_fan_out=conv1d,
@@ -94,11 +98,7 @@ class LoraModel(Unrounded):
         self.device = next(self.model.parameters()).device
         wrapped = self.model.base_model.model
         self._layers: dict[str, Any] = {n: m for n, m in wrapped.named_modules() if _is_layer(m)}
-        self._heads = {
-            n: m.modules_to_save[_NAME]
-            for n, m in wrapped.named_modules()
-            if isinstance(m, ModulesToSaveWrapper)
-        }
+        self._heads, self._rows = _heads(wrapped), rows.trained(wrapped, _NAME)
         self._hooks: list[RemovableHandle] = []
         for head in self._heads.values():
             head.float()  # trained and averaged in fp32 whatever the base is
@@ -251,9 +251,10 @@ class LoraModel(Unrounded):
         for hook in self._hooks:
             hook.remove()
         plain: PreTrainedModel = self.model.unload()
-        for name, tensor in self._start_head.items():  # peft would leave the trained head in place
-            parameter = plain.get_parameter(name)
-            parameter.data = tensor.to(self._head_dtype, copy=True)
+        for module in self._heads:  # peft would leave the trained head in place
+            for name, parameter in plain.get_submodule(module).named_parameters():
+                tensor = self._start_head[f"{module}.{name}"]
+                parameter.data = tensor.to(self._head_dtype, copy=True)
         return plain
 
     def distance_to(self, folder: Path, spec: LoraSpec) -> float:
@@ -282,6 +283,7 @@ class LoraModel(Unrounded):
         for module, head in self._heads.items():
             for name, parameter in head.named_parameters():
                 yield f"{module}.{name}", parameter
+        yield from self._rows.items()
 
     def _set_frozen(self, blocks: Sequence[Params]) -> None:
         self._frozen = {}
@@ -304,6 +306,15 @@ def _beside(
         return output + F.linear(F.linear(inputs[0].to(a.dtype), a), b).to(output.dtype)
 
     return hook
+
+
+def _heads(wrapped: nn.Module) -> dict[str, nn.Module]:
+    """The modules that peft trains as they are, by name."""
+    return {
+        name: module.modules_to_save[_NAME]
+        for name, module in wrapped.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
 
 
 def _is_layer(module: nn.Module) -> bool:

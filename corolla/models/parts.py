@@ -185,13 +185,36 @@ def _head_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[st
 
 
 def _embeddings_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[str, Shape]:
+    return _input_table(anatomy)
+
+
+def _input_table(anatomy: Anatomy) -> dict[str, Shape]:
     found = {n: s for n, s in anatomy.tensors.items() if _TABLE.search(n) and len(s) == 2}
     if not found:
         raise ModelError(
-            f"parameters=embeddings: which tensor of {anatomy.name} has the embeddings of tokens "
-            f"is not known, its size neither; corolla simulate finds it in the model"
+            f"which tensor of {anatomy.name} has the embeddings of tokens is not known, its size "
+            f"neither; corolla simulate finds it in the model"
         )
     return found
+
+
+def token_tables(anatomy: Anatomy) -> dict[str, Shape]:
+    """The tables that have a row for each token: also an output layer that is not tied."""
+    outputs = ("lm_head.weight", "embed_out.weight")
+    return _input_table(anatomy) | {n: anatomy.tensors[n] for n in outputs if n in anatomy.tensors}
+
+
+def token_rows(anatomy: Anatomy, config: RunConfig) -> dict[str, Shape]:
+    """Shapes of the rows that are trained for tokens of a run's own, by name (tokens/rows.py)."""
+    if not config.new_tokens:
+        return {}
+    return {
+        f"{name.removesuffix('.weight')}.token_adapter.trainable_tokens_delta": (
+            len(config.new_tokens),
+            shape[1],
+        )
+        for name, shape in token_tables(anatomy).items()
+    }
 
 
 def _full_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[str, Shape]:

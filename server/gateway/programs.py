@@ -141,6 +141,7 @@ def _refuses(config: RunConfig) -> str:
         f"parameters={config.parameters}": not config.kind.native,
         "classes.NAME.layers": config.partial,
         "target-parameters": bool(config.target_parameters),
+        "new-tokens": bool(config.new_tokens),
         "dp=example": config.dp == "example",
         f"codec {', '.join(config.codec)}": bool(config.codec),
         f"codec-down {', '.join(config.codec_down)}": bool(config.codec_down),

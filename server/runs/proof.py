@@ -81,7 +81,7 @@ def save(
     unproven = there.with_name(there.name + ".unproven")
     judge.save(adapter, unproven)
     smaller = None
-    if judge.config.kind.factors and not judge.config.target_parameters:
+    if judge.config.plain_lora:
         rank = judge.config.served_rank
         smaller = served.prepare(unproven, rank, final["loss"], judge.score)
     proof = prove(judge, adapter, unproven, other)

@@ -59,6 +59,18 @@ class Adapter(Subject):
         ),
         unsaid=True,
     )
+    new_tokens: list[Annotated[str, Field(min_length=1)]] = key(
+        [],
+        "Tokens of the data's own, which the tokenizer gets where it lacks them; their rows of the "
+        "tables of embeddings are trained beside the adapter.",
+        ["<tool>", "</tool>"],
+        effect="none",
+        against=(
+            *("parameters=bias", "quantization=4bit", "strategy=fedsa_lora"),
+            'new_tokens=["<a>","<a>"]',
+        ),
+        unsaid=True,
+    )
     layers: Layers | None = key(
         None,
         "The blocks of the model that get an adapter, counted from 0 at the input: `last:4`, "
@@ -123,6 +135,11 @@ class Adapter(Subject):
     )
 
     @property
+    def plain_lora(self) -> bool:
+        """True where all that is trained, but for a head, is LoRA of linear layers."""
+        return self.kind.factors and not (self.target_parameters or self.new_tokens)
+
+    @property
     def kind(self) -> Kind:
         """The kind of the parameters that are trained, with its facts and defaults."""
         return kinds.KINDS[self.parameters]
@@ -160,6 +177,16 @@ TARGETS: tuple[Rule[Adapter], ...] = (
         when=lambda run: run.target_parameters and run.start == "gradient",
         why=lambda run: "start=gradient is for linear layers",
         instead="leave target-parameters out, or use start=random",
+    ),
+    Rule(
+        when=lambda run: run.new_tokens and not run.kind.factors,
+        why=lambda run: "rows of new-tokens are trained beside LoRA adapters",
+        instead=lambda run: f"parameters={run.parameters} has none",
+    ),
+    Rule(
+        when=lambda run: len(set(run.new_tokens)) < len(run.new_tokens),
+        why=lambda run: f"new-tokens names a token twice, found {run.new_tokens}",
+        instead="give each once",
     ),
     Rule(
         when=lambda run: run.layers and not run.kind.factors,

@@ -53,6 +53,11 @@ EXPERTS: tuple[Rule[Machine], ...] = (
         why=lambda run: f"target-parameters needs a base in full, found {run.quantization}",
         instead="leave quantization out, or use dtype=bfloat16",
     ),
+    Rule(
+        when=lambda run: run.new_tokens and run.quantization != "none",
+        why=lambda run: f"new-tokens needs a base in full, found {run.quantization}",
+        instead="leave quantization out, or use dtype=bfloat16",
+    ),
 )
 
 DEVICES: tuple[Rule[Machine], ...] = (

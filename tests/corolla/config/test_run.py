@@ -155,6 +155,7 @@ def test_keys_are_written_section_by_section() -> None:
         "layers",
         "max_rank",
         "new_head",
+        "new_tokens",
         "target_parameters",
         "template_date",
     }  # where they are as usual: what is stored stays as it was

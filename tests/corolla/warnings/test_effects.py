@@ -30,6 +30,7 @@ ELSEWHERE = {
     "quantization": "needs bitsandbytes",
     "layers": "in models of more than one block",
     "target_parameters": "in models with fused experts",
+    "new_tokens": "in models with rows for them",
     "options": "a table of options, which are keys of their own",
     "task": "its example is what these rows are taken for anyway",
 }
