@@ -17,6 +17,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
 from corolla.artefacts.sizes import sentence
+from corolla.budgets import settle
 from corolla.config import rules
 from corolla.config.load import load, validate
 from corolla.config.run import RunConfig
@@ -126,8 +127,9 @@ def _leave(outcome: Outcome, folder: Path) -> None:
 def _run(grid: Grid, folder: Path, order: RunOrder, stop: threading.Event) -> None:
     config, resume = validate(order.config), (folder / "run.json").is_file()
     if resume:  # on another day perhaps
-        day = stored_run(folder)[0].template_date
-        config = config.model_copy(update={"template_date": day})
+        begun = stored_run(folder)[0]
+        config = config.model_copy(update={"template_date": begun.template_date})
+        config = settle.resumed(config, begun)
     loaded = set_up(config, order.run_id, deployed=True)
     config = loaded.config
     told = RunSettings(run_settings(config, own_devices=True), loaded.evaluator.labels)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from corolla.client.training import hardest
 from corolla.client.training.gradients import Gradients, PlainGradients, PrivateGradients
 from corolla.client.training.trained import Trained
 from corolla.config import schedule
@@ -56,7 +57,7 @@ class FirstOrder:
         trained = Trained(
             self.model, start, spec, frozen, lambda name: name in blocks and train(name)
         )
-        gradients = self._gradients()
+        gradients = self._gradients(trained)
         steps, distance = 0, 0.0
         with gradients.attach(trained) as taken:
             stepped = trained.stepped
@@ -82,10 +83,15 @@ class FirstOrder:
             params = dict(start)  # there is an answer whatever the noise has made of the weights
         return gradients.outcome(params, steps, distance)
 
-    def _gradients(self) -> Gradients:
+    def _gradients(self, trained: Trained) -> Gradients:
         if self.private:
             return PrivateGradients(self.model, self.data, self.config, self.private)
-        return PlainGradients(self.model, self.data, self.config, self.seed)
+        if self.config.keep_hardest is None:
+            return PlainGradients(self.model, self.data, self.config, self.seed)
+        trained.write(trained.written())
+        kept = hardest.kept(self.model, self.data, self.config, self.seed)
+        config = self.config.model_copy(update={"keep_hardest": None})  # the rest is left out
+        return PlainGradients(self.model, kept, config, self.seed)
 
     def _correct(self, trained: dict[str, nn.Parameter], correct: Correct | None) -> None:
         if correct is None:

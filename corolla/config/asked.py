@@ -43,6 +43,11 @@ class Asked:
         """How clients of this run train."""
         return {self.config.trainer_of(name) for name in self.classes}
 
+    @property
+    def batch_sizes(self) -> set[int]:
+        """The sequences of a local step, of every class."""
+        return {self.config.of_class(name).batch_size for name in self.classes}
+
     @cached_property
     def pipelines(self) -> tuple[Pipeline, Pipeline]:
         """The codecs of updates and of broadcasts. Raises ConfigError for codecs that are none."""
@@ -87,6 +92,29 @@ class Asked:
             for how in self.trainers
         ]
         return robust.refusal(run.robust, compared_in(run, self.strategy), self.traits, likes) or ""
+
+    @property
+    def frozen(self) -> str:
+        """The factor that ffa_lora freezes, "" of another strategy: a start may be for it alone."""
+        if registry.label(self.config.strategy) != "ffa_lora":
+            return ""
+        return "A" if getattr(self.strategy, "train", "B") == "B" else "B"
+
+    @property
+    def unfit_for_offset(self) -> str:
+        """Why a constant block beside the base does not go with this run; "" if it does."""
+        run = self.config
+        if self.traits.personal:
+            return f"models of {self.subject} are mixtures, of which it would be no constant part"
+        if "zeroth_order" in self.trainers:
+            return "what clients without gradients move has no block beside it"
+        if run.weight_decay:
+            return "weight-decay would shrink what is put in its place, set it to 0"
+        if run.max_rank:
+            return "max-rank would keep that part and cut what is learnt, leave it out"
+        if self.down.lossy:
+            return "codec-down would round that part, which is much larger than what is learnt"
+        return ""
 
     @cached_property
     def overfull(self) -> list[RunConfig]:
@@ -133,6 +161,24 @@ def takes_parts(strategy: Strategy | type[Strategy]) -> bool:
     traits = registry.traits(strategy)
     able = traits.partial and not (traits.personal or traits.rebases)
     return bool(able) and "first_order" in strategy.trainers
+
+
+def takes_sparse(strategy: Strategy) -> bool:
+    """Returns whether clients may start from some values of the adapter and 0 for the others.
+
+    So it is where all that they receive is that adapter, and the server adds their changes of what
+    they received, tensor by tensor, to the whole one.
+    """
+    traits = registry.traits(strategy)
+    own = traits.personal or traits.keeps or traits.mirrors or strategy.aggregates == "weights"
+    if own or not traits.dense or traits.updates != "differences" or strategy.mixed_ranks:
+        return False
+    start = {"m" + factors.A: torch.ones(1, 1), "m" + factors.B: torch.zeros(1, 1)}
+    sent = strategy.broadcast(strategy.init(start, 0))
+    alone = not (sent.cached or sent.fitted or sent.log is not None)
+    return (
+        alone and sent.payload.keys() == {"adapter"} and sent.payload["adapter"].keys() == {*start}
+    )
 
 
 def takes_start(strategy: Strategy) -> bool:

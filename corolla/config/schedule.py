@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from fractions import Fraction
 
 import torch
 
@@ -12,8 +13,27 @@ from corolla.config.run import RunConfig
 def steps_per_round(config: RunConfig, sequences: int) -> int:
     """Local steps of a client that holds this many sequences."""
     if config.local_epochs is not None:
-        return math.ceil(sequences / config.batch_size) * config.local_epochs
+        kept = hardest(config, sequences)
+        return math.ceil(kept / config.batch_size) * config.local_epochs
     return config.local_steps
+
+
+_SCORED = 16
+"""Sequences that are scored, at most, as a multiple of those that a round's steps take: with more,
+scoring would be more work than training."""
+
+
+def scored(config: RunConfig, sequences: int) -> int:
+    """How many of a client's sequences are scored in a round, to find the hardest; 0: none."""
+    if config.keep_hardest in (None, 1):
+        return 0
+    return min(sequences, _SCORED * steps_per_round(config, sequences) * config.batch_size)
+
+
+def hardest(config: RunConfig, sequences: int) -> int:
+    """⌈keep_hardest · sequences⌉: how many of so many sequences are trained on."""
+    # 0.1 of 30 is 3: not so for the nearest binary number.
+    return math.ceil(Fraction(str(config.keep_hardest or 1)) * sequences)
 
 
 def batches(config: RunConfig, sequences: int, seed: int) -> Iterator[list[int]]:

@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from corolla.config.run import RunConfig
-from corolla.models import kinds, layers, parts
+from corolla.models import kinds, layers
 from corolla.models.anatomy import Anatomy, Shape
 from corolla.models.experts import fused
+from corolla.models.tokens import tables
 from corolla.types import TrainerName
 
 LIBRARIES = 421_000_000
@@ -128,6 +129,7 @@ def client(
         "weights": weights(anatomy, config),
         "trained values, at the start and now": 0 if in_place else 8 * values,
         "gradients and optimiser": 0 if in_place else 4 * steps * values,
+        "sparse set": _sparse_set(anatomy, config, trainer),
         "gradients of each example": _apart(config, trainer, batch, values),
         "messages": messages if messages is not None else (0 if in_place else 8 * values),
         "experts with their adapters": _adapted_experts(anatomy, config, trainer),
@@ -192,19 +194,39 @@ def operations(anatomy: Anatomy, config: RunConfig, trainer: TrainerName, batch:
     the inputs take the same again in the blocks that a backward pass goes through, those of the
     weights only where these are trained.
     """
-    batch = batch.of(config)
-    linear = sum(math.prod(shape) for shape in anatomy.linear().values())
-    linear += fused.used(anatomy.stacks(), anatomy.experts_per_token)
-    blocks = 2.0 * linear * batch.positions
-    head = 2.0 * anatomy.vocabulary * anatomy.hidden * batch.targets
+    blocks, head = _forward(anatomy, config, batch)
     if trainer == "zeroth_order":
         return 2 * config.queries * (blocks + head)
     passed = _passed(anatomy, config) / anatomy.layers
-    again = 1 + config.kind.whole + config.gradient_checkpointing
+    again = 1 + (config.kind.whole or config.kind.sparse) + config.gradient_checkpointing
     return (blocks + head) + (passed * blocks + head) * again
 
 
+def scoring(anatomy: Anatomy, config: RunConfig, batch: Batch) -> float:
+    """Floating-point operations of a pass forward over a batch, as `keep_hardest` scores it."""
+    return sum(_forward(anatomy, config, batch))
+
+
+def _forward(anatomy: Anatomy, config: RunConfig, batch: Batch) -> tuple[float, float]:
+    """The operations of a pass forward: (blocks, output layer)."""
+    batch = batch.of(config)
+    linear = sum(math.prod(shape) for shape in anatomy.linear().values())
+    linear += fused.used(anatomy.stacks(), anatomy.experts_per_token)
+    head = 2.0 * anatomy.vocabulary * anatomy.hidden * batch.targets
+    return 2.0 * linear * batch.positions, head
+
+
 # --- the worst moment -----------------------------------------------------------------------------
+
+
+def _sparse_set(anatomy: Anatomy, config: RunConfig, trainer: TrainerName) -> float:
+    """Places and the base's values at them; backpropagation has one matrix's whole gradient."""
+    if not config.kind.sparse:
+        return 0.0
+    modules = anatomy.linear(config.target_modules, config.layers)
+    values = config.rank * sum(map(sum, modules.values()))
+    gradient = max(map(math.prod, modules.values())) if trainer == "first_order" else 0
+    return 12.0 * values + 4.0 * gradient
 
 
 def _apart(config: RunConfig, trainer: TrainerName, batch: Batch, values: int) -> float:
@@ -229,7 +251,9 @@ def _tables(anatomy: Anatomy, config: RunConfig, trainer: TrainerName) -> float:
     """Copies of input and output tables with the rows of new tokens, and gradients of both."""
     if not config.new_tokens:
         return 0.0
-    largest = max(math.prod(shape) for shape in parts.token_tables(anatomy).values())
+    largest = max(
+        math.prod(shape) for shape in tables.of_both(anatomy.tensors, anatomy.name).values()
+    )
     return _WIDTH[config.dtype] * largest * (4 if trainer == "first_order" else 2)
 
 
@@ -253,9 +277,11 @@ def _kept(anatomy: Anatomy, config: RunConfig, batch: Batch) -> Blocks:
 
 def _adapted(anatomy: Anatomy, config: RunConfig) -> Sequence[int]:
     """Numbers of the blocks that are trained."""
-    if config.layers is None:
+    if config.layers is None and not (config.kind.factors and config.target_modules):
         return range(anatomy.layers)
-    return layers.chosen(anatomy.linear(), config.layers)
+    modules = anatomy.linear(config.target_modules, config.layers)
+    found = {place[1] for name in modules if (place := layers.block(name))}
+    return sorted(found) or range(anatomy.layers)
 
 
 def _passed(anatomy: Anatomy, config: RunConfig) -> int:

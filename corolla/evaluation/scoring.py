@@ -33,7 +33,7 @@ def loss_sum(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
     Logits of a causal model at position t predict label t + 1; masked labels add nothing.
     """
-    return F.cross_entropy(*_predictions(model, batch), reduction="sum")
+    return F.cross_entropy(*predictions(model, batch), reduction="sum")
 
 
 def sequence_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -45,13 +45,13 @@ def sequence_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """
     labels = batch["labels"]
     if labels.dim() == 1:
-        return F.cross_entropy(*_predictions(model, batch), reduction="none")
+        return F.cross_entropy(*predictions(model, batch), reduction="none")
     every = torch.ones_like(labels[:, 1:], dtype=torch.bool)
-    losses = F.cross_entropy(*_predictions(model, batch, every), reduction="none")
+    losses = F.cross_entropy(*predictions(model, batch, every), reduction="none")
     return losses.view(every.shape).sum(1)
 
 
-def _predictions(
+def predictions(
     model: Any, batch: dict[str, Tensor], wanted: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(logits in fp32 (n, classes), labels (n,)) of the targets, or of `wanted` positions."""
@@ -114,7 +114,7 @@ def score_by_row(
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = collate([data[i] for i in chosen], pad_id, device)
-        logits, wanted = _predictions(model, batch)
+        logits, wanted = predictions(model, batch)
         losses.append(float(F.cross_entropy(logits, wanted, reduction="sum")))
         surprises = iter(F.cross_entropy(logits, wanted, reduction="none").tolist())
         for i in chosen:
@@ -190,7 +190,7 @@ def log_likelihoods(
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         batch = collate([data[i] for i in rows], pad_id, device)
-        logits, wanted = _predictions(model, batch)
+        logits, wanted = predictions(model, batch)
         surprises = iter(F.cross_entropy(logits, wanted, reduction="none").tolist())
         for i in rows:
             found[i] = -math.fsum(islice(surprises, data[i].targets))

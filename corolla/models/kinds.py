@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING
 
 from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
-from corolla.models import parts
 from corolla.models.anatomy import Anatomy, Shape
 from corolla.models.experts import fused
 from corolla.models.parts import PARTS, Shapes
+from corolla.models.tokens import tables
 
 if TYPE_CHECKING:
     from corolla.models.dense import DenseModel
     from corolla.models.full import FullModel
     from corolla.models.lora import LoraModel
     from corolla.models.pretrained import Base
+    from corolla.models.sparse_model import SparseModel
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,9 @@ class Form:
 
 def _lora_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[str, Shape]:
     linear = anatomy.adapter(config.lora, config.target_modules, config.layers)
+    trained = tables.rows(anatomy.tensors, config.new_tokens, anatomy.name)
     experts = fused.adapter(anatomy.stacks(config.layers), config, anatomy.name)
-    return {**linear, **experts, **parts.token_rows(anatomy, config)}
+    return {**linear, **experts, **trained}
 
 
 def _lora(config: RunConfig, base: Base) -> LoraModel:
@@ -68,10 +70,17 @@ def _full(config: RunConfig, base: Base) -> FullModel | DenseModel:
     return _dense(config, base)
 
 
+def _sparse(config: RunConfig, base: Base) -> SparseModel:
+    from corolla.models.sparse_model import SparseModel
+
+    return SparseModel(base, config.rank, config.target_modules, config.layers, config.seed)
+
+
 FORMS: Mapping[str, Form] = {
     **{name: Form(part.shapes, _dense) for name, part in PARTS.items()},
     "lora": Form(_lora_shapes, _lora),
     "full": Form(PARTS["full"].shapes, _full),
+    "sparse": Form(PARTS["sparse"].shapes, _sparse),
 }
 """Name of a kind → its form."""
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from corolla.directions import moving
+from corolla.directions.space import Beside, Space, Unrounded
 from corolla.errors import ModelError
 from corolla.models import devices, layers
 from corolla.models.adapter_files import (
@@ -36,7 +37,6 @@ from corolla.models.adapter_files import (
 from corolla.models.experts.stacks import Experts, free
 from corolla.models.missing import within
 from corolla.models.pretrained import Base, heads_of
-from corolla.models.space import Beside, Space, Unrounded
 from corolla.models.tokens import rows
 from corolla.tensors import factors
 from corolla.types import Adapter, LoraSpec, Move, Params
@@ -68,8 +68,8 @@ class LoraModel(Unrounded):
 
         `blocks`: in which blocks, as the key `layers` has them; None: in all. `experts`: tensors
         of fused experts that get adapters as well. `tokens`: ids whose rows are trained beside
-        them. Raises ModelError when targets match no linear
-        layer, or no tensor, and for a block that there is not.
+        them. Raises ModelError when targets match no linear layer, or no tensor, and for a block
+        that there is not.
         """
         self.base = base
         heads = heads_of(base)
@@ -365,6 +365,11 @@ def _linear(model: PreTrainedModel, heads: Sequence[str]) -> Iterator[tuple[str,
 
 def _names(base: Base, heads: Sequence[str]) -> list[str]:
     return [name for name, _ in _linear(base.model, heads)]
+
+
+def linear_suffixes(base: Base) -> list[str]:
+    """Suffixes of the names of all linear layers of a base, but its output."""
+    return _linear_suffixes(base.model, heads_of(base))
 
 
 def _linear_suffixes(model: PreTrainedModel, heads: Sequence[str]) -> list[str]:

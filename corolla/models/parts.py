@@ -6,7 +6,6 @@ shapes from here: libraries that load models are imported where one is built.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,6 +13,8 @@ from typing import TYPE_CHECKING
 from corolla.config.run import RunConfig
 from corolla.errors import ModelError
 from corolla.models.anatomy import Anatomy, Shape
+from corolla.models.tokens import tables
+from corolla.models.sparse import places
 
 if TYPE_CHECKING:
     from peft import IA3Config, PromptTuningConfig
@@ -21,14 +22,13 @@ if TYPE_CHECKING:
 
     from corolla.models.pretrained import Base
 
-_TABLE = re.compile(
-    r"(^|\.)(embed_tokens|wte|(word_|tok_)?embeddings|word_embedding|tokens_embed|embed_in)\.weight$"
-)
-"""Names of the table of the embeddings of tokens."""
-
 Shapes = Callable[[Anatomy, RunConfig, int], Mapping[str, Shape]]
 """Shapes of the trained tensors by name, in a model with so many labels (0: it generates).
 A classifier's head, which is trained with all kinds, is counted beside them."""
+
+
+_NORM = re.compile(r"(^|\.)([^.]*norm[^.]*|ln(_[^.]*)?)\.(weight|bias)$", re.IGNORECASE)
+"""Names of the tensors of normalisations: input_layernorm.weight, q_norm.weight, ln_1.bias, …"""
 
 
 def _no_targets(base: Base, given: Sequence[str] | None) -> list[str]:
@@ -38,6 +38,11 @@ def _no_targets(base: Base, given: Sequence[str] | None) -> list[str]:
 
 def _nothing(base: Base, targets: Sequence[str], virtual_tokens: int) -> None:
     """Nothing is added to the base."""
+
+
+def _given(base: Base, given: Sequence[str] | None) -> list[str]:
+    """Those that are named."""
+    return list(given or ())
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,19 @@ def _biases(base: Base) -> list[str]:
             f"parameters=bias: {base.name} has no bias vectors; use lora, ia3 or prompt"
         )
     return sorted({*_heads(base), *biases})
+
+
+def _norms(base: Base) -> list[str]:
+    """The weights and biases of all normalisations: of blocks, of queries and keys, and the last.
+
+    A scale of what a normalisation gives, and a shift of it, are its own weight and bias.
+    """
+    norms = [name for name in _names(base) if _NORM.search(name)]
+    if not norms:
+        raise ModelError(
+            f"parameters=norm: {base.name} has no normalisation with weights; use lora or ia3"
+        )
+    return sorted({*_heads(base), *norms})
 
 
 def _output(base: Base) -> list[str]:
@@ -179,42 +197,22 @@ def _bias_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[st
     return {n: s for n, s in anatomy.tensors.items() if n.endswith("bias")}
 
 
+def _norm_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[str, Shape]:
+    return {n: s for n, s in anatomy.tensors.items() if _NORM.search(n)}
+
+
 def _head_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[str, Shape]:
     output = {n: s for n, s in anatomy.tensors.items() if n.startswith("lm_head")}
     return {} if labels else output
 
 
 def _embeddings_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[str, Shape]:
-    return _input_table(anatomy)
+    return tables.of_input(anatomy.tensors, anatomy.name)
 
 
-def _input_table(anatomy: Anatomy) -> dict[str, Shape]:
-    found = {n: s for n, s in anatomy.tensors.items() if _TABLE.search(n) and len(s) == 2}
-    if not found:
-        raise ModelError(
-            f"which tensor of {anatomy.name} has the embeddings of tokens is not known, its size "
-            f"neither; corolla simulate finds it in the model"
-        )
-    return found
-
-
-def token_tables(anatomy: Anatomy) -> dict[str, Shape]:
-    """The tables that have a row for each token: also an output layer that is not tied."""
-    outputs = ("lm_head.weight", "embed_out.weight")
-    return _input_table(anatomy) | {n: anatomy.tensors[n] for n in outputs if n in anatomy.tensors}
-
-
-def token_rows(anatomy: Anatomy, config: RunConfig) -> dict[str, Shape]:
-    """Shapes of the rows that are trained for tokens of a run's own, by name (tokens/rows.py)."""
-    if not config.new_tokens:
-        return {}
-    return {
-        f"{name.removesuffix('.weight')}.token_adapter.trainable_tokens_delta": (
-            len(config.new_tokens),
-            shape[1],
-        )
-        for name, shape in token_tables(anatomy).items()
-    }
+def _sparse_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[str, Shape]:
+    found = anatomy.linear(config.target_modules, config.layers)
+    return {f"{n}.delta": (places.count(n, s, config.rank),) for n, s in found.items()}
 
 
 def _full_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[str, Shape]:
@@ -225,8 +223,10 @@ PARTS = {
     "ia3": Part(_heads, _ia3_shapes, _scaled, _ia3),
     "prompt": Part(_no_tensors, _prompt_shapes, added=_prompt),
     "bias": Part(_biases, _bias_shapes),
+    "norm": Part(_norms, _norm_shapes),
     "head": Part(_output, _head_shapes),
     "embeddings": Part(_embeddings, _embeddings_shapes),
     "full": Part(_names, _full_shapes),
+    "sparse": Part(_heads, _sparse_shapes, _given),
 }
 """Name of a kind → its part."""

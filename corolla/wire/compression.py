@@ -4,7 +4,8 @@ A pipeline is a list of steps, each optional, in this order:
   rank:R         baked factors (group "factors") of rank at most R, the best in Frobenius norm
                  (Eckart and Young); decoding pads with zeros;
   top_k:DENSITY  the ⌊DENSITY · P⌋ largest of all P values by magnitude (at least one), ties by
-                 index (FLASC, Kuo et al., arXiv 2406.05233);
+                 index (FLASC, Kuo et al., arXiv 2406.05233); of a broadcast those of all factors A
+                 and those of all B apart, and whatever is no factor as a whole;
   fp16, bf16     rounded to nearest, saturating;
   int8, int4     symmetric per tensor, x ≈ code · peak / levels with peak = max |x| and 127 or 7
                  levels; stochastic rounding: unbiased, off by less than a level;
@@ -32,7 +33,8 @@ from corolla.errors import ConfigError, NotFiniteError, WireError
 from corolla.host.text import nearest
 from corolla.tensors import factors, tree
 from corolla.types import Params, Payload
-from corolla.wire import codec, packing, scalar_groups
+from corolla.wire import codec, packing, scalar_groups, supports
+from corolla.wire.supports import Part
 
 _FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _LEVELS = {"int8": 127, "int4": 7}
@@ -55,12 +57,24 @@ class _Layout:
 
     shapes: Mapping[Key, tuple[int, ...]]
     dtype: torch.dtype
-    count: int
-    kept: int
-    indexed: bool
+    parts: Sequence[Part]
     peaks: int
-    support: int
     numbers: int
+
+    @property
+    def count(self) -> int:
+        """All values."""
+        return sum(part.count for part in self.parts)
+
+    @property
+    def kept(self) -> int:
+        """The values that are sent."""
+        return sum(part.kept for part in self.parts)
+
+    @property
+    def support(self) -> int:
+        """Bytes that say which they are."""
+        return sum(part.support for part in self.parts)
 
     @property
     def sizes(self) -> list[int]:
@@ -84,6 +98,8 @@ class Pipeline:
     density: Fraction | None = None
     number: str | None = None
     zstd: bool = False
+    roles: bool = False
+    """The density is of factors A and of factors B, each apart; else of all values."""
 
     @property
     def lossy(self) -> bool:
@@ -129,9 +145,8 @@ class Pipeline:
         values, sizes = torch.cat([torch.empty(0, dtype=layout.dtype), *tensors]), layout.sizes
         parts: list[Tensor] = []
         if layout.support:
-            support = packing.largest(values, layout.kept)
+            support, parts = supports.largest(values, layout.parts)
             values, sizes = values[support], packing.kept_of_each(support, sizes)
-            parts = [packing.dump_support(support, layout.count, layout.indexed)]
         if self.number in _FLOATS:
             parts += [packing.saturated(values, _FLOATS[self.number])]
         elif self.number in _LEVELS:
@@ -166,7 +181,7 @@ class Pipeline:
         peaks, support, numbers = torch.split(content, lengths)
         kept, sizes = None, layout.sizes
         if layout.support:
-            kept = packing.load_support(support, layout.count, layout.kept, layout.indexed)
+            kept = supports.load(support, layout.parts)
             sizes = packing.kept_of_each(kept, sizes)
         values = self._load_numbers(numbers, peaks, sizes, layout)
         if self.lossy and not bool(torch.isfinite(values).all()):
@@ -200,23 +215,20 @@ class Pipeline:
         if self.rank and "factors" not in like:
             raise ValueError(f"rank needs a group 'factors', found {sorted(like)}")
         keys = _compressible(like)
+        if self.roles:
+            keys.sort(key=lambda key: supports.role(key[1]))  # stable: as before within a role
         dtypes = (like[g][n].dtype for g, n in keys)
         dtype = functools.reduce(torch.promote_types, dtypes, torch.bool)  # bool yields to all
         shapes = {key: self._shape(like, key) for key in keys}
-        count = sum(map(math.prod, shapes.values()))
-        kept = count if self.density is None else min(count, max(1, int(self.density * count)))
-        bitmap = -(-count // 8)
-        indexed = 4 * kept < bitmap and count < 1 << 31  # int32 reaches no further
+        sizes = {key: math.prod(shape) for key, shape in shapes.items()}
+        parts = supports.parts(sizes, self.density, self.roles)
         bits = _BITS[self.number] if self.number else 8 * dtype.itemsize
         return _Layout(
             shapes,
             dtype,
-            count,
-            kept,
-            indexed,
+            parts,
             peaks=4 * len(keys) if self.number in _LEVELS else 0,
-            support=0 if kept == count else 4 * kept if indexed else bitmap,
-            numbers=-(-kept * bits // 8),
+            numbers=-(-sum(part.kept for part in parts) * bits // 8),
         )
 
     def _shape(self, like: Payload, key: Key) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from corolla import seeds
-from corolla.config import schedule
+from corolla.config import offset, schedule
 from corolla.config.run import RunConfig
 from corolla.directions import seedlog
 from corolla.errors import ArtefactError, ConfigError, WireError
@@ -72,6 +72,8 @@ class Programs:
             )
         if why := _refuses(config):
             return f"native devices have no {why}"
+        if offset.GROUP in merging.task.cached:
+            return "native devices have no constant block beside the base, as the run's start makes"
         found = {name: tuple(tensor.shape) for name, tensor in merging.fresh.items()}
         wanted = {tensor.name: tensor.shape for tensor in self.manifest.adapter}
         if found != wanted:
@@ -142,7 +144,9 @@ def _refuses(config: RunConfig) -> str:
         "classes.NAME.layers": config.partial,
         "target-parameters": bool(config.target_parameters),
         "new-tokens": bool(config.new_tokens),
+        "strategy.train=A": config.options.get("train") == "A",
         "dp=example": config.dp == "example",
+        "keep-hardest": config.keep_hardest is not None,
         f"codec {', '.join(config.codec)}": bool(config.codec),
         f"codec-down {', '.join(config.codec_down)}": bool(config.codec_down),
     }

@@ -12,12 +12,13 @@ from corolla.config.run import RunConfig
 from corolla.directions import seedlog
 from corolla.errors import RoundError
 from corolla.interfaces import PricedByState, Strategy
+from corolla.models.sparse import carried
 from corolla.server.rounds import expectations
 from corolla.server.rounds.federation import Federation, Held
 from corolla.tensors import tree
 from corolla.types import Broadcast, Cost, LoraSpec, Payload, Size
 from corolla.wire import codec, limits, messages, scalar_groups
-from corolla.wire.compression import Pipeline
+from corolla.wire.compression import PLAIN, Pipeline
 from corolla.wire.envelope import Envelope, Sealed
 from corolla.wire.messages import Kind, Log, Task, pack_task
 from corolla.wire.task_settings import TaskSettings
@@ -29,7 +30,7 @@ _ACCEPTED = "accepted-"
 
 _OWN = (
     *("model", "data", "columns", "splits", "subset", "engine", "device", "threads"),
-    *("availability", "public", "public_examples", "start"),
+    *("availability", "public", "public_examples", "start", "select", "spectrum", "explored"),
 )
 """Settings of a server that are nothing to devices that have their own."""
 
@@ -63,11 +64,16 @@ class _Content:
 class _Contents:
     """The contents of the tasks of a round: packed once for all members that are sent the same."""
 
-    def __init__(self, federation: Federation, state: Payload, round: int) -> None:
-        broadcast = federation.strategy.broadcast(state)
+    def __init__(self, federation: Federation, state: Payload, round: int, kind: Kind) -> None:
+        own, support = carried.apart(state)
+        broadcast = federation.strategy.broadcast(own)
+        broadcast = replace(broadcast, cached={**broadcast.cached, **support})
         if broadcast.snapshot is not None:
             broadcast = replace(broadcast, snapshot=cache(broadcast.snapshot))
         self.federation, self.state, self.round = federation, state, round
+        down = federation.config.downlink
+        # What is measured is the model of the run, not the part of it that training starts from.
+        self.envelope = Envelope(PLAIN if kind != Kind.TRAIN and down.needs_differences else down)
         self.broadcast, rows = broadcast, broadcast.log
         self.cached = {group: codec.content_id(own) for group, own in broadcast.cached.items()}
         self.versions = seedlog.versions(federation.origin, rows) if rows is not None else []
@@ -90,13 +96,10 @@ class _Contents:
         log, extra = _log(self.broadcast, self.versions, since, self.state)
         beside = {**{g: self.broadcast.cached[g] for g in lacks}, **extra}
         config, payload = self.federation.config, _of_each_round(self.broadcast, lora)
-        envelope, seed = (
-            Envelope(config.downlink),
-            seeds.derive(config.seed, "broadcast", self.round),
-        )
-        sealed = envelope.seal(payload, seed, beside=beside)
+        seed = seeds.derive(config.seed, "broadcast", self.round)
+        sealed = self.envelope.seal(payload, seed, beside=beside)
         rows = sum(scalar_groups.scalar_bytes(row) for row in (log.rows if log else ()))
-        return _Content(sealed, log, envelope.like(payload), sealed.size + rows)
+        return _Content(sealed, log, self.envelope.like(payload), sealed.size + rows)
 
 
 def make_tasks(
@@ -112,7 +115,7 @@ def make_tasks(
 
     `members` says how many updates each is asked for.
     """
-    contents, version = _Contents(federation, state, round), tree.digest_all(state)
+    contents, version = _Contents(federation, state, round, kind), tree.digest_all(state)
     run = run_settings(federation.config, federation.own_devices)
     tasks: dict[str, Task] = {}
     for client, seats in members.items():
@@ -165,6 +168,7 @@ def _settings(
         like,
         labels=federation.labels if federation.own_devices else None,
         fresh={"adapter": federation.fresh(lora)} if gateway else None,
+        chosen=federation.chosen if gateway else (),
     )
 
 
@@ -232,10 +236,12 @@ def costs(
     `updates` says how many came from each: a gateway gets one broadcast for all, and sends a
     partial aggregate, or as many updates as it has.
     """
+    federation = federation.at(state)
     config, strategy = federation.config, federation.strategy
     sizes = [federation.size(client, round) for client in updates]
-    costs = list(_priced(strategy, state, sizes))
-    broadcast = strategy.broadcast(state) if config.codec_down else Broadcast({})
+    own, support = carried.apart(state)
+    costs = _with(support, priced(strategy, own, sizes))
+    broadcast = strategy.broadcast(own) if config.codec_down else Broadcast({})
     for i, (client, count) in enumerate(updates.items()):
         lora = federation.lora(client)
         if config.codec:
@@ -253,11 +259,17 @@ def costs(
     return costs
 
 
-def _priced(strategy: Strategy, state: Payload, sizes: Sequence[Size]) -> Sequence[Cost]:
+def priced(strategy: Strategy, state: Payload, sizes: Sequence[Size]) -> Sequence[Cost]:
     """The strategy's formula, which for some depends on the state of the server."""
     if isinstance(strategy, PricedByState):
         return strategy.cost_from(state, sizes)
     return strategy.cost(sizes)
+
+
+def _with(support: Payload, costs: Sequence[Cost]) -> list[Cost]:
+    """The costs with the places of a sparse set, which each client is sent once."""
+    once = codec.content_bytes(support)
+    return [replace(cost, once=cost.once + once) for cost in costs]
 
 
 def _of_gateway(federation: Federation, gateway: str, round: int, count: int, one: Cost) -> Cost:

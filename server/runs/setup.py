@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from corolla.budgets import settle
 from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.data import census, federated
@@ -60,7 +61,7 @@ def set_up(config: RunConfig, run_id: str | None, deployed: bool = False) -> Set
     dataset = replace(dataset, labels=ordered(config, dataset.labels))
     devices.set_threads(config)
     base = pretrained.load(config, dataset.labels)
-    config = _dated(config, base)
+    config, chosen = settle.settled(_dated(config, base), base, dataset.labels)
     if not deployed:
         dataset = census.with_targets(config, dataset, base.tokenizer)
     facts: dict[str, Any] = {
@@ -71,6 +72,7 @@ def set_up(config: RunConfig, run_id: str | None, deployed: bool = False) -> Set
         **_of_data(config, base, dataset),
         **({"per_user": True} if config.dp == "example" and dataset.names_users else {}),
         **({"availability_sha256": trace.sha256} if trace else {}),
+        **chosen,
     }
     parts = reach.parts(base.model)
     model = trainable.build(config, base)

@@ -14,17 +14,18 @@ from corolla.interfaces import Client, Observed
 from corolla.strategies.fedavg import FedAvg
 from corolla.strategies.fedavgm import FedAvgM
 from corolla.strategies.fedex_lora import FedExLora
-from corolla.strategies.fedkseed import FedKSeed
 from corolla.strategies.fedopt import FedAdam
 from corolla.strategies.fedprox import FedProx
 from corolla.strategies.fedsa_lora import FedSaLora
 from corolla.strategies.ffa_lora import FfaLora
+from corolla.strategies.fisher import FisherMerge
 from corolla.strategies.flexlora import FlexLora
 from corolla.strategies.flora import Flora
 from corolla.strategies.listing.options import option
 from corolla.strategies.mixed import Mixed
 from corolla.strategies.scaffold import Scaffold
-from corolla.strategies.seed_pool import SeedPool
+from corolla.strategies.scalars.fedkseed import FedKSeed
+from corolla.strategies.scalars.seed_pool import SeedPool
 from corolla.tensors import blocks, factors, tree
 from corolla.types import Aggregates, Cost, Metrics, Params, Payload, Size, Update
 
@@ -576,6 +577,44 @@ class LateSign(FfaLora):
         move = tree.scale(aggregate["adapter"], sign)
         after = {**state, "adapter": tree.add(state["adapter"], move)}
         return {**after, "count": {"rounds": number}}, {}
+
+
+class FisherUnweighted(FisherMerge):
+    """The denominator is the mean over clients, not over their examples."""
+
+    def aggregator(self) -> ByGroup:
+        return ByGroup({"weighted": WeightedMean(), "fisher": _Unweighted()})
+
+
+class _Unweighted(WeightedMean):
+    def add(self, payload: Payload, weight: float) -> None:
+        super().add(payload, 1.0)
+
+
+class FisherOfTheMean(FisherMerge):
+    """The mean of F Δ over the mean of F of all coordinates: a FedAvg of its own weights."""
+
+    def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
+        fisher = aggregate["fisher"]
+        flat = {n: torch.full_like(f, float(f.mean())) for n, f in fisher.items()}
+        return super().apply(state, {**aggregate, "fisher": flat})
+
+
+class FisherFloorTooHigh(FisherMerge):
+    """A floor of a hundredth of the mean holds back what few depend on."""
+
+    def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
+        fisher = {n: f + 0.01 * f.mean() for n, f in aggregate["fisher"].items()}
+        return super().apply(state, {**aggregate, "fisher": fisher})
+
+
+class StartsFromSmallB(FedAvg):
+    """Clients of it cut large values of B, which no start at zero has."""
+
+    def local(self, client: Client, received: Payload) -> Update:
+        own = received["adapter"]
+        cut = {n: t.clamp(-0.3, 0.3) if factors.is_b(n) else t for n, t in own.items()}
+        return super().local(client, {**received, "adapter": cut})
 
 
 class SaysItRounds(FedAvg):

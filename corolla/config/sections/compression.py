@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from corolla.config.sections.section import key
@@ -24,8 +25,8 @@ class Compression(Subject):
     )
     codec_down: list[str] = key(
         [],
-        "The steps that compress broadcasts: fp16, bf16 or int8, and zstd; groups that are cached "
-        "stay whole.",
+        "The steps that compress broadcasts: top_k:DENSITY of the factors A and of the factors B, "
+        "fp16, bf16 or int8, and zstd; groups that are cached stay whole.",
         ["int8", "zstd"],
         effect="none",
         against=("strategy=seed_pool", 'codec_down=["int4"]'),
@@ -39,7 +40,9 @@ class Compression(Subject):
     @property
     def downlink(self) -> Pipeline:
         """How broadcasts are compressed. Raises ConfigError."""
-        return _pipeline(self.codec_down)
+        found = _pipeline(self.codec_down)
+        # A is larger than B at first, which is 0: the largest of both would be of A alone.
+        return replace(found, roles=found.density is not None)
 
 
 def _pipeline(steps: list[str]) -> Pipeline:

@@ -2,6 +2,8 @@
 
 from typing import Annotated, Literal
 
+from pydantic import Field
+
 from corolla.config.sections import learning_rates
 from corolla.config.sections.adapter import Adapter
 from corolla.config.sections.groups import ClientClass
@@ -68,6 +70,15 @@ class Training(Adapter):
         1,
         effect="none: local_steps counts",
         against=("strategy=seed_pool",),
+    )
+    keep_hardest: Annotated[float, Field(gt=0, le=1)] | None = key(
+        None,
+        "The share of a client's sequences that it trains on in a round: those that the received "
+        "model predicts worst (EL2N).",
+        0.5,
+        effect="all of them",
+        against=("dp=example epsilon=8", "strategy=seed_pool"),
+        unsaid=True,
     )
     batch_size: Annotated[int, within("batch_size")] = key(
         8, "The number of sequences of a local step.", 16

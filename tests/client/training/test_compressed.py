@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from corolla.config import load as config
 from corolla.errors import ConfigError
 from corolla.server.rounds.call import RoundCall
 from corolla.server.rounds.network import Network
-from corolla.server.rounds.round import RoundResult, run_round
+from corolla.server.rounds.round import RoundResult, evaluate_clients, run_round
 from corolla.tensors import factors, tree
 from corolla.types import Params, Payload
 from corolla.wire import codec, messages
@@ -350,7 +351,158 @@ def test_a_form_that_lies_is_refused_by_the_client(tmp_path: Path) -> None:
         assert "\n" not in answer.error
 
 
+# ------------------------------------------------------------------ sparse broadcasts
+
+
+def masked(params: Params, density: float) -> dict[str, Tensor]:
+    """P ∘ m by numpy: the ⌊density · P⌋ largest of all A and of all B, of equal ones the first."""
+    kept = {name: np.zeros(tensor.numel(), np.float32) for name, tensor in params.items()}
+    for role in (".lora_A", ".lora_B"):
+        names = sorted(name for name in params if name.endswith(role))
+        flat = [(name, i) for name in names for i in range(params[name].numel())]
+        values = np.concatenate([params[name].flatten().numpy() for name in names])
+        for place in np.argsort(-np.abs(values), kind="stable")[
+            : math.floor(density * len(values))
+        ]:
+            name, i = flat[place]
+            kept[name][i] = values[place]
+    heads = {n: t for n, t in params.items() if not n.endswith((".lora_A", ".lora_B"))}
+    made = {n: torch.from_numpy(own).reshape(params[n].shape) for n, own in kept.items()}
+    return {**made, **heads}
+
+
+def sparse_bytes(params: Params, density: float) -> int:
+    """4 k + min(4 k, ⌈P / 8⌉) of each role, and all of a head."""
+    total = 0
+    for role in (".lora_A", ".lora_B"):
+        p = sum(t.numel() for n, t in params.items() if n.endswith(role))
+        k = math.floor(density * p)
+        total += 4 * k + min(4 * k, math.ceil(p / 8))
+    heads = [t.numel() for n, t in params.items() if not n.endswith((".lora_A", ".lora_B"))]
+    return total + 4 * sum(heads)
+
+
+def started_from(run: devices.Run, before: Params) -> Params:
+    """What clients decode of the last round's broadcast of this adapter."""
+    content = messages.content(run.network.tasks["a"])
+    return run.federation.config.downlink.unpack(content, {"adapter": before})["adapter"]
+
+
+@pytest.mark.parametrize("density", [0.25, 0.01])
+@pytest.mark.parametrize(("kind", "strategy"), [("llama", "fedavg"), ("bert", "fedadam")])
+def test_clients_train_densely_from_the_largest_of_each_role(
+    kind: str, strategy: str, density: float, tmp_path: Path
+) -> None:
+    """The start is P ∘ m, and P moves by what the strategy makes of trained - P ∘ m."""
+    run = started(tmp_path, kind, strategy=strategy, codec_down=[f"top_k:{density}"])
+    for number in range(2):
+        before = run.state
+        result = step(run)
+        assert result.traffic.down == result.cost.down
+        assert result.cost.down == 4 * sparse_bytes(before["adapter"], density)
+        start, wanted = started_from(run, before["adapter"]), masked(before["adapter"], density)
+        assert start.keys() == wanted.keys()
+        assert all(torch.equal(start[n], wanted[n]) for n in wanted)
+        ends = dict.fromkeys(SHARES, 0)
+        for client in ends:
+            held = run.network.weights[client]
+            update = tree.sub(held, start)
+            assert torch.equal(vector(decoded(run, client)["adapter"]), vector(update))
+            if number:  # what was 0 is trained as well
+                moved = [n for n in start if bool(((start[n] == 0) & (held[n] != 0)).any())]
+                assert len(moved) > len(start) // 4
+        if strategy == "fedavg":
+            for n, tensor in before["adapter"].items():
+                changes = [
+                    p * (run.network.weights[c][n] - start[n]).double() for c, p in SHARES.items()
+                ]
+                wanted_after = tensor.double() + torch.stack(changes).sum(0)
+                torch.testing.assert_close(
+                    run.state["adapter"][n].double(), wanted_after, rtol=0, atol=1e-7
+                )
+
+
+def test_the_first_broadcast_is_of_a_where_b_is_zero(tmp_path: Path) -> None:
+    run = started(tmp_path, codec_down=["top_k:0.25"])
+    before = run.state["adapter"]
+    step(run)
+    start = started_from(run, before)
+    count = sum(t.numel() for n, t in before.items() if n.endswith(".lora_A"))
+    there = {n: int(t.count_nonzero()) for n, t in start.items()}
+    assert sum(there.values()) == math.floor(0.25 * count)
+    assert not any(number for n, number in there.items() if n.endswith(".lora_B"))
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_a_broadcast_of_all_values_changes_no_bit(kind: str, tmp_path: Path) -> None:
+    plain = started(tmp_path / "plain", kind)
+    run = started(tmp_path / "run", kind, codec_down=["top_k:1"])
+    for _ in range(2):
+        assert step(plain).traffic.down == step(run).traffic.down
+    assert tree.digest_all(plain.state) == tree.digest_all(run.state)
+
+
+def test_sparse_both_ways_has_the_same_bits_in_any_order(tmp_path: Path) -> None:
+    both: dict[str, Any] = {"codec": ["top_k:0.25"], "codec_down": ["top_k:0.25", "int8", "zstd"]}
+    found = set()
+    for reverse in (False, True):
+        run = started(tmp_path / str(reverse), reverse=reverse, **both)
+        for _ in range(2):
+            result = step(run)
+            assert result.traffic.down <= result.cost.down
+        found.add(tree.digest_all(run.state))
+    assert len(found) == 1
+
+
+def test_what_clients_measure_is_the_model_of_the_run(tmp_path: Path) -> None:
+    """Not the part of it that training starts from: evaluation travels whole."""
+    plain = started(tmp_path / "plain")
+    run = started(tmp_path / "run", codec_down=["top_k:0.01"])
+    step(plain), step(run)
+    plain.state = run.state
+    found = [evaluated(own) for own in (plain, run)]
+    assert found[0] == found[1]
+    start = masked(run.state["adapter"], 0.01)
+    plain.state = {"adapter": start}
+    assert evaluated(plain) != found[0]
+
+
+def evaluated(run: devices.Run) -> dict[str, float]:
+    call = RoundCall(run.federation, run.state, run.held, run.round)
+    return {client: own["loss"] for client, own in evaluate_clients(call, run.network).items()}
+
+
 # ------------------------------------------------------------------ what is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        *[
+            ({"strategy": name}, "does not aggregate their changes of it: use fedavg or fedadagrad")
+            for name in ("rolora", "ffa_lora", "fed_sb", "fedsa_lora", "mixed", "lora_fair")
+        ],
+        *[
+            ({"strategy": name}, "does not aggregate their changes of it")
+            for name in ("flora", "fedex_lora", "flexlora", "hetlora", "feddpa", "fedsvd")
+        ],
+        ({"strategy": "scaffold", "optimizer": "sgd"}, "does not aggregate their changes of it"),
+        ({"strategy": "seed_pool"}, "there is nothing to compress"),
+        *[
+            ({"parameters": name}, f"neutral in LoRA factors, found parameters={name}")
+            for name in ("ia3", "prompt", "bias", "head")
+        ],
+    ],
+)
+def test_sparse_broadcasts_are_refused_where_zero_is_not_neutral(
+    changes: dict[str, Any], message: str
+) -> None:
+    classes = {"a": {"trainer": "first_order"}, "b": {"trainer": "zeroth_order"}}
+    if changes.get("strategy") == "mixed":
+        changes = {**changes, "classes": classes}
+    with pytest.raises(ConfigError, match=message) as error:
+        config.validate({**changes, "codec_down": ["top_k:0.5"]})
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -358,8 +510,9 @@ def test_a_form_that_lies_is_refused_by_the_client(tmp_path: Path) -> None:
     [
         ({"codec": ["topk:1"]}, "did you mean 'top_k'"),
         ({"codec": ["int8", "fp16"]}, "each at most once"),
-        ({"codec_down": ["int4"]}, "use fp16, bf16 or int8, and zstd"),
-        ({"codec_down": ["top_k:0.1"]}, "a broadcast holds weights"),
+        ({"codec_down": ["int4"]}, "use top_k of factors, fp16, bf16 or int8, and zstd"),
+        ({"codec_down": ["top_k:0.1", "int4"]}, "a broadcast holds weights"),
+        ({"codec_down": ["zstd", "top_k:0.1"]}, "the order is rank:R, top_k:DENSITY"),
         ({"codec_down": ["rank:2"]}, "a broadcast holds weights"),
         ({"codec": ["rank:2"]}, "strategy fedavg sends differences: codec rank keeps the products"),
         ({"codec": ["top_k:0.1"], "strategy": "flora"}, "flora sends factors: codec top_k is for"),

@@ -204,6 +204,8 @@ def test_the_sum_is_clipped_jointly_whatever_goes_through_the_model_at_a_time(
         ("bias", "bert", True),
         ("bias", "qwen2", True),
         ("bias", "gpt2", False),  # Conv1D
+        ("norm", "bert", True),
+        ("norm", "gemma3", False),  # no LayerNorm
         ("head", "bert", True),
         ("head", "llama", False),  # it is shown positions with a target only
         ("full", "llama", False),

@@ -155,9 +155,15 @@ def test_bad_policies_are_refused_in_one_line(
         ({"strategy": "scaffold", "optimizer": "sgd", "robust": "norm_clip"}, "would leave parts"),
         ({"strategy": "scaffold", "optimizer": "sgd", "codec": ["int8"]}, "nothing may be lost"),
         ({"strategy": "fedsvd", "codec": ["top_k:0.1"]}, "new coordinates in each round"),
+        ({"strategy": "lisa", "codec": ["top_k:0.1"]}, "new coordinates in each round"),
+        ({"strategy": "lisa", "buffer": 2}, "count only for the state they were made from"),
+        ({"strategy": "lisa", "classes": {"a": {"layers": "last:1"}}}, "says by itself which"),
         ({"strategy": "fedsa_lora", "eval_clients": 0}, "personal models"),
         ({"strategy": "hetlora", "options": {"normalise": "False"}}, "is true or false"),
         ({"strategy": "flora", "robust": "krum", "robust_space": "tensors"}, "random basis"),
+        ({"keep_hardest": 0.5, "dp": "example", "epsilon": 8.0}, "no epsilon of dp=example covers"),
+        ({"keep_hardest": 0.5, "dp": "client", "epsilon": 8.0}, "no epsilon of dp=client covers"),
+        ({"keep_hardest": 0.5, "strategy": "seed_pool"}, "keep-hardest is for first-order clients"),
     ],
 )
 def test_what_would_run_and_mean_nothing_is_refused(changes: dict[str, Any], told: str) -> None:
@@ -165,7 +171,7 @@ def test_what_would_run_and_mean_nothing_is_refused(changes: dict[str, Any], tol
         build_strategy(RunConfig.model_validate(changes))
 
 
-@pytest.mark.parametrize("strategy", ["seed_pool", "fedsvd", "ferret"])
+@pytest.mark.parametrize("strategy", ["seed_pool", "fedsvd", "ferret", "lisa"])
 def test_banded_noise_is_refused_where_it_could_not_be_taken_back(
     tmp_path: Path, strategy: str
 ) -> None:

@@ -12,7 +12,7 @@ import transformers
 from peft import IA3Config, PeftModel, PromptTuningConfig, get_peft_model
 from peft.tuners.ia3 import IA3Layer
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from typer.testing import CliRunner
 
@@ -29,7 +29,7 @@ from corolla.data.encoding import Encoded, Encoder
 from corolla.directions.pools import SignPool
 from corolla.errors import ArtefactError, DivergedError, ModelError
 from corolla.evaluation import scoring
-from corolla.models import adapter_files, pretrained, trainable
+from corolla.models import adapter_files, parts, pretrained, trainable
 from corolla.models.dense import DenseModel
 from corolla.models.full import FullModel
 from corolla.models.pretrained import Base
@@ -58,8 +58,11 @@ SIZES: dict[tuple[str, KindName], int] = {
     ("gpt2", "ia3"): 96 + 128,  # outputs of c_attn, inputs of mlp.c_proj
     ("gpt2", "prompt"): TOKENS * 32,
     ("gpt2", "bias"): (96 + 32) + (128 + 32) + 3 * 32,
+    ("llama", "norm"): 3 * 32,
+    ("gpt2", "norm"): 3 * 2 * 32,
     ("bert", "ia3"): 32 + 32 + (32 + 48) + (3 * 32 + 3),  # outputs of k and v, two inputs, head
     ("bert", "bias"): 4 * 32 + (48 + 32) + 3 * 32 + 32 + (3 * 32 + 3),
+    ("bert", "norm"): 3 * 2 * 32 + (3 * 32 + 3),
     ("bert", "head"): 3 * 32 + 3,
     ("untied", "head"): 64 * 32,
     ("llama", "embeddings"): 64 * 32,
@@ -108,6 +111,16 @@ def untrained(model: DenseModel) -> Params:
         name: tensor.clone()
         for name, tensor in [*model.model.named_parameters(), *model.model.named_buffers()]
         if tensor.data_ptr() not in trained
+    }
+
+
+def norms(model: nn.Module) -> set[str]:
+    """Parameters of the modules whose class is a normalisation, by transformers and torch."""
+    return {
+        f"{name}.{own}"
+        for name, module in model.named_modules()
+        if type(module).__name__.endswith("Norm")
+        for own, _ in module.named_parameters(recurse=False)
     }
 
 
@@ -212,6 +225,7 @@ def test_the_values_that_are_trained_are_those_of_the_role(kind: str, role: Kind
     head = {n for n in named if n.startswith("classifier.")} if kind == "bert" else set()
     wanted = {
         "bias": {n for n in named if n.endswith(".bias")} | head,
+        "norm": norms(base(kind).model) | head,
         "head": head or {"lm_head.weight"},
         "embeddings": {TABLES[kind]} | head if kind in TABLES else set(),
         "full": set(named),
@@ -285,6 +299,16 @@ def test_models_without_such_tensors_are_refused(kind: str, role: KindName, says
     with pytest.raises(ModelError, match=says) as caught:
         dense(kind, role)
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_whose_normalisations_have_no_weights_is_refused() -> None:
+    """OLMo's have none."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    config = transformers.OlmoConfig(**sizes, num_attention_heads=4, vocab_size=64, eos_token_id=0)
+    with torch.device("meta"):
+        model = transformers.OlmoForCausalLM(config)
+    with pytest.raises(ModelError, match="has no normalisation with weights; use lora or ia3"):
+        parts.chosen(dataclasses.replace(tiny.base("llama"), model=model), "norm")
 
 
 def test_an_architecture_that_ia3_does_not_know_is_refused() -> None:
@@ -492,6 +516,7 @@ ROUNDS: list[tuple[str, KindName, str]] = [
     ("llama", "prompt", "fedavg"),
     ("gpt2", "bias", "fedavg"),
     ("bert", "head", "fedavg"),
+    ("llama", "norm", "fedavg"),
     ("bert", "bias", "fedavg"),
     ("llama", "full", "fedavg"),
     ("llama", "embeddings", "fedavg"),
@@ -606,7 +631,7 @@ def test_a_base_in_half_precision_is_trained_in_fp32(
     check_half(model, pretrained.load(config), tmp_path)
 
 
-@pytest.mark.parametrize("role", ["bias", "head", "ia3", "full"])
+@pytest.mark.parametrize("role", ["bias", "norm", "head", "ia3", "full"])
 def test_a_classifier_in_half_precision_is_trained_in_fp32(role: KindName, tmp_path: Path) -> None:
     own, other = tiny.base("bert"), tiny.base("bert")
     own.model.bfloat16()

@@ -225,6 +225,7 @@ def test_seats_are_counted_of_phones_that_have_something_to_run(offering: World)
         ({"codec": ["int8"]}, {}, "native devices have no codec int8"),
         ({"codec_down": ["fp16"]}, {}, "native devices have no codec-down fp16"),
         ({"dropout": 0.1}, {}, "native devices have no dropout=0.1"),
+        ({"keep_hardest": 0.5}, {}, "native devices have no keep-hardest"),
     ],
 )
 def test_a_task_that_no_native_phone_can_do_is_not_offered_to_them(

@@ -196,7 +196,7 @@ def test_a_model_without_rows_for_them_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"strategy": "fedsa_lora"}, "rows of new-tokens would have no mean"),
+        ({"strategy": "fedsa_lora"}, "has no mean of rows of new-tokens"),
         ({"parameters": "bias"}, "trained beside LoRA adapters"),
         ({"quantization": "4bit"}, "a base in full, found 4bit"),
         ({"new_tokens": ["<a>", "<a>"]}, "names a token twice"),
