@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from corolla.config.run import RunConfig
 from corolla.interfaces import Choosing
-from corolla.models import kinds, layers
+from corolla.models import kinds
 from corolla.models.anatomy import Anatomy, Shape
 from corolla.models.experts import fused
 from corolla.models.tokens import tables
