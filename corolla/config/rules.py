@@ -8,6 +8,7 @@ from corolla.config.asked import (
     able,
     not_noised,
     takes_parts,
+    takes_patterns,
     takes_sparse,
     takes_start,
     without_factors,
@@ -100,6 +101,25 @@ _LAYERS: tuple[Rule[Asked], ...] = (
 )
 
 _RANKS: tuple[Rule[Asked], ...] = (
+    Rule(
+        when=lambda asked: (
+            (asked.config.rank_pattern or asked.config.alpha_pattern)
+            and not takes_patterns(asked.strategy)
+        ),
+        why=lambda asked: (
+            f"rank-pattern and alpha-pattern give modules ranks and scalings of their own, and "
+            f"{asked.subject} reckons with one for all"
+        ),
+        instead=lambda asked: f"use {able(takes_patterns)}",
+    ),
+    Rule(
+        when=lambda asked: (
+            (asked.config.rank_pattern or asked.config.alpha_pattern)
+            and len(set(asked.config.loras)) > 1
+        ),
+        why=lambda asked: "rank-pattern and alpha-pattern are those of all clients",
+        instead="leave the ranks and alphas of clients out",
+    ),
     Rule(
         when=lambda asked: (
             isinstance(asked.strategy, Stacking)

@@ -130,6 +130,7 @@ RULES: tuple[Rule[RunConfig], ...] = (
     *population.BUFFER,
     *machine.QUANTIZED,
     *training.RANKS_OF_ADAPTERS,
+    *adapter.PATTERNS,
     *adapter.TARGETS,
     *machine.DEVICES,
     *adapter.PUBLIC,

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 from corolla.embedded.assets import asset
 from corolla.errors import ModelError
 from corolla.models import layers
+from corolla.models.patterns import Patterns
 from corolla.tensors import factors
 from corolla.types import LoraSpec
 
@@ -103,17 +104,21 @@ class Anatomy:
         return {n: s for n, s in found.items() if any(_meant(n, target) for target in targets)}
 
     def adapter(
-        self, spec: LoraSpec, targets: Sequence[str] | None = None, blocks: str | None = None
+        self,
+        spec: LoraSpec,
+        targets: Sequence[str] | None = None,
+        blocks: str | None = None,
+        patterns: Patterns | None = None,
     ) -> dict[str, Shape]:
-        """Shapes of the factors of a LoRA adapter."""
+        """Shapes of the factors of a LoRA adapter. Raises ModelError as `linear`."""
         shapes: dict[str, Shape] = {}
-        for name, (out, into) in self.linear(targets, blocks).items():
-            if spec.rank > min(out, into):
-                raise ModelError(f"rank {spec.rank} is larger than module {name} ({out} x {into})")
-            shapes[name + factors.A], shapes[name + factors.B] = (
-                (spec.rank, into),
-                (out, spec.rank),
-            )
+        linear, own = self.linear(targets, blocks), patterns or Patterns()
+        own.check(linear, self.name)
+        for name, (out, into) in linear.items():
+            rank = own.spec(name, spec).rank
+            if rank > min(out, into):
+                raise ModelError(f"rank {rank} is larger than module {name} ({out} x {into})")
+            shapes[name + factors.A], shapes[name + factors.B] = (rank, into), (out, rank)
         return shapes
 
     def _block(self) -> list[str]:

@@ -15,6 +15,7 @@ from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.models.anatomy import Anatomy, Shape
 from corolla.models.parts import PARTS, Shapes
+from corolla.models.patterns import Patterns
 
 if TYPE_CHECKING:
     from corolla.models.dense import DenseModel
@@ -33,13 +34,15 @@ class Form:
 
 
 def _lora_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[str, Shape]:
-    return anatomy.adapter(config.lora, config.target_modules, config.layers)
+    patterns = Patterns.of(config)
+    return anatomy.adapter(config.lora, config.target_modules, config.layers, patterns)
 
 
 def _lora(config: RunConfig, base: Base) -> LoraModel:
     from corolla.models.lora import LoraModel
 
-    return LoraModel(base, config.target_modules, config.dropout, config.layers)
+    patterns = Patterns.of(config)
+    return LoraModel(base, config.target_modules, config.dropout, config.layers, patterns)
 
 
 def _dense(config: RunConfig, base: Base) -> DenseModel:

@@ -141,6 +141,7 @@ def _refuses(config: RunConfig) -> str:
         f"parameters={config.parameters}": not config.kind.native,
         "classes.NAME.layers": config.partial,
         "dp=example": config.dp == "example",
+        "rank-pattern or alpha-pattern": bool(config.rank_pattern or config.alpha_pattern),
         "keep-hardest": config.keep_hardest is not None,
         f"codec {', '.join(config.codec)}": bool(config.codec),
         f"codec-down {', '.join(config.codec_down)}": bool(config.codec_down),
