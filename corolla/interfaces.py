@@ -1,6 +1,6 @@
 """The roles of a federation as protocols: trainers, clients, aggregators and strategies."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol, Self, runtime_checkable
 
@@ -268,6 +268,24 @@ class PricedByState(Protocol):
 
     def cost_from(self, state: Payload, cohort: Sequence[Size]) -> Sequence[Cost]:
         """As `Strategy.cost`, for a round that starts from `state`."""
+
+
+@runtime_checkable
+class Choosing(Protocol):
+    """A strategy whose clients train other tensors in each round, as its state says."""
+
+    def chosen(self, state: Payload) -> Sequence[str]:
+        """Names of the units that clients train in the round that begins from `state`.
+
+        The form of updates follows from them (Size.chosen). Raises ConfigError without any.
+        """
+
+    def most(self, names: Collection[str], number: int) -> tuple[Sequence[int], Sequence[str]]:
+        """What takes most memory of a client in a round: blocks, of so many, and tensors.
+
+        `names` are those of all trained tensors. Blocks that are drawn are not known before: the
+        deepest have the longest backward pass.
+        """
 
 
 @runtime_checkable

@@ -86,6 +86,8 @@ class Size:
     modules: int = 0
     part: Size | None = None
     """The size of what the client trains of the adapter, where that is some blocks alone."""
+    chosen: Sequence[str] = ()
+    """The units that are trained in the round, where the strategy is Choosing; empty: not known."""
 
     @property
     def trained(self) -> Size:

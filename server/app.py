@@ -17,12 +17,14 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 
 from corolla.artefacts.sizes import sentence
+from corolla.budgets import settle
 from corolla.config import rules
 from corolla.config.load import load, validate
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, CorollaError, StoppedError
 from corolla.host import files, logs
 from corolla.host.processes import note_process
+from corolla.models.experts.reach import Reach
 from corolla.server.deployment.grid import GridNetwork, count_nodes, hello
 from corolla.server.deployment.limits import Admission, Limits
 from corolla.server.deployment.order import (
@@ -125,8 +127,9 @@ def _leave(outcome: Outcome, folder: Path) -> None:
 def _run(grid: Grid, folder: Path, order: RunOrder, stop: threading.Event) -> None:
     config, resume = validate(order.config), (folder / "run.json").is_file()
     if resume:  # on another day perhaps
-        day = stored_run(folder)[0].template_date
-        config = config.model_copy(update={"template_date": day})
+        begun = stored_run(folder)[0]
+        config = config.model_copy(update={"template_date": begun.template_date})
+        config = settle.resumed(config, begun)
     loaded = set_up(config, order.run_id, deployed=True)
     config = loaded.config
     told = RunSettings(run_settings(config, own_devices=True), loaded.evaluator.labels)
@@ -193,6 +196,7 @@ class _Log(Silent):
 
     def started(self, facts: Mapping[str, Any], first_round: int) -> None:
         log(INFO, "%d clients, held-out loss %.4f", facts["num_clients"], facts["base"]["loss"])
+        log(INFO, "%s", Reach(**facts["reach"]).line)
         for warning in facts["warnings"]:
             self.warned(warning["text"])
 
@@ -216,6 +220,7 @@ class _Lines(Silent):
 
     def started(self, facts: Mapping[str, Any], first_round: int) -> None:
         self._log.info("started", round=first_round, clients=facts["num_clients"])
+        self._log.info("reached", why=Reach(**facts["reach"]).line)
         for warning in facts["warnings"]:
             self.warned(warning["text"])
 

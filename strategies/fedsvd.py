@@ -6,10 +6,11 @@ Lee et al., "FedSVD: Adaptive Orthogonalization for Private Federated Learning w
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from corolla.strategies.ffa_lora import FfaLora
 from corolla.strategies.listing.mark import listed
+from corolla.strategies.listing.options import option
 from corolla.tensors import factors, tree
 from corolla.types import Broadcast, Cost, Metrics, Payload, Size
 
@@ -29,6 +30,8 @@ class FedSvd(FfaLora):
     rebases: ClassVar[bool] = True
     stale: ClassVar[bool] = False
     when: ClassVar[str] = "differential privacy: noise on B alone, and an A that adapts"
+
+    train: Literal["B"] = option("B", "No choice of FedSVD, whose A is given: B alone.", "B")
 
     def broadcast(self, state: Payload) -> Broadcast:
         return Broadcast(state)

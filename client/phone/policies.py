@@ -85,11 +85,12 @@ NOTHING = Spent()
 
 
 def stricter(policy: pb.Policy, limits: Limits) -> pb.Policy:
-    """A gateway's policy with an owner's limits."""
+    """A gateway's policy with an owner's limits; a limit that is none sets none, as 0 does."""
     both = pb.Policy()
     both.CopyFrom(policy)
     for name, own in asdict(limits).items():
-        asked = getattr(policy, name)
+        told = getattr(policy, name)
+        asked = told if told > 0 else 0  # less than nothing, or no number: no limit of an owner's
         setattr(both, name, min(asked, own) if asked and own else asked or own)
     return both
 

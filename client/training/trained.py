@@ -93,12 +93,17 @@ class Trained:
                 self._written[self._a[name]].copy_(r @ self._start[self._a[name]])
 
     def finish(self) -> Params:
-        """The tensors after training, A as it was given; the model has no gradients any more."""
+        """The tensors after training, A as it was given; the model has no gradients any more.
+
+        Tensors that were not trained are those of the start, not copies of them.
+        """
         for parameter in self.parameters.values():
             parameter.requires_grad_(False)
+        still = {n: t for n, t in self._start.items() if n not in self.parameters}
+        moved = {n: p.detach().cpu().clone() for n, p in self.parameters.items()}
         cores = {name: r.detach().clone() for name, r in self._r.items()}
         given = {a: self._start[a].clone() for a in self._a.values()}
-        return {**self._model.read(), **cores, **given}
+        return {**still, **moved, **cores, **given}
 
 
 def _a_of(name: str) -> str:

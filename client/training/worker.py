@@ -13,6 +13,7 @@ from corolla.artefacts.records import write_decoded, write_update
 from corolla.client.training import private
 from corolla.client.training.first_order import FirstOrder
 from corolla.client.training.zeroth_order import ZerothOrder
+from corolla.config import offset
 from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.data.encoding import Encoded, Encoder
@@ -21,8 +22,9 @@ from corolla.data.rows import Example, counted, unit_of, units
 from corolla.directions import seedlog
 from corolla.errors import ConfigError, CorollaError, ModelError, WireError
 from corolla.evaluation.scoring import halves, score_by_row
-from corolla.interfaces import Traits
+from corolla.interfaces import Client, Strategy, Traits
 from corolla.models import layers
+from corolla.models.sparse import carried
 from corolla.models.trainable import Differentiable, Trainable
 from corolla.privacy import example_level, ledger
 from corolla.privacy.example_level import ExampleLevel
@@ -237,8 +239,10 @@ class Worker:
         followed = self._follow(task.log, sent) if task.log else {}
         if missing or followed is None:
             raise _NotHeldError(missing or ["log"])
-        groups = {**followed, **sent, **self.memory.recall(task.cached)}
-        ranges.check_tensors(groups)
+        received = {**followed, **sent, **self.memory.recall(task.cached)}
+        ranges.check_tensors(received)
+        carried.hold(self.model, received)
+        groups, _ = carried.apart(received)
         kept, owed = self._kept(client, settings.accepted, commit=task.kind == Kind.TRAIN)
         return Received(settings, groups, kept, owed)
 
@@ -313,7 +317,7 @@ class Worker:
         if config.dp != "example":
             data, skipped = self._tokens(client)
             member = self._member(data, task, received, config, seed)
-            update = _changed(self.strategy.local(member, received.groups), self.traits, config)
+            update = self._local(member, received.groups, config)
             return replace(update, metrics={**update.metrics, "skipped": float(skipped)})
         rows = self.data.clients[client].train
         level = example_level.example_level(config, counted(config.dp, rows), unit_of(rows))
@@ -323,12 +327,20 @@ class Worker:
         def local(rows: Callable[[], Sequence[Encoded]]) -> Update:
             member = self._member(rows(), task, received, config, seed)
             guarded = private.Guarded(replace(member, private=private.once(level)))
-            return _changed(self.strategy.local(guarded, received.groups), self.traits, config)
+            return self._local(guarded, received.groups, config)
 
         update = private.answered(
             lambda: local(lambda: self._tokens(client)[0]), lambda: local(lambda: ())
         )
         return private.published(update, level, spent)
+
+    def _local(self, member: Client, groups: Payload, config: RunConfig) -> Update:
+        """Returns the update of the strategy's client half, without what was not trained."""
+        return _changed(self._strategy_of(groups).local(member, groups), self.traits, config)
+
+    def _strategy_of(self, groups: Payload) -> Strategy:
+        """The strategy: devices are not told of a start, but of what it puts beside the base."""
+        return offset.beside(self.strategy) if offset.GROUP in groups else self.strategy
 
     def _member(
         self,
@@ -356,7 +368,8 @@ class Worker:
         lora = received.settings.lora
         examples = self.data.clients[client].eval[: self.config.eval_client_examples]
         data, _ = encode_all(self._encoder, examples)
-        adapter = self.strategy.adapter({**received.groups, **received.kept})
+        groups = {**received.groups, **received.kept}
+        adapter = self._strategy_of(groups).adapter(groups)
         self.model.show(adapter, lora)
         if self.traits.personal:
             _save_personal(self.memory, client, self.model, adapter, lora)

@@ -23,10 +23,10 @@ from corolla.config.run import RunConfig
 from corolla.data.encoding import Encoded, collate
 from corolla.directions import signs
 from corolla.directions.pools import SignPool
+from corolla.directions.space import Space
 from corolla.errors import DataError
 from corolla.evaluation.scoring import loss_sum, sequence_losses
 from corolla.host import logs
-from corolla.models.space import Space
 from corolla.models.trainable import Trainable
 from corolla.privacy.example_level import ExampleLevel
 from corolla.types import LoraSpec, Move, Params, Pool, Walk

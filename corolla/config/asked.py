@@ -93,6 +93,29 @@ class Asked:
         ]
         return robust.refusal(run.robust, compared_in(run, self.strategy), self.traits, likes) or ""
 
+    @property
+    def frozen(self) -> str:
+        """The factor that ffa_lora freezes, "" of another strategy: a start may be for it alone."""
+        if registry.label(self.config.strategy) != "ffa_lora":
+            return ""
+        return "A" if getattr(self.strategy, "train", "B") == "B" else "B"
+
+    @property
+    def unfit_for_offset(self) -> str:
+        """Why a constant block beside the base does not go with this run; "" if it does."""
+        run = self.config
+        if self.traits.personal:
+            return f"models of {self.subject} are mixtures, of which it would be no constant part"
+        if "zeroth_order" in self.trainers:
+            return "what clients without gradients move has no block beside it"
+        if run.weight_decay:
+            return "weight-decay would shrink what is put in its place, set it to 0"
+        if run.max_rank:
+            return "max-rank would keep that part and cut what is learnt, leave it out"
+        if self.down.lossy:
+            return "codec-down would round that part, which is much larger than what is learnt"
+        return ""
+
     @cached_property
     def overfull(self) -> list[RunConfig]:
         """Settings of classes whose updates would hold too many scalars."""

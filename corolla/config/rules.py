@@ -3,22 +3,21 @@
 import math
 
 from corolla.aggregation import robust
+from corolla.config import codecs
 from corolla.config.asked import (
     Asked,
     able,
     not_noised,
     takes_parts,
     takes_patterns,
-    takes_sparse,
     takes_start,
     without_factors,
 )
 from corolla.config.run import RunConfig
 from corolla.config.sections.rule import Rule, refusal
 from corolla.errors import ConfigError
-from corolla.interfaces import Stacking, Strategy
+from corolla.interfaces import Choosing, Stacking, Strategy
 from corolla.strategies.listing import registry
-from corolla.wire.compression import PLAIN
 
 _STATE: tuple[Rule[Asked], ...] = (
     Rule(
@@ -67,6 +66,11 @@ _LAYERS: tuple[Rule[Asked], ...] = (
         instead=lambda asked: f"parameters={asked.config.parameters} has none",
     ),
     Rule(
+        when=lambda asked: asked.config.partial and isinstance(asked.strategy, Choosing),
+        why=lambda asked: f"{asked.subject} says by itself which blocks clients train in a round",
+        instead="leave classes.NAME.layers out, or set layers for the run",
+    ),
+    Rule(
         when=lambda asked: asked.config.partial and not takes_parts(asked.strategy),
         why=lambda asked: (
             f"in {asked.subject} a block that clients of a class do not train is not the same as "
@@ -85,6 +89,11 @@ _LAYERS: tuple[Rule[Asked], ...] = (
             f"for blocks that they do not train"
         ),
         instead="leave classes.NAME.layers out, or give all clients one rank",
+    ),
+    Rule(
+        when=lambda asked: asked.config.budgeted and "zeroth_order" in asked.trainers,
+        why=lambda asked: "budget is a share of a backward pass, and of what it trains",
+        instead="clients without gradients have none: set layers",
     ),
     Rule(
         when=lambda asked: asked.config.partial and "zeroth_order" in asked.trainers,
@@ -134,119 +143,39 @@ _RANKS: tuple[Rule[Asked], ...] = (
     ),
 )
 
-_CODECS: tuple[Rule[Asked], ...] = (
-    Rule(
-        when=lambda asked: asked.pipelines != (PLAIN, PLAIN) and asked.traits.updates == "scalars",
-        why=lambda asked: f"{asked.subject} sends scalars",
-        instead="there is nothing to compress, leave codec and codec-down out",
-    ),
-    Rule(
-        when=lambda asked: asked.up.needs_differences and asked.traits.updates != "differences",
-        why=lambda asked: f"{asked.subject} sends {asked.traits.updates}",
-        instead="codec top_k is for differences, where 0 means no change",
-    ),
-    Rule(
-        when=lambda asked: asked.up.needs_differences and asked.traits.rebases,
-        why=lambda asked: f"{asked.subject} has new coordinates in each round",
-        instead="what codec top_k leaves out cannot be added to a later update; use int8 or int4",
-    ),
-    Rule(
-        when=lambda asked: (
-            asked.up.lossy and not asked.up.needs_differences and asked.traits.mirrors
-        ),
-        why=lambda asked: (
-            f"{asked.subject} sums up what its clients keep, so nothing may be lost on the way"
-        ),
-        instead="add top_k to codec, which sends the rest later, or use zstd alone",
-    ),
-    Rule(
-        when=lambda asked: asked.up.needs_factors and asked.traits.updates != "factors",
-        why=lambda asked: f"{asked.subject} sends {asked.traits.updates}",
-        instead=lambda asked: (
-            f"codec rank keeps the products of factors, use "
-            f"{able(lambda cls: registry.traits(cls).updates == 'factors')}"
-        ),
-    ),
-    Rule(
-        when=lambda asked: asked.down.needs_factors or asked.down.number == "int4",
-        why=lambda asked: f"codec-down {', '.join(asked.config.codec_down)}",
-        instead="a broadcast holds weights, not their changes; use top_k of factors, fp16, bf16 or "
-        "int8, and zstd",
-    ),
-    Rule(
-        when=lambda asked: asked.down.needs_differences and not asked.config.kind.factors,
-        why=lambda asked: (
-            f"codec-down {', '.join(asked.config.codec_down)} leaves values out as 0, which is "
-            f"neutral in LoRA factors, found parameters={asked.config.parameters}"
-        ),
-        instead="use fp16, bf16 or int8",
-    ),
-    Rule(
-        when=lambda asked: asked.down.needs_differences and not takes_sparse(asked.strategy),
-        why=lambda asked: (
-            f"codec-down top_k lets clients start from a part of the factors, and {asked.subject} "
-            f"does not aggregate their changes of it"
-        ),
-        instead=lambda asked: f"use {able(lambda cls: takes_sparse(cls()))}",
-    ),
-    Rule(
-        when=lambda asked: (
-            asked.down.needs_differences and asked.config.start not in ("random", "gradient")
-        ),
-        why=lambda asked: (
-            f"codec-down top_k leaves out a part of the factors, and those of "
-            f"start={asked.config.start} belong together"
-        ),
-        instead="use start=random, or fp16, bf16 or int8",
-    ),
-)
-
-_SQUARES: tuple[Rule[Asked], ...] = (
-    Rule(
-        when=lambda asked: asked.traits.squares and len(asked.batch_sizes) > 1,
-        why=lambda asked: (
-            f"{asked.subject} compares squared gradients of batches, which are smaller in larger "
-            f"batches, found batch_size {' and '.join(map(str, sorted(asked.batch_sizes)))}"
-        ),
-        instead="leave classes.NAME.batch_size out; micro_batch_size saves as much memory",
-    ),
-    Rule(
-        when=lambda asked: (
-            asked.traits.squares
-            and (asked.up.needs_differences or asked.up.number not in (None, "bf16"))
-        ),
-        why=lambda asked: (
-            f"{asked.subject} sends squared gradients, which span many orders of magnitude: codec "
-            f"{', '.join(asked.config.codec)} would make most of them 0"
-        ),
-        instead="use bf16, and zstd",
-    ),
-    Rule(
-        when=lambda asked: asked.traits.squares and asked.config.max_norm is not None,
-        why=lambda asked: (
-            f"{asked.subject} divides what clients send, so that max-norm would not bound how far "
-            f"one of them moves the model"
-        ),
-        instead="leave max-norm out",
-    ),
-    Rule(
-        when=lambda asked: asked.traits.squares and asked.config.robust != "none",
-        why=lambda asked: (
-            f"robust={asked.config.robust} compares changes, and {asked.subject} sends them times "
-            f"squared gradients"
-        ),
-        instead="use fedavg, or leave robust out",
-    ),
-)
-
 _START: tuple[Rule[Asked], ...] = (
     Rule(
-        when=lambda asked: asked.config.start == "gradient" and not takes_start(asked.strategy),
+        when=lambda asked: asked.config.start != "random" and not takes_start(asked.strategy),
         why=lambda asked: (
-            f"start=gradient is an adapter that the server hands out, and clients of "
+            f"start={asked.config.start} is an adapter that the server hands out, and clients of "
             f"{asked.subject} begin from another"
         ),
         instead=lambda asked: f"use {able(lambda cls: takes_start(cls()))}",
+    ),
+    Rule(
+        when=lambda asked: (
+            (wanted := asked.config.begins.frozen)
+            and asked.frozen not in (("A", "B") if wanted == "either" else (wanted,))
+        ),
+        why=lambda asked: f"start={asked.config.start} makes a factor that must not be trained",
+        instead=lambda asked: (
+            "use strategy=ffa_lora"
+            + (" strategy.train=A" if asked.config.begins.frozen == "B" else "")
+        ),
+    ),
+    Rule(
+        when=lambda asked: (
+            asked.frozen == "B"
+            and asked.config.begins.zero == "B"
+            and asked.config.start != "random"
+        ),
+        why=lambda asked: f"start={asked.config.start} leaves B at zero, and train=A keeps it",
+        instead="use strategy.train=B",
+    ),
+    Rule(
+        when=lambda asked: asked.config.begins.offset and asked.unfit_for_offset,
+        why=lambda asked: f"start={asked.config.start} takes a part out of the base",
+        instead=lambda asked: asked.unfit_for_offset,
     ),
 )
 
@@ -361,7 +290,7 @@ _TRAINERS: tuple[Rule[Asked], ...] = (
 )
 
 RULES = (
-    *(*_STATE, *_RANKS, *_LAYERS, *_SQUARES, *_CODECS, *_START, *_ROBUST, *_PRIVATE),
+    *(*_STATE, *_RANKS, *_LAYERS, *codecs.SQUARES, *codecs.CODECS, *_START, *_ROBUST, *_PRIVATE),
     *(*_HARDEST, *_TRAINERS),
 )
 """Of several that apply, the first is told."""

@@ -45,7 +45,7 @@ class RunConfig(Settings):
         registry.find(name)
         return files.absolute(name) if ":" in name else name.replace("-", "_")
 
-    @field_validator("model", "data", "availability", "public")
+    @field_validator("model", "data", "availability", "public", "explored")
     @classmethod
     def _absolute(cls, name: str | None) -> str | None:
         """A path must mean the same from another folder: run.json is read later."""
@@ -97,7 +97,12 @@ class RunConfig(Settings):
     @property
     def partial(self) -> bool:
         """True where clients of some class train a part of the blocks alone."""
-        return any(own.layers for own in self.classes.values())
+        return any(own.layers or own.budget for own in self.classes.values())
+
+    @property
+    def budgeted(self) -> bool:
+        """True where blocks or modules are still to be chosen under a budget."""
+        return bool(self.budget) or any(own.budget for own in self.classes.values())
 
     @property
     def simulates_time(self) -> bool:
@@ -129,12 +134,14 @@ RULES: tuple[Rule[RunConfig], ...] = (
     *training.RANKS,
     *population.BUFFER,
     *machine.QUANTIZED,
+    *machine.FULL_PRECISION,
     *training.RANKS_OF_ADAPTERS,
     *adapter.PATTERNS,
     *adapter.TARGETS,
     *machine.DEVICES,
-    *adapter.PUBLIC,
-    *machine.GRADIENT_START,
+    *adapter.SELECTION,
+    *adapter.STARTS,
+    *machine.STARTS,
     *privacy.SETTINGS,
     *privacy.CLIENTS,
     *privacy.EXAMPLES,

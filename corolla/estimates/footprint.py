@@ -127,6 +127,7 @@ def client(
         "weights": weights(anatomy, config),
         "trained values, at the start and now": 0 if in_place else 8 * values,
         "gradients and optimiser": 0 if in_place else 4 * steps * values,
+        "sparse set": _sparse_set(anatomy, config, trainer),
         "gradients of each example": _apart(config, trainer, batch, values),
         "messages": messages if messages is not None else (0 if in_place else 8 * values),
         "activations": _resident(activations, sparing),
@@ -193,7 +194,7 @@ def operations(anatomy: Anatomy, config: RunConfig, trainer: TrainerName, batch:
     if trainer == "zeroth_order":
         return 2 * config.queries * (blocks + head)
     passed = _passed(anatomy, config) / anatomy.layers
-    again = 1 + config.kind.whole + config.gradient_checkpointing
+    again = 1 + (config.kind.whole or config.kind.sparse) + config.gradient_checkpointing
     return (blocks + head) + (passed * blocks + head) * again
 
 
@@ -211,6 +212,16 @@ def _forward(anatomy: Anatomy, config: RunConfig, batch: Batch) -> tuple[float, 
 
 
 # --- the worst moment -----------------------------------------------------------------------------
+
+
+def _sparse_set(anatomy: Anatomy, config: RunConfig, trainer: TrainerName) -> float:
+    """Places and the base's values at them; backpropagation has one matrix's whole gradient."""
+    if not config.kind.sparse:
+        return 0.0
+    modules = anatomy.linear(config.target_modules, config.layers)
+    values = config.rank * sum(map(sum, modules.values()))
+    gradient = max(map(math.prod, modules.values())) if trainer == "first_order" else 0
+    return 12.0 * values + 4.0 * gradient
 
 
 def _apart(config: RunConfig, trainer: TrainerName, batch: Batch, values: int) -> float:
@@ -242,9 +253,11 @@ def _kept(anatomy: Anatomy, config: RunConfig, batch: Batch) -> Blocks:
 
 def _adapted(anatomy: Anatomy, config: RunConfig) -> Sequence[int]:
     """Numbers of the blocks that are trained."""
-    if config.layers is None:
+    if config.layers is None and not (config.kind.factors and config.target_modules):
         return range(anatomy.layers)
-    return layers.chosen(anatomy.linear(), config.layers)
+    modules = anatomy.linear(config.target_modules, config.layers)
+    found = {place[1] for name in modules if (place := layers.block(name))}
+    return sorted(found) or range(anatomy.layers)
 
 
 def _passed(anatomy: Anatomy, config: RunConfig) -> int:

@@ -2,7 +2,8 @@
 
 Who waits costs nothing, so the bound alone would let those that say nothing keep all others out.
 Where there are as many as may be, the one that has waited for longest ends, and the new one goes
-on: what a server waits for comes at once from whoever has it.
+on: what a server waits for comes at once from whoever has it. Nobody holds a place but for the time
+in which the server itself is at work: who has to take an answer, or may ask again, waits as well.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,7 +32,7 @@ def network(address: str) -> str:
 
 @dataclass(eq=False)
 class Occupant:
-    """A call or a connection that waits for what its caller has to send."""
+    """A call or a connection that waits for what its caller has to send or to take."""
 
     bounds: Mapping[str, int]
     """The addresses that an occupant counts for → how many occupants each may have at a time."""
@@ -61,8 +62,15 @@ class Occupancy:
             self._open.setdefault(name, {})[occupant] = True
         return True
 
+    def wait(self, occupant: Occupant) -> None:
+        """Notes that an occupant waits for its caller, from now on: others have waited longer."""
+        for name in occupant.bounds:
+            own = self._open.get(name, {})
+            if own.pop(occupant, None) is not None:
+                own[occupant] = True
+
     def settle(self, occupant: Occupant) -> None:
-        """Notes that an occupant no longer waits: it does not end for another from now on."""
+        """Notes that an occupant no longer waits: it does not end for another until it does."""
         for name in occupant.bounds:
             if occupant in self._open.get(name, {}):
                 self._open[name][occupant] = False

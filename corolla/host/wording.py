@@ -3,7 +3,7 @@
 import functools
 import json
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -54,7 +54,7 @@ def kind_of(annotation: Any, bounds: tuple[Any, ...] = ()) -> str:
         return " or ".join(rest) + (_NULL if NoneType in inner else "")
     if form is Literal:
         return ", ".join(str(value) for value in inner)
-    if form is list:
+    if form in (list, Sequence):
         return f"list ({kind_of(inner[0])})"
     if form is dict or _is_group(annotation):
         return "table"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, PeftType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -36,7 +36,11 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
         raise ArtefactError(f"{folder} is no adapter: it has no adapter_config.json")
     try:
         with torch.random.fork_rng(devices=[]), peft_speaks_to_transformers():
-            return quiet(PeftModel.from_pretrained(base, str(folder)).eval())
+            model = quiet(PeftModel.from_pretrained(base, str(folder)).eval())
+            # Of sparse tensors torch wants to be told whether it checks them, or it warns.
+            if model.active_peft_config.peft_type == PeftType.SHIRA:
+                torch.sparse.check_sparse_tensor_invariants.enable()  # type: ignore[no-untyped-call]
+            return model
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ArtefactError(f"cannot load adapter {folder} on this base model: {reason}") from error

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from corolla.config.patterns import Patterns
 from corolla.embedded.assets import asset
 from corolla.errors import ModelError
-from corolla.models import layers
-from corolla.models.patterns import Patterns
+from corolla.models import decoders, layers
 from corolla.tensors import factors
 from corolla.types import LoraSpec
 
@@ -95,12 +95,12 @@ class Anatomy:
             for name, shape in self.tensors.items()
             if len(shape) == 2 and name.endswith(".weight") and not _OUTSIDE.search(name)
         }
+        for target in targets or ():
+            if not any(_meant(name, target) for name in found):
+                raise ModelError(f"target modules {target} match nothing in {self.name}")
         found = {name: found[name] for name in layers.kept(found, blocks)}
         if not targets:
             return found
-        for target in targets:
-            if not any(_meant(name, target) for name in found):
-                raise ModelError(f"target modules {target} match nothing in {self.name}")
         return {n: s for n, s in found.items() if any(_meant(n, target) for target in targets)}
 
     def adapter(
@@ -174,8 +174,12 @@ def _of_folder(folder: Path, name: str) -> Anatomy:
     tensors: dict[str, Shape] = {}
     for path in sorted(folder.glob("*.safetensors")):
         tensors |= _header(path)
+    tensors = tensors or decoders.tensors(told)
     if not tensors:
-        raise ModelError(f"model {name} has no .safetensors file: its size is not known")
+        raise ModelError(
+            f"model {name} has no .safetensors file, and config.json alone says the sizes of "
+            f"{', '.join(decoders.FAMILIES)} models only"
+        )
     family = str(told.get("model_type", ""))
     if family in _IN_OUT:
         tensors = {n: s[::-1] if not _OUTSIDE.search(n) else s for n, s in tensors.items()}

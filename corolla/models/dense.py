@@ -4,12 +4,14 @@ What FedPEFT (Sun et al., "Conquering the Communication Constraints to Enable La
 Models in Federated Learning", arXiv 2210.01708) calls the choice of what travels:
 
 bias     all bias vectors (BitFit: Ben Zaken et al., ACL 2022, arXiv 2106.10199)
+sparse   values at places of weight matrices (corolla/models/sparse)
 norm     all weights and biases of normalisations (Zhao et al., "Tuning LayerNorm in Attention",
          ICLR 2024, arXiv 2312.11420)
 ia3      vectors that scale keys, values and feed-forward activations ((IA)³: Liu et al., NeurIPS
          2022, arXiv 2205.05638)
 prompt   embeddings of virtual tokens before the text (Lester et al., EMNLP 2021, arXiv 2104.08691)
 head     the output layer, or the head of a classifier
+embeddings  the table of the embeddings of tokens, and with it an output layer that is tied to it
 full     all parameters
 
 A classifier's head is trained with each of them. Tensors keep their names in the base model; new
@@ -32,9 +34,9 @@ from transformers import PreTrainedModel
 from corolla import seeds
 from corolla.config.sections.kinds import KINDS, KindName
 from corolla.directions import moving
+from corolla.directions.space import Beside, Space, Unrounded
 from corolla.models import adapter_files, devices, full, parts
 from corolla.models.pretrained import Base, heads_of
-from corolla.models.space import Beside, Space, Unrounded
 from corolla.types import Adapter, LoraSpec, Move, Params
 from corolla.wire import codec
 
@@ -75,7 +77,7 @@ class DenseModel(Unrounded):
             with torch.random.fork_rng(devices=[]), adapter_files.peft_speaks_to_transformers():
                 model = get_peft_model(base.model, self._config, adapter_name=_NAME)
             self.model = adapter_files.quiet(model)
-            self._leaves |= _added(self.model)
+        self._leaves |= self._added()
         self.model.eval().requires_grad_(False)
         self._leaves = dict(sorted(self._leaves.items()))
         self._buffers = {n: b.detach().clone() for n, b in self.model.named_buffers()}
@@ -85,6 +87,10 @@ class DenseModel(Unrounded):
         for leaf, own in zip(self._leaves.values(), torch.split(self._flat, sizes), strict=True):
             leaf.data = own.view(leaf.shape).copy_(leaf.detach())
         self._settle = moving.Settled()
+
+    def _added(self) -> Mapping[str, nn.Parameter]:
+        """The tensors that are new in the model, by our names."""
+        return _of_peft(self.model) if self._config else {}
 
     def check_rank(self, spec: LoraSpec) -> None:
         """Any: there is no rank."""
@@ -127,9 +133,11 @@ class DenseModel(Unrounded):
             buffer.copy_(self._buffers[name])
 
     def show(self, adapter: Adapter, spec: LoraSpec) -> None:
-        """Write a global model."""
+        """Write a global model; tensors that it does not have are as they were at first."""
         blocks = (*adapter.frozen, *adapter.residuals)
-        self.write(self._settle(adapter.trained, adapter.moves), spec, blocks)
+        lacks = adapter.trained.keys() != self._leaves.keys()
+        start = {**self.init(spec, 0), **adapter.trained} if lacks else adapter.trained
+        self.write(self._settle(start, adapter.moves), spec, blocks)
 
     def enter(self, start: Params, spec: LoraSpec, moves: Sequence[Move]) -> Space:
         """Write `start` after `moves`; the space of the trained tensors, standing there."""
@@ -164,7 +172,7 @@ class DenseModel(Unrounded):
     def distance_to(self, folder: Path, spec: LoraSpec) -> float:
         """‖saved - shown‖ / ‖shown‖ in fp64: of an adapter's tensors, or of the whole model."""
         shown = self._shown()
-        if self._config is None:
+        if self.artefact == "model":
             return full.distance(folder, shown)
         saved, _ = codec.read(str(folder / "adapter_model.safetensors"))
         if saved.keys() != shown.keys():
@@ -179,7 +187,8 @@ class DenseModel(Unrounded):
 
     def digest(self, folder: Path) -> str:
         """sha256 of the tensors of a saved adapter, or of the weight files of a saved model."""
-        return full.digest(folder) if self._config is None else adapter_files.adapter_hash(folder)
+        whole = self.artefact == "model"
+        return full.digest(folder) if whole else adapter_files.adapter_hash(folder)
 
     def _shown(self) -> dict[str, Tensor]:
         """Returns shown tensors by the names of peft (trained tensors) or of transformers (all).
@@ -223,7 +232,7 @@ def _leaf(model: PreTrainedModel, parameter: nn.Parameter) -> nn.Parameter:
     return leaf
 
 
-def _added(model: Any) -> Mapping[str, nn.Parameter]:
+def _of_peft(model: Any) -> Mapping[str, nn.Parameter]:
     """The tensors that peft has added, by our names."""
     if isinstance(model.active_peft_config, PromptTuningConfig):
         return {_PROMPT: model.prompt_encoder[_NAME].embedding.weight}

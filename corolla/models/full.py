@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from corolla.directions import moving
+from corolla.directions.space import InPlace, Space
 from corolla.errors import ArtefactError, ModelError
 from corolla.host.files import making_folder
 from corolla.models import devices
 from corolla.models.folders import folder_of
 from corolla.models.pretrained import Base, Quiet
-from corolla.models.space import InPlace, Space
 from corolla.tensors.stored import StoredTensor, stored_tensors
 from corolla.types import Adapter, LoraSpec, Move, Params
 

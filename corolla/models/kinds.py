@@ -12,16 +12,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from corolla.config.build import build_strategy
+from corolla.config.patterns import Patterns
 from corolla.config.run import RunConfig
 from corolla.models.anatomy import Anatomy, Shape
 from corolla.models.parts import PARTS, Shapes
-from corolla.models.patterns import Patterns
 
 if TYPE_CHECKING:
     from corolla.models.dense import DenseModel
     from corolla.models.full import FullModel
     from corolla.models.lora import LoraModel
     from corolla.models.pretrained import Base
+    from corolla.models.sparse_model import SparseModel
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,17 @@ def _full(config: RunConfig, base: Base) -> FullModel | DenseModel:
     return _dense(config, base)
 
 
+def _sparse(config: RunConfig, base: Base) -> SparseModel:
+    from corolla.models.sparse_model import SparseModel
+
+    return SparseModel(base, config.rank, config.target_modules, config.layers, config.seed)
+
+
 FORMS: Mapping[str, Form] = {
     **{name: Form(part.shapes, _dense) for name, part in PARTS.items()},
     "lora": Form(_lora_shapes, _lora),
     "full": Form(PARTS["full"].shapes, _full),
+    "sparse": Form(PARTS["sparse"].shapes, _sparse),
 }
 """Name of a kind → its form."""
 

@@ -9,18 +9,8 @@ from collections.abc import Collection, Sequence
 
 from corolla.errors import ModelError
 from corolla.tensors import factors
+from corolla.tensors.units import block
 from corolla.types import Payload
-
-
-def block(name: str) -> tuple[str, int] | None:
-    """Returns the stack and the number of a module's block; None for a module outside of blocks."""
-    before, _, after = name.partition(".")
-    while after:
-        part, _, rest = after.partition(".")
-        if part.isdecimal() and rest:
-            return before, int(part)
-        before, after = f"{before}.{part}", rest
-    return None
 
 
 def numbers(text: str, there: Sequence[int]) -> list[int]:
@@ -45,6 +35,17 @@ def numbers(text: str, there: Sequence[int]) -> list[int]:
             )
         found |= wanted
     return sorted(found)
+
+
+def text(blocks: Collection[int]) -> str:
+    """Numbers of blocks as the key `layers` has them: 0,3,17-23."""
+    runs: list[list[int]] = []
+    for number in sorted(blocks):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(f"{a}-{b}" if a < b else str(a) for a, b in runs)
 
 
 def chosen(names: Collection[str], text: str) -> list[int]:

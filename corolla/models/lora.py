@@ -18,7 +18,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from corolla.config.patterns import Patterns, means
 from corolla.directions import moving
+from corolla.directions.space import Beside, Space, Unrounded
 from corolla.errors import ModelError
 from corolla.models import devices, layers
 from corolla.models.adapter_files import (
@@ -31,9 +33,7 @@ from corolla.models.adapter_files import (
     write_adapter,
 )
 from corolla.models.missing import within
-from corolla.models.patterns import Patterns, means
 from corolla.models.pretrained import Base, heads_of
-from corolla.models.space import Beside, Space, Unrounded
 from corolla.tensors import factors
 from corolla.types import Adapter, LoraSpec, Move, Params
 
@@ -353,6 +353,11 @@ def _linear(model: PreTrainedModel, heads: Sequence[str]) -> Iterator[tuple[str,
 
 def _names(base: Base, heads: Sequence[str]) -> list[str]:
     return [name for name, _ in _linear(base.model, heads)]
+
+
+def linear_suffixes(base: Base) -> list[str]:
+    """Suffixes of the names of all linear layers of a base, but its output."""
+    return _linear_suffixes(base.model, heads_of(base))
 
 
 def _linear_suffixes(model: PreTrainedModel, heads: Sequence[str]) -> list[str]:

@@ -14,12 +14,18 @@ from typing import TYPE_CHECKING
 from corolla.config.run import RunConfig
 from corolla.errors import ModelError
 from corolla.models.anatomy import Anatomy, Shape
+from corolla.models.sparse import places
 
 if TYPE_CHECKING:
     from peft import IA3Config, PromptTuningConfig
     from torch import nn
 
     from corolla.models.pretrained import Base
+
+_TABLE = re.compile(
+    r"(^|\.)(embed_tokens|wte|(word_|tok_)?embeddings|word_embedding|tokens_embed|embed_in)\.weight$"
+)
+"""Names of the table of the embeddings of tokens."""
 
 Shapes = Callable[[Anatomy, RunConfig, int], Mapping[str, Shape]]
 """Shapes of the trained tensors by name, in a model with so many labels (0: it generates).
@@ -37,6 +43,11 @@ def _no_targets(base: Base, given: Sequence[str] | None) -> list[str]:
 
 def _nothing(base: Base, targets: Sequence[str], virtual_tokens: int) -> None:
     """Nothing is added to the base."""
+
+
+def _given(base: Base, given: Sequence[str] | None) -> list[str]:
+    """Those that are named."""
+    return list(given or ())
 
 
 @dataclass(frozen=True)
@@ -109,6 +120,13 @@ def _output(base: Base) -> list[str]:
         )
     own = {id(parameter) for parameter in output.parameters()}
     return [name for name, parameter in base.model.named_parameters() if id(parameter) in own]
+
+
+def _embeddings(base: Base) -> list[str]:
+    """The table of the embeddings of tokens, and a classifier's head; tied layers stay tied."""
+    table = base.model.get_input_embeddings().weight
+    own = [name for name, parameter in base.model.named_parameters() if parameter is table]
+    return sorted({*_heads(base), *own})
 
 
 def _no_tensors(base: Base) -> list[str]:
@@ -193,6 +211,21 @@ def _head_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[st
     return {} if labels else output
 
 
+def _embeddings_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[str, Shape]:
+    found = {n: s for n, s in anatomy.tensors.items() if _TABLE.search(n) and len(s) == 2}
+    if not found:
+        raise ModelError(
+            f"parameters=embeddings: which tensor of {anatomy.name} has the embeddings of tokens "
+            f"is not known, its size neither; corolla simulate finds it in the model"
+        )
+    return found
+
+
+def _sparse_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[str, Shape]:
+    found = anatomy.linear(config.target_modules, config.layers)
+    return {f"{n}.delta": (places.count(n, s, config.rank),) for n, s in found.items()}
+
+
 def _full_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[str, Shape]:
     return anatomy.tensors
 
@@ -203,6 +236,8 @@ PARTS = {
     "bias": Part(_biases, _bias_shapes),
     "norm": Part(_norms, _norm_shapes),
     "head": Part(_output, _head_shapes),
+    "embeddings": Part(_embeddings, _embeddings_shapes),
     "full": Part(_names, _full_shapes),
+    "sparse": Part(_heads, _sparse_shapes, _given),
 }
 """Name of a kind → its part."""

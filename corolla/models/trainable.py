@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from corolla.config.run import RunConfig
+from corolla.directions.space import Space
 from corolla.models import kinds
 from corolla.models.dense import DenseModel
 from corolla.models.full import FullModel
 from corolla.models.lora import LoraModel
 from corolla.models.pretrained import Base
-from corolla.models.space import Space
 from corolla.types import Adapter, LoraSpec, Move, Params
 
 

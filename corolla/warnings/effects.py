@@ -150,8 +150,8 @@ EFFECTS: Mapping[str, tuple[Rule[Reader], ...]] = {
     "dropout": (_BACKWARD, _ADAPTER),
     "public_examples": (
         _unless(
-            lambda reader: reader.config.start == "gradient",
-            "no public rows are read with start=random",
+            lambda reader: reader.config.begins.rows or reader.config.public,
+            lambda reader: f"no public rows are read with start={reader.config.start}",
             "leave it out, or use start=gradient",
         ),
     ),

@@ -31,8 +31,8 @@ class RunWarning:
     """Something that does not end a run and that its user should know."""
 
     id: str
-    """One of VERDICTS, of a run that has ended; or, when it begins, columns, data, eps, extended,
-    memory, no_effect, template or unbounded."""
+    """One of VERDICTS, of a run that has ended; or, when it begins, columns, data, eps, experts,
+    extended, memory, no_effect, template or unbounded."""
     why: str
     instead: str
     """The advice on what to do about it; "" without any."""

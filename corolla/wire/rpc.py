@@ -22,6 +22,7 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 from corolla.errors import ConfigError, CorollaError, PeerError
+from corolla.host.door import Door
 from corolla.proto import device_pb2, device_pb2_grpc
 from corolla.wire.packet import Packet
 
@@ -30,6 +31,14 @@ LONGEST_PATH = 103
 
 _UNLIMITED = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
 """Beyond the usual 4 MB: both ends of the socket are processes of one user."""
+
+_SERVER = (
+    ("grpc.so_reuseport", 0),  # or two servers would share a port, and half the calls be lost
+    ("grpc.keepalive_time_ms", 20_000),  # or calls of a peer that vanished would stay
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.max_concurrent_streams", 32),  # of a connection, also calls that nobody is told of
+    ("grpc.server_handshake_timeout_ms", 10_000),  # two minutes, else, for a silent stranger
+)
 
 _QUICK = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000))
 """A trainer that starts again is found within a second."""
@@ -136,36 +145,38 @@ def tls_server(
     key: Path,
     *,
     most_bytes: int,
-    add: Callable[[grpc.aio.Server], None],
+    connections: int,
+    add: Callable[[grpc.aio.Server, Door], None],
 ) -> TlsServer:
     """A server that serves what `add` adds to it; a message has at most `most_bytes`.
 
-    Raises ConfigError when the address is taken or the files cannot be used.
+    It has so many `connections` at a time, taken at a door that says whose a call is. Raises
+    ConfigError when the address is taken or the files cannot be used.
     """
-    options = (
-        ("grpc.max_receive_message_length", most_bytes),
-        ("grpc.max_send_message_length", most_bytes),
-        ("grpc.so_reuseport", 0),  # or two servers would share a port, and half the calls be lost
-        ("grpc.keepalive_time_ms", 20_000),  # or calls of a peer that vanished would stay
-        ("grpc.keepalive_timeout_ms", 10_000),
-        ("grpc.server_handshake_timeout_ms", 10_000),  # two minutes, else, for a silent stranger
-    )
+    options = (*_SERVER, *_longest(most_bytes))
     try:
         pair = (key.read_bytes(), certificate.read_bytes())
     except OSError as error:
         raise ConfigError(f"cannot read {error.filename}: {error.strerror}") from error
+    taken = f"cannot serve at {address}: taken, or no address of this host"
+    try:
+        door = Door(address, connections)
+    except OSError as error:
+        raise ConfigError(taken) from error
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="calls", daemon=True)
     thread.start()
 
-    async def begin() -> tuple[grpc.aio.Server, int]:
+    async def begin() -> grpc.aio.Server:
         server = grpc.aio.server(options=options)
-        add(server)
-        port = server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+        add(server, door)
+        port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([pair]))
         await server.start()
-        return server, port
+        door.open(port)
+        return server
 
     async def end(server: grpc.aio.Server) -> None:
+        door.close()
         await server.stop(None)
         calls = asyncio.all_tasks() - {asyncio.current_task()}
         for call in calls:
@@ -182,13 +193,12 @@ def tls_server(
         close()
 
     try:
-        server, port = asyncio.run_coroutine_threadsafe(begin(), loop).result()
+        server = asyncio.run_coroutine_threadsafe(begin(), loop).result()
     except RuntimeError as error:
+        door.close()
         close()
-        raise ConfigError(
-            f"cannot serve at {address}: taken, or no address of this host"
-        ) from error
-    return TlsServer(port, stop)
+        raise ConfigError(taken) from error
+    return TlsServer(door.port, stop)
 
 
 def tls_channel(address: str, ca: Path | None, *, most_bytes: int) -> grpc.Channel:
@@ -197,12 +207,13 @@ def tls_channel(address: str, ca: Path | None, *, most_bytes: int) -> grpc.Chann
         roots = ca.read_bytes() if ca else None
     except OSError as error:
         raise ConfigError(f"cannot read {ca}: {error.strerror}") from error
-    options = (
-        ("grpc.max_receive_message_length", most_bytes),
-        ("grpc.max_send_message_length", most_bytes),
-        ("grpc.max_reconnect_backoff_ms", 10_000),
-    )
+    options = (("grpc.max_reconnect_backoff_ms", 10_000), *_longest(most_bytes))
     return grpc.secure_channel(address, grpc.ssl_channel_credentials(roots), options=options)
+
+
+def _longest(bytes: int) -> tuple[tuple[str, int], ...]:
+    """Options for messages of so many bytes, both ways; what is compressed counts as it was."""
+    return ("grpc.max_receive_message_length", bytes), ("grpc.max_send_message_length", bytes)
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,8 @@ class TaskSettings:
     """Of a classification task, for devices that know their own rows only; None: not told."""
     fresh: Payload | None = None
     """For a gateway, which has no model: of the form of an adapter of its phones."""
+    chosen: Sequence[str] = ()
+    """For a gateway, of a strategy that is Choosing: the units that its phones train."""
 
     def to_json(self) -> str:
         """The settings as a task has them: forms without values, nothing of what is None."""
@@ -71,6 +73,7 @@ class TaskSettings:
                 **({} if self.like is None else {"form": compression.form(self.like)}),
                 **({} if self.labels is None else {"labels": [*self.labels]}),
                 **({} if self.fresh is None else {"fresh": compression.form(self.fresh)}),
+                **({"chosen": [*self.chosen]} if self.chosen else {}),
                 "run": self.run,
             }
         )
@@ -83,7 +86,10 @@ class TaskSettings:
         settings LookupError, TypeError or ValueError, of which each receiver says what is wrong in
         its own words.
         """
-        told = json.loads(text)
+        try:
+            told = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("it is nested too deeply") from error
         lora = LoraSpec(**told["lora"])
         for name in ("rank", "alpha"):
             ranges.check(name, getattr(lora, name))
@@ -99,4 +105,5 @@ class TaskSettings:
             None if form is None else compression.blank(form),
             told.get("labels"),
             None if fresh is None else compression.blank(fresh),
+            tuple(map(str, told.get("chosen", ()))),
         )

@@ -2,7 +2,7 @@
 
 A connection without TLS or a request costs its caller nothing and the front a file. So there is a
 bound on all and on those of an address, and where it is reached the one that has waited longest
-for its first request ends.
+for a whole request ends. One that was answered waits for the next: it costs its caller as little.
 """
 
 import asyncio
@@ -43,10 +43,19 @@ class Hurried(H11Protocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.cycle and not self.cycle.response_complete:
-            self.occupancy.settle(self.occupant)
             self._in_time()
+            self._heard(whole=not self.cycle.more_body)
         elif self._late is None:
             self._late = self.loop.call_later(HEAD, self.transport.abort)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()  # begins with the next request, if that has come
+        if not self.cycle or self.cycle.response_complete:
+            self.occupancy.wait(self.occupant)
+
+    def _heard(self, whole: bool) -> None:
+        """A request is there, `whole` or in part: of those that wait, who sends ends last."""
+        (self.occupancy.settle if whole else self.occupancy.wait)(self.occupant)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.occupancy.leave(self.occupant)

@@ -150,7 +150,11 @@ class GridNetwork:
             ]
             yield from ((clients[waiting.pop(sent_id)], None) for sent_id in gone)
             for sent_id, found in self._calls.pull({m: self._seats(n) for m, n in waiting.items()}):
+                self._turn_out()  # of others, before it came: many and large replies take a while
                 answered = waiting.pop(sent_id)
+                if clients[answered] not in self._members:
+                    yield clients[answered], None
+                    continue
                 yield clients[answered], _packet(found, packets[answered], clients[answered])
             if waiting:
                 self._calls.pause()

@@ -42,7 +42,9 @@ class ClientKeys:
                 if self._written.get(path) == written:
                     continue
                 pem = certificates.public_key(path)
-                new = self._admitted(path, pem) and control.register(pem)
+                if not self._admitted(path, pem):
+                    continue  # it may be let in again by the next look
+                new = control.register(pem)
             except (CorollaError, OSError) as error:
                 self._complain(f"left out: {error}")
                 if isinstance(error.__cause__ or error, OSError):

@@ -103,7 +103,10 @@ def admit_all(folder: Path) -> list[Member]:
 
 
 class Roll:
-    """The members of a folder, read again whenever the file changes; without one everybody may."""
+    """The members of a folder, read again whenever the file changes; without one everybody may.
+
+    While a file that was there is away, they are as they were: it lets nobody in who was removed.
+    """
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
@@ -115,6 +118,9 @@ class Roll:
         if self._folder is None or (now := written(self._folder / FILE)) == self._written:
             return False
         self._written = now
+        if now == (0, 0):
+            _log.warning("members not read", why=f"{FILE} is away")
+            return False
         try:
             self._members = read(self._folder)
         except ConfigError as error:  # what it was before holds

@@ -66,6 +66,7 @@ class TokenFile(Mapping[str, Token]):
         """Raises ConfigError."""
         self._path, self._seen = path, written(path)
         self._tokens = read_tokens(path)
+        self._named = named(self._tokens)
 
     def __getitem__(self, owner: str) -> Token:
         self._read_again()
@@ -77,6 +78,11 @@ class TokenFile(Mapping[str, Token]):
     def __len__(self) -> int:
         return len(self._tokens)
 
+    def names(self, device: str) -> bool:
+        """Returns whether a device has a token of its own."""
+        self._read_again()
+        return device in self._named
+
     def _read_again(self) -> None:
         now = written(self._path)
         if now == self._seen:
@@ -84,8 +90,14 @@ class TokenFile(Mapping[str, Token]):
         self._seen = now
         try:
             self._tokens = read_tokens(self._path)
+            self._named = named(self._tokens)
         except ConfigError as error:
             _log.warning("tokens left as they were", why=str(error))
+
+
+def named(tokens: Mapping[str, Token]) -> frozenset[str]:
+    """Returns the devices that have tokens of their own: no other token gets their names."""
+    return frozenset(token.device for token in tokens.values() if token.device)
 
 
 def who(tokens: Mapping[str, Token], authorization: str) -> Token | None:

@@ -11,6 +11,8 @@ from corolla.phones import protocol
 from corolla.phones.protocol import CHUNK, INLINE
 from corolla.proto import device_pb2 as pb
 
+LENT = 1 << 28
+"""Bytes of blobs that few phones have a use for: the oldest are not offered any more."""
 _RESIDENT = 1 << 18
 """Bytes of a blob that stay in memory; larger ones lie on disk."""
 
@@ -25,6 +27,7 @@ class Blobs:
         self._small: dict[str, bytes] = {}
         self._files: dict[str, tuple[Path, int]] = {}
         self._shared: dict[str, tuple[Path, int]] = {}
+        self._lent: dict[str, int] = {}  # name → bytes, oldest first
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.iterdir():
             left.unlink()
@@ -43,6 +46,16 @@ class Blobs:
         inline = data if len(data) <= INLINE else b""
         return pb.Blob(sha256=name, size=len(data), group=group, content=content, inline=inline)
 
+    def lend(self, data: bytes) -> pb.Blob:
+        """Offer bytes until there are LENT of such that are younger; how they are announced."""
+        blob = self.put(data)
+        with self._lock:
+            self._lent.pop(blob.sha256, None)
+            self._lent[blob.sha256] = blob.size
+            while len(self._lent) > 1 and sum(self._lent.values()) > LENT:
+                self._drop(next(iter(self._lent)))
+        return blob
+
     def share(self, name: str, path: Path, size: int) -> None:
         """Offer a file that stays where it is."""
         with self._lock:
@@ -60,9 +73,14 @@ class Blobs:
     def keep(self, names: Collection[str]) -> None:
         """Offer no other blobs that were put; shared files stay."""
         with self._lock:
-            self._small = {name: data for name, data in self._small.items() if name in names}
-            for name in self._files.keys() - names:
-                self._files.pop(name)[0].unlink(missing_ok=True)
+            for name in (self._small.keys() | self._files.keys()) - set(names):
+                self._drop(name)
+
+    def _drop(self, name: str) -> None:
+        self._lent.pop(name, None)
+        self._small.pop(name, None)
+        if own := self._files.pop(name, None):
+            own[0].unlink(missing_ok=True)
 
     def chunk(self, name: str, offset: int) -> pb.Chunk:
         """The piece of a blob that begins at `offset`. Raises KeyError where there is none."""

@@ -42,7 +42,7 @@ class CheckIns:
     def answer(self, request: pb.CheckInRequest, token: Token) -> pb.CheckInResponse:
         """A lease, or why there is none and when to come back."""
         found = self._lease(request, token, self._clock())
-        retry, policy = self._roster.retry(), self.policy
+        retry, policy = self._roster.retry(token.owner), self.policy
         if isinstance(found, Denied):
             return pb.CheckInResponse(refusal=found.message(), retry=retry, policy=policy)
         return pb.CheckInResponse(lease=found, retry=retry, policy=policy)

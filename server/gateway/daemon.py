@@ -65,7 +65,7 @@ def main(socket: Path) -> int:
     try:
         logs.configure(order.gateway.state / "gateway.jsonl")
         tokens = TokenFile(order.tokens)
-        gateway = Gateway(order.gateway, known=tokens.__contains__)
+        gateway = Gateway(order.gateway, known=tokens.__contains__, names=tokens.names)
         gateway.say = lambda line: print(f"note: {line}", flush=True)
         phones = serve_phones(gateway, tokens, order.listen, order.certificate, order.key)
         server = rpc.serve_trainer(gateway.answer, socket, workers=_CALLERS)

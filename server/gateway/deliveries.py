@@ -79,17 +79,20 @@ class Deliveries:
                 if past:
                     _check(past, token)
                     valid = past.phase == Phase.VALID
-                    return self._acknowledge("" if valid else past.why or "the round is over")
+                    return self._acknowledge(
+                        token, "" if valid else past.why or "the round is over"
+                    )
                 if job is None:
-                    return self._acknowledge("the round is over")
+                    return self._acknowledge(token, "the round is over")
                 lease = _own(job, request.lease, token)
                 if lease and lease.phase == Phase.VALID:
-                    return self._acknowledge("")
+                    return self._acknowledge(token, "")
                 job.round, why = job.round.report(request.lease, now)
                 if why or lease is None:
-                    return self._acknowledge(why)
+                    return self._acknowledge(token, why)
             settled = self._settle(job, lease, request.reply)
-        return self._acknowledge(settled.why, _LATER if settled.phase == Phase.REFUSED else 1.0)
+        times = _LATER if settled.phase == Phase.REFUSED else 1.0
+        return self._acknowledge(token, settled.why, times)
 
     def _settle(self, job: Job, lease: Lease, header: bytes) -> Lease:
         """A lease as it stands once its reply has been judged."""
@@ -110,8 +113,9 @@ class Deliveries:
         _log.info("reply", client=client, verdict=verdict.code, why=told)
         return settled
 
-    def _acknowledge(self, why: str, times: float = 1.0) -> pb.Acknowledgement:
-        return pb.Acknowledgement(accepted=not why, why=why, retry=self._roster.retry(times))
+    def _acknowledge(self, token: Token, why: str, times: float = 1.0) -> pb.Acknowledgement:
+        retry = self._roster.retry(token.owner, times)
+        return pb.Acknowledgement(accepted=not why, why=why, retry=retry)
 
 
 def _own(job: Job, id: str, token: Token) -> Lease | None:

@@ -42,14 +42,15 @@ class Gateway:
         settings: GatewaySettings,
         clock: Callable[[], float] = time.monotonic,
         known: Callable[[str], bool] = lambda owner: True,
+        names: Callable[[str], bool] = lambda device: False,
     ) -> None:
-        """`known`: whether an owner's token still counts.
+        """`known`: whether an owner's token still counts; `names`: whether a device has its own.
 
         Raises ConfigError when the model or the bundle to be shared is none.
         """
         self.settings, self.clock = settings, clock
         state, model, bundle = settings.state, settings.share_model, settings.share_bundle
-        self.rounds, self.roster = Rounds(), Roster(settings.retry, known)
+        self.rounds, self.roster = Rounds(), Roster(settings.retry, known, names)
         self.deliveries = Deliveries(settings, self.rounds, self.roster, clock)
         self.blobs = Blobs(state / "blobs")
         offered = self.blobs.share_all(*manifest(model), state / "manifest") if model else None

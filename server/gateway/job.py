@@ -16,6 +16,8 @@ from corolla.server.rounds import gate
 from corolla.server.rounds.verdicts import Code, Verdict
 from corolla.wire.packet import Packet
 
+_VERSIONS = 4
+"""Versions of a log for which one lease is told its task: each may be a header of megabytes."""
 NO_PROGRAMS = "this gateway has no programs for native devices"
 
 
@@ -32,12 +34,22 @@ class Job:
     uploads: dict[str, Upload] = field(default_factory=dict)
     headers: dict[str, bytes] = field(default_factory=dict)
     """Lease → header of its valid reply."""
+    versions: dict[str, set[str]] = field(default_factory=dict)
+    """Lease → versions of the log from which its phone has asked to go on."""
     replaced: bool = False
     merging_now: bool = False
     reply: Packet | None = None
 
     def told(self, lease: Lease, log_version: str) -> tuple[pb.Blob, list[pb.Blob]]:
-        """(the task's header for a phone, the groups beside it)."""
+        """(the task's header for a phone, the groups beside it).
+
+        Raises ValueError for a phone that says of ever more versions that it has them.
+        """
+        known = log_version if log_version in self.parcel.versions else ""
+        asked = self.versions.setdefault(lease.id, set())
+        if known not in asked and len(asked) >= _VERSIONS:
+            raise ValueError(f"it was told for {_VERSIONS} versions of the log")
+        asked.add(known)
         if lease.assigned:
             return self.parcel.native(log_version, lease.assigned.kind)
         return self.parcel.header(log_version)

@@ -1,7 +1,7 @@
 """From phones' replies to their gateway's: each passed by the gate, then summed or bundled."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,6 +39,8 @@ class Merging:
     """The class of the gateway and of its phones, "" without classes."""
     fresh: Params
     """An adapter of theirs, without values that mean anything."""
+    chosen: Sequence[str] = ()
+    """The units that they train, of a strategy that is Choosing."""
 
     def expected(self, phone: str, examples: int, kind: str | None = None) -> Expected:
         """Returns the Expected of a valid reply by a phone with so many training examples.
@@ -55,6 +57,7 @@ class Merging:
             seed=seeds.derive(self.config.seed, "client", phone, round),
             round=round,
             step=schedule.step_size(own, round, examples),
+            chosen=self.chosen,
         )
         return Expected(
             sent(self.config, self.strategy, name, self.strategy.update_like(self.fresh, size)),
@@ -131,6 +134,9 @@ def prepare(task: Task, allow: Iterable[str] = ()) -> Merging:
     except (KeyError, TypeError, ValueError) as error:
         raise WireError(f"the task's settings cannot be read: {type(error).__name__}") from error
     config.of_class(kind)
-    fresh = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in form.items()}
+    try:
+        fresh = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in form.items()}
+    except RuntimeError as error:  # torch says so of memory
+        raise WireError("the task's adapter takes more memory than this gateway has") from error
     bare = replace(task, payload=b"", scalars={}, log=None, seats=0)
-    return Merging(bare, config, build_strategy(config), kind, fresh)
+    return Merging(bare, config, build_strategy(config), kind, fresh, told.chosen)

@@ -58,7 +58,7 @@ class Parcel:
     ) -> tuple[pb.Blob, list[pb.Blob]]:
         log = task.log
         if log is None:
-            return self.blobs.put(pack_task(task).header), [*cached]
+            return self.blobs.lend(pack_task(task).header), [*cached]
         known = log_version in self.versions
         at = self.versions.index(log_version) if known else 0
         start = self.snapshot if not known else None
@@ -69,7 +69,7 @@ class Parcel:
             start=start.content if start else "",
         )
         header = pack_task(replace(task, log=own)).header
-        return self.blobs.put(header), [*cached, *([start] if start else [])]
+        return self.blobs.lend(header), [*cached, *([start] if start else [])]
 
     @property
     def names(self) -> set[str]:

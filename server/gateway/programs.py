@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from corolla import seeds
-from corolla.config import schedule
+from corolla.config import offset, schedule
 from corolla.config.run import RunConfig
 from corolla.directions import seedlog
 from corolla.errors import ArtefactError, ConfigError, WireError
@@ -72,6 +72,8 @@ class Programs:
             )
         if why := _refuses(config):
             return f"native devices have no {why}"
+        if offset.GROUP in merging.task.cached:
+            return "native devices have no constant block beside the base, as the run's start makes"
         found = {name: tuple(tensor.shape) for name, tensor in merging.fresh.items()}
         wanted = {tensor.name: tensor.shape for tensor in self.manifest.adapter}
         if found != wanted:
@@ -140,6 +142,7 @@ def _refuses(config: RunConfig) -> str:
     wrong = {
         f"parameters={config.parameters}": not config.kind.native,
         "classes.NAME.layers": config.partial,
+        "strategy.train=A": config.options.get("train") == "A",
         "dp=example": config.dp == "example",
         "rank-pattern or alpha-pattern": bool(config.rank_pattern or config.alpha_pattern),
         "keep-hardest": config.keep_hardest is not None,

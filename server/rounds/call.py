@@ -42,6 +42,9 @@ class RoundCall:
     asked for ever.
     """
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "federation", self.federation.at(self.state))
+
 
 @dataclass(frozen=True)
 class RoundEvents:

@@ -11,12 +11,12 @@ from corolla.aggregation.sums import summable
 from corolla.config import rules, schedule
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, ModelError
-from corolla.interfaces import Strategy, Summable
+from corolla.interfaces import Choosing, Strategy, Summable
 from corolla.models import layers
 from corolla.server.rounds import cohort, simulated_time
 from corolla.strategies.listing import registry
 from corolla.tensors import factors
-from corolla.types import LoraSpec, Params, Size, TrainerName
+from corolla.types import LoraSpec, Params, Payload, Size, TrainerName
 
 Held = Mapping[str, frozenset[str]]
 """Member → content ids of the cached groups it is known to hold."""
@@ -55,6 +55,8 @@ class Federation:
     """The base model that clients must have; empty: not checked."""
     labels: Sequence[str] = ()
     """Of a classification task, for devices that know their own rows only."""
+    chosen: Sequence[str] = ()
+    """The units that clients train in the round that goes on, of a strategy that is Choosing."""
 
     def __post_init__(self) -> None:
         if self.seats:
@@ -125,7 +127,14 @@ class Federation:
             seed=seeds.derive(self.config.seed, "client", phone or client, round),
             round=round,
             step=schedule.step_size(own, round, self.clients[client]),
+            chosen=self.chosen,
         )
+
+    def at(self, state: Payload) -> "Federation":
+        """The federation in a round that begins from `state`. Raises ConfigError as `chosen`."""
+        if not isinstance(self.strategy, Choosing):
+            return self
+        return replace(self, chosen=tuple(self.strategy.chosen(state)))
 
     def _part(self, fresh: Params, name: str) -> Size:
         """The size of what clients of a class train. Raises ConfigError for unknown blocks."""

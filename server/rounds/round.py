@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from corolla.aggregation import robust
 from corolla.errors import RoundError
 from corolla.interfaces import Stacking
+from corolla.models.sparse import carried
 from corolla.server.rounds.asking import (
     Asking,
     answer_of,
@@ -182,14 +183,15 @@ def _applied(fold: Fold, aggregate: Payload) -> tuple[Payload, Metrics]:
     """
     federation = fold.call.federation
     strategy, most = federation.strategy, federation.config.max_rank
-    state, metrics = strategy.apply(fold.call.state, aggregate)
+    before, support = carried.apart(fold.call.state)
+    state, metrics = strategy.apply(before, aggregate)
     if not all(tree.finite(params) for params in state.values()):
         how = "lower clip" if fold.clipped else "lower lr"
         raise RoundError(f"round {fold.call.number}: the aggregate is not finite: {how}")
     if most and isinstance(strategy, Stacking):
         state, cut = strategy.cut(state, most)
         metrics = {**metrics, **cut}
-    return state, metrics
+    return {**state, **support}, metrics
 
 
 def _cost(fold: Fold) -> Cost:

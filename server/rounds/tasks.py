@@ -12,6 +12,7 @@ from corolla.config.run import RunConfig
 from corolla.directions import seedlog
 from corolla.errors import RoundError
 from corolla.interfaces import PricedByState, Strategy
+from corolla.models.sparse import carried
 from corolla.server.rounds import expectations
 from corolla.server.rounds.federation import Federation, Held
 from corolla.tensors import tree
@@ -29,7 +30,7 @@ _ACCEPTED = "accepted-"
 
 _OWN = (
     *("model", "data", "columns", "splits", "subset", "engine", "device", "threads"),
-    *("availability", "public", "public_examples", "start"),
+    *("availability", "public", "public_examples", "start", "select", "spectrum", "explored"),
 )
 """Settings of a server that are nothing to devices that have their own."""
 
@@ -64,7 +65,9 @@ class _Contents:
     """The contents of the tasks of a round: packed once for all members that are sent the same."""
 
     def __init__(self, federation: Federation, state: Payload, round: int, kind: Kind) -> None:
-        broadcast = federation.strategy.broadcast(state)
+        own, support = carried.apart(state)
+        broadcast = federation.strategy.broadcast(own)
+        broadcast = replace(broadcast, cached={**broadcast.cached, **support})
         if broadcast.snapshot is not None:
             broadcast = replace(broadcast, snapshot=cache(broadcast.snapshot))
         self.federation, self.state, self.round = federation, state, round
@@ -165,6 +168,7 @@ def _settings(
         like,
         labels=federation.labels if federation.own_devices else None,
         fresh={"adapter": federation.fresh(lora)} if gateway else None,
+        chosen=federation.chosen if gateway else (),
     )
 
 
@@ -232,10 +236,12 @@ def costs(
     `updates` says how many came from each: a gateway gets one broadcast for all, and sends a
     partial aggregate, or as many updates as it has.
     """
+    federation = federation.at(state)
     config, strategy = federation.config, federation.strategy
     sizes = [federation.size(client, round) for client in updates]
-    costs = list(_priced(strategy, state, sizes))
-    broadcast = strategy.broadcast(state) if config.codec_down else Broadcast({})
+    own, support = carried.apart(state)
+    costs = _with(support, priced(strategy, own, sizes))
+    broadcast = strategy.broadcast(own) if config.codec_down else Broadcast({})
     for i, (client, count) in enumerate(updates.items()):
         lora = federation.lora(client)
         if config.codec:
@@ -253,11 +259,17 @@ def costs(
     return costs
 
 
-def _priced(strategy: Strategy, state: Payload, sizes: Sequence[Size]) -> Sequence[Cost]:
+def priced(strategy: Strategy, state: Payload, sizes: Sequence[Size]) -> Sequence[Cost]:
     """The strategy's formula, which for some depends on the state of the server."""
     if isinstance(strategy, PricedByState):
         return strategy.cost_from(state, sizes)
     return strategy.cost(sizes)
+
+
+def _with(support: Payload, costs: Sequence[Cost]) -> list[Cost]:
+    """The costs with the places of a sparse set, which each client is sent once."""
+    once = codec.content_bytes(support)
+    return [replace(cost, once=cost.once + once) for cost in costs]
 
 
 def _of_gateway(federation: Federation, gateway: str, round: int, count: int, one: Cost) -> Cost:

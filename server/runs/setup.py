@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from corolla.budgets import settle
 from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.data import census, federated
@@ -20,10 +21,12 @@ from corolla.evaluation.labels import ordered
 from corolla.evaluation.scoring import loss_sum
 from corolla.interfaces import Strategy
 from corolla.models import devices, pretrained, trainable
+from corolla.models.experts import reach
 from corolla.models.pretrained import Base
 from corolla.models.trainable import Trainable
 from corolla.server.rounds.cohort import read_trace
 from corolla.server.runs.evaluate import Evaluator
+from corolla.warnings import frozen
 from corolla.warnings.outcome import RunWarning, of_settings
 
 _UNMOVED = 0.1
@@ -58,7 +61,7 @@ def set_up(config: RunConfig, run_id: str | None, deployed: bool = False) -> Set
     dataset = replace(dataset, labels=ordered(config, dataset.labels))
     devices.set_threads(config)
     base = pretrained.load(config, dataset.labels)
-    config = _dated(config, base)
+    config, chosen = settle.settled(_dated(config, base), base, dataset.labels)
     if not deployed:
         dataset = census.with_targets(config, dataset, base.tokenizer)
     facts: dict[str, Any] = {
@@ -69,11 +72,15 @@ def set_up(config: RunConfig, run_id: str | None, deployed: bool = False) -> Set
         **_of_data(config, base, dataset),
         **({"per_user": True} if config.dp == "example" and dataset.names_users else {}),
         **({"availability_sha256": trace.sha256} if trace else {}),
+        **chosen,
     }
+    parts = reach.parts(base.model)
     model = trainable.build(config, base)
+    reached = reach.of_model(parts, model)
+    facts["reach"] = reached.to_json()
     evaluator = Evaluator(config, model, dataset.heldout, dataset.labels)
     warned = [*of_settings(config, deployed), *_of_rows(config, dataset, base)]
-    warned += [*_of_model(model), *_of_eps(config, evaluator)]
+    warned += [*_of_model(model), *frozen.of_experts(config, reached), *_of_eps(config, evaluator)]
     warned += [RunWarning("data", why, instead) for why, instead in dataset.notes]
     bounded = config.max_norm is not None or config.robust != "none" or config.dp == "client"
     if deployed and not bounded:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -29,8 +29,12 @@ def types(cls: type) -> Mapping[str, Any]:
 def misfit(kind: Any, value: object) -> str:
     """Names the values of a plain type; "" if `value` is one of them, or the type is not plain.
 
-    What else it asks of its values a strategy says by itself.
+    Plain are numbers, truth values and lists of words. What else it asks of its values a strategy
+    says by itself.
     """
+    if kind == Sequence[str]:
+        words = isinstance(value, list | tuple) and all(isinstance(word, str) for word in value)
+        return "" if words else "a list of words"
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if kind is bool:
         return "" if isinstance(value, bool) else "true or false"

@@ -18,9 +18,9 @@ _FIRST = "fedavg"
 
 
 def _all() -> dict[str, type[Strategy]]:
-    """Imports every file of the strategies' folder, and takes those that are marked in them."""
+    """Imports all files of the strategies, and takes the classes that are marked in them."""
     folder = __name__.rpartition(".listing.")[0]
-    for file in pkgutil.iter_modules(importlib.import_module(folder).__path__, f"{folder}."):
+    for file in pkgutil.walk_packages(importlib.import_module(folder).__path__, f"{folder}."):
         importlib.import_module(file.name)
     own = [cls for cls in LISTED if cls.__module__.startswith(f"{folder}.")]
     return {cls.name: cls for cls in sorted(own, key=lambda cls: (cls.name != _FIRST, cls.name))}

@@ -5,7 +5,8 @@ cost of however little the server's noise multiplier says, how many rows are ali
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -132,13 +133,19 @@ def test_the_same_query_is_refused_before_a_row_is_looked_at(
         assert not (trainer.own.state / "ledger.jsonl").exists()
 
 
-def asked_for(dtype: str) -> Iterator[tuple[int, float, float]]:
+WHOLE = "COROLLA_TESTS_WHOLE_GRID"
+"""Variable of the environment with which devices are asked every combination: most of an hour."""
+
+
+def asked_for(dtype: str) -> Iterable[tuple[int, float, float]]:
     """Seed, clip and noise multiplier of each query of devices: every clip, the others in turn.
 
     Of a base in half precision, which is read anew for each setting, every third clip.
     """
+    if WHOLE in os.environ:
+        return itertools.product(SEEDS, CLIPS, NOISES)
     clips = CLIPS if dtype == "float32" else CLIPS[::3]
-    yield from zip(itertools.cycle(SEEDS), clips, itertools.cycle(NOISES), strict=False)
+    return zip(itertools.cycle(SEEDS), clips, itertools.cycle(NOISES), strict=False)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -147,17 +154,18 @@ def test_two_devices_answer_alike_at_every_clip(
 ) -> None:
     """An update of both, or one refusal that was given before the ledger was charged."""
     wild = {n: 100 * t if n.endswith("lora_A") else t for n, t in server.start.items()}
-    answered = 0
-    for number, (seed, clip, noise) in enumerate(asked_for(dtype), start=1):
+    asked, answered = list(asked_for(dtype)), 0
+    for number, (seed, clip, noise) in enumerate(asked, start=1):
         numbers = {"seed": seed, "clip": clip, "noise_multiplier": noise, "dtype": dtype}
-        task = server.task(number, wild, alpha=1e6, **numbers)
+        task = server.task(number, wild, alpha=1e6, rounds=len(asked), **numbers)
         fewer, more = (shown(answer(devices[n], task)) for n in (FEWER, MORE))
         assert fewer == more, (clip, seed, noise)
         spent = [len(lines(devices[n])) for n in (FEWER, MORE)]
         answered += fewer[0] == ""
         assert spent == [answered] * 2, (clip, seed, noise)
         assert (fewer[0] == "") == (ranges.RANGES["clip"].holds(clip)), fewer[0]
-    assert answered == (21 if dtype == "float32" else 7)
+    held = [clip for _, clip, _ in asked if 1e-10 <= clip <= 1e10]
+    assert answered == len(held) > 0
 
 
 def lines(trainer: Trainer) -> list[str]:

@@ -139,6 +139,20 @@ def test_a_removed_member_is_out_at_once_in_the_midst_of_a_round_too(
     until(lambda: net.online() == {"ada", "ben"}, clock)
 
 
+def test_a_reply_that_comes_after_its_member_was_removed_does_not_count(
+    keys: Keys, clock: Clock
+) -> None:
+    """Also where the replies of all have come, and those before it take a while to be judged."""
+    grid = LocalGrid({n: Node(name, keys.register(name)) for n, name in enumerate(("ada", "ben"))})
+    net = network(grid, keys, clock)
+    until(lambda: net.online() == {"ada", "ben"}, clock)
+    replies = net.ask({"ada": TASK, "ben": TASK})
+    first, packet = next(replies)
+    assert packet is not None
+    members.remove(keys.folder, "ben" if first == "ada" else "ada")
+    assert [packet for _, packet in replies] == [None]
+
+
 def test_a_name_that_no_member_has_is_the_first_keys_as_ever(keys: Keys, clock: Clock) -> None:
     keys.register("ada")
     grid = LocalGrid({1: Node("client-12", keys.register("eve")), 2: Node("x", "unregistered")})

@@ -14,7 +14,6 @@ from corolla.interfaces import Client, Observed
 from corolla.strategies.fedavg import FedAvg
 from corolla.strategies.fedavgm import FedAvgM
 from corolla.strategies.fedex_lora import FedExLora
-from corolla.strategies.fedkseed import FedKSeed
 from corolla.strategies.fedopt import FedAdam
 from corolla.strategies.fedprox import FedProx
 from corolla.strategies.fedsa_lora import FedSaLora
@@ -25,7 +24,8 @@ from corolla.strategies.flora import Flora
 from corolla.strategies.listing.options import option
 from corolla.strategies.mixed import Mixed
 from corolla.strategies.scaffold import Scaffold
-from corolla.strategies.seed_pool import SeedPool
+from corolla.strategies.scalars.fedkseed import FedKSeed
+from corolla.strategies.scalars.seed_pool import SeedPool
 from corolla.tensors import blocks, factors, tree
 from corolla.types import Aggregates, Cost, Metrics, Params, Payload, Size, Update
 
@@ -606,6 +606,15 @@ class FisherFloorTooHigh(FisherMerge):
     def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
         fisher = {n: f + 0.01 * f.mean() for n, f in aggregate["fisher"].items()}
         return super().apply(state, {**aggregate, "fisher": fisher})
+
+
+class StartsFromSmallB(FedAvg):
+    """Clients of it cut large values of B, which no start at zero has."""
+
+    def local(self, client: Client, received: Payload) -> Update:
+        own = received["adapter"]
+        cut = {n: t.clamp(-0.3, 0.3) if factors.is_b(n) else t for n, t in own.items()}
+        return super().local(client, {**received, "adapter": cut})
 
 
 class SaysItRounds(FedAvg):

@@ -17,7 +17,6 @@ from corolla.strategies.fedavg import FedAvg
 from corolla.strategies.fedavgm import FedAvgM
 from corolla.strategies.feddpa import FedDpa
 from corolla.strategies.fedex_lora import FedExLora
-from corolla.strategies.fedkseed import FedKSeed
 from corolla.strategies.fedopt import FedAdam, FedYogi
 from corolla.strategies.fedsa_lora import FedSaLora
 from corolla.strategies.fedsvd import FedSvd
@@ -25,16 +24,20 @@ from corolla.strategies.ffa_lora import FfaLora
 from corolla.strategies.flexlora import FlexLora
 from corolla.strategies.flora import Flora
 from corolla.strategies.hetlora import HetLora
+from corolla.strategies.lisa import Lisa
 from corolla.strategies.lora_fair import LoraFair
 from corolla.strategies.mixed import Mixed
 from corolla.strategies.rolora import RoLora
-from corolla.strategies.seed_pool import SeedPool
+from corolla.strategies.scalars.fedkseed import FedKSeed
+from corolla.strategies.scalars.seed_pool import SeedPool
 from corolla.tensors import factors, tree
+from corolla.tensors.subsets import marked
 from corolla.types import (
     Adapter,
     Aggregates,
     Broadcast,
     Cost,
+    Fit,
     Metrics,
     Move,
     Params,
@@ -649,3 +652,59 @@ class NoStrategy:
 
 
 NOT_A_CLASS = FedAvg()
+
+
+@dataclass(frozen=True)
+class _OneBlock(Lisa):
+    """The models of the check have two blocks, which lisa would train together."""
+
+    layers: int = 1
+
+
+class ForgetsWhatWasTrained(_OneBlock):
+    """Sends the blocks of the last round alone, also to clients that have missed others."""
+
+    def broadcast(self, state: Payload) -> Broadcast:
+        sent = super().broadcast(state)
+        last = marked({unit for unit in state if unit != "subset"}, state["subset"]["last"])
+        return Broadcast(sent.payload, {unit: sent.cached[unit] for unit in last})
+
+
+class ShrinksWhatIsFrozen(_OneBlock):
+    """Weight decay of the server reaches tensors that nobody has trained."""
+
+    def apply(self, state: Payload, aggregate: Payload) -> tuple[Payload, Metrics]:
+        after, metrics = super().apply(state, aggregate)
+        moved = aggregate["adapter"]
+        shrunk = {
+            unit: {n: t if n in moved or unit == "subset" else 0.99 * t for n, t in own.items()}
+            for unit, own in after.items()
+        }
+        return shrunk, metrics
+
+
+class TrainsEverything(_OneBlock):
+    """Sends the subset, with what all other tensors did to it while they were trained too."""
+
+    def local(self, client: Client, received: Payload) -> Update:
+        return super().local(cast(Client, _All(client)), received)
+
+
+@dataclass
+class _All:
+    """A client whose trainer trains all that it is given."""
+
+    client: Client
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.client, name)
+
+    @property
+    def trainer(self) -> "_All":
+        return self
+
+    def init(self, seed: int) -> Params:
+        return self.client.trainer.init(seed)
+
+    def fit(self, start: Params, **_: object) -> Fit:
+        return self.client.trainer.fit(start)

@@ -14,7 +14,7 @@ import torch
 from corolla.client.training.worker import Worker
 from corolla.commands.check.findings import Result
 from corolla.commands.check.proofs import conform
-from corolla.config.asked import takes_parts
+from corolla.config.asked import takes_parts, takes_start
 from corolla.config.build import build_strategy
 from corolla.directions import seedlog
 from corolla.errors import ConfigError
@@ -22,12 +22,12 @@ from corolla.interfaces import Observed, Strategy, Traits
 from corolla.server.rounds.call import RoundCall
 from corolla.server.rounds.network import Network
 from corolla.server.rounds.round import evaluate_clients
-from corolla.server.rounds.tasks import accepted_only
+from corolla.server.rounds.tasks import accepted_only, priced
 from corolla.storage.memory import Memory
 from corolla.strategies.listing import registry
 from corolla.strategies.listing.registry import STRATEGIES, create
 from corolla.tensors import factors, tree
-from corolla.types import LoraSpec, Params, Payload
+from corolla.types import Cost, LoraSpec, Params, Payload
 from corolla.wire import codec, messages, scalar_groups
 from corolla.wire.packet import Packet
 from tests.strategies import tiny
@@ -38,7 +38,7 @@ SPEC = LoraSpec(4, 8.0)
 CLAIMED = [*DECLARED.values(), "as expected", "one client", "weights = examples"]
 CLAIMED += ["shares alone count", "linear as declared"]
 LIMITS = {
-    **dict.fromkeys([*CLAIMED, "blocks by class"], 1e-6),
+    **dict.fromkeys([*CLAIMED, "blocks by class", "start beside the base", "sparse sets"], 1e-6),
     **dict.fromkeys(["grouping", "order", "partial sums", "starts from the model"], 1e-6),
     **dict.fromkeys(["bytes up = formula", "bytes down = formula"], 0.0),
     **{"bytes at first = formula": 0.0, "evaluates the model": 1e-6},
@@ -176,6 +176,13 @@ def test_more_than_one_way_to_train_needs_all_of_them(name: str) -> None:
 # Proofs on effective weights
 
 
+def goes_beside(name: str) -> bool:
+    """Whether a part of the base may be out of it, and the adapter in its place."""
+    strategy = create(name)
+    alone = set(strategy.trainers) == {"first_order"}
+    return takes_start(strategy) and alone and not traits(name).personal
+
+
 def proofs(name: str, model: str) -> set[str]:
     """All that a strategy must be held against on a model, by what it says of itself."""
     strategy, said = create(name), traits(name)
@@ -191,6 +198,10 @@ def proofs(name: str, model: str) -> set[str]:
         found |= {"best of max_rank", "max_rank adds up"}
     if takes_parts(strategy) and model == "bert":
         found |= {"blocks by class"}
+    if (strategy.full or said.dense) and not said.personal and model == "bert":
+        found |= {"sparse sets"}
+    if goes_beside(name) and model == "bert":
+        found |= {"start beside the base"}
     if said.mirrors:
         found |= {"mirrors what clients keep"}
     if said.mirrors or said.personal:
@@ -203,7 +214,7 @@ def test_conforms(name: str, result: Result, model: str) -> None:
     """Every expected proof is there, with the expected limit, and holds."""
     found = {f.check: f for f in result.findings if f.model == model and not f.options}
     assert found.keys() == proofs(name, model)
-    claimed = {*CLAIMED, "blocks by class"}
+    claimed = {*CLAIMED, "blocks by class", "start beside the base", "sparse sets"}
     off = {check: rounding(name) if check in claimed else 0.0 for check in found}
     assert {c: f.limit for c, f in found.items()} == {c: LIMITS[c] + off[c] for c in found}
     assert rounding(name) <= 2**-11
@@ -498,9 +509,16 @@ def test_bytes_are_those_of_the_tensors(name: str, run: Run) -> None:
     assert result.traffic.down == sum(size_of(r) for r in run.network.received.values())
 
 
+def costs_of(run: Run, clients: Sequence[str]) -> Sequence[Cost]:
+    """By the strategy's formula, for the second round."""
+    state = run.done[0].state
+    sizes = [run.federation.at(state).size(c, 2) for c in clients]
+    return priced(run.federation.strategy, state, sizes)
+
+
 def test_upload_is_the_formula_for_each_client(name: str, run: Run) -> None:
     clients = list(run.network.sent)
-    costs = run.federation.strategy.cost([run.federation.size(c, 2) for c in clients])
+    costs = costs_of(run, clients)
     assert len(costs) == len(clients)
     for client, cost in zip(clients, costs, strict=True):
         assert messages.content_bytes(run.network.update(client)) == cost.up
@@ -517,7 +535,7 @@ def test_download_is_the_formula_for_who_missed_nothing(name: str, run: Run) -> 
     """In the second round, of those that were there in the first; a limit where it says so."""
     clients = [c for c in run.network.received if c in run.done[0].num_examples]
     assert clients
-    costs = run.federation.strategy.cost([run.federation.size(c, 2) for c in run.network.received])
+    costs = costs_of(run, [*run.network.received])
     by_client = dict(zip(run.network.received, costs, strict=True))
     for client in clients:
         found, cost = messages.content_bytes(run.network.received[client]), by_client[client]
@@ -547,7 +565,7 @@ def test_a_state_is_a_payload_of_single_precision(name: str, run: Run) -> None:
             wanted = torch.float32
             if n in ("seed", "key"):
                 wanted = torch.int64
-            elif group == "phase":
+            elif group in ("phase", "subset"):
                 wanted = torch.uint8
             elif n == "scalars" and group.startswith("log-") and rounding(name):
                 wanted = torch.float16

@@ -20,9 +20,11 @@ void add_to(Lacks& lacks, const Lacks& more) {
   lacks.insert(lacks.end(), more.begin(), more.end());
 }
 
+// 0 is no limit, and so is what a gateway may say in its place: less, or no number.
 template <class T>
-T least(T a, T b) {  // 0 is no limit
-  return a > 0 && b > 0 ? std::min(a, b) : std::max(a, b);
+T least(T a, T b) {
+  if (!(a > 0)) return b > 0 ? b : T{0};
+  return b > 0 ? std::min(a, b) : a;
 }
 
 }  // namespace

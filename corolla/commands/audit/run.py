@@ -24,7 +24,7 @@ from corolla.data.rows import Example, unit_of
 from corolla.errors import ConfigError
 from corolla.evaluation.scoring import log_likelihoods, loss_sum
 from corolla.host.files import scratch_folder
-from corolla.interfaces import Strategy
+from corolla.interfaces import Choosing, Strategy
 from corolla.models.trainable import Differentiable, Trainable
 from corolla.privacy.guarantee import Guarantee
 from corolla.server.rounds.federation import Federation
@@ -188,6 +188,11 @@ def _audited_clients(
     cohort = _cohort(config, population, len(clients))
     config = config.model_copy(update={"clients": None, "cohort": cohort})
     strategy = build_strategy(config)
+    if isinstance(strategy, Choosing):
+        raise ConfigError(
+            f"strategy {config.strategy} trains other tensors in each round, which canary clients "
+            f"do not follow: audit examples (--unit example), or another strategy"
+        )
     fresh = cache(lambda spec: loaded.model.init(spec, 0))
     each = 2 * config.local_steps * config.batch_size  # more than can be used in a round
     federation = Federation("0" * 32, config, strategy, dict.fromkeys(clients, each), fresh)

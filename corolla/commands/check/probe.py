@@ -5,7 +5,7 @@ A composition root: it brings server and client together.
 """
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,6 +17,7 @@ from corolla import seeds
 from corolla.client.training.worker import Worker
 from corolla.commands.check import tiny_models
 from corolla.commands.check.tables import BATCH, CLIENTS, ROUNDS, STEPS
+from corolla.config import offset
 from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.data.federated import FederatedData
@@ -26,10 +27,13 @@ from corolla.directions import moving, seedlog
 from corolla.interfaces import Observed
 from corolla.models.lora import LoraModel
 from corolla.models.pretrained import Base
+from corolla.models.sparse_model import SparseModel
 from corolla.server.rounds.call import RoundCall
 from corolla.server.rounds.federation import Federation, Held
 from corolla.server.rounds.network import Network
 from corolla.server.rounds.round import RoundResult, run_round
+from corolla.starts import table as starts
+from corolla.starts.table import Started
 from corolla.storage.memory import Memory
 from corolla.strategies.listing import registry
 from corolla.tensors import factors
@@ -37,6 +41,8 @@ from corolla.types import Params, Payload
 from corolla.wire import messages
 from corolla.wire.messages import unpack_reply
 from corolla.wire.packet import Packet
+
+Resident = LoraModel | SparseModel
 
 MOST_BYTES = 1 << 40
 """Bound on the bytes of a reply that is unpacked: none, for the strategy is not hostile here."""
@@ -84,12 +90,13 @@ class Probe:
         self.labels = list(_LABELS) if kind == "bert" else []
         self.data = _data(self.labels)
         self.strategy = build_strategy(self.config)
+        self.begun: Started | None = None
         self.network = self.network_on(folder / "a")
         self.model = self.network.model
         self.federation = self._federation()
 
     def network_on(
-        self, folder: Path, model: LoraModel | None = None, config: RunConfig | None = None
+        self, folder: Path, model: Resident | None = None, config: RunConfig | None = None
     ) -> "Recorder":
         """The same clients, with what devices keep in `folder`, on this model or one of their own.
 
@@ -98,7 +105,7 @@ class Probe:
         folder.mkdir(exist_ok=True)
         lora_model = model or self._model()
         worker = Worker(config or self.config, lora_model, self.data, Memory(folder))
-        return Recorder(worker, lora_model)
+        return Recorder(worker, lora_model, self.added)
 
     def rounds(self, number: int) -> Iterator[Round]:
         """Run rounds from a fresh state, each when it is asked for, of the cohorts of ROUNDS."""
@@ -118,12 +125,25 @@ class Probe:
 
     def fresh(self) -> Payload:
         """A state before any round."""
-        return self.strategy.init(self.model.init(self.config.lora, seeds.derive(0, "init")), 0)
+        fresh = self.model.init(self.config.lora, seeds.derive(0, "init"))
+        if self.config.start == "random":
+            return self.strategy.init(fresh, 0)
+        self.begun = self.begun or starts.begin(self.model, fresh, self.config, self.labels)
+        return self.begun.state(self.strategy, 0)
 
     def deltas(self, state: Payload) -> Params:
         """Returns the tensor that a state adds to each weight of the base model."""
         self.model.show(self.strategy.adapter(state), self.config.lora)
-        return self.model.deltas()
+        return self.added(self.model)
+
+    def added(self, model: Resident) -> Params:
+        """Returns the tensor that a model adds to each weight of the base and its block, if any."""
+        found, block = model.deltas(), self.begun and self.begun.block
+        if not block or not isinstance(model, LoraModel):
+            return found
+        return {
+            n: t - factors.product(block, n) if n in model.shapes else t for n, t in found.items()
+        }
 
     def _left(self, round: int) -> dict[str, Payload]:
         if not registry.traits(self.strategy).keeps:
@@ -131,12 +151,16 @@ class Probe:
         memory = self.network.worker.memory
         return {client: memory.kept(client, round, commit=False) for client in self.network.sent}
 
-    def _model(self) -> LoraModel:
+    def _model(self) -> Resident:
         labels = len(self.labels)
         model = tiny_models.build(self.kind, _SIZE, labels, seed=0).requires_grad_(False)
         tokenizer = tiny_models.word_tokenizer(_SIZE.vocabulary)
         task = "classify" if labels else "causal"
-        return LoraModel(Base(model, tokenizer, task, self.kind, self.kind))
+        return self._resident(Base(model, tokenizer, task, self.kind, self.kind))
+
+    def _resident(self, base: Base) -> Resident:
+        """What is trained of a base: an adapter."""
+        return LoraModel(base)
 
     def _federation(self) -> Federation:
         config, model = self.config, self.model
@@ -148,7 +172,8 @@ class Probe:
 
     def _observed(self, state: Payload, result: RoundResult) -> Observed:
         """A round as it happened. `start` is the global adapter in one set of tensors."""
-        spec, adapter = self.config.lora, self.strategy.adapter(state)
+        bare = {group: own for group, own in state.items() if group != offset.GROUP}
+        spec, adapter = self.config.lora, self.strategy.adapter(bare)
         trained = {c: self.network.trained[c] for c in result.num_examples}
         start = {**self.model.init(spec, 0), **adapter.trained}
         if adapter.moves:
@@ -163,8 +188,11 @@ class Probe:
 class Recorder(Network):
     """A network of clients in this process that remembers what each model was after training."""
 
-    def __init__(self, worker: Worker, model: LoraModel) -> None:
+    def __init__(
+        self, worker: Worker, model: Resident, added: Callable[[Resident], Params]
+    ) -> None:
         self.worker, self.model, self.reverse = worker, model, False
+        self.added = added
         self.deltas: dict[str, Params] = {}
         self.trained: dict[str, Params] = {}
         self.sent: dict[str, Packet] = {}
@@ -177,7 +205,7 @@ class Recorder(Network):
         for client in sorted(packets, reverse=self.reverse):
             answer = self.worker(client, packets[client])
             if not unpack_reply(answer, MOST_BYTES).error:
-                self.deltas[client] = self.model.deltas()
+                self.deltas[client] = self.added(self.model)
                 self.trained[client] = self.model.read()
             self.sent[client] = answer
             yield client, answer

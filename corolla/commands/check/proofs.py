@@ -6,6 +6,7 @@ one option after the other is moved away from its default and all is proven agai
 """
 
 import itertools
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,14 +15,26 @@ from pathlib import Path
 
 import torch
 
-from corolla.commands.check import folds, local, options, oracle, ranks, tiny_models, traffic
+from corolla.commands.check import (
+    folds,
+    local,
+    options,
+    oracle,
+    ranks,
+    sparse_sets,
+    tiny_models,
+    traffic,
+)
 from corolla.commands.check.findings import Finding, Proof, Result, made
-from corolla.commands.check.probe import Probe, Round
-from corolla.commands.check.tables import BRIEFLY, CLASSES, REGROUPED, ROUNDS, Trial
+from corolla.commands.check.probe import Probe, Round, settings
+from corolla.commands.check.tables import BRIEFLY, CLASSES, REGROUPED, ROUNDS, START, Trial
+from corolla.config import offset
 from corolla.config.asked import takes_parts
+from corolla.config.build import build_strategy
 from corolla.errors import ConfigError
 from corolla.server.rounds.call import RoundCall
 from corolla.server.rounds.round import run_round
+from corolla.server.rounds.tasks import costs
 from corolla.strategies.listing import registry
 from corolla.tensors import tree
 
@@ -30,6 +43,7 @@ OPTIONS_ON = "bert"
 
 _EFFECT = "option has an effect"
 _PARTS = "blocks by class"
+_BESIDE = "start beside the base"
 
 
 def conform(
@@ -95,7 +109,9 @@ class _Check:
                 probe = Probe(self.name, kind, Path(scratch), given)
                 done = list(probe.rounds(BRIEFLY if briefly else self.rounds))
                 self.done[_key(kind, given)] = _digest(done)
-                more = () if briefly else (*ranks.proofs(probe), *_of_parts(probe))
+                more = (
+                    () if briefly else (*ranks.proofs(probe), *_of_parts(probe), *_of_start(probe))
+                )
                 for proof in itertools.chain(_proofs(probe, done, briefly), more):
                     yield replace(made(proof, kind), options=given)
         except Exception as error:  # noqa: BLE001 - whatever a strategy raises is its failure
@@ -158,9 +174,11 @@ def _as_declared(probe: Probe, done: Sequence[Round]) -> Finding:
 
 
 def _of_parts(probe: Probe) -> Iterator[Proof]:
-    """Where clients of a class may train some blocks alone, the same holds of such rounds."""
+    """Where clients of a class may train some blocks alone, or all a sparse set, the same holds."""
     if takes_parts(probe.strategy) and probe.kind == OPTIONS_ON:
         yield _PARTS, lambda: _in_parts(probe)
+    if probe.kind == OPTIONS_ON:
+        yield from sparse_sets.proofs(probe)
 
 
 def _in_parts(probe: Probe) -> Finding:
@@ -170,6 +188,34 @@ def _in_parts(probe: Probe) -> Finding:
     with tempfile.TemporaryDirectory() as folder:
         own = Probe(probe.name, probe.kind, Path(folder), probe.options, changes)
         return replace(_as_declared(own, list(own.rounds(BRIEFLY))), check=_PARTS)
+
+
+def _of_start(probe: Probe) -> Iterator[Proof]:
+    """The same holds where the start takes a part out of the base, if the strategy allows that."""
+    if probe.kind != OPTIONS_ON:
+        return
+    try:
+        build_strategy(settings(probe.name, probe.kind, probe.options, changes=START))
+    except ConfigError:
+        return
+    yield _BESIDE, lambda: _beside(probe)
+
+
+def _beside(probe: Probe) -> Finding:
+    """The claim, a block that never changes, and the bytes of who gets it for the first time."""
+    with tempfile.TemporaryDirectory() as folder:
+        own = Probe(probe.name, probe.kind, Path(folder), probe.options, START)
+        done = list(own.rounds(BRIEFLY))
+        found = replace(_as_declared(own, done), check=_BESIDE)
+        block = done[0].state[offset.GROUP]
+        if any(tree.digest(r.result.state[offset.GROUP]) != tree.digest(block) for r in done):
+            return replace(found, measured=math.inf, note="the block beside the base has changed")
+        paid = costs(own.federation, done[0].state, 1, dict.fromkeys(done[0].sent, 1))
+        formula, measured = sum(c.down + c.once for c in paid), done[0].result.traffic.down
+        if any(cost.once for cost in paid) and measured != formula:
+            note = f"{measured} bytes at first, by the formula {formula}"
+            return replace(found, measured=math.inf, note=note)
+        return found
 
 
 def _one_client(probe: Probe) -> Finding:

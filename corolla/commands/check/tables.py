@@ -35,6 +35,8 @@ BRIEFLY = 2
 
 CLASSES = {"whole": {}, "top": {"layers": "last:1"}, "bottom": {"layers": "first:1"}}
 """Classes of clients that train some blocks of the probe models alone."""
+START: Mapping[str, object] = {"start": "olora"}
+"""A start of the probe models that takes a part out of the base."""
 MAX_RANK = 8
 """The largest rank that states are cut to: twice that of a client, a fourth of the full one."""
 

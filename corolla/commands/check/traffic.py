@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,6 +12,7 @@ from corolla.commands.check.probe import Probe, Round
 from corolla.models import adapter_files
 from corolla.server.rounds.call import RoundCall
 from corolla.server.rounds.round import run_round
+from corolla.server.rounds.tasks import priced
 from corolla.types import Cost, Payload
 
 LOGITS = 1e-5
@@ -27,7 +29,7 @@ def proofs(probe: Probe, done: Sequence[Round]) -> Iterator[Proof]:
 
 def _bytes_up(probe: Probe, last: Round) -> Finding:
     """Bytes that clients have sent equal the paper's formula."""
-    costs = _costs(probe, last.sent, last.number)
+    costs = _costs(probe, last.state, last.sent, last.number)
     most = sum(map(_dense_bytes, last.observed.updates.values()))
     measured = last.result.traffic.up
     return _as_formula(("bytes up = formula", probe), measured, costs, [c.up for c in costs], most)
@@ -42,7 +44,7 @@ def _bytes_down(probe: Probe, done: Sequence[Round]) -> Finding:
     state, held = first.result.state, first.result.held
     call = RoundCall(probe.federation, state, held, 2, cohort=members)
     result = run_round(call, network)
-    costs = _costs(probe, members, 2)
+    costs = _costs(probe, state, members, 2)
     formula = [cost.down for cost in costs]
     sent = probe.strategy.broadcast(state)
     rows = {str(number): row for number, row in enumerate((sent.log or ())[-1:])}
@@ -54,7 +56,7 @@ def _bytes_down(probe: Probe, done: Sequence[Round]) -> Finding:
 
 def _bytes_at_first(probe: Probe, first: Round) -> Finding:
     """Checks that bytes down in the first round fit the formula, with what is sent once."""
-    costs = _costs(probe, first.sent, 1)
+    costs = _costs(probe, first.state, first.sent, 1)
     formula = sum(cost.down + cost.once for cost in costs)
     measured = first.result.traffic.down
     off = measured - formula
@@ -64,8 +66,9 @@ def _bytes_at_first(probe: Probe, first: Round) -> Finding:
     return Finding("bytes at first = formula", probe.kind, float(max(0, off)), 0.0, note)
 
 
-def _costs(probe: Probe, clients: Iterable[str], round: int) -> Sequence[Cost]:
-    return probe.strategy.cost([probe.federation.size(client, round) for client in clients])
+def _costs(probe: Probe, state: Payload, clients: Iterable[str], round: int) -> Sequence[Cost]:
+    federation = probe.federation.at(state)
+    return priced(probe.strategy, state, [federation.size(client, round) for client in clients])
 
 
 def _as_formula(
@@ -88,7 +91,8 @@ def _dense_bytes(payload: Payload) -> int:
 
 def _reloaded(probe: Probe, state: Payload) -> Finding:
     """The saved adapter, loaded by plain peft, gives the server's logits."""
-    model, adapter = probe.model, probe.strategy.adapter(state)
+    model: Any = probe.model  # of the main probe, an adapter
+    adapter = probe.strategy.adapter(state)
     folder = probe.folder / "adapter"
     model.save(folder, adapter, probe.config.lora)
     model.show(adapter, probe.config.lora)

@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 import torch
 
+from corolla.budgets import settle
 from corolla.client.device.machine import Choice, choose
 from corolla.commands.plan import lengths
 from corolla.commands.plan.lengths import Batches
 from corolla.commands.plan.throughput import throughput
-from corolla.config import schedule
+from corolla.config import offset, schedule
 from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.data import census, federated
@@ -23,12 +24,13 @@ from corolla.data.encoding import Encoder
 from corolla.data.federated import FederatedData
 from corolla.data.rows import counted
 from corolla.errors import ConfigError
-from corolla.estimates import footprint
+from corolla.estimates import classifier_sizes, footprint
 from corolla.estimates.footprint import Estimate, Workload
 from corolla.evaluation.labels import ordered
 from corolla.interfaces import Stacking
-from corolla.models import anatomy, classifier_sizes, pretrained
+from corolla.models import anatomy, pretrained
 from corolla.models.anatomy import Anatomy
+from corolla.models.sparse import carried, places
 from corolla.privacy import calibration, example_level
 from corolla.privacy.guarantee import Guarantee
 from corolla.server.rounds.federation import Federation
@@ -37,6 +39,7 @@ from corolla.server.runs.account import open_account
 from corolla.server.runs.journal import Past
 from corolla.strategies.listing import registry
 from corolla.types import Cost, LoraSpec, Params, TrainerName
+from corolla.wire import codec
 
 _POINTS = 10
 """Number of rounds after which epsilon of examples is told, at most."""
@@ -129,6 +132,8 @@ class CostEstimate:
     duration: Duration
     privacy: Privacy | None
     """None without differential privacy."""
+    chosen: Mapping[str, Any]
+    """The choice under the key `budget`; {} without one. With public rows these decide instead."""
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain values."""
@@ -157,6 +162,7 @@ class CostEstimate:
             },
             "epsilon": self.privacy and self.privacy.end.to_json()["epsilon"],
             "privacy": self.privacy and self.privacy.to_json(),
+            **({"chosen": dict(self.chosen)} if self.chosen else {}),
         }
 
 
@@ -175,6 +181,7 @@ def plan(config: RunConfig, budget: int | None = None) -> CostEstimate:
     data = replace(data, labels=ordered(config, data.labels))
     labels = len(data.labels) if config.task != "causal" else 0
     model = classifier_sizes.sized(model, labels) if labels else model
+    config, told = settle.foreseen(config, model, labels)
     sizes = lengths.estimated(config, labels)
     if model.tokenizer:
         tokenizer = pretrained.load_tokenizer(config.model, str(model.tokenizer.parent))
@@ -187,7 +194,7 @@ def plan(config: RunConfig, budget: int | None = None) -> CostEstimate:
             f"cohort {config.cohort} is larger than the {len(data.clients)} clients: lower it"
         )
     promised = privacy(federation, "user" if data.names_users else "example")
-    sent = traffic(federation)
+    sent = _with_places(traffic(federation), config, model, len(data.clients))
     batches = lengths.batches(federation, data, sizes)
     return CostEstimate(
         config=config,
@@ -199,6 +206,7 @@ def plan(config: RunConfig, budget: int | None = None) -> CostEstimate:
         memory=memory(federation, model, batches, sent, labels, budget),
         duration=duration(federation, model, batches, data),
         privacy=promised,
+        chosen=told.get("budget", {}),
     )
 
 
@@ -220,6 +228,22 @@ def traffic(federation: Federation) -> Traffic:
         + len(federation.clients) * once,
         exchange=max(cost.up + cost.down + cost.once for cost in members),
         stored=updates + max(down),
+    )
+
+
+def _with_places(sent: Traffic, config: RunConfig, model: Anatomy, clients: int) -> Traffic:
+    """The traffic with the places of a sparse set, where each client is sent them once."""
+    if not config.kind.sparse or config.select == "random":
+        return sent
+    shapes = model.linear(config.target_modules, config.layers)
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    counts = {name: places.count(name, shape, config.rank) for name, shape in shapes.items()}
+    once = codec.content_bytes({carried.GROUP: places.blank(sizes, counts)})
+    return replace(
+        sent,
+        once=sent.once + once,
+        total_down=sent.total_down + clients * once,
+        exchange=sent.exchange + once,
     )
 
 
@@ -328,7 +352,8 @@ def _federation(config: RunConfig, model: Anatomy, data: FederatedData, labels: 
 def _rounds(federation: Federation) -> list[tuple[int, Sequence[Cost]]]:
     """(how often, the costs of a cohort) of odd and of even rounds: factors may take turns."""
     start = federation.fresh(federation.config.lora)
-    state = federation.strategy.init(start, federation.config.seed)
+    begun = offset.planned(federation.config.begins.offset, start)
+    state = {**federation.strategy.init(start, federation.config.seed), **begun}
     everyone, size = list(federation.clients), federation.cohort_size
     number = federation.config.rounds
     found = []

@@ -44,6 +44,7 @@ def print_plan(console: Console, estimate: CostEstimate, budget: int | None) -> 
         ("peak memory of the server", _memory(memory.server)),
         ("peak memory of a simulation", _memory(memory.simulation)),
     ]
+    rows[1:1] = _chosen(estimate)
     if memory.choice and budget is not None:
         changes = ", ".join(f"{k}={v}" for k, v in memory.choice.overrides.items())
         how = f"with {changes}: {_memory(memory.choice.estimate)}" if changes else "as configured"
@@ -72,6 +73,22 @@ def _promised(privacy: Privacy) -> list[tuple[str, str]]:
     noise = " to ".join(dict.fromkeys(f"{z:.4g}" for z in privacy.noise))
     each = ", by the examples of a client" if privacy.noise[0] < privacy.noise[1] else ""
     return [("epsilon on the way", spent), ("noise multiplier", noise + each)]
+
+
+def _chosen(estimate: CostEstimate) -> list[tuple[str, str]]:
+    """Returns a table row for each choice under the key `budget`."""
+    told = estimate.chosen
+    found = [("budget", own) for own in [told.get("run")] if own]
+    found += [(f"budget of {name}", own) for name, own in told.get("classes", {}).items()]
+    without = "; scores of the public rows will choose others" if estimate.config.public else ""
+    return [
+        (
+            title,
+            f"{own['asked']}: {len(own['modules'])} modules, {own['taken'] / own['total']:.3f} of "
+            f"what all take{without}",
+        )
+        for title, own in found
+    ]
 
 
 def _memory(estimate: Estimate) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 
+from corolla.budgets import settle
 from corolla.client.training.worker import Worker
 from corolla.config.rules import refuse_kept_updates
 from corolla.config.run import RunConfig
@@ -74,6 +75,7 @@ def simulate(
     if resume:
         begun, run_id, kept_updates = stored_run(folder)
         config = config.model_copy(update={"template_date": begun.template_date})
+        config = settle.resumed(config, begun)
         keep_updates = keep_updates or kept_updates
     try:
         if config.engine == "flower":

@@ -21,6 +21,7 @@ from corolla.artefacts.sizes import sentence
 from corolla.data import census
 from corolla.evaluation.scoring import SHARES
 from corolla.host.text import human_bytes
+from corolla.models.experts.reach import Reach
 from corolla.server.runs.summary import Summary
 from corolla.warnings.outcome import VERDICTS
 
@@ -80,6 +81,9 @@ class Bars:
                 f"{', …' if len(without) > 5 else ''}",
                 soft_wrap=True,
             )
+        if reached := facts.get("reach"):
+            share = escape(Reach(**reached).line)
+            self.console.print(f"trains  {share}", soft_wrap=True, highlight=False)
         if read := facts.get("data", {}):
             lengths = read.get("lengths")
             told = [read["container"], *([census.told(lengths)] if lengths else [])]

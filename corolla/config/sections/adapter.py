@@ -1,17 +1,18 @@
 """The part of the model that is trained, and what it starts from."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from corolla.config.sections import kinds
+from corolla.config.sections import kinds, starts
 from corolla.config.sections.kinds import Kind, KindName
 from corolla.config.sections.rule import Rule
-from corolla.config.sections.section import Layers, Positive, key, within
-from corolla.config.sections.subject import Subject
+from corolla.config.sections.section import Budget, Layers, Positive, key, within
+from corolla.config.sections.sparse_set import READS_ROWS, SparseSet
+from corolla.config.sections.starts import Start
 
 
-class Adapter(Subject):
+class Adapter(SparseSet):
     """An adapter, or the tensors that are trained in its place."""
 
     rank: Annotated[int, within("rank")] = key(8, "The rank of LoRA adapters.", 16)
@@ -73,6 +74,17 @@ class Adapter(Subject):
         against=("parameters=bias", "strategy=flora"),
         unsaid=True,
     )
+    budget: Budget | None = key(
+        None,
+        "The share of what training all modules takes that training may take: `flops:0.5` of the "
+        "backward pass, `bytes:0.25` of an update, `memory:0.5` of what the choice decides of the "
+        "peak. The best modules within it are chosen before the first round, on `public` rows if "
+        "these are given, and run.json says them as `layers` or `target_modules`.",
+        "flops:0.5",
+        effect="none, all are trained",
+        against=("parameters=bias", "strategy=seed_pool", "ranks=[4,8]"),
+        unsaid=True,
+    )
     ranks: list[Annotated[int, within("rank")]] = key(
         [],
         "The ranks of clients' adapters, which clients take in turn.",
@@ -90,17 +102,25 @@ class Adapter(Subject):
         against=("ranks=[4]",),
     )
 
-    start: Literal["random", "gradient"] = key(
+    start: Annotated[str, AfterValidator(starts.checked)] = key(
         "random",
-        "What the adapter begins as: random factors, or the best factors of a first step on public "
-        "rows.",
-        "gradient",
-        beside="public=public.jsonl",
-        against=("public=null", "strategy=flora", "parameters=bias", "quantization=4bit"),
+        "What the adapter begins as: random factors, factors made of the base's weights (pissa, "
+        "pissa_N, olora, mica, channels, channels_large, channels_small, loftq) or of none "
+        "(orthogonal), of gradients (gradient, lora_ga) or inputs (corda_ipm, corda_kpm, eva) on "
+        "public rows, or a FOLDER with an adapter to go on from. See docs/starts.md.",
+        "pissa",
+        against=(
+            "strategy=flora",
+            "parameters=bias",
+            "quantization=4bit",
+            "public=public.jsonl",
+            "weight_decay=0.01",
+        ),
     )
     public: str | None = key(
         None,
-        "A .jsonl file of rows that belong to no client, for start=gradient.",
+        "A .jsonl file of rows that belong to no client, for a start that is made from them, for "
+        "budget, and for select=fisher or gradient.",
         "public.jsonl",
         effect="none",
         beside="start=gradient",
@@ -115,8 +135,8 @@ class Adapter(Subject):
 
     parameters: KindName = key(
         kinds.DEFAULT.name,
-        "What is trained: an adapter (lora, ia3, prompt), or tensors of the model as they are "
-        "(bias, norm, head, full).",
+        "What is trained: an adapter (lora, ia3, prompt), tensors of the model as they are (bias, "
+        "norm, head, embeddings, full), or values at places of its weight matrices (sparse).",
         "ia3",
         against=("strategy=flora", "quantization=4bit", "dp=example epsilon=8"),
     )
@@ -133,10 +153,48 @@ class Adapter(Subject):
         return kinds.KINDS[self.parameters]
 
     @property
+    def budgeted(self) -> bool:
+        """True where blocks or modules are still to be chosen under a budget."""
+        return self.budget is not None
+
+    @property
+    def begins(self) -> Start:
+        """The start of the adapter, with its facts."""
+        return starts.of(self.start)
+
+    @property
+    def reads_public(self) -> bool:
+        """True where public rows are read, if there are any."""
+        return self.begins.rows or self.budgeted or self.selects_by_rows
+
+    @property
     def prefix(self) -> int:
         """Virtual tokens that stand before each text."""
         return self.virtual_tokens if self.kind.virtual_tokens else 0
 
+
+SELECTION: tuple[Rule[Adapter], ...] = (
+    Rule(
+        when=lambda run: run.select != "random" and not run.kind.sparse,
+        why=lambda run: f"select={run.select} is for parameters=sparse",
+        instead=lambda run: f"found parameters={run.parameters}, leave it out",
+    ),
+    Rule(
+        when=lambda run: run.explored and run.select != "movement",
+        why=lambda run: f"explored={run.explored} is for select=movement",
+        instead=lambda run: f"found select={run.select}",
+    ),
+    Rule(
+        when=lambda run: run.select == "movement" and not run.explored,
+        why=lambda run: "select=movement needs explored=FOLDER",
+        instead="a LoRA adapter of the same base, as a run before has saved it",
+    ),
+    Rule(
+        when=lambda run: run.selects_by_rows and not run.public,
+        why=lambda run: f"select={run.select} needs public=FILE.jsonl",
+        instead="rows that belong to no client",
+    ),
+)
 
 ALPHAS: tuple[Rule[Adapter], ...] = (
     Rule(
@@ -158,6 +216,11 @@ PATTERNS: tuple[Rule[Adapter], ...] = (
         ),
         instead="leave them out, or start",
     ),
+    Rule(
+        when=lambda run: (run.rank_pattern or run.alpha_pattern) and run.budget,
+        why=lambda run: "budget is for modules of one rank",
+        instead="leave rank-pattern and alpha-pattern out, or budget",
+    ),
 )
 
 TARGETS: tuple[Rule[Adapter], ...] = (
@@ -167,26 +230,44 @@ TARGETS: tuple[Rule[Adapter], ...] = (
         instead=lambda run: f"parameters={run.parameters} has none",
     ),
     Rule(
-        when=lambda run: run.layers and not run.kind.factors,
-        why=lambda run: "layers are those of LoRA adapters",
+        when=lambda run: run.layers and not run.kind.blocks,
+        why=lambda run: "layers are those of LoRA adapters and sparse sets",
         instead=lambda run: f"parameters={run.parameters} has none",
+    ),
+    Rule(
+        when=lambda run: run.budget and not run.kind.factors,
+        why=lambda run: "budget chooses modules of LoRA adapters",
+        instead=lambda run: f"parameters={run.parameters} has none",
+    ),
+    Rule(
+        when=lambda run: run.budget and run.ranks,
+        why=lambda run: "budget is for one rank of all clients",
+        instead=lambda run: f"found ranks={list(run.ranks)}, leave one of the two out",
     ),
 )
 
-PUBLIC: tuple[Rule[Adapter], ...] = (
+STARTS: tuple[Rule[Adapter], ...] = (
     Rule(
-        when=lambda run: run.start == "random" and run.public,
-        why=lambda run: f"public={run.public} is for start=gradient",
+        when=lambda run: run.public and not run.reads_public,
+        why=lambda run: (
+            f"public={run.public} is for start={starts.with_rows()}, for budget, and for "
+            f"select={' or '.join(READS_ROWS)}"
+        ),
         instead="leave it out",
     ),
     Rule(
-        when=lambda run: run.start == "gradient" and not run.public,
-        why=lambda run: "start=gradient needs public=FILE.jsonl",
+        when=lambda run: run.begins.rows and not run.public,
+        why=lambda run: f"start={run.start} needs public=FILE.jsonl",
         instead="rows that belong to no client",
     ),
     Rule(
-        when=lambda run: run.start == "gradient" and run.public == run.data,
+        when=lambda run: run.public and run.public == run.data,
         why=lambda run: "public rows belong to no client",
         instead="found the file of the clients' data",
+    ),
+    Rule(
+        when=lambda run: run.start == "orthogonal" and run.rank % 2,
+        why=lambda run: f"start=orthogonal halves the rank, found rank={run.rank}",
+        instead="use an even one",
     ),
 )

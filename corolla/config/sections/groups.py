@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from corolla.config.sections.section import Layers, Positive, Section, key, within
+from corolla.config.sections.section import Budget, Layers, Positive, Section, key, within
 from corolla.types import TrainerName
 
 
@@ -74,6 +74,15 @@ class ClientClass(Section):
         "The blocks that its clients train and send, counted among those of the run.",
         "last:2",
         effect="the run's",
+        against=("strategy=hetlora", "robust=median", "parameters=bias"),
+        unsaid=True,
+    )
+    budget: Budget | None = key(
+        None,
+        "The share of what training the run's modules takes that its clients may take; the best "
+        "blocks within it become its `layers` before the first round.",
+        "flops:0.5",
+        effect="none",
         against=("strategy=hetlora", "robust=median", "parameters=bias"),
         unsaid=True,
     )

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-KindName = Literal["lora", "ia3", "prompt", "bias", "norm", "head", "full"]
+KindName = Literal["lora", "ia3", "prompt", "bias", "norm", "head", "embeddings", "full", "sparse"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,10 @@ class Kind:
     """The output layer of a model that generates is trained, where it is not tied."""
     target_modules: bool = False
     """Modules of the base can be chosen."""
+    blocks: bool = False
+    """Blocks of the base can be chosen."""
+    sparse: bool = False
+    """Values at places that are chosen within weight matrices, as many as `rank` says."""
     virtual_tokens: bool = False
     """Embeddings of virtual tokens stand before each text."""
     quantised: bool = False
@@ -66,6 +70,7 @@ _ROWS = (
         artefact="adapter",
         factors=True,
         target_modules=True,
+        blocks=True,
         quantised=True,
         hooked=True,
         native=True,
@@ -88,6 +93,7 @@ _ROWS = (
     Kind("bias", artefact="model", hooked=True),
     Kind("norm", artefact="model"),
     Kind("head", artefact="model", output=True, hooked=True),
+    Kind("embeddings", artefact="model"),  # no hook tells the rows of a batch apart
     Kind(
         "full",
         artefact="model",
@@ -97,6 +103,7 @@ _ROWS = (
         whole=True,
         output=True,
     ),
+    Kind("sparse", artefact="adapter", target_modules=True, blocks=True, sparse=True),
 )
 
 KINDS: Mapping[str, Kind] = {kind.name: kind for kind in _ROWS}

@@ -47,6 +47,14 @@ QUANTIZED: tuple[Rule[Machine], ...] = (
     ),
 )
 
+FULL_PRECISION: tuple[Rule[Machine], ...] = (
+    Rule(
+        when=lambda run: run.dtype != "float32" and run.kind.sparse,
+        why=lambda run: f"parameters={run.parameters} changes values of the base in place",
+        instead=lambda run: f"{run.dtype} would round small changes away, use dtype=float32",
+    ),
+)
+
 DEVICES: tuple[Rule[Machine], ...] = (
     Rule(
         when=lambda run: (
@@ -56,12 +64,20 @@ DEVICES: tuple[Rule[Machine], ...] = (
     ),
 )
 
-GRADIENT_START: tuple[Rule[Machine], ...] = (
+STARTS: tuple[Rule[Machine], ...] = (
     Rule(
-        when=lambda run: (
-            run.start == "gradient" and (not run.kind.factors or run.quantization != "none")
-        ),
-        why=lambda run: "start=gradient makes an adapter from gradients of the base",
+        when=lambda run: run.start != "random" and not run.kind.factors,
+        why=lambda run: f"start={run.start} makes an adapter",
         instead=lambda run: f"found parameters={run.parameters}, quantization={run.quantization}",
+    ),
+    Rule(
+        when=lambda run: run.begins.weights and run.quantization != "none",
+        why=lambda run: f"start={run.start} reads the weights of the base as they were trained",
+        instead=lambda run: f"found parameters={run.parameters}, quantization={run.quantization}",
+    ),
+    Rule(
+        when=lambda run: run.start == "loftq" and run.quantization == "none",
+        why=lambda run: "start=loftq makes good what quantisation lost",
+        instead="set quantization=4bit or 8bit, or use another start",
     ),
 )

@@ -25,6 +25,18 @@ def _layers(text: str) -> str:
 Layers = Annotated[str, Field(coerce_numbers_to_str=True), AfterValidator(_layers)]
 """Blocks of a model, as corolla/models/layers.py reads them."""
 
+_BUDGET = re.compile(r"(flops|bytes|memory):(0?\.\d{1,6}|1|1\.0)")
+
+
+def _budget(text: str) -> str:
+    if not _BUDGET.fullmatch(text) or not float(text.partition(":")[2]):
+        raise ValueError("expected a share of what training everything takes, such as flops:0.5")
+    return text
+
+
+Budget = Annotated[str, AfterValidator(_budget)]
+"""A share of operations, bytes or memory, as corolla/budgets reads it."""
+
 
 class Section(BaseModel):
     """Settings that cannot be changed, and have no others beside them."""

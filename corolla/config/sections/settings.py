@@ -11,6 +11,7 @@ from corolla.config.sections.evaluation import Evaluation
 from corolla.config.sections.machine import Machine
 from corolla.config.sections.population import Population
 from corolla.config.sections.privacy import Privacy
+from corolla.config.sections.sparse_set import SparseSet
 from corolla.config.sections.subject import Subject
 from corolla.config.sections.training import Training
 
@@ -23,6 +24,7 @@ class Settings(  # from the last section to the first: pydantic takes their keys
     Compression,
     Training,
     Adapter,
+    SparseSet,
     Dataset,
     Population,
     Subject,

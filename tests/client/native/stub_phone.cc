@@ -94,6 +94,13 @@ uint64_t lines_in(const std::filesystem::path& file) {
   return static_cast<uint64_t>(std::count(text->begin(), text->end(), '\n'));
 }
 
+// JSON has no word for what is no number: there it is a text.
+double number(const json& told, const char* name) {
+  auto found = told.find(name);
+  if (found == told.end()) return 0.0;
+  return found->is_string() ? std::stod(found->get<std::string>()) : found->get<double>();
+}
+
 v1::Policy policy_of(const json& told) {
   v1::Policy policy;
   policy.set_charging(told.value("charging", false));
@@ -106,8 +113,8 @@ v1::Policy policy_of(const json& told) {
   policy.set_separation(told.value("separation", 0U));
   policy.set_period_seconds(told.value("period_seconds", 0.0));
   policy.set_daily_bytes(told.value("daily_bytes", uint64_t{0}));
-  policy.set_daily_seconds(told.value("daily_seconds", 0.0));
-  policy.set_daily_battery_percent(told.value("daily_battery_percent", 0.0));
+  policy.set_daily_seconds(number(told, "daily_seconds"));
+  policy.set_daily_battery_percent(number(told, "daily_battery_percent"));
   return policy;
 }
 

@@ -21,7 +21,8 @@ def test_what_a_device_decides(case: dict[str, Any], tmp_path: Path) -> None:
     lines = [own if isinstance(own, str) else json.dumps(own) for own in case["history"]]
     (tmp_path / "history.jsonl").write_text("\n".join(lines) + "\n")
     history = policies.read(tmp_path / "history.jsonl", NOW)
-    policy = policies.stricter(pb.Policy(**case["policy"]), Limits(**case["owner"]))
+    asked = {k: float(v) if isinstance(v, str) else v for k, v in case["policy"].items()}  # "nan"
+    policy = policies.stricter(pb.Policy(**asked), Limits(**case["owner"]))
     device, spent = case["device"], case["session"]
     found = {
         "start": policies.before_check_in(policy, device, case["examples"], history, NOW),

@@ -25,6 +25,7 @@ from corolla.host.processes import free_port
 from corolla.phones import protocol
 from corolla.proto import device_pb2 as pb
 from corolla.proto import update_pb2
+from corolla.server.gateway.access import TokenFile
 from corolla.server.gateway.service import serve_phones
 from corolla.wire import messages, rpc
 from corolla.wire.messages import Reply, Task
@@ -317,7 +318,7 @@ def test_a_phone_outlives_a_gateway_that_starts_again(tmp_path: Path) -> None:
     gateway = type(world.gateway)(replace(world.gateway.settings))
     server = serve_phones(
         gateway,
-        gateways.tokens(tmp_path),
+        TokenFile(gateways.tokens(tmp_path)),
         f"localhost:{port}",
         own / "gateway.pem",
         own / "gateway.key",

@@ -21,12 +21,12 @@ from corolla.config.run import RunConfig
 from corolla.data.encoding import Encoded
 from corolla.directions import signs
 from corolla.directions.pools import GaussianPool, LowRankPool, SignPool
+from corolla.directions.space import Beside, InPlace, Space
 from corolla.errors import DataError, DivergedError
 from corolla.evaluation import scoring
 from corolla.models import pretrained, trainable
 from corolla.models.full import FullModel
 from corolla.models.lora import LoraModel
-from corolla.models.space import Beside, InPlace, Space
 from corolla.models.trainable import Trainable
 from corolla.types import Adapter, LoraSpec, Move, Params, Pool, Walk
 from tests.client.training.dense import DATA, SPEC, padded, plain_loss

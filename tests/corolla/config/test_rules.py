@@ -30,7 +30,7 @@ def test_different_scalings_are_mixed_ranks_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "names"),
     [
-        (["parameters=all"], ["parameters", "head, full", "'all'"]),
+        (["parameters=all"], ["parameters", "head, embeddings, full", "'all'"]),
         (
             ["parameters=full", "strategy=flora"],
             ["strategy flora trains LoRA factors", "parameters=full", "use fedavg or", "seed_pool"],
@@ -109,7 +109,7 @@ def test_bad_settings_of_zeroth_order_are_refused_in_one_line(
 
 def test_other_tensors_are_trained_by_strategies_that_can(tmp_path: Path) -> None:
     for name in ("seed_pool", "fedkseed", "fedkseed_pro", "fedavg", "fedmezo"):
-        for role in ("ia3", "prompt", "bias", "head", "full"):
+        for role in ("ia3", "prompt", "bias", "head", "embeddings", "full"):
             assert load(tmp_path, None, [f"parameters={role}"], strategy=name).parameters == role
 
 
@@ -155,6 +155,9 @@ def test_bad_policies_are_refused_in_one_line(
         ({"strategy": "scaffold", "optimizer": "sgd", "robust": "norm_clip"}, "would leave parts"),
         ({"strategy": "scaffold", "optimizer": "sgd", "codec": ["int8"]}, "nothing may be lost"),
         ({"strategy": "fedsvd", "codec": ["top_k:0.1"]}, "new coordinates in each round"),
+        ({"strategy": "lisa", "codec": ["top_k:0.1"]}, "new coordinates in each round"),
+        ({"strategy": "lisa", "buffer": 2}, "count only for the state they were made from"),
+        ({"strategy": "lisa", "classes": {"a": {"layers": "last:1"}}}, "says by itself which"),
         ({"strategy": "fedsa_lora", "eval_clients": 0}, "personal models"),
         ({"strategy": "hetlora", "options": {"normalise": "False"}}, "is true or false"),
         ({"strategy": "flora", "robust": "krum", "robust_space": "tensors"}, "random basis"),
@@ -168,7 +171,7 @@ def test_what_would_run_and_mean_nothing_is_refused(changes: dict[str, Any], tol
         build_strategy(RunConfig.model_validate(changes))
 
 
-@pytest.mark.parametrize("strategy", ["seed_pool", "fedsvd", "ferret"])
+@pytest.mark.parametrize("strategy", ["seed_pool", "fedsvd", "ferret", "lisa"])
 def test_banded_noise_is_refused_where_it_could_not_be_taken_back(
     tmp_path: Path, strategy: str
 ) -> None:

@@ -16,6 +16,7 @@ from corolla.config.sections.groups import ClientClass
 from corolla.config.sections.machine import Machine
 from corolla.config.sections.population import Population
 from corolla.config.sections.privacy import Privacy
+from corolla.config.sections.sparse_set import SparseSet
 from corolla.config.sections.subject import Subject
 from corolla.config.sections.training import Training
 from corolla.errors import ConfigError
@@ -141,6 +142,7 @@ def test_keys_are_written_section_by_section() -> None:
         Subject,
         Population,
         Dataset,
+        SparseSet,
         Adapter,
         Training,
         Compression,
@@ -153,7 +155,9 @@ def test_keys_are_written_section_by_section() -> None:
     assert list(RunConfig.model_fields) == own
     unsaid = {
         "alpha_pattern",
+        "budget",
         "keep_hardest",
+        *("select", "spectrum", "explored"),
         "layers",
         "max_rank",
         "new_head",

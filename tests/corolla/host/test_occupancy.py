@@ -51,6 +51,18 @@ def test_one_that_has_settled_is_never_ended_and_one_more_is_refused(calls: Call
     assert calls.ended == [3]
 
 
+def test_one_that_waits_again_ends_after_those_that_have_waited_for_longer(calls: Calls) -> None:
+    for owner in "aab":
+        calls.enter(f"connection {len(calls.all)}", owner)
+    calls.open.settle(calls.all[0])
+    calls.open.wait(calls.all[0])
+    assert all(calls.enter(f"connection {number}", "c") for number in range(3, 6))
+    assert calls.ended == [1, 2]
+    calls.open.leave(calls.all[0])
+    calls.open.wait(calls.all[0])  # it has left
+    calls.open.leave(calls.all[0])
+
+
 def test_who_leaves_twice_is_counted_once_and_nothing_is_kept(calls: Calls) -> None:
     for _ in range(3):
         calls.enter("one")

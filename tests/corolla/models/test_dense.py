@@ -65,7 +65,15 @@ SIZES: dict[tuple[str, KindName], int] = {
     ("bert", "norm"): 3 * 2 * 32 + (3 * 32 + 3),
     ("bert", "head"): 3 * 32 + 3,
     ("untied", "head"): 64 * 32,
+    ("llama", "embeddings"): 64 * 32,
+    ("untied", "embeddings"): 64 * 32,
+    ("bert", "embeddings"): 64 * 32 + (3 * 32 + 3),
 }
+TABLES = {
+    "bert": "bert.embeddings.word_embeddings.weight",
+    **dict.fromkeys(("llama", "untied"), "model.embed_tokens.weight"),
+}
+"""Model → the name of its table of the embeddings of tokens."""
 CASES = [*SIZES, ("gpt2", "full"), ("bert", "full")]
 
 
@@ -219,6 +227,7 @@ def test_the_values_that_are_trained_are_those_of_the_role(kind: str, role: Kind
         "bias": {n for n in named if n.endswith(".bias")} | head,
         "norm": norms(base(kind).model) | head,
         "head": head or {"lm_head.weight"},
+        "embeddings": {TABLES[kind]} | head if kind in TABLES else set(),
         "full": set(named),
         "prompt": {"prompt.weight"},
     }
@@ -510,6 +519,7 @@ ROUNDS: list[tuple[str, KindName, str]] = [
     ("llama", "norm", "fedavg"),
     ("bert", "bias", "fedavg"),
     ("llama", "full", "fedavg"),
+    ("llama", "embeddings", "fedavg"),
     ("gpt2", "bias", "fedmezo"),
     ("bert", "ia3", "fedmezo"),
 ]
@@ -612,7 +622,7 @@ def test_a_saved_model_reloaded_by_others_gives_the_same_logits(
     assert model.distance_to(adapter, SPEC) > 1e-3
 
 
-@pytest.mark.parametrize("role", ["ia3", "prompt", "full"])
+@pytest.mark.parametrize("role", ["ia3", "prompt", "embeddings", "full"])
 def test_a_base_in_half_precision_is_trained_in_fp32(
     role: KindName, settings: Settings, tmp_path: Path
 ) -> None:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from corolla.config.run import RunConfig
 from corolla.directions.pools import GaussianPool, SignPool
+from corolla.directions.space import InPlace
 from corolla.errors import ArtefactError, CorollaError, ModelError
 from corolla.models import pretrained, trainable
 from corolla.models.full import FullModel, digest
 from corolla.models.lora import LoraModel
 from corolla.models.pretrained import Base
-from corolla.models.space import InPlace
 from corolla.types import Adapter, LoraSpec, Move, Pool
 
 Settings = Callable[..., RunConfig]

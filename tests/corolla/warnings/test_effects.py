@@ -28,7 +28,7 @@ ELSEWHERE = {
     **dict.fromkeys(("micro_batch_size", "gradient_checkpointing"), "memory"),
     **dict.fromkeys(("model", "data", "availability", "splits"), "in a file"),
     "quantization": "needs bitsandbytes",
-    "layers": "in models of more than one block",
+    **dict.fromkeys(("layers", "budget"), "in models of more than one block"),
     "options": "a table of options, which are keys of their own",
     "task": "its example is what these rows are taken for anyway",
 }

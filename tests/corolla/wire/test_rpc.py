@@ -242,7 +242,9 @@ def test_tls_is_served_and_a_foreign_ca_is_refused(tmp_path: Path) -> None:
 
     def served(address: str) -> rpc.TlsServer:
         certificate, key = ours / "server.pem", ours / "server.key"
-        return rpc.tls_server(address, certificate, key, most_bytes=1, add=lambda _: None)
+        return rpc.tls_server(
+            address, certificate, key, most_bytes=1, connections=9, add=lambda *_: None
+        )
 
     server = served("127.0.0.1:0")
     try:
@@ -265,7 +267,7 @@ def test_tls_is_served_and_a_foreign_ca_is_refused(tmp_path: Path) -> None:
 def test_missing_certificates_are_one_line(tmp_path: Path) -> None:
     none = tmp_path / "none.pem"
     with pytest.raises(ConfigError, match=r"cannot read .*none\.pem"):
-        rpc.tls_server("127.0.0.1:0", none, none, most_bytes=1, add=lambda _: None)
+        rpc.tls_server("127.0.0.1:0", none, none, most_bytes=1, connections=9, add=lambda *_: None)
     with pytest.raises(ConfigError, match=r"cannot read .*none\.pem"):
         rpc.tls_channel("127.0.0.1:1", none, most_bytes=1)
 

@@ -48,6 +48,7 @@ def test_settings_that_lack_something_cannot_be_read(key: str) -> None:
     [
         ("", ValueError),
         ("not json", ValueError),
+        ("[" * 100_000, ValueError),
         ("[]", TypeError),
         ('{"lora": {"rank": 2, "width": 3}}', TypeError),
     ],

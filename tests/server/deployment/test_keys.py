@@ -91,6 +91,11 @@ def test_a_member_that_was_removed_is_not_registered_and_this_is_said_with_what_
     assert registry.keys == []
     assert said == [f"left out: a was removed: corolla members {keys} --restore a lets it in again"]
     assert made.registered == set()
+    members.restore(keys, "a")
+    for _ in range(2):
+        made.register(registry)
+    assert registry.keys == [certificates.public_key(keys / "a.pub")]
+    assert made.registered == {"a"}
 
 
 def test_a_folder_that_cannot_be_written_is_said_and_keys_are_registered(

@@ -79,6 +79,23 @@ def test_a_damaged_file_is_one_line_and_changes_nothing_for_who_reads(
     assert roll.refuse("ben", pem(keys, "ben"))
 
 
+def test_while_the_file_is_away_those_who_were_removed_stay_out(keys: Path) -> None:
+    members.admit_all(keys)
+    members.remove(keys, "ben")
+    roll, text = members.Roll(keys), (keys / members.FILE).read_bytes()
+    roll.changed()
+    for _ in range(2):
+        (keys / members.FILE).unlink()
+        assert not roll.changed()
+        assert roll.refuse("ben", pem(keys, "ben"))
+        assert roll.refuse("ada", b"another key")
+        (keys / members.FILE).write_bytes(text)
+        assert roll.changed()
+    members.restore(keys, "ben")
+    assert roll.changed()
+    assert roll.refuse("ben", pem(keys, "ben")) == ""
+
+
 def test_without_a_folder_everybody_has_any_name() -> None:
     roll = members.Roll(None)
     assert not roll.changed()

@@ -23,7 +23,7 @@ from corolla.directions import seedlog
 from corolla.errors import StoppedError
 from corolla.host import certificates as certs
 from corolla.phones import bundle, protocol
-from corolla.server.gateway.access import Token, read_tokens
+from corolla.server.gateway.access import TokenFile
 from corolla.server.gateway.gateway import Gateway
 from corolla.server.gateway.service import serve_phones
 from corolla.server.gateway.settings import GatewaySettings
@@ -49,11 +49,11 @@ def certificates(folder: Path) -> Path:
     return folder
 
 
-def tokens(folder: Path) -> Mapping[str, Token]:
-    """One of any device, one of p9."""
+def tokens(folder: Path) -> Path:
+    """A file of tokens: one of any device, one of p9."""
     path = folder / "tokens"
     path.write_text(f"# of a test\n{TOKEN}\n{OTHER} p9\n")
-    return read_tokens(path)
+    return path
 
 
 @dataclass
@@ -109,10 +109,9 @@ def serving(
     own = certificates(folder / "certs") if not (folder / "certs").exists() else folder / "certs"
     usual: dict[str, Any] = {"retry": 0.05, "lease": 5.0}
     settings = GatewaySettings("gate", folder / "gate", **{**usual, **changes})
-    gateway = Gateway(settings, clock=clock)
-    server = serve_phones(
-        gateway, tokens(folder), "localhost:0", own / "gateway.pem", own / "gateway.key"
-    )
+    known = TokenFile(tokens(folder))
+    gateway = Gateway(settings, clock=clock, names=known.names)
+    server = serve_phones(gateway, known, "localhost:0", own / "gateway.pem", own / "gateway.key")
     try:
         yield World(
             gateway,

@@ -9,6 +9,7 @@ import pytest
 
 from corolla.errors import ConfigError
 from corolla.phones import protocol
+from corolla.server.gateway import blobs as module
 from corolla.server.gateway.blobs import Blobs, manifest
 
 MIB = 1 << 20
@@ -37,6 +38,24 @@ def test_beyond_its_end_there_is_no_chunk(offset: int, tmp_path: Path) -> None:
     blob = blobs.put(b"0123456789")
     with pytest.raises(KeyError):
         blobs.chunk(blob.sha256, offset)
+
+
+def test_of_blobs_for_few_phones_the_oldest_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LENT", 3 * MIB)
+    blobs = Blobs(tmp_path)
+    kept = blobs.put(os.urandom(MIB))
+    pieces = [os.urandom(MIB if n % 2 else 1 << 17) for n in range(8)]
+    lent = [blobs.lend(data) for data in pieces]
+    blobs.lend(pieces[6])  # asked for again
+    offered = [name for own in lent if (name := own.sha256) in blobs._small or name in blobs._files]
+    assert offered == [own.sha256 for own in lent[4:]]
+    assert blobs.chunk(lent[7].sha256, 0).content == pieces[7]
+    assert len(list(tmp_path.iterdir())) == 3
+    blobs.keep([kept.sha256])
+    assert [path.name for path in tmp_path.iterdir()] == [kept.sha256]
+    assert blobs._lent == {}
 
 
 @pytest.mark.parametrize("name", ["", "0" * 64, "../secret", "/etc/passwd"])

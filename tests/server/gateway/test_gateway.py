@@ -151,12 +151,21 @@ def test_a_strategy_that_its_owner_allowed_is_known_by_its_files_name(
 
 
 @pytest.mark.parametrize(
-    "config", ["", "{}", "[]", '{"run": {}}', '{"run": {"strategy": "fedavg"}, "lora": {}}']
+    "config",
+    ["", "{}", "[]", "[" * 100_000, '{"run": {}}', '{"run": {"strategy": "fedavg"}, "lora": {}}'],
 )
 def test_a_task_that_cannot_be_read_is_an_error_reply(config: str, world: World) -> None:
     task = replace(gateways.a_task(CONFIG), config=config)
     found = messages.unpack_reply(world.gateway.answer(messages.pack_task(task)), 0)
     assert "settings cannot be read" in found.error
+
+
+def test_a_task_whose_adapter_nothing_could_hold_is_an_error_reply(world: World) -> None:
+    told = json.loads(gateways.a_task(CONFIG).config)
+    told["fresh"] = {"adapter": {"m.lora_A": ("float32", [1 << 30, 1 << 30])}}
+    task = replace(gateways.a_task(CONFIG), config=json.dumps(told))
+    found = messages.unpack_reply(world.gateway.answer(messages.pack_task(task)), 0)
+    assert found.error == "the task's adapter takes more memory than this gateway has"
 
 
 def test_a_task_asked_twice_is_done_once_and_a_new_one_takes_its_place(

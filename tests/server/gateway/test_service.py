@@ -129,17 +129,3 @@ def test_a_call_without_a_request_or_with_bytes_that_are_none_is_refused(
         found = call.future(iter(sent), metadata=metadata, timeout=60)
         assert found.code() == grpc.StatusCode.INVALID_ARGUMENT
         assert found.details() == details
-
-
-@pytest.mark.parametrize(
-    ("peer", "expected"),
-    [
-        ("ipv4:192.0.2.1:50123", "192.0.2.1"),
-        ("ipv6:%5B2001:db8::1%5D:50123", "2001:db8::/64"),
-        ("ipv6:[2001:db8::2]:50124", "2001:db8::/64"),
-        ("ipv6:%5B::ffff:192.0.2.1%5D:50123", "192.0.2.1"),
-        ("ipv6:%5B::1%5D:50123", "::/64"),
-    ],
-)
-def test_strangers_of_one_network_share_their_calls(peer: str, expected: str) -> None:
-    assert service._network(peer) == expected

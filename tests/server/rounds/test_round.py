@@ -884,6 +884,7 @@ def test_a_client_cannot_answer_for_another_class(setup: Callable[..., Setting])
     [
         {"strategy": "fedavg"},
         {"strategy": "ffa_lora"},
+        {"strategy": "lisa", "options": {"layers": 1}},
         {"strategy": "flora", "ranks": [2, 4]},
         POOL,
         {"strategy": "fedkseed", "options": {"size": 8}},

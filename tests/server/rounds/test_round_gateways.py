@@ -20,19 +20,31 @@ from corolla.data.partition import Split
 from corolla.directions import seedlog
 from corolla.errors import RoundError
 from corolla.privacy.client_level import ClientLevel
+from corolla.server.gateway import merging
 from corolla.server.rounds import expectations
 from corolla.server.rounds.call import Plan, RoundCall, RoundEvents
 from corolla.server.rounds.federation import Federation, Held
 from corolla.server.rounds.network import Network
 from corolla.server.rounds.round import RoundResult, evaluate_clients, run_round
 from corolla.server.rounds.spending import Spending
+from corolla.server.rounds.tasks import Traffic, make_tasks
 from corolla.server.rounds.verdicts import Code
+from corolla.starts import table as starts
 from corolla.storage.memory import Memory
 from corolla.tensors import tree
 from corolla.types import Payload
 from corolla.wire import codec, messages
-from corolla.wire.messages import Reply, Task, pack_reply, pack_task, unpack_reply, unpack_task
+from corolla.wire.messages import (
+    Kind,
+    Reply,
+    Task,
+    pack_reply,
+    pack_task,
+    unpack_reply,
+    unpack_task,
+)
 from corolla.wire.packet import Packet
+from corolla.wire.task_settings import TaskSettings
 from tests.strategies import tiny
 
 PHONES = [f"gate/p{i}" for i in range(1, 9)]
@@ -86,8 +98,9 @@ class Gated(Network):
             data = messages.pack_bundle(packets)
             return pack_reply(replace(blank, clients=len(packets), bundle=True, payload=data))
         replies = [unpack_reply(packet, 1 << 30) for packet in packets]
+        told = replace(self.flat, chosen=TaskSettings.from_json(task.config).chosen)
         for reply in replies:
-            like = expectations.expected(self.flat, reply.client, task.kind, task.round).like
+            like = expectations.expected(told, reply.client, task.kind, task.round).like
             assert like is not None
             partial.add(
                 config.uplink.unpack(messages.content(reply), like), float(reply.num_examples)
@@ -163,7 +176,10 @@ def start(tmp_path: Path) -> Callable[..., Run]:
         data = FederatedData("llama", splits, [], [], "")
         worker = Worker(config, model, data, Memory(tmp_path / "memory"))
         built = build_strategy(config)
-        first = built.init(model.init(config.lora, seeds.derive(config.seed, "init")), config.seed)
+        begun = starts.begin(
+            model, model.init(config.lora, seeds.derive(config.seed, "init")), config
+        )
+        first = begun.state(built, config.seed)
         fresh = cache(lambda spec: model.init(spec, 0))
         origin = seedlog.origin(model.base.fingerprint, first)
         flat = Federation("0" * 32, config, built, FLAT, fresh, origin)
@@ -183,10 +199,15 @@ CASES: Mapping[str, dict[str, Any]] = {
     "fedex_lora": {"strategy": "fedex_lora"},
     "flora of a rank": {"strategy": "flora", "max_rank": 6, "codec": ["int8"]},
     "fedex_lora of a rank": {"strategy": "fedex_lora", "max_rank": 6},
+    "fedavg beside a block": {"strategy": "fedavg", "start": "olora"},
+    "fedex_lora beside a block": {"strategy": "fedex_lora", "start": "olora"},
     "seed_pool": {"strategy": "seed_pool"},
     "fedkseed": {"strategy": "fedkseed", "options": {"size": 64}},
     "fedkseed_pro": {"strategy": "fedkseed_pro", "options": {"size": 64}},
     "ferret": {"strategy": "ferret", "options": {"size": 64}},
+    "lisa": {"strategy": "lisa", "options": {"choose": "change", "layers": 1}},
+    "lisa, int8": {"strategy": "lisa", "options": {"choose": "half"}, "codec": ["int8"]},
+    "median of lisa": {"strategy": "lisa", "options": {"layers": 1}, "robust": "median"},
     "median": {"strategy": "fedavg", "robust": "median"},
     "krum": {"strategy": "flora", "robust": "multi_krum"},
 }
@@ -209,6 +230,18 @@ def test_a_gateway_gives_the_bits_of_its_phones_as_members(
         assert found.sampling_probability == wanted.sampling_probability == 1.0
         for name, value in wanted.metrics.items():
             assert found.metrics[name] == pytest.approx(value, rel=1e-9), name
+
+
+def test_a_gateway_is_told_what_its_phones_train(start: Callable[..., Run]) -> None:
+    """By the settings of its task, from which it judges their updates."""
+    run = start("lisa", options={"choose": "half", "always": []})
+    call = RoundCall(run.nested, run.first, {}, 1)
+    tasks = make_tasks(call.federation, run.first, {}, 1, Kind.TRAIN, {"gate": 8}, Traffic())
+    found = merging.prepare(tasks["gate"])
+    like = found.expected("gate/p1", 6).like
+    chosen = {n for unit in call.federation.chosen for n in run.first[unit]}
+    assert like and like["adapter"].keys() == chosen
+    assert 0 < len(chosen) < sum(map(len, run.first.values()))
 
 
 def account(federation: Federation) -> Spending:

@@ -37,7 +37,7 @@ def test_every_strategy_of_the_folder_is_listed_by_its_own_file() -> None:
     marks = re.compile(
         r'^@listed$.*?^    name: ClassVar\[str\] = "(\w+)"', re.MULTILINE | re.DOTALL
     )
-    files = Path(fedavg.__file__).parent.glob("*.py")
+    files = Path(fedavg.__file__).parent.rglob("*.py")
     marked = [name for file in files for name in marks.findall(file.read_text())]
     assert list(STRATEGIES) == ["fedavg", *sorted(set(marked) - {"fedavg"})]
     assert len(STRATEGIES) == len(marked) >= 24

@@ -25,7 +25,8 @@ UP, DOWN, FIRST = "bytes up = formula", "bytes down = formula", "bytes at first 
 EVALUATES, EFFECT = "evaluates the model", "option has an effect"
 MIRRORS, KEPT, STAYS = "mirrors what clients keep", "what is kept counts", "what is kept stays"
 DIRECTIONS = "directions of one's own"
-PARTS = "blocks by class"
+PARTS, SPARSE = "blocks by class", "sparse sets"
+BESIDE = "start beside the base"
 BEST, ADDS_UP = "best of max_rank", "max_rank adds up"
 UNWEIGHTED = (BY_EXAMPLES, SHARES, EACH, SUMS, LINEAR)
 FOLDED = (BY_EXAMPLES, SHARES, ORDER, GROUPING)
@@ -75,6 +76,7 @@ MUTANTS = [
     Mutant("EnergyOfValues", (EXPECTED, BY_EXAMPLES), "bert", "energy"),
     Mutant("StartUnbalanced", (START, EVALUATES), "bert", "balanced"),
     Mutant("LeavesOutWhatCounts", (PARTS,), "bert"),
+    Mutant("StartsFromSmallB", (BESIDE,), "bert"),
     Mutant("WithoutValues", ("runs",), "bert", "only"),
     Mutant("CutsTheNewest", (BEST, ADDS_UP)),
     Mutant("HiddenMomentum", (SHARES, LINEAR, PURE)),
@@ -109,7 +111,7 @@ SABOTAGED = [
     Mutant("Unweighted", (FACTORS, *UNWEIGHTED)),
     Mutant("UnweightedB", (WEIGHTS, *UNWEIGHTED), "gpt2"),
     Mutant("CountsClients", (COUNTED,)),
-    Mutant("HeadForgotten", (FACTORS, BY_EXAMPLES, ONE, PARTS), "bert"),
+    Mutant("HeadForgotten", (FACTORS, BY_EXAMPLES, ONE, PARTS, BESIDE, SPARSE), "bert"),
     Mutant("HalfTheBytes", (UP,)),
     Mutant("DownloadForgotten", (DOWN,)),
     Mutant("SavesUntuned", (FACTORS, START, BY_EXAMPLES, EACH, ONE)),
@@ -127,7 +129,7 @@ SABOTAGED = [
     Mutant("NormsForgotten", (EXPECTED, BY_EXAMPLES)),
     Mutant("MomentumForgotten", (EXPECTED, BY_EXAMPLES)),
     Mutant("BetasConfused", (EXPECTED, BY_EXAMPLES)),
-    Mutant("SignForgotten", (EXPECTED, BY_EXAMPLES, PARTS), "bert"),
+    Mutant("SignForgotten", (EXPECTED, BY_EXAMPLES, PARTS, BESIDE, SPARSE), "bert"),
     Mutant("AveragesB", (EXPECTED, BY_EXAMPLES, START, UP, DOWN, FIRST)),
     Mutant("SendsLocal", (FACTORS, BY_EXAMPLES, ONE)),
     Mutant("SendsBoth", (STAYS, UP)),
@@ -136,7 +138,7 @@ SABOTAGED = [
     Mutant("SignsOfTheRoundBefore", (FACTORS, BY_EXAMPLES, ONE)),
     Mutant("StepForgotten", (FACTORS, BY_EXAMPLES, ONE)),
     Mutant("StepForgottenInSums", (FACTORS, BY_EXAMPLES, ONE), "gpt2"),
-    Mutant("Uphill", (FACTORS, BY_EXAMPLES, ONE), "bert"),
+    Mutant("Uphill", (FACTORS, BY_EXAMPLES, ONE, SPARSE), "bert"),
     Mutant("ReplaysAnotherSeed", (FACTORS, BY_EXAMPLES, ONE)),
     Mutant("CountsTheFirstClient", (FACTORS, *FOLDED, EACH, SUMS)),
     Mutant("RowsOfWholeNumbers", (FACTORS, BY_EXAMPLES, ONE)),
@@ -145,6 +147,9 @@ SABOTAGED = [
     Mutant("HeaderForgotten", (UP,)),
     Mutant("SmallRows", (DOWN,)),
     Mutant("ClassesAlike", (FACTORS, BY_EXAMPLES)),
+    Mutant("ForgetsWhatWasTrained", (EVALUATES,), rounds=5),
+    Mutant("ShrinksWhatIsFrozen", (FACTORS, BY_EXAMPLES), rounds=5),
+    Mutant("TrainsEverything", (FACTORS, BY_EXAMPLES, ONE)),
 ]
 
 

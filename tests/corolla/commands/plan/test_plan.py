@@ -49,7 +49,7 @@ def options(settings: Sequence[str]) -> list[str]:
     [
         [],
         ["strategy=flora", 'codec=["int8"]', 'codec-down=["fp16"]'],
-        ["strategy=rolora"],
+        ["strategy=rolora", "start=olora"],
         ["strategy=seed_pool"],
         ["strategy=fedex_lora", "cohort=4", "rounds=3", "local-steps=1", "max-rank=12"],
     ],

@@ -31,6 +31,7 @@ RATES = {
     "norm": (3e-3, 3e-4, 3e-3, 1e-4),
     "head": (3e-3, 3e-4, 3e-3, 1e-4),
     "full": (3e-3, 3e-5, 3e-4, 1e-6),
+    "sparse": USUAL,
 }
 
 

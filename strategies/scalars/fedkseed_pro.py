@@ -15,9 +15,9 @@ from corolla import seeds
 from corolla.aggregation.history import SumsAndHistory
 from corolla.directions import seedlog, signs
 from corolla.interfaces import Client
-from corolla.strategies.fedkseed import FedKSeed
 from corolla.strategies.listing.mark import listed
 from corolla.strategies.listing.options import option
+from corolla.strategies.scalars.fedkseed import FedKSeed
 from corolla.types import Broadcast, Cost, Metrics, Params, Payload, Size, Update
 
 

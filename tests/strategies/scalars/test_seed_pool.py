@@ -15,7 +15,7 @@ from corolla.errors import ConfigError, RoundError
 from corolla.server.rounds.call import RoundCall
 from corolla.server.rounds.round import run_round
 from corolla.server.rounds.tasks import Traffic, make_tasks
-from corolla.strategies.seed_pool import SeedPool
+from corolla.strategies.scalars.seed_pool import SeedPool
 from corolla.tensors import tree
 from corolla.types import Broadcast, Cost, Params, Payload, Size, row_name
 from corolla.wire import codec, messages, scalar_groups

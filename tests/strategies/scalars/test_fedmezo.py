@@ -7,7 +7,7 @@ from torch import Tensor
 
 from corolla.directions import signs
 from corolla.directions.pools import GaussianPool, LowRankPool, SignPool
-from corolla.strategies.fedmezo import FedMeZO
+from corolla.strategies.scalars.fedmezo import FedMeZO
 from corolla.tensors import tree
 from corolla.types import Cost, Params, Payload, Pool, Size
 from tests.strategies import devices, tiny

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from corolla.directions import signs
-from corolla.strategies.fedkseed import FedKSeed
-from corolla.strategies.fedkseed_pro import FedKSeedPro, _draw, probabilities
+from corolla.strategies.scalars.fedkseed import FedKSeed
+from corolla.strategies.scalars.fedkseed_pro import FedKSeedPro, _draw, probabilities
 from corolla.types import Cost, Params, Payload, Size
 from corolla.wire import messages
 from tests.strategies import devices, tiny

@@ -17,7 +17,8 @@ from corolla.errors import ConfigError, DataError, ModelError
 from corolla.models.adapter_files import read_adapter
 from corolla.models.lora import LoraModel
 from corolla.models.pretrained import Base
-from corolla.server.runs import gradient_start
+from corolla.starts import gradient as gradients_of
+from corolla.starts import material, table
 from corolla.strategies.listing.registry import STRATEGIES, create
 from corolla.tensors import tree
 from corolla.types import Params
@@ -53,7 +54,7 @@ def made(kind: str, settings: RunConfig, model: LoraModel | None = None) -> tupl
     """(a fresh adapter, the start made of it)."""
     model = model or tiny.lora_model(kind)
     fresh = model.init(settings.lora, 0)
-    return fresh, gradient_start.adapter(model, fresh, settings, labels(kind))
+    return fresh, table.begin(model, fresh, settings, labels(kind)).trained
 
 
 def sequences(kind: str, base: Base, settings: RunConfig) -> list[tuple[Tensor, Tensor]]:
@@ -99,11 +100,11 @@ def test_gradients_are_those_of_the_whole_weights(
     kind: str, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One module at a time, or all: the mean over all targets, two sequences at a time."""
-    monkeypatch.setattr(gradient_start, "_AT_ONCE", at_once)
+    monkeypatch.setattr(gradients_of, "_AT_ONCE", at_once)
     settings, model = config(kind, tmp_path), tiny.lora_model(kind)
-    rows = gradient_start._public(model.base, settings, labels(kind))
+    rows = material.public(model.base, settings, labels(kind))
     fresh = model.init(settings.lora, 0)
-    found = dict(gradient_start.gradients(model, fresh, settings.lora, rows, 2))
+    found = dict(gradients_of.gradients(model, fresh, settings.lora, rows, 2))
     wanted = dense_gradients(kind, settings)
     assert found.keys() == wanted.keys() == model.shapes.keys()
     for name, gradient in wanted.items():
@@ -115,11 +116,11 @@ def test_gradients_are_those_of_the_whole_weights(
 def test_the_start_is_the_truncated_step(kind: str, tmp_path: Path) -> None:
     """s B R A = s B A = the best approximation of rank 4 of -lr · sign(gradient)."""
     settings, model = config(kind, tmp_path), tiny.lora_model(kind)
-    rows = gradient_start._public(model.base, settings, labels(kind))
+    rows = material.public(model.base, settings, labels(kind))
     fresh = model.init(settings.lora, 0)
     steps = {
         name: -LR * np.sign(gradient.double().numpy())
-        for name, gradient in gradient_start.gradients(model, fresh, settings.lora, rows, 2)
+        for name, gradient in gradients_of.gradients(model, fresh, settings.lora, rows, 2)
     }
     _, start = made(kind, settings, model)
     state = create("fed_sb").init(start, 0)
@@ -229,7 +230,10 @@ def test_a_file_that_is_missing_is_refused(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"start": "gradient"}, "start=gradient needs public=FILE.jsonl"),
-        ({"public": "x.jsonl"}, "public=x.jsonl is for start=gradient: leave it out"),
+        (
+            {"public": "x.jsonl"},
+            "public=x.jsonl is for start=gradient, lora_ga, corda_ipm, corda_kpm, eva: leave",
+        ),
         (
             {"start": "gradient", "public": "x.jsonl", "data": "x.jsonl"},
             "found the file of the clients' data",
@@ -242,7 +246,7 @@ def test_a_file_that_is_missing_is_refused(tmp_path: Path) -> None:
             {"start": "gradient", "public": "x.jsonl", "parameters": "bias"},
             "found parameters=bias, quantization=none",
         ),
-        ({"start": "zero", "public": "x.jsonl"}, "one of random, gradient"),
+        ({"start": "zero", "public": "x.jsonl"}, "one of random, gradient, pissa"),
         ({"start": "gradient", "public": "x.jsonl", "public_examples": 0}, "public-examples"),
     ],
 )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from corolla import seeds
 from corolla.directions import moving, seedlog, signs
-from corolla.strategies.ferret import Ferret
+from corolla.strategies.scalars.ferret import Ferret
 from corolla.tensors import tree
 from corolla.types import Cost, Params, Payload, Size
 from tests.strategies import devices, tiny

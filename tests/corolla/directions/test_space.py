@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from corolla.directions.pools import GaussianPool, SignPool
-from corolla.models.space import Beside, InPlace
+from corolla.directions.space import Beside, InPlace
 from corolla.types import Pool
 
 EPS = 1e-3

@@ -10,15 +10,11 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from corolla.config.run import RunConfig
-from corolla.data import federated
-from corolla.data.encoding import Encoded, Encoder, collate
-from corolla.data.rows import read_rows
-from corolla.errors import ConfigError, DataError, ModelError
+from corolla.data.encoding import Encoded, collate
+from corolla.errors import ModelError
 from corolla.evaluation.scoring import loss_sum
 from corolla.models.lora import LoraModel
-from corolla.models.pretrained import Base
-from corolla.models.trainable import Trainable
+from corolla.starts.material import Material, sets
 from corolla.tensors import factors
 from corolla.types import LoraSpec, Params
 
@@ -26,32 +22,38 @@ _AT_ONCE = 1 << 26
 """Values of the gradients that exist at a time, unless one module alone has more: 256 MB."""
 
 
-def adapter(
-    model: Trainable, fresh: Params, config: RunConfig, labels: Sequence[str] = ()
-) -> Params:
+def adapter(material: Material) -> Params:
     """The adapter of the run's rank that comes nearest to AdamW's first step on whole weights.
 
     That step is -lr · sign(G), where G (out, in) is the gradient of the mean loss over all targets
     of up to `public_examples` rows of `config.public`. With its singular values S, B = U_r and
-    A = S_r V_rᵀ / scaling; the head stays that of `fresh`. Leaves `model` showing `fresh`.
+    A = S_r V_rᵀ / scaling. Leaves the model showing a fresh adapter.
 
-    Raises ConfigError for a model without adapter, DataError for rows that cannot be used or belong
-    to a client, ModelError when a gradient is not finite.
+    Raises DataError for rows that cannot be used or belong to a client, ModelError when a gradient
+    is not finite.
     """
-    if not isinstance(model, LoraModel):
-        raise ConfigError(f"start=gradient is for adapters: parameters={config.parameters}")
-    public = _public(model.base, config, labels)
-    size, rank = config.micro_batch_size or config.batch_size, config.lora.rank
-    start = dict(fresh)
-    for module, gradient in gradients(model, fresh, config.lora, public, size):
-        if not bool(torch.isfinite(gradient).all()):
-            raise ModelError(
-                f"the gradient of {module} on {config.public} is not finite: use dtype=float32"
-            )
+    config, rank = material.config, material.spec.rank
+    start: dict[str, Tensor] = {}
+    for module, gradient in finite(material):
         u, s, vt = torch.linalg.svd(-config.lr * gradient.sign(), full_matrices=False)
         start[module + factors.B] = u[:, :rank].cpu().contiguous()
         start[module + factors.A] = (s[:rank, None] * vt[:rank] / config.lora.scaling).cpu()
     return start
+
+
+def finite(material: Material) -> Iterator[tuple[str, Tensor]]:
+    """The gradients of the mean loss over all targets of the public rows, at the base.
+
+    Raises ModelError when one is not finite.
+    """
+    config, model = material.config, material.model
+    size = config.micro_batch_size or config.batch_size
+    for module, gradient in gradients(model, material.fresh, config.lora, material.rows, size):
+        if not bool(torch.isfinite(gradient).all()):
+            raise ModelError(
+                f"the gradient of {module} on {config.public} is not finite: use dtype=float32"
+            )
+        yield module, gradient
 
 
 def gradients(
@@ -66,7 +68,7 @@ def gradients(
     plain = model.model.base_model.model
     layers = {name: plain.get_submodule(name).get_base_layer() for name in model.shapes}
     targets = sum(sequence.targets for sequence in batches)
-    for names in _sets(model):
+    for names in sets(model, _AT_ONCE, lambda out, into: out * into):
         weights = [layers[name].weight.requires_grad_(True) for name in names]
         sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
         try:
@@ -82,33 +84,3 @@ def gradients(
                 weight.requires_grad_(False)
         for name, own in zip(names, sums, strict=True):
             yield name, own.T if isinstance(layers[name], Conv1D) else own
-
-
-def _public(base: Base, config: RunConfig, labels: Sequence[str]) -> list[Encoded]:
-    """Sequences of the public rows, evenly spread over them."""
-    rows, _ = read_rows(str(config.public))
-    owned = next((row.client for row in rows if row.client is not None), None)
-    if owned is not None:
-        raise DataError(
-            f"{config.public}: rows for start=gradient belong to no client, found client_id "
-            f"{owned!r}: what is made from them is sent to everybody"
-        )
-    encoder = Encoder.of(config, base.tokenizer, labels)
-    encoded = [s for row in federated.spread(rows, config.public_examples) for s in encoder(row)]
-    if not encoded:
-        raise DataError(
-            f"{config.public}: no row has a target left within max_length={config.max_length}"
-        )
-    return encoded
-
-
-def _sets(model: LoraModel) -> Iterator[list[str]]:
-    names: list[str] = []
-    values = 0
-    for name, (out, into) in model.shapes.items():
-        if names and values + out * into > _AT_ONCE:
-            yield names
-            names, values = [], 0
-        names.append(name)
-        values += out * into
-    yield names

@@ -9,7 +9,7 @@ from torch import Tensor
 from corolla import seeds
 from corolla.directions import moving, signs
 from corolla.directions.pools import GaussianPool, SignPool
-from corolla.strategies.fedkseed import FedKSeed
+from corolla.strategies.scalars.fedkseed import FedKSeed
 from corolla.tensors import tree
 from corolla.types import Cost, Params, Payload, Pool, Size
 from corolla.wire import messages

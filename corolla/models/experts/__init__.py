@@ -1,0 +1,1 @@
+"""Fused experts: layers that keep the weights of all experts in one tensor."""

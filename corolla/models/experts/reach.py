@@ -1,0 +1,129 @@
+"""The share of a model's parameters that a run reaches, and the fused experts that stay frozen.
+
+A mixture of experts keeps the weights of all experts of a layer in one tensor of three dimensions,
+which is no linear layer: an adapter on all linear layers may reach a hundredth of such a model.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from corolla.models.trainable import Differentiable, Trainable
+from corolla.tensors import factors
+
+_SHOWN = 3
+"""Names in a sentence."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parameters of a base model before anything is added to it: name → values."""
+
+    values: Mapping[str, int]
+    experts: frozenset[str]
+    """Names of the tensors that have the weights of several experts."""
+    tied: Mapping[str, str]
+    """Another name of a tensor → the name that it has in `values`."""
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What of a model's parameters a run can change."""
+
+    values: int
+    parameters: int
+    frozen_experts: Sequence[str]
+    frozen_values: int
+    """Values of the frozen experts."""
+    tied: Sequence[str]
+    """Other names of the tensors that are trained as they are."""
+
+    @property
+    def share(self) -> float:
+        """The part of all parameters that is reached."""
+        return self.values / self.parameters
+
+    @property
+    def experts(self) -> str:
+        """The end of a warning about fused experts; "" where none stay frozen."""
+        if not self.frozen_experts:
+            return ""
+        more = len(self.frozen_experts) - _SHOWN
+        names = ", ".join(self.frozen_experts[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+        part = self.frozen_values / self.parameters
+        return f"fused experts stay frozen, {part:.0%} of the model's parameters ({names})"
+
+    @property
+    def line(self) -> str:
+        """A sentence about the share."""
+        reached = f"{self.values:,} of {self.parameters:,} parameters are reached"
+        tied = f"; tied to what is trained: {', '.join(self.tied)}" if self.tied else ""
+        return f"{reached}, {self.share:.1%}{tied}"
+
+    def to_json(self) -> dict[str, Any]:
+        """For run.json."""
+        return asdict(self)
+
+
+def parts(model: nn.Module) -> Parts:
+    """The parameters of a base model, to which nothing has been added; a tied one counts once."""
+    named = dict(model.named_parameters())
+    first = {id(parameter): name for name, parameter in named.items()}
+    others = model.named_parameters(remove_duplicate=False)
+    return Parts(
+        {name: _values(parameter) for name, parameter in named.items()},
+        frozenset(stacks(model)),
+        {name: first[id(parameter)] for name, parameter in others if name not in named},
+    )
+
+
+def stacks(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The tensors that have the weights of several experts, by name: not those of convolutions."""
+    return {
+        f"{name}.{own}": parameter
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.modules.conv._ConvNd)
+        for own, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and parameter.shape[0] > 1 and parameter.is_floating_point()
+    }
+
+
+def of(base: Parts, trained: Collection[str] | None) -> Reach:
+    """What is reached by trained tensors of these names; None: everything.
+
+    A factor or a scale reaches the weight of its layer, embeddings of virtual tokens reach none.
+    """
+    reached = set(base.values) if trained is None else set().union(*map(_reached, trained))
+    found = reached & base.values.keys()
+    frozen = sorted(base.experts - found)
+    as_they_are = base.values.keys() if trained is None else set(trained)
+    return Reach(
+        sum(base.values[name] for name in found),
+        sum(base.values.values()),
+        frozen,
+        sum(base.values[name] for name in frozen),
+        sorted(other for other, name in base.tied.items() if name in as_they_are),
+    )
+
+
+def of_model(base: Parts, model: Trainable) -> Reach:
+    """What a run reaches: all of a model that is moved in place."""
+    names = [n for n, _ in model.parameters()] if isinstance(model, Differentiable) else None
+    return of(base, names)
+
+
+def _reached(name: str) -> set[str]:
+    """The names that the tensor may have which a trained one changes."""
+    for suffix in (factors.A, factors.B, ".ia3"):
+        if name.endswith(suffix):
+            layer = name.removesuffix(suffix)
+            return {f"{layer}.weight", layer.rpartition(".")[0]}  # of an expert: that of all
+    return {name}
+
+
+def _values(parameter: nn.Parameter) -> int:
+    """Values of a parameter; one of 4 bits is packed."""
+    packed = 2 * parameter.itemsize if type(parameter).__name__ == "Params4bit" else 1
+    return parameter.numel() * packed

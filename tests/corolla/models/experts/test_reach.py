@@ -1,0 +1,81 @@
+"""The share of a model that is trained, and experts that stay frozen."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from corolla.config.run import RunConfig
+from corolla.models.dense import DenseModel
+from corolla.models.experts import reach
+from corolla.models.lora import LoraModel
+from corolla.server.runs.setup import set_up
+from tests.conftest import byte_tokenizer
+from tests.corolla.models.experts import mixtures
+from tests.strategies import tiny
+
+
+@pytest.mark.parametrize("kind", mixtures.KINDS)
+def test_an_adapter_on_linear_layers_leaves_fused_experts_frozen(kind: str) -> None:
+    base = mixtures.base(kind)
+    named = {name: p.numel() for name, p in base.model.named_parameters()}
+    attention = sum(n for name, n in named.items() if "_proj.weight" in name)
+    experts = {n: size for n, size in named.items() if n.endswith(("gate_up_proj", "down_proj"))}
+    parts = reach.parts(base.model)
+    found = reach.of_model(parts, LoraModel(base))
+    assert (found.values, found.parameters) == (attention, sum(named.values()))
+    assert list(found.frozen_experts) == sorted(experts)
+    assert found.frozen_values == sum(experts.values())
+    part = sum(experts.values()) / sum(named.values())
+    assert found.experts.startswith(f"fused experts stay frozen, {part:.0%} of the model's")
+    assert "model.layers.0.mlp.experts.down_proj" in found.experts
+    assert f"{attention:,} of {sum(named.values()):,} parameters are reached" in found.line
+
+
+def test_layers_whose_weights_are_reached_are_counted() -> None:
+    parts = reach.parts(tiny.base("llama").model)
+    blocks = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32
+    found = reach.of_model(parts, LoraModel(tiny.base("llama")))
+    assert found.values == blocks
+    assert found.parameters == blocks + 64 * 32 + 3 * 32
+    assert (found.experts, found.tied) == ("", [])
+    scaled = reach.of_model(parts, DenseModel(tiny.base("llama"), "ia3"))
+    assert scaled.values == 2 * 16 * 32 + 48 * 32  # keys, values and the second layer
+    assert reach.of_model(parts, DenseModel(tiny.base("llama"), "prompt")).values == 0
+    assert reach.of(parts, None).share == 1.0
+
+
+def test_a_tied_output_layer_is_named() -> None:
+    parts = reach.parts(tiny.base("llama").model)
+    found = reach.of_model(parts, DenseModel(tiny.base("llama"), "embeddings"))
+    assert (found.values, found.tied) == (64 * 32, ["lm_head.weight"])
+    assert found.line.endswith("; tied to what is trained: lm_head.weight")
+    assert reach.Reach(**found.to_json()) == found
+    assert dataclasses.replace(found, tied=[]).line.endswith("%")
+
+
+def test_a_convolution_is_no_expert() -> None:
+    config = transformers.MambaConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4
+    )
+    with torch.random.fork_rng(devices=[]):
+        model = transformers.MambaForCausalLM(config)
+    assert any(p.dim() == 3 for p in model.parameters())
+    assert reach.parts(model).experts == frozenset()
+
+
+@pytest.mark.parametrize(("parameters", "warned"), [("lora", True), ("full", False)])
+def test_a_run_tells_its_share_and_warns_of_frozen_experts(
+    settings: Callable[..., RunConfig], tmp_path: Path, parameters: str, warned: bool
+) -> None:
+    mixtures.model("mixtral", vocab_size=258).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    facts = set_up(settings(model=str(tmp_path / "model"), parameters=parameters), None).facts
+    found = reach.Reach(**facts["reach"])
+    assert 0 < found.values <= found.parameters
+    assert (found.share == 1.0) is (parameters == "full")
+    told = [own["text"] for own in facts["warnings"] if own["id"] == "experts"]
+    assert [text.startswith("fused experts stay frozen") for text in told] == [True] * warned
