@@ -140,10 +140,12 @@ def resumed(config: RunConfig, begun: RunConfig) -> RunConfig:
     )
 
 
-def recalled(run: Path) -> dict[str, Any]:
-    """What run.json in the folder of a run said of its budgets when it began."""
+def recalled(facts: Mapping[str, Any], run: Path, resume: bool) -> Mapping[str, Any]:
+    """The facts of a run, with what run.json in its folder said of budgets when it began."""
+    if not resume:
+        return facts
     info = json.loads((run / "run.json").read_text())
-    return {"budget": info["budget"]} if "budget" in info else {}
+    return {**facts, "budget": info["budget"]} if "budget" in info else facts
 
 
 def chosen(problem: Problem, budget: Budget, whole_blocks: bool, key: str) -> Chosen:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from corolla.config.run import RunConfig
 from corolla.errors import ModelError
 from corolla.models.anatomy import Anatomy, Shape
-from corolla.models.tokens import tables
 from corolla.models.sparse import places
+from corolla.models.tokens import tables
 
 if TYPE_CHECKING:
     from peft import IA3Config, PromptTuningConfig
