@@ -6,6 +6,7 @@ shapes from here: libraries that load models are imported where one is built.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
