@@ -321,12 +321,11 @@ def _adapted(anatomy: Anatomy, config: RunConfig) -> Sequence[int]:
 
 def _passed(anatomy: Anatomy, config: RunConfig) -> int:
     """How many blocks a backward pass goes through: those from the deepest trained one upwards."""
-    deepest = 0 if config.new_tokens else min(_adapted(anatomy, config))
-    if config.kind.whole and any(
+    deepest = min(_adapted(anatomy, config))
+    embedded = config.kind.whole and any(
         "embed" in units.of([n]) for n in _stepped(anatomy, config, anatomy.tensors)
-    ):
-        deepest = 0
-    return anatomy.layers - deepest
+    )
+    return anatomy.layers - (0 if config.new_tokens or embedded else deepest)
 
 
 def _layer(anatomy: Anatomy, config: RunConfig, batch: Batch, frozen: bool = False) -> Blocks:
