@@ -24,7 +24,7 @@ from corolla.estimates.footprint import Batch, Workload
 from corolla.interfaces import Strategy
 from corolla.models import anatomy, layers
 from corolla.models.anatomy import Anatomy
-from corolla.tensors import factors
+from corolla.tensors import factors, units
 
 if TYPE_CHECKING:
     from corolla.models.pretrained import Base
@@ -279,7 +279,7 @@ def _update_bytes(problem: Problem, names: Sequence[str]) -> int:
 
 def short(name: str) -> str:
     """A module's name from its stack on: models and their files differ in what stands before."""
-    place = layers.block(name)
+    place = units.block(name)
     if place is None:
         return name
     stack, number = place
@@ -289,7 +289,7 @@ def short(name: str) -> str:
 
 def _ordered(names: Sequence[str] | Mapping[str, object]) -> list[str]:
     """From the loss downwards: what is preferred among equals."""
-    numbered = {name: place[1] if (place := layers.block(name)) else -1 for name in names}
+    numbered = {name: place[1] if (place := units.block(name)) else -1 for name in names}
     return sorted(numbered, key=lambda name: (-numbered[name], name))
 
 

@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from corolla.config.run import RunConfig
-from corolla.models import kinds, layers
+from corolla.models import kinds
 from corolla.models.anatomy import Anatomy, Shape
+from corolla.tensors import units
 from corolla.types import TrainerName
 
 LIBRARIES = 421_000_000
@@ -256,7 +257,7 @@ def _adapted(anatomy: Anatomy, config: RunConfig) -> Sequence[int]:
     if config.layers is None and not (config.kind.factors and config.target_modules):
         return range(anatomy.layers)
     modules = anatomy.linear(config.target_modules, config.layers)
-    found = {place[1] for name in modules if (place := layers.block(name))}
+    found = {place[1] for name in modules if (place := units.block(name))}
     return sorted(found) or range(anatomy.layers)
 
 
