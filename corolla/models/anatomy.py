@@ -11,7 +11,8 @@ from typing import Any, BinaryIO
 
 from corolla.embedded.assets import asset
 from corolla.errors import ModelError
-from corolla.models import decoders, layers
+from corolla.models import layers
+from corolla.models.sizes import decoders
 from corolla.tensors import factors
 from corolla.types import LoraSpec
 
