@@ -12,8 +12,9 @@ from typing import Any, BinaryIO
 from corolla.config.patterns import Patterns
 from corolla.embedded.assets import asset
 from corolla.errors import ModelError
-from corolla.models import decoders, layers
+from corolla.models import layers
 from corolla.models.experts import fused
+from corolla.models.sizes import decoders
 from corolla.tensors import factors
 from corolla.types import LoraSpec
 
