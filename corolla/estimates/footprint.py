@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from corolla.config.run import RunConfig
 from corolla.interfaces import Choosing
-from corolla.models import kinds, layers
+from corolla.models import kinds
 from corolla.models.anatomy import Anatomy, Shape
 from corolla.strategies.listing import registry
 from corolla.tensors import units
