@@ -16,6 +16,8 @@ from corolla.config.run import RunConfig
 from corolla.interfaces import Choosing
 from corolla.models import kinds
 from corolla.models.anatomy import Anatomy, Shape
+from corolla.models.experts import fused
+from corolla.models.tokens import tables
 from corolla.strategies.listing import registry
 from corolla.tensors import units
 from corolla.types import TrainerName
@@ -136,6 +138,8 @@ def client(
         "sparse set": _sparse_set(anatomy, config, trainer),
         "gradients of each example": _apart(config, trainer, batch, values),
         "messages": messages if messages is not None else (0 if in_place else 8 * values),
+        "experts with their adapters": _adapted_experts(anatomy, config, trainer),
+        "tables with trained rows": _tables(anatomy, config, trainer),
         "activations": _resident(activations, sparing),
         "logits": _resident(logits, sparing),
         "work": WORK,
@@ -240,6 +244,7 @@ def _forward(anatomy: Anatomy, config: RunConfig, batch: Batch) -> tuple[float, 
     """The operations of a pass forward: (blocks, output layer)."""
     batch = batch.of(config)
     linear = sum(math.prod(shape) for shape in anatomy.linear().values())
+    linear += fused.used(anatomy.stacks(), anatomy.experts_per_token)
     head = 2.0 * anatomy.vocabulary * anatomy.hidden * batch.targets
     return 2.0 * linear * batch.positions, head
 
@@ -262,8 +267,27 @@ def _apart(config: RunConfig, trainer: TrainerName, batch: Batch, values: int) -
     if config.dp != "example" or trainer != "first_order":
         return 0.0
     exact = config.dtype == "float32" and config.quantization == "none"
-    hooked = exact and config.kind.hooked  # else one sequence at a time
+    hooked = (
+        exact and config.kind.hooked and not config.target_parameters
+    )  # else one sequence at a time
     return 4.0 * values * (batch.sequences if hooked else 1) + 8.0 * values  # the sum is in fp64
+
+
+def _adapted_experts(anatomy: Anatomy, config: RunConfig, trainer: TrainerName) -> float:
+    """Weights of experts with an adapter added, of all layers or of one, and a gradient of them."""
+    every, largest = fused.adapted(anatomy.stacks(config.layers), config, anatomy.name)
+    kept = trainer == "first_order" and not config.gradient_checkpointing
+    return _WIDTH[config.dtype] * ((every if kept else largest) + largest)
+
+
+def _tables(anatomy: Anatomy, config: RunConfig, trainer: TrainerName) -> float:
+    """Copies of input and output tables with the rows of new tokens, and gradients of both."""
+    if not config.new_tokens:
+        return 0.0
+    largest = max(
+        math.prod(shape) for shape in tables.of_both(anatomy.tensors, anatomy.name).values()
+    )
+    return _WIDTH[config.dtype] * largest * (4 if trainer == "first_order" else 2)
 
 
 def _kept(anatomy: Anatomy, config: RunConfig, batch: Batch) -> Blocks:
@@ -298,11 +322,10 @@ def _adapted(anatomy: Anatomy, config: RunConfig) -> Sequence[int]:
 def _passed(anatomy: Anatomy, config: RunConfig) -> int:
     """How many blocks a backward pass goes through: those from the deepest trained one upwards."""
     deepest = min(_adapted(anatomy, config))
-    if config.kind.whole and any(
+    embedded = config.kind.whole and any(
         "embed" in units.of([n]) for n in _stepped(anatomy, config, anatomy.tensors)
-    ):
-        deepest = 0
-    return anatomy.layers - deepest
+    )
+    return anatomy.layers - (0 if config.new_tokens or embedded else deepest)
 
 
 def _layer(anatomy: Anatomy, config: RunConfig, batch: Batch, frozen: bool = False) -> Blocks:

@@ -184,7 +184,9 @@ def plan(config: RunConfig, budget: int | None = None) -> CostEstimate:
     config, told = settle.foreseen(config, model, labels)
     sizes = lengths.estimated(config, labels)
     if model.tokenizer:
-        tokenizer = pretrained.load_tokenizer(config.model, str(model.tokenizer.parent))
+        tokenizer = pretrained.load_tokenizer(
+            config.model, str(model.tokenizer.parent), config.new_tokens
+        )
         data = census.with_targets(config, data, tokenizer)
         encoder = Encoder.of(config, tokenizer, data.labels if labels else ())
         sizes = lengths.exact(encoder, config.dp == "example")
