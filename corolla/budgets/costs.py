@@ -71,9 +71,9 @@ def of_blocks(
     return found
 
 
-def backward(model: Anatomy, batch: Batch, ranks: Mapping[str, int]) -> int:
+def backward(model: Anatomy, batch: Batch, ranks: Mapping[str, int], labels: int = 0) -> int:
     """The operations of a backward pass in all."""
-    return flops.total(flops.count(model, batch, ranks)).backward
+    return flops.total(flops.count(model, batch, ranks, labels)).backward
 
 
 def by_block(names: Sequence[str]) -> dict[int, list[str]]:

@@ -19,7 +19,7 @@ from corolla.budgets.knapsack import End, Level, Option
 from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError
-from corolla.estimates import footprint
+from corolla.estimates import flops, footprint
 from corolla.estimates.footprint import Batch, Workload
 from corolla.interfaces import Strategy
 from corolla.models import anatomy, layers
@@ -121,7 +121,7 @@ def foreseen(
         key = f"classes.{name}.budget"
         found = chosen(problem, asked.read(own.budget), whole_blocks=True, key=key)
         told.setdefault("classes", {})[name] = _told(own.budget, found)
-        blocks = text(costs.by_block(found.names))
+        blocks = layers.text(costs.by_block(found.names))
         classes[name] = own.model_copy(update={"layers": blocks, "budget": None})
     return config.model_copy(update={"classes": classes}), {"budget": told}
 
@@ -140,10 +140,12 @@ def resumed(config: RunConfig, begun: RunConfig) -> RunConfig:
     )
 
 
-def recalled(run: Path) -> dict[str, Any]:
-    """What run.json in the folder of a run said of its budgets when it began."""
+def recalled(facts: Mapping[str, Any], run: Path, resume: bool) -> Mapping[str, Any]:
+    """The facts of a run, with what run.json in its folder said of budgets when it began."""
+    if not resume:
+        return facts
     info = json.loads((run / "run.json").read_text())
-    return {"budget": info["budget"]} if "budget" in info else {}
+    return {**facts, "budget": info["budget"]} if "budget" in info else facts
 
 
 def chosen(problem: Problem, budget: Budget, whole_blocks: bool, key: str) -> Chosen:
@@ -170,17 +172,6 @@ def chosen(problem: Problem, budget: Budget, whole_blocks: bool, key: str) -> Ch
     )
 
 
-def text(blocks: Mapping[int, object] | Sequence[int]) -> str:
-    """Numbers of blocks as the key `layers` has them: 0,3,17-23."""
-    runs: list[list[int]] = []
-    for number in sorted(blocks):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(f"{a}-{b}" if a < b else str(a) for a, b in runs)
-
-
 # --- costs ----------------------------------------------------------------------------------------
 
 
@@ -188,7 +179,7 @@ def _flops(problem: Problem, whole_blocks: bool) -> tuple[list[Level], int, int]
     """(levels, the cost of any set, that of everything) in operations backwards."""
     rank, values = problem.config.rank, problem.values
     total = _cost(problem, asked.read("flops:1"), problem.names)
-    fixed = 2 * problem.batch.targets * problem.model.hidden * problem.model.vocabulary
+    fixed = flops.head(problem.model, problem.batch, True, problem.labels).backward
     if whole_blocks:
         levels = costs.of_blocks(
             problem.model, problem.batch, problem.names, rank, _of_block(problem)
@@ -259,12 +250,12 @@ def _cost(problem: Problem, budget: Budget, names: Sequence[str]) -> int:
     if budget.unit == "memory":
         return _peak(problem, list(costs.by_block(names))) - _idle(problem)
     ranks = dict.fromkeys(names, problem.config.rank)
-    return costs.backward(problem.model, problem.batch, ranks)
+    return costs.backward(problem.model, problem.batch, ranks, problem.labels)
 
 
 def _peak(problem: Problem, blocks: Sequence[int]) -> int:
     """Bytes of a client that trains these blocks."""
-    config = problem.config.model_copy(update={"layers": text(list(blocks))})
+    config = problem.config.model_copy(update={"layers": layers.text(list(blocks))})
     work = Workload(problem.model, problem.batch, labels=problem.labels)
     return footprint.client(work, config, "first_order").total
 
@@ -312,8 +303,8 @@ def _values(names: Sequence[str], scored: Mapping[str, float]) -> dict[str, int]
 def _as_keys(config: RunConfig, names: Sequence[str], found: Sequence[str]) -> dict[str, Any]:
     """The settings that mean these modules: blocks where these are whole, else their names."""
     blocks = costs.by_block(found)
-    if set(layers.kept(names, text(blocks))) == set(found):
-        return {"layers": text(blocks)}
+    if set(layers.kept(names, layers.text(blocks))) == set(found):
+        return {"layers": layers.text(blocks)}
     return {"layers": None, "target_modules": sorted(map(short, found))}
 
 

@@ -83,6 +83,14 @@ def plan(
     memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="What a client may take: 2GB, 512MiB.")
     ] = None,
+    fit: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[CLASS:]LIMIT=VALUE,…",
+            help="Say the most that devices of a class can train, as settings: memory=2GB, "
+            "bytes=1MB (an update), seconds=60 (a round), flops=20e9 (a second; else measured).",
+        ),
+    ] = None,
     as_json: AsJson = False,
     settings: Set = None,
 ) -> None:
@@ -95,6 +103,12 @@ def plan(
     except ValueError as error:
         raise ConfigError(f"--memory: {error}; found {memory!r}") from error
     run_config = load(config, options, settings or ())
+    if fit:
+        from corolla.commands.plan import fit as fitting
+
+        found = fitting.fit(run_config, fit)
+        print(json.dumps(found.to_json(), indent=2) if as_json else found.lines())
+        return
     from corolla.commands.plan import plan as planning
     from corolla.commands.plan.screen import print_plan
 

@@ -58,12 +58,15 @@ class Block:
     """Level → name of a module → (out, in), from the loss downwards."""
 
 
-def count(model: Anatomy, batch: Batch, ranks: Mapping[str, int]) -> dict[str, Flops]:
-    """The operations of a step by module, of a causal model with adapters of these ranks.
+def count(
+    model: Anatomy, batch: Batch, ranks: Mapping[str, int], labels: int = 0
+) -> dict[str, Flops]:
+    """The operations of a step by module, of a model with adapters of these ranks.
 
-    `ranks` are of the trained modules by name. The output layer is HEAD, the products of queries
-    and keys and with values are `<block>.attention`. Raises ModelError for a model whose structure
-    is not known here: see `blocks`.
+    `ranks` are of the trained modules by name, `labels` those of a classifier, whose head is
+    trained as well. The output layer is HEAD, the products of queries and keys and with values are
+    `<block>.attention`. Raises ModelError for a model whose structure is not known here: see
+    `blocks`.
     """
     found = blocks(model)
     known = {name for block in found for level in block.levels for name in level}
@@ -75,8 +78,14 @@ def count(model: Anatomy, batch: Batch, ranks: Mapping[str, int]) -> dict[str, F
         own = _Pass(model, batch, ranks, reached)
         work |= own.of(block)
         reached = own.reached
-    product = 2 * batch.targets * model.hidden * model.vocabulary
-    return {**work, HEAD: Flops(product, product if reached else 0)}
+    return {**work, HEAD: head(model, batch, reached, labels)}
+
+
+def head(model: Anatomy, batch: Batch, reached: bool, labels: int = 0) -> Flops:
+    """The operations of the output layer; of a classifier it is trained, at all positions."""
+    rows, classes = (batch.positions, labels) if labels else (batch.targets, model.vocabulary)
+    product = 2 * rows * classes * model.hidden
+    return Flops(product, product * (bool(labels) + reached))
 
 
 def total(work: Mapping[str, Flops]) -> Flops:

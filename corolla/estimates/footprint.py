@@ -9,12 +9,15 @@ not keep its matrix), and what LoRA adds to it.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from corolla.config.run import RunConfig
+from corolla.interfaces import Choosing
 from corolla.models import kinds, layers
 from corolla.models.anatomy import Anatomy, Shape
+from corolla.strategies.listing import registry
+from corolla.tensors import units
 from corolla.types import TrainerName
 
 LIBRARIES = 421_000_000
@@ -109,7 +112,9 @@ def client(
     at the end.
     """
     anatomy, evaluated, labels = work.model, work.evaluated, work.labels
-    values = trained(anatomy, config, labels)
+    shapes = trained_shapes(anatomy, config, labels)
+    values = _count(shapes)
+    stepped = _count({name: shapes[name] for name in _stepped(anatomy, config, shapes)})
     in_place = config.kind.whole and trainer == "zeroth_order"
     batch = work.batch.of(config).limited(config.micro_batch_size or config.batch_size)
     batch = replace(batch, tokens=batch.tokens + config.prefix)
@@ -125,8 +130,9 @@ def client(
         "libraries": LIBRARIES,
         "tokenizer": TOKENIZER * anatomy.tokenizer_bytes,
         "weights": weights(anatomy, config),
+        "weights in fp32": _masters(anatomy, config, trainer),
         "trained values, at the start and now": 0 if in_place else 8 * values,
-        "gradients and optimiser": 0 if in_place else 4 * steps * values,
+        "gradients and optimiser": 0 if in_place else 4 * steps * stepped,
         "sparse set": _sparse_set(anatomy, config, trainer),
         "gradients of each example": _apart(config, trainer, batch, values),
         "messages": messages if messages is not None else (0 if in_place else 8 * values),
@@ -165,7 +171,7 @@ def server(
 
 def trained(anatomy: Anatomy, config: RunConfig, labels: int = 0) -> int:
     """How many values are trained."""
-    return sum(math.prod(shape) for shape in trained_shapes(anatomy, config, labels).values())
+    return _count(trained_shapes(anatomy, config, labels))
 
 
 def trained_shapes(anatomy: Anatomy, config: RunConfig, labels: int = 0) -> dict[str, Shape]:
@@ -194,8 +200,35 @@ def operations(anatomy: Anatomy, config: RunConfig, trainer: TrainerName, batch:
     if trainer == "zeroth_order":
         return 2 * config.queries * (blocks + head)
     passed = _passed(anatomy, config) / anatomy.layers
-    again = 1 + (config.kind.whole or config.kind.sparse) + config.gradient_checkpointing
-    return (blocks + head) + (passed * blocks + head) * again
+    stepped = len(_adapted(anatomy, config)) / anatomy.layers
+    inputs = (passed * blocks + head) * (1 + config.gradient_checkpointing)
+    return (
+        (blocks + head)
+        + inputs
+        + (stepped * blocks + head) * (config.kind.whole or config.kind.sparse)
+    )
+
+
+def _count(shapes: Mapping[str, Shape]) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def _choosing(config: RunConfig) -> Choosing | None:
+    """The strategy, where its clients train a part of the tensors in each round."""
+    strategy = registry.create(config.strategy, config.options)
+    return strategy if isinstance(strategy, Choosing) else None
+
+
+def _stepped(anatomy: Anatomy, config: RunConfig, names: Collection[str]) -> Collection[str]:
+    """The trained tensors that have gradients in the round that takes most memory."""
+    choosing = _choosing(config)
+    return choosing.most(names, anatomy.layers)[1] if choosing else names
+
+
+def _masters(anatomy: Anatomy, config: RunConfig, trainer: TrainerName) -> int:
+    """Bytes of the weights that steps are taken on, beside the roundings that are computed with."""
+    half = config.kind.whole and config.dtype != "float32" and trainer == "first_order"
+    return 4 * anatomy.values if half else 0
 
 
 def scoring(anatomy: Anatomy, config: RunConfig, batch: Batch) -> float:
@@ -253,16 +286,23 @@ def _kept(anatomy: Anatomy, config: RunConfig, batch: Batch) -> Blocks:
 
 def _adapted(anatomy: Anatomy, config: RunConfig) -> Sequence[int]:
     """Numbers of the blocks that are trained."""
-    if config.layers is None and not (config.kind.factors and config.target_modules):
-        return range(anatomy.layers)
-    modules = anatomy.linear(config.target_modules, config.layers)
-    found = {place[1] for name in modules if (place := layers.block(name))}
-    return sorted(found) or range(anatomy.layers)
+    there: Sequence[int] = range(anatomy.layers)
+    if config.layers is not None or (config.kind.factors and config.target_modules):
+        modules = anatomy.linear(config.target_modules, config.layers)
+        found = {place[1] for name in modules if (place := units.block(name))}
+        there = sorted(found) or there
+    choosing = _choosing(config)
+    return [there[i] for i in choosing.most((), len(there))[0]] if choosing else there
 
 
 def _passed(anatomy: Anatomy, config: RunConfig) -> int:
     """How many blocks a backward pass goes through: those from the deepest trained one upwards."""
-    return anatomy.layers - min(_adapted(anatomy, config))
+    deepest = min(_adapted(anatomy, config))
+    if config.kind.whole and any(
+        "embed" in units.of([n]) for n in _stepped(anatomy, config, anatomy.tensors)
+    ):
+        deepest = 0
+    return anatomy.layers - deepest
 
 
 def _layer(anatomy: Anatomy, config: RunConfig, batch: Batch, frozen: bool = False) -> Blocks:
@@ -272,8 +312,9 @@ def _layer(anatomy: Anatomy, config: RunConfig, batch: Batch, frozen: bool = Fal
     keys = anatomy.kv_heads * anatomy.head_dim
     shown = queries if batch.padded else keys
     fed = (4 if _gated(anatomy) else 2) - frozen
+    normed = 0 if frozen else 2 + anatomy.norms * config.kind.whole  # by which weights are scaled
     blocks: list[tuple[float, float]] = [
-        (anatomy.norms + (0 if frozen else 2), width * positions * anatomy.hidden),
+        (anatomy.norms + normed, width * positions * anatomy.hidden),
         (2, width * positions * queries),
         (2, width * positions * shown),
         (fed, width * positions * anatomy.intermediate),

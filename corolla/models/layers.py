@@ -37,6 +37,17 @@ def numbers(text: str, there: Sequence[int]) -> list[int]:
     return sorted(found)
 
 
+def text(blocks: Collection[int]) -> str:
+    """Numbers of blocks as the key `layers` has them: 0,3,17-23."""
+    runs: list[list[int]] = []
+    for number in sorted(blocks):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(f"{a}-{b}" if a < b else str(a) for a, b in runs)
+
+
 def chosen(names: Collection[str], text: str) -> list[int]:
     """Returns the same for a model whose modules have these names.
 

@@ -84,7 +84,7 @@ class SparseModel(DenseModel):
     def hold(self, given: Params) -> None:
         """Train values at these places (see places.packed) from now on; `write` comes after it.
 
-        Raises ValueError for places that are none of this model.
+        Raises WireError for places that are none of this model.
         """
         if (digest := tree.digest(given)) == self._held:
             return
@@ -97,6 +97,22 @@ class SparseModel(DenseModel):
         """No change of any value; a classifier's head as it is."""
         zeros = {name + _DELTA: torch.zeros(k) for name, k in self.counts.items()}
         return {**super().init(spec, seed), **zeros}
+
+    def deltas(self) -> Params:
+        """What every module's weight, as the model computes with it, adds to the base's, in fp64.
+
+        Dense, in the form of the weight; a head by parameter. For checks and tests.
+        """
+        found: dict[str, Tensor] = {}
+        for name, own in self.modules.items():
+            weight = self.base.model.get_submodule(name).weight.detach().clone()
+            before = weight.clone()
+            before.view(-1)[own.places] = own.kept
+            found[name] = (weight.double() - before.double()).cpu()
+        heads = {n: p for n, p in self.parameters() if not n.endswith(_DELTA)}
+        return found | {
+            n: p.detach().cpu().double() - self._start[n].double() for n, p in heads.items()
+        }
 
     def save(self, folder: Path, adapter: Adapter, spec: LoraSpec) -> None:
         """Write a global model: an adapter of SHiRA, or the whole model."""

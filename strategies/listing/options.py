@@ -29,7 +29,8 @@ def types(cls: type) -> Mapping[str, Any]:
 def misfit(kind: Any, value: object) -> str:
     """Names the values of a plain type; "" if `value` is one of them, or the type is not plain.
 
-    Plain are numbers, truth values and lists of words. What else it asks of its values a strategy says by itself.
+    Plain are numbers, truth values and lists of words. What else it asks of its values a strategy
+    says by itself.
     """
     if kind == Sequence[str]:
         words = isinstance(value, list | tuple) and all(isinstance(word, str) for word in value)

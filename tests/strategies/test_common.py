@@ -38,7 +38,7 @@ SPEC = LoraSpec(4, 8.0)
 CLAIMED = [*DECLARED.values(), "as expected", "one client", "weights = examples"]
 CLAIMED += ["shares alone count", "linear as declared"]
 LIMITS = {
-    **dict.fromkeys([*CLAIMED, "blocks by class", "start beside the base"], 1e-6),
+    **dict.fromkeys([*CLAIMED, "blocks by class", "start beside the base", "sparse sets"], 1e-6),
     **dict.fromkeys(["grouping", "order", "partial sums", "starts from the model"], 1e-6),
     **dict.fromkeys(["bytes up = formula", "bytes down = formula"], 0.0),
     **{"bytes at first = formula": 0.0, "evaluates the model": 1e-6},
@@ -198,6 +198,8 @@ def proofs(name: str, model: str) -> set[str]:
         found |= {"best of max_rank", "max_rank adds up"}
     if takes_parts(strategy) and model == "bert":
         found |= {"blocks by class"}
+    if (strategy.full or said.dense) and not said.personal and model == "bert":
+        found |= {"sparse sets"}
     if goes_beside(name) and model == "bert":
         found |= {"start beside the base"}
     if said.mirrors:
@@ -212,7 +214,7 @@ def test_conforms(name: str, result: Result, model: str) -> None:
     """Every expected proof is there, with the expected limit, and holds."""
     found = {f.check: f for f in result.findings if f.model == model and not f.options}
     assert found.keys() == proofs(name, model)
-    claimed = {*CLAIMED, "blocks by class", "start beside the base"}
+    claimed = {*CLAIMED, "blocks by class", "start beside the base", "sparse sets"}
     off = {check: rounding(name) if check in claimed else 0.0 for check in found}
     assert {c: f.limit for c, f in found.items()} == {c: LIMITS[c] + off[c] for c in found}
     assert rounding(name) <= 2**-11

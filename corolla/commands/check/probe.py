@@ -27,6 +27,7 @@ from corolla.directions import moving, seedlog
 from corolla.interfaces import Observed
 from corolla.models.lora import LoraModel
 from corolla.models.pretrained import Base
+from corolla.models.sparse_model import SparseModel
 from corolla.server.rounds.call import RoundCall
 from corolla.server.rounds.federation import Federation, Held
 from corolla.server.rounds.network import Network
@@ -40,6 +41,8 @@ from corolla.types import Params, Payload
 from corolla.wire import messages
 from corolla.wire.messages import unpack_reply
 from corolla.wire.packet import Packet
+
+Resident = LoraModel | SparseModel
 
 MOST_BYTES = 1 << 40
 """Bound on the bytes of a reply that is unpacked: none, for the strategy is not hostile here."""
@@ -93,7 +96,7 @@ class Probe:
         self.federation = self._federation()
 
     def network_on(
-        self, folder: Path, model: LoraModel | None = None, config: RunConfig | None = None
+        self, folder: Path, model: Resident | None = None, config: RunConfig | None = None
     ) -> "Recorder":
         """The same clients, with what devices keep in `folder`, on this model or one of their own.
 
@@ -133,10 +136,10 @@ class Probe:
         self.model.show(self.strategy.adapter(state), self.config.lora)
         return self.added(self.model)
 
-    def added(self, model: LoraModel) -> Params:
+    def added(self, model: Resident) -> Params:
         """Returns the tensor that a model adds to each weight of the base and its block, if any."""
         found, block = model.deltas(), self.begun and self.begun.block
-        if not block:
+        if not block or not isinstance(model, LoraModel):
             return found
         return {
             n: t - factors.product(block, n) if n in model.shapes else t for n, t in found.items()
@@ -148,12 +151,16 @@ class Probe:
         memory = self.network.worker.memory
         return {client: memory.kept(client, round, commit=False) for client in self.network.sent}
 
-    def _model(self) -> LoraModel:
+    def _model(self) -> Resident:
         labels = len(self.labels)
         model = tiny_models.build(self.kind, _SIZE, labels, seed=0).requires_grad_(False)
         tokenizer = tiny_models.word_tokenizer(_SIZE.vocabulary)
         task = "classify" if labels else "causal"
-        return LoraModel(Base(model, tokenizer, task, self.kind, self.kind))
+        return self._resident(Base(model, tokenizer, task, self.kind, self.kind))
+
+    def _resident(self, base: Base) -> Resident:
+        """What is trained of a base: an adapter."""
+        return LoraModel(base)
 
     def _federation(self) -> Federation:
         config, model = self.config, self.model
@@ -182,7 +189,7 @@ class Recorder(Network):
     """A network of clients in this process that remembers what each model was after training."""
 
     def __init__(
-        self, worker: Worker, model: LoraModel, added: Callable[[LoraModel], Params]
+        self, worker: Worker, model: Resident, added: Callable[[Resident], Params]
     ) -> None:
         self.worker, self.model, self.reverse = worker, model, False
         self.added = added

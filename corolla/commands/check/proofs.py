@@ -15,7 +15,16 @@ from pathlib import Path
 
 import torch
 
-from corolla.commands.check import folds, local, options, oracle, ranks, tiny_models, traffic
+from corolla.commands.check import (
+    folds,
+    local,
+    options,
+    oracle,
+    ranks,
+    sparse_sets,
+    tiny_models,
+    traffic,
+)
 from corolla.commands.check.findings import Finding, Proof, Result, made
 from corolla.commands.check.probe import Probe, Round, settings
 from corolla.commands.check.tables import BRIEFLY, CLASSES, REGROUPED, ROUNDS, START, Trial
@@ -165,9 +174,11 @@ def _as_declared(probe: Probe, done: Sequence[Round]) -> Finding:
 
 
 def _of_parts(probe: Probe) -> Iterator[Proof]:
-    """Where clients of a class may train some blocks alone, the same holds of such rounds."""
+    """Where clients of a class may train some blocks alone, or all a sparse set, the same holds."""
     if takes_parts(probe.strategy) and probe.kind == OPTIONS_ON:
         yield _PARTS, lambda: _in_parts(probe)
+    if probe.kind == OPTIONS_ON:
+        yield from sparse_sets.proofs(probe)
 
 
 def _in_parts(probe: Probe) -> Finding:

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -90,7 +91,8 @@ def _dense_bytes(payload: Payload) -> int:
 
 def _reloaded(probe: Probe, state: Payload) -> Finding:
     """The saved adapter, loaded by plain peft, gives the server's logits."""
-    model, adapter = probe.model, probe.strategy.adapter(state)
+    model: Any = probe.model  # of the main probe, an adapter
+    adapter = probe.strategy.adapter(state)
     folder = probe.folder / "adapter"
     model.save(folder, adapter, probe.config.lora)
     model.show(adapter, probe.config.lora)

@@ -6,6 +6,7 @@ A run's state has it, and each client is sent it once, as a cached group. No str
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
+from corolla.errors import WireError
 from corolla.tensors import tree
 from corolla.types import Params, Payload
 
@@ -18,7 +19,7 @@ class Holder(Protocol):
     """A model with a sparse set."""
 
     def hold(self, given: Params) -> None:
-        """Train values at these places from now on. Raises ValueError for such as it has not."""
+        """Train values at these places from now on. Raises WireError for others than its own."""
 
 
 def apart(payload: Payload) -> tuple[Payload, Payload]:
@@ -30,12 +31,12 @@ def apart(payload: Payload) -> tuple[Payload, Payload]:
 def hold(model: object, payload: Payload) -> None:
     """Makes a model train values at the places of a state, or of what was received, if it has any.
 
-    Raises ValueError for places that are none of the model, or for a model that has no sparse set.
+    Raises WireError for places that are none of the model, or for a model that has no sparse set.
     """
     if GROUP not in payload:
         return
     if not isinstance(model, Holder):
-        raise ValueError("places of a sparse set are for parameters=sparse")
+        raise WireError("places of a sparse set are for parameters=sparse")
     model.hold(payload[GROUP])
 
 

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from corolla import seeds
-from corolla.errors import ModelError
+from corolla.errors import ModelError, WireError
 from corolla.types import Params
+from corolla.wire import packing
+from corolla.wire.supports import Part
 
 Places = Mapping[str, Tensor]
 """Module → its places (k,), int64, ascending."""
 
-_MOST_IN_32 = 1 << 31
 _U64 = np.uint64
 
 
@@ -48,9 +49,7 @@ def top(scores: Tensor, k: int) -> Tensor:
     flat = scores.flatten()
     if not bool(torch.isfinite(flat).all()):
         raise ModelError("scores of a sparse set are not finite: use dtype=float32, and other rows")
-    least = flat.kthvalue(flat.numel() - k + 1).values
-    above, level = (flat > least).nonzero()[:, 0], (flat == least).nonzero()[:, 0]
-    return torch.cat([above, level[: k - len(above)]]).sort().values
+    return packing.largest(flat, k)
 
 
 def random(sizes: Mapping[str, int], counts: Mapping[str, int], seed: int) -> dict[str, Tensor]:
@@ -75,52 +74,34 @@ def _mixed(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def packed(places: Places, sizes: Mapping[str, int]) -> dict[str, Tensor]:
-    """Places as they travel: 4 bytes each, or a bit for each value of the module if that is less.
-
-    Modules of 2³¹ values or more have 8 bytes a place.
-    """
-    return {name: _packed(at, sizes[name]) for name, at in places.items()}
-
-
-def _packed(at: Tensor, size: int) -> Tensor:
-    width = 4 if size <= _MOST_IN_32 else 8
-    if width * len(at) <= -(-size // 8):
-        return at.to(torch.int32 if width == 4 else torch.int64)
-    bits = np.zeros(size, dtype=np.uint8)
-    bits[at.numpy()] = 1
-    return torch.from_numpy(np.packbits(bits))
+    """Places as they travel: 4 bytes each, or a bit for each value of a module if that is less."""
+    return {
+        name: packing.dump_support(at, sizes[name], Part(sizes[name], len(at)).indexed)
+        for name, at in places.items()
+    }
 
 
 def blank(sizes: Mapping[str, int], counts: Mapping[str, int]) -> dict[str, Tensor]:
     """Packed places of no meaning, of the size that all have."""
-    return {name: _packed(torch.arange(counts[name]), size) for name, size in sizes.items()}
+    return packed({name: torch.arange(counts[name]) for name in sizes}, sizes)
 
 
 def opened(given: Params, sizes: Mapping[str, int], counts: Mapping[str, int]) -> dict[str, Tensor]:
     """Places of what `packed` has made of them.
 
-    Raises ValueError where these are not `counts` places in ascending order of these modules.
+    Raises WireError where these are not `counts` places in ascending order of these modules.
     """
     if given.keys() != sizes.keys():
         odd = sorted(given.keys() ^ sizes.keys())
-        raise ValueError(f"places differ from the model in {len(odd)} modules, first {odd[0]}")
+        raise WireError(f"places differ from the model in {len(odd)} modules, first {odd[0]}")
     found = {}
     for name, tensor in given.items():
-        at = _opened(tensor, sizes[name])
-        apart = at[1:] - at[:-1]
-        whole = at.shape == (counts[name],) and (not len(apart) or int(apart.min()) > 0)
-        if not whole or int(at[0]) < 0 or int(at[-1]) >= sizes[name]:
-            raise ValueError(f"places of {name} are not {counts[name]} of its {sizes[name]} values")
-        found[name] = at
+        part = Part(sizes[name], counts[name])
+        kind, length = (torch.int32, part.kept) if part.indexed else (torch.uint8, part.support)
+        if tensor.dtype != kind or tensor.shape != (length,):
+            raise WireError(
+                f"places of {name} are {tuple(tensor.shape)} of {tensor.dtype}: expected "
+                f"({length},) of {kind}"
+            )
+        found[name] = packing.load_support(tensor, part.count, part.kept, part.indexed)
     return found
-
-
-def _opened(tensor: Tensor, size: int) -> Tensor:
-    if tensor.dtype == torch.uint8:
-        if tensor.shape != (-(-size // 8),):
-            return torch.empty(0, dtype=torch.int64)
-        bits = np.unpackbits(tensor.numpy(), count=size)
-        return torch.from_numpy(np.flatnonzero(bits)).long()
-    if tensor.dim() != 1 or tensor.is_floating_point():
-        return torch.empty(0, dtype=torch.int64)
-    return tensor.long()

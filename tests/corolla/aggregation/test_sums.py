@@ -360,3 +360,13 @@ def _same(one: Payload, other: Payload) -> bool:
         and all(torch.equal(one[g][n], other[g][n]) for n in one[g])
         for g in one
     )
+
+
+def test_a_module_that_a_client_does_not_send_counts_as_no_change_of_it() -> None:
+    """p = 1/4 and 3/4; the second sends m alone: j becomes 8/4, not 8."""
+    mean = WeightedMean()
+    mean.add({"factors": {"m": torch.tensor([4.0]), "j": torch.tensor([8.0])}}, 1)
+    mean.add({"factors": {"m": torch.tensor([12.0])}}, 3)
+    found = mean.finalise()["factors"]
+    assert found["m"].tolist() == [10.0]
+    assert found["j"].tolist() == [2.0]

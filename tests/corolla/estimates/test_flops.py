@@ -3,7 +3,9 @@
 import itertools
 from pathlib import Path
 
+import peft
 import pytest
+import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from corolla.errors import ModelError
@@ -84,6 +86,28 @@ def test_sets_of_modules_of_a_block_take_what_pytorch_counts(kind: str, sizes: A
             for chosen in itertools.combinations(group, size):
                 names = [f"{STACK[kind]}.1.{part}" for part in chosen]
                 assert counted(sizes, names) == measured(kind, names), names
+
+
+def test_the_head_of_a_classifier_is_trained(sizes: Anatomy, kind: str) -> None:
+    """Of Llama: its head reads all positions, and has gradients of its own."""
+    if kind != "llama":
+        return
+    base = tiny.base(kind, COUNT)
+    base.model.config.num_labels = 5
+    model = transformers.LlamaForSequenceClassification(base.model.config).requires_grad_(False)
+    model.set_attn_implementation("eager")
+    model.score.weight.requires_grad_(True)
+    for names in ([], [f"{STACK[kind]}.1.{part}" for part in PARTS[kind]]):
+        wrapped = model
+        if names:
+            own = peft.LoraConfig(r=RANK, target_modules=names)
+            wrapped = peft.get_peft_model(model, own)
+            model.score.weight.requires_grad_(True)
+        loss = wrapped(input_ids=tiny.IDS).logits.square().mean()
+        with FlopCounterMode(display=False) as counter:
+            loss.backward()
+        found = flops.count(sizes, BATCH, dict.fromkeys(names, RANK), labels=5)
+        assert flops.total(found).backward == counter.get_total_flops()
 
 
 def test_an_adapted_layer_by_hand() -> None:

@@ -26,6 +26,7 @@ from tests.bundles import LENGTH, RANK, needs_executorch, small_bundle
 
 pytestmark = needs_executorch
 Settings = Callable[..., RunConfig]
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +46,16 @@ def run(folder: Path) -> lowering.Run:
     return lowering.load(folder / "fp32.pte", folder / "base.ptd")
 
 
-def plain(alpha: float, source: str | None = None) -> Any:
+def plain(alpha: float, source: str | None = None, blocks: list[int] | None = None) -> Any:
     """The small model, or another, with an adapter that peft has made: nothing of it is ours."""
     source = source or small_bundle().model
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     config = peft.LoraConfig(
-        r=RANK, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+        r=RANK,
+        lora_alpha=alpha,
+        target_modules=LINEAR if blocks else "all-linear",
+        layers_to_transform=blocks,
+        task_type="CAUSAL_LM",
     )
     with adapter_files.peft_speaks_to_transformers():
         return peft.get_peft_model(model, config).eval()
@@ -124,12 +129,16 @@ def test_fp32_is_torch(manifest: bundle.Manifest, run: lowering.Run, tokens: int
         assert torch.allclose(gradient, gradients[listed.name], rtol=0, atol=1e-5 * largest)
 
 
-def test_the_graph_of_several_layers_is_torch() -> None:
-    """Programs are of one layer here: that those of all layers would be given their factors in the
-    order of names, and compute what the model does, is seen before they are compiled."""
+@pytest.mark.parametrize("blocks", [None, [2, 3], [0, 2]])
+def test_the_graph_of_several_layers_is_torch(blocks: list[int] | None) -> None:
+    """Programs are of one layer here: that those of all layers, or of some, would be given their
+    factors in the order of names, and compute what the model does, is seen before they are
+    compiled."""
     base = pretrained.load(RunConfig(model="embedded", task="causal", device="cpu"))
-    graph = lowering.Graph(lora.LoraModel(base))
-    model = plain(RANK, str(asset("model")))
+    graph = lowering.Graph(
+        lora.LoraModel(base, blocks=",".join(map(str, blocks)) if blocks else None)
+    )
+    model = plain(RANK, str(asset("model")), blocks)
     assert len(model.base_model.model.model.layers) > 1
     generator = torch.Generator().manual_seed(0)
     for tensor in parameters(model).values():

@@ -182,7 +182,10 @@ def test_rows_of_a_client_are_refused(tmp_path: Path) -> None:
         ({"select": "fisher"}, "select=fisher needs public=FILE.jsonl"),
         ({"select": "movement"}, "select=movement needs explored=FOLDER"),
         ({"explored": "x"}, "explored=x is for select=movement"),
-        ({"public": "x.jsonl"}, "public=x.jsonl is for start=gradient, and for select=fisher or"),
+        (
+            {"public": "x.jsonl"},
+            "public=x.jsonl is for start=gradient.* and for select=fisher or gradient",
+        ),
         ({"select": "fisher", "public": "x", "data": "x"}, "public rows belong to no client"),
         ({"dtype": "bfloat16"}, "bfloat16 would round small changes away, use dtype=float32"),
         ({"quantization": "4bit"}, "parameters=sparse cannot train a base in 4bit"),

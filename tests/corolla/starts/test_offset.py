@@ -1,5 +1,7 @@
 """Federations whose start takes a part out of the base: what stays beside it, for everybody."""
 
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -7,7 +9,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 
+from corolla.aggregation.sums import WeightedMean
+from corolla.client.training.worker import Worker
 from corolla.commands.simulate.in_process import simulate
 from corolla.config import offset
 from corolla.config.build import build_strategy
@@ -19,13 +24,14 @@ from corolla.server.rounds.call import RoundCall
 from corolla.server.rounds.round import evaluate_clients
 from corolla.server.rounds.tasks import costs
 from corolla.starts import table
+from corolla.storage.memory import Memory
 from corolla.strategies.listing import registry
 from corolla.tensors import tree
 from tests.conftest import Settings
 from tests.corolla.starts.test_gradient import FOLLOW
 from tests.strategies import tiny
 
-BESIDE = [name for name in FOLLOW if name != "feddpa"] + ["fedprox", "fedavgm", "fedadam"]
+BESIDE = [name for name in FOLLOW if name != "feddpa"] + ["fedprox", "fedavgm", "fedadam", "lisa"]
 """Strategies that go with a block."""
 
 
@@ -43,13 +49,12 @@ def test_a_block_is_sent_once_stays_and_is_saved(name: str, tmp_path: Path) -> N
     the mean of what clients' models were."""
     run = started(tiny.config(name, start="pissa", weight_decay=0.0), "llama", tmp_path / "kept")
     block, strategy = run.state[offset.GROUP], run.federation.strategy
-    priced = costs(run.federation, run.state, 1, dict.fromkeys(tiny.CLIENTS, 1))
+    members = dict.fromkeys(tiny.CLIENTS, 1)
+    bare = {group: own for group, own in run.state.items() if group != offset.GROUP}
+    usual, priced = (costs(run.federation, own, 1, members) for own in (bare, run.state))
+    assert {a.once - b.once for a, b in zip(priced, usual, strict=True)} == {4 * tree.count(block)}
     run.step()
     assert all(offset.GROUP in seen for seen in run.network.received.values())
-    assert len({cost.once for cost in priced}) == 1
-    assert priced[0].once - strategy.cost([run.federation.size("a")])[0].once == 4 * tree.count(
-        block
-    )
     before = set(run.network.received)
     run.step()
     again = before & run.network.received.keys()
@@ -207,6 +212,71 @@ def test_what_does_not_go_with_a_start_is_refused_in_one_line(
 )
 def test_what_goes_with_a_start_is_not_refused(changes: dict[str, Any]) -> None:
     assert validate({"strategy": "fedavg", "start": "pissa", **changes}).start == "pissa"
+
+
+def test_a_device_that_is_told_of_no_start_trains_beside_the_block(tmp_path: Path) -> None:
+    """`start` stays with the server: what a device is sent says all."""
+    config = tiny.config("fedavg", start="pissa")
+    run = started(config, "llama", tmp_path / "one")
+    other = started(config, "llama", tmp_path / "other")
+    untold = config.model_copy(update={"start": "random"})
+    memory = Memory(tmp_path / "memory")
+    other.network.worker = Worker(untold, other.model, tiny.data("llama"), memory)
+    run.step()
+    other.step()
+    assert tree.digest_all(run.state) == tree.digest_all(other.state)
+
+
+def test_clients_of_some_blocks_leave_the_others_as_they_are(tmp_path: Path) -> None:
+    """In blocks that a class does not train, start and block cancel: no change, as it means."""
+    classes = {"whole": {}, "top": {"layers": "last:1"}}
+    config = tiny.config("ffa_lora", start="olora", classes=classes)
+    run = tiny.start(config, "llama", tmp_path / "kept", blocks=2)
+    made = table.begin(run.model, run.model.init(config.lora, 0), config)
+    run.state = made.state(run.federation.strategy, config.seed)
+    run.step()
+    found = tiny.saved(run, tmp_path / "adapter", blocks=2)
+    assert tiny.relative(found, run.network.mean()) < 1e-5
+
+
+def test_noise_of_clients_is_added_to_what_is_learnt_alone(tmp_path: Path) -> None:
+    config = tiny.config("ffa_lora", start="pissa", dp="client", epsilon=50.0, rounds=2)
+    assert isinstance(build_strategy(config).aggregator(), WeightedMean)
+    assert validate(config.model_dump()).begins.offset
+
+
+def test_every_artefact_loads_in_plain_peft_in_another_process(tmp_path: Path) -> None:
+    """All starts in one process that knows nothing of Corolla: the server's logits, on the base."""
+    base = tiny.base("llama").model
+    base.save_pretrained(str(tmp_path / "base"))
+    wanted = {}
+    for start in ("pissa", "olora", "orthogonal", "mica", "channels"):
+        name = "ffa_lora" if start in ("mica", "channels") else "fedavg"
+        options = {"train": "A"} if start == "mica" else {}
+        run = started(tiny.config(name, start=start, options=options), "llama", tmp_path / start)
+        run.step()
+        adapter, spec = run.federation.strategy.adapter(run.state), run.federation.config.lora
+        run.model.save(tmp_path / f"adapter-{start}", adapter, spec)
+        run.model.show(adapter, spec)
+        wanted[start] = tiny.logits(run.model.model)
+    script = f"""
+import sys, torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+ids = torch.arange(2, 26).reshape(2, 12)
+found = {{}}
+for start in sys.argv[1:]:
+    base = AutoModelForCausalLM.from_pretrained(r"{tmp_path / "base"}")
+    model = PeftModel.from_pretrained(base, rf"{tmp_path}/adapter-{{start}}").eval()
+    found[start] = model(input_ids=ids).logits.detach()
+save_file(found, r"{tmp_path / "logits.safetensors"}")
+"""
+    subprocess.run([sys.executable, "-c", script, *wanted], check=True, cwd=tmp_path)
+    found = load_file(str(tmp_path / "logits.safetensors"))
+    for start, logits in wanted.items():
+        assert float((found[start] - logits).abs().max()) < 1e-5, start
+        assert float((logits - tiny.logits(base)).abs().max()) > 1e-4, start
 
 
 def test_a_client_with_private_examples_trains_beside_the_block(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from corolla.client.phone.downloads import fetch
 from corolla.client.training.worker import Worker
+from corolla.config import offset
 from corolla.config.run import RunConfig
 from corolla.directions import seedlog
 from corolla.errors import ConfigError
@@ -226,6 +227,19 @@ def test_seats_are_counted_of_phones_that_have_something_to_run(offering: World)
         ({"codec_down": ["fp16"]}, {}, "native devices have no codec-down fp16"),
         ({"dropout": 0.1}, {}, "native devices have no dropout=0.1"),
         ({"keep_hardest": 0.5}, {}, "native devices have no keep-hardest"),
+        (
+            {},
+            {
+                "cached": {offset.GROUP: codec.content_id(FRESH)},
+                "payload": messages.enclose({offset.GROUP: FRESH})[0],
+            },
+            "native devices have no constant block",
+        ),
+        (
+            {"strategy": "ffa_lora", "options": {"train": "A"}},
+            {},
+            "native devices have no strategy.train=A",
+        ),
     ],
 )
 def test_a_task_that_no_native_phone_can_do_is_not_offered_to_them(

@@ -29,6 +29,7 @@ from corolla.server.rounds.round import RoundResult, evaluate_clients, run_round
 from corolla.server.rounds.spending import Spending
 from corolla.server.rounds.tasks import Traffic, make_tasks
 from corolla.server.rounds.verdicts import Code
+from corolla.starts import table as starts
 from corolla.storage.memory import Memory
 from corolla.tensors import tree
 from corolla.types import Payload
@@ -175,7 +176,10 @@ def start(tmp_path: Path) -> Callable[..., Run]:
         data = FederatedData("llama", splits, [], [], "")
         worker = Worker(config, model, data, Memory(tmp_path / "memory"))
         built = build_strategy(config)
-        first = built.init(model.init(config.lora, seeds.derive(config.seed, "init")), config.seed)
+        begun = starts.begin(
+            model, model.init(config.lora, seeds.derive(config.seed, "init")), config
+        )
+        first = begun.state(built, config.seed)
         fresh = cache(lambda spec: model.init(spec, 0))
         origin = seedlog.origin(model.base.fingerprint, first)
         flat = Federation("0" * 32, config, built, FLAT, fresh, origin)
@@ -195,6 +199,8 @@ CASES: Mapping[str, dict[str, Any]] = {
     "fedex_lora": {"strategy": "fedex_lora"},
     "flora of a rank": {"strategy": "flora", "max_rank": 6, "codec": ["int8"]},
     "fedex_lora of a rank": {"strategy": "fedex_lora", "max_rank": 6},
+    "fedavg beside a block": {"strategy": "fedavg", "start": "olora"},
+    "fedex_lora beside a block": {"strategy": "fedex_lora", "start": "olora"},
     "seed_pool": {"strategy": "seed_pool"},
     "fedkseed": {"strategy": "fedkseed", "options": {"size": 64}},
     "fedkseed_pro": {"strategy": "fedkseed_pro", "options": {"size": 64}},

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from corolla.commands.simulate.in_process import simulate
 from corolla.config.run import RunConfig
+from corolla.config.sections.kinds import KINDS
 from corolla.data.rows import Example
 from corolla.directions.pools import SignPool
 from corolla.errors import ArtefactError
@@ -57,18 +58,21 @@ def saved(judge: Evaluator, folder: Path) -> tuple[Adapter, Path]:
     return tuned, place
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("task", ["causal", "classify"])
 @pytest.mark.parametrize(
-    ("parameters", "task"),
+    ("parameters", "dtype"),
     [
-        *((p, "causal") for p in ("lora", "ia3", "prompt", "bias", "norm", "head", "full")),
-        *((p, "classify") for p in ("lora", "ia3", "bias", "norm", "head", "full")),
-        *((p, task) for p in ("embeddings", "sparse") for task in ("causal", "classify")),
+        (name, dtype)
+        for name in KINDS
+        for dtype in ("float32", "bfloat16")
+        if (name, dtype) != ("sparse", "bfloat16")  # refused: small changes would round away
     ],
 )
 def test_every_kind_is_proven(
     settings: Settings, tmp_path: Path, parameters: str, task: str, dtype: str
 ) -> None:
+    if KINDS[parameters].virtual_tokens and task == "classify":
+        pytest.skip("a prompt is for models that generate")
     model = checkpoints.bert(tmp_path) if task == "classify" else checkpoints.gpt2(tmp_path)
     if parameters == "head" and task == "causal":
         model = checkpoints.llama(tmp_path, tied=False)

@@ -118,7 +118,8 @@ class Run:
         return result
 
     def show(self) -> None:
-        """Shows the global model."""
+        """Shows the global model, at the places of the state."""
+        carried.hold(self.model, self.state)
         adapter = self.federation.strategy.adapter(self.state)
         self.model.show(adapter, self.federation.config.lora)
 
@@ -133,5 +134,4 @@ def start(config: RunConfig, kind: str, folder: Path, support: Params | None = N
     fresh = cache(lambda spec: model.init(spec, 0))
     federation = Federation("0" * 32, config, strategy, tiny.CLIENTS, fresh, origin)
     state = {**first, **({carried.GROUP: support} if support else {})}
-    carried.hold(model, state)
     return Run(federation, Recorder(worker), model, state)

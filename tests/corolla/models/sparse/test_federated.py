@@ -86,6 +86,8 @@ def test_places_are_sent_once_and_values_each_time(tmp_path: Path) -> None:
     assert result.traffic.up == 4 * values
     assert result.traffic.down == 4 * (values + once)
     assert carried.GROUP in content(unpack_task(run.network.tasks["a"]))
+    opened = places.opened(support, run.model.sizes, run.model.counts)
+    assert all(torch.equal(run.model.places[n], at) for n, at in opened.items())
     result = run.step()
     assert result.traffic.down == 4 * values
     assert run.network.cached("a").keys() == {carried.GROUP}

@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 
-from corolla.errors import ModelError
+from corolla.errors import ModelError, WireError
 from corolla.models.sparse import places
 
 SIZES = {"a": 60, "b": 200}
@@ -82,20 +82,22 @@ def test_places_travel_as_numbers_or_as_bits_whichever_is_less(
 
 
 @pytest.mark.parametrize(
-    "bad",
+    ("bad", "size"),
     [
-        torch.tensor([0, 1, 2], dtype=torch.int32),
-        torch.tensor([0, 1, 2, 9], dtype=torch.int32),
-        torch.tensor([-1, 1, 2, 3], dtype=torch.int32),
-        torch.tensor([0, 2, 2, 3], dtype=torch.int32),
-        torch.tensor([3, 2, 1, 0], dtype=torch.int32),
-        torch.tensor([0.0, 1.0, 2.0, 3.0]),
-        torch.tensor([255, 0], dtype=torch.uint8),
-        torch.tensor([15], dtype=torch.uint8),
+        (torch.tensor([0, 1, 2], dtype=torch.int32), 200),
+        (torch.tensor([0, 1, 2, 200], dtype=torch.int32), 200),
+        (torch.tensor([-1, 1, 2, 3], dtype=torch.int32), 200),
+        (torch.tensor([0, 2, 2, 3], dtype=torch.int32), 200),
+        (torch.tensor([3, 2, 1, 0], dtype=torch.int32), 200),
+        (torch.tensor([0, 1, 2, 3]), 200),
+        (torch.tensor([0.0, 1.0, 2.0, 3.0]), 200),
+        (torch.tensor([255, 0], dtype=torch.uint8), 9),
+        (torch.tensor([7, 128], dtype=torch.uint8), 9),
+        (torch.tensor([15], dtype=torch.uint8), 9),
     ],
 )
-def test_places_that_are_none_of_the_model_are_refused(bad: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="places of a are not 4 of its 9 values"):
-        places.opened({"a": bad}, {"a": 9}, {"a": 4})
-    with pytest.raises(ValueError, match="differ from the model in 2 modules"):
-        places.opened({"b": bad}, {"a": 9}, {"a": 4})
+def test_places_that_are_none_of_the_model_are_refused(bad: torch.Tensor, size: int) -> None:
+    with pytest.raises(WireError, match=r"places of a are|support is not 4 ascending indices"):
+        places.opened({"a": bad}, {"a": size}, {"a": 4})
+    with pytest.raises(WireError, match="differ from the model in 2 modules"):
+        places.opened({"b": bad}, {"a": size}, {"a": 4})
