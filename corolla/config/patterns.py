@@ -4,9 +4,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
+from torch import Tensor
+
 from corolla.config.run import RunConfig
 from corolla.errors import ModelError
-from corolla.types import LoraSpec
+from corolla.tensors import factors
+from corolla.types import LoraSpec, Params
 
 Number = TypeVar("Number", int, float)
 
@@ -35,6 +38,23 @@ class Patterns:
         if rank is None and alpha is None:
             return usual
         return replace(usual, rank=rank or usual.rank, alpha=alpha or usual.alpha)
+
+    def fresh(
+        self, shapes: Mapping[str, tuple[int, int]], usual: LoraSpec, seed: int
+    ) -> dict[str, Tensor]:
+        """Factors of modules (name → (out, in)) before any training, as `factors.fresh` makes."""
+        params: dict[str, Tensor] = {}
+        for name, shape in shapes.items():
+            params |= factors.fresh({name: shape}, self.spec(name, usual).rank, seed)
+        return params
+
+    def baked(self, params: Params, usual: LoraSpec) -> Params:
+        """The same update with scaling 1: each module's own goes into its A."""
+        scalings = {m: self.spec(m, usual).scaling for m in factors.modules(params)}
+        return {
+            n: t * scalings[n.removesuffix(factors.A)] if factors.is_a(n) else t
+            for n, t in params.items()
+        }
 
     def check(self, modules: Iterable[str], model: str) -> None:
         """Raises ModelError for a name that means none of the modules with an adapter."""

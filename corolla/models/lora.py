@@ -128,9 +128,7 @@ class LoraModel(Unrounded):
 
     def init(self, spec: LoraSpec, seed: int) -> Params:
         """A fresh adapter: factors as factors.fresh makes them, a head as it is."""
-        params: dict[str, Tensor] = {}
-        for name, shape in self.shapes.items():
-            params |= factors.fresh({name: shape}, self._patterns.spec(name, spec).rank, seed)
+        params = self._patterns.fresh(self.shapes, spec, seed)
         return params | {name: tensor.cpu().clone() for name, tensor in self._start_head.items()}
 
     def write(self, params: Params, spec: LoraSpec, frozen: Sequence[Params] = ()) -> None:
@@ -236,7 +234,7 @@ class LoraModel(Unrounded):
             own = {**factors.select(zero, factors.is_a, factors.is_b), **own}
         rank, alpha = spec.rank, spec.scaling * spec.rank if spec.rslora else spec.alpha
         if blocks or self._patterns:
-            own = _stacked([*blocks, *([self._baked(own, spec)] if own else [])])
+            own = _stacked([*blocks, *([self._patterns.baked(own, spec)] if own else [])])
             rank = factors.rank(own)
             alpha = float(rank)
         tensors = {
@@ -272,7 +270,7 @@ class LoraModel(Unrounded):
         Infinite when a head differs in a bit.
         """
         own = self.read()
-        update = self._baked(factors.select(own, factors.is_a, factors.is_b), spec)
+        update = self._patterns.baked(factors.select(own, factors.is_a, factors.is_b), spec)
         stored, heads = read_adapter(folder)
         if any(not torch.equal(own[name], heads[name]) for name in heads):
             return math.inf
@@ -287,14 +285,6 @@ class LoraModel(Unrounded):
     def digest(self, folder: Path) -> str:
         """sha256 of the tensors of a saved adapter."""
         return adapter_hash(folder)
-
-    def _baked(self, own: Params, spec: LoraSpec) -> Params:
-        """The trained factors at scaling 1, each module's own in its A."""
-        found: dict[str, Tensor] = {}
-        for name in factors.modules(own):
-            pair = {name + role: own[name + role] for role in (factors.A, factors.B)}
-            found |= factors.bake(pair, self._patterns.spec(name, spec).scaling)
-        return found
 
     def _head_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for module, head in self._heads.items():
