@@ -168,7 +168,7 @@ def locate(name: str) -> Path:
     """
     if name == "embedded":
         return asset("model")
-    from corolla.models import folders  # takes a second
+    from corolla.models.files import folders  # takes a second
 
     path = folders.packaged(name) if name in folders.PACKAGED else Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():

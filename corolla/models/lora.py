@@ -26,7 +26,8 @@ from corolla.directions import moving
 from corolla.directions.space import Beside, Space, Unrounded
 from corolla.errors import ModelError
 from corolla.models import devices, layers
-from corolla.models.adapter_files import (
+from corolla.models.experts.stacks import Experts, free
+from corolla.models.files.adapter_files import (
     PREFIX,
     _inputs_in_fp32,
     adapter_hash,
@@ -35,8 +36,7 @@ from corolla.models.adapter_files import (
     read_adapter,
     write_adapter,
 )
-from corolla.models.experts.stacks import Experts, free
-from corolla.models.missing import within
+from corolla.models.files.missing import within
 from corolla.models.pretrained import Base, heads_of
 from corolla.models.tokens import rows
 from corolla.tensors import factors
