@@ -119,12 +119,7 @@ class LoraModel(Unrounded):
 
     def check_rank(self, spec: LoraSpec) -> None:
         """Raises ModelError for a rank larger than a module can have."""
-        for name, (out, into) in self.shapes.items():
-            if (rank := self._patterns.spec(name, spec).rank) > min(out, into):
-                raise ModelError(
-                    f"rank {rank} is larger than module {name} ({out} x {into}): "
-                    f"at most {min(out, into)}, or choose other target_modules"
-                )
+        self._patterns.check_ranks(self.shapes, spec)
 
     def init(self, spec: LoraSpec, seed: int) -> Params:
         """A fresh adapter: factors as factors.fresh makes them, a head as it is."""
