@@ -31,7 +31,7 @@ from corolla.models.adapter_files import (
     read_adapter,
     write_adapter,
 )
-from corolla.models.missing import within
+from corolla.models.classifiers.missing import within
 from corolla.models.pretrained import Base, heads_of
 from corolla.tensors import factors
 from corolla.types import Adapter, LoraSpec, Move, Params

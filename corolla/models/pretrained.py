@@ -27,8 +27,8 @@ from corolla.embedded.assets import asset
 from corolla.errors import ConfigError, ModelError
 from corolla.host import heap
 from corolla.models import anatomy
-from corolla.models import missing as lost
 from corolla.models.classifiers import heads
+from corolla.models.classifiers import missing as lost
 from corolla.models.devices import pick_device
 from corolla.models.folders import PACKAGED, converted, packaged
 from corolla.tensors import tree

@@ -9,12 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from corolla import seeds
 from corolla.artefacts import records
 from corolla.artefacts.card import write_brief_card, write_cards
 from corolla.budgets import settle
 from corolla.config.run import RunConfig
-from corolla.directions import seedlog
 from corolla.errors import ArtefactError, ConfigError, RoundError, StoppedError
 from corolla.evaluation.other_process import OtherProcess
 from corolla.host import logs
@@ -23,7 +21,6 @@ from corolla.host.processes import uninterrupted
 from corolla.interfaces import Strategy
 from corolla.models.sparse import carried
 from corolla.privacy.guarantee import Unit
-from corolla.selection.choose import places_of
 from corolla.server.rounds.call import RoundCall
 from corolla.server.rounds.cohort import read_trace
 from corolla.server.rounds.federation import Federation
@@ -33,6 +30,7 @@ from corolla.server.rounds.spending import Spending
 from corolla.server.runs import checkpoint
 from corolla.server.runs.account import open_account
 from corolla.server.runs.attempts import Attempts, Done, how_to_go_on
+from corolla.server.runs.beginning import beginning
 from corolla.server.runs.checkpoint import Checkpoint
 from corolla.server.runs.ending import ended
 from corolla.server.runs.evaluate import Evaluator, Sample
@@ -44,7 +42,6 @@ from corolla.server.runs.observer import Observer
 from corolla.server.runs.proof import save
 from corolla.server.runs.report import write_report
 from corolla.server.runs.summary import Summary
-from corolla.starts import table as starts
 from corolla.storage import folders
 from corolla.strategies.listing.registry import traits
 from corolla.tensors import tree
@@ -125,17 +122,11 @@ class Run:
         account = open_account(federation, journal.past, unit)
         committed = journal.past.committed
         found = checkpoint.load(self.folder / "checkpoint", committed) if self.resume else None
-        model, seed = self.evaluator.model, self.config.seed
-        start = model.init(self.config.lora, seeds.derive(seed, "init"))
-        untouched = initial = federation.strategy.init(start, seed)
-        federation = replace(federation, origin=seedlog.origin(model.base.fingerprint, untouched))
-        if self.config.start != "random" and not found:
-            begun = starts.begin(model, start, self.config, self.evaluator.labels)
-            initial = begun.state(federation.strategy, seed)
-        support = {} if found else places_of(model, self.config, self.evaluator.labels)
-        untouched, initial = {**untouched, **support}, {**initial, **support}
-        at = found or Checkpoint(federation.run_id, 0, initial, {})
-        carried.hold(model, at.state)
+        judge, strategy = self.evaluator, federation.strategy
+        begun = beginning(judge.model, self.config, strategy, judge.labels, found is not None)
+        federation = replace(federation, origin=begun.origin)
+        at = found or Checkpoint(federation.run_id, 0, begun.initial, {})
+        carried.hold(judge.model, at.state)
         if not at.round and (why := account.ended(federation, 1)):
             raise ConfigError(f"{why}: no round can be run, start a new one with other settings")
         journal.append(
@@ -153,7 +144,7 @@ class Run:
         info = run_info(facts, federation, self.evaluator, account, self.keep_updates)
         info |= settle.recalled(self.folder) if self.resume else {}
         info["warnings"] += of_extension(self.config, journal.past.rounds)
-        base = self._base(federation, untouched)
+        base = self._base(federation, {**begun.untouched, **carried.apart(at.state)[1]})
         write_info(self.folder, {**info, "base": base["metrics"], "status": "running"})
         self.observer.started({**info, "base": base["metrics"]}, at.round + 1)
         if self.keep_updates:
