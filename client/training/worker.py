@@ -382,9 +382,8 @@ class Worker:
         With dp=example nobody counts the latter.
         """
         if client not in self._encoded:
-            self._encoded[client] = _encoded(
-                self._encoder, self.data.clients[client].train, self.config.dp == "example"
-            )
+            rows = self.data.clients[client].train
+            self._encoded[client] = _sequences(self._encoder, rows, self.config.dp)
             self.model.base.check_ids(own.input_ids for own in self._encoded[client][0])
         self._encoded.move_to_end(client)
         while len(self._encoded) > _RESIDENT_CLIENTS:
@@ -399,9 +398,9 @@ def _changed(update: Update, traits: Traits, config: RunConfig) -> Update:
     return replace(update, payload=layers.sent(update.payload, config.layers))
 
 
-def _encoded(encoder: Encoder, rows: Sequence[Example], guarded: bool) -> tuple[list[Encoded], int]:
-    """The sequences of rows, and how many have no target left, which is 0 where they are guarded."""
-    return (private.sequences(encoder, rows), 0) if guarded else encode_all(encoder, rows)
+def _sequences(encoder: Encoder, rows: Sequence[Example], dp: str) -> tuple[list[Encoded], int]:
+    """The sequences of rows, how many have no target left; of guarded ones 0."""
+    return (private.sequences(encoder, rows), 0) if dp == "example" else encode_all(encoder, rows)
 
 
 def _scores(model: Trainable, data: Sequence[Encoded], at_a_time: int, place: int) -> Metrics:

@@ -141,6 +141,7 @@ RULES: tuple[Rule[RunConfig], ...] = (
     *adapter.SELECTION,
     *adapter.STARTS,
     *machine.STARTS,
+    *machine.EXPERTS,
     *privacy.SETTINGS,
     *privacy.CLIENTS,
     *privacy.EXAMPLES,

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.models.anatomy import Anatomy, Shape
+from corolla.models.experts import fused
 from corolla.models.parts import PARTS, Shapes
+from corolla.models.tokens import tables
 
 if TYPE_CHECKING:
     from corolla.models.dense import DenseModel
@@ -34,13 +36,24 @@ class Form:
 
 
 def _lora_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[str, Shape]:
-    return anatomy.adapter(config.lora, config.target_modules, config.layers)
+    linear = anatomy.adapter(config.lora, config.target_modules, config.layers)
+    trained = tables.rows(anatomy.tensors, config.new_tokens, anatomy.name)
+    experts = fused.adapter(anatomy.stacks(config.layers), config, anatomy.name)
+    return {**linear, **experts, **trained}
 
 
 def _lora(config: RunConfig, base: Base) -> LoraModel:
     from corolla.models.lora import LoraModel
+    from corolla.models.tokens import rows
 
-    return LoraModel(base, config.target_modules, config.dropout, config.layers)
+    return LoraModel(
+        base,
+        config.target_modules,
+        config.dropout,
+        config.layers,
+        config.target_parameters or (),
+        rows.ids(base.tokenizer, config.new_tokens, base.model),
+    )
 
 
 def _dense(config: RunConfig, base: Base) -> DenseModel:

@@ -9,10 +9,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from corolla import seeds
 from corolla.artefacts import records
 from corolla.artefacts.card import write_brief_card, write_cards
-from corolla.budgets import settle
 from corolla.config.run import RunConfig
+from corolla.directions import seedlog
 from corolla.errors import ArtefactError, ConfigError, RoundError, StoppedError
 from corolla.evaluation.other_process import OtherProcess
 from corolla.host import logs
@@ -27,10 +28,9 @@ from corolla.server.rounds.federation import Federation
 from corolla.server.rounds.network import Network
 from corolla.server.rounds.round import evaluate_clients
 from corolla.server.rounds.spending import Spending
-from corolla.server.runs import checkpoint
+from corolla.server.runs import beginning, checkpoint
 from corolla.server.runs.account import open_account
 from corolla.server.runs.attempts import Attempts, Done, how_to_go_on
-from corolla.server.runs.beginning import beginning
 from corolla.server.runs.checkpoint import Checkpoint
 from corolla.server.runs.ending import ended
 from corolla.server.runs.evaluate import Evaluator, Sample
@@ -122,11 +122,13 @@ class Run:
         account = open_account(federation, journal.past, unit)
         committed = journal.past.committed
         found = checkpoint.load(self.folder / "checkpoint", committed) if self.resume else None
-        judge, strategy = self.evaluator, federation.strategy
-        begun = beginning(judge.model, self.config, strategy, judge.labels, found is not None)
-        federation = replace(federation, origin=begun.origin)
-        at = found or Checkpoint(federation.run_id, 0, begun.initial, {})
-        carried.hold(judge.model, at.state)
+        model, seed = self.evaluator.model, self.config.seed
+        start = model.init(self.config.lora, seeds.derive(seed, "init"))
+        untouched = federation.strategy.init(start, seed)
+        federation = replace(federation, origin=seedlog.origin(model.base.fingerprint, untouched))
+        at = found or beginning.checkpoint(federation, self.evaluator, start)
+        untouched = {**untouched, **carried.apart(at.state)[1]}
+        carried.hold(model, at.state)
         if not at.round and (why := account.ended(federation, 1)):
             raise ConfigError(f"{why}: no round can be run, start a new one with other settings")
         journal.append(
@@ -142,9 +144,8 @@ class Run:
         lines = committed_lines(self.folder, at.round)
         facts = {**self.facts, **carried.facts(at.state)}
         info = run_info(facts, federation, self.evaluator, account, self.keep_updates)
-        info |= settle.recalled(self.folder) if self.resume else {}
         info["warnings"] += of_extension(self.config, journal.past.rounds)
-        base = self._base(federation, {**begun.untouched, **carried.apart(at.state)[1]})
+        base = self._base(federation, untouched)
         write_info(self.folder, {**info, "base": base["metrics"], "status": "running"})
         self.observer.started({**info, "base": base["metrics"]}, at.round + 1)
         if self.keep_updates:

@@ -1,1 +1,1 @@
-"""Heads of classifiers: what a checkpoint lacks of them, and those that are drawn anew."""
+"""Heads of classifiers that are drawn anew."""

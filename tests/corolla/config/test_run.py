@@ -160,6 +160,8 @@ def test_keys_are_written_section_by_section() -> None:
         "layers",
         "max_rank",
         "new_head",
+        "new_tokens",
+        "target_parameters",
         "template_date",
     }  # where they are as usual: what is stored stays as it was
     assert list(RunConfig().model_dump()) == [key for key in own if key not in unsaid]
