@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from corolla.errors import ModelError
 from corolla.models import pretrained
 from corolla.models.anatomy import Anatomy
-from corolla.models.checkpoints import missing
+from corolla.models.files import missing
 
 
 def sized(anatomy: Anatomy, labels: int) -> Anatomy:

@@ -22,7 +22,7 @@ from corolla.commands.simulate.in_process import simulate
 from corolla.config.run import RunConfig
 from corolla.errors import ArtefactError, ModelError
 from corolla.models import pretrained
-from corolla.models.checkpoints import missing
+from corolla.models.files import missing
 from tests.corolla.models import checkpoints
 
 Settings = Callable[..., RunConfig]

@@ -1,1 +1,0 @@
-"""The files of a base model: tensors that its config.json tells of, and such as are not there."""
