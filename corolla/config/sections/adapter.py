@@ -81,6 +81,23 @@ class Adapter(SparseSet):
         against=("parameters=bias",),
         unsaid=True,
     )
+    rank_pattern: dict[str, Annotated[int, within("rank")]] = key(
+        {},
+        "The ranks of single modules, by their names or the last parts of them.",
+        {"q_proj": 4},
+        effect="rank, in all modules",
+        against=("parameters=bias", "strategy=flora", "start=gradient public=public.jsonl"),
+        unsaid=True,
+    )
+    alpha_pattern: dict[str, Annotated[float, within("alpha")]] = key(
+        {},
+        "The numerators of the scalings of single modules, by their names or the last parts of "
+        "them.",
+        {"q_proj": 8.0},
+        effect="alpha, in all modules",
+        against=("parameters=bias", "strategy=flora"),
+        unsaid=True,
+    )
     budget: Budget | None = key(
         None,
         "The share of what training all modules takes that training may take: `flops:0.5` of the "
@@ -221,6 +238,26 @@ ALPHAS: tuple[Rule[Adapter], ...] = (
     Rule(
         when=lambda run: run.alphas and len(run.alphas) != len(run.ranks),
         why=lambda run: f"alphas has {len(run.alphas)} entries, ranks {len(run.ranks)}",
+    ),
+)
+
+PATTERNS: tuple[Rule[Adapter], ...] = (
+    Rule(
+        when=lambda run: (run.rank_pattern or run.alpha_pattern) and not run.kind.factors,
+        why=lambda run: "rank-pattern and alpha-pattern are those of LoRA adapters",
+        instead=lambda run: f"parameters={run.parameters} has none",
+    ),
+    Rule(
+        when=lambda run: (run.rank_pattern or run.alpha_pattern) and run.start != "random",
+        why=lambda run: (
+            f"rank-pattern and alpha-pattern are for random factors, found start={run.start}"
+        ),
+        instead="leave them out, or start",
+    ),
+    Rule(
+        when=lambda run: (run.rank_pattern or run.alpha_pattern) and run.budget,
+        why=lambda run: "budget is for modules of one rank",
+        instead="leave rank-pattern and alpha-pattern out, or budget",
     ),
 )
 
