@@ -255,7 +255,7 @@ PATTERNS: tuple[Rule[Adapter], ...] = (
         instead="leave them out, or start",
     ),
     Rule(
-        when=lambda run: (run.rank_pattern or run.alpha_pattern) and run.budget,
+        when=lambda run: (run.rank_pattern or run.alpha_pattern) and run.budgeted,
         why=lambda run: "budget is for modules of one rank",
         instead="leave rank-pattern and alpha-pattern out, or budget",
     ),
