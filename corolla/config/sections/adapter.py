@@ -1,6 +1,6 @@
 """The part of the model that is trained, and what it starts from."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -107,6 +107,15 @@ class Adapter(SparseSet):
         "flops:0.5",
         effect="none, all are trained",
         against=("parameters=bias", "strategy=seed_pool", "ranks=[4,8]"),
+        unsaid=True,
+    )
+    scores: Literal["gain", "sensitivity"] = key(
+        "gain",
+        "What a module is worth under a budget, on `public` rows: what a first step on all of them "
+        "gains, or how much the loss depends on its values in steps over them (AdaLoRA).",
+        "sensitivity",
+        beside="budget=flops:0.6 public=public.jsonl",
+        against=("public=null", "budget=null"),
         unsaid=True,
     )
     ranks: list[Annotated[int, within("rank")]] = key(
@@ -246,7 +255,7 @@ PATTERNS: tuple[Rule[Adapter], ...] = (
         instead="leave them out, or start",
     ),
     Rule(
-        when=lambda run: (run.rank_pattern or run.alpha_pattern) and run.budget,
+        when=lambda run: (run.rank_pattern or run.alpha_pattern) and run.budgeted,
         why=lambda run: "budget is for modules of one rank",
         instead="leave rank-pattern and alpha-pattern out, or budget",
     ),
@@ -312,6 +321,11 @@ TARGETS: tuple[Rule[Adapter], ...] = (
         when=lambda run: run.budgeted and (run.new_tokens or run.target_parameters),
         why=lambda run: "budget chooses linear layers by what their backward pass takes",
         instead="that of new-tokens and target-parameters is another, set layers",
+    ),
+    Rule(
+        when=lambda run: run.scores != "gain" and not (run.budgeted and run.public),
+        why=lambda run: f"scores={run.scores} is for budget with public=FILE.jsonl",
+        instead="give both, or leave it out",
     ),
     Rule(
         when=lambda run: run.budget and run.ranks,
