@@ -146,6 +146,7 @@ def _refuses(config: RunConfig) -> str:
         "new-tokens": bool(config.new_tokens),
         "strategy.train=A": config.options.get("train") == "A",
         "dp=example": config.dp == "example",
+        "rank-pattern or alpha-pattern": bool(config.rank_pattern or config.alpha_pattern),
         "keep-hardest": config.keep_hardest is not None,
         f"codec {', '.join(config.codec)}": bool(config.codec),
         f"codec-down {', '.join(config.codec_down)}": bool(config.codec_down),

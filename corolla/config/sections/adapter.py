@@ -81,6 +81,23 @@ class Adapter(SparseSet):
         against=("parameters=bias",),
         unsaid=True,
     )
+    rank_pattern: dict[str, Annotated[int, within("rank")]] = key(
+        {},
+        "The ranks of single modules, by their names or the last parts of them.",
+        {"q_proj": 4},
+        effect="rank, in all modules",
+        against=("parameters=bias", "strategy=flora", "start=gradient public=public.jsonl"),
+        unsaid=True,
+    )
+    alpha_pattern: dict[str, Annotated[float, within("alpha")]] = key(
+        {},
+        "The numerators of the scalings of single modules, by their names or the last parts of "
+        "them.",
+        {"q_proj": 8.0},
+        effect="alpha, in all modules",
+        against=("parameters=bias", "strategy=flora"),
+        unsaid=True,
+    )
     budget: Budget | None = key(
         None,
         "The share of what training all modules takes that training may take: `flops:0.5` of the "
@@ -215,6 +232,26 @@ ALPHAS: tuple[Rule[Adapter], ...] = (
     ),
 )
 
+PATTERNS: tuple[Rule[Adapter], ...] = (
+    Rule(
+        when=lambda run: (run.rank_pattern or run.alpha_pattern) and not run.kind.factors,
+        why=lambda run: "rank-pattern and alpha-pattern are those of LoRA adapters",
+        instead=lambda run: f"parameters={run.parameters} has none",
+    ),
+    Rule(
+        when=lambda run: (run.rank_pattern or run.alpha_pattern) and run.start != "random",
+        why=lambda run: (
+            f"rank-pattern and alpha-pattern are for random factors, found start={run.start}"
+        ),
+        instead="leave them out, or start",
+    ),
+    Rule(
+        when=lambda run: (run.rank_pattern or run.alpha_pattern) and run.budget,
+        why=lambda run: "budget is for modules of one rank",
+        instead="leave rank-pattern and alpha-pattern out, or budget",
+    ),
+)
+
 TARGETS: tuple[Rule[Adapter], ...] = (
     Rule(
         when=lambda run: run.target_modules and not run.kind.target_modules,
@@ -265,6 +302,11 @@ TARGETS: tuple[Rule[Adapter], ...] = (
         when=lambda run: run.budget and not run.kind.factors,
         why=lambda run: "budget chooses modules of LoRA adapters",
         instead=lambda run: f"parameters={run.parameters} has none",
+    ),
+    Rule(
+        when=lambda run: run.budgeted and (run.new_tokens or run.target_parameters),
+        why=lambda run: "budget chooses linear layers by what their backward pass takes",
+        instead="that of new-tokens and target-parameters is another, set layers",
     ),
     Rule(
         when=lambda run: run.budget and run.ranks,

@@ -154,6 +154,7 @@ def test_keys_are_written_section_by_section() -> None:
     own = [key for section in sections for key in vars(section)["__annotations__"]]
     assert list(RunConfig.model_fields) == own
     unsaid = {
+        "alpha_pattern",
         "budget",
         "keep_hardest",
         *("select", "spectrum", "explored"),
@@ -161,6 +162,7 @@ def test_keys_are_written_section_by_section() -> None:
         "max_rank",
         "new_head",
         "new_tokens",
+        "rank_pattern",
         "target_parameters",
         "template_date",
     }  # where they are as usual: what is stored stays as it was
