@@ -272,7 +272,10 @@ class PricedByState(Protocol):
 
 @runtime_checkable
 class Choosing(Protocol):
-    """A strategy whose clients train other tensors in each round, as its state says."""
+    """A strategy whose clients train other tensors in each round, as its state says.
+
+    It takes an aggregate without a tensor for no change of it.
+    """
 
     def chosen(self, state: Payload) -> Sequence[str]:
         """Names of the units that clients train in the round that begins from `state`.

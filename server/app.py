@@ -36,6 +36,7 @@ from corolla.server.deployment.order import (
     read_order,
     refuse_simulated,
 )
+from corolla.server.rounds.federation import merges
 from corolla.server.rounds.tasks import run_settings
 from corolla.server.runs.folder import prepare_folder, stored_run
 from corolla.server.runs.observer import Observer, Silent
@@ -78,7 +79,7 @@ def serve(
         network,
         loaded.evaluator,
         run.folder,
-        loaded.facts,
+        settle.recalled(loaded.facts, run.folder, run.resume),
         observer,
         run.keep_updates,
         run.resume,
@@ -152,7 +153,7 @@ def _run(grid: Grid, folder: Path, order: RunOrder, stop: threading.Event) -> No
         network,
         loaded.evaluator,
         folder,
-        loaded.facts,
+        settle.recalled(loaded.facts, folder, resume),
         _Lines(),
         order.keep_updates,
         resume,
@@ -168,7 +169,10 @@ def _limits(config: RunConfig, order: RunOrder, loaded: Setup) -> Limits:
         no_gateways = str(error)
     trained = loaded.model.init(config.lora, 0).values()
     update = sum(tensor.numel() * tensor.element_size() for tensor in trained)
-    return Limits(order.max_seats, config.max_examples, no_gateways, update)
+    # Each class may send groups of its own, in twice the precision.
+    bundles = merges(config, loaded.strategy) is None
+    sums = None if bundles else 4 * max(1, len(config.classes))
+    return Limits(order.max_seats, config.max_examples, no_gateways, update, sums)
 
 
 def _simulated(grid: Grid, context: Context) -> None:

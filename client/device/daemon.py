@@ -262,6 +262,7 @@ def forget(runs: Path, keep: str, most: int) -> None:
 def _key_of_base(config: RunConfig, labels: Sequence[str]) -> str:
     """Returns, as JSON, the settings of a config that decide how a base model is loaded."""
     names = ["task", "dtype", "quantization", "device", "gradient_checkpointing"]
+    names += ["new_tokens"]  # of the tokenizer, which comes with it
     names += ["seed", "new_head"] if labels else []  # of a new classifier's head
     return json.dumps([[getattr(config, name) for name in names], list(labels)])
 

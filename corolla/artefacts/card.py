@@ -116,7 +116,11 @@ def _training(info: Mapping[str, Any], licence: str) -> Sequence[str]:
 
 
 def _limits(config: RunConfig, info: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The blocks that were trained, and what `max_rank` has cut, where either was asked for."""
+    """The experts and blocks that were trained, what `max_rank` has cut: where asked for."""
+    if config.target_parameters:
+        yield "target parameters", ", ".join(config.target_parameters)
+    if config.new_tokens:
+        yield "tokens of its own", ", ".join(config.new_tokens)
     if config.layers:
         yield "blocks", config.layers
     for name, own in config.classes.items():

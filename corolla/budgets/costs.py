@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from corolla.budgets.knapsack import End, Level, Option
 from corolla.estimates import flops
 from corolla.estimates.footprint import Batch
-from corolla.models import layers
 from corolla.models.anatomy import Anatomy
+from corolla.tensors import units
 
 Value = Callable[[str, int], int]
 """The value of a module, or of a block by name, at a rank."""
@@ -80,7 +80,7 @@ def by_block(names: Sequence[str]) -> dict[int, list[str]]:
     """The names of modules by the number of their block, the last block first."""
     found: dict[int, list[str]] = {}
     for name in names:
-        if place := layers.block(name):
+        if place := units.block(name):
             found.setdefault(place[1], []).append(name)
     return dict(sorted(found.items(), reverse=True))
 

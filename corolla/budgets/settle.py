@@ -24,7 +24,7 @@ from corolla.estimates.footprint import Batch, Workload
 from corolla.interfaces import Strategy
 from corolla.models import anatomy, layers
 from corolla.models.anatomy import Anatomy
-from corolla.tensors import factors
+from corolla.tensors import factors, units
 
 if TYPE_CHECKING:
     from corolla.models.pretrained import Base
@@ -140,10 +140,12 @@ def resumed(config: RunConfig, begun: RunConfig) -> RunConfig:
     )
 
 
-def recalled(run: Path) -> dict[str, Any]:
-    """What run.json in the folder of a run said of its budgets when it began."""
+def recalled(facts: Mapping[str, Any], run: Path, resume: bool) -> Mapping[str, Any]:
+    """The facts of a run, with what run.json in its folder said of budgets when it began."""
+    if not resume:
+        return facts
     info = json.loads((run / "run.json").read_text())
-    return {"budget": info["budget"]} if "budget" in info else {}
+    return {**facts, "budget": info["budget"]} if "budget" in info else facts
 
 
 def chosen(problem: Problem, budget: Budget, whole_blocks: bool, key: str) -> Chosen:
@@ -277,7 +279,7 @@ def _update_bytes(problem: Problem, names: Sequence[str]) -> int:
 
 def short(name: str) -> str:
     """A module's name from its stack on: models and their files differ in what stands before."""
-    place = layers.block(name)
+    place = units.block(name)
     if place is None:
         return name
     stack, number = place
@@ -287,7 +289,7 @@ def short(name: str) -> str:
 
 def _ordered(names: Sequence[str] | Mapping[str, object]) -> list[str]:
     """From the loss downwards: what is preferred among equals."""
-    numbered = {name: place[1] if (place := layers.block(name)) else -1 for name in names}
+    numbered = {name: place[1] if (place := units.block(name)) else -1 for name in names}
     return sorted(numbered, key=lambda name: (-numbered[name], name))
 
 

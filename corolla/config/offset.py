@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, TypeVar, cast
 
-from corolla.interfaces import Client, Strategy
+from corolla.interfaces import Choosing, Client, Strategy
 from corolla.tensors import factors, tree
 from corolla.types import (
     Adapter,
@@ -65,7 +65,8 @@ def beside(strategy: S) -> S:
 @cache
 def _class_beside(cls: type[Strategy]) -> type[Strategy]:
     """A subclass: traits, claims and optional halves of the strategy stay its own."""
-    return cast(type[Strategy], type(cls.__name__, (_Offset, cls), {"__module__": cls.__module__}))
+    own = _Choosing if issubclass(cls, Choosing) else _Offset
+    return cast(type[Strategy], type(cls.__name__, (own, cls), {"__module__": cls.__module__}))
 
 
 class _Offset:
@@ -89,6 +90,11 @@ class _Offset:
         after, metrics = self._own.apply(_bare(state), aggregate)
         return {**after, **_kept(state)}, metrics
 
+    def chosen(self, state: Payload) -> Sequence[str]:
+        """Of a strategy that is Choosing: its units, of which the block is none."""
+        units: Sequence[str] = self._own.chosen(_bare(state))
+        return units
+
     def adapter(self, state: Payload) -> Adapter:
         found: Adapter = self._own.adapter(_bare(state))
         return replace(found, frozen=(*found.frozen, *_kept(state).values()))
@@ -99,6 +105,14 @@ class _Offset:
         costs = priced(_bare(state), cohort) if priced else self._own.cost(cohort)
         once = 4 * sum(map(tree.count, _kept(state).values()))
         return [replace(cost, once=cost.once + once) for cost in costs]
+
+
+class _Choosing(_Offset):
+    """The same of a strategy that trains a subset of all tensors, which its state says."""
+
+    def chosen(self, state: Payload) -> Sequence[str]:
+        found: Sequence[str] = self._own.chosen(_bare(state))
+        return found
 
 
 @dataclass(frozen=True)

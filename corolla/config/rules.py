@@ -21,6 +21,11 @@ from corolla.strategies.listing import registry
 
 _STATE: tuple[Rule[Asked], ...] = (
     Rule(
+        when=lambda asked: asked.config.new_tokens and asked.traits.personal,
+        why=lambda asked: f"{asked.subject} has no mean of rows of new-tokens: clients keep them",
+        instead=lambda asked: f"use {able(lambda cls: not registry.traits(cls).personal)}",
+    ),
+    Rule(
         when=lambda asked: len(set(asked.config.loras)) > 1 and not asked.strategy.mixed_ranks,
         why=lambda asked: (
             f"{asked.subject} needs one rank and alpha for all clients, found "

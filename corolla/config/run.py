@@ -142,6 +142,7 @@ RULES: tuple[Rule[RunConfig], ...] = (
     *adapter.SELECTION,
     *adapter.STARTS,
     *machine.STARTS,
+    *machine.EXPERTS,
     *privacy.SETTINGS,
     *privacy.CLIENTS,
     *privacy.EXAMPLES,

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from corolla.errors import ModelError
 from corolla.estimates.footprint import Batch
-from corolla.models import layers
 from corolla.models.anatomy import Anatomy
+from corolla.tensors import units
 
 HEAD = "head"
 """The name of the output layer in a count."""
@@ -97,7 +97,7 @@ def by_block(work: Mapping[str, Flops]) -> dict[int | None, Flops]:
     """The sums over blocks, by number; None: outside of blocks."""
     found: dict[int | None, Flops] = {}
     for name, own in work.items():
-        place = layers.block(name)
+        place = units.block(name)
         number = place[1] if place else None
         found[number] = found.get(number, Flops(0, 0)) + own
     return dict(sorted(found.items(), key=lambda item: (item[0] is None, item[0])))
@@ -114,7 +114,7 @@ def blocks(model: Anatomy) -> list[Block]:
     stacks: dict[int, list[dict[str, tuple[int, int]]]] = {}
     prefixes: dict[int, str] = {}
     for name, shape in model.linear().items():
-        place = layers.block(name)
+        place = units.block(name)
         level = _level(name)
         if place is None or level is None or "expert" in name:
             raise ModelError(

@@ -9,12 +9,17 @@ not keep its matrix), and what LoRA adds to it.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from corolla.config.run import RunConfig
-from corolla.models import kinds, layers
+from corolla.interfaces import Choosing
+from corolla.models import kinds
 from corolla.models.anatomy import Anatomy, Shape
+from corolla.models.experts import fused
+from corolla.models.tokens import tables
+from corolla.strategies.listing import registry
+from corolla.tensors import units
 from corolla.types import TrainerName
 
 LIBRARIES = 421_000_000
@@ -109,7 +114,9 @@ def client(
     at the end.
     """
     anatomy, evaluated, labels = work.model, work.evaluated, work.labels
-    values = trained(anatomy, config, labels)
+    shapes = trained_shapes(anatomy, config, labels)
+    values = _count(shapes)
+    stepped = _count({name: shapes[name] for name in _stepped(anatomy, config, shapes)})
     in_place = config.kind.whole and trainer == "zeroth_order"
     batch = work.batch.of(config).limited(config.micro_batch_size or config.batch_size)
     batch = replace(batch, tokens=batch.tokens + config.prefix)
@@ -125,11 +132,14 @@ def client(
         "libraries": LIBRARIES,
         "tokenizer": TOKENIZER * anatomy.tokenizer_bytes,
         "weights": weights(anatomy, config),
+        "weights in fp32": _masters(anatomy, config, trainer),
         "trained values, at the start and now": 0 if in_place else 8 * values,
-        "gradients and optimiser": 0 if in_place else 4 * steps * values,
+        "gradients and optimiser": 0 if in_place else 4 * steps * stepped,
         "sparse set": _sparse_set(anatomy, config, trainer),
         "gradients of each example": _apart(config, trainer, batch, values),
         "messages": messages if messages is not None else (0 if in_place else 8 * values),
+        "experts with their adapters": _adapted_experts(anatomy, config, trainer),
+        "tables with trained rows": _tables(anatomy, config, trainer),
         "activations": _resident(activations, sparing),
         "logits": _resident(logits, sparing),
         "work": WORK,
@@ -165,7 +175,7 @@ def server(
 
 def trained(anatomy: Anatomy, config: RunConfig, labels: int = 0) -> int:
     """How many values are trained."""
-    return sum(math.prod(shape) for shape in trained_shapes(anatomy, config, labels).values())
+    return _count(trained_shapes(anatomy, config, labels))
 
 
 def trained_shapes(anatomy: Anatomy, config: RunConfig, labels: int = 0) -> dict[str, Shape]:
@@ -194,8 +204,35 @@ def operations(anatomy: Anatomy, config: RunConfig, trainer: TrainerName, batch:
     if trainer == "zeroth_order":
         return 2 * config.queries * (blocks + head)
     passed = _passed(anatomy, config) / anatomy.layers
-    again = 1 + (config.kind.whole or config.kind.sparse) + config.gradient_checkpointing
-    return (blocks + head) + (passed * blocks + head) * again
+    stepped = len(_adapted(anatomy, config)) / anatomy.layers
+    inputs = (passed * blocks + head) * (1 + config.gradient_checkpointing)
+    return (
+        (blocks + head)
+        + inputs
+        + (stepped * blocks + head) * (config.kind.whole or config.kind.sparse)
+    )
+
+
+def _count(shapes: Mapping[str, Shape]) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def _choosing(config: RunConfig) -> Choosing | None:
+    """The strategy, where its clients train a part of the tensors in each round."""
+    strategy = registry.create(config.strategy, config.options)
+    return strategy if isinstance(strategy, Choosing) else None
+
+
+def _stepped(anatomy: Anatomy, config: RunConfig, names: Collection[str]) -> Collection[str]:
+    """The trained tensors that have gradients in the round that takes most memory."""
+    choosing = _choosing(config)
+    return choosing.most(names, anatomy.layers)[1] if choosing else names
+
+
+def _masters(anatomy: Anatomy, config: RunConfig, trainer: TrainerName) -> int:
+    """Bytes of the weights that steps are taken on, beside the roundings that are computed with."""
+    half = config.kind.whole and config.dtype != "float32" and trainer == "first_order"
+    return 4 * anatomy.values if half else 0
 
 
 def scoring(anatomy: Anatomy, config: RunConfig, batch: Batch) -> float:
@@ -207,6 +244,7 @@ def _forward(anatomy: Anatomy, config: RunConfig, batch: Batch) -> tuple[float, 
     """The operations of a pass forward: (blocks, output layer)."""
     batch = batch.of(config)
     linear = sum(math.prod(shape) for shape in anatomy.linear().values())
+    linear += fused.used(anatomy.stacks(), anatomy.experts_per_token)
     head = 2.0 * anatomy.vocabulary * anatomy.hidden * batch.targets
     return 2.0 * linear * batch.positions, head
 
@@ -229,8 +267,27 @@ def _apart(config: RunConfig, trainer: TrainerName, batch: Batch, values: int) -
     if config.dp != "example" or trainer != "first_order":
         return 0.0
     exact = config.dtype == "float32" and config.quantization == "none"
-    hooked = exact and config.kind.hooked  # else one sequence at a time
+    hooked = (
+        exact and config.kind.hooked and not config.target_parameters
+    )  # else one sequence at a time
     return 4.0 * values * (batch.sequences if hooked else 1) + 8.0 * values  # the sum is in fp64
+
+
+def _adapted_experts(anatomy: Anatomy, config: RunConfig, trainer: TrainerName) -> float:
+    """Weights of experts with an adapter added, of all layers or of one, and a gradient of them."""
+    every, largest = fused.adapted(anatomy.stacks(config.layers), config, anatomy.name)
+    kept = trainer == "first_order" and not config.gradient_checkpointing
+    return _WIDTH[config.dtype] * ((every if kept else largest) + largest)
+
+
+def _tables(anatomy: Anatomy, config: RunConfig, trainer: TrainerName) -> float:
+    """Copies of input and output tables with the rows of new tokens, and gradients of both."""
+    if not config.new_tokens:
+        return 0.0
+    largest = max(
+        math.prod(shape) for shape in tables.of_both(anatomy.tensors, anatomy.name).values()
+    )
+    return _WIDTH[config.dtype] * largest * (4 if trainer == "first_order" else 2)
 
 
 def _kept(anatomy: Anatomy, config: RunConfig, batch: Batch) -> Blocks:
@@ -253,16 +310,22 @@ def _kept(anatomy: Anatomy, config: RunConfig, batch: Batch) -> Blocks:
 
 def _adapted(anatomy: Anatomy, config: RunConfig) -> Sequence[int]:
     """Numbers of the blocks that are trained."""
-    if config.layers is None and not (config.kind.factors and config.target_modules):
-        return range(anatomy.layers)
-    modules = anatomy.linear(config.target_modules, config.layers)
-    found = {place[1] for name in modules if (place := layers.block(name))}
-    return sorted(found) or range(anatomy.layers)
+    there: Sequence[int] = range(anatomy.layers)
+    if config.layers is not None or (config.kind.factors and config.target_modules):
+        modules = anatomy.linear(config.target_modules, config.layers)
+        found = {place[1] for name in modules if (place := units.block(name))}
+        there = sorted(found) or there
+    choosing = _choosing(config)
+    return [there[i] for i in choosing.most((), len(there))[0]] if choosing else there
 
 
 def _passed(anatomy: Anatomy, config: RunConfig) -> int:
     """How many blocks a backward pass goes through: those from the deepest trained one upwards."""
-    return anatomy.layers - min(_adapted(anatomy, config))
+    deepest = min(_adapted(anatomy, config))
+    embedded = config.kind.whole and any(
+        "embed" in units.of([n]) for n in _stepped(anatomy, config, anatomy.tensors)
+    )
+    return anatomy.layers - (0 if config.new_tokens or embedded else deepest)
 
 
 def _layer(anatomy: Anatomy, config: RunConfig, batch: Batch, frozen: bool = False) -> Blocks:
@@ -272,8 +335,9 @@ def _layer(anatomy: Anatomy, config: RunConfig, batch: Batch, frozen: bool = Fal
     keys = anatomy.kv_heads * anatomy.head_dim
     shown = queries if batch.padded else keys
     fed = (4 if _gated(anatomy) else 2) - frozen
+    normed = 0 if frozen else 2 + anatomy.norms * config.kind.whole  # by which weights are scaled
     blocks: list[tuple[float, float]] = [
-        (anatomy.norms + (0 if frozen else 2), width * positions * anatomy.hidden),
+        (anatomy.norms + normed, width * positions * anatomy.hidden),
         (2, width * positions * queries),
         (2, width * positions * shown),
         (fed, width * positions * anatomy.intermediate),

@@ -6,8 +6,8 @@ the connection is taken, and is known to the server by the port that its bytes c
 
 import asyncio
 import socket
-from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -53,11 +53,17 @@ class Visitor:
             half.held = True
             half.turn()
 
-    def works(self, more: int) -> None:
-        """One more call is at work, or one less (-1); without any, it waits for its caller."""
-        self._at_work += more
-        change = self._occupancy.settle if self._at_work else self._occupancy.wait
-        change(self._occupant)
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """One more call of it is at work; without any, it waits for its caller."""
+        self._at_work += 1
+        self._occupancy.settle(self._occupant)
+        try:
+            yield
+        finally:
+            self._at_work -= 1
+            if not self._at_work:
+                self._occupancy.wait(self._occupant)
 
     def end(self) -> None:
         """End the connection at once, with all that is on its way."""

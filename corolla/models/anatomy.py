@@ -13,6 +13,7 @@ from corolla.config.patterns import Patterns
 from corolla.embedded.assets import asset
 from corolla.errors import ModelError
 from corolla.models import decoders, layers
+from corolla.models.experts import fused
 from corolla.tensors import factors
 from corolla.types import LoraSpec
 
@@ -33,6 +34,8 @@ _SAME = {  # as families call it: what is meant
     "intermediate": ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim", "d_ff"),
     "positions": ("max_position_embeddings", "n_positions", "n_ctx"),
 }
+
+_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "experts_per_token")
 
 _GGUF_NAMES = {
     **{"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj"},
@@ -60,11 +63,14 @@ class Anatomy:
     vocabulary: int
     positions: int | None
     tensors: Mapping[str, Shape]
+    """Of experts that transformers fuses as it loads them, the fused ones."""
     tokenizer_bytes: int
     tokenizer: Path | None = None
     """tokenizer.json, where there is one."""
     head: Mapping[str, Shape] = field(default_factory=dict)
     """Tensors of a classifier that are trained as they are: name → shape; {} where not known."""
+    experts_per_token: int = 0
+    """Experts of a layer that a token goes through; 0 without experts."""
 
     @property
     def values(self) -> int:
@@ -95,6 +101,8 @@ class Anatomy:
             for name, shape in self.tensors.items()
             if len(shape) == 2 and name.endswith(".weight") and not _OUTSIDE.search(name)
         }
+        if self.stacks():
+            found = {n: s for n, s in found.items() if not fused.ROUTER.search(f"{n}.weight")}
         for target in targets or ():
             if not any(_meant(name, target) for name in found):
                 raise ModelError(f"target modules {target} match nothing in {self.name}")
@@ -120,6 +128,16 @@ class Anatomy:
                 raise ModelError(f"rank {rank} is larger than module {name} ({out} x {into})")
             shapes[name + factors.A], shapes[name + factors.B] = (rank, into), (out, rank)
         return shapes
+
+    def stacks(self, blocks: str | None = None) -> dict[str, Shape]:
+        """(experts, out, in) of the tensors that have the weights of several experts, by name.
+
+        `blocks` as in `linear`. Raises ModelError for a block that there is not.
+        """
+        found = {n: s for n, s in self.tensors.items() if len(s) == 3 and "conv" not in n}
+        turned = self.family in fused.TURNED
+        found = {n: (s[0], s[2], s[1]) if turned else s for n, s in found.items() if s[0] > 1}
+        return {name: found[name] for name in layers.kept(found, blocks if found else None)}
 
     def _block(self) -> list[str]:
         return [name for name in self.tensors if ".0." in name]
@@ -183,6 +201,7 @@ def _of_folder(folder: Path, name: str) -> Anatomy:
     family = str(told.get("model_type", ""))
     if family in _IN_OUT:
         tensors = {n: s[::-1] if not _OUTSIDE.search(n) else s for n, s in tensors.items()}
+    tensors = fused.tensors(tensors)
     sizes = {key: _first(told, names) for key, names in _SAME.items()}
     hidden, heads = sizes["hidden"] or 0, sizes["heads"] or 1
     tokenizer = folder / "tokenizer.json"
@@ -200,6 +219,7 @@ def _of_folder(folder: Path, name: str) -> Anatomy:
         tensors=tensors,
         tokenizer_bytes=tokenizer.stat().st_size if tokenizer.is_file() else 0,
         tokenizer=tokenizer if tokenizer.is_file() else None,
+        experts_per_token=_first(told, _PER_TOKEN) or 0,
     )
 
 

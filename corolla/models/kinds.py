@@ -15,7 +15,9 @@ from corolla.config.build import build_strategy
 from corolla.config.patterns import Patterns
 from corolla.config.run import RunConfig
 from corolla.models.anatomy import Anatomy, Shape
+from corolla.models.experts import fused
 from corolla.models.parts import PARTS, Shapes
+from corolla.models.tokens import tables
 
 if TYPE_CHECKING:
     from corolla.models.dense import DenseModel
@@ -36,14 +38,25 @@ class Form:
 
 def _lora_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[str, Shape]:
     patterns = Patterns.of(config)
-    return anatomy.adapter(config.lora, config.target_modules, config.layers, patterns)
+    linear = anatomy.adapter(config.lora, config.target_modules, config.layers, patterns)
+    trained = tables.rows(anatomy.tensors, config.new_tokens, anatomy.name)
+    experts = fused.adapter(anatomy.stacks(config.layers), config, anatomy.name)
+    return {**linear, **experts, **trained}
 
 
 def _lora(config: RunConfig, base: Base) -> LoraModel:
     from corolla.models.lora import LoraModel
+    from corolla.models.tokens import rows
 
-    patterns = Patterns.of(config)
-    return LoraModel(base, config.target_modules, config.dropout, config.layers, patterns)
+    return LoraModel(
+        base,
+        config.target_modules,
+        config.dropout,
+        config.layers,
+        config.target_parameters or (),
+        rows.ids(base.tokenizer, config.new_tokens, base.model),
+        Patterns.of(config),
+    )
 
 
 def _dense(config: RunConfig, base: Base) -> DenseModel:

@@ -6,12 +6,15 @@ Module names are those of the base model; tensors are `<module>.lora_A`, `<modul
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -32,8 +35,10 @@ from corolla.models.adapter_files import (
     read_adapter,
     write_adapter,
 )
+from corolla.models.experts.stacks import Experts, free
 from corolla.models.missing import within
 from corolla.models.pretrained import Base, heads_of
+from corolla.models.tokens import rows
 from corolla.tensors import factors
 from corolla.types import Adapter, LoraSpec, Move, Params
 
@@ -57,18 +62,22 @@ class LoraModel(Unrounded):
         targets: Sequence[str] | None = None,
         dropout: float = 0.0,
         blocks: str | None = None,
+        experts: Sequence[str] = (),
+        tokens: Sequence[int] = (),
         patterns: Patterns | None = None,
     ) -> None:
         """Adapters on `targets` (suffixes of module names; None: all linear layers but the output).
 
-        `blocks`: in which blocks, as the key `layers` has them; None: in all. `patterns`: modules
-        with a rank or a scaling of their own. Raises ModelError when targets or patterns match no
-        linear layer, and for a block that there is not.
+        `blocks`: in which blocks, as the key `layers` has them; None: in all. `experts`: tensors
+        of fused experts that get adapters as well. `tokens`: ids whose rows are trained beside
+        them. `patterns`: modules with a rank or a scaling of their own. Raises ModelError when
+        one of these matches no linear layer, or no tensor, and for a block that there is not.
         """
         self.base = base
         heads = heads_of(base)
         self._head_dtype = base.model.dtype
-        self.targets = list(targets) if targets else _linear_suffixes(base.model, heads)
+        self.targets = free(base.model, targets, _linear_suffixes(base.model, heads))
+        self._experts = Experts(base.model, experts, partial(layers.kept, text=blocks))
         self.shapes = targeted(base, self.targets, blocks)
         self._patterns = patterns or Patterns()
         self._patterns.check(self.shapes, base.name)
@@ -79,7 +88,9 @@ class LoraModel(Unrounded):
             lora_alpha=1,
             lora_dropout=dropout,
             target_modules=self.targets,
+            target_parameters=self._experts.targets or None,
             layers_to_transform=layers.chosen(_names(base, heads), blocks) if blocks else None,
+            trainable_token_indices=rows.indices(base.model, tokens),
             modules_to_save=heads or None,
             exclude_modules=heads or None,
             fan_in_fan_out=conv1d,
@@ -90,12 +101,8 @@ class LoraModel(Unrounded):
         self.model.eval()  # peft adds its dropout layers in training mode
         self.device = next(self.model.parameters()).device
         wrapped = self.model.base_model.model
-        self._layers = {n: m for n, m in wrapped.named_modules() if isinstance(m, LoraLayer)}
-        self._heads = {
-            n: m.modules_to_save[_NAME]
-            for n, m in wrapped.named_modules()
-            if isinstance(m, ModulesToSaveWrapper)
-        }
+        self._layers: dict[str, Any] = {n: m for n, m in wrapped.named_modules() if _is_layer(m)}
+        self._heads, self._rows = _heads(wrapped), rows.trained(wrapped, _NAME)
         self._hooks: list[RemovableHandle] = []
         for head in self._heads.values():
             head.float()  # trained and averaged in fp32 whatever the base is
@@ -105,7 +112,9 @@ class LoraModel(Unrounded):
         self._frozen: dict[str, tuple[Tensor, Tensor]] = {}
         self._flat = torch.empty(0)
         self._settle = moving.Settled()
-        self._hooks += [m.register_forward_hook(self._add(n)) for n, m in self._layers.items()]
+        self._hooks += [m.register_forward_hook(_beside(self, n)) for n, m in self._layers.items()]
+        self._layers |= self._experts.install(wrapped, _NAME, lambda name: self._frozen.get(name))
+        self.shapes |= self._experts.shapes
         self.model.requires_grad_(False)
 
     def check_rank(self, spec: LoraSpec) -> None:
@@ -134,12 +143,7 @@ class LoraModel(Unrounded):
             raise ValueError(
                 f"adapter differs from the model in {len(odd)} tensors, first {odd[0]!r}"
             )
-        for name in self._layers:
-            out, into = self.shapes[name]
-            a, b = params[name + factors.A], params[name + factors.B]
-            rank = self._patterns.spec(name, spec).rank
-            if a.shape != (rank, into) or b.shape != (out, rank):
-                raise ValueError(f"factors of {name} do not have rank {rank}")
+        self._patterns.check_shapes(params, self.shapes, spec)
         for name, parameter in self._head_parameters():
             if parameter.shape != params[name].shape:
                 raise ValueError(f"head tensor {name} has shape {tuple(params[name].shape)}")
@@ -230,7 +234,7 @@ class LoraModel(Unrounded):
             alpha = float(rank)
         tensors = {
             PREFIX + name + (".weight" if not factors.is_head(name) else ""): tensor
-            for name, tensor in {**own, **heads}.items()
+            for name, tensor in {**self._experts.packed(own), **heads}.items()
         }
         config = LoraConfig(
             **{
@@ -249,9 +253,10 @@ class LoraModel(Unrounded):
         for hook in self._hooks:
             hook.remove()
         plain: PreTrainedModel = self.model.unload()
-        for name, tensor in self._start_head.items():  # peft would leave the trained head in place
-            parameter = plain.get_parameter(name)
-            parameter.data = tensor.to(self._head_dtype, copy=True)
+        for module in self._heads:  # peft would leave the trained head in place
+            for name, parameter in plain.get_submodule(module).named_parameters():
+                tensor = self._start_head[f"{module}.{name}"]
+                parameter.data = tensor.to(self._head_dtype, copy=True)
         return plain
 
     def distance_to(self, folder: Path, spec: LoraSpec) -> float:
@@ -264,7 +269,9 @@ class LoraModel(Unrounded):
         stored, heads = read_adapter(folder)
         if any(not torch.equal(own[name], heads[name]) for name in heads):
             return math.inf
-        return factors.distance(factors.stack([update, *self.frozen]), stored)
+        return factors.distance(
+            factors.stack([update, *self.frozen]), self._experts.unpacked(stored)
+        )
 
     def release(self) -> None:
         """Free the memory of all weights. Ends this object."""
@@ -278,6 +285,7 @@ class LoraModel(Unrounded):
         for module, head in self._heads.items():
             for name, parameter in head.named_parameters():
                 yield f"{module}.{name}", parameter
+        yield from self._rows.items()
 
     def _set_frozen(self, blocks: Sequence[Params]) -> None:
         self._frozen = {}
@@ -287,16 +295,32 @@ class LoraModel(Unrounded):
                 a, b = stacked[name + factors.A], stacked[name + factors.B]
                 self._frozen[name] = (a.to(self.device), b.to(self.device))
 
-    def _add(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        """A forward hook that adds x Aᵀ Bᵀ of the frozen blocks: beside the base, never merged."""
 
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if name not in self._frozen:
-                return output
-            a, b = self._frozen[name]
-            return output + F.linear(F.linear(inputs[0].to(a.dtype), a), b).to(output.dtype)
+def _beside(
+    model: LoraModel, name: str
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    """A forward hook that adds x Aᵀ Bᵀ of the frozen blocks: beside the base, never merged."""
 
-        return hook
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if name not in model._frozen:
+            return output
+        a, b = model._frozen[name]
+        return output + F.linear(F.linear(inputs[0].to(a.dtype), a), b).to(output.dtype)
+
+    return hook
+
+
+def _heads(wrapped: nn.Module) -> dict[str, nn.Module]:
+    """The modules that peft trains as they are, by name."""
+    return {
+        name: module.modules_to_save[_NAME]
+        for name, module in wrapped.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper)
 
 
 def _blocks(adapter: Adapter, spec: LoraSpec) -> tuple[Params, ...]:

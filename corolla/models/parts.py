@@ -15,17 +15,13 @@ from corolla.config.run import RunConfig
 from corolla.errors import ModelError
 from corolla.models.anatomy import Anatomy, Shape
 from corolla.models.sparse import places
+from corolla.models.tokens import tables
 
 if TYPE_CHECKING:
     from peft import IA3Config, PromptTuningConfig
     from torch import nn
 
     from corolla.models.pretrained import Base
-
-_TABLE = re.compile(
-    r"(^|\.)(embed_tokens|wte|(word_|tok_)?embeddings|word_embedding|tokens_embed|embed_in)\.weight$"
-)
-"""Names of the table of the embeddings of tokens."""
 
 Shapes = Callable[[Anatomy, RunConfig, int], Mapping[str, Shape]]
 """Shapes of the trained tensors by name, in a model with so many labels (0: it generates).
@@ -212,13 +208,7 @@ def _head_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[st
 
 
 def _embeddings_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[str, Shape]:
-    found = {n: s for n, s in anatomy.tensors.items() if _TABLE.search(n) and len(s) == 2}
-    if not found:
-        raise ModelError(
-            f"parameters=embeddings: which tensor of {anatomy.name} has the embeddings of tokens "
-            f"is not known, its size neither; corolla simulate finds it in the model"
-        )
-    return found
+    return tables.of_input(anatomy.tensors, anatomy.name)
 
 
 def _sparse_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[str, Shape]:

@@ -31,6 +31,7 @@ from corolla.models import missing as lost
 from corolla.models.classifiers import heads
 from corolla.models.devices import pick_device
 from corolla.models.folders import PACKAGED, converted, packaged
+from corolla.models.tokens import rows
 from corolla.tensors import tree
 
 LOADING = (
@@ -107,6 +108,7 @@ def load(config: RunConfig, labels: Sequence[str] = ()) -> Base:
         torch.random.manual_seed(seeds.derive(config.seed, "head"))
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            rows.add(tokenizer, config.new_tokens)
             model, found = auto.from_pretrained(
                 path, output_loading_info=True, trust_remote_code=False, **kwargs
             )
@@ -141,10 +143,12 @@ def load(config: RunConfig, labels: Sequence[str] = ()) -> Base:
     return base
 
 
-def load_tokenizer(name: str, path: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name: str, path: str | None = None, added: Sequence[str] = ()
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; `path` is where it lies, if not where `resolve` finds it.
 
-    Raises ModelError.
+    It has the tokens `added` beside its own. Raises ModelError.
     """
     try:
         with Quiet():
@@ -153,6 +157,7 @@ def load_tokenizer(name: str, path: str | None = None) -> PreTrainedTokenizerBas
             )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load the tokenizer of {name!r}: {why(error)}") from error
+    rows.add(tokenizer, added)
     return tokenizer
 
 

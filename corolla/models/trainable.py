@@ -80,6 +80,11 @@ class Differentiable(Trainable, Protocol):
         """All trained tensors by name, in the order of names."""
 
 
+def names(model: Trainable) -> list[str] | None:
+    """Names of the trained tensors; None for a model of which all are moved in place."""
+    return [n for n, _ in model.parameters()] if isinstance(model, Differentiable) else None
+
+
 def build(config: RunConfig, base: Base) -> LoraModel | FullModel | DenseModel:
     """The resident model of a run. Raises ModelError when the base cannot carry what is asked."""
     return kinds.of(config).build(config, base)

@@ -131,6 +131,9 @@ def wanted(
             f"{source} is {kind} of {config.get('task_type')}: native clients train LoRA of causal "
             f"language models"
         )
+    for key, what in (("target_parameters", "experts"), ("trainable_token_indices", "tokens")):
+        if config.get(key):
+            raise ModelError(f"{source} trains {what} ({key}), which native clients cannot")
     if config.get("rank_pattern"):
         raise ModelError(f"{source} has ranks by module: give --rank, and the base as the model")
     chosen = targets or ([own] if isinstance(own, str) else sorted(own))

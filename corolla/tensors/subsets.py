@@ -67,7 +67,7 @@ class Choice:
             found["change"] = notes["change"].clone()
             for i, unit in enumerate(sorted(own)):
                 if chosen[i]:
-                    change = tree.norm({n: moved[n] for n in own[unit]})
+                    change = tree.norm({n: moved[n] for n in own[unit] if n in moved})
                     found["change"][i] = change / max(tree.norm(state[unit]), LEAST)
         return self._next(own, found, chosen)
 

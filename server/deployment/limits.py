@@ -20,9 +20,16 @@ class Limits:
     update: int = 1 << 28
     """Bytes of the parameters that a client trains."""
 
+    sums: int | None = None
+    """Replies of one phone that a gateway's sums take as much as; None: it sends those of all."""
+
     def reply(self, seats: int) -> int:
-        """Bytes of a reply: twice the parameters, in twice their precision, of each phone."""
-        return (1 << 26) + (MAX_REPLY_HEADER + 4 * self.update) * max(1, seats)
+        """Bytes of a reply: twice the parameters, in twice their precision, of each phone.
+
+        A gateway that sends sums has no use for more, however many seats it says it has.
+        """
+        replies = max(1, seats if self.sums is None else min(seats, self.sums))
+        return (1 << 26) + (MAX_REPLY_HEADER + 4 * self.update) * replies
 
     def refuse(self, reply: Reply, deployed: bool) -> str:
         """The reason to refuse a member with this answer to hello, in one line; "" to accept it.

@@ -6,6 +6,7 @@ folder that is away for a moment must not lock out all.
 """
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -51,6 +52,18 @@ def read(folder: Path) -> list[Member]:
         return []
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}; mend it, or restore a copy") from error
+
+
+def check_there(folder: Path) -> None:
+    """Raises ConfigError where a server that goes on would have no file, as it had before.
+
+    Whoever was removed could join again. A folder that nobody may write in never had one.
+    """
+    if not (folder / FILE).exists() and os.access(folder, os.W_OK):
+        raise ConfigError(
+            f"{folder / FILE} is gone, which names those who were removed: put a copy back, or "
+            f"begin a new one with corolla members {folder}"
+        )
 
 
 def admit(folder: Path, name: str, public_key: bytes) -> bool:

@@ -264,6 +264,8 @@ def begin(
         raise ConfigError(f"--clients-keys {settings.clients_keys} is no folder")
     if settings.clients_keys:
         members.read(settings.clients_keys)
+        if resume:
+            members.check_there(settings.clients_keys)
     if settings.address:
         if settings.certs is None:
             raise ConfigError("--certs DIR is missing: corolla certs DIR --host NAME makes one")

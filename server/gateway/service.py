@@ -110,13 +110,10 @@ class Phones:
         try:
             async with _waiting(call, SECONDS[name]):
                 data = await self._heard(call, requests)
-            visitor.works(1)
-            try:
+            with visitor.at_work():
                 answer = await asyncio.get_running_loop().run_in_executor(
                     self._threads[name], self._answer, name, data, token
                 )
-            finally:
-                visitor.works(-1)
             self._open.wait(call)
             try:
                 async with _waiting(call, TAKEN.get(name, _TAKEN)):

@@ -81,7 +81,7 @@ def save(
     unproven = there.with_name(there.name + ".unproven")
     judge.save(adapter, unproven)
     smaller = None
-    if judge.model.artefact == "adapter" and judge.config.kind.factors:
+    if judge.config.plain_lora:
         rank = judge.config.served_rank
         smaller = served.prepare(unproven, rank, final["loss"], judge.score)
     proof = prove(judge, adapter, unproven, other)

@@ -12,7 +12,6 @@ from typing import Any, Literal
 from corolla import seeds
 from corolla.artefacts import records
 from corolla.artefacts.card import write_brief_card, write_cards
-from corolla.budgets import settle
 from corolla.config.run import RunConfig
 from corolla.directions import seedlog
 from corolla.errors import ArtefactError, ConfigError, RoundError, StoppedError
@@ -23,14 +22,13 @@ from corolla.host.processes import uninterrupted
 from corolla.interfaces import Strategy
 from corolla.models.sparse import carried
 from corolla.privacy.guarantee import Unit
-from corolla.selection.choose import places_of
 from corolla.server.rounds.call import RoundCall
 from corolla.server.rounds.cohort import read_trace
 from corolla.server.rounds.federation import Federation
 from corolla.server.rounds.network import Network
 from corolla.server.rounds.round import evaluate_clients
 from corolla.server.rounds.spending import Spending
-from corolla.server.runs import checkpoint
+from corolla.server.runs import beginning, checkpoint
 from corolla.server.runs.account import open_account
 from corolla.server.runs.attempts import Attempts, Done, how_to_go_on
 from corolla.server.runs.checkpoint import Checkpoint
@@ -44,7 +42,6 @@ from corolla.server.runs.observer import Observer
 from corolla.server.runs.proof import save
 from corolla.server.runs.report import write_report
 from corolla.server.runs.summary import Summary
-from corolla.starts import table as starts
 from corolla.storage import folders
 from corolla.strategies.listing.registry import traits
 from corolla.tensors import tree
@@ -127,14 +124,10 @@ class Run:
         found = checkpoint.load(self.folder / "checkpoint", committed) if self.resume else None
         model, seed = self.evaluator.model, self.config.seed
         start = model.init(self.config.lora, seeds.derive(seed, "init"))
-        untouched = initial = federation.strategy.init(start, seed)
+        untouched = federation.strategy.init(start, seed)
         federation = replace(federation, origin=seedlog.origin(model.base.fingerprint, untouched))
-        if self.config.start != "random" and not found:
-            begun = starts.begin(model, start, self.config, self.evaluator.labels)
-            initial = begun.state(federation.strategy, seed)
-        support = {} if found else places_of(model, self.config, self.evaluator.labels)
-        untouched, initial = {**untouched, **support}, {**initial, **support}
-        at = found or Checkpoint(federation.run_id, 0, initial, {})
+        at = found or beginning.checkpoint(federation, self.evaluator, start)
+        untouched = {**untouched, **carried.apart(at.state)[1]}
         carried.hold(model, at.state)
         if not at.round and (why := account.ended(federation, 1)):
             raise ConfigError(f"{why}: no round can be run, start a new one with other settings")
@@ -151,7 +144,6 @@ class Run:
         lines = committed_lines(self.folder, at.round)
         facts = {**self.facts, **carried.facts(at.state)}
         info = run_info(facts, federation, self.evaluator, account, self.keep_updates)
-        info |= settle.recalled(self.folder) if self.resume else {}
         info["warnings"] += of_extension(self.config, journal.past.rounds)
         base = self._base(federation, untouched)
         write_info(self.folder, {**info, "base": base["metrics"], "status": "running"})

@@ -111,7 +111,7 @@ def look(config: RunConfig, rows: Rows, most: int | None, progress: Progress) ->
     With `most` None lengths are of all rows. Raises CorollaError where a run would.
     """
     data = federated.dealt(config, rows)
-    tokenizer = pretrained.load_tokenizer(config.model)
+    tokenizer = pretrained.load_tokenizer(config.model, added=config.new_tokens)
     data = census.with_targets(config, data, tokenizer)
     labels = data.labels if config.task != "causal" else ()
     encoder = Encoder.of(config, tokenizer, labels)

@@ -47,6 +47,7 @@ def export_merged(adapter: Path, model: str | None, folder: Path) -> float:
         with pretrained.Quiet():
             merged.save_pretrained(scratch)
         base.tokenizer.save_pretrained(scratch)
+        copy_tokenizer(adapter, scratch)  # it may have tokens of its own
         del merged, tuned, base
         again = artefacts.whole(scratch, config, labels)
         with torch.no_grad():

@@ -26,6 +26,7 @@ from corolla.models import anatomy, layers
 from corolla.models.anatomy import Anatomy
 from corolla.server.rounds.federation import Federation
 from corolla.server.rounds.tasks import costs
+from corolla.tensors import units
 from corolla.types import LoraSpec, Params
 
 _EXAMPLES = 1 << 20
@@ -100,7 +101,7 @@ class Fit:
 
     def _layers(self, way: Way) -> dict[str, str]:
         known = self.model.linear(self.config.target_modules, self.config.layers)
-        there = sorted({place[1] for name in known if (place := layers.block(name))})
+        there = sorted({place[1] for name in known if (place := units.block(name))})
         if len(way.blocks) == len(there):
             return {"layers": self.config.layers} if "" in self.found and self.config.layers else {}
         if "" in self.found and self.config.layers:

@@ -13,7 +13,7 @@ import torch
 
 from corolla.budgets import settle
 from corolla.client.device.machine import Choice, choose
-from corolla.commands.plan import lengths
+from corolla.commands.plan import lengths, subsets
 from corolla.commands.plan.lengths import Batches
 from corolla.commands.plan.throughput import throughput
 from corolla.config import offset, schedule
@@ -27,7 +27,7 @@ from corolla.errors import ConfigError
 from corolla.estimates import classifier_sizes, footprint
 from corolla.estimates.footprint import Estimate, Workload
 from corolla.evaluation.labels import ordered
-from corolla.interfaces import Stacking
+from corolla.interfaces import Choosing, Stacking
 from corolla.models import anatomy, pretrained
 from corolla.models.anatomy import Anatomy
 from corolla.models.sparse import carried, places
@@ -184,7 +184,9 @@ def plan(config: RunConfig, budget: int | None = None) -> CostEstimate:
     config, told = settle.foreseen(config, model, labels)
     sizes = lengths.estimated(config, labels)
     if model.tokenizer:
-        tokenizer = pretrained.load_tokenizer(config.model, str(model.tokenizer.parent))
+        tokenizer = pretrained.load_tokenizer(
+            config.model, str(model.tokenizer.parent), config.new_tokens
+        )
         data = census.with_targets(config, data, tokenizer)
         encoder = Encoder.of(config, tokenizer, data.labels if labels else ())
         sizes = lengths.exact(encoder, config.dp == "example")
@@ -350,7 +352,12 @@ def _federation(config: RunConfig, model: Anatomy, data: FederatedData, labels: 
 
 
 def _rounds(federation: Federation) -> list[tuple[int, Sequence[Cost]]]:
-    """(how often, the costs of a cohort) of odd and of even rounds: factors may take turns."""
+    """(how often, the costs of a cohort) of odd and of even rounds: factors may take turns.
+
+    Of each round, where other tensors are trained in each.
+    """
+    if isinstance(federation.strategy, Choosing):
+        return list(subsets.rounds(federation, federation.strategy))
     start = federation.fresh(federation.config.lora)
     begun = offset.planned(federation.config.begins.offset, start)
     state = {**federation.strategy.init(start, federation.config.seed), **begun}

@@ -53,7 +53,7 @@ def simulate_on_flower(
     from corolla.server.app import SimulatedRun, serve
 
     # A model or data set that cannot be loaded is said here, not by every process of Ray.
-    tokenizer = pretrained.load_tokenizer(config.model)
+    tokenizer = pretrained.load_tokenizer(config.model, added=config.new_tokens)
     nodes = len(census.with_targets(config, federated.load(config), tokenizer).clients)
     run = SimulatedRun(
         config,

@@ -123,7 +123,7 @@ def _in_process(
             InProcess(worker),
             loaded.evaluator,
             folder,
-            loaded.facts,
+            settle.recalled(loaded.facts, folder, resume),
             observer,
             keep_updates,
             resume,

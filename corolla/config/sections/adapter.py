@@ -48,6 +48,30 @@ class Adapter(SparseSet):
         effect="all linear layers of the blocks",
         against=("parameters=bias",),
     )
+    target_parameters: list[str] | None = key(
+        None,
+        "The names of tensors that hold the weights of all experts of a layer, and get an adapter "
+        "for each expert beside those of linear layers (Mixtral, Qwen3-MoE, gpt-oss).",
+        ["experts.gate_up_proj", "experts.down_proj"],
+        effect="none, fused experts stay as they are",
+        against=(
+            *("parameters=bias", "dropout=0.1", "quantization=4bit"),
+            *("start=gradient public=public.jsonl", "budget=flops:0.5"),
+        ),
+        unsaid=True,
+    )
+    new_tokens: list[Annotated[str, Field(min_length=1)]] = key(
+        [],
+        "Tokens of the data's own, which the tokenizer gets where it lacks them; their rows of the "
+        "tables of embeddings are trained beside the adapter.",
+        ["<tool>", "</tool>"],
+        effect="none",
+        against=(
+            *("parameters=bias", "quantization=4bit", "strategy=fedsa_lora", "start=pissa"),
+            'new_tokens=["<a>","<a>"]',
+        ),
+        unsaid=True,
+    )
     layers: Layers | None = key(
         None,
         "The blocks of the model that get an adapter, counted from 0 at the input: `last:4`, "
@@ -148,6 +172,11 @@ class Adapter(SparseSet):
     )
 
     @property
+    def plain_lora(self) -> bool:
+        """True where all that is trained, but for a head, is LoRA of linear layers."""
+        return self.kind.factors and not (self.target_parameters or self.new_tokens)
+
+    @property
     def kind(self) -> Kind:
         """The kind of the parameters that are trained, with its facts and defaults."""
         return kinds.KINDS[self.parameters]
@@ -217,9 +246,11 @@ PATTERNS: tuple[Rule[Adapter], ...] = (
         instead="leave them out, or start",
     ),
     Rule(
-        when=lambda run: (run.rank_pattern or run.alpha_pattern) and run.budget,
-        why=lambda run: "budget is for modules of one rank",
-        instead="leave rank-pattern and alpha-pattern out, or budget",
+        when=lambda run: (
+            (run.rank_pattern or run.alpha_pattern) and (run.budget or run.target_parameters)
+        ),
+        why=lambda run: "budget and target-parameters are for one rank of all modules",
+        instead="leave them out, or rank-pattern and alpha-pattern",
     ),
 )
 
@@ -228,6 +259,41 @@ TARGETS: tuple[Rule[Adapter], ...] = (
         when=lambda run: run.target_modules and not run.kind.target_modules,
         why=lambda run: "target-modules are those of adapters",
         instead=lambda run: f"parameters={run.parameters} has none",
+    ),
+    Rule(
+        when=lambda run: run.target_parameters and not run.kind.factors,
+        why=lambda run: "target-parameters get LoRA adapters",
+        instead=lambda run: f"parameters={run.parameters} has none",
+    ),
+    Rule(
+        when=lambda run: run.target_parameters and run.dropout,
+        why=lambda run: f"dropout={run.dropout:g} does not go with target-parameters",
+        instead="peft adds an adapter to the weights of experts, before they see an input",
+    ),
+    Rule(
+        when=lambda run: run.target_parameters and run.start != "random",
+        why=lambda run: f"start={run.start} is for linear layers",
+        instead="leave target-parameters out, or use start=random",
+    ),
+    Rule(
+        when=lambda run: run.target_parameters and run.budget,
+        why=lambda run: "budget chooses among linear layers",
+        instead="leave target-parameters out, or budget",
+    ),
+    Rule(
+        when=lambda run: run.new_tokens and run.start != "random",
+        why=lambda run: f"start={run.start} makes an adapter without rows of new-tokens",
+        instead="leave one of the two out",
+    ),
+    Rule(
+        when=lambda run: run.new_tokens and not run.kind.factors,
+        why=lambda run: "rows of new-tokens are trained beside LoRA adapters",
+        instead=lambda run: f"parameters={run.parameters} has none",
+    ),
+    Rule(
+        when=lambda run: len(set(run.new_tokens)) < len(run.new_tokens),
+        why=lambda run: f"new-tokens names a token twice, found {run.new_tokens}",
+        instead="give each once",
     ),
     Rule(
         when=lambda run: run.layers and not run.kind.blocks,

@@ -47,6 +47,19 @@ QUANTIZED: tuple[Rule[Machine], ...] = (
     ),
 )
 
+EXPERTS: tuple[Rule[Machine], ...] = (
+    Rule(
+        when=lambda run: run.target_parameters and run.quantization != "none",
+        why=lambda run: f"target-parameters needs a base in full, found {run.quantization}",
+        instead="leave quantization out, or use dtype=bfloat16",
+    ),
+    Rule(
+        when=lambda run: run.new_tokens and run.quantization != "none",
+        why=lambda run: f"new-tokens needs a base in full, found {run.quantization}",
+        instead="leave quantization out, or use dtype=bfloat16",
+    ),
+)
+
 FULL_PRECISION: tuple[Rule[Machine], ...] = (
     Rule(
         when=lambda run: run.dtype != "float32" and run.kind.sparse,

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from corolla.models.trainable import Differentiable, Trainable
+from corolla.models.experts import stacks
 from corolla.tensors import factors
 
 _SHOWN = 3
@@ -74,20 +74,9 @@ def parts(model: nn.Module) -> Parts:
     others = model.named_parameters(remove_duplicate=False)
     return Parts(
         {name: _values(parameter) for name, parameter in named.items()},
-        frozenset(stacks(model)),
+        frozenset(stacks.stacks(model)),
         {name: first[id(parameter)] for name, parameter in others if name not in named},
     )
-
-
-def stacks(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The tensors that have the weights of several experts, by name: not those of convolutions."""
-    return {
-        f"{name}.{own}": parameter
-        for name, module in model.named_modules()
-        if not isinstance(module, nn.modules.conv._ConvNd)
-        for own, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() == 3 and parameter.shape[0] > 1 and parameter.is_floating_point()
-    }
 
 
 def of(base: Parts, trained: Collection[str] | None) -> Reach:
@@ -106,12 +95,6 @@ def of(base: Parts, trained: Collection[str] | None) -> Reach:
         sum(base.values[name] for name in frozen),
         sorted(other for other, name in base.tied.items() if name in as_they_are),
     )
-
-
-def of_model(base: Parts, model: Trainable) -> Reach:
-    """What a run reaches: all of a model that is moved in place."""
-    names = [n for n, _ in model.parameters()] if isinstance(model, Differentiable) else None
-    return of(base, names)
 
 
 def _reached(name: str) -> set[str]:

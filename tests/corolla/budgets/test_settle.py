@@ -114,7 +114,7 @@ def test_too_little_is_refused_in_one_line(sizes: Anatomy) -> None:
         ({"budget": "half"}, "expected a share"),
         ({"budget": "flops:0"}, "expected a share"),
         ({"budget": "flops:1.5"}, "expected a share"),
-        ({"public": "x.jsonl"}, "is for start=gradient, and for budget"),
+        ({"public": "x.jsonl"}, "is for start=.*for budget"),
     ],
 )
 def test_settings_that_budgets_do_not_go_with(changes: dict[str, Any], why: str) -> None:
@@ -194,7 +194,8 @@ def test_a_run_trains_what_was_chosen_and_says_so(tmp_path: Path, sizes: Anatomy
     assert isinstance(loaded.model, LoraModel)
     assert [settle.short(name) for name in sorted(loaded.model.shapes)] == expected.target_modules
     (tmp_path / "run.json").write_text(json.dumps(dict(loaded.facts)))
-    assert settle.recalled(tmp_path) == told
+    assert settle.recalled({"run_id": "a"}, tmp_path, True) == {"run_id": "a", **told}
+    assert settle.recalled({"run_id": "a"}, tmp_path, False) == {"run_id": "a"}
 
 
 def test_a_run_that_goes_on_trains_what_it_began_with(sizes: Anatomy) -> None:

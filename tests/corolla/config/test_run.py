@@ -162,6 +162,8 @@ def test_keys_are_written_section_by_section() -> None:
         "max_rank",
         "new_head",
         "rank_pattern",
+        "new_tokens",
+        "target_parameters",
         "template_date",
     }  # where they are as usual: what is stored stays as it was
     assert list(RunConfig().model_dump()) == [key for key in own if key not in unsaid]

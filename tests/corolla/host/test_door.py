@@ -133,12 +133,11 @@ def test_the_one_that_has_been_without_a_call_for_longest_ends_for_a_new_one() -
             second = await visit(found)
             await spoken(second)
             assert found.visitors[0]
-            found.visitors[0].works(1)
-            third = await visit(found)  # of one network two at most
-            await spoken(third)
-            assert await ended(second[0])
-            await spoken(first)
-            found.visitors[0].works(-1)
+            with found.visitors[0].at_work():
+                third = await visit(found)  # of one network two at most
+                await spoken(third)
+                assert await ended(second[0])
+                await spoken(first)
             other = await visit(found, source="127.0.0.2")
             for own in (first, third, other):
                 await spoken(own)

@@ -29,6 +29,8 @@ ELSEWHERE = {
     **dict.fromkeys(("model", "data", "availability", "splits"), "in a file"),
     "quantization": "needs bitsandbytes",
     **dict.fromkeys(("layers", "budget"), "in models of more than one block"),
+    "target_parameters": "in models with fused experts",
+    "new_tokens": "in models with rows for them",
     "options": "a table of options, which are keys of their own",
     "task": "its example is what these rows are taken for anyway",
 }

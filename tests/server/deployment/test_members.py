@@ -96,6 +96,15 @@ def test_while_the_file_is_away_those_who_were_removed_stay_out(keys: Path) -> N
     assert roll.refuse("ben", pem(keys, "ben")) == ""
 
 
+def test_a_server_that_goes_on_without_the_file_is_refused_and_told_what_to_do(
+    keys: Path,
+) -> None:
+    with pytest.raises(ConfigError, match=r"members\.json is gone.*corolla members "):
+        members.check_there(keys)
+    members.admit_all(keys)
+    members.check_there(keys)
+
+
 def test_without_a_folder_everybody_has_any_name() -> None:
     roll = members.Roll(None)
     assert not roll.changed()

@@ -50,6 +50,21 @@ def test_too_many_calls_of_one_phone_are_put_off(
     assert own.refused("Heartbeat", request) == grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+def test_all_phones_of_a_token_together_call_no_more_often_than_some(
+    world: World, caller: Callable[..., Caller], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many connections they have."""
+    monkeypatch.setattr(service, "BURST", 20.0)
+    monkeypatch.setattr(service, "OF_TOKEN", 2)
+    request = pb.HeartbeatRequest(lease="0" * 32)
+    for device in ("p1", "p2"):
+        own = caller(device)
+        for _ in range(20):
+            own.call("Heartbeat", request)
+    assert caller("p3").refused("Heartbeat", request) == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert not caller("p9", gateways.OTHER).call("Heartbeat", request).wanted
+
+
 @contextmanager
 def silent(world: World, number: int, token: str = gateways.TOKEN) -> Iterator[list[Any]]:
     """Calls of one connection whose request never comes."""

@@ -50,6 +50,8 @@ def options(settings: Sequence[str]) -> list[str]:
         [],
         ["strategy=flora", 'codec=["int8"]', 'codec-down=["fp16"]'],
         ["strategy=rolora", "start=olora"],
+        ["strategy=lisa", "strategy.layers=1"],
+        ["strategy=lisa", "strategy.layers=1", "parameters=full", "rounds=4", "strategy.always=[]"],
         ["strategy=seed_pool"],
         ["strategy=fedex_lora", "cohort=4", "rounds=3", "local-steps=1", "max-rank=12"],
     ],
@@ -67,9 +69,33 @@ def test_bytes_are_those_of_the_run(tmp_path: Path, changes: list[str]) -> None:
         )
         for line in lines:
             assert found.traffic.up[0] <= line["bytes_up"] / line["clients"] <= found.traffic.up[1]
+    if config.strategy == "lisa":  # who receives what is followed round by round
+        assert summary.bytes_down == found.traffic.total_down
     assert summary.bytes_down <= found.traffic.total_down <= 2 * summary.bytes_down + 100_000
     info = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (found.clients, found.cohort) == (info["num_clients"], info["cohort"])
+
+
+FULL = ["--set", "parameters=full", "--set", "max-length=32"]
+"""Training of all parameters."""
+
+
+def test_all_parameters_fit_where_a_part_of_them_is_trained_in_a_round() -> None:
+    """Gradients and two moments in fp32: 12 bytes for each value that a round trains."""
+    layers = ["--set", "strategy.layers=1", "--set", "strategy.choose=suffix"]
+    layers += ["--set", "strategy.always=[]"]
+    given = [*FULL, "--cohort", "4", "--set", "batch-size=2", "--json"]
+    least = {}
+    for name, more in (("fedavg", []), ("lisa", layers)):
+        code, output = run("--strategy", name, *more, *given)
+        assert code == 0
+        least[name] = json.loads(output)["memory"]["client"]["terms"]
+    block = 2 * 128 * 128 + 2 * 64 * 128 + 3 * 352 * 128 + 2 * 128
+    name = "gradients and optimiser"
+    assert (least["fedavg"][name], least["lisa"][name]) == (12 * 1_000_576, 12 * block)
+    totals = {name: sum(terms.values()) for name, terms in least.items()}
+    budget = f"{(totals['fedavg'] + totals['lisa']) // 2_000_000}MB"
+    assert run("--strategy", "lisa", *layers, *given, "--memory", budget)[0] == 0
 
 
 TEMPLATE = (
@@ -346,6 +372,11 @@ def test_the_plan_of_privacy_is_shown() -> None:
     [
         (["--memory", "much"], 2, "--memory: expected a size such as 2GB"),
         (["--memory", "100MB"], 2, "the least is"),
+        (
+            [*FULL, "--strategy", "lisa", "--memory", "440MB"],
+            2,
+            "440 MB of memory is too little for lisa on embedded: the least is",
+        ),
         (["--model", "./nowhere"], 1, "not on this machine"),
         (["--data", "nowhere.jsonl"], 1, "cannot read data file"),
         (["--set", "max-length=100000"], 2, "512 positions"),

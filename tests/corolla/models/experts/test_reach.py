@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from corolla.config.run import RunConfig
+from corolla.models import trainable
 from corolla.models.dense import DenseModel
 from corolla.models.experts import reach
 from corolla.models.lora import LoraModel
@@ -25,7 +26,7 @@ def test_an_adapter_on_linear_layers_leaves_fused_experts_frozen(kind: str) -> N
     attention = sum(n for name, n in named.items() if "_proj.weight" in name)
     experts = {n: size for n, size in named.items() if n.endswith(("gate_up_proj", "down_proj"))}
     parts = reach.parts(base.model)
-    found = reach.of_model(parts, LoraModel(base))
+    found = reach.of(parts, trainable.names(LoraModel(base)))
     assert (found.values, found.parameters) == (attention, sum(named.values()))
     assert list(found.frozen_experts) == sorted(experts)
     assert found.frozen_values == sum(experts.values())
@@ -38,19 +39,19 @@ def test_an_adapter_on_linear_layers_leaves_fused_experts_frozen(kind: str) -> N
 def test_layers_whose_weights_are_reached_are_counted() -> None:
     parts = reach.parts(tiny.base("llama").model)
     blocks = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32
-    found = reach.of_model(parts, LoraModel(tiny.base("llama")))
+    found = reach.of(parts, trainable.names(LoraModel(tiny.base("llama"))))
     assert found.values == blocks
     assert found.parameters == blocks + 64 * 32 + 3 * 32
     assert (found.experts, found.tied) == ("", [])
-    scaled = reach.of_model(parts, DenseModel(tiny.base("llama"), "ia3"))
+    scaled = reach.of(parts, trainable.names(DenseModel(tiny.base("llama"), "ia3")))
     assert scaled.values == 2 * 16 * 32 + 48 * 32  # keys, values and the second layer
-    assert reach.of_model(parts, DenseModel(tiny.base("llama"), "prompt")).values == 0
+    assert reach.of(parts, trainable.names(DenseModel(tiny.base("llama"), "prompt"))).values == 0
     assert reach.of(parts, None).share == 1.0
 
 
 def test_a_tied_output_layer_is_named() -> None:
     parts = reach.parts(tiny.base("llama").model)
-    found = reach.of_model(parts, DenseModel(tiny.base("llama"), "embeddings"))
+    found = reach.of(parts, trainable.names(DenseModel(tiny.base("llama"), "embeddings")))
     assert (found.values, found.tied) == (64 * 32, ["lm_head.weight"])
     assert found.line.endswith("; tied to what is trained: lm_head.weight")
     assert reach.Reach(**found.to_json()) == found
