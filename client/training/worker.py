@@ -317,7 +317,7 @@ class Worker:
         if config.dp != "example":
             data, skipped = self._tokens(client)
             member = self._member(data, task, received, config, seed)
-            update = self._local(member, received.groups, config)
+            update = _local(self.strategy, member, received.groups, config)
             return replace(update, metrics={**update.metrics, "skipped": float(skipped)})
         rows = self.data.clients[client].train
         level = example_level.example_level(config, counted(config.dp, rows), unit_of(rows))
@@ -327,20 +327,12 @@ class Worker:
         def local(rows: Callable[[], Sequence[Encoded]]) -> Update:
             member = self._member(rows(), task, received, config, seed)
             guarded = private.Guarded(replace(member, private=private.once(level)))
-            return self._local(guarded, received.groups, config)
+            return _local(self.strategy, guarded, received.groups, config)
 
         update = private.answered(
             lambda: local(lambda: self._tokens(client)[0]), lambda: local(lambda: ())
         )
         return private.published(update, level, spent)
-
-    def _local(self, member: Client, groups: Payload, config: RunConfig) -> Update:
-        """Returns the update of the strategy's client half, without what was not trained."""
-        return _changed(self._strategy_of(groups).local(member, groups), self.traits, config)
-
-    def _strategy_of(self, groups: Payload) -> Strategy:
-        """The strategy: devices are not told of a start, but of what it puts beside the base."""
-        return offset.beside(self.strategy) if offset.GROUP in groups else self.strategy
 
     def _member(
         self,
@@ -368,8 +360,7 @@ class Worker:
         lora = received.settings.lora
         examples = self.data.clients[client].eval[: self.config.eval_client_examples]
         data, _ = encode_all(self._encoder, examples)
-        groups = {**received.groups, **received.kept}
-        adapter = self._strategy_of(groups).adapter(groups)
+        adapter = _adapter(self.strategy, received)
         self.model.show(adapter, lora)
         if self.traits.personal:
             _save_personal(self.memory, client, self.model, adapter, lora)
@@ -398,6 +389,23 @@ class Worker:
         while len(self._encoded) > _RESIDENT_CLIENTS:
             self._encoded.popitem(last=False)
         return self._encoded[client]
+
+
+def _local(strategy: Strategy, member: Client, groups: Payload, config: RunConfig) -> Update:
+    """Returns the update of the strategy's client half, without what was not trained."""
+    update = _beside(strategy, groups).local(member, groups)
+    return _changed(update, registry.traits(strategy), config)
+
+
+def _adapter(strategy: Strategy, received: Received) -> Adapter:
+    """The model that a client evaluates: the global one, with what it keeps."""
+    groups = {**received.groups, **received.kept}
+    return _beside(strategy, groups).adapter(groups)
+
+
+def _beside(strategy: Strategy, groups: Payload) -> Strategy:
+    """The strategy: devices are not told of a start, but of what it puts beside the base."""
+    return offset.beside(strategy) if offset.GROUP in groups else strategy
 
 
 def _changed(update: Update, traits: Traits, config: RunConfig) -> Update:

@@ -12,8 +12,9 @@ from typing import Any, BinaryIO
 from corolla.config.patterns import Patterns
 from corolla.embedded.assets import asset
 from corolla.errors import ModelError
-from corolla.models import decoders, layers
+from corolla.models import layers
 from corolla.models.experts import fused
+from corolla.models.sizes import decoders
 from corolla.tensors import factors
 from corolla.types import LoraSpec
 
@@ -167,7 +168,7 @@ def locate(name: str) -> Path:
     """
     if name == "embedded":
         return asset("model")
-    from corolla.models import folders  # takes a second
+    from corolla.models.files import folders  # takes a second
 
     path = folders.packaged(name) if name in folders.PACKAGED else Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():

@@ -26,7 +26,8 @@ from corolla.directions import moving
 from corolla.directions.space import Beside, Space, Unrounded
 from corolla.errors import ModelError
 from corolla.models import devices, layers
-from corolla.models.adapter_files import (
+from corolla.models.experts.stacks import Experts, free
+from corolla.models.files.adapter_files import (
     PREFIX,
     _inputs_in_fp32,
     adapter_hash,
@@ -35,8 +36,7 @@ from corolla.models.adapter_files import (
     read_adapter,
     write_adapter,
 )
-from corolla.models.experts.stacks import Experts, free
-from corolla.models.missing import within
+from corolla.models.files.missing import within
 from corolla.models.pretrained import Base, heads_of
 from corolla.models.tokens import rows
 from corolla.tensors import factors
@@ -71,7 +71,7 @@ class LoraModel(Unrounded):
         `blocks`: in which blocks, as the key `layers` has them; None: in all. `experts`: tensors
         of fused experts that get adapters as well. `tokens`: ids whose rows are trained beside
         them. `patterns`: modules with a rank or a scaling of their own. Raises ModelError when
-        one of these matches no linear layer, or no tensor, and for a block that there is not.
+        targets or patterns match no linear layer, or no tensor, and for a block that there is not.
         """
         self.base = base
         heads = heads_of(base)

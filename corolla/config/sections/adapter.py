@@ -306,6 +306,11 @@ TARGETS: tuple[Rule[Adapter], ...] = (
         instead=lambda run: f"parameters={run.parameters} has none",
     ),
     Rule(
+        when=lambda run: run.budgeted and (run.new_tokens or run.target_parameters),
+        why=lambda run: "budget chooses linear layers by what their backward pass takes",
+        instead="that of new-tokens and target-parameters is another, set layers",
+    ),
+    Rule(
         when=lambda run: run.budget and run.ranks,
         why=lambda run: "budget is for one rank of all clients",
         instead=lambda run: f"found ranks={list(run.ranks)}, leave one of the two out",

@@ -111,6 +111,7 @@ def test_too_little_is_refused_in_one_line(sizes: Anatomy) -> None:
     [
         ({"parameters": "bias", "budget": "flops:0.5"}, "budget chooses modules of LoRA adapters"),
         ({"budget": "flops:0.5", "ranks": [2, 4], "strategy": "flora"}, "for one rank of all"),
+        ({"budget": "flops:0.5", "new_tokens": ["<a>"]}, "that of new-tokens and"),
         ({"budget": "half"}, "expected a share"),
         ({"budget": "flops:0"}, "expected a share"),
         ({"budget": "flops:1.5"}, "expected a share"),

@@ -161,8 +161,8 @@ def test_keys_are_written_section_by_section() -> None:
         "layers",
         "max_rank",
         "new_head",
-        "rank_pattern",
         "new_tokens",
+        "rank_pattern",
         "target_parameters",
         "template_date",
     }  # where they are as usual: what is stored stays as it was

@@ -22,7 +22,8 @@ from corolla.config.run import RunConfig
 from corolla.directions import seedlog
 from corolla.errors import ConfigError, ModelError
 from corolla.estimates import footprint
-from corolla.models import adapter_files, anatomy, pretrained, trainable
+from corolla.models import anatomy, pretrained, trainable
+from corolla.models.files import adapter_files
 from corolla.models.lora import LoraModel
 from corolla.server.rounds.call import RoundCall
 from corolla.server.rounds.federation import Federation
