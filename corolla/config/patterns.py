@@ -70,6 +70,15 @@ class Patterns:
                 f"with an adapter, such as {', '.join(known[:3])}"
             )
 
+    def check_ranks(self, shapes: Mapping[str, tuple[int, int]], usual: LoraSpec) -> None:
+        """Raises ModelError for a rank larger than a module of these shapes (out, in) can have."""
+        for name, (out, into) in shapes.items():
+            if (rank := self.spec(name, usual).rank) > min(out, into):
+                raise ModelError(
+                    f"rank {rank} is larger than module {name} ({out} x {into}): "
+                    f"at most {min(out, into)}, or choose other target_modules"
+                )
+
 
 def means(name: str, module: str) -> bool:
     """Returns whether a name means a module: its full name, or the last parts of it."""

@@ -274,6 +274,11 @@ TARGETS: tuple[Rule[Adapter], ...] = (
         instead="leave target-parameters out, or use start=random",
     ),
     Rule(
+        when=lambda run: run.target_parameters and (run.rank_pattern or run.alpha_pattern),
+        why=lambda run: "rank-pattern and alpha-pattern are for linear layers",
+        instead="peft would read them for experts as well: leave target-parameters out",
+    ),
+    Rule(
         when=lambda run: run.target_parameters and run.budget,
         why=lambda run: "budget chooses among linear layers",
         instead="leave target-parameters out, or budget",
