@@ -234,7 +234,7 @@ def test_a_file_that_is_missing_is_refused(tmp_path: Path) -> None:
         ({"start": "gradient"}, "start=gradient needs public=FILE.jsonl"),
         (
             {"public": "x.jsonl"},
-            "public=x.jsonl is for start=gradient, lora_ga, corda_ipm, corda_kpm, eva: leave",
+            "public=x.jsonl is for start=gradient, lora_ga, corda_ipm, corda_kpm, eva, for budget",
         ),
         (
             {"start": "gradient", "public": "x.jsonl", "data": "x.jsonl"},
