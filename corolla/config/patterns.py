@@ -56,6 +56,16 @@ class Patterns:
             for n, t in params.items()
         }
 
+    def check_shapes(
+        self, params: Params, shapes: Mapping[str, tuple[int, int]], usual: LoraSpec
+    ) -> None:
+        """Raises ValueError for factors of modules (name → (out, in)) that have another rank."""
+        for name, (out, into) in shapes.items():
+            rank = self.spec(name, usual).rank
+            a, b = params[name + factors.A], params[name + factors.B]
+            if a.shape != (rank, into) or b.shape != (out, rank):
+                raise ValueError(f"factors of {name} do not have rank {rank}")
+
     def check(self, modules: Iterable[str], model: str) -> None:
         """Raises ModelError for a name that means none of the modules with an adapter."""
         known = [*modules]

@@ -138,12 +138,7 @@ class LoraModel(Unrounded):
             raise ValueError(
                 f"adapter differs from the model in {len(odd)} tensors, first {odd[0]!r}"
             )
-        for name in self._layers:
-            out, into = self.shapes[name]
-            a, b = params[name + factors.A], params[name + factors.B]
-            rank = self._patterns.spec(name, spec).rank
-            if a.shape != (rank, into) or b.shape != (out, rank):
-                raise ValueError(f"factors of {name} do not have rank {rank}")
+        self._patterns.check_shapes(params, self.shapes, spec)
         for name, parameter in self._head_parameters():
             if parameter.shape != params[name].shape:
                 raise ValueError(f"head tensor {name} has shape {tuple(params[name].shape)}")

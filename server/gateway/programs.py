@@ -145,8 +145,7 @@ def _refuses(config: RunConfig) -> str:
         "target-parameters or new-tokens": not config.plain_lora,
         "strategy.train=A": config.options.get("train") == "A",
         "dp=example": config.dp == "example",
-        "rank-pattern or alpha-pattern": bool(config.rank_pattern or config.alpha_pattern),
-        "keep-hardest": config.keep_hardest is not None,
+        "keep-hardest or rank- or alpha-pattern": bool(config.keep_hardest or config.patterned),
         f"codec {', '.join(config.codec)}": bool(config.codec),
         f"codec-down {', '.join(config.codec_down)}": bool(config.codec_down),
     }
