@@ -266,7 +266,7 @@ def test_the_formula_counts_the_tensors_that_are_trained(
     assert kinds.of(config) is kinds.FORMS[KINDS["lora"].name]
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "flora", "fedex_lora", "seed_pool"])
+@pytest.mark.parametrize("strategy", ["fedavg", "flora"])
 def test_a_run_ends_in_an_adapter_that_another_process_loads(
     strategy: str,
     folder: Callable[[str], Path],
