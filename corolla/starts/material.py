@@ -10,10 +10,8 @@ from transformers.pytorch_utils import Conv1D
 
 from corolla import seeds
 from corolla.config.run import RunConfig
-from corolla.data import federated
-from corolla.data.encoding import Encoded, Encoder
-from corolla.data.rows import read_rows
-from corolla.errors import DataError
+from corolla.data import public as public_rows
+from corolla.data.encoding import Encoded
 from corolla.models import pretrained
 from corolla.models.lora import LoraModel
 from corolla.types import LoraSpec, Params
@@ -79,20 +77,7 @@ def public(base: pretrained.Base, config: RunConfig, labels: Sequence[str]) -> l
 
     Raises DataError for rows that cannot be used or belong to a client.
     """
-    rows, _ = read_rows(str(config.public))
-    owned = next((row.client for row in rows if row.client is not None), None)
-    if owned is not None:
-        raise DataError(
-            f"{config.public}: rows for start={config.start} belong to no client, found client_id "
-            f"{owned!r}: what is made from them is sent to everybody"
-        )
-    encoder = Encoder.of(config, base.tokenizer, labels)
-    encoded = [s for row in federated.spread(rows, config.public_examples) for s in encoder(row)]
-    if not encoded:
-        raise DataError(
-            f"{config.public}: no row has a target left within max_length={config.max_length}"
-        )
-    return encoded
+    return public_rows.sequences(config, base.tokenizer, labels, f"start={config.start}")
 
 
 def sets(
