@@ -1,6 +1,6 @@
 """The part of the model that is trained, and what it starts from."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -109,6 +109,15 @@ class Adapter(SparseSet):
         against=("parameters=bias", "strategy=seed_pool", "ranks=[4,8]"),
         unsaid=True,
     )
+    scores: Literal["gain", "sensitivity"] = key(
+        "gain",
+        "What a module is worth under a budget, on `public` rows: what a first step on all of them "
+        "gains, or how much the loss depends on its values in steps over them (AdaLoRA).",
+        "sensitivity",
+        beside="budget=flops:0.6 public=public.jsonl",
+        against=("public=null", "budget=null"),
+        unsaid=True,
+    )
     ranks: list[Annotated[int, within("rank")]] = key(
         [],
         "The ranks of clients' adapters, which clients take in turn.",
@@ -197,6 +206,11 @@ class Adapter(SparseSet):
         return self.begins.rows or self.budgeted or self.selects_by_rows
 
     @property
+    def patterned(self) -> bool:
+        """True where modules have ranks or scalings of their own."""
+        return bool(self.rank_pattern or self.alpha_pattern)
+
+    @property
     def prefix(self) -> int:
         """Virtual tokens that stand before each text."""
         return self.virtual_tokens if self.kind.virtual_tokens else 0
@@ -234,19 +248,19 @@ ALPHAS: tuple[Rule[Adapter], ...] = (
 
 PATTERNS: tuple[Rule[Adapter], ...] = (
     Rule(
-        when=lambda run: (run.rank_pattern or run.alpha_pattern) and not run.kind.factors,
+        when=lambda run: run.patterned and not run.kind.factors,
         why=lambda run: "rank-pattern and alpha-pattern are those of LoRA adapters",
         instead=lambda run: f"parameters={run.parameters} has none",
     ),
     Rule(
-        when=lambda run: (run.rank_pattern or run.alpha_pattern) and run.start != "random",
+        when=lambda run: run.patterned and run.start != "random",
         why=lambda run: (
             f"rank-pattern and alpha-pattern are for random factors, found start={run.start}"
         ),
         instead="leave them out, or start",
     ),
     Rule(
-        when=lambda run: (run.rank_pattern or run.alpha_pattern) and run.budget,
+        when=lambda run: run.patterned and run.budgeted,
         why=lambda run: "budget is for modules of one rank",
         instead="leave rank-pattern and alpha-pattern out, or budget",
     ),
@@ -272,6 +286,11 @@ TARGETS: tuple[Rule[Adapter], ...] = (
         when=lambda run: run.target_parameters and run.start != "random",
         why=lambda run: f"start={run.start} is for linear layers",
         instead="leave target-parameters out, or use start=random",
+    ),
+    Rule(
+        when=lambda run: run.target_parameters and run.patterned,
+        why=lambda run: "rank-pattern and alpha-pattern are for linear layers",
+        instead="peft would read them for experts as well: leave target-parameters out",
     ),
     Rule(
         when=lambda run: run.target_parameters and run.budget,
@@ -307,6 +326,11 @@ TARGETS: tuple[Rule[Adapter], ...] = (
         when=lambda run: run.budgeted and (run.new_tokens or run.target_parameters),
         why=lambda run: "budget chooses linear layers by what their backward pass takes",
         instead="that of new-tokens and target-parameters is another, set layers",
+    ),
+    Rule(
+        when=lambda run: run.scores != "gain" and not (run.budgeted and run.public),
+        why=lambda run: f"scores={run.scores} is for budget with public=FILE.jsonl",
+        instead="give both, or leave it out",
     ),
     Rule(
         when=lambda run: run.budget and run.ranks,

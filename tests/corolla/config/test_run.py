@@ -155,7 +155,7 @@ def test_keys_are_written_section_by_section() -> None:
     assert list(RunConfig.model_fields) == own
     unsaid = {
         "alpha_pattern",
-        "budget",
+        *("budget", "scores"),
         "keep_hardest",
         *("select", "spectrum", "explored"),
         "layers",
