@@ -84,6 +84,11 @@ _ADAPTER = _unless(
     lambda reader: f"it is for adapters, and parameters={reader.config.parameters} has none",
     "leave it out, or use parameters=lora",
 )
+_COUNTED = _unless(
+    lambda reader: reader.config.kind.factors or reader.config.kind.sparse,
+    lambda reader: f"it is for adapters, and parameters={reader.config.parameters} has none",
+    "leave it out, or use parameters=lora",
+)
 _MEASURED = _unless(
     lambda reader: reader.config.dp == "none",
     lambda reader: f"with dp={reader.config.dp} nothing is measured on clients' examples",
@@ -129,7 +134,7 @@ EFFECTS: Mapping[str, tuple[Rule[Reader], ...]] = {
     "local_steps": (_STEPS, _of_classes("local_steps")),
     **{key: (_of_classes(key),) for key in ("lr", "batch_size")},
     "rank": (
-        _ADAPTER,
+        _COUNTED,
         _unless(lambda reader: not reader.config.ranks, "ranks has those of all clients", _LEAVE),
         _of_classes("rank"),
     ),
@@ -153,6 +158,13 @@ EFFECTS: Mapping[str, tuple[Rule[Reader], ...]] = {
             lambda reader: reader.config.begins.rows or reader.config.public,
             lambda reader: f"no public rows are read with start={reader.config.start}",
             "leave it out, or use start=gradient",
+        ),
+    ),
+    "spectrum": (
+        _unless(
+            lambda reader: reader.config.select == "principal",
+            lambda reader: f"select={reader.config.select} looks at whole matrices or at none",
+            "leave it out, or use select=principal",
         ),
     ),
     "virtual_tokens": (

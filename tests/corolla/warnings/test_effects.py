@@ -89,6 +89,8 @@ def test_a_default_is_no_setting() -> None:
         ("eval_clients=0 eval_client_examples=4", "eval-client-examples=4 (eval-clients=0"),
         ("strategy=feddpa eval_participants=true", "eval-participants=True (strategy feddpa alw"),
         ("parameters=ia3 rank=4", "rank=4 (it is for adapters, and parameters=ia3 has none)"),
+        ("parameters=sparse select=magnitude spectrum=9", "spectrum=9 (select=magnitude looks at"),
+        ("parameters=sparse rank=4 alpha=3", "alpha=3.0 (it is for adapters, and parameters=spa"),
         ("strategy=flora ranks=[4,8] rank=2", "rank=2 (ranks has those of all clients)"),
         ("strategy=flora ranks=[4,8] alphas=[1,2] alpha=3", "alpha=3.0 (alphas has those of all"),
         ("rounds=4 eval_every=2 patience=2", "patience=2 (the run has no more than 2 evaluations)"),

@@ -5,8 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from corolla.commands.plan import plan
+from corolla.config.run import RunConfig
+from corolla.estimates import footprint
+from corolla.models import anatomy, pretrained, trainable
 from corolla.models.sparse import carried, places
+from corolla.selection.choose import places_of
+from corolla.server.runs import checkpoint
 from corolla.types import Params
+from corolla.wire.codec import content_bytes
 from corolla.wire.messages import content, unpack_task
 from tests.corolla.models.sparse.federations import (
     RANK,
@@ -165,3 +172,53 @@ def test_a_replay_of_scalars_is_the_model_of_the_client(tmp_path: Path) -> None:
     other.show(run.federation.strategy.adapter(run.state), config.lora)
     assert all(torch.equal(shown[n], tensor) for n, tensor in other.read().items())
     assert torch.equal(tiny.logits(other.model), tiny.logits(run.model.model))
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model: Path) -> RunConfig:
+    """Settings of a model in a folder, with places that travel."""
+    return RunConfig(
+        model=str(tiny_model),
+        parameters="sparse",
+        select="magnitude",
+        rank=2,
+        max_length=16,
+        device="cpu",
+    )
+
+
+def test_the_plan_tells_the_bytes_that_travel(folder: RunConfig) -> None:
+    model = trainable.build(folder, pretrained.load(folder))
+    sent = content_bytes(places_of(model, folder))
+    none = plan.Traffic((4, 4), (8, 8), 1, False, 100, 200, 16, 12)
+    told = plan._with_places(none, folder, anatomy.read(folder.model), 3)
+    assert (told.once, told.total_down, told.exchange) == (1 + sent, 200 + 3 * sent, 16 + sent)
+    random = folder.model_copy(update={"select": "random"})
+    assert plan._with_places(none, random, anatomy.read(folder.model), 3) == none
+
+
+def test_the_estimate_counts_places_and_one_whole_gradient(folder: RunConfig) -> None:
+    """8 bytes a place, 4 of the base's value there; the largest matrix where one backpropagates."""
+    known = anatomy.read(folder.model)
+    values = footprint.trained(known, folder)
+    largest = max(out * into for out, into in known.linear().values())
+    work = footprint.Workload(known, footprint.Batch(2, 16, 20))
+    of = {
+        trainer: footprint.client(work, folder, trainer).terms["sparse set"]
+        for trainer in ("first_order", "zeroth_order")
+    }
+    assert of == {"first_order": 12 * values + 4 * largest, "zeroth_order": 12 * values}
+    lora = folder.model_copy(update={"parameters": "lora", "select": "random"})
+    assert "sparse set" not in footprint.client(work, lora, "first_order").terms
+
+
+def test_places_survive_a_checkpoint(tmp_path: Path) -> None:
+    run = start(settings(), "llama", tmp_path / "clients", chosen("llama"))
+    run.step()
+    sha256 = checkpoint.save(tmp_path, checkpoint.Checkpoint("0" * 32, 1, run.state, {}))
+    found = checkpoint.load(tmp_path, {1: sha256})
+    assert found
+    assert found.state.keys() == {"adapter", carried.GROUP}
+    other = sparse("llama")
+    carried.hold(other, found.state)
+    assert all(torch.equal(other.places[n], at) for n, at in run.model.places.items())
