@@ -32,7 +32,7 @@ from corolla.privacy.ledger import Ledger, Limit
 from corolla.storage.folders import client_folder, round_folder
 from corolla.storage.memory import Memory
 from corolla.strategies.listing import registry
-from corolla.types import Adapter, LoraSpec, Payload, TrainerName, Update, row_name
+from corolla.types import Adapter, LoraSpec, Metrics, Payload, TrainerName, Update, row_name
 from corolla.wire import codec, ranges
 from corolla.wire.envelope import Envelope
 from corolla.wire.messages import Capabilities, Kind, Log, Reply, Task, pack_reply, unpack_task
@@ -239,12 +239,10 @@ class Worker:
         followed = self._follow(task.log, sent) if task.log else {}
         if missing or followed is None:
             raise _NotHeldError(missing or ["log"])
-        received = {**followed, **sent, **self.memory.recall(task.cached)}
-        ranges.check_tensors(received)
-        carried.hold(self.model, received)
-        groups, _ = carried.apart(received)
+        groups = {**followed, **sent, **self.memory.recall(task.cached)}
+        ranges.check_tensors(groups)
         kept, owed = self._kept(client, settings.accepted, commit=task.kind == Kind.TRAIN)
-        return Received(settings, groups, kept, owed)
+        return Received(settings, carried.taken(self.model, groups), kept, owed)
 
     def _follow(self, log: Log, sent: Payload) -> Payload | None:
         """The first state and all rows up to the task's version; None when some are missing.
@@ -365,13 +363,9 @@ class Worker:
         if self.traits.personal:
             _save_personal(self.memory, client, self.model, adapter, lora)
         at_a_time = min(8, self.config.micro_batch_size or 8)  # what training fits in, this does
-        base, device = self.model.base, self.model.device
-        numbers = [sequence.example or 0 for sequence in data]  # encode_all has numbered them
         place = list(self.data.clients).index(client)  # clients of one row are of either half
-        metrics, rows = score_by_row(
-            self.model.model, data, numbers, base.pad_id, device, at_a_time
-        )
-        return replace(blank, num_examples=len(data), metrics={**metrics, **halves(rows, place)})
+        metrics = _scores(self.model, data, at_a_time, place)
+        return replace(blank, num_examples=len(data), metrics=metrics)
 
     def _tokens(self, client: str) -> tuple[list[Encoded], int]:
         """A client's training sequences, and how many examples have no target left.
@@ -380,10 +374,7 @@ class Worker:
         """
         if client not in self._encoded:
             rows = self.data.clients[client].train
-            if self.config.dp == "example":
-                self._encoded[client] = private.sequences(self._encoder, rows), 0
-            else:
-                self._encoded[client] = encode_all(self._encoder, rows)
+            self._encoded[client] = _sequences(self._encoder, rows, self.config.dp)
             self.model.base.check_ids(own.input_ids for own in self._encoded[client][0])
         self._encoded.move_to_end(client)
         while len(self._encoded) > _RESIDENT_CLIENTS:
@@ -413,6 +404,19 @@ def _changed(update: Update, traits: Traits, config: RunConfig) -> Update:
     if traits.partial != "absent":
         return update
     return replace(update, payload=layers.sent(update.payload, config.layers))
+
+
+def _sequences(encoder: Encoder, rows: Sequence[Example], dp: str) -> tuple[list[Encoded], int]:
+    """The sequences of rows, how many have no target left; of guarded ones 0."""
+    return (private.sequences(encoder, rows), 0) if dp == "example" else encode_all(encoder, rows)
+
+
+def _scores(model: Trainable, data: Sequence[Encoded], at_a_time: int, place: int) -> Metrics:
+    """The scores of a model on the sequences of `encode_all`, and losses by halves of the rows."""
+    numbers = [sequence.example or 0 for sequence in data]  # encode_all has numbered them
+    base, device = model.base, model.device
+    metrics, rows = score_by_row(model.model, data, numbers, base.pad_id, device, at_a_time)
+    return {**metrics, **halves(rows, place)}
 
 
 def _save_personal(

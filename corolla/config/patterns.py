@@ -56,6 +56,16 @@ class Patterns:
             for n, t in params.items()
         }
 
+    def check_shapes(
+        self, params: Params, shapes: Mapping[str, tuple[int, int]], usual: LoraSpec
+    ) -> None:
+        """Raises ValueError for factors of modules (name → (out, in)) that have another rank."""
+        for name, (out, into) in shapes.items():
+            rank = self.spec(name, usual).rank
+            a, b = params[name + factors.A], params[name + factors.B]
+            if a.shape != (rank, into) or b.shape != (out, rank):
+                raise ValueError(f"factors of {name} do not have rank {rank}")
+
     def check(self, modules: Iterable[str], model: str) -> None:
         """Raises ModelError for a name that means none of the modules with an adapter."""
         known = [*modules]
@@ -69,6 +79,15 @@ class Patterns:
                 f"rank-pattern and alpha-pattern: {', '.join(idle)} match no module of {model} "
                 f"with an adapter, such as {', '.join(known[:3])}"
             )
+
+    def check_ranks(self, shapes: Mapping[str, tuple[int, int]], usual: LoraSpec) -> None:
+        """Raises ModelError for a rank larger than a module of these shapes (out, in) can have."""
+        for name, (out, into) in shapes.items():
+            if (rank := self.spec(name, usual).rank) > min(out, into):
+                raise ModelError(
+                    f"rank {rank} is larger than module {name} ({out} x {into}): "
+                    f"at most {min(out, into)}, or choose other target_modules"
+                )
 
 
 def means(name: str, module: str) -> bool:

@@ -116,10 +116,7 @@ _LAYERS: tuple[Rule[Asked], ...] = (
 
 _RANKS: tuple[Rule[Asked], ...] = (
     Rule(
-        when=lambda asked: (
-            (asked.config.rank_pattern or asked.config.alpha_pattern)
-            and not takes_patterns(asked.strategy)
-        ),
+        when=lambda asked: asked.config.patterned and not takes_patterns(asked.strategy),
         why=lambda asked: (
             f"rank-pattern and alpha-pattern give modules ranks and scalings of their own, and "
             f"{asked.subject} reckons with one for all"
@@ -127,10 +124,7 @@ _RANKS: tuple[Rule[Asked], ...] = (
         instead=lambda asked: f"use {able(takes_patterns)}",
     ),
     Rule(
-        when=lambda asked: (
-            (asked.config.rank_pattern or asked.config.alpha_pattern)
-            and len(set(asked.config.loras)) > 1
-        ),
+        when=lambda asked: asked.config.patterned and len(set(asked.config.loras)) > 1,
         why=lambda asked: "rank-pattern and alpha-pattern are those of all clients",
         instead="leave the ranks and alphas of clients out",
     ),

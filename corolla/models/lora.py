@@ -119,12 +119,7 @@ class LoraModel(Unrounded):
 
     def check_rank(self, spec: LoraSpec) -> None:
         """Raises ModelError for a rank larger than a module can have."""
-        for name, (out, into) in self.shapes.items():
-            if (rank := self._patterns.spec(name, spec).rank) > min(out, into):
-                raise ModelError(
-                    f"rank {rank} is larger than module {name} ({out} x {into}): "
-                    f"at most {min(out, into)}, or choose other target_modules"
-                )
+        self._patterns.check_ranks(self.shapes, spec)
 
     def init(self, spec: LoraSpec, seed: int) -> Params:
         """A fresh adapter: factors as factors.fresh makes them, a head as it is."""
@@ -143,12 +138,7 @@ class LoraModel(Unrounded):
             raise ValueError(
                 f"adapter differs from the model in {len(odd)} tensors, first {odd[0]!r}"
             )
-        for name in self._layers:
-            out, into = self.shapes[name]
-            a, b = params[name + factors.A], params[name + factors.B]
-            rank = self._patterns.spec(name, spec).rank
-            if a.shape != (rank, into) or b.shape != (out, rank):
-                raise ValueError(f"factors of {name} do not have rank {rank}")
+        self._patterns.check_shapes(params, self.shapes, spec)
         for name, parameter in self._head_parameters():
             if parameter.shape != params[name].shape:
                 raise ValueError(f"head tensor {name} has shape {tuple(params[name].shape)}")
@@ -166,7 +156,7 @@ class LoraModel(Unrounded):
             parameter.requires_grad_(False)
         for name, buffer in self.model.named_buffers():
             buffer.copy_(self._buffers[name])
-        self._set_frozen(frozen)
+        self._frozen = _placed(frozen, self.device)
 
     def show(self, adapter: Adapter, spec: LoraSpec) -> None:
         """Write a global model; factors it does not have are a zero update."""
@@ -292,13 +282,14 @@ class LoraModel(Unrounded):
                 yield f"{module}.{name}", parameter
         yield from self._rows.items()
 
-    def _set_frozen(self, blocks: Sequence[Params]) -> None:
-        self._frozen = {}
-        if blocks:
-            stacked = factors.stack(list(blocks))
-            for name in factors.modules(stacked):
-                a, b = stacked[name + factors.A], stacked[name + factors.B]
-                self._frozen[name] = (a.to(self.device), b.to(self.device))
+
+def _placed(blocks: Sequence[Params], device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
+    """The factors A and B of all blocks as one, by module."""
+    stacked = factors.stack(list(blocks)) if blocks else {}
+    return {
+        name: (stacked[name + factors.A].to(device), stacked[name + factors.B].to(device))
+        for name in factors.modules(stacked)
+    }
 
 
 def _beside(

@@ -86,9 +86,7 @@ class Roster:
         return window(pause / 2, 3 * pause / 2)
 
     def _forget(self, device: str) -> None:
-        own = self.seen.pop(device, None)
-        if own is None:
-            return
-        self._held[own.owner] -= 1
-        if not self._held[own.owner]:
-            del self._held[own.owner]
+        if own := self.seen.pop(device, None):
+            self._held[own.owner] -= 1
+            if not self._held[own.owner]:
+                del self._held[own.owner]

@@ -206,6 +206,11 @@ class Adapter(SparseSet):
         return self.begins.rows or self.budgeted or self.selects_by_rows
 
     @property
+    def patterned(self) -> bool:
+        """True where modules have ranks or scalings of their own."""
+        return bool(self.rank_pattern or self.alpha_pattern)
+
+    @property
     def prefix(self) -> int:
         """Virtual tokens that stand before each text."""
         return self.virtual_tokens if self.kind.virtual_tokens else 0
@@ -243,21 +248,27 @@ ALPHAS: tuple[Rule[Adapter], ...] = (
 
 PATTERNS: tuple[Rule[Adapter], ...] = (
     Rule(
-        when=lambda run: (run.rank_pattern or run.alpha_pattern) and not run.kind.factors,
+        when=lambda run: run.patterned and not run.kind.factors,
         why=lambda run: "rank-pattern and alpha-pattern are those of LoRA adapters",
         instead=lambda run: f"parameters={run.parameters} has none",
     ),
     Rule(
-        when=lambda run: (run.rank_pattern or run.alpha_pattern) and run.start != "random",
+        when=lambda run: run.patterned and run.start != "random",
         why=lambda run: (
             f"rank-pattern and alpha-pattern are for random factors, found start={run.start}"
         ),
         instead="leave them out, or start",
     ),
     Rule(
+<<<<<<< HEAD
         when=lambda run: (run.rank_pattern or run.alpha_pattern) and run.budgeted,
         why=lambda run: "budget is for modules of one rank",
         instead="leave rank-pattern and alpha-pattern out, or budget",
+=======
+        when=lambda run: run.patterned and (run.budget or run.target_parameters),
+        why=lambda run: "budget and target-parameters are for one rank of all modules",
+        instead="leave them out, or rank-pattern and alpha-pattern",
+>>>>>>> f9e7545a3352fc8b8bca0f87aba1deaa5b4fd461
     ),
 )
 
@@ -281,6 +292,16 @@ TARGETS: tuple[Rule[Adapter], ...] = (
         when=lambda run: run.target_parameters and run.start != "random",
         why=lambda run: f"start={run.start} is for linear layers",
         instead="leave target-parameters out, or use start=random",
+    ),
+    Rule(
+        when=lambda run: run.target_parameters and (run.rank_pattern or run.alpha_pattern),
+        why=lambda run: "rank-pattern and alpha-pattern are for linear layers",
+        instead="peft would read them for experts as well: leave target-parameters out",
+    ),
+    Rule(
+        when=lambda run: run.target_parameters and run.budget,
+        why=lambda run: "budget chooses among linear layers",
+        instead="leave target-parameters out, or budget",
     ),
     Rule(
         when=lambda run: run.new_tokens and run.start != "random",
