@@ -260,15 +260,9 @@ PATTERNS: tuple[Rule[Adapter], ...] = (
         instead="leave them out, or start",
     ),
     Rule(
-<<<<<<< HEAD
-        when=lambda run: (run.rank_pattern or run.alpha_pattern) and run.budgeted,
-        why=lambda run: "budget is for modules of one rank",
-        instead="leave rank-pattern and alpha-pattern out, or budget",
-=======
-        when=lambda run: run.patterned and (run.budget or run.target_parameters),
+        when=lambda run: run.patterned and (run.budgeted or run.target_parameters),
         why=lambda run: "budget and target-parameters are for one rank of all modules",
         instead="leave them out, or rank-pattern and alpha-pattern",
->>>>>>> f9e7545a3352fc8b8bca0f87aba1deaa5b4fd461
     ),
 )
 
