@@ -260,9 +260,9 @@ PATTERNS: tuple[Rule[Adapter], ...] = (
         instead="leave them out, or start",
     ),
     Rule(
-        when=lambda run: run.patterned and (run.budgeted or run.target_parameters),
-        why=lambda run: "budget and target-parameters are for one rank of all modules",
-        instead="leave them out, or rank-pattern and alpha-pattern",
+        when=lambda run: run.patterned and run.budgeted,
+        why=lambda run: "budget is for modules of one rank",
+        instead="leave rank-pattern and alpha-pattern out, or budget",
     ),
 )
 
@@ -288,7 +288,7 @@ TARGETS: tuple[Rule[Adapter], ...] = (
         instead="leave target-parameters out, or use start=random",
     ),
     Rule(
-        when=lambda run: run.target_parameters and (run.rank_pattern or run.alpha_pattern),
+        when=lambda run: run.target_parameters and run.patterned,
         why=lambda run: "rank-pattern and alpha-pattern are for linear layers",
         instead="peft would read them for experts as well: leave target-parameters out",
     ),
