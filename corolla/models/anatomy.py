@@ -6,6 +6,7 @@ import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -97,13 +98,7 @@ class Anatomy:
         `blocks` are as the key `layers` has them. Raises ModelError for a target that matches none,
         and for a block that there is not.
         """
-        found = {
-            name.removesuffix(".weight"): (shape[0], shape[1])
-            for name, shape in self.tensors.items()
-            if len(shape) == 2 and name.endswith(".weight") and not _OUTSIDE.search(name)
-        }
-        if self.stacks():
-            found = {n: s for n, s in found.items() if not fused.ROUTER.search(f"{n}.weight")}
+        found = self._linear
         for target in targets or ():
             if not any(_meant(name, target) for name in found):
                 raise ModelError(f"target modules {target} match nothing in {self.name}")
@@ -139,6 +134,18 @@ class Anatomy:
         turned = self.family in fused.TURNED
         found = {n: (s[0], s[2], s[1]) if turned else s for n, s in found.items() if s[0] > 1}
         return {name: found[name] for name in layers.kept(found, blocks if found else None)}
+
+    @cached_property
+    def _linear(self) -> dict[str, tuple[int, int]]:
+        """Those of all modules and blocks: estimates ask for them thousands of times."""
+        found = {
+            name.removesuffix(".weight"): (shape[0], shape[1])
+            for name, shape in self.tensors.items()
+            if len(shape) == 2 and name.endswith(".weight") and not _OUTSIDE.search(name)
+        }
+        if self.stacks():
+            found = {n: s for n, s in found.items() if not fused.ROUTER.search(f"{n}.weight")}
+        return found
 
     def _block(self) -> list[str]:
         return [name for name in self.tensors if ".0." in name]

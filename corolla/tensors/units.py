@@ -6,6 +6,7 @@ tensors, as peft reads `layers_to_transform`.
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import lru_cache
 
 import torch
 
@@ -19,6 +20,7 @@ _NORM = re.compile(r"norm|\bln_", re.IGNORECASE)
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 
 
+@lru_cache(1 << 14)  # estimates ask for the same names often
 def block(name: str) -> tuple[str, int] | None:
     """Returns the stack and the number of a module's block; None for a module outside of blocks."""
     before, _, after = name.partition(".")

@@ -141,6 +141,8 @@ def test_a_damaged_folder(tmp_path: Path, tiny_model: Path, damage: str) -> None
         (tmp_path / "model.safetensors").write_bytes(b"\xff" * 30)
     else:
         (tmp_path / "model.safetensors").unlink()
+        told = (tmp_path / "config.json").read_text()
+        (tmp_path / "config.json").write_text(told.replace('"llama"', '"opt"'))
     with pytest.raises(ModelError) as raised:
         anatomy.read(str(tmp_path))
     assert "\n" not in str(raised.value)
