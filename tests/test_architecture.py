@@ -78,7 +78,7 @@ PLACES = {
     "lm_eval": {"evaluation.harness"},
     "atheris": {"experiments.bench.fuzz_guided"},
     **{name: {f"trackers.{name}"} for name in TRACKERS},
-    "huggingface_hub": {"models.folders", "commands.export.push"},
+    "huggingface_hub": {"models.files.folders", "commands.export.push"},
     "gguf": {"artefacts.gguf_architectures", "artefacts.gguf_vocabulary", "artefacts.gguf_files"},
     "executorch": {"phones.lowering"},
     "torchao": {"phones.lowering"},

@@ -32,7 +32,7 @@ from corolla.privacy.ledger import Ledger, Limit
 from corolla.storage.folders import client_folder, round_folder
 from corolla.storage.memory import Memory
 from corolla.strategies.listing import registry
-from corolla.types import Adapter, LoraSpec, Payload, TrainerName, Update, row_name
+from corolla.types import Adapter, LoraSpec, Metrics, Payload, TrainerName, Update, row_name
 from corolla.wire import codec, ranges
 from corolla.wire.envelope import Envelope
 from corolla.wire.messages import Capabilities, Kind, Log, Reply, Task, pack_reply, unpack_task
@@ -239,12 +239,10 @@ class Worker:
         followed = self._follow(task.log, sent) if task.log else {}
         if missing or followed is None:
             raise _NotHeldError(missing or ["log"])
-        received = {**followed, **sent, **self.memory.recall(task.cached)}
-        ranges.check_tensors(received)
-        carried.hold(self.model, received)
-        groups, _ = carried.apart(received)
+        groups = {**followed, **sent, **self.memory.recall(task.cached)}
+        ranges.check_tensors(groups)
         kept, owed = self._kept(client, settings.accepted, commit=task.kind == Kind.TRAIN)
-        return Received(settings, groups, kept, owed)
+        return Received(settings, carried.taken(self.model, groups), kept, owed)
 
     def _follow(self, log: Log, sent: Payload) -> Payload | None:
         """The first state and all rows up to the task's version; None when some are missing.
@@ -317,7 +315,7 @@ class Worker:
         if config.dp != "example":
             data, skipped = self._tokens(client)
             member = self._member(data, task, received, config, seed)
-            update = self._local(member, received.groups, config)
+            update = _local(self.strategy, member, received.groups, config)
             return replace(update, metrics={**update.metrics, "skipped": float(skipped)})
         rows = self.data.clients[client].train
         level = example_level.example_level(config, counted(config.dp, rows), unit_of(rows))
@@ -327,20 +325,12 @@ class Worker:
         def local(rows: Callable[[], Sequence[Encoded]]) -> Update:
             member = self._member(rows(), task, received, config, seed)
             guarded = private.Guarded(replace(member, private=private.once(level)))
-            return self._local(guarded, received.groups, config)
+            return _local(self.strategy, guarded, received.groups, config)
 
         update = private.answered(
             lambda: local(lambda: self._tokens(client)[0]), lambda: local(lambda: ())
         )
         return private.published(update, level, spent)
-
-    def _local(self, member: Client, groups: Payload, config: RunConfig) -> Update:
-        """Returns the update of the strategy's client half, without what was not trained."""
-        return _changed(self._strategy_of(groups).local(member, groups), self.traits, config)
-
-    def _strategy_of(self, groups: Payload) -> Strategy:
-        """The strategy: devices are not told of a start, but of what it puts beside the base."""
-        return offset.beside(self.strategy) if offset.GROUP in groups else self.strategy
 
     def _member(
         self,
@@ -368,19 +358,14 @@ class Worker:
         lora = received.settings.lora
         examples = self.data.clients[client].eval[: self.config.eval_client_examples]
         data, _ = encode_all(self._encoder, examples)
-        groups = {**received.groups, **received.kept}
-        adapter = self._strategy_of(groups).adapter(groups)
+        adapter = _adapter(self.strategy, received)
         self.model.show(adapter, lora)
         if self.traits.personal:
             _save_personal(self.memory, client, self.model, adapter, lora)
         at_a_time = min(8, self.config.micro_batch_size or 8)  # what training fits in, this does
-        base, device = self.model.base, self.model.device
-        numbers = [sequence.example or 0 for sequence in data]  # encode_all has numbered them
         place = list(self.data.clients).index(client)  # clients of one row are of either half
-        metrics, rows = score_by_row(
-            self.model.model, data, numbers, base.pad_id, device, at_a_time
-        )
-        return replace(blank, num_examples=len(data), metrics={**metrics, **halves(rows, place)})
+        metrics = _scores(self.model, data, at_a_time, place)
+        return replace(blank, num_examples=len(data), metrics=metrics)
 
     def _tokens(self, client: str) -> tuple[list[Encoded], int]:
         """A client's training sequences, and how many examples have no target left.
@@ -389,10 +374,7 @@ class Worker:
         """
         if client not in self._encoded:
             rows = self.data.clients[client].train
-            if self.config.dp == "example":
-                self._encoded[client] = private.sequences(self._encoder, rows), 0
-            else:
-                self._encoded[client] = encode_all(self._encoder, rows)
+            self._encoded[client] = _sequences(self._encoder, rows, self.config.dp)
             self.model.base.check_ids(own.input_ids for own in self._encoded[client][0])
         self._encoded.move_to_end(client)
         while len(self._encoded) > _RESIDENT_CLIENTS:
@@ -400,11 +382,41 @@ class Worker:
         return self._encoded[client]
 
 
+def _local(strategy: Strategy, member: Client, groups: Payload, config: RunConfig) -> Update:
+    """Returns the update of the strategy's client half, without what was not trained."""
+    update = _beside(strategy, groups).local(member, groups)
+    return _changed(update, registry.traits(strategy), config)
+
+
+def _adapter(strategy: Strategy, received: Received) -> Adapter:
+    """The model that a client evaluates: the global one, with what it keeps."""
+    groups = {**received.groups, **received.kept}
+    return _beside(strategy, groups).adapter(groups)
+
+
+def _beside(strategy: Strategy, groups: Payload) -> Strategy:
+    """The strategy: devices are not told of a start, but of what it puts beside the base."""
+    return offset.beside(strategy) if offset.GROUP in groups else strategy
+
+
 def _changed(update: Update, traits: Traits, config: RunConfig) -> Update:
     """An update without what was not trained, where the aggregate takes this for no change."""
     if traits.partial != "absent":
         return update
     return replace(update, payload=layers.sent(update.payload, config.layers))
+
+
+def _sequences(encoder: Encoder, rows: Sequence[Example], dp: str) -> tuple[list[Encoded], int]:
+    """The sequences of rows, how many have no target left; of guarded ones 0."""
+    return (private.sequences(encoder, rows), 0) if dp == "example" else encode_all(encoder, rows)
+
+
+def _scores(model: Trainable, data: Sequence[Encoded], at_a_time: int, place: int) -> Metrics:
+    """The scores of a model on the sequences of `encode_all`, and losses by halves of the rows."""
+    numbers = [sequence.example or 0 for sequence in data]  # encode_all has numbered them
+    base, device = model.base, model.device
+    metrics, rows = score_by_row(model.model, data, numbers, base.pad_id, device, at_a_time)
+    return {**metrics, **halves(rows, place)}
 
 
 def _save_personal(

@@ -9,7 +9,7 @@ from typing import Any
 
 from corolla.errors import ArtefactError, WireError
 from corolla.host.files import making_folder
-from corolla.models import adapter_files
+from corolla.models.files import adapter_files
 from corolla.tensors import factors
 from corolla.types import LoraSpec, Params
 from corolla.wire import codec

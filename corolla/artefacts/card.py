@@ -14,7 +14,7 @@ from corolla.errors import ArtefactError, ModelError
 from corolla.evaluation.scoring import SHARES
 from corolla.host.files import write_atomic
 from corolla.models import pretrained
-from corolla.models.folders import folder_of
+from corolla.models.files.folders import folder_of
 
 NAME = "README.md"
 _LICENCE = re.compile(r"^license: *(\S+)", re.MULTILINE)

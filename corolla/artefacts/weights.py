@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from corolla.errors import ArtefactError
-from corolla.models.folders import folder_of
+from corolla.models.files.folders import folder_of
 from corolla.tensors import factors
 from corolla.tensors.stored import StoredTensor, stored_tensors
 from corolla.types import Params

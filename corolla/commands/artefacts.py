@@ -17,7 +17,8 @@ from corolla.errors import ArtefactError, ConfigError
 from corolla.evaluation import answers, harness
 from corolla.evaluation.labels import ordered
 from corolla.evaluation.scoring import SHARES, score_by_row, standard_error
-from corolla.models import adapter_files, devices, pretrained
+from corolla.models import devices, pretrained
+from corolla.models.files import adapter_files
 from corolla.types import Metrics
 
 

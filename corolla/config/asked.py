@@ -163,6 +163,12 @@ def takes_parts(strategy: Strategy | type[Strategy]) -> bool:
     return bool(able) and "first_order" in strategy.trainers
 
 
+def takes_patterns(strategy: Strategy | type[Strategy]) -> bool:
+    """Returns whether modules may have ranks and scalings of their own."""
+    personal = registry.traits(strategy).personal
+    return without_factors(strategy) and not (strategy.mixed_ranks or personal)
+
+
 def takes_sparse(strategy: Strategy) -> bool:
     """Returns whether clients may start from some values of the adapter and 0 for the others.
 

@@ -15,7 +15,8 @@ from corolla.host import wording
 from corolla.strategies.listing import registry
 
 NAMED = ("columns", "splits")
-"""Keys that are tables of names: NAME.field=value sets one of them."""
+VALUED = ("rank_pattern", "alpha_pattern")
+"""Keys that are tables by names, of names and of values: NAME.field=value sets one of them."""
 
 SERVER = "server"
 """The table of a config file that is of the machine `corolla server` runs on, not of the run."""
@@ -152,6 +153,9 @@ def _assign(
             _assign(values, tables, f"{key}.{name}", entry, source)
     elif dot and table in NAMED:  # columns.prompt=body
         _assign_name(values, table, field, value, source)
+    elif dot and table in VALUED:  # rank-pattern.q_proj=4
+        before = values.get(table, {})
+        values[table] = {**(before if isinstance(before, dict) else {}), field: value}
     elif dot:
         if table not in registry.STRATEGIES and table != "strategy":
             raise no_table(table, field, RunConfig.model_fields, source)

@@ -3,12 +3,13 @@
 import math
 
 from corolla.aggregation import robust
+from corolla.config import codecs
 from corolla.config.asked import (
     Asked,
     able,
     not_noised,
     takes_parts,
-    takes_sparse,
+    takes_patterns,
     takes_start,
     without_factors,
 )
@@ -17,7 +18,6 @@ from corolla.config.sections.rule import Rule, refusal
 from corolla.errors import ConfigError
 from corolla.interfaces import Choosing, Stacking, Strategy
 from corolla.strategies.listing import registry
-from corolla.wire.compression import PLAIN
 
 _STATE: tuple[Rule[Asked], ...] = (
     Rule(
@@ -116,6 +116,19 @@ _LAYERS: tuple[Rule[Asked], ...] = (
 
 _RANKS: tuple[Rule[Asked], ...] = (
     Rule(
+        when=lambda asked: asked.config.patterned and not takes_patterns(asked.strategy),
+        why=lambda asked: (
+            f"rank-pattern and alpha-pattern give modules ranks and scalings of their own, and "
+            f"{asked.subject} reckons with one for all"
+        ),
+        instead=lambda asked: f"use {able(takes_patterns)}",
+    ),
+    Rule(
+        when=lambda asked: asked.config.patterned and len(set(asked.config.loras)) > 1,
+        why=lambda asked: "rank-pattern and alpha-pattern are those of all clients",
+        instead="leave the ranks and alphas of clients out",
+    ),
+    Rule(
         when=lambda asked: (
             isinstance(asked.strategy, Stacking)
             and takes_start(asked.strategy)
@@ -126,111 +139,6 @@ _RANKS: tuple[Rule[Asked], ...] = (
             f"which is more than max-rank={asked.config.max_rank}"
         ),
         instead="raise max-rank, or lower rank",
-    ),
-)
-
-_CODECS: tuple[Rule[Asked], ...] = (
-    Rule(
-        when=lambda asked: asked.pipelines != (PLAIN, PLAIN) and asked.traits.updates == "scalars",
-        why=lambda asked: f"{asked.subject} sends scalars",
-        instead="there is nothing to compress, leave codec and codec-down out",
-    ),
-    Rule(
-        when=lambda asked: asked.up.needs_differences and asked.traits.updates != "differences",
-        why=lambda asked: f"{asked.subject} sends {asked.traits.updates}",
-        instead="codec top_k is for differences, where 0 means no change",
-    ),
-    Rule(
-        when=lambda asked: asked.up.needs_differences and asked.traits.rebases,
-        why=lambda asked: f"{asked.subject} has new coordinates in each round",
-        instead="what codec top_k leaves out cannot be added to a later update; use int8 or int4",
-    ),
-    Rule(
-        when=lambda asked: (
-            asked.up.lossy and not asked.up.needs_differences and asked.traits.mirrors
-        ),
-        why=lambda asked: (
-            f"{asked.subject} sums up what its clients keep, so nothing may be lost on the way"
-        ),
-        instead="add top_k to codec, which sends the rest later, or use zstd alone",
-    ),
-    Rule(
-        when=lambda asked: asked.up.needs_factors and asked.traits.updates != "factors",
-        why=lambda asked: f"{asked.subject} sends {asked.traits.updates}",
-        instead=lambda asked: (
-            f"codec rank keeps the products of factors, use "
-            f"{able(lambda cls: registry.traits(cls).updates == 'factors')}"
-        ),
-    ),
-    Rule(
-        when=lambda asked: asked.down.needs_factors or asked.down.number == "int4",
-        why=lambda asked: f"codec-down {', '.join(asked.config.codec_down)}",
-        instead="a broadcast holds weights, not their changes; use top_k of factors, fp16, bf16 or "
-        "int8, and zstd",
-    ),
-    Rule(
-        when=lambda asked: asked.down.needs_differences and not asked.config.kind.factors,
-        why=lambda asked: (
-            f"codec-down {', '.join(asked.config.codec_down)} leaves values out as 0, which is "
-            f"neutral in LoRA factors, found parameters={asked.config.parameters}"
-        ),
-        instead="use fp16, bf16 or int8",
-    ),
-    Rule(
-        when=lambda asked: asked.down.needs_differences and not takes_sparse(asked.strategy),
-        why=lambda asked: (
-            f"codec-down top_k lets clients start from a part of the factors, and {asked.subject} "
-            f"does not aggregate their changes of it"
-        ),
-        instead=lambda asked: f"use {able(lambda cls: takes_sparse(cls()))}",
-    ),
-    Rule(
-        when=lambda asked: (
-            asked.down.needs_differences and asked.config.start not in ("random", "gradient")
-        ),
-        why=lambda asked: (
-            f"codec-down top_k leaves out a part of the factors, and those of "
-            f"start={asked.config.start} belong together"
-        ),
-        instead="use start=random, or fp16, bf16 or int8",
-    ),
-)
-
-_SQUARES: tuple[Rule[Asked], ...] = (
-    Rule(
-        when=lambda asked: asked.traits.squares and len(asked.batch_sizes) > 1,
-        why=lambda asked: (
-            f"{asked.subject} compares squared gradients of batches, which are smaller in larger "
-            f"batches, found batch_size {' and '.join(map(str, sorted(asked.batch_sizes)))}"
-        ),
-        instead="leave classes.NAME.batch_size out; micro_batch_size saves as much memory",
-    ),
-    Rule(
-        when=lambda asked: (
-            asked.traits.squares
-            and (asked.up.needs_differences or asked.up.number not in (None, "bf16"))
-        ),
-        why=lambda asked: (
-            f"{asked.subject} sends squared gradients, which span many orders of magnitude: codec "
-            f"{', '.join(asked.config.codec)} would make most of them 0"
-        ),
-        instead="use bf16, and zstd",
-    ),
-    Rule(
-        when=lambda asked: asked.traits.squares and asked.config.max_norm is not None,
-        why=lambda asked: (
-            f"{asked.subject} divides what clients send, so that max-norm would not bound how far "
-            f"one of them moves the model"
-        ),
-        instead="leave max-norm out",
-    ),
-    Rule(
-        when=lambda asked: asked.traits.squares and asked.config.robust != "none",
-        why=lambda asked: (
-            f"robust={asked.config.robust} compares changes, and {asked.subject} sends them times "
-            f"squared gradients"
-        ),
-        instead="use fedavg, or leave robust out",
     ),
 )
 
@@ -381,7 +289,7 @@ _TRAINERS: tuple[Rule[Asked], ...] = (
 )
 
 RULES = (
-    *(*_STATE, *_RANKS, *_LAYERS, *_SQUARES, *_CODECS, *_START, *_ROBUST, *_PRIVATE),
+    *(*_STATE, *_RANKS, *_LAYERS, *codecs.SQUARES, *codecs.CODECS, *_START, *_ROBUST, *_PRIVATE),
     *(*_HARDEST, *_TRAINERS),
 )
 """Of several that apply, the first is told."""

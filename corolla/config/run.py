@@ -136,6 +136,7 @@ RULES: tuple[Rule[RunConfig], ...] = (
     *machine.QUANTIZED,
     *machine.FULL_PRECISION,
     *training.RANKS_OF_ADAPTERS,
+    *adapter.PATTERNS,
     *adapter.TARGETS,
     *machine.DEVICES,
     *adapter.SELECTION,

@@ -7,8 +7,9 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from corolla.errors import ModelError
-from corolla.models import missing, pretrained
+from corolla.models import pretrained
 from corolla.models.anatomy import Anatomy
+from corolla.models.files import missing
 
 
 def sized(anatomy: Anatomy, labels: int) -> Anatomy:

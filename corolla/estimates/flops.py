@@ -109,7 +109,7 @@ def blocks(model: Anatomy) -> list[Block]:
     Raises ModelError where that is not known: experts, layers outside of blocks, attention and MLP
     side by side, names of other families.
     """
-    if model.family in _UNLIKE:
+    if model.family in _UNLIKE or model.stacks():
         raise ModelError(f"the operations of models of family {model.family} are not counted here")
     stacks: dict[int, list[dict[str, tuple[int, int]]]] = {}
     prefixes: dict[int, str] = {}

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from corolla.config.patterns import Patterns
 from corolla.embedded.assets import asset
 from corolla.errors import ModelError
-from corolla.models import decoders, layers
+from corolla.models import layers
 from corolla.models.experts import fused
+from corolla.models.sizes import decoders
 from corolla.tensors import factors
 from corolla.types import LoraSpec
 
@@ -111,17 +113,21 @@ class Anatomy:
         return {n: s for n, s in found.items() if any(_meant(n, target) for target in targets)}
 
     def adapter(
-        self, spec: LoraSpec, targets: Sequence[str] | None = None, blocks: str | None = None
+        self,
+        spec: LoraSpec,
+        targets: Sequence[str] | None = None,
+        blocks: str | None = None,
+        patterns: Patterns | None = None,
     ) -> dict[str, Shape]:
-        """Shapes of the factors of a LoRA adapter."""
+        """Shapes of the factors of a LoRA adapter. Raises ModelError as `linear`."""
         shapes: dict[str, Shape] = {}
-        for name, (out, into) in self.linear(targets, blocks).items():
-            if spec.rank > min(out, into):
-                raise ModelError(f"rank {spec.rank} is larger than module {name} ({out} x {into})")
-            shapes[name + factors.A], shapes[name + factors.B] = (
-                (spec.rank, into),
-                (out, spec.rank),
-            )
+        linear, own = self.linear(targets, blocks), patterns or Patterns()
+        own.check(linear, self.name)
+        for name, (out, into) in linear.items():
+            rank = own.spec(name, spec).rank
+            if rank > min(out, into):
+                raise ModelError(f"rank {rank} is larger than module {name} ({out} x {into})")
+            shapes[name + factors.A], shapes[name + factors.B] = (rank, into), (out, rank)
         return shapes
 
     def stacks(self, blocks: str | None = None) -> dict[str, Shape]:
@@ -162,7 +168,7 @@ def locate(name: str) -> Path:
     """
     if name == "embedded":
         return asset("model")
-    from corolla.models import folders  # takes a second
+    from corolla.models.files import folders  # takes a second
 
     path = folders.packaged(name) if name in folders.PACKAGED else Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():

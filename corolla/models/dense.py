@@ -35,7 +35,8 @@ from corolla import seeds
 from corolla.config.sections.kinds import KINDS, KindName
 from corolla.directions import moving
 from corolla.directions.space import Beside, Space, Unrounded
-from corolla.models import adapter_files, devices, full, parts
+from corolla.models import devices, full, parts
+from corolla.models.files import adapter_files
 from corolla.models.pretrained import Base, heads_of
 from corolla.types import Adapter, LoraSpec, Move, Params
 from corolla.wire import codec

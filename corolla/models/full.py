@@ -18,7 +18,7 @@ from corolla.directions.space import InPlace, Space
 from corolla.errors import ArtefactError, ModelError
 from corolla.host.files import making_folder
 from corolla.models import devices
-from corolla.models.folders import folder_of
+from corolla.models.files.folders import folder_of
 from corolla.models.pretrained import Base, Quiet
 from corolla.tensors.stored import StoredTensor, stored_tensors
 from corolla.types import Adapter, LoraSpec, Move, Params

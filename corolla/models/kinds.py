@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from corolla.config.build import build_strategy
+from corolla.config.patterns import Patterns
 from corolla.config.run import RunConfig
 from corolla.models.anatomy import Anatomy, Shape
 from corolla.models.experts import fused
@@ -36,7 +37,8 @@ class Form:
 
 
 def _lora_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[str, Shape]:
-    linear = anatomy.adapter(config.lora, config.target_modules, config.layers)
+    patterns = Patterns.of(config)
+    linear = anatomy.adapter(config.lora, config.target_modules, config.layers, patterns)
     trained = tables.rows(anatomy.tensors, config.new_tokens, anatomy.name)
     experts = fused.adapter(anatomy.stacks(config.layers), config, anatomy.name)
     return {**linear, **experts, **trained}
@@ -53,6 +55,7 @@ def _lora(config: RunConfig, base: Base) -> LoraModel:
         config.layers,
         config.target_parameters or (),
         rows.ids(base.tokenizer, config.new_tokens, base.model),
+        Patterns.of(config),
     )
 
 

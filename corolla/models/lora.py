@@ -21,11 +21,13 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from corolla.config.patterns import Patterns, means
 from corolla.directions import moving
 from corolla.directions.space import Beside, Space, Unrounded
 from corolla.errors import ModelError
 from corolla.models import devices, layers
-from corolla.models.adapter_files import (
+from corolla.models.experts.stacks import Experts, free
+from corolla.models.files.adapter_files import (
     PREFIX,
     _inputs_in_fp32,
     adapter_hash,
@@ -34,8 +36,7 @@ from corolla.models.adapter_files import (
     read_adapter,
     write_adapter,
 )
-from corolla.models.experts.stacks import Experts, free
-from corolla.models.missing import within
+from corolla.models.files.missing import within
 from corolla.models.pretrained import Base, heads_of
 from corolla.models.tokens import rows
 from corolla.tensors import factors
@@ -63,13 +64,14 @@ class LoraModel(Unrounded):
         blocks: str | None = None,
         experts: Sequence[str] = (),
         tokens: Sequence[int] = (),
+        patterns: Patterns | None = None,
     ) -> None:
         """Adapters on `targets` (suffixes of module names; None: all linear layers but the output).
 
         `blocks`: in which blocks, as the key `layers` has them; None: in all. `experts`: tensors
         of fused experts that get adapters as well. `tokens`: ids whose rows are trained beside
-        them. Raises ModelError when targets match no linear layer, or no tensor, and for a block
-        that there is not.
+        them. `patterns`: modules with a rank or a scaling of their own. Raises ModelError when
+        targets or patterns match no linear layer, or no tensor, and for a block that there is not.
         """
         self.base = base
         heads = heads_of(base)
@@ -77,6 +79,8 @@ class LoraModel(Unrounded):
         self.targets = free(base.model, targets, _linear_suffixes(base.model, heads))
         self._experts = Experts(base.model, experts, partial(layers.kept, text=blocks))
         self.shapes = targeted(base, self.targets, blocks)
+        self._patterns = patterns or Patterns()
+        self._patterns.check(self.shapes, base.name)
         conv1d = any(isinstance(base.model.get_submodule(n), Conv1D) for n in self.shapes)
         self._config = LoraConfig(
             task_type=TaskType.SEQ_CLS if base.task == "classify" else TaskType.CAUSAL_LM,
@@ -115,16 +119,11 @@ class LoraModel(Unrounded):
 
     def check_rank(self, spec: LoraSpec) -> None:
         """Raises ModelError for a rank larger than a module can have."""
-        for name, (out, into) in self.shapes.items():
-            if spec.rank > min(out, into):
-                raise ModelError(
-                    f"rank {spec.rank} is larger than module {name} ({out} x {into}): "
-                    f"at most {min(out, into)}, or choose other target_modules"
-                )
+        self._patterns.check_ranks(self.shapes, spec)
 
     def init(self, spec: LoraSpec, seed: int) -> Params:
         """A fresh adapter: factors as factors.fresh makes them, a head as it is."""
-        params = factors.fresh(self.shapes, spec.rank, seed)
+        params = self._patterns.fresh(self.shapes, spec, seed)
         return params | {name: tensor.cpu().clone() for name, tensor in self._start_head.items()}
 
     def write(self, params: Params, spec: LoraSpec, frozen: Sequence[Params] = ()) -> None:
@@ -139,11 +138,7 @@ class LoraModel(Unrounded):
             raise ValueError(
                 f"adapter differs from the model in {len(odd)} tensors, first {odd[0]!r}"
             )
-        for name in self._layers:
-            out, into = self.shapes[name]
-            a, b = params[name + factors.A], params[name + factors.B]
-            if a.shape != (spec.rank, into) or b.shape != (out, spec.rank):
-                raise ValueError(f"factors of {name} do not have rank {spec.rank}")
+        self._patterns.check_shapes(params, self.shapes, spec)
         for name, parameter in self._head_parameters():
             if parameter.shape != params[name].shape:
                 raise ValueError(f"head tensor {name} has shape {tuple(params[name].shape)}")
@@ -154,13 +149,14 @@ class LoraModel(Unrounded):
         for name, layer in self._layers.items():
             for factor, role in ((layer.lora_A, factors.A), (layer.lora_B, factors.B)):
                 factor[_NAME].weight = nn.Parameter(views[name + role], requires_grad=False)
-            layer.r[_NAME], layer.scaling[_NAME] = spec.rank, spec.scaling
+            own = self._patterns.spec(name, spec)
+            layer.r[_NAME], layer.scaling[_NAME] = own.rank, own.scaling
         for name, parameter in self._head_parameters():
             parameter.data = views[name]
             parameter.requires_grad_(False)
         for name, buffer in self.model.named_buffers():
             buffer.copy_(self._buffers[name])
-        self._set_frozen(frozen)
+        self._frozen = _placed(frozen, self.device)
 
     def show(self, adapter: Adapter, spec: LoraSpec) -> None:
         """Write a global model; factors it does not have are a zero update."""
@@ -214,9 +210,10 @@ class LoraModel(Unrounded):
     def save(self, folder: Path, adapter: Adapter, spec: LoraSpec) -> None:
         """Write a global model as a PEFT adapter folder that `PeftModel.from_pretrained` loads.
 
-        With frozen blocks, everything is stacked into one adapter of one rank and scaling 1
-        (smaller modules padded with zeros, so that tools without per-module ranks read it right);
-        a stack beyond the full rank is compacted first, which loses nothing.
+        With frozen blocks, and with modules of ranks or scalings of their own, everything is
+        stacked into one adapter of one rank and scaling 1 (smaller modules padded with zeros, so
+        that tools without per-module ranks read it right); a stack beyond the full rank is
+        compacted first, which loses nothing.
         """
         trained = self._settle(adapter.trained, adapter.moves)
         blocks = _blocks(adapter, spec)
@@ -226,8 +223,8 @@ class LoraModel(Unrounded):
         if own or not blocks:
             own = {**factors.select(zero, factors.is_a, factors.is_b), **own}
         rank, alpha = spec.rank, spec.scaling * spec.rank if spec.rslora else spec.alpha
-        if blocks:
-            own = _stacked([*blocks, *([factors.bake(own, spec.scaling)] if own else [])])
+        if blocks or self._patterns:
+            own = _stacked([*blocks, *([self._patterns.baked(own, spec)] if own else [])])
             rank = factors.rank(own)
             alpha = float(rank)
         tensors = {
@@ -263,7 +260,7 @@ class LoraModel(Unrounded):
         Infinite when a head differs in a bit.
         """
         own = self.read()
-        update = factors.bake(factors.select(own, factors.is_a, factors.is_b), spec.scaling)
+        update = self._patterns.baked(factors.select(own, factors.is_a, factors.is_b), spec)
         stored, heads = read_adapter(folder)
         if any(not torch.equal(own[name], heads[name]) for name in heads):
             return math.inf
@@ -285,13 +282,14 @@ class LoraModel(Unrounded):
                 yield f"{module}.{name}", parameter
         yield from self._rows.items()
 
-    def _set_frozen(self, blocks: Sequence[Params]) -> None:
-        self._frozen = {}
-        if blocks:
-            stacked = factors.stack(list(blocks))
-            for name in factors.modules(stacked):
-                a, b = stacked[name + factors.A], stacked[name + factors.B]
-                self._frozen[name] = (a.to(self.device), b.to(self.device))
+
+def _placed(blocks: Sequence[Params], device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
+    """The factors A and B of all blocks as one, by module."""
+    stacked = factors.stack(list(blocks)) if blocks else {}
+    return {
+        name: (stacked[name + factors.A].to(device), stacked[name + factors.B].to(device))
+        for name in factors.modules(stacked)
+    }
 
 
 def _beside(
@@ -345,7 +343,7 @@ def targeted(
     within_blocks = layers.kept(_names(base, heads), blocks)
     shapes = _shapes(base.model, targets, heads)
     shapes = {name: shapes[name] for name in within_blocks if name in shapes}
-    idle = [t for t in targets if not any(_matches(name, t) for name in shapes)]
+    idle = [t for t in targets if not any(means(t, name) for name in shapes)]
     if idle:
         known = ", ".join(_linear_suffixes(base.model, heads)[:12])
         raise ModelError(
@@ -382,14 +380,9 @@ def _shapes(
     """(out, in) of every targeted module; Conv1D keeps its weight as (in, out)."""
     found: dict[str, tuple[int, int]] = {}
     for name, module in _linear(model, heads):
-        if any(_matches(name, target) for target in targets):
+        if any(means(target, name) for target in targets):
             if isinstance(module, Conv1D):
                 found[name] = (module.weight.shape[1], module.weight.shape[0])
             else:
                 found[name] = (int(module.out_features), int(module.in_features))  # type: ignore
     return found
-
-
-def _matches(name: str, target: str) -> bool:
-    """Returns whether a target means a module, by its full name or the last parts of it."""
-    return name == target or name.endswith("." + target)

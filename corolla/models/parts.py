@@ -75,7 +75,7 @@ def _names(base: Base) -> list[str]:
 
 def _heads(base: Base) -> list[str]:
     """The head of a classifier and a new pooler, which are trained whatever else is."""
-    from corolla.models.missing import within
+    from corolla.models.files.missing import within
     from corolla.models.pretrained import heads_of
 
     heads = heads_of(base)
@@ -158,7 +158,7 @@ def _ia3(base: Base, targets: Sequence[str], virtual_tokens: int) -> IA3Config:
     from transformers.pytorch_utils import Conv1D
 
     from corolla.models import lora
-    from corolla.models.missing import within
+    from corolla.models.files.missing import within
     from corolla.models.pretrained import heads_of
 
     shapes, heads = lora.targeted(base, targets), heads_of(base)

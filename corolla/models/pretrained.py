@@ -27,10 +27,10 @@ from corolla.embedded.assets import asset
 from corolla.errors import ConfigError, ModelError
 from corolla.host import heap
 from corolla.models import anatomy
-from corolla.models import missing as lost
 from corolla.models.classifiers import heads
 from corolla.models.devices import pick_device
-from corolla.models.folders import PACKAGED, converted, packaged
+from corolla.models.files import missing as lost
+from corolla.models.files.folders import PACKAGED, converted, packaged
 from corolla.models.tokens import rows
 from corolla.tensors import tree
 

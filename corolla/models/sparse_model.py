@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from corolla.errors import ModelError
-from corolla.models import adapter_files, full, lora
+from corolla.models import full, lora
 from corolla.models.dense import DenseModel
+from corolla.models.files import adapter_files
 from corolla.models.pretrained import Base, heads_of
 from corolla.models.sparse import places, shira
 from corolla.models.sparse.shown import Shown, shown

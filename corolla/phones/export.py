@@ -15,7 +15,8 @@ from corolla.config.load import validate
 from corolla.data.rows import read_rows
 from corolla.errors import ArtefactError, ConfigError, ModelError
 from corolla.host.processes import terminate_as_interrupt
-from corolla.models import adapter_files, lora, pretrained
+from corolla.models import lora, pretrained
+from corolla.models.files import adapter_files
 from corolla.phones import bundle, lowering, selftest
 from corolla.types import LoraSpec
 

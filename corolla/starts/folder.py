@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from corolla.errors import ArtefactError, ModelError, WireError
-from corolla.models.adapter_files import PREFIX
+from corolla.models.files.adapter_files import PREFIX
 from corolla.starts.material import Material
 from corolla.tensors import factors
 from corolla.types import LoraSpec, Params

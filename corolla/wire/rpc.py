@@ -36,7 +36,7 @@ _SERVER = (
     ("grpc.so_reuseport", 0),  # or two servers would share a port, and half the calls be lost
     ("grpc.keepalive_time_ms", 20_000),  # or calls of a peer that vanished would stay
     ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.max_concurrent_streams", 32),  # of a connection, also calls that nobody is told of
+    ("grpc.max_concurrent_streams", 128),  # of a connection, also calls that nobody is told of
     ("grpc.server_handshake_timeout_ms", 10_000),  # two minutes, else, for a silent stranger
 )
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from corolla.artefacts.adapters import CONFIG, TENSORS
 from corolla.commands.export.order import Order, export
-from corolla.models.adapter_files import PREFIX
+from corolla.models.files.adapter_files import PREFIX
 from corolla.tensors.stored import StoredTensor, stored_tensors, write_stored
 from corolla.wire import codec
 from experiments.bench.zeroth_order import Section, command, peak, resident, restart_peak

@@ -142,11 +142,10 @@ def _refuses(config: RunConfig) -> str:
     wrong = {
         f"parameters={config.parameters}": not config.kind.native,
         "classes.NAME.layers": config.partial,
-        "target-parameters": bool(config.target_parameters),
-        "new-tokens": bool(config.new_tokens),
+        "target-parameters or new-tokens": not config.plain_lora,
         "strategy.train=A": config.options.get("train") == "A",
         "dp=example": config.dp == "example",
-        "keep-hardest": config.keep_hardest is not None,
+        "keep-hardest or rank- or alpha-pattern": bool(config.keep_hardest or config.patterned),
         f"codec {', '.join(config.codec)}": bool(config.codec),
         f"codec-down {', '.join(config.codec_down)}": bool(config.codec_down),
     }

@@ -1,8 +1,4 @@
-"""The phones of a gateway between rounds: who they are, and how often they may come.
-
-A phone can say that it is many. So where there are too many, names of the token with the most go
-first, and it is those that have to stay away for long.
-"""
+"""The phones of a gateway between rounds: who they are, and how often they may come."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -78,10 +74,7 @@ class Roster:
         return sum(own.eligible and now - own.at <= within for own in self.seen.values())
 
     def pause(self, owner: str | None = None) -> float:
-        """Seconds between two check-ins of a phone, on average; of an `owner` with few, fewer.
-
-        All together come at most twice as often as they should, however unlike their tokens.
-        """
+        """Seconds between two check-ins of a phone, on average; of an `owner` with few, fewer."""
         phones = len(self.seen)
         if owner is not None:
             phones = min(phones, self._held[owner] * len(self._held))
@@ -93,9 +86,7 @@ class Roster:
         return window(pause / 2, 3 * pause / 2)
 
     def _forget(self, device: str) -> None:
-        own = self.seen.pop(device, None)
-        if own is None:
-            return
-        self._held[own.owner] -= 1
-        if not self._held[own.owner]:
-            del self._held[own.owner]
+        if own := self.seen.pop(device, None):
+            self._held[own.owner] -= 1
+            if not self._held[own.owner]:
+                del self._held[own.owner]

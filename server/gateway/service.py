@@ -33,9 +33,8 @@ OF_TOKEN = 20
 """All phones with one token have so many times the calls of one, however they connect."""
 SECONDS = {"CheckIn": 15.0, "Download": 15.0, "Upload": 240.0, "Report": 240.0, "Heartbeat": 15.0}
 """Seconds in which the request of a call must be there: a chunk has those of the slowest line."""
-TAKEN = {"Download": 240.0}
-"""Seconds in which the answer of a call must be taken, where 15 are too few for it: a chunk."""
-_TAKEN = 15.0
+TAKEN = {**dict.fromkeys(SECONDS, 15.0), "Download": 240.0}
+"""Seconds in which the answer of a call must be taken: a chunk has those of the slowest line."""
 MOST = {"connection": 16, "token": 256, "gateway": 1024}
 """Calls open at a time: of one connection, of all phones with one token, of all."""
 CONNECTIONS = 8192
@@ -116,7 +115,7 @@ class Phones:
                 )
             self._open.wait(call)
             try:
-                async with _waiting(call, TAKEN.get(name, _TAKEN)):
+                async with _waiting(call, TAKEN[name]):
                     await context.write(answer)
             except TimeoutError:  # it stays in memory for as long as there is the connection
                 visitor.end()

@@ -141,7 +141,6 @@ class Run:
             seats=dict(federation.seats),
             **privacy_budget(self.config, account.unit),
         )
-        lines = committed_lines(self.folder, at.round)
         facts = {**self.facts, **carried.facts(at.state)}
         info = run_info(facts, federation, self.evaluator, account, self.keep_updates)
         info["warnings"] += of_extension(self.config, journal.past.rounds)
@@ -150,7 +149,7 @@ class Run:
         self.observer.started({**info, "base": base["metrics"]}, at.round + 1)
         if self.keep_updates:
             self._keep_global(federation, at.state, at.round)
-        return Course(federation, account, at, lines, info, base)
+        return Course(federation, account, at, committed_lines(self.folder, at.round), info, base)
 
     def _loop(self, course: Course, journal: Journal) -> str:
         """Round after round, each committed, until there is a reason to end: the reason."""

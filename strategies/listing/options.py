@@ -32,7 +32,7 @@ def misfit(kind: Any, value: object) -> str:
     Plain are numbers, truth values and lists of words. What else it asks of its values a strategy
     says by itself.
     """
-    if kind == Sequence[str]:
+    if typing.get_origin(kind) is Sequence:
         words = isinstance(value, list | tuple) and all(isinstance(word, str) for word in value)
         return "" if words else "a list of words"
     number = isinstance(value, int | float) and not isinstance(value, bool)

@@ -16,7 +16,7 @@ from corolla.client.training.worker import Worker
 from corolla.config.load import load
 from corolla.config.run import RunConfig
 from corolla.embedded.assets import asset
-from corolla.models.adapter_files import read_adapter
+from corolla.models.files.adapter_files import read_adapter
 from corolla.server.runs.observer import Silent
 from corolla.server.runs.run import Run
 from corolla.server.runs.setup import set_up

@@ -8,7 +8,7 @@ import pytest
 
 from corolla.config.load import load
 from corolla.data.rows import Example
-from corolla.models.folders import PACKAGED
+from corolla.models.files.folders import PACKAGED
 from experiments.demo_llm import run
 
 ENTRY = (

@@ -9,7 +9,7 @@ import torch
 
 from corolla.commands.check.findings import Finding, Proof
 from corolla.commands.check.probe import Probe, Round
-from corolla.models import adapter_files
+from corolla.models.files import adapter_files
 from corolla.server.rounds.call import RoundCall
 from corolla.server.rounds.round import run_round
 from corolla.server.rounds.tasks import priced

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from corolla.errors import ArtefactError
-from corolla.models import adapter_files
+from corolla.models.files import adapter_files
 from corolla.server.runs import journal
 from corolla.tensors import factors
 from corolla.types import Params

@@ -23,7 +23,7 @@ from corolla.config.run import RunConfig
 from corolla.errors import StoppedError
 from corolla.host.files import write_atomic
 from corolla.host.supervised import Child, stop
-from corolla.models import adapter_files
+from corolla.models.files import adapter_files
 
 _BEAT = 0.1
 """Seconds between two looks at the children."""

@@ -16,8 +16,9 @@ from corolla.commands.export.subject import Subject, refuse_filled
 from corolla.data.encoding import Encoded, collate
 from corolla.errors import ArtefactError, ConfigError
 from corolla.host.files import making_folder
-from corolla.models import adapter_files, pretrained
-from corolla.models.folders import folder_of
+from corolla.models import pretrained
+from corolla.models.files import adapter_files
+from corolla.models.files.folders import folder_of
 from corolla.tensors.stored import write_stored
 
 MergedType = Literal["float32", "bfloat16", "float16"]

@@ -240,8 +240,12 @@ def _refuse(config: RunConfig, asked: Mapping[str, Limits]) -> None:
             f"--fit chooses blocks and the rank of LoRA adapters, found "
             f"parameters={config.parameters}: use --memory"
         )
-    if config.budgeted or config.ranks:
-        raise ConfigError("--fit chooses what budget and ranks choose: leave these out")
+    if config.budgeted or config.ranks or config.rank_pattern or config.alpha_pattern:
+        raise ConfigError(
+            "--fit chooses what budget, ranks and rank-pattern choose: leave these out"
+        )
+    if config.new_tokens or config.target_parameters:
+        raise ConfigError("--fit is for linear layers: leave new-tokens and target-parameters out")
     if config.task == "classify":
         raise ConfigError(f"--fit is for models that generate, found task={config.task}")
     for name in asked:

@@ -1,6 +1,6 @@
 """The part of the model that is trained, and what it starts from."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -81,6 +81,23 @@ class Adapter(SparseSet):
         against=("parameters=bias",),
         unsaid=True,
     )
+    rank_pattern: dict[str, Annotated[int, within("rank")]] = key(
+        {},
+        "The ranks of single modules, by their names or the last parts of them.",
+        {"q_proj": 4},
+        effect="rank, in all modules",
+        against=("parameters=bias", "strategy=flora", "start=gradient public=public.jsonl"),
+        unsaid=True,
+    )
+    alpha_pattern: dict[str, Annotated[float, within("alpha")]] = key(
+        {},
+        "The numerators of the scalings of single modules, by their names or the last parts of "
+        "them.",
+        {"q_proj": 8.0},
+        effect="alpha, in all modules",
+        against=("parameters=bias", "strategy=flora"),
+        unsaid=True,
+    )
     budget: Budget | None = key(
         None,
         "The share of what training all modules takes that training may take: `flops:0.5` of the "
@@ -90,6 +107,15 @@ class Adapter(SparseSet):
         "flops:0.5",
         effect="none, all are trained",
         against=("parameters=bias", "strategy=seed_pool", "ranks=[4,8]"),
+        unsaid=True,
+    )
+    scores: Literal["gain", "sensitivity"] = key(
+        "gain",
+        "What a module is worth under a budget, on `public` rows: what a first step on all of them "
+        "gains, or how much the loss depends on its values in steps over them (AdaLoRA).",
+        "sensitivity",
+        beside="budget=flops:0.6 public=public.jsonl",
+        against=("public=null", "budget=null"),
         unsaid=True,
     )
     ranks: list[Annotated[int, within("rank")]] = key(
@@ -180,6 +206,11 @@ class Adapter(SparseSet):
         return self.begins.rows or self.budgeted or self.selects_by_rows
 
     @property
+    def patterned(self) -> bool:
+        """True where modules have ranks or scalings of their own."""
+        return bool(self.rank_pattern or self.alpha_pattern)
+
+    @property
     def prefix(self) -> int:
         """Virtual tokens that stand before each text."""
         return self.virtual_tokens if self.kind.virtual_tokens else 0
@@ -215,6 +246,26 @@ ALPHAS: tuple[Rule[Adapter], ...] = (
     ),
 )
 
+PATTERNS: tuple[Rule[Adapter], ...] = (
+    Rule(
+        when=lambda run: run.patterned and not run.kind.factors,
+        why=lambda run: "rank-pattern and alpha-pattern are those of LoRA adapters",
+        instead=lambda run: f"parameters={run.parameters} has none",
+    ),
+    Rule(
+        when=lambda run: run.patterned and run.start != "random",
+        why=lambda run: (
+            f"rank-pattern and alpha-pattern are for random factors, found start={run.start}"
+        ),
+        instead="leave them out, or start",
+    ),
+    Rule(
+        when=lambda run: run.patterned and run.budgeted,
+        why=lambda run: "budget is for modules of one rank",
+        instead="leave rank-pattern and alpha-pattern out, or budget",
+    ),
+)
+
 TARGETS: tuple[Rule[Adapter], ...] = (
     Rule(
         when=lambda run: run.target_modules and not run.kind.target_modules,
@@ -235,6 +286,11 @@ TARGETS: tuple[Rule[Adapter], ...] = (
         when=lambda run: run.target_parameters and run.start != "random",
         why=lambda run: f"start={run.start} is for linear layers",
         instead="leave target-parameters out, or use start=random",
+    ),
+    Rule(
+        when=lambda run: run.target_parameters and run.patterned,
+        why=lambda run: "rank-pattern and alpha-pattern are for linear layers",
+        instead="peft would read them for experts as well: leave target-parameters out",
     ),
     Rule(
         when=lambda run: run.target_parameters and run.budget,
@@ -265,6 +321,16 @@ TARGETS: tuple[Rule[Adapter], ...] = (
         when=lambda run: run.budget and not run.kind.factors,
         why=lambda run: "budget chooses modules of LoRA adapters",
         instead=lambda run: f"parameters={run.parameters} has none",
+    ),
+    Rule(
+        when=lambda run: run.budgeted and (run.new_tokens or run.target_parameters),
+        why=lambda run: "budget chooses linear layers by what their backward pass takes",
+        instead="that of new-tokens and target-parameters is another, set layers",
+    ),
+    Rule(
+        when=lambda run: run.scores != "gain" and not (run.budgeted and run.public),
+        why=lambda run: f"scores={run.scores} is for budget with public=FILE.jsonl",
+        instead="give both, or leave it out",
     ),
     Rule(
         when=lambda run: run.budget and run.ranks,

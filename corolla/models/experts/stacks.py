@@ -121,7 +121,7 @@ class Experts:
         """
         known = stacks(model) if targets else {}
         meant = set(_all(known, targets))
-        names = [name for name in kept(known) if name in meant]
+        names = [name for name in (kept(known) if known else ()) if name in meant]
         if idle := [t for t in targets if not any(_matches(name, t) for name in names)]:
             ends = ", ".join(sorted({".".join(name.split(".")[-2:]) for name in known})[:12])
             has = f"its fused experts are {ends}" if known else "it has no fused experts"

@@ -40,6 +40,12 @@ def hold(model: object, payload: Payload) -> None:
     model.hold(payload[GROUP])
 
 
+def taken(model: object, payload: Payload) -> dict[str, Params]:
+    """The strategy's groups of what was received; the model holds the places (see `hold`)."""
+    hold(model, payload)
+    return dict(apart(payload)[0])
+
+
 def facts(payload: Payload) -> Mapping[str, Any]:
     """Facts of the places for run.json, where they travel."""
     return {"support_sha256": tree.digest(payload[GROUP])} if GROUP in payload else {}

@@ -16,7 +16,7 @@ _OUTPUT = ("lm_head.weight", "embed_out.weight")
 
 def of_input(tensors: Mapping[str, Shape], model: str) -> dict[str, Shape]:
     """The table of the embeddings of tokens. Raises ModelError where it is not known."""
-    found = {n: s for n, s in tensors.items() if _INPUT.search(n) and len(s) == 2}
+    found: dict[str, Shape] = {n: s for n, s in tensors.items() if _INPUT.search(n) and len(s) == 2}
     if not found:
         raise ModelError(
             f"which tensor of {model} has the embeddings of tokens is not known, its size "

@@ -111,6 +111,8 @@ def test_too_little_is_refused_in_one_line(sizes: Anatomy) -> None:
     [
         ({"parameters": "bias", "budget": "flops:0.5"}, "budget chooses modules of LoRA adapters"),
         ({"budget": "flops:0.5", "ranks": [2, 4], "strategy": "flora"}, "for one rank of all"),
+        ({"budget": "flops:0.5", "new_tokens": ["<a>"]}, "that of new-tokens and"),
+        ({"budget": "flops:0.6", "scores": "sensitivity"}, "is for budget with public"),
         ({"budget": "half"}, "expected a share"),
         ({"budget": "flops:0"}, "expected a share"),
         ({"budget": "flops:1.5"}, "expected a share"),
@@ -157,6 +159,24 @@ def test_importance_of_a_quadratic_by_hand() -> None:
     assert scores.importance(after, move) == pytest.approx(eta * h**2 * w**2 * (1 - eta * h))
 
 
+def test_sensitivity_by_hand() -> None:
+    """w = 2, g = -3, twice: I = 6; Ī 0.9, 1.665; Ū 0.15·5.1 = 0.765, 0.85·0.765 + 0.15·4.335."""
+    seen = scores.Sensitivity()
+    value, gradient = torch.tensor([[2.0]]), torch.tensor([[-3.0]])
+    for mean, spread in ((0.9, 0.765), (1.665, 1.3005)):
+        seen.add({"w": value}, {"w": gradient})
+        assert seen.values()["w"].item() == pytest.approx(mean * spread)
+
+
+def test_a_module_is_worth_the_means_of_its_rows_and_columns() -> None:
+    """One step: Ī Ū of a value of size x is 0.15·0.1275 x² = 0.019125 x²."""
+    seen = scores.Sensitivity()
+    a, b = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [1.0], [2.0]])
+    seen.add({"m.lora_A": a, "m.lora_B": b}, {"m.lora_A": a / a, "m.lora_B": b / b})
+    expected = 0.15 * 0.15 * 0.85 * ((1 + 4) / 2 + (9 + 1 + 4) / 3)
+    assert seen.module("m") == pytest.approx(expected, rel=1e-5)
+
+
 def test_scores_become_whole_numbers_of_at_least_one() -> None:
     found = knapsack.whole({"a": 2.0, "b": -1.0, "c": 1.0})
     assert found == {"a": 1 + 2**20, "b": 1, "c": 1 + 2**19}
@@ -175,6 +195,8 @@ def test_scoring_leaves_the_base_as_it_was_and_is_the_same_each_time(rows: Path)
     assert first[1]["budget"]["scores"] == "public"
     unscored, _ = settle.foreseen(config, anatomy.read("embedded"))
     assert first[0].target_modules != unscored.target_modules
+    other, _ = settle.settled(config.model_copy(update={"scores": "sensitivity"}), base)
+    assert other.target_modules not in (first[0].target_modules, unscored.target_modules)
 
 
 def test_rows_of_a_client_are_not_read(tmp_path: Path) -> None:

@@ -154,13 +154,15 @@ def test_keys_are_written_section_by_section() -> None:
     own = [key for section in sections for key in vars(section)["__annotations__"]]
     assert list(RunConfig.model_fields) == own
     unsaid = {
-        "budget",
+        "alpha_pattern",
+        *("budget", "scores"),
         "keep_hardest",
         *("select", "spectrum", "explored"),
         "layers",
         "max_rank",
         "new_head",
         "new_tokens",
+        "rank_pattern",
         "target_parameters",
         "template_date",
     }  # where they are as usual: what is stored stays as it was

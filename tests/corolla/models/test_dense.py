@@ -29,8 +29,9 @@ from corolla.data.encoding import Encoded, Encoder
 from corolla.directions.pools import SignPool
 from corolla.errors import ArtefactError, DivergedError, ModelError
 from corolla.evaluation import scoring
-from corolla.models import adapter_files, parts, pretrained, trainable
+from corolla.models import parts, pretrained, trainable
 from corolla.models.dense import DenseModel
+from corolla.models.files import adapter_files
 from corolla.models.full import FullModel
 from corolla.models.pretrained import Base
 from corolla.server.rounds.call import RoundCall

@@ -10,7 +10,7 @@ from peft import PeftModel
 from corolla.errors import ModelError
 from corolla.models import layers
 from corolla.models.lora import LoraModel
-from corolla.tensors import factors
+from corolla.tensors import factors, units
 from corolla.types import Adapter, LoraSpec, Params
 from tests.strategies import tiny
 
@@ -78,7 +78,7 @@ def test_blocks_of_a_class_are_counted_among_those_of_the_run() -> None:
     ],
 )
 def test_the_block_of_a_module(name: str, expected: tuple[str, int] | None) -> None:
-    assert layers.block(name) == expected
+    assert units.block(name) == expected
 
 
 def test_a_model_of_two_stacks_is_refused() -> None:
@@ -103,7 +103,7 @@ def test_gradients_of_chosen_blocks_are_those_of_the_full_adapter(kind: str) -> 
 
 def test_all_blocks_are_all_modules_within_blocks(kind: str) -> None:
     whole, own = model(kind), model(kind, f"first:{COUNT}")
-    assert own.shapes == {n: s for n, s in whole.shapes.items() if layers.block(n)}
+    assert own.shapes == {n: s for n, s in whole.shapes.items() if units.block(n)}
     fresh = whole.init(SPEC, 1)
     assert all(torch.equal(tensor, fresh[name]) for name, tensor in own.init(SPEC, 1).items())
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from corolla.errors import ArtefactError, ModelError
-from corolla.models import adapter_files
+from corolla.models.files import adapter_files
 from corolla.models.lora import LoraModel
 from corolla.models.pretrained import Base
 from corolla.types import Adapter, LoraSpec, Params

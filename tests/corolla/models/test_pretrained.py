@@ -10,7 +10,8 @@ import transformers
 
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, ModelError
-from corolla.models import devices, folders, pretrained
+from corolla.models import devices, pretrained
+from corolla.models.files import folders
 
 Settings = Callable[..., RunConfig]
 

@@ -19,7 +19,8 @@ from corolla.cli.app import app
 from corolla.config.run import RunConfig
 from corolla.embedded.assets import asset
 from corolla.errors import ConfigError, ModelError
-from corolla.models import adapter_files, lora, pretrained
+from corolla.models import lora, pretrained
+from corolla.models.files import adapter_files
 from corolla.phones import bundle, export, lowering, selftest
 from corolla.types import Adapter
 from tests.bundles import LENGTH, RANK, needs_executorch, small_bundle

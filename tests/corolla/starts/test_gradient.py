@@ -14,7 +14,7 @@ from corolla.commands.simulate.in_process import simulate
 from corolla.config.load import validate
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, DataError, ModelError
-from corolla.models.adapter_files import read_adapter
+from corolla.models.files.adapter_files import read_adapter
 from corolla.models.lora import LoraModel
 from corolla.models.pretrained import Base
 from corolla.starts import gradient as gradients_of

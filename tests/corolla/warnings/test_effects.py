@@ -28,7 +28,7 @@ ELSEWHERE = {
     **dict.fromkeys(("micro_batch_size", "gradient_checkpointing"), "memory"),
     **dict.fromkeys(("model", "data", "availability", "splits"), "in a file"),
     "quantization": "needs bitsandbytes",
-    **dict.fromkeys(("layers", "budget"), "in models of more than one block"),
+    **dict.fromkeys(("layers", "budget", "scores"), "in models of more than one block"),
     "target_parameters": "in models with fused experts",
     "new_tokens": "in models with rows for them",
     "options": "a table of options, which are keys of their own",

@@ -21,7 +21,8 @@ from corolla.directions.pools import SignPool
 from corolla.errors import ArtefactError
 from corolla.evaluation import other_process, reader
 from corolla.evaluation.other_process import OtherProcess
-from corolla.models import missing, pretrained, trainable
+from corolla.models import pretrained, trainable
+from corolla.models.files import missing
 from corolla.models.trainable import Trainable
 from corolla.server.runs.evaluate import Evaluator
 from corolla.server.runs.proof import Proof, prove

@@ -93,7 +93,7 @@ def small(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(runner, "stop", lambda *_: None)
     monkeypatch.setattr(runner, "_BEAT", 0.0)
     monkeypatch.setattr(module, "write_comparison", lambda folder, results: None)
-    monkeypatch.setattr("corolla.models.adapter_files.adapter_hash", lambda folder: "same")
+    monkeypatch.setattr("corolla.models.files.adapter_files.adapter_hash", lambda folder: "same")
     monkeypatch.setattr(module, "cores", lambda: 2)
     for name, value in (("started", []), ("most", 0), ("alive", 0), ("fails", {}), ("peak", 1000)):
         monkeypatch.setattr(Fake, name, value)

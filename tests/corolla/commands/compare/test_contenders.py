@@ -13,7 +13,7 @@ from corolla.config.load import load
 from corolla.config.run import RunConfig
 from corolla.data import federated
 from corolla.errors import ConfigError
-from corolla.models.adapter_files import adapter_hash
+from corolla.models.files.adapter_files import adapter_hash
 from corolla.server.runs import run
 
 Settings = Callable[..., RunConfig]

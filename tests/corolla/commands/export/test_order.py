@@ -21,7 +21,8 @@ from corolla.artefacts.demands import max_lora_rank, unmet
 from corolla.commands.export.order import Order, export
 from corolla.config.run import RunConfig
 from corolla.errors import ArtefactError, ConfigError
-from corolla.models import adapter_files, pretrained
+from corolla.models import pretrained
+from corolla.models.files import adapter_files
 from corolla.models.lora import LoraModel
 from corolla.tensors import factors
 from corolla.types import Adapter, LoraSpec

@@ -154,6 +154,7 @@ def test_a_model_of_a_billion_parameters_from_its_config_alone(tmp_path: Path) -
         (["--fit", "seconds=-1"], "seconds is more than 0"),
         (["--fit", "memory=2GB", "--set", "parameters=bias"], "found parameters=bias"),
         (["--fit", "memory=2GB", "--strategy", "seed_pool"], "--fit is for first-order clients"),
+        (["--fit", "memory=2GB", "--set", 'new-tokens=["<a>"]'], "--fit is for linear layers"),
         (["--fit", "seconds=9", "--set", "local-epochs=1"], "set local-steps"),
         (["--fit", "memory=2GB", "--set", "budget=flops:0.5"], "--fit chooses what budget"),
     ],

@@ -18,8 +18,9 @@ from corolla.config.sections.kinds import KINDS
 from corolla.data.encoding import Encoded
 from corolla.errors import ArtefactError, ModelError
 from corolla.estimates import footprint
-from corolla.models import adapter_files, anatomy, kinds, pretrained, trainable
+from corolla.models import anatomy, kinds, pretrained, trainable
 from corolla.models.experts import fused
+from corolla.models.files import adapter_files
 from corolla.models.lora import LoraModel
 from corolla.types import Adapter, LoraSpec, Params
 from tests.conftest import byte_tokenizer

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from corolla.client.training.first_order import FirstOrder
 from corolla.errors import ModelError
-from corolla.models import adapter_files
+from corolla.models.files import adapter_files
 from corolla.models.sparse import places
 from corolla.models.sparse_model import SparseModel
 from corolla.types import Adapter

@@ -21,7 +21,8 @@ from corolla.config.run import RunConfig
 from corolla.data.encoding import Encoded
 from corolla.errors import ArtefactError, ConfigError, ModelError
 from corolla.estimates import footprint
-from corolla.models import adapter_files, anatomy, pretrained, trainable
+from corolla.models import anatomy, pretrained, trainable
+from corolla.models.files import adapter_files
 from corolla.models.lora import LoraModel
 from corolla.models.tokens import rows
 from corolla.types import Adapter, LoraSpec, Params
@@ -96,7 +97,7 @@ def test_rows_take_the_place_of_those_of_the_tables(tied: bool, tmp_path: Path) 
     with torch.no_grad():
         for name in wanted:
             module = other.get_submodule(name.removesuffix(f".{DELTA}"))
-            module.weight[TOKENS] = params[name]  # type: ignore[index, operator]
+            module.weight[TOKENS] = params[name]
     without = LoraModel(replace(tiny.base("llama"), model=other))
     without.write({n: t for n, t in params.items() if n not in wanted}, SPEC)
     torch.testing.assert_close(tiny.logits(without.model), found, rtol=0, atol=1e-6)

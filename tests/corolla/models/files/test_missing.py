@@ -21,7 +21,8 @@ from corolla.commands.export.merged import export_merged
 from corolla.commands.simulate.in_process import simulate
 from corolla.config.run import RunConfig
 from corolla.errors import ArtefactError, ModelError
-from corolla.models import missing, pretrained
+from corolla.models import pretrained
+from corolla.models.files import missing
 from tests.corolla.models import checkpoints
 
 Settings = Callable[..., RunConfig]

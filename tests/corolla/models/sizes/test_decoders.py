@@ -9,7 +9,8 @@ import torch
 import transformers
 
 from corolla.errors import ModelError
-from corolla.models import anatomy, decoders
+from corolla.models import anatomy
+from corolla.models.sizes import decoders
 
 SIZES: dict[str, Any] = {
     **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16},

@@ -1,0 +1,1 @@
+"""Sizes of models that are known from their config.json alone."""
