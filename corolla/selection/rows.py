@@ -6,17 +6,13 @@ What is chosen by them goes to everybody, so that no client's row may be among t
 import math
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
 from corolla.config.run import RunConfig
-from corolla.data.encoding import Encoded, collate
+from corolla.data.encoding import Encoded
 from corolla.errors import ModelError
-from corolla.evaluation.scoring import loss_sum
+from corolla.evaluation import weight_gradients
 from corolla.models.sparse_model import SparseModel
-
-_AT_ONCE = 1 << 26
-"""Values of the gradients that exist at a time, unless one module alone has more: 256 MB."""
 
 
 def fisher(
@@ -27,7 +23,7 @@ def fisher(
     Sung, Nair and Raffel, "Training Neural Networks with Fixed Sparse Masks" (FISH), NeurIPS 2021,
     arXiv 2111.09839. A row at a time: the square of a batch's gradient has the products of rows.
     """
-    return _sums(model, [[row] for row in rows], 1.0, squared=True)
+    return _finite(model, [[row] for row in rows], 1.0, squared=True)
 
 
 def gradient(
@@ -40,45 +36,14 @@ def gradient(
     """
     size, targets = config.micro_batch_size or config.batch_size, sum(row.targets for row in rows)
     batches = [rows[at : at + size] for at in range(0, len(rows), size)]
-    return _sums(model, batches, 1 / targets, squared=False)
+    return _finite(model, batches, targets, squared=False)
 
 
-def _sums(
-    model: SparseModel, batches: Sequence[Sequence[Encoded]], factor: float, squared: bool
+def _finite(
+    model: SparseModel, batches: Sequence[Sequence[Encoded]], divisor: float, squared: bool
 ) -> Iterator[tuple[str, Tensor]]:
-    """(module, |Σ g| or Σ g²) over batches, g the gradient of `factor` times their summed loss.
-
-    All batches go through the model once for each set of modules whose gradients fit _AT_ONCE.
-    """
-    originals = model.originals
-    for names in _sets(model.sizes):
-        weights = [originals[name].requires_grad_(True) for name in names]
-        sums = [torch.zeros_like(weight) for weight in weights]
-        try:
-            for batch in batches:
-                loss = factor * loss_sum(
-                    model.model, collate(batch, model.base.pad_id, model.device)
-                )
-                for own, part in zip(
-                    sums, torch.autograd.grad(loss, weights, materialize_grads=True), strict=True
-                ):
-                    own += part.square() if squared else part
-        finally:
-            for weight in weights:
-                weight.requires_grad_(False)
-        for name, own in zip(names, sums, strict=True):
-            if not math.isfinite(float(own.sum())):
-                raise ModelError(f"the gradient of {name} on public rows is not finite")
-            yield name, own.abs()
-
-
-def _sets(sizes: dict[str, int]) -> Iterator[list[str]]:
-    names: list[str] = []
-    values = 0
-    for name, size in sizes.items():
-        if names and values + size > _AT_ONCE:
-            yield names
-            names, values = [], 0
-        names.append(name)
-        values += size
-    yield names
+    """(module, |Σ g|, or Σ g², over batches); g: weight_gradients.sums. Raises ModelError."""
+    for name, own in weight_gradients.sums(model, model.originals, batches, divisor, squared):
+        if not math.isfinite(float(own.sum())):
+            raise ModelError(f"the gradient of {name} on public rows is not finite")
+        yield name, own.abs()

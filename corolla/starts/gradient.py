@@ -10,16 +10,13 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from corolla.data.encoding import Encoded, collate
+from corolla.data.encoding import Encoded
 from corolla.errors import ModelError
-from corolla.evaluation.scoring import loss_sum
+from corolla.evaluation import weight_gradients
 from corolla.models.lora import LoraModel
-from corolla.starts.material import Material, sets
+from corolla.starts.material import Material
 from corolla.tensors import factors
 from corolla.types import LoraSpec, Params
-
-_AT_ONCE = 1 << 26
-"""Values of the gradients that exist at a time, unless one module alone has more: 256 MB."""
 
 
 def adapter(material: Material) -> Params:
@@ -57,30 +54,17 @@ def finite(material: Material) -> Iterator[tuple[str, Tensor]]:
 
 
 def gradients(
-    model: LoraModel, fresh: Params, spec: LoraSpec, batches: Sequence[Encoded], size: int
+    model: LoraModel, fresh: Params, spec: LoraSpec, rows: Sequence[Encoded], size: int
 ) -> Iterator[tuple[str, Tensor]]:
     """(module, gradient (out, in) in fp32 of the mean loss) of all modules, at an adapter.
 
-    `size` sequences go through the model at a time. All are passed once for each set of modules
-    whose gradients fit _AT_ONCE: memory for time.
+    `size` sequences go through the model at a time.
     """
     model.write(fresh, spec)
     plain = model.model.base_model.model
     layers = {name: plain.get_submodule(name).get_base_layer() for name in model.shapes}
-    targets = sum(sequence.targets for sequence in batches)
-    for names in sets(model, _AT_ONCE, lambda out, into: out * into):
-        weights = [layers[name].weight.requires_grad_(True) for name in names]
-        sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
-        try:
-            for at in range(0, len(batches), size):
-                batch = collate(batches[at : at + size], model.base.pad_id, model.device)
-                loss = loss_sum(model.model, batch) / targets
-                for own, part in zip(
-                    sums, torch.autograd.grad(loss, weights, materialize_grads=True), strict=True
-                ):
-                    own += part
-        finally:
-            for weight in weights:
-                weight.requires_grad_(False)
-        for name, own in zip(names, sums, strict=True):
-            yield name, own.T if isinstance(layers[name], Conv1D) else own
+    weights = {name: layer.weight for name, layer in layers.items()}
+    batches = [rows[at : at + size] for at in range(0, len(rows), size)]
+    targets = sum(row.targets for row in rows)
+    for name, gradient in weight_gradients.sums(model, weights, batches, targets):
+        yield name, gradient.T if isinstance(layers[name], Conv1D) else gradient

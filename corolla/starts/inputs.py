@@ -7,10 +7,8 @@ from torch import Tensor, nn
 
 from corolla.data.encoding import collate
 from corolla.errors import ModelError
-from corolla.starts.material import Material, sets
-
-_AT_ONCE = 1 << 26
-"""Values of the moments that exist at a time, unless one module alone has more: 512 MB."""
+from corolla.evaluation.weight_gradients import sets
+from corolla.starts.material import Material
 
 
 def moments(material: Material, relative: bool = False) -> Iterator[tuple[str, Tensor]]:
@@ -19,17 +17,18 @@ def moments(material: Material, relative: bool = False) -> Iterator[tuple[str, T
     X (tokens, in) are a layer's inputs at all positions of a sequence, prompt and target alike;
     one sequence goes through the model at a time, so that none is padding. With `relative`
     X is divided by the largest |x| of the sequence. All are passed once for each set of modules
-    whose moments fit _AT_ONCE: memory for time.
+    whose moments are at most AT_ONCE values: memory for time.
 
     Raises ModelError when one is not finite, DataError as Material.rows does.
     """
     model = material.model
     model.write(material.fresh, material.spec)
     plain = model.model.base_model.model
-    for names in sets(model, _AT_ONCE, lambda out, into: into * into):
+    sizes = {name: into for name, (_, into) in model.shapes.items()}
+    for names in sets({name: into * into for name, into in sizes.items()}):
         sums = {
-            name: torch.zeros(into, into, dtype=torch.float64, device=model.device)
-            for name, (_, into) in names.items()
+            name: torch.zeros(2 * [sizes[name]], dtype=torch.float64, device=model.device)
+            for name in names
         }
         hooks = [
             plain.get_submodule(name).register_forward_pre_hook(_adding(total, relative))

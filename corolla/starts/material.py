@@ -1,6 +1,6 @@
 """What a start is made of: the base and its weights, public rows, the settings of a run."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,10 +10,8 @@ from transformers.pytorch_utils import Conv1D
 
 from corolla import seeds
 from corolla.config.run import RunConfig
-from corolla.data import federated
-from corolla.data.encoding import Encoded, Encoder
-from corolla.data.rows import read_rows
-from corolla.errors import DataError
+from corolla.data import public
+from corolla.data.encoding import Encoded
 from corolla.models import pretrained
 from corolla.models.lora import LoraModel
 from corolla.types import LoraSpec, Params
@@ -40,7 +38,9 @@ class Material:
 
         Raises DataError for rows that cannot be used or belong to a client.
         """
-        return public(self.model.base, self.config, self.labels)
+        wanted_by = f"start={self.config.start}"
+        tokenizer = self.model.base.tokenizer
+        return public.sequences(self.config, tokenizer, self.labels, wanted_by)
 
     def layer(self, module: str) -> nn.Module:
         """A linear layer of the base, without its adapter."""
@@ -72,40 +72,3 @@ def oriented(layer: nn.Module) -> Tensor:
         raise TypeError(f"{type(layer).__name__} is no linear layer")
     found = weight.detach().float()
     return found.T if isinstance(layer, Conv1D) else found
-
-
-def public(base: pretrained.Base, config: RunConfig, labels: Sequence[str]) -> list[Encoded]:
-    """Sequences of the public rows, evenly spread over them.
-
-    Raises DataError for rows that cannot be used or belong to a client.
-    """
-    rows, _ = read_rows(str(config.public))
-    owned = next((row.client for row in rows if row.client is not None), None)
-    if owned is not None:
-        raise DataError(
-            f"{config.public}: rows for start={config.start} belong to no client, found client_id "
-            f"{owned!r}: what is made from them is sent to everybody"
-        )
-    encoder = Encoder.of(config, base.tokenizer, labels)
-    encoded = [s for row in federated.spread(rows, config.public_examples) for s in encoder(row)]
-    if not encoded:
-        raise DataError(
-            f"{config.public}: no row has a target left within max_length={config.max_length}"
-        )
-    return encoded
-
-
-def sets(
-    model: LoraModel, most: int, values: Callable[[int, int], int]
-) -> Iterator[Mapping[str, tuple[int, int]]]:
-    """The modules in sets of at most `most` values, by `values` (out, in) of each; at least one."""
-    names: dict[str, tuple[int, int]] = {}
-    total = 0
-    for name, (out, into) in model.shapes.items():
-        own = values(out, into)
-        if names and total + own > most:
-            yield names
-            names, total = {}, 0
-        names[name] = (out, into)
-        total += own
-    yield names

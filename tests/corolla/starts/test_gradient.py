@@ -13,12 +13,14 @@ from torch import Tensor
 from corolla.commands.simulate.in_process import simulate
 from corolla.config.load import validate
 from corolla.config.run import RunConfig
+from corolla.data import public as public_rows
 from corolla.errors import ConfigError, DataError, ModelError
+from corolla.evaluation import weight_gradients
 from corolla.models.files.adapter_files import read_adapter
 from corolla.models.lora import LoraModel
 from corolla.models.pretrained import Base
 from corolla.starts import gradient as gradients_of
-from corolla.starts import material, table
+from corolla.starts import table
 from corolla.strategies.listing.registry import STRATEGIES, create
 from corolla.tensors import tree
 from corolla.types import Params
@@ -100,9 +102,9 @@ def test_gradients_are_those_of_the_whole_weights(
     kind: str, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One module at a time, or all: the mean over all targets, two sequences at a time."""
-    monkeypatch.setattr(gradients_of, "_AT_ONCE", at_once)
+    monkeypatch.setattr(weight_gradients, "AT_ONCE", at_once)
     settings, model = config(kind, tmp_path), tiny.lora_model(kind)
-    rows = material.public(model.base, settings, labels(kind))
+    rows = public_rows.sequences(settings, model.base.tokenizer, labels(kind), "start=gradient")
     fresh = model.init(settings.lora, 0)
     found = dict(gradients_of.gradients(model, fresh, settings.lora, rows, 2))
     wanted = dense_gradients(kind, settings)
@@ -116,7 +118,7 @@ def test_gradients_are_those_of_the_whole_weights(
 def test_the_start_is_the_truncated_step(kind: str, tmp_path: Path) -> None:
     """s B R A = s B A = the best approximation of rank 4 of -lr · sign(gradient)."""
     settings, model = config(kind, tmp_path), tiny.lora_model(kind)
-    rows = material.public(model.base, settings, labels(kind))
+    rows = public_rows.sequences(settings, model.base.tokenizer, labels(kind), "start=gradient")
     fresh = model.init(settings.lora, 0)
     steps = {
         name: -LR * np.sign(gradient.double().numpy())
@@ -232,7 +234,7 @@ def test_a_file_that_is_missing_is_refused(tmp_path: Path) -> None:
         ({"start": "gradient"}, "start=gradient needs public=FILE.jsonl"),
         (
             {"public": "x.jsonl"},
-            "public=x.jsonl is for start=gradient, lora_ga, corda_ipm, corda_kpm, eva: leave",
+            "public=x.jsonl is for start=gradient, lora_ga, corda_ipm, corda_kpm, eva, for budget",
         ),
         (
             {"start": "gradient", "public": "x.jsonl", "data": "x.jsonl"},

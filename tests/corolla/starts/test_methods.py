@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from corolla.config.run import RunConfig
 from corolla.errors import DataError, ModelError
-from corolla.evaluation import scoring
+from corolla.evaluation import scoring, weight_gradients
 from corolla.models.lora import LoraModel
-from corolla.starts import corda, decomposition, gradient, loftq, material, table
+from corolla.starts import corda, decomposition, loftq, material, table
 from corolla.starts.table import Started
 from corolla.tensors import factors, tree
 from corolla.types import Params
@@ -221,7 +221,8 @@ def test_lora_ga_does_not_depend_on_the_scale_of_the_loss(
 ) -> None:
     config = settings("lora_ga", tmp_path)
     usual = begun(config)[1]
-    monkeypatch.setattr(gradient, "loss_sum", lambda *given: 1024 * scoring.loss_sum(*given))
+    right = scoring.loss_sum
+    monkeypatch.setattr(weight_gradients, "loss_sum", lambda *given: 1024 * right(*given))
     scaled = begun(config)[1]
     for name, tensor in usual.trained.items():
         assert torch.allclose(scaled.trained[name].abs(), tensor.abs(), atol=1e-4), name

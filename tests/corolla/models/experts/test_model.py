@@ -16,7 +16,7 @@ from corolla.commands.export.merged import export_merged
 from corolla.config.run import RunConfig
 from corolla.config.sections.kinds import KINDS
 from corolla.data.encoding import Encoded
-from corolla.errors import ArtefactError, ModelError
+from corolla.errors import ArtefactError, ConfigError, ModelError
 from corolla.estimates import footprint
 from corolla.models import anatomy, kinds, pretrained, trainable
 from corolla.models.experts import fused
@@ -266,7 +266,7 @@ def test_the_formula_counts_the_tensors_that_are_trained(
     assert kinds.of(config) is kinds.FORMS[KINDS["lora"].name]
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "flora", "fedex_lora", "seed_pool"])
+@pytest.mark.parametrize("strategy", ["fedavg", "flora"])
 def test_a_run_ends_in_an_adapter_that_another_process_loads(
     strategy: str,
     folder: Callable[[str], Path],
@@ -293,3 +293,20 @@ def artefacts_of(adapter: Path) -> object:
     from corolla.artefacts.adapters import read_lora
 
     return read_lora(adapter)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"parameters": "ia3"}, "target-parameters get LoRA adapters: parameters=ia3 has none"),
+        ({"dropout": 0.1}, "dropout=0.1 does not go with target-parameters"),
+        ({"start": "pissa"}, "start=pissa is for linear layers"),
+        ({"budget": "flops:0.5"}, "budget chooses among linear layers"),
+        ({"rank_pattern": {"q_proj": 4}}, "alpha-pattern are for linear layers: peft would read"),
+        ({"quantization": "8bit"}, "target-parameters needs a base in full, found 8bit"),
+    ],
+)
+def test_what_does_not_go_with_experts_is_refused(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as caught:
+        RunConfig(**{"target_parameters": list(TARGETS), **settings})
+    assert "\n" not in str(caught.value)

@@ -217,8 +217,6 @@ def test_what_does_not_go_together_is_refused(settings: dict[str, Any], says: st
     "changes",
     [
         {"strategy": "fedavg"},
-        {"strategy": "flora", "codec": ["int8"]},
-        {"strategy": "seed_pool"},
         {"dp": "example", "epsilon": 8.0},
     ],
     ids=str,
