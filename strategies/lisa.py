@@ -134,7 +134,8 @@ class Lisa(FedAvg):
 
 
 def _units(state: Payload) -> Payload:
-    return {unit: params for unit, params in state.items() if unit != _NOTES}
+    """Returns the units of a state or of a broadcast, where other groups may be beside them."""
+    return {unit: params for unit, params in state.items() if units.known(unit)}
 
 
 def _is_fresh(start: Params, seed: int) -> bool:

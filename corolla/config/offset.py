@@ -90,11 +90,6 @@ class _Offset:
         after, metrics = self._own.apply(_bare(state), aggregate)
         return {**after, **_kept(state)}, metrics
 
-    def chosen(self, state: Payload) -> Sequence[str]:
-        """Of a strategy that is Choosing: its units, of which the block is none."""
-        units: Sequence[str] = self._own.chosen(_bare(state))
-        return units
-
     def adapter(self, state: Payload) -> Adapter:
         found: Adapter = self._own.adapter(_bare(state))
         return replace(found, frozen=(*found.frozen, *_kept(state).values()))

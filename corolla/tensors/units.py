@@ -32,6 +32,11 @@ def block(name: str) -> tuple[str, int] | None:
     return None
 
 
+def known(unit: str) -> bool:
+    """Returns whether a name is that of a unit."""
+    return unit.startswith(BLOCK) or unit in OUTSIDE
+
+
 def of(names: Collection[str], modules: bool = False) -> dict[str, tuple[str, ...]]:
     """Unit → its tensors, in the order of blocks; those outside of blocks come last.
 

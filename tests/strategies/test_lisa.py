@@ -296,6 +296,15 @@ def test_a_model_without_blocks_and_nothing_else_to_train_gets_one_line() -> Non
         strategy.chosen(state)
 
 
+def test_groups_that_a_server_keeps_beside_the_units_are_none() -> None:
+    """What a start leaves beside the base, the places of a sparse set."""
+    strategy, start = Lisa(layers=1), stack(3)
+    state = {**strategy.init(start, 0), "support": {"h.0.attn.weight": torch.ones(2)}}
+    assert strategy.chosen(state) == strategy.chosen(strategy.init(start, 0))
+    assert tiny.same(strategy.adapter(state).trained, start)
+    assert "support" not in strategy.broadcast(state).cached
+
+
 # What travels
 
 
