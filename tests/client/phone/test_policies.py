@@ -21,7 +21,10 @@ def test_what_a_device_decides(case: dict[str, Any], tmp_path: Path) -> None:
     lines = [own if isinstance(own, str) else json.dumps(own) for own in case["history"]]
     (tmp_path / "history.jsonl").write_text("\n".join(lines) + "\n")
     history = policies.read(tmp_path / "history.jsonl", NOW)
-    asked = {k: float(v) if isinstance(v, str) else v for k, v in case["policy"].items()}  # "nan"
+    asked: dict[str, Any] = {
+        k: float(v) if isinstance(v, str) else v  # "nan"
+        for k, v in case["policy"].items()
+    }
     policy = policies.stricter(pb.Policy(**asked), Limits(**case["owner"]))
     device, spent = case["device"], case["session"]
     found = {
