@@ -80,9 +80,14 @@ class Differentiable(Trainable, Protocol):
         """All trained tensors by name, in the order of names."""
 
 
-def names(model: Trainable) -> list[str] | None:
-    """Names of the trained tensors; None for a model of which all are moved in place."""
-    return [n for n, _ in model.parameters()] if isinstance(model, Differentiable) else None
+def sizes(model: Trainable) -> dict[str, int] | None:
+    """Trained tensors, name → values; None for a model of which all are moved in place.
+
+    Factors have a rank only once they are written.
+    """
+    if not isinstance(model, Differentiable):
+        return None
+    return {name: parameter.numel() for name, parameter in model.parameters()}
 
 
 def build(config: RunConfig, base: Base) -> LoraModel | FullModel | DenseModel:

@@ -76,7 +76,7 @@ def set_up(config: RunConfig, run_id: str | None, deployed: bool = False) -> Set
     }
     parts = reach.parts(base.model)
     model = trainable.build(config, base)
-    reached = reach.of(parts, trainable.names(model))
+    reached = reach.of(parts, trainable.sizes(model))
     facts["reach"] = reached.to_json()
     evaluator = Evaluator(config, model, dataset.heldout, dataset.labels)
     warned = [*of_settings(config, deployed), *_of_rows(config, dataset, base)]

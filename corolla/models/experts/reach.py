@@ -4,7 +4,7 @@ A mixture of experts keeps the weights of all experts of a layer in one tensor o
 which is no linear layer: an adapter on all linear layers may reach a hundredth of such a model.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +15,10 @@ from corolla.tensors import factors
 
 _SHOWN = 3
 """Names in a sentence."""
+_WHOLE = (factors.A, factors.B, ".ia3")
+"""Ends of the names of tensors by which every value of their layer's weight is moved."""
+_ROWS = ".token_adapter.trainable_tokens_delta"
+"""The end of the names of rows that are trained within a table of tokens."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Reach:
     """What of a model's parameters a run can change."""
 
     values: int
+    """Values of the base that can change, and virtual tokens, which stand before its input."""
     parameters: int
     frozen_experts: Sequence[str]
     frozen_values: int
@@ -79,17 +84,26 @@ def parts(model: nn.Module) -> Parts:
     )
 
 
-def of(base: Parts, trained: Collection[str] | None) -> Reach:
-    """What is reached by trained tensors of these names; None: everything.
+def of(base: Parts, trained: Mapping[str, int] | None) -> Reach:
+    """What is reached by trained tensors, name → values; None: everything.
 
-    A factor or a scale reaches the weight of its layer, embeddings of virtual tokens reach none.
+    A tensor that is trained as it is counts as `corolla plan` does, with its own values: so do the
+    places of a sparse set, the rows of new tokens, and virtual tokens. A factor or a scale counts
+    with all values of the weight that it moves.
     """
-    reached = set(base.values) if trained is None else set().union(*map(_reached, trained))
-    found = reached & base.values.keys()
-    frozen = sorted(base.experts - found)
-    as_they_are = base.values.keys() if trained is None else set(trained)
+    if trained is None:
+        trained = base.values
+    whole = {own for name in trained for own in _whole(name)} & base.values.keys()
+    counted = {
+        name: values
+        for name, values in trained.items()
+        if name not in base.values and not name.endswith(_WHOLE)
+    }
+    frozen = sorted(base.experts - whole)
+    tables = {name.removesuffix(_ROWS) + ".weight" for name in counted if name.endswith(_ROWS)}
+    as_they_are = trained.keys() | tables
     return Reach(
-        sum(base.values[name] for name in found),
+        sum(base.values[name] for name in whole) + sum(counted.values()),
         sum(base.values.values()),
         frozen,
         sum(base.values[name] for name in frozen),
@@ -97,9 +111,9 @@ def of(base: Parts, trained: Collection[str] | None) -> Reach:
     )
 
 
-def _reached(name: str) -> set[str]:
-    """The names that the tensor may have which a trained one changes."""
-    for suffix in (factors.A, factors.B, ".ia3"):
+def _whole(name: str) -> set[str]:
+    """The names that the tensor may have all of whose values a trained one changes."""
+    for suffix in _WHOLE:
         if name.endswith(suffix):
             layer = name.removesuffix(suffix)
             return {f"{layer}.weight", layer.rpartition(".")[0]}  # of an expert: that of all
