@@ -49,13 +49,11 @@ def read_lora(folder: Path) -> SavedLora:
     try:
         config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
         tensors, _ = codec.read(str(folder / TENSORS))
-        kind = str(config["peft_type"])
+        why = other(config)
     except (OSError, ValueError, KeyError, TypeError, WireError) as error:
         raise ArtefactError(f"{folder} is no adapter: {error}") from error
-    if kind != "LORA":
-        raise ArtefactError(f"{folder} is of type {kind}: only LoRA has a rank to write")
-    if odd := [key for key, usual in _PLAIN.items() if config.get(key) not in (None, usual)]:
-        raise ArtefactError(f"{folder} has {odd[0]}={config[odd[0]]}: only plain LoRA is known")
+    if why:
+        raise ArtefactError(f"{folder} {why}: only plain LoRA is known")
     named = {n.removeprefix(adapter_files.PREFIX): t for n, t in tensors.items()}
     plain = {n.removesuffix(".weight"): n for n in named}
     update = {
@@ -68,6 +66,18 @@ def read_lora(folder: Path) -> SavedLora:
         int(config["r"]), float(config["lora_alpha"]), bool(config.get("use_rslora", False))
     )
     return SavedLora(update, spec, heads, config)
+
+
+def other(config: Mapping[str, Any]) -> str:
+    """Returns how the content of adapter_config.json is more, or else, than LoRA of linear layers.
+
+    The end of a sentence; "" for plain LoRA.
+    """
+    if (kind := config["peft_type"]) != "LORA":
+        return f"is of type {kind}"
+    if odd := [key for key, usual in _PLAIN.items() if config.get(key) not in (None, usual)]:
+        return f"has {odd[0]}={config[odd[0]]}"
+    return ""
 
 
 def cut(saved: SavedLora, rank: int) -> tuple[SavedLora, float]:

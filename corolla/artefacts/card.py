@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from corolla.artefacts.adapters import CONFIG, read_lora
+from corolla.artefacts.adapters import CONFIG, other, read_lora
 from corolla.artefacts.demands import max_lora_rank, unmet
 from corolla.config.run import RunConfig
 from corolla.errors import ArtefactError, ModelError
@@ -44,7 +44,7 @@ def write_brief_card(folder: Path, what: str, model: str) -> None:
         return
     config, licence = json.loads((folder / CONFIG).read_text()), _licence(model)
     lines = [*_head(config, licence), what, "", _licence_line(licence), "", "## Load it", ""]
-    lines += ["With PEFT, which its run has not done:", "", *_with_peft(config)]
+    lines += ['With PEFT in this folder ("."), which its run has not done:', "", *_with_peft(config)]
     write_atomic(folder / NAME, "\n".join(lines).encode())
 
 
@@ -81,8 +81,9 @@ def _head(config: Mapping[str, Any], licence: str) -> Sequence[str]:
     name = _base(config)
     fields = [f"base_model: {json.dumps(name)}", "library_name: peft"]
     fields += [f"license: {licence}"] if licence else []
+    kind = str(config["peft_type"]).lower()
     title = f"# {config['peft_type']} adapter for {name}"
-    return ["---", *fields, "tags: [lora, federated]", "---", "", title, ""]
+    return ["---", *fields, f"tags: [{kind}, federated]", "---", "", title, ""]
 
 
 def _licence_line(licence: str) -> str:
@@ -159,18 +160,25 @@ def _with_peft(config: Mapping[str, Any], labels: Sequence[str] = ()) -> Sequenc
     auto = "AutoModelForSequenceClassification" if classify else "AutoModelForCausalLM"
     where = 'asset("model")' if name == "embedded" else f'"{name}"'
     named = f", id2label={dict(enumerate(labels))!r}" if labels else ""
+    tokens = _tokens(config)
     return [
         "```python",
         "import torch",
         "from peft import PeftModel",
-        f"from transformers import {auto}",
+        f"from transformers import {auto}{', AutoTokenizer' if tokens else ''}",
         *([] if name != "embedded" else ["from corolla.embedded.assets import asset"]),
         "",
         f"base = {auto}.from_pretrained({where}, dtype=torch.float32{named})",
         'model = PeftModel.from_pretrained(base, ".").eval()',
+        *(['tokenizer = AutoTokenizer.from_pretrained(".")'] if tokens else []),
         "```",
         "",
     ]
+
+
+def _tokens(config: Mapping[str, Any]) -> bool:
+    """True where rows of tokens are trained, which the tokenizer of the base may lack."""
+    return bool(config.get("trainable_token_indices"))
 
 
 def _loading(folder: Path, config: Mapping[str, Any], labels: Sequence[str]) -> Sequence[str]:
@@ -179,14 +187,18 @@ def _loading(folder: Path, config: Mapping[str, Any], labels: Sequence[str]) -> 
     lines = [
         "## Load it",
         "",
-        "With PEFT; the run of the exact adapter ended by loading it so, in another process:",
+        "With PEFT, in this folder (\".\"); the run of the exact adapter ended by loading it so, in "
+        "another process:",
         "",
         *_with_peft(config, labels),
     ]
     try:
         saved = read_lora(folder)
-    except ArtefactError as error:
-        return [*lines, f"Other programs take LoRA alone: {str(error).partition(' ')[2]}."]
+    except ArtefactError:
+        why = other(config) or "cannot be read"
+        if _tokens(config):
+            why = "has rows of new tokens beside its factors"
+        return [*lines, f"Other programs take plain LoRA alone: this adapter {why}."]
     rank = max_lora_rank(saved.spec.rank)
     lines += [
         "With vLLM and with Ollama; neither was run here:",

@@ -42,6 +42,7 @@ def adapter(material: Material) -> Params:
     folder = Path(material.config.start)
     told, tensors = _read(folder)
     _refuse(folder, told)
+    _refuse_whole(folder, told, material.fresh)
     start, spec = dict(material.fresh), material.spec
     modules = sorted(n.removesuffix(factors.A) for n in tensors if factors.is_a(n))
     for module in modules:
@@ -97,6 +98,16 @@ def _refuse(folder: Path, told: Mapping[str, Any]) -> None:
             f"start={folder} belongs to a base that {begun} has changed: save it with peft's "
             f"path_initial_model_for_weight_conversion"
         )
+
+
+def _refuse_whole(folder: Path, told: Mapping[str, Any], fresh: Params) -> None:
+    """Raises ModelError for modules that are trained as they are, which the run does not train."""
+    for module in told.get("modules_to_save") or ():
+        if not any(f".{module}." in f".{name}" for name in fresh if ".lora_" not in name):
+            raise ModelError(
+                f"start={folder} trains {module} as it is (modules_to_save), which no adapter of "
+                f"this run does: no run goes on from it"
+            )
 
 
 def _spec(told: Mapping[str, Any], module: str, rank: int) -> LoraSpec:

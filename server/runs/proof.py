@@ -18,6 +18,7 @@ from corolla.config.run import RunConfig
 from corolla.errors import ArtefactError
 from corolla.evaluation import reader
 from corolla.evaluation.other_process import Answer, OtherProcess
+from corolla.evaluation.rounding import rounding
 from corolla.models import pretrained
 from corolla.models.trainable import Trainable
 from corolla.server.runs.evaluate import Evaluator
@@ -27,6 +28,8 @@ _EXACT = 1e-5
 """Largest difference of logits in fp32, of those of size 1: sums in another order."""
 _ROUNDED = 0.1
 """The same of a base in half precision or quantised, where each layer's output is rounded."""
+_AGAIN = 16
+"""Of what rounding alone was seen to move the logits by, with other factors of the same products."""
 _UPDATE = 1e-6
 """Largest relative distance of a saved update from the server's."""
 
@@ -97,8 +100,9 @@ def prove(judge: Evaluator, adapter: Adapter, folder: Path, other: OtherProcess)
 
     Also compares the effective updates themselves, in fp64, because logits of a half-precision or
     quantised base say little, and the base on disk with the one that was trained, bit for bit. Ends
-    the evaluator: there is not always room for two models. Raises ArtefactError when a difference
-    is more than rounding, or when something is random that is in no file.
+    the evaluator: there is not always room for two models. Where large products of an adapter and
+    its blocks make rounding of weights visible, the measured rounding is allowed. Raises
+    ArtefactError when a difference is more than rounding, or when something is random that is in no file.
     """
     model, config = judge.model, judge.config
     rows = judge.probe
@@ -110,11 +114,14 @@ def prove(judge: Evaluator, adapter: Adapter, folder: Path, other: OtherProcess)
             f"{folder} as saved is another update than the server's: {apart:.2e} apart"
         )
     request = _request(judge, folder)
+    moved = rounding(model, config.lora, rows, ours) if config.kind.factors else 0.0
     model.release()
     answer, theirs = other.ask(request, rows)
     _refuse_other_base(model, folder, answer)
     exact = config.dtype == "float32" and config.quantization == "none"
-    tolerance = max(1.0, float(ours.abs().max())) * (_EXACT if exact else _ROUNDED)
+    size = max(1.0, float(ours.abs().max()))
+    least = max(size * _EXACT, _AGAIN * moved) if exact else size * _ROUNDED
+    tolerance = min(least, size * _ROUNDED)
     difference = float((ours - theirs).abs().max()) if ours.shape == theirs.shape else float("inf")
     # A loss moves by at most twice what logits do.
     if not (difference <= tolerance and abs(loss - answer.loss) <= 2 * tolerance):

@@ -75,11 +75,17 @@ def with_rows() -> str:
 
 
 def checked(text: str) -> str:
-    """Returns a name as it is, and a folder as an absolute path. Raises ValueError for neither."""
+    """Returns a name as it is, and a folder as an absolute path; of a run's folder, its adapter.
+
+    Raises ValueError for neither.
+    """
     if text in STARTS or _PISSA.fullmatch(text):
         return text
-    if Path(text).is_dir():
-        return str(Path(text).resolve())
-    if _FOLDER.search(text):  # of another machine, perhaps: whoever reads it says that it is gone
+    folder = Path(text)
+    if folder.is_dir():
+        if (folder / "run.json").is_file() and (folder / "adapter").is_dir():
+            folder = folder / "adapter"
+        return str(folder.resolve())
+    if _FOLDER.search(text):  # of another machine, perhaps: who begins a run says that it is gone
         return text
     raise ValueError(f"expected one of {', '.join(STARTS)}, pissa_N, or a folder with an adapter")

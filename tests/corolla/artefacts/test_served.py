@@ -15,7 +15,9 @@ from corolla.artefacts.adapters import read_lora
 from corolla.artefacts.sizes import sentence
 from corolla.commands import artefacts
 from corolla.commands.simulate.in_process import simulate
+from corolla.commands.export.order import Order, export
 from corolla.config.run import RunConfig
+from corolla.errors import ArtefactError
 from corolla.host.text import human_bytes
 
 Settings = Callable[..., RunConfig]
@@ -127,4 +129,8 @@ def test_scales_have_no_rank_to_serve(settings: Settings, tmp_path: Path) -> Non
     simulate(settings(parameters="ia3", rounds=1), tmp_path / "out")
     assert "served" not in json.loads((tmp_path / "out" / "run.json").read_text())
     card = (tmp_path / "out" / "adapter" / "README.md").read_text()
-    assert "Other programs take LoRA alone" in card
+    assert "Other programs take plain LoRA alone: this adapter is of type IA3." in card
+    assert "tags: [ia3, federated]" in card
+    with pytest.raises(ArtefactError, match="is of type IA3: only plain LoRA") as caught:
+        export(Order(tmp_path / "out", "gguf", out=tmp_path / "gguf"))
+    assert "rank to write" not in str(caught.value)

@@ -98,6 +98,27 @@ def test_a_stack_of_blocks_is_proven(settings: Settings, tmp_path: Path) -> None
     assert proven(judge, tuned, tmp_path / "adapter").difference < 1e-5
 
 
+@pytest.mark.parametrize("factor", [1.0, 1.01])
+def test_large_products_beside_a_block_are_proven_and_a_wrong_factor_is_not(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float
+) -> None:
+    """As noise of dp=client leaves them: attention is so steep that rounding shows in logits. The
+    distance of the update, which refuses a wrong factor as well, is left out."""
+    judge = evaluator(settings(rank=8, model=str(checkpoints.llama(tmp_path))))
+    spec = judge.config.lora
+    large = {n: 18 * t for n, t in moved(judge.model, spec, 3).items()}
+    tuned = Adapter(large, (moved(judge.model, spec, 12),))
+    wrong = {n: factor * t if n.endswith("lora_B") else t for n, t in large.items()}
+    judge.save(Adapter(wrong, tuned.frozen), tmp_path / "adapter")
+    monkeypatch.setattr(judge.model, "distance_to", lambda *args: 0.0)
+    if factor == 1.0:
+        found = proven(judge, tuned, tmp_path / "adapter")
+        assert found.difference <= found.tolerance < 0.1
+        return
+    with pytest.raises(ArtefactError, match="differs from the server's model"):
+        proven(judge, tuned, tmp_path / "adapter")
+
+
 def test_a_model_that_was_moved_in_place_is_proven(settings: Settings, tmp_path: Path) -> None:
     judge = evaluator(settings(parameters="full", strategy="seed_pool", batch_size=2))
     scalars = torch.randn(16, generator=torch.Generator().manual_seed(0))

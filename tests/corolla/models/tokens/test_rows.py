@@ -245,3 +245,8 @@ def test_a_run_ends_in_an_adapter_with_its_tokenizer(
         assert own.convert_tokens_to_ids(tokens) == [258, 259]
         with pytest.raises(ArtefactError, match="only plain LoRA is known"):
             read_lora(adapter)
+        card = (adapter / "README.md").read_text()
+        assert 'tokenizer = AutoTokenizer.from_pretrained(".")' in card
+        assert "plain LoRA alone: this adapter has rows of new tokens beside its factors." in card
+        assert "import AutoModelForCausalLM, AutoTokenizer\n" in card
+        assert "With PEFT, in this folder" in card
