@@ -43,6 +43,7 @@ from corolla.server.runs.observer import Observer, Silent
 from corolla.server.runs.run import Run
 from corolla.server.runs.setup import Setup, set_up
 from corolla.server.runs.summary import Summary
+from corolla.starts import folder as starting_folder
 from corolla.wire.task_settings import RunSettings
 
 app = ServerApp()  # without annotation: `flwr build` looks for the bare assignment
@@ -69,6 +70,8 @@ def serve(
     if not nodes:
         nodes = count_nodes(grid, stop, config.deadline)
         config = config.model_copy(update={"clients": config.clients or nodes})
+    if not run.resume:
+        starting_folder.check(config)
     loaded = set_up(config, run.run_id)
     config = loaded.config
     task = hello(run.run_id, RunSettings(config.model_dump(mode="json")))
@@ -131,6 +134,8 @@ def _run(grid: Grid, folder: Path, order: RunOrder, stop: threading.Event) -> No
         begun = stored_run(folder)[0]
         config = config.model_copy(update={"template_date": begun.template_date})
         config = settle.resumed(config, begun)
+    else:
+        starting_folder.check(config)
     loaded = set_up(config, order.run_id, deployed=True)
     config = loaded.config
     told = RunSettings(run_settings(config, own_devices=True), loaded.evaluator.labels)

@@ -44,7 +44,11 @@ def write_brief_card(folder: Path, what: str, model: str) -> None:
         return
     config, licence = json.loads((folder / CONFIG).read_text()), _licence(model)
     lines = [*_head(config, licence), what, "", _licence_line(licence), "", "## Load it", ""]
-    lines += ['With PEFT in this folder ("."), which its run has not done:', "", *_with_peft(config)]
+    lines += [
+        'With PEFT in this folder ("."), which its run has not done:',
+        "",
+        *_with_peft(config),
+    ]
     write_atomic(folder / NAME, "\n".join(lines).encode())
 
 
@@ -187,7 +191,7 @@ def _loading(folder: Path, config: Mapping[str, Any], labels: Sequence[str]) -> 
     lines = [
         "## Load it",
         "",
-        "With PEFT, in this folder (\".\"); the run of the exact adapter ended by loading it so, in "
+        'With PEFT, in this folder ("."); the run of the exact adapter ended by loading it so, in '
         "another process:",
         "",
         *_with_peft(config, labels),

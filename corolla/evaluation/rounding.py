@@ -12,9 +12,7 @@ _SCALE = 3.0
 """No power of two, which would leave all roundings as they are."""
 
 
-def rounding(
-    model: Trainable, spec: LoraSpec, rows: dict[str, Tensor], logits: Tensor
-) -> float:
+def rounding(model: Trainable, spec: LoraSpec, rows: dict[str, Tensor], logits: Tensor) -> float:
     """Computes the largest difference from `logits`, those of the adapter that is shown.
 
     The same products are shown again, of other factors: 3 A beside B / 3, in blocks as well. Where

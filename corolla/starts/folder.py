@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from corolla.config.run import RunConfig
 from corolla.errors import ArtefactError, ModelError, WireError
 from corolla.models.files.adapter_files import PREFIX
 from corolla.starts.material import Material
@@ -39,10 +40,10 @@ def adapter(material: Material) -> Params:
     A beside zeros in B. Raises ArtefactError for a folder that has no adapter of LoRA, ModelError
     for one that does more than that, is of a larger rank, or of tensors that the run does not have.
     """
+    check(material.config)
     folder = Path(material.config.start)
     told, tensors = _read(folder)
     _refuse(folder, told)
-    _refuse_whole(folder, told, material.fresh)
     start, spec = dict(material.fresh), material.spec
     modules = sorted(n.removesuffix(factors.A) for n in tensors if factors.is_a(n))
     for module in modules:
@@ -62,11 +63,29 @@ def adapter(material: Material) -> Params:
         start[module + factors.B] = torch.cat([b, b.new_zeros(len(b), spec.rank - len(a))], dim=1)
     for name, tensor in tensors.items():
         if name not in start or start[name].shape != tensor.shape:
-            raise ModelError(f"{folder} has {name}, {tuple(tensor.shape)}, which the run has not")
+            kept = ", ".join(told.get("modules_to_save") or ()) or "none"
+            found = tuple(start[name].shape) if name in start else "not trained"
+            raise ModelError(
+                f"start={folder} brings {name}, {tuple(tensor.shape)}, trained as it is "
+                f"(modules_to_save: {kept}); in this run it is {found}: no run goes on from it"
+            )
         start[name] = tensor.float()
     if not modules:
         raise ArtefactError(f"{folder} is no adapter: it has no factors")
     return start
+
+
+def check(config: RunConfig) -> None:
+    """Raises ArtefactError where `start` names a folder that has no adapter. It opens no file."""
+    folder = Path(config.start)
+    if config.begins.name != "FOLDER" or (folder / "adapter_config.json").is_file():
+        return
+    found = "it has no adapter_config.json" if folder.is_dir() else "there is no such folder"
+    if (folder / "adapter" / "adapter_config.json").is_file():
+        found += f", use start={folder / 'adapter'}"
+    elif (folder / "run.json").is_file():
+        found += ", and is of a run without an adapter"
+    raise ArtefactError(f"start={folder} is no adapter: {found}")
 
 
 def _read(folder: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
@@ -98,16 +117,6 @@ def _refuse(folder: Path, told: Mapping[str, Any]) -> None:
             f"start={folder} belongs to a base that {begun} has changed: save it with peft's "
             f"path_initial_model_for_weight_conversion"
         )
-
-
-def _refuse_whole(folder: Path, told: Mapping[str, Any], fresh: Params) -> None:
-    """Raises ModelError for modules that are trained as they are, which the run does not train."""
-    for module in told.get("modules_to_save") or ():
-        if not any(f".{module}." in f".{name}" for name in fresh if ".lora_" not in name):
-            raise ModelError(
-                f"start={folder} trains {module} as it is (modules_to_save), which no adapter of "
-                f"this run does: no run goes on from it"
-            )
 
 
 def _spec(told: Mapping[str, Any], module: str, rank: int) -> LoraSpec:

@@ -29,7 +29,7 @@ _EXACT = 1e-5
 _ROUNDED = 0.1
 """The same of a base in half precision or quantised, where each layer's output is rounded."""
 _AGAIN = 16
-"""Of what rounding alone was seen to move the logits by, with other factors of the same products."""
+"""Times that by which rounding alone moved the logits, with other factors of the same products."""
 _UPDATE = 1e-6
 """Largest relative distance of a saved update from the server's."""
 
@@ -101,8 +101,9 @@ def prove(judge: Evaluator, adapter: Adapter, folder: Path, other: OtherProcess)
     Also compares the effective updates themselves, in fp64, because logits of a half-precision or
     quantised base say little, and the base on disk with the one that was trained, bit for bit. Ends
     the evaluator: there is not always room for two models. Where large products of an adapter and
-    its blocks make rounding of weights visible, the measured rounding is allowed. Raises
-    ArtefactError when a difference is more than rounding, or when something is random that is in no file.
+    its blocks make rounding visible in logits, more is allowed, as much as it was measured to need.
+    Raises ArtefactError when a difference is more than that, or when something is random that is in
+    no file.
     """
     model, config = judge.model, judge.config
     rows = judge.probe

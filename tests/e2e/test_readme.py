@@ -12,12 +12,17 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from corolla.config.run import RunConfig
+from corolla.embedded.assets import asset
+from corolla.models import pretrained
+from corolla.models.tokens import rows
 from tests.e2e.forked import Commands, run_line
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +39,9 @@ TOML = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
 NAME = re.compile(r"# (\w+\.(?:py|toml))\n")
 FILES = {found[1]: block for block in [*BLOCKS, *TOML] if (found := NAME.match(block))}
 LOADING = [block for block in BLOCKS if "PeftModel.from_pretrained" in block]
-PYTHON = [block for block in BLOCKS if block not in [*FILES.values(), *LOADING]]
+ROOM = [block for block in BLOCKS if "resize_token_embeddings" in block]
+WHOLE = [block for block in BLOCKS if '/model")' in block]
+PYTHON = [block for block in BLOCKS if block not in [*FILES.values(), *LOADING, *ROOM, *WHOLE]]
 
 
 def run(command: list[str], folder: Path, environment: Mapping[str, str]) -> str:
@@ -93,6 +100,25 @@ def test_the_adapter_is_loaded_as_it_was_trained(commands: Commands, tmp_path: P
     assert claim["dtype"] == "float32"
     assert "dtype=torch.float32" in block
     assert off > 100 * right
+
+
+def test_a_base_gets_room_for_new_tokens_and_a_whole_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process, which has imported what they need."""
+    (room,), (whole,) = ROOM, WHOLE
+    monkeypatch.chdir(tmp_path)
+    exec(room, {})
+    config = RunConfig(model="with-room", new_tokens=["<tool>"])
+    base = pretrained.load(config)
+    (added,) = rows.ids(base.tokenizer, config.new_tokens, base.model)
+    assert added == len(AutoTokenizer.from_pretrained(asset("model")))
+    (tmp_path / "runs" / "norms").mkdir(parents=True)
+    Path("with-room").rename("runs/norms/model")
+    found: dict[str, Any] = {}
+    exec(whole, found)
+    assert len(found["tokenizer"]) == added
+    assert torch.equal(found["model"].lm_head.weight, base.model.lm_head.weight)
 
 
 def test_the_readme_has_examples_and_its_links_lead_somewhere() -> None:

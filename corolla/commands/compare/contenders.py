@@ -121,6 +121,11 @@ def _split(text: str, whole: str) -> list[str]:
             parts[-1] += character
     for part in parts:
         key, found, value = part.partition("=")
+        if _SETTINGS.search(key + found):
+            raise ConfigError(
+                f"contender {whole!r}: {json.dumps(part)} is another contender: put a space before "
+                f"it instead of the comma"
+            )
         if not (key.strip() and found and value.strip()):
             raise ConfigError(
                 f"contender {whole!r}: expected key=value after @ and each comma, found "

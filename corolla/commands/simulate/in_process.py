@@ -20,6 +20,7 @@ from corolla.server.runs.observer import Observer, Silent
 from corolla.server.runs.run import Run
 from corolla.server.runs.setup import set_up
 from corolla.server.runs.summary import Summary
+from corolla.starts import folder as starting_folder
 from corolla.storage.memory import Memory
 from corolla.wire.messages import Kind, Task, pack_task, unpack_reply
 from corolla.wire.packet import Packet
@@ -111,6 +112,8 @@ def _in_process(
     run_id: str | None,
     on_step: Callable[[int], None] | None,
 ) -> Summary:
+    if not resume:
+        starting_folder.check(config)
     loaded = set_up(config, run_id)
     config = loaded.config
     record = folder / "updates" if keep_updates else None

@@ -14,8 +14,8 @@ from corolla.artefacts import card as card_module
 from corolla.artefacts.adapters import read_lora
 from corolla.artefacts.sizes import sentence
 from corolla.commands import artefacts
-from corolla.commands.simulate.in_process import simulate
 from corolla.commands.export.order import Order, export
+from corolla.commands.simulate.in_process import simulate
 from corolla.config.run import RunConfig
 from corolla.errors import ArtefactError
 from corolla.host.text import human_bytes

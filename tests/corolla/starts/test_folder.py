@@ -8,8 +8,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from corolla.commands.simulate.in_process import simulate
 from corolla.config.load import validate
 from corolla.errors import ArtefactError, ConfigError, ModelError
+from corolla.models import pretrained
 from corolla.models.lora import LoraModel
 from corolla.starts import table
 from corolla.tensors import tree
@@ -88,7 +90,11 @@ def test_the_adapter_of_a_run_is_gone_on_from_to_the_bit(tmp_path: Path) -> None
         ({}, {"target_modules": ["q_proj"]}, "down_proj, .*the run has none: set target-modules"),
         ({"use_dora": True}, {}, "magnitudes of DoRA"),
         ({"bias": "lora_only"}, {}, "trains biases"),
-        ({"modules_to_save": ["norm"]}, {}, "has model.*norm.weight"),
+        (
+            {"modules_to_save": ["norm"]},
+            {},
+            r"norm\.weight.*modules_to_save: norm.*is not trained: no run goes on",
+        ),
     ],
 )
 def test_what_a_run_cannot_go_on_from_is_refused_by_name(
@@ -130,6 +136,26 @@ def test_a_folder_without_adapter_is_refused(tmp_path: Path) -> None:
         begun(tmp_path / "gone")
     with pytest.raises(ConfigError, match="or a folder with an adapter, found 'elsewhere'"):
         validate({"start": "elsewhere"})
+
+
+def test_a_folder_that_is_gone_is_refused_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*args: Any) -> Any:
+        raise RuntimeError("a model was loaded")
+
+    monkeypatch.setattr(pretrained, "load", loaded)
+    config = validate({"start": str(tmp_path / "gone"), "rounds": 1})
+    with pytest.raises(ArtefactError, match=r"gone is no adapter: there is no such folder$"):
+        simulate(config, tmp_path / "out")
+
+
+def test_the_folder_of_a_run_is_its_adapter(tmp_path: Path) -> None:
+    saved(tmp_path / "run" / "adapter")
+    with pytest.raises(ArtefactError, match=r"no adapter_config\.json, use start=.*run/adapter$"):
+        begun(tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text("{}")
+    assert validate({"start": str(tmp_path / "run")}).start == str(tmp_path / "run" / "adapter")
 
 
 def test_a_folder_is_remembered_by_its_whole_path(

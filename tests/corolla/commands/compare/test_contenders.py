@@ -62,6 +62,7 @@ def test_a_file_of_ones_own_may_be_in_a_folder_with_that_sign(tmp_path: Path) ->
         ("@lr=1", "expected NAME or NAME@key=value"),
         ("fedavg@lr=1,", "after @ and each comma, found \"\""),
         ("fedavg@lr=1,rank", "after @ and each comma, found \"rank\""),
+        ("fedavg@start=pissa,flora@lr=1", "\"flora@lr=1\" is another contender: put a space"),
         ("fedavg@lr=", "after @ and each comma"),
         ("fedavgg@lr=1", "did you mean 'fedavg'"),
         ("fedavg@seed=1", "seed is the same for all that are compared"),
