@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from corolla.budgets import costs, knapsack, scores, settle
-from corolla.config.build import build_strategy
 from corolla.commands.simulate.in_process import simulate
+from corolla.config.build import build_strategy
 from corolla.config.load import resumed, validate
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, DataError
@@ -246,7 +246,7 @@ def test_a_run_with_public_rows_goes_on(rows: Path, tmp_path: Path) -> None:
     assert again == resumed(folder, None, {"rounds": 2})
     date = stored_run(folder)[0].template_date
     assert again == config.model_copy(update={"rounds": 2, "template_date": date})
-    with pytest.raises(ConfigError, match="goes on with budget='bytes:0.5', found 'bytes:0.6'"):
+    with pytest.raises(ConfigError, match=r"with budget='bytes:0\.5', found 'bytes:0\.6'"):
         resumed(folder, None, {"budget": "bytes:0.6"})
     assert simulate(again, folder, resume=True).rounds == 2
     after = json.loads((folder / "run.json").read_text())
