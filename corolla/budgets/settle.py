@@ -137,8 +137,9 @@ def resumed(config: RunConfig, begun: RunConfig) -> RunConfig:
         name: begun.classes[name] if own.budget and name in begun.classes else own
         for name, own in config.classes.items()
     }
-    keys = ("layers", "target_modules", "budget") if config.budget else ()
-    keys += ("scores", "public", "public_examples")
+    keys = ["scores", "public", "public_examples"]
+    if config.budget:
+        keys += ["layers", "target_modules", "budget"]
     return config.model_copy(
         update={**{key: getattr(begun, key) for key in keys}, "classes": classes}
     )

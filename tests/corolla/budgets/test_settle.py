@@ -237,8 +237,9 @@ def test_a_run_with_public_rows_goes_on(rows: Path, tmp_path: Path) -> None:
     budgets: dict[str, Any] = {"public": str(rows), "public_examples": 2, "budget": "bytes:0.5"}
     file, folder = tmp_path / "run.toml", tmp_path / "run"
     lines = [f"{key} = {json.dumps(value)}" for key, value in budgets.items()]
-    file.write_text("\n".join([*lines, "[classes.small]", 'budget = "flops:0.6"']))
-    config = settings(**budgets, **small, classes={"small": {"budget": "flops:0.6"}})
+    file.write_text("\n".join([*lines, "[classes.small]", 'budget = "flops:0.6"', "[classes.big]"]))
+    classes: dict[str, Any] = {"small": {"budget": "flops:0.6"}, "big": {}}
+    config = settings(**budgets, **small, classes=classes)
     simulate(config, folder)
     info = json.loads((folder / "run.json").read_text())
     assert info["warnings"] == []
