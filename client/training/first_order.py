@@ -16,7 +16,7 @@ from corolla.errors import DataError, DivergedError
 from corolla.models import layers
 from corolla.models.trainable import Differentiable
 from corolla.privacy.example_level import ExampleLevel
-from corolla.types import Correct, Fit, LoraSpec, Params
+from corolla.types import Correct, Fit, LoraSpec, Metrics, Params
 
 
 @dataclass
@@ -91,7 +91,10 @@ class FirstOrder:
         trained.write(trained.written())
         kept = hardest.kept(self.model, self.data, self.config, self.seed)
         config = self.config.model_copy(update={"keep_hardest": None})  # the rest is left out
-        return PlainGradients(self.model, kept, config, self.seed)
+        told: Metrics = {}
+        if scored := schedule.scored(self.config, len(self.data)):
+            told = {"scored_sequences": float(scored), "kept_sequences": float(len(kept))}
+        return PlainGradients(self.model, kept, config, self.seed, told)
 
     def _correct(self, trained: dict[str, nn.Parameter], correct: Correct | None) -> None:
         if correct is None:

@@ -20,7 +20,7 @@ from corolla.errors import DivergedError
 from corolla.evaluation.scoring import loss_sum
 from corolla.models.trainable import Differentiable
 from corolla.privacy.example_level import ExampleLevel
-from corolla.types import Fit, Params
+from corolla.types import Fit, Metrics, Params
 
 
 class Gradients(Protocol):
@@ -53,6 +53,8 @@ class PlainGradients:
     data: Sequence[Encoded]
     config: RunConfig
     seed: int
+    chosen: Metrics = field(default_factory=dict)
+    """What is told of how `data` was chosen among a client's sequences."""
     _losses: list[float] = field(default_factory=list)
     _targets: int = 0
     _seen: set[int] = field(default_factory=set)
@@ -89,6 +91,7 @@ class PlainGradients:
             "train_loss": math.fsum(self._losses) / len(self._losses),
             "target_tokens": float(self._targets),
             "local_steps": float(steps),
+            **self.chosen,
         }
         return Fit(params, len(self._seen), metrics, distance)
 

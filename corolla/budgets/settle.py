@@ -103,6 +103,7 @@ def foreseen(
     """The same from the sizes of a model; without scores all modules of a rank count alike."""
     if not config.budgeted:
         return config, {}
+    given = config
     names = _ordered(model.linear(config.target_modules, config.layers))
     values = _values(names, scored or {})
     told: dict[str, Any] = {"scores": "public" if scored else "none"}
@@ -123,7 +124,9 @@ def foreseen(
         told.setdefault("classes", {})[name] = _told(own.budget, found)
         blocks = layers.text(costs.by_block(found.names))
         classes[name] = own.model_copy(update={"layers": blocks, "budget": None})
-    return config.model_copy(update={"classes": classes}), {"budget": told}
+    config = config.model_copy(update={"classes": classes, **_unread(config)})
+    told["given"] = _changed(given, config)
+    return config, {"budget": told}
 
 
 def resumed(config: RunConfig, begun: RunConfig) -> RunConfig:
@@ -134,7 +137,9 @@ def resumed(config: RunConfig, begun: RunConfig) -> RunConfig:
         name: begun.classes[name] if own.budget and name in begun.classes else own
         for name, own in config.classes.items()
     }
-    keys = ("layers", "target_modules", "budget") if config.budget else ()
+    keys = ["scores", "public", "public_examples"]
+    if config.budget:
+        keys += ["layers", "target_modules", "budget"]
     return config.model_copy(
         update={**{key: getattr(begun, key) for key in keys}, "classes": classes}
     )
@@ -306,6 +311,22 @@ def _as_keys(config: RunConfig, names: Sequence[str], found: Sequence[str]) -> d
     if set(layers.kept(names, layers.text(blocks))) == set(found):
         return {"layers": layers.text(blocks)}
     return {"layers": None, "target_modules": sorted(map(short, found))}
+
+
+def _unread(config: RunConfig) -> dict[str, Any]:
+    """The settings of public rows as a run has them that has chosen: it reads them no more.
+
+    A start that is made of these rows still reads them.
+    """
+    keys = ("scores",) if config.begins.rows else ("scores", "public", "public_examples")
+    return {key: RunConfig.model_fields[key].default for key in keys}
+
+
+def _changed(given: RunConfig, config: RunConfig) -> dict[str, Any]:
+    """The settings as they were given, of those that a choice has changed."""
+    said, fields = given.model_dump(mode="json"), RunConfig.model_fields
+    changed = [key for key in fields if getattr(given, key) != getattr(config, key)]
+    return {key: said.get(key, fields[key].default) for key in changed}
 
 
 def _told(text: str, found: Chosen) -> dict[str, Any]:

@@ -37,14 +37,18 @@ def load(
 def resumed(
     folder: Path, file: Path | None, overrides: Mapping[str, object], settings: Sequence[str] = ()
 ) -> RunConfig:
-    """The config of the run in `folder`, with more rounds if asked: see `unchanged`."""
+    """The config of the run in `folder`, with more rounds if asked: see `unchanged`.
+
+    Its budgets are those that were given, which run.json keeps beside what they led to.
+    """
     path = folder / "run.json"
     if not path.is_file():
         raise ConfigError(
             f"nothing to resume in {folder}: it has no run.json; leave --resume out to begin"
         )
     try:
-        stored = validate(json.loads(path.read_text())["config"])
+        info = json.loads(path.read_text())
+        stored = validate({**info["config"], **info.get("budget", {}).get("given", {})})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read: {error!r}") from error
     return unchanged(stored, overrides, settings, file)

@@ -118,7 +118,8 @@ def generate(
 
     `hear` takes the text of a single prompt's continuation so far, while it is made.
 
-    Batches are of like length, padded on the left; none outgrows the positions that the model has.
+    Batches are of like length, padded on the left; none outgrows the positions that the model has:
+    of a prompt that leaves no room the end counts.
     With `virtual` tokens of a trained prompt they are of equal length: peft puts the prompt before
     the padding, and its model would answer something else.
     """
@@ -127,6 +128,8 @@ def generate(
     stops = set(stops) if isinstance(stops, list) else {stops}
     stops = sorted((stops | {base.tokenizer.eos_token_id}) - {None})
     positions = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+    if positions:
+        prompts = [prompt[-max(1, positions - virtual - 1) :] for prompt in prompts]
     found = [""] * len(prompts)
     for rows in _batches([len(prompt) for prompt in prompts], alike=virtual > 0):
         longest = max(1, *(len(prompts[i]) for i in rows))

@@ -87,7 +87,8 @@ def _load(request: Request) -> tuple[Any, list[str], str]:
         kwargs |= {"num_labels": request.labels} if request.labels else {}
         kwargs |= {"ignore_mismatched_sizes": True} if request.new_head else {}
     base, found = auto.from_pretrained(source, **kwargs)
-    missing = {*found["missing_keys"], *request.new_head}
+    # A whole model brings the head that its base is without.
+    missing = {*found["missing_keys"], *(() if request.whole else request.new_head)}
     stored = tree.digest({n: t for n, t in base.state_dict().items() if n not in missing})
     if not request.quantised:
         base = base.to(request.device)

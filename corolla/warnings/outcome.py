@@ -32,7 +32,7 @@ class RunWarning:
 
     id: str
     """One of VERDICTS, of a run that has ended; or, when it begins, columns, data, eps, experts,
-    extended, memory, no_effect, template or unbounded."""
+    extended, layers, memory, no_effect, template or unbounded."""
     why: str
     instead: str
     """The advice on what to do about it; "" without any."""

@@ -11,6 +11,7 @@ from corolla.types import PER_USER, Metrics
 _SUMMED = (
     *("target_tokens", "local_steps", "skipped"),
     *("scalars", "zero_scalars", "skipped_scalars"),
+    *("scored_sequences", "kept_sequences"),
 )
 """Metrics that count something: of all clients together, not on average."""
 

@@ -121,20 +121,11 @@ class Evaluator:
             ids = list(tokenizer(prompt)["input_ids"])
             ids = ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
             ids = ids or [model.base.pad_id]  # a prompt without tokens: start from any one
-        start = torch.tensor([ids[-self.config.max_length :]], device=model.device)
-        with torch.no_grad():
-            out = model.model.generate(
-                input_ids=start,
-                attention_mask=torch.ones_like(start),
-                max_new_tokens=_ANSWER_TOKENS,
-                do_sample=False,
-                top_p=None,
-                top_k=None,
-                temperature=None,
-                pad_token_id=model.base.pad_id,
-            )
-        answer = tokenizer.decode(out[0, start.shape[1] :], skip_special_tokens=True)
-        return Sample(prompt, reference, str(answer).strip())
+        kept = ids[-self.config.max_length :]
+        (answer,) = answers.generate(
+            model.model, model.base, [kept], _ANSWER_TOKENS, self.config.prefix
+        )
+        return Sample(prompt, reference, answer)
 
     @torch.no_grad()
     def _logits(self, sequence: Encoded) -> torch.Tensor:

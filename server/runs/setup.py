@@ -76,11 +76,13 @@ def set_up(config: RunConfig, run_id: str | None, deployed: bool = False) -> Set
     }
     parts = reach.parts(base.model)
     model = trainable.build(config, base)
-    reached = reach.of(parts, trainable.sizes(model))
+    trained = trainable.sizes(model)
+    reached = reach.of(parts, trained)
     facts["reach"] = reached.to_json()
     evaluator = Evaluator(config, model, dataset.heldout, dataset.labels)
     warned = [*of_settings(config, deployed), *_of_rows(config, dataset, base)]
     warned += [*_of_model(model), *frozen.of_experts(config, reached), *_of_eps(config, evaluator)]
+    warned += frozen.of_classes(config, trained or ())
     warned += [RunWarning("data", why, instead) for why, instead in dataset.notes]
     bounded = config.max_norm is not None or config.robust != "none" or config.dp == "client"
     if deployed and not bounded:

@@ -67,24 +67,35 @@ class Fit:
             shared["quantization"] = strongest
         if "" in self.found:
             return {**shared, **self._layers(ways[0])}
-        classes = {name: self._of_class(own.way) for name, own in self.found.items()}
+        classes = {name: self._of_class(name, own.way) for name, own in self.found.items()}
         return {**shared, "classes": classes}
 
     def lines(self) -> str:
-        """Lines to paste into a configuration file, and what each class needs of its limits."""
+        """Lines for a configuration file, with comments that say where each of them belongs.
+
+        Tables of classes are whole: they hold what else the settings say of a class.
+        """
         settings = self.settings()
         classes = settings.pop("classes", {})
         told = [f"# {name or 'clients'}: {_told(own)}" for name, own in self.found.items()]
-        shared = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
+        shared = ["# keys of the run, in place of those of these names, above the first [table]:"]
+        shared += [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
         tables: list[str] = []
+        if classes:
+            tables = [
+                "",
+                "# whole tables, in place of those of these names, below all keys of the run:",
+            ]
         for name, own in classes.items():
             way = self.found[name].way
-            tables += ["", f"[classes.{name}]", *(f"{k} = {json.dumps(v)}" for k, v in own.items())]
-            tables.append(
-                f"# on devices of their own: micro-batch-size={way.micro_batch_size} "
-                f"quantization={way.quantization}"
-            )
-        return "\n".join([*told, *shared, *tables])
+            tables += [
+                f"[classes.{name}]",
+                f"# a device of this class that joins a server says these itself: corolla client "
+                f"--micro-batch-size {way.micro_batch_size} --quantization {way.quantization}",
+                *(f"{key} = {json.dumps(value)}" for key, value in own.items()),
+                "",
+            ]
+        return "\n".join([*told, *shared, *tables]).rstrip()
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain values."""
@@ -96,17 +107,32 @@ class Fit:
             },
         }
 
-    def _of_class(self, way: Way) -> dict[str, Any]:
-        return {**({"rank": way.rank} if self.mixed else {}), **self._layers(way)}
+    def _of_class(self, name: str, way: Way) -> dict[str, Any]:
+        """The settings of a class, with those that were chosen in the place of its own."""
+        given = self.config.classes[name].model_dump(mode="json", exclude_unset=True)
+        said = {key: value for key, value in given.items() if value is not None}
+        if own := said.pop("layers", None):
+            return {**said, **self._rank(said, way), "layers": self._within(own, way)}
+        return {**said, **self._rank(said, way), **self._layers(way)}
+
+    def _rank(self, said: Mapping[str, Any], way: Way) -> dict[str, int]:
+        return {"rank": way.rank} if self.mixed or "rank" in said else {}
+
+    def _within(self, own: str, way: Way) -> str:
+        """The blocks of a class that has some of the run's: as it says them, or by number."""
+        return own if len(self._blocks(own)) == len(way.blocks) else layers.text(way.blocks)
 
     def _layers(self, way: Way) -> dict[str, str]:
-        known = self.model.linear(self.config.target_modules, self.config.layers)
-        there = sorted({place[1] for name in known if (place := units.block(name))})
-        if len(way.blocks) == len(there):
+        if len(way.blocks) == len(self._blocks(None)):
             return {"layers": self.config.layers} if "" in self.found and self.config.layers else {}
         if "" in self.found and self.config.layers:
             return {"layers": layers.text(way.blocks)}
         return {"layers": f"last:{len(way.blocks)}"}
+
+    def _blocks(self, own: str | None) -> set[int]:
+        """The blocks of the run, or of one of its classes, that has those of the key `layers`."""
+        known = self.model.linear(self.config.target_modules, self.config.layers)
+        return {place[1] for name in layers.kept(known, own) if (place := units.block(name))}
 
 
 def fit(config: RunConfig, wanted: Sequence[str]) -> Fit:
@@ -207,14 +233,27 @@ def _asked(config: RunConfig, wanted: Sequence[str]) -> dict[str, Limits]:
     """Class → its limits. Raises ConfigError."""
     found: dict[str, Limits] = {}
     for text in wanted:
-        name, colon, rest = text.rpartition(":")
-        if name not in (list(config.classes) or [""]) or (colon and not name):
-            known = ", ".join(config.classes) or "none: leave CLASS: out"
-            raise ConfigError(f"--fit {text}: classes of clients are {known}, found {name!r}")
+        name, _, rest = text.rpartition(":")
+        limits = _limits(text, rest)
+        if name not in (list(config.classes) or [""]) or text.startswith(":"):
+            raise ConfigError(_no_class(config, text, name, rest))
         if name in found:
             raise ConfigError(f"--fit {text}: limits of {name or 'clients'} are given twice")
-        found[name] = _limits(text, rest)
+        found[name] = limits
     return found
+
+
+def _no_class(config: RunConfig, text: str, name: str, rest: str) -> str:
+    """The refusal of limits for a class that the run does not have, or for none of its classes."""
+    known = ", ".join(config.classes)
+    if not name:
+        own = f"classes {known}: name one, as --fit {next(iter(config.classes), '')}:{rest}"
+        return f"--fit {text}: the run has " + (own if known else f"no classes: --fit {rest}")
+    has = f"it has {known}" if known else f"leave {name}: out where all devices are alike"
+    return (
+        f"--fit {text}: the run has no class {name}: define it, by a table [classes.{name}] in the "
+        f"file or by --set classes.{name}.share=1; {has}"
+    )
 
 
 def _limits(text: str, rest: str) -> Limits:
@@ -223,7 +262,10 @@ def _limits(text: str, rest: str) -> Limits:
         key, _, value = part.partition("=")
         if key not in Limits.__annotations__ or key in given:
             names = ", ".join(Limits.__annotations__)
-            raise ConfigError(f"--fit {text}: expected each of {names} once at most, found {part}")
+            raise ConfigError(
+                f"--fit {text}: expected each of {names} once at most, found {part}: write "
+                f"--fit memory=1GB, or of a class --fit phone:memory=1GB"
+            )
         try:
             given[key] = parse_bytes(value) if key in ("memory", "bytes") else float(value)
         except ValueError as error:
@@ -288,7 +330,8 @@ def _too_little(
             return (
                 f"--fit: nothing fits {name or 'clients'} with {what}={_amount(what, most)}: one "
                 f"block of rank 1 takes {_amount(what, getattr(need, what))}, raise it, or lower "
-                f"max-length ({config.max_length})"
+                f"max-length ({config.max_length}), or use forward passes, which need less: "
+                f"strategy seed_pool, or mixed for some classes alone"
             )
     return "--fit: no rank fits all classes: use a strategy whose clients have ranks of their own"
 

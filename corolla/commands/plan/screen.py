@@ -80,7 +80,8 @@ def _chosen(estimate: CostEstimate) -> list[tuple[str, str]]:
     told = estimate.chosen
     found = [("budget", own) for own in [told.get("run")] if own]
     found += [(f"budget of {name}", own) for name, own in told.get("classes", {}).items()]
-    without = "; scores of the public rows will choose others" if estimate.config.public else ""
+    public = told.get("given", {}).get("public") or estimate.config.public
+    without = "; scores of the public rows will choose others" if public else ""
     return [
         (
             title,

@@ -245,7 +245,7 @@ def _print_costs(console: Console, summary: Summary) -> None:
         "all clients, all rounds", human_bytes(summary.bytes_up), human_bytes(summary.bytes_down)
     )
     up, down = (f"{human_bytes(n)} ({human_bytes(f)})" for n, f in summary.per_client)
-    costs.add_row("a client in the last round (by the formula)", up, down)
+    costs.add_row("mean of the last round's clients (by the formula)", up, down)
     console.print(costs)
     simulated = summary.sim_seconds
     told = f", {simulated:,.1f} s simulated" if simulated is not None else ""

@@ -16,6 +16,7 @@ from corolla.config import schedule
 from corolla.config.run import RunConfig
 from corolla.data.encoding import Encoded
 from corolla.models.lora import LoraModel
+from corolla.server.rounds.metrics import mean_metrics
 from corolla.types import Params
 from tests.client.training.dense import DATA, SCALING, SPEC, padded
 
@@ -115,6 +116,9 @@ def test_of_four_the_two_hardest_are_drawn_and_no_other(
     hardest_one = settings(keep_hardest=0.25, local_epochs=3, batch_size=1)
     fit = FirstOrder(model, SPEC, DATA, hardest_one, 0, 1).fit(start)
     assert (fit.num_examples, fit.metrics["local_steps"]) == (1, 3.0)
+    assert (fit.metrics["scored_sequences"], fit.metrics["kept_sequences"]) == (4.0, 1.0)
+    told = mean_metrics({"a": fit.metrics, "b": fit.metrics}, {"a": 1, "b": 3})
+    assert (told["scored_sequences"], told["kept_sequences"]) == (8.0, 2.0)
 
 
 def test_training_on_the_kept_is_training_on_a_client_that_has_no_others(
@@ -128,7 +132,8 @@ def test_training_on_the_kept_is_training_on_a_client_that_has_no_others(
     wanted = FirstOrder(model, SPEC, own, settings(**changes), 0, 1).fit(start)
     whole = FirstOrder(model, SPEC, DATA, settings(**changes), 0, 1).fit(start)
     assert all(torch.equal(found.params[n], wanted.params[n]) for n in start)
-    assert found.metrics == wanted.metrics
+    told = {"scored_sequences": 4.0, "kept_sequences": 3.0}
+    assert found.metrics == {**wanted.metrics, **told}
     assert not all(torch.equal(found.params[n], whole.params[n]) for n in start)
 
 

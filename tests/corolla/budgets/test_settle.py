@@ -8,14 +8,16 @@ import pytest
 import torch
 
 from corolla.budgets import costs, knapsack, scores, settle
+from corolla.commands.simulate.in_process import simulate
 from corolla.config.build import build_strategy
-from corolla.config.load import validate
+from corolla.config.load import resumed, validate
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, DataError
 from corolla.estimates.footprint import Batch
 from corolla.models import anatomy, pretrained
 from corolla.models.anatomy import Anatomy
 from corolla.models.lora import LoraModel
+from corolla.server.runs.folder import stored_run
 from corolla.server.runs.setup import set_up
 
 SMALL: dict[str, Any] = {
@@ -222,8 +224,44 @@ def test_a_run_trains_what_was_chosen_and_says_so(tmp_path: Path, sizes: Anatomy
 
 def test_a_run_that_goes_on_trains_what_it_began_with(sizes: Anatomy) -> None:
     classes = {"small": {"budget": "flops:0.6"}, "big": {"layers": "last:1"}}
-    config = settings(budget="bytes:0.5", classes=classes)
+    config = settings(budget="bytes:0.5", classes=classes, public="rows.jsonl")
     begun, _ = settle.foreseen(config, sizes)
     later = config.model_copy(update={"rounds": 5})
     assert settle.resumed(later, begun) == begun.model_copy(update={"rounds": 5})
     assert settle.resumed(begun, begun) is begun
+
+
+def test_a_run_with_public_rows_goes_on(rows: Path, tmp_path: Path) -> None:
+    """With more rounds, and whether or not its settings are repeated."""
+    small = {"eval_examples": 1, "eval_clients": 0, "max_length": 16}
+    budgets: dict[str, Any] = {"public": str(rows), "public_examples": 2, "budget": "bytes:0.5"}
+    file, folder = tmp_path / "run.toml", tmp_path / "run"
+    lines = [f"{key} = {json.dumps(value)}" for key, value in budgets.items()]
+    file.write_text("\n".join([*lines, "[classes.small]", 'budget = "flops:0.6"', "[classes.big]"]))
+    classes: dict[str, Any] = {"small": {"budget": "flops:0.6"}, "big": {}}
+    config = settings(**budgets, **small, classes=classes)
+    simulate(config, folder)
+    info = json.loads((folder / "run.json").read_text())
+    assert info["warnings"] == []
+    again = resumed(folder, file, {"rounds": 2})
+    assert again == resumed(folder, None, {"rounds": 2})
+    date = stored_run(folder)[0].template_date
+    assert again == config.model_copy(update={"rounds": 2, "template_date": date})
+    with pytest.raises(ConfigError, match=r"with budget='bytes:0\.5', found 'bytes:0\.6'"):
+        resumed(folder, None, {"budget": "bytes:0.6"})
+    assert simulate(again, folder, resume=True).rounds == 2
+    after = json.loads((folder / "run.json").read_text())
+    assert after["budget"] == info["budget"]
+    assert after["config"] == {**info["config"], "rounds": 2}
+
+
+def test_public_rows_are_no_setting_of_a_run_that_has_chosen(sizes: Anatomy, rows: Path) -> None:
+    """Whichever keys were given: what run.json holds are settings that can be read again."""
+    read: dict[str, Any] = {"public": str(rows), "public_examples": 2, "scores": "sensitivity"}
+    for own in ({"budget": "flops:0.6"}, {"classes": {"small": {"budget": "flops:0.6"}}}):
+        config, told = settle.foreseen(settings(**read, **own), sizes)
+        assert validate(config.model_dump(mode="json")) == config and config.public is None
+        back = {**config.model_dump(mode="json"), **told["budget"]["given"]}
+        assert validate(back) == settings(**read, **own)
+    config, _ = settle.foreseen(settings(**read, budget="flops:0.6", start="gradient"), sizes)
+    assert validate(config.model_dump(mode="json")).public == str(rows)

@@ -178,6 +178,7 @@ def test_an_answer_stays_within_the_positions_of_the_model(base: pretrained.Base
     generate(speaker, base, [[5] * 200], 256)
     lengths = [options["generation_config"].max_new_tokens for _, options in speaker.asked]
     assert lengths == [8, 1]
+    assert [tuple(shape) for shape, _ in speaker.asked] == [(2, 120), (1, 127)]
 
 
 def test_nothing_is_asked_without_being_wanted(base: pretrained.Base, settings: Settings) -> None:

@@ -136,6 +136,15 @@ def test_a_new_head_on_request(settings: Settings, tmp_path: Path, number: int) 
     assert not torch.equal(new["classifier.weight"], old["classifier.weight"][:number])
 
 
+def test_a_whole_model_brings_its_new_head(settings: Settings, tmp_path: Path) -> None:
+    model = classifier(tmp_path, "yes", "no", "perhaps")
+    data = labelled(tmp_path, ["ja", "nein"])
+    changes = {"parameters": "full", "new_head": True, "cohort": 3}
+    summary = simulate(settings(model=model, data=data, rounds=1, **changes), tmp_path / "out")
+    saved = load_file(summary.folder / "model" / "model.safetensors")
+    assert len(saved["classifier.bias"]) == 2
+
+
 def test_a_new_head_is_of_the_seed_alone(settings: Settings, tmp_path: Path) -> None:
     model = classifier(tmp_path, "yes", "no")
     made = [

@@ -64,7 +64,8 @@ def test_a_users_own_strategy_passes_every_check_on_every_model() -> None:
     assert result.passed
     usual = [finding for finding in result.findings if not finding.options]
     found = {(finding.check, finding.model) for finding in usual}
-    assert found == {(c, m) for c in [WEIGHTS, *ALWAYS] for m in ("llama", "gpt2", "bert")}
+    always = {(c, m) for c in [WEIGHTS, *ALWAYS] for m in ("llama", "gpt2", "bert")}
+    assert found == {*always, ("start beside the base", "bert")}
     assert len(usual) == len(found)
 
 

@@ -36,13 +36,15 @@ def settings(**changes: Any) -> RunConfig:
 
 
 def pasted(config: RunConfig, found: fitting.Fit, folder: Path) -> RunConfig:
-    """The configuration file of a run with the printed lines in it."""
-    own = config.model_dump(mode="json", exclude={"options", "classes"}, exclude_unset=True)
+    """The configuration of a run whose file got the printed lines where these say.
+
+    Keys of the run in place of others above the first table, whole tables in place of others.
+    """
+    own = config.model_dump(mode="json", exclude={"options"}, exclude_unset=True)
     printed = tomllib.loads(found.lines())
-    for name, table in printed.get("classes", {}).items():
-        table |= config.classes[name].model_dump(exclude_unset=True)
+    classes = {**own.pop("classes", {}), **printed.pop("classes", {})}
     path = folder / "run.json"
-    path.write_text(json.dumps({**own, **printed}))
+    path.write_text(json.dumps({**own, **printed, "classes": classes}))
     return validate(json.loads(path.read_text()))
 
 
@@ -69,6 +71,23 @@ def test_classes_have_limits_of_their_own(tmp_path: Path) -> None:
     told = plan(run)
     assert told.traffic.up[0] <= 40_000
     assert run.classes["phone"].rank is None, "fedavg has one rank for all"
+    assert run.classes["phone"].share == 3, "the table that is replaced said so"
+
+
+def test_each_printed_line_says_where_it_belongs() -> None:
+    """Keys of the run come before all tables, and a comment of its own before each kind."""
+    config = settings(classes={"phone": {"share": 3, "layers": "first:2"}, "laptop": {}})
+    lines = fitting.fit(config, ["phone:bytes=40kB"]).lines().splitlines()
+    keys = lines.index(
+        "# keys of the run, in place of those of these names, above the first [table]:"
+    )
+    tables = lines.index(
+        "# whole tables, in place of those of these names, below all keys of the run:"
+    )
+    assert lines[keys + 1].startswith("rank = ") and lines[tables + 1] == "[classes.phone]"
+    assert "corolla client --micro-batch-size 4 --quantization none" in lines[tables + 2]
+    assert lines[tables + 3 :] == ["share = 3", 'layers = "1"']
+    assert not any(line.startswith("[") for line in lines[:tables])
 
 
 def test_ranks_are_of_a_class_where_the_strategy_has_them(tmp_path: Path) -> None:
@@ -92,7 +111,7 @@ def test_without_limits_everything_is_trained_at_the_largest_rank() -> None:
 def test_where_nothing_fits_one_line_says_what_is_needed(limits: str, what: str) -> None:
     with pytest.raises(ConfigError, match=f"nothing fits clients with {what}") as why:
         fitting.fit(settings(), [limits])
-    assert "\n" not in str(why.value)
+    assert "\n" not in str(why.value) and "seed_pool, or mixed for some" in str(why.value)
 
 
 def test_seconds_are_those_of_steps_and_of_what_travels() -> None:
@@ -150,7 +169,13 @@ def test_a_model_of_a_billion_parameters_from_its_config_alone(tmp_path: Path) -
     [
         (["--fit", "memory=2"], "memory=2"),
         (["--fit", "speed=2"], "expected each of memory, bytes, seconds, flops once"),
-        (["--fit", "phone:memory=2GB"], "classes of clients are none"),
+        (["--fit", "phone=1GB"], "found phone=1GB: write --fit memory=1GB, or of a class --fit ph"),
+        (["--fit", "phone:memory=2GB"], "a table [classes.phone] in the file or by --set classes."),
+        (["--fit", ":memory=2GB"], "the run has no classes: --fit memory=2GB"),
+        (
+            ["--fit", "memory=2GB", "--set", "classes.tv.share=1"],
+            "the run has classes tv: name one, as --fit tv:memory=2GB",
+        ),
         (["--fit", "seconds=-1"], "seconds is more than 0"),
         (["--fit", "memory=2GB", "--set", "parameters=bias"], "found parameters=bias"),
         (["--fit", "memory=2GB", "--strategy", "seed_pool"], "--fit is for first-order clients"),
