@@ -64,10 +64,10 @@ def adapter(material: Material) -> Params:
     for name, tensor in tensors.items():
         if name not in start or start[name].shape != tensor.shape:
             kept = ", ".join(told.get("modules_to_save") or ()) or "none"
-            found = tuple(start[name].shape) if name in start else "not trained"
+            here = str(tuple(start[name].shape)) if name in start else "not trained"
             raise ModelError(
                 f"start={folder} brings {name}, {tuple(tensor.shape)}, trained as it is "
-                f"(modules_to_save: {kept}); in this run it is {found}: no run goes on from it"
+                f"(modules_to_save: {kept}); in this run it is {here}: no run goes on from it"
             )
         start[name] = tensor.float()
     if not modules:

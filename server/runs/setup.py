@@ -82,7 +82,7 @@ def set_up(config: RunConfig, run_id: str | None, deployed: bool = False) -> Set
     evaluator = Evaluator(config, model, dataset.heldout, dataset.labels)
     warned = [*of_settings(config, deployed), *_of_rows(config, dataset, base)]
     warned += [*_of_model(model), *frozen.of_experts(config, reached), *_of_eps(config, evaluator)]
-    warned += frozen.of_classes(config, trained or ())
+    warned += frozen.of_classes(config, list(trained or ()))
     warned += [RunWarning("data", why, instead) for why, instead in dataset.notes]
     bounded = config.max_norm is not None or config.robust != "none" or config.dp == "client"
     if deployed and not bounded:
