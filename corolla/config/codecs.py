@@ -103,8 +103,8 @@ SQUARES: tuple[Rule[Asked], ...] = (
     Rule(
         when=lambda asked: asked.traits.squares and asked.config.robust != "none",
         why=lambda asked: (
-            f"robust={asked.config.robust} compares changes, and {asked.subject} sends them times "
-            f"squared gradients"
+            f"robust={asked.config.robust} does not fit {asked.subject}: it compares changes, "
+            f"which are sent times squared gradients"
         ),
         instead="use fedavg, or leave robust out",
     ),

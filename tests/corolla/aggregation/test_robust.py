@@ -704,7 +704,7 @@ def test_a_rule_and_a_strategy_work_together_or_are_refused(name: str, rule: Rob
         checked = validate(values)
     except ConfigError as error:
         assert f"robust={rule} does not fit strategy {name}: " in str(error)
-        assert rule != "norm_clip" or name in ("mixed", "hetlora", "scaffold")
+        assert rule != "norm_clip" or name in ("fisher", "mixed", "hetlora", "scaffold")
         return
     strategy = build_strategy(checked)
     start = {"m.lora_A": torch.randn(8, IN, generator=seeds.generator(0, "start")),
