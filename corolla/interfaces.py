@@ -284,7 +284,7 @@ class Choosing(Protocol):
         """
 
     def most(self, names: Collection[str], number: int) -> tuple[Sequence[int], Sequence[str]]:
-        """What takes most memory of a client in a round: blocks, of so many, and tensors.
+        """The blocks, of so many, and tensors that take most memory of a client in a round.
 
         `names` are those of all trained tensors. Blocks that are drawn are not known before: the
         deepest have the longest backward pass.

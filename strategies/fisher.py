@@ -19,7 +19,7 @@ from corolla.tensors import tree
 from corolla.types import Aggregates, Cost, Metrics, Params, Payload, Size, Update
 
 FLOOR = 1e-8
-"""What is added to a denominator, as a share of the mean over its tensor: for those that are 0."""
+"""Share of the mean over a tensor that is added to its denominators: some are 0."""
 
 
 @listed

@@ -121,7 +121,7 @@ class Lisa(FedAvg):
         return [Cost(4 * s.values, 4 * s.values, at_most=True) for s in cohort]
 
     def cost_from(self, state: Payload, cohort: Sequence[Size]) -> Sequence[Cost]:
-        """Up the subset of the round; down that of the round before, which has changed.
+        """The subset of the round goes up; that of the round before, which has changed, down.
 
         A client that missed rounds receives what has changed in them as well.
         """

@@ -54,7 +54,7 @@ class PlainGradients:
     config: RunConfig
     seed: int
     chosen: Metrics = field(default_factory=dict)
-    """What is told of how `data` was chosen among a client's sequences."""
+    """Metrics of how `data` was chosen among a client's sequences."""
     _losses: list[float] = field(default_factory=list)
     _targets: int = 0
     _seen: set[int] = field(default_factory=set)

@@ -1,1 +1,1 @@
-"""Which blocks and modules are trained under a budget: costs, scores, and the best set."""
+"""Choices of blocks and modules under a budget: costs, scores, and the best set."""

@@ -11,7 +11,7 @@ MEANING = {
     "bytes": "bytes of an update",
     "memory": "bytes of memory that what is trained decides",
 }
-"""What a share is of: all that training everything takes."""
+"""Quantity → the total that a share is of: all that training everything takes."""
 
 
 @dataclass(frozen=True)

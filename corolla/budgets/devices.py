@@ -66,7 +66,7 @@ class Way:
 
     @property
     def value(self) -> int:
-        """How much is trained: blocks times rank, as no module is known to matter more."""
+        """The amount that is trained: blocks times rank, as no module is known to matter more."""
         return len(self.blocks) * self.rank
 
 

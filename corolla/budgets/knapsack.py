@@ -30,7 +30,7 @@ class Option:
 
 @dataclass(frozen=True)
 class End:
-    """What is taken in the deepest level: ranks by name, their value and cost together."""
+    """The choice in the deepest level: ranks by name, their value and cost together."""
 
     ranks: Mapping[str, int]
     value: int

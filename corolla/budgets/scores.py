@@ -31,7 +31,7 @@ def importance(after: Tensor, move: Tensor) -> float:
 
 
 class Sensitivity:
-    """How much the loss depends on each trained value, smoothed over steps.
+    """The dependence of the loss on each trained value, smoothed over steps.
 
     I = |w ∂L/∂w|, Ī ← β Ī + (1 - β) I, Ū ← β Ū + (1 - β) |I - Ī|, from 0 with β = 0.85; a value
     has Ī Ū. (AdaLoRA, Zhang et al., ICLR 2023, arXiv 2303.10512, eq. 8 to 10.)

@@ -293,7 +293,7 @@ def short(name: str) -> str:
 
 
 def _ordered(names: Sequence[str] | Mapping[str, object]) -> list[str]:
-    """From the loss downwards: what is preferred among equals."""
+    """The modules from the loss downwards, in the order of preference among equals."""
     numbered = {name: place[1] if (place := units.block(name)) else -1 for name in names}
     return sorted(numbered, key=lambda name: (-numbered[name], name))
 

@@ -1,4 +1,4 @@
-"""Which codecs go with which strategy: few bits, few values, few ranks, and squared gradients."""
+"""Rules of codecs and strategies: few bits, few values, few ranks, and squared gradients."""
 
 from corolla.config.asked import Asked, able, takes_sparse
 from corolla.config.sections.rule import Rule

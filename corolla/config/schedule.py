@@ -24,7 +24,7 @@ scoring would be more work than training."""
 
 
 def scored(config: RunConfig, sequences: int) -> int:
-    """How many of a client's sequences are scored in a round, to find the hardest; 0: none."""
+    """The number of a client's sequences that are scored in a round, to find the hardest."""
     if config.keep_hardest in (None, 1):
         return 0
     return min(sequences, _SCORED * steps_per_round(config, sequences) * config.batch_size)

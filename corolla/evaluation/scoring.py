@@ -69,7 +69,7 @@ def predictions(
 
 
 def _before(rows: Tensor, wanted: Tensor) -> Tensor:
-    """Of (batch, time, …) the positions before those of `wanted`; virtual tokens come first."""
+    """The positions of (batch, time, …) before those of `wanted`; virtual tokens come first."""
     return rows[:, -1 - wanted.shape[1] : -1]
 
 

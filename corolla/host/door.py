@@ -47,7 +47,7 @@ class Visitor:
             half.turn()
 
     def hears(self, half: "_Half", more: int) -> None:
-        """So many bytes more have come from outside; who is not known has to wait after FIRST."""
+        """Counts bytes that have come from outside; who is not known has to wait after FIRST."""
         self._heard += more
         if self._late and self._heard >= FIRST:
             half.held = True
@@ -71,7 +71,7 @@ class Visitor:
             half.transport.abort()
 
     def begin(self, halves: "list[_Half]") -> None:
-        """From now on bytes are passed on."""
+        """Notes the two halves: from now on bytes are passed on."""
         self._halves, self._occupant.end = halves, self.end
         self._late = asyncio.get_running_loop().call_later(SILENCE, self.end)
 

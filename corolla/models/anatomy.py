@@ -65,7 +65,7 @@ class Anatomy:
     vocabulary: int
     positions: int | None
     tensors: Mapping[str, Shape]
-    """Of experts that transformers fuses as it loads them, the fused ones."""
+    """Returns the fused tensors of experts that transformers fuses as it loads them."""
     tokenizer_bytes: int
     tokenizer: Path | None = None
     """tokenizer.json, where there is one."""
@@ -137,7 +137,7 @@ class Anatomy:
 
     @cached_property
     def _linear(self) -> dict[str, tuple[int, int]]:
-        """Those of all modules and blocks: estimates ask for them thousands of times."""
+        """The shapes of all modules and blocks: estimates ask for them thousands of times."""
         found = {
             name.removesuffix(".weight"): (shape[0], shape[1])
             for name, shape in self.tensors.items()

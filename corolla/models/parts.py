@@ -42,7 +42,7 @@ def _nothing(base: Base, targets: Sequence[str], virtual_tokens: int) -> None:
 
 
 def _given(base: Base, given: Sequence[str] | None) -> list[str]:
-    """Those that are named."""
+    """The modules that are named."""
     return list(given or ())
 
 

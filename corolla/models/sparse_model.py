@@ -100,7 +100,7 @@ class SparseModel(DenseModel):
         return {**super().init(spec, seed), **zeros}
 
     def deltas(self) -> Params:
-        """What every module's weight, as the model computes with it, adds to the base's, in fp64.
+        """The change of every module's weight, as the model computes with it, in fp64.
 
         Dense, in the form of the weight; a head by parameter. For checks and tests.
         """

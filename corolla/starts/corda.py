@@ -17,7 +17,7 @@ _DAMPING, _LARGEST_ERROR, _DOUBLINGS = 0.01, 0.05, 40
 
 
 def adapter(material: Material) -> Params:
-    """With W C = U S Vᵀ, where C is the damped second moment of inputs on public rows:
+    """The start of W C = U S Vᵀ, where C is the damped second moment of inputs on public rows:
     B = U √(S / s), A = √(S / s) Vᵀ C⁻¹, of the r largest S (`corda_ipm`) or smallest (`corda_kpm`).
 
     ipm learns the task that the rows show, kpm keeps what they show: rows are then questions that

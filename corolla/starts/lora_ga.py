@@ -18,7 +18,7 @@ GAMMA = 16.0
 
 
 def adapter(material: Material) -> Params:
-    """With the gradient G = U S Vᵀ on public rows: A = ζ V_{1..r}ᵀ, B = ζ U_{r+1..2r}.
+    """The start of the gradient G = U S Vᵀ on public rows: A = ζ V_{1..r}ᵀ, B = ζ U_{r+1..2r}.
 
     The first step of SGD at rate η then changes the effective weight by -η s² ζ² G_2r, G_2r being
     the best approximation of G of rank 2 r, whatever the scale of the loss. Rank stabilisation

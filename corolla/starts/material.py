@@ -1,4 +1,4 @@
-"""What a start is made of: the base and its weights, public rows, the settings of a run."""
+"""Material of a start: the base and its weights, public rows, the settings of a run."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -13,7 +13,7 @@ from corolla.types import Params
 
 
 def adapter(material: Material) -> Params:
-    """With W = Q R: B is the first r columns of Q, A the first r rows of R.
+    """The start of W = Q R: B is the first r columns of Q, A the first r rows of R.
 
     The scaling is not divided out, as in the paper's code: s Q_r R_r leaves the base.
     """

@@ -13,7 +13,7 @@ from corolla.types import Params
 
 
 def adapter(material: Material) -> Params:
-    """With W = U S Vᵀ: B = U_r √(S_r / s), A = √(S_r / s) V_rᵀ, at the run's scaling s.
+    """The start of W = U S Vᵀ: B = U_r √(S_r / s), A = √(S_r / s) V_rᵀ, at the run's scaling s.
 
     `pissa_N` takes N iterations instead of an exact decomposition; so does any matrix too large
     for one. What the paper gains in a quantised residual needs another base, and is not here.

@@ -25,7 +25,7 @@ Units = Mapping[str, Sequence[str]]
 
 @dataclass(frozen=True)
 class Choice:
-    """How the subset of a round is chosen among units. Raises ValueError for what is no way to."""
+    """The way to choose the subset of a round among units. Raises ValueError for what is none."""
 
     layers: int
     """Blocks of a round; of no effect with "half"."""

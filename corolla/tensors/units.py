@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 
 BLOCK = "layer-"
-"""Before the number of a unit that is a block, or a module of one."""
+"""Prefix of the number of a unit that is a block, or a module of one."""
 OUTSIDE = ("embed", "norm", "head")
 """Units outside of blocks: embeddings, the last norm, and all else, as an output layer."""
 

@@ -26,7 +26,7 @@ class RunSettings:
 
     @classmethod
     def from_json(cls, text: str) -> "RunSettings":
-        """Of the settings of any task. Raises WireError when they cannot be read."""
+        """Reads them from the settings of any task. Raises WireError when they cannot be read."""
         try:
             told = json.loads(text or "{}")
         except (ValueError, RecursionError) as error:
@@ -60,7 +60,7 @@ class TaskSettings:
     fresh: Payload | None = None
     """For a gateway, which has no model: of the form of an adapter of its phones."""
     chosen: Sequence[str] = ()
-    """For a gateway, of a strategy that is Choosing: the units that its phones train."""
+    """Units that a gateway's phones train, of a strategy that is Choosing."""
 
     def to_json(self) -> str:
         """The settings as a task has them: forms without values, nothing of what is None."""
@@ -80,7 +80,7 @@ class TaskSettings:
 
     @classmethod
     def from_json(cls, text: str) -> "TaskSettings":
-        """Of the settings of a task; payloads are on the meta device.
+        """Reads them from the settings of a task; payloads are on the meta device.
 
         Raises WireError for a form that is none and a number out of its range, and for other
         settings LookupError, TypeError or ValueError, of which each receiver says what is wrong in

@@ -1,4 +1,4 @@
-"""What is fuzzed: valid replies, messages and tasks, who reads them, and what must then hold."""
+"""Targets of the fuzz bench: valid replies and tasks, who reads them, and what must then hold."""
 
 import math
 import random
@@ -93,7 +93,7 @@ def _form(payload: Payload) -> object:
 
 
 def _length(aggregate: Payload) -> float:
-    """Of what an aggregate moves, from dense matrices in fp64; infinite for what is not finite."""
+    """The norm of an aggregate's move, from dense matrices in fp64; infinite if not finite."""
     total = 0.0
     for group, params in aggregate.items():
         for name, tensor in params.items():
@@ -280,7 +280,7 @@ class Device:
     reply: Packet
 
     def examine(self, mutated: Packet) -> str:
-        """What the worker makes of a mutated task; WireError where it is no task at all."""
+        """The worker's answer to a mutated task; WireError where it is no task at all."""
         try:
             unpack_task(mutated)
         except WireError:

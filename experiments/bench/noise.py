@@ -1,4 +1,4 @@
-"""What the noise of dp=client leaves of an update, by aggregation: signal-to-noise ratios.
+"""Signal-to-noise ratios of updates under the noise of dp=client, by aggregation.
 
     python -m experiments.bench.noise --json FILE
 

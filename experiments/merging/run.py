@@ -24,7 +24,7 @@ from experiments.bench.zeroth_order import machine
 RESULTS = Path(__file__).with_name("results.json")
 SEEDS = (0, 1, 2)
 STUDENT = 4.303
-"""Of 95 % on both sides, with two degrees of freedom: three seeds."""
+"""Quantile of Student's t of 95 % on both sides, two degrees of freedom: three seeds."""
 COMMON = ("clients=6", "cohort=3", "rounds=3", "eval-clients=2", "eval-client-examples=4")
 SPARSE = ('codec=["top_k:0.25"]', 'codec-down=["top_k:0.25"]')
 BASELINE = "fedavg"
@@ -33,7 +33,7 @@ RUNS: Mapping[str, Sequence[str]] = {
     "a quarter both ways": ("strategy=fedavg", *SPARSE),
     "fisher": ("strategy=fisher",),
 }
-"""What is tried → its settings."""
+"""Name of a trial → its settings."""
 
 
 def measured(settings: Sequence[str], seed: int, folder: Path) -> dict[str, Any]:

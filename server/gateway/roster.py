@@ -81,7 +81,7 @@ class Roster:
         return max(self._retry, phones / _CHECK_INS)
 
     def retry(self, owner: str, times: float = 1.0) -> pb.RetryWindow:
-        """When a phone of an owner may come again: after as many pauses, give or take a half."""
+        """The time when a phone may come again: after as many pauses, give or take a half."""
         pause = times * self.pause(owner)
         return window(pause / 2, 3 * pause / 2)
 

@@ -145,7 +145,7 @@ class Phones:
 
 
 def _waiting(call: Occupant, seconds: float) -> asyncio.Timeout:
-    """So long may a call wait for its caller; the end of the call ends that at once."""
+    """The time that a call may wait for its caller; the end of the call ends it at once."""
     limit = asyncio.timeout(seconds)
 
     def end() -> None:

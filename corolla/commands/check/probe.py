@@ -159,7 +159,7 @@ class Probe:
         return self._resident(Base(model, tokenizer, task, self.kind, self.kind))
 
     def _resident(self, base: Base) -> Resident:
-        """What is trained of a base: an adapter."""
+        """A resident model in which an adapter is trained."""
         return LoraModel(base)
 
     def _federation(self) -> Federation:

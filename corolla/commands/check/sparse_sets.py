@@ -6,6 +6,7 @@ The server sends places that no client draws by itself, so that a client without
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 from corolla.commands.check import oracle
 from corolla.commands.check.findings import Finding, Proof, Worst
@@ -28,9 +29,13 @@ _PLACES = 1
 class _SparseProbe(Probe):
     """A strategy on a tiny model with a sparse set."""
 
+    @property
+    def sparse(self) -> SparseModel:
+        """The resident model, as `_resident` makes it."""
+        return cast(SparseModel, self.model)
+
     def fresh(self) -> Payload:
-        model = self.model
-        assert isinstance(model, SparseModel)
+        model = self.sparse
         chosen = places.random(model.sizes, model.counts, _PLACES)
         return {**super().fresh(), carried.GROUP: places.packed(chosen, model.sizes)}
 
@@ -43,9 +48,8 @@ class _SparseProbe(Probe):
         return SparseModel(base, self.config.rank, seed=self.config.seed)
 
     def lost(self) -> float:
-        """How many values of the base are others where no change is shown."""
-        model = self.model
-        assert isinstance(model, SparseModel)
+        """The number of values of the base that are others where no change is shown."""
+        model = self.sparse
         model.write(model.init(self.config.lora, 0), self.config.lora)
         for own in model.modules.values():
             own.put()
@@ -56,7 +60,7 @@ class _SparseProbe(Probe):
 
 
 def proofs(probe: Probe) -> Iterator[Proof]:
-    """What a strategy claims holds of a sparse set, where it can train one."""
+    """The proof that a strategy's claim holds of a sparse set, where it can train one."""
     if without_factors(probe.strategy) and not registry.traits(probe.strategy).personal:
         yield CHECK, lambda: _as_claimed(probe)
 

@@ -37,7 +37,7 @@ _SMALLER = {"none": ("none", "8bit", "4bit"), "8bit": ("8bit", "4bit"), "4bit": 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What devices of a class train, and what that needs."""
+    """The settings of the devices of a class, and what they need."""
 
     limits: Limits
     way: Way

@@ -12,7 +12,7 @@ READS_ROWS: tuple[SelectName, ...] = ("fisher", "gradient")
 
 
 class SparseSet(Subject):
-    """How the server chooses the places of weight matrices whose values are trained."""
+    """The choice of the places of weight matrices whose values are trained, by the server."""
 
     select: SelectName = key(
         "random",

@@ -20,11 +20,11 @@ class Start:
     makes: str
     """The adapter that it makes, in a clause."""
     rows: bool = False
-    """It is made from public rows."""
+    """True where the start is made from public rows."""
     offset: bool = False
-    """It takes a part out of the base: the negative of its product stays beside the base."""
+    """True where the start takes a part out of the base: its negative stays beside the base."""
     weights: bool = True
-    """It needs the weights of the base as they were trained: no quantised ones."""
+    """True where the start needs the weights of the base as they were trained: none quantised."""
     frozen: str = ""
     """The factor that ffa_lora has to freeze, for a start that means nothing elsewhere: A, B, or
     either."""

@@ -34,7 +34,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Reach:
-    """What of a model's parameters a run can change."""
+    """The part of a model's parameters that a run can change."""
 
     values: int
     """Values of the base that can change, and virtual tokens, which stand before its input."""
@@ -68,7 +68,7 @@ class Reach:
         return f"{reached}, {self.share:.1%}{tied}"
 
     def to_json(self) -> dict[str, Any]:
-        """For run.json."""
+        """All fields, for run.json."""
         return asdict(self)
 
 
@@ -85,7 +85,7 @@ def parts(model: nn.Module) -> Parts:
 
 
 def of(base: Parts, trained: Mapping[str, int] | None) -> Reach:
-    """What is reached by trained tensors, name → values; None: everything.
+    """The reach of trained tensors, name → values; None: everything.
 
     A tensor that is trained as it is counts as `corolla plan` does, with its own values: so do the
     places of a sparse set, the rows of new tokens, and virtual tokens. A factor or a scale counts

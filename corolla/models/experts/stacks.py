@@ -30,7 +30,7 @@ class Place:
     """The factors of a tensor of experts in peft's files."""
 
     path: str
-    """What stands before `.lora_A` and `.lora_B`."""
+    """The name before `.lora_A` and `.lora_B`."""
     experts: int
 
 

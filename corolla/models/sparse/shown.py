@@ -16,7 +16,7 @@ class Shown(nn.Module):
     """A parametrization: the weight that is used is the base, moved by `delta` at some places."""
 
     delta: nn.Parameter
-    """What is trained: (k,) in fp32."""
+    """The trained changes, (k,) in fp32."""
 
     def __init__(self, weight: nn.Parameter, places: Tensor) -> None:
         super().__init__()

@@ -41,7 +41,7 @@ def ids(
 
 
 def indices(model: PreTrainedModel, tokens: Sequence[int]) -> dict[str, list[int]] | None:
-    """What peft is told: name of a table → rows of it that are trained; None without tokens."""
+    """The rows that peft trains, name of a table → its rows; None without tokens."""
     if not tokens:
         return None
     tables = [model.get_input_embeddings()]
