@@ -13,7 +13,6 @@ from corolla.artefacts.records import write_decoded, write_update
 from corolla.client.training import private
 from corolla.client.training.first_order import FirstOrder
 from corolla.client.training.zeroth_order import ZerothOrder
-from corolla.config import offset
 from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.data.encoding import Encoded, Encoder
@@ -31,6 +30,7 @@ from corolla.privacy.example_level import ExampleLevel
 from corolla.privacy.ledger import Ledger, Limit
 from corolla.storage.folders import client_folder, round_folder
 from corolla.storage.memory import Memory
+from corolla.strategies import offset
 from corolla.strategies.listing import registry
 from corolla.types import Adapter, LoraSpec, Metrics, Payload, TrainerName, Update, row_name
 from corolla.wire import codec, ranges

@@ -1,8 +1,9 @@
 """The strategy that a config names, made with its options and checked against all settings."""
 
-from corolla.config import offset, rules
+from corolla.config import rules
 from corolla.config.run import RunConfig
 from corolla.interfaces import Strategy
+from corolla.strategies import offset
 from corolla.strategies.listing import registry
 
 

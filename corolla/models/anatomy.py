@@ -10,11 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from corolla.config.patterns import Patterns
 from corolla.embedded.assets import asset
 from corolla.errors import ModelError
 from corolla.models import layers
 from corolla.models.experts import fused
+from corolla.models.patterns import Patterns
 from corolla.models.sizes import decoders
 from corolla.tensors import factors
 from corolla.types import LoraSpec

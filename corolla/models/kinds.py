@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from corolla.config.build import build_strategy
-from corolla.config.patterns import Patterns
 from corolla.config.run import RunConfig
 from corolla.models.anatomy import Anatomy, Shape
 from corolla.models.experts import fused
 from corolla.models.parts import PARTS, Shapes
+from corolla.models.patterns import Patterns
 from corolla.models.tokens import tables
 
 if TYPE_CHECKING:

@@ -21,7 +21,6 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from corolla.config.patterns import Patterns, means
 from corolla.directions import moving
 from corolla.directions.space import Beside, Space, Unrounded
 from corolla.errors import ModelError
@@ -37,6 +36,7 @@ from corolla.models.files.adapter_files import (
     write_adapter,
 )
 from corolla.models.files.missing import within
+from corolla.models.patterns import Patterns, means
 from corolla.models.pretrained import Base, heads_of
 from corolla.models.tokens import rows
 from corolla.tensors import factors

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from corolla.config import offset
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, ModelError
 from corolla.interfaces import Strategy
@@ -23,6 +22,7 @@ from corolla.starts import (
     pissa,
 )
 from corolla.starts.material import Material
+from corolla.strategies import offset
 from corolla.tensors import tree
 from corolla.types import Params, Payload
 

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from corolla import seeds
-from corolla.config import offset, schedule
+from corolla.config import schedule
 from corolla.config.run import RunConfig
 from corolla.directions import seedlog
 from corolla.errors import ArtefactError, ConfigError, WireError
@@ -19,6 +19,7 @@ from corolla.server.gateway.blobs import Blobs, manifest_of
 from corolla.server.gateway.budget import TRAINERS, Able, Assignment, Demand, Timing
 from corolla.server.gateway.merging import Merging
 from corolla.server.rounds.federation import classes_behind
+from corolla.strategies import offset
 from corolla.tensors import factors
 from corolla.types import Params
 from corolla.wire.messages import Log

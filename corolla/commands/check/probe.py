@@ -17,7 +17,6 @@ from corolla import seeds
 from corolla.client.training.worker import Worker
 from corolla.commands.check import tiny_models
 from corolla.commands.check.tables import BATCH, CLIENTS, ROUNDS, STEPS
-from corolla.config import offset
 from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.data.federated import FederatedData
@@ -35,6 +34,7 @@ from corolla.server.rounds.round import RoundResult, run_round
 from corolla.starts import table as starts
 from corolla.starts.table import Started
 from corolla.storage.memory import Memory
+from corolla.strategies import offset
 from corolla.strategies.listing import registry
 from corolla.tensors import factors
 from corolla.types import Params, Payload

@@ -28,13 +28,13 @@ from corolla.commands.check import (
 from corolla.commands.check.findings import Finding, Proof, Result, made
 from corolla.commands.check.probe import Probe, Round, settings
 from corolla.commands.check.tables import BRIEFLY, CLASSES, REGROUPED, ROUNDS, START, Trial
-from corolla.config import offset
 from corolla.config.asked import takes_parts
 from corolla.config.build import build_strategy
 from corolla.errors import ConfigError
 from corolla.server.rounds.call import RoundCall
 from corolla.server.rounds.round import run_round
 from corolla.server.rounds.tasks import costs
+from corolla.strategies import offset
 from corolla.strategies.listing import registry
 from corolla.tensors import tree
 

@@ -16,7 +16,7 @@ from corolla.client.device.machine import Choice, choose
 from corolla.commands.plan import lengths, subsets
 from corolla.commands.plan.lengths import Batches
 from corolla.commands.plan.throughput import throughput
-from corolla.config import offset, schedule
+from corolla.config import schedule
 from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.data import census, federated
@@ -37,6 +37,7 @@ from corolla.server.rounds.federation import Federation
 from corolla.server.rounds.tasks import costs
 from corolla.server.runs.account import open_account
 from corolla.server.runs.journal import Past
+from corolla.strategies import offset
 from corolla.strategies.listing import registry
 from corolla.types import Cost, LoraSpec, Params, TrainerName
 from corolla.wire import codec

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from corolla import seeds
-from corolla.config import offset
 from corolla.interfaces import Choosing
 from corolla.server.rounds.federation import Federation
 from corolla.server.rounds.tasks import costs
+from corolla.strategies import offset
 from corolla.tensors import factors, tree
 from corolla.types import Cost, Params, Payload
 from corolla.wire import messages

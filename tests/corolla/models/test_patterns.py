@@ -17,7 +17,6 @@ from torch import Tensor
 from corolla import seeds
 from corolla.client.training.worker import Worker
 from corolla.config.build import build_strategy
-from corolla.config.patterns import Patterns
 from corolla.config.run import RunConfig
 from corolla.directions import seedlog
 from corolla.errors import ConfigError, ModelError
@@ -25,6 +24,7 @@ from corolla.estimates import footprint
 from corolla.models import anatomy, pretrained, trainable
 from corolla.models.files import adapter_files
 from corolla.models.lora import LoraModel
+from corolla.models.patterns import Patterns
 from corolla.server.rounds.call import RoundCall
 from corolla.server.rounds.federation import Federation
 from corolla.server.rounds.round import run_round

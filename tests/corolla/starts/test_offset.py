@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from corolla.aggregation.sums import WeightedMean
 from corolla.client.training.worker import Worker
 from corolla.commands.simulate.in_process import simulate
-from corolla.config import offset
 from corolla.config.build import build_strategy
 from corolla.config.load import validate
 from corolla.config.run import RunConfig
@@ -25,6 +24,7 @@ from corolla.server.rounds.round import evaluate_clients
 from corolla.server.rounds.tasks import costs
 from corolla.starts import table
 from corolla.storage.memory import Memory
+from corolla.strategies import offset
 from corolla.strategies.listing import registry
 from corolla.tensors import tree
 from tests.conftest import Settings

@@ -13,7 +13,6 @@ import torch
 
 from corolla.client.phone.downloads import fetch
 from corolla.client.training.worker import Worker
-from corolla.config import offset
 from corolla.config.run import RunConfig
 from corolla.directions import seedlog
 from corolla.errors import ConfigError
@@ -29,6 +28,7 @@ from corolla.server.gateway.natives import Natives
 from corolla.server.gateway.programs import Programs
 from corolla.server.gateway.settings import GatewaySettings
 from corolla.storage.memory import Memory
+from corolla.strategies import offset
 from corolla.tensors import tree
 from corolla.wire import codec, messages
 from corolla.wire.messages import Task
