@@ -32,7 +32,7 @@ LAYERS = (
     ("privacy", "data", "models"),
     ("evaluation", "phones", "warnings", "estimates"),
     ("artefacts", "budgets", "starts"),
-    ("selection",),
+    ("selection", "edits"),
     ("client", "server"),
     ("commands",),
     ("api", "cli"),

@@ -1,5 +1,6 @@
 """Commands on the result of a run: score it, talk with it, write it as others serve it."""
 
+import inspect
 import json
 import sys
 from functools import partial
@@ -8,8 +9,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from corolla.cli.options import EXPORT, PROGRAM, AsJson, Given, Set, takes
+from corolla.cli.options import EXPORT, PROGRAM, AsJson, Given, NewFolder, Set, takes
 from corolla.cli.screen import out, say
+from corolla.edits import grammar
 from corolla.errors import ConfigError
 
 
@@ -77,6 +79,43 @@ def chat(
         return
     for name, answer in answers.items():
         say(f"{name}: {answer or '(nothing)'}")
+
+
+def edit(
+    adapters: Annotated[
+        list[Path],
+        typer.Argument(metavar="ADAPTER...", help="Folders of runs, or of adapters of one base."),
+    ],
+    steps: Annotated[
+        str,
+        typer.Option(
+            metavar="STEPS",
+            help="In their order: a line with spaces between steps, a JSON list of them, or a "
+            "FILE.json or FILE.toml (steps = [...]).",
+        ),
+    ],
+    out_dir: NewFolder,
+    model: Annotated[
+        str | None, typer.Option(help="The base model; default: the one that adapters name.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Combine, scale, trim and cut adapters, on the products of their factors.
+
+    Steps act on what an adapter adds to each weight, not on its factors, so that two adapters that
+    do the same are edited alike. docs/after.md says which to use when.
+    """
+    with out.status("loading"):
+        from corolla.commands.edit import edit as editing
+
+        done = editing.edit(editing.Order(adapters, steps, out_dir, model))
+    if as_json:
+        print(json.dumps(done.to_json(), indent=2))
+    else:
+        say(done.line)
+
+
+edit.__doc__ = f"{inspect.cleandoc(edit.__doc__ or '')}\n\n{grammar.explained()}"
 
 
 @takes(program=PROGRAM, written=EXPORT)
