@@ -128,7 +128,7 @@ def check_shape(
     if found != (wanted[::-1] if transposed else wanted):
         raise ArtefactError(
             f"the adapter's {module} is {wanted[0]} x {wanted[1]}, its weight in {base} is "
-            f"{' x '.join(map(str, found))}: the adapter is of another model, name it with --model"
+            f"{' x '.join(map(str, found))}: it was trained on another model, name it with --model"
         )
 
 
@@ -153,11 +153,19 @@ def open_weights(base: str, update: Params, transposed: bool = False) -> Weights
 
 
 def stored_name(module: str, tensors: Mapping[str, StoredTensor], base: str) -> str:
-    """The name in a checkpoint, which may lack the prefix of the model that it is a part of."""
-    for name in (f"{module}.weight", f"{module.partition('.')[2]}.weight"):
-        if name in tensors:
-            return name
+    """The name of a module's weight in a checkpoint. Raises ArtefactError where there is none."""
+    if name := weight_of(module, tensors):
+        return name
     raise ArtefactError(f"{base} has no tensor {module}.weight: name the right base with --model")
+
+
+def weight_of(module: str, tensors: Mapping[str, StoredTensor]) -> str | None:
+    """The same; None where there is none.
+
+    A checkpoint may lack the prefix of the model that it is a part of.
+    """
+    names = (f"{module}.weight", f"{module.partition('.')[2]}.weight")
+    return next((name for name in names if name in tensors), None)
 
 
 def _config(folder: Path) -> dict[str, Any]:

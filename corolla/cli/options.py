@@ -182,6 +182,15 @@ PROGRAM: Table = {
 }
 """Options of the programs that `corolla export --to executorch` makes."""
 
+PORT: Table = {
+    "model": Option(str | None, "Default: the one it was trained on."),
+    "data": Option(str | None, "Rows to measure on; default: held-out ones of its run."),
+    "force": Option(
+        bool, "Also where it is unmeasured, or makes things worse.", False, flags=("--force",)
+    ),
+}
+"""Options of `corolla port`: the old base, what it is measured on, harm as no reason."""
+
 EXPORT: Table = {
     "dtype": Option(
         str | None,

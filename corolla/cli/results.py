@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from corolla.cli.options import EXPORT, PROGRAM, AsJson, Given, NewFolder, Set, takes
+from corolla.cli.options import EXPORT, PORT, PROGRAM, AsJson, Given, NewFolder, Set, takes
 from corolla.cli.screen import out, say
 from corolla.edits import grammar
 from corolla.errors import ConfigError
@@ -116,6 +116,29 @@ def edit(
 
 
 edit.__doc__ = f"{inspect.cleandoc(edit.__doc__ or '')}\n\n{grammar.explained()}"
+
+
+@takes(measured=PORT)
+def port(
+    *,
+    adapter: Annotated[Path, typer.Argument(help="A run's folder, or its adapter/.")],
+    to: Annotated[str, typer.Option(metavar="MODEL", help="The new version of its base.")],
+    out_dir: NewFolder,
+    measured: Given,
+    as_json: AsJson = False,
+    settings: Set = None,
+) -> None:
+    """Put an adapter on another version of its base, or refuse where that does harm."""
+    with out.status("loading"):
+        from corolla.commands.port import port as porting
+
+        order = porting.Order(adapter, to, out_dir, settings=settings or (), **measured)
+        done = porting.port(order)
+    if as_json:
+        print(json.dumps(done.to_json(), indent=2))
+        return
+    for line in done.lines:
+        say(line)
 
 
 @takes(program=PROGRAM, written=EXPORT)
