@@ -31,7 +31,7 @@ LAYERS = (
     ("config",),
     ("privacy", "data", "models"),
     ("evaluation", "phones", "warnings", "estimates"),
-    ("artefacts", "budgets", "starts"),
+    ("artefacts", "budgets", "drift", "starts"),
     ("selection", "edits"),
     ("client", "server"),
     ("commands",),

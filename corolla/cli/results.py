@@ -9,34 +9,53 @@ from typing import Annotated, Literal
 
 import typer
 
-from corolla.cli.options import EXPORT, PORT, PROGRAM, AsJson, Given, NewFolder, Set, takes
+from corolla.cli.options import (
+    EVALUATION,
+    EXPORT,
+    PORT,
+    PROGRAM,
+    AsJson,
+    Given,
+    NewFolder,
+    Set,
+    takes,
+)
 from corolla.cli.screen import out, say
 from corolla.edits import grammar
 from corolla.errors import ConfigError
 
 
+@takes(instead=EVALUATION)
 def evaluate(
+    *,
     adapter: Annotated[Path, typer.Argument(help="A run's folder, or its adapter/ or model/.")],
     model: Annotated[str | None, typer.Option(help="Default: the one it was trained on.")] = None,
     data: Annotated[str | None, typer.Option(help="Default: the data of its run.")] = None,
-    tasks: Annotated[
-        str | None,
-        typer.Option(help="Instead: lm-evaluation-harness tasks, NAME,FILE.yaml,…"),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Documents of each task; for trials.")
-    ] = None,
+    instead: Given,
     as_json: AsJson = False,
     settings: Set = None,
 ) -> None:
     """Score an adapter beside its base model on held-out examples, with plain PEFT."""
     from corolla.commands.artefacts import evaluate_adapter, evaluate_tasks, print_scores
 
+    tasks, drift = instead["tasks"], instead["drift"]
+    if tasks is not None and drift:
+        raise ConfigError("--tasks and --drift measure different things: ask for one at a time")
+    if data and (drift or tasks is not None):
+        flag = "--drift" if drift else "--tasks"
+        raise ConfigError(f"{flag} bring their own data: leave out --data")
+    if drift:
+        from corolla.commands.drift import evaluate_drift, print_drift
+
+        told = evaluate_drift(adapter, model, drift, settings or ())
+        if as_json:
+            print(json.dumps(told, indent=2))
+        else:
+            print_drift(out, told)
+        return
     if tasks is not None:
-        if data:
-            raise ConfigError("--tasks bring their own data: leave out --data")
         names = [name for name in tasks.split(",") if name]
-        scores = evaluate_tasks(adapter, model, names, limit, settings or ())
+        scores = evaluate_tasks(adapter, model, names, instead["limit"], settings or ())
     else:
         tell = typer.echo if not as_json else partial(typer.echo, err=True)
         scores = evaluate_adapter(adapter, model, data, settings or (), tell)
