@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from corolla.cli.app import app
 from corolla.config.run import RunConfig
-from corolla.data.encoding import Encoded, collate
+from corolla.data.encoding import Encoded, Encoder, collate
 from corolla.data.rows import Example
 from corolla.drift import contribution, domains, interval, measure, pair
 from corolla.drift.domains import SHIPPED, Domain
@@ -74,7 +74,8 @@ def reference(model: Any, prompt: Sequence[int], ids: Sequence[int]) -> Tensor:
     """Log probabilities (targets, vocabulary) of the tokens after a prompt, one row at a time."""
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([[*prompt, *ids]])).logits[0].double()
-    return logits[len(prompt) - 1 : -1].log_softmax(-1)
+    found: Tensor = logits[len(prompt) - 1 : -1].log_softmax(-1)
+    return found
 
 
 def test_numbers_are_those_of_dense_arithmetic(base: Base, settings: Settings) -> None:
@@ -85,7 +86,7 @@ def test_numbers_are_those_of_dense_arithmetic(base: Base, settings: Settings) -
     margins: dict[str, list[float]] = {"base": [], "tuned": []}
     losses: dict[str, list[float]] = {"base": [], "tuned": []}
     kls, targets = [], 0
-    encoder = measure.Encoder.of(config, base.tokenizer)
+    encoder = Encoder.of(config, base.tokenizer)
     for row in ROWS:
         kept: dict[str, Tensor] = {}
         for name, shown in (("base", models.base), ("tuned", models.tuned)):
@@ -181,14 +182,12 @@ def test_the_stream_is_rebuilt_from_what_blocks_add(kind: str) -> None:
 def test_an_interval_over_rows_is_that_of_student() -> None:
     found = interval.of_rows([1.0, 2.0, 4.0])
     low, high = stats.t.interval(0.95, 2, 7 / 3, stats.sem([1.0, 2.0, 4.0]))
-    assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))
+    assert [found.low, found.high] == pytest.approx([low, high])
     equal = interval.of_targets({0: (1.0, 1), 1: (2.0, 1), 2: (4.0, 1)})
-    assert (equal.low, equal.high) == (pytest.approx(low), pytest.approx(high))
+    assert [equal.low, equal.high] == pytest.approx([low, high])
     assert interval.of_rows([3.0]) == interval.Change(3.0, None, None)
-    assert (
-        interval.sentence(interval.Change(1.0, -1.0, 3.0).to_json())
-        == "+1.0000 (-1.0000 to +3.0000)"
-    )
+    shown = interval.sentence(interval.Change(1.0, -1.0, 3.0).to_json())
+    assert shown == "+1.0000 (-1.0000 to +3.0000)"
 
 
 def told(loss: Sequence[float], margin: Sequence[float] = ()) -> dict[str, Any]:
