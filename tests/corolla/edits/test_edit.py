@@ -114,6 +114,22 @@ def test_a_mistake_is_a_line_and_leaves_nothing(
     assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "full"])
 
 
+def test_only_heads_of_the_same_labels_are_combined(adapters: list[Path], tmp_path: Path) -> None:
+    folders = []
+    for number, folder in enumerate(adapters):
+        run_folder = tmp_path / f"run-{number}"
+        run_folder.mkdir()
+        folder.rename(run_folder / "adapter")
+        path = run_folder / "adapter" / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "task_type": "SEQ_CLS"}))
+        labels = ["no", "yes"] if number else ["yes", "no"]
+        (run_folder / "run.json").write_text(json.dumps({"config": {}, "labels": labels}))
+        folders.append(run_folder)
+    done = run(*folders, "--steps", "weights", "--out", tmp_path / "out")
+    assert (done.exit_code, "has the labels yes, no" in done.stderr) == (2, True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_help_explains_every_step() -> None:
     shown = " ".join(run("--help").stdout.split())
     assert [form.written for form in FORMS.values() if form.written not in shown] == []
