@@ -41,7 +41,7 @@ class Edited:
     folder: str
     rank: int
     error: float
-    """‖exact - cut‖_F / ‖exact‖_F of what steps cut, over all modules; 0 where none did."""
+    """The largest ‖exact - cut‖_F / ‖exact‖_F of the steps that cut, over all modules; else 0."""
     steps: list[str]
 
     def to_json(self) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def edit(order: Order) -> Edited:
         "adapters": [_told(folder, own) for folder, own in zip(folders, saved, strict=True)],
         "rank": made.spec.rank,
         "error": job.error,
-        "error_of_modules": job.errors(),
+        "cuts": [own.to_json() for own in job.cuts],
     }
     with making_folder(order.out) as scratch:
         write_lora(scratch, made, folders[0], base)

@@ -79,7 +79,9 @@ def test_what_was_cut_is_told(adapters: list[Path], tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     record = json.loads((out / "edit.json").read_text())
     assert f"rank 2, {record['error']:.2%} off" in " ".join(done.stdout.split())
-    assert 0 < record["error"] < max(record["error_of_modules"].values())
+    (cut,) = record["cuts"]
+    assert cut["step"] == "rank:2"
+    assert 0 < record["error"] == cut["error"] < max(cut["error_of_modules"].values())
 
 
 def test_a_mistake_is_a_line_and_leaves_nothing(

@@ -303,7 +303,8 @@ def test_errors_are_told(tmp_path: Path) -> None:
     lost = sum(float((exact[n] - best(exact[n], 2)).square().sum()) for n in SHAPES)
     whole = sum(float(own.square().sum()) for own in exact.values())
     assert job.error == pytest.approx((lost / whole) ** 0.5)
-    assert job.errors().keys() == SHAPES.keys()
+    (cut,) = [own.to_json() for own in job.cuts]
+    assert (cut["step"], cut["error_of_modules"].keys()) == ("rank:2", SHAPES.keys())
 
 
 def test_safe_projects_onto_what_alignment_moved(models: tuple[Path, Path]) -> None:
