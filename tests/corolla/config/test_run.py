@@ -156,6 +156,7 @@ def test_keys_are_written_section_by_section() -> None:
     unsaid = {
         "alpha_pattern",
         *("budget", "scores"),
+        "drift",
         "keep_hardest",
         *("select", "spectrum", "explored"),
         "layers",
