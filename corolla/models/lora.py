@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,8 @@ class LoraModel(Unrounded):
 
     artefact = "adapter"
     """The name of the folder of a saved global model."""
+    dora: ClassVar[bool] = False
+    """True where modules have magnitudes beside their factors."""
 
     def __init__(
         self,
@@ -94,6 +96,7 @@ class LoraModel(Unrounded):
             modules_to_save=heads or None,
             exclude_modules=heads or None,
             fan_in_fan_out=conv1d,
+            use_dora=self.dora,
         )
         # peft draws its own start from torch's global state; `write` replaces it before any use.
         with torch.random.fork_rng(devices=[]), peft_speaks_to_transformers():
@@ -103,6 +106,7 @@ class LoraModel(Unrounded):
         wrapped = self.model.base_model.model
         self._layers: dict[str, Any] = {n: m for n, m in wrapped.named_modules() if _is_layer(m)}
         self._heads, self._rows = _heads(wrapped), rows.trained(wrapped, _NAME)
+        self._rows |= self._beside_factors()
         self._hooks: list[RemovableHandle] = []
         for head in self._heads.values():
             head.float()  # trained and averaged in fp32 whatever the base is
@@ -275,6 +279,10 @@ class LoraModel(Unrounded):
     def digest(self, folder: Path) -> str:
         """sha256 of the tensors of a saved adapter."""
         return adapter_hash(folder)
+
+    def _beside_factors(self) -> dict[str, nn.Parameter]:
+        """Tensors of modules that are trained beside their factors, by name."""
+        return {}
 
     def _head_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for module, head in self._heads.items():

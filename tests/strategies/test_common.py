@@ -14,7 +14,7 @@ import torch
 from corolla.client.training.worker import Worker
 from corolla.commands.check.findings import Result
 from corolla.commands.check.proofs import conform
-from corolla.config.asked import takes_parts, takes_start
+from corolla.config.asked import takes_magnitudes, takes_parts, takes_start
 from corolla.config.build import build_strategy
 from corolla.directions import seedlog
 from corolla.errors import ConfigError
@@ -46,7 +46,7 @@ LIMITS = {
     **dict.fromkeys(["every weight counts", "server half is pure"], 0.0),
     **dict.fromkeys(["what is kept counts", "what is kept stays", "directions of one's own"], 0.0),
     **dict.fromkeys(["mirrors what clients keep", "best of max_rank", "max_rank adds up"], 1e-6),
-    "saved and reloaded": 1e-5,
+    **{"saved and reloaded": 1e-5, "magnitudes": 5e-6},
 }
 EFFECT = "option has an effect"
 ALWAYS = {"grouping", "order", "no leak between clients", "saved and reloaded"}
@@ -200,6 +200,8 @@ def proofs(name: str, model: str) -> set[str]:
         found |= {"blocks by class"}
     if (strategy.full or said.dense) and not said.personal and model == "bert":
         found |= {"sparse sets"}
+    if takes_magnitudes(strategy) and model == "bert":
+        found |= {"magnitudes"}
     if goes_beside(name) and model == "bert":
         found |= {"start beside the base"}
     if said.mirrors:
@@ -214,7 +216,7 @@ def test_conforms(name: str, result: Result, model: str) -> None:
     """Every expected proof is there, with the expected limit, and holds."""
     found = {f.check: f for f in result.findings if f.model == model and not f.options}
     assert found.keys() == proofs(name, model)
-    claimed = {*CLAIMED, "blocks by class", "start beside the base", "sparse sets"}
+    claimed = {*CLAIMED, "blocks by class", "start beside the base", "sparse sets", "magnitudes"}
     off = {check: rounding(name) if check in claimed else 0.0 for check in found}
     assert {c: f.limit for c, f in found.items()} == {c: LIMITS[c] + off[c] for c in found}
     assert rounding(name) <= 2**-11
