@@ -47,8 +47,8 @@ def _lora_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[st
 
 
 def _lora(config: RunConfig, base: Base) -> LoraModel:
+    from corolla.models.dora_model import DoraModel
     from corolla.models.lora import LoraModel
-    from corolla.models.magnitudes.dora_model import DoraModel
     from corolla.models.tokens import rows
 
     return (DoraModel if config.dora else LoraModel)(

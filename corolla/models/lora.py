@@ -75,8 +75,7 @@ class LoraModel(Unrounded):
         them. `patterns`: modules with a rank or a scaling of their own. Raises ModelError when
         targets or patterns match no linear layer, or no tensor, and for a block that there is not.
         """
-        self.base = base
-        heads = heads_of(base)
+        self.base, heads = base, heads_of(base)
         self._head_dtype = base.model.dtype
         self.targets = free(base.model, targets, _linear_suffixes(base.model, heads))
         self._experts = Experts(base.model, experts, partial(layers.kept, text=blocks))
@@ -105,8 +104,7 @@ class LoraModel(Unrounded):
         self.device = next(self.model.parameters()).device
         wrapped = self.model.base_model.model
         self._layers: dict[str, Any] = {n: m for n, m in wrapped.named_modules() if _is_layer(m)}
-        self._heads, self._rows = _heads(wrapped), rows.trained(wrapped, _NAME)
-        self._rows |= self._beside_factors()
+        self._heads, self._rows = _heads(wrapped), self._beside_factors(wrapped)
         self._hooks: list[RemovableHandle] = []
         for head in self._heads.values():
             head.float()  # trained and averaged in fp32 whatever the base is
@@ -280,9 +278,9 @@ class LoraModel(Unrounded):
         """sha256 of the tensors of a saved adapter."""
         return adapter_hash(folder)
 
-    def _beside_factors(self) -> dict[str, nn.Parameter]:
-        """Tensors of modules that are trained beside their factors, by name."""
-        return {}
+    def _beside_factors(self, wrapped: nn.Module) -> dict[str, nn.Parameter]:
+        """Tensors that are trained beside the factors and a head, by name."""
+        return rows.trained(wrapped, _NAME)
 
     def _head_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for module, head in self._heads.items():

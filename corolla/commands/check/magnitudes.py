@@ -14,7 +14,7 @@ from corolla.commands.check.findings import Finding, Proof
 from corolla.commands.check.probe import Probe, Round
 from corolla.config.asked import takes_magnitudes
 from corolla.directions import moving
-from corolla.models.magnitudes.dora_model import DoraModel
+from corolla.models.dora_model import DoraModel
 from corolla.models.pretrained import Base
 from corolla.types import Params
 

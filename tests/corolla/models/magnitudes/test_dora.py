@@ -26,9 +26,9 @@ from corolla.errors import ConfigError
 from corolla.estimates import footprint
 from corolla.estimates.footprint import Batch
 from corolla.models import anatomy, pretrained, trainable
+from corolla.models.dora_model import DoraModel
 from corolla.models.files import adapter_files
 from corolla.models.lora import LoraModel
-from corolla.models.magnitudes.dora_model import DoraModel
 from corolla.models.patterns import Patterns
 from corolla.server.rounds.call import RoundCall
 from corolla.server.rounds.federation import Federation
@@ -73,7 +73,7 @@ def dense(kind: str, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, module in tiny.base(kind).model.named_modules():
         if name + MAGNITUDE in params:
-            weight: Tensor = module.weight  # type: ignore[assignment]
+            weight: Tensor = module.weight
             turned = isinstance(module, Conv1D)
             delta = SPEC.scaling * params[name + ".lora_B"] @ params[name + ".lora_A"]
             whole = (weight.T if turned else weight) + delta

@@ -19,8 +19,8 @@ class DoraModel(LoraModel):
 
     dora: ClassVar[bool] = True
 
-    def _beside_factors(self) -> dict[str, nn.Parameter]:
-        found: dict[str, nn.Parameter] = {}
+    def _beside_factors(self, wrapped: nn.Module) -> dict[str, nn.Parameter]:
+        found = super()._beside_factors(wrapped)
         for name, layer in self._layers.items():
             (own,) = layer.lora_magnitude_vector.values()
             own.weight = nn.Parameter(own.weight.detach().float(), requires_grad=False)
