@@ -14,7 +14,7 @@ import torch
 from corolla.client.training.worker import Worker
 from corolla.commands.check.findings import Result
 from corolla.commands.check.proofs import conform
-from corolla.config.asked import takes_parts, takes_start
+from corolla.config.asked import takes_magnitudes, takes_parts, takes_start
 from corolla.config.build import build_strategy
 from corolla.directions import seedlog
 from corolla.errors import ConfigError
@@ -46,10 +46,11 @@ LIMITS = {
     **dict.fromkeys(["every weight counts", "server half is pure"], 0.0),
     **dict.fromkeys(["what is kept counts", "what is kept stays", "directions of one's own"], 0.0),
     **dict.fromkeys(["mirrors what clients keep", "best of max_rank", "max_rank adds up"], 1e-6),
-    "saved and reloaded": 1e-5,
+    **{"saved and reloaded": 1e-5, "magnitudes": 5e-6},
 }
 EVERYWHERE = ("fedavg", "flora", "fedex_lora", "fed_sb", "lora_fair", "seed_pool")
 """Strategies that are proven on every probe model: a mean, stacks, exact residuals, scalars."""
+BESIDE = ("blocks by class", "start beside the base", "sparse sets", "magnitudes")
 EFFECT = "option has an effect"
 ALWAYS = {"grouping", "order", "no leak between clients", "saved and reloaded"}
 ALWAYS |= {"bytes up = formula", "bytes down = formula", "weights = examples", "examples counted"}
@@ -215,6 +216,8 @@ def proofs(name: str, model: str) -> set[str]:
         found |= {"blocks by class"}
     if (strategy.full or said.dense) and not said.personal and model == "bert":
         found |= {"sparse sets"}
+    if takes_magnitudes(strategy) and model == "bert":
+        found |= {"magnitudes"}
     if goes_beside(name) and model == "bert":
         found |= {"start beside the base"}
     if said.mirrors:
@@ -231,7 +234,7 @@ def test_conforms(name: str, result: Result) -> None:
     for model in probed(name):
         found = {f.check: f for f in result.findings if f.model == model and not f.options}
         assert found.keys() == proofs(name, model)
-        claimed = {*CLAIMED, "blocks by class", "start beside the base", "sparse sets"}
+        claimed = {*CLAIMED, *BESIDE}
         off = {check: rounding(name) if check in claimed else 0.0 for check in found}
         assert {c: f.limit for c, f in found.items()} == {c: LIMITS[c] + off[c] for c in found}
         assert [finding for finding in found.values() if not finding.passed] == []

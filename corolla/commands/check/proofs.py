@@ -18,6 +18,7 @@ import torch
 from corolla.commands.check import (
     folds,
     local,
+    magnitudes,
     options,
     oracle,
     ranks,
@@ -173,11 +174,12 @@ def _as_declared(probe: Probe, done: Sequence[Round]) -> Finding:
 
 
 def _of_parts(probe: Probe) -> Iterator[Proof]:
-    """Where clients of a class may train some blocks alone, or all a sparse set, the same holds."""
+    """Where clients of a class may train some blocks alone, or all a sparse set or magnitudes."""
     if takes_parts(probe.strategy) and probe.kind == OPTIONS_ON:
         yield _PARTS, lambda: _in_parts(probe)
     if probe.kind == OPTIONS_ON:
         yield from sparse_sets.proofs(probe)
+        yield from magnitudes.proofs(probe)
 
 
 def _in_parts(probe: Probe) -> Finding:

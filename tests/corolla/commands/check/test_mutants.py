@@ -25,7 +25,7 @@ UP, DOWN, FIRST = "bytes up = formula", "bytes down = formula", "bytes at first 
 EVALUATES, EFFECT = "evaluates the model", "option has an effect"
 MIRRORS, KEPT, STAYS = "mirrors what clients keep", "what is kept counts", "what is kept stays"
 DIRECTIONS = "directions of one's own"
-PARTS, SPARSE = "blocks by class", "sparse sets"
+PARTS, SPARSE, TURNED = "blocks by class", "sparse sets", "magnitudes"
 BESIDE = "start beside the base"
 BEST, ADDS_UP = "best of max_rank", "max_rank adds up"
 UNWEIGHTED = (BY_EXAMPLES, SHARES, EACH, SUMS, LINEAR)
@@ -111,7 +111,7 @@ SABOTAGED = [
     Mutant("Unweighted", (FACTORS, *UNWEIGHTED)),
     Mutant("UnweightedB", (WEIGHTS, *UNWEIGHTED), "gpt2"),
     Mutant("CountsClients", (COUNTED,)),
-    Mutant("HeadForgotten", (FACTORS, BY_EXAMPLES, ONE, PARTS, BESIDE, SPARSE), "bert"),
+    Mutant("HeadForgotten", (FACTORS, BY_EXAMPLES, ONE, PARTS, BESIDE, SPARSE, TURNED), "bert"),
     Mutant("HalfTheBytes", (UP,)),
     Mutant("DownloadForgotten", (DOWN,)),
     Mutant("SavesUntuned", (FACTORS, START, BY_EXAMPLES, EACH, ONE)),
@@ -129,7 +129,7 @@ SABOTAGED = [
     Mutant("NormsForgotten", (EXPECTED, BY_EXAMPLES)),
     Mutant("MomentumForgotten", (EXPECTED, BY_EXAMPLES)),
     Mutant("BetasConfused", (EXPECTED, BY_EXAMPLES)),
-    Mutant("SignForgotten", (EXPECTED, BY_EXAMPLES, PARTS, BESIDE, SPARSE), "bert"),
+    Mutant("SignForgotten", (EXPECTED, BY_EXAMPLES, PARTS, BESIDE, SPARSE, TURNED), "bert"),
     Mutant("AveragesB", (EXPECTED, BY_EXAMPLES, START, UP, DOWN, FIRST)),
     Mutant("SendsLocal", (FACTORS, BY_EXAMPLES, ONE)),
     Mutant("SendsBoth", (STAYS, UP)),
@@ -138,7 +138,7 @@ SABOTAGED = [
     Mutant("SignsOfTheRoundBefore", (FACTORS, BY_EXAMPLES, ONE)),
     Mutant("StepForgotten", (FACTORS, BY_EXAMPLES, ONE)),
     Mutant("StepForgottenInSums", (FACTORS, BY_EXAMPLES, ONE), "gpt2"),
-    Mutant("Uphill", (FACTORS, BY_EXAMPLES, ONE, SPARSE), "bert"),
+    Mutant("Uphill", (FACTORS, BY_EXAMPLES, ONE, SPARSE, TURNED), "bert"),
     Mutant("ReplaysAnotherSeed", (FACTORS, BY_EXAMPLES, ONE)),
     Mutant("CountsTheFirstClient", (FACTORS, *FOLDED, EACH, SUMS)),
     Mutant("RowsOfWholeNumbers", (FACTORS, BY_EXAMPLES, ONE)),
