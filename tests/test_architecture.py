@@ -26,7 +26,7 @@ LAYERS = (
     ("interfaces",),
     ("host", "embedded", "tensors", "trackers", "proto"),
     ("wire", "directions"),
-    ("aggregation", "storage"),
+    ("aggregation", "storage", "sums"),
     ("strategies",),
     ("config",),
     ("privacy", "data", "models"),
