@@ -28,39 +28,60 @@ class Token:
 
 def read_tokens(path: Path) -> Mapping[str, Token]:
     """Owner → token, of lines `TOKEN` or `TOKEN DEVICE`; # begins a comment. Raises ConfigError."""
+    found, wrong = _right_lines(path)
+    if wrong:
+        raise ConfigError(wrong[0])
+    if not found:
+        raise ConfigError(f"{path} has no token: write one a line, made with openssl rand -hex 32")
+    return found
+
+
+def _right_lines(path: Path) -> tuple[dict[str, Token], list[str]]:
+    """Owner → token of the lines that are right, and a message for each that is wrong.
+
+    Raises ConfigError where the file cannot be read.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
         raise ConfigError(f"cannot read the tokens {path}: {reason}") from error
     found: dict[str, Token] = {}
+    wrong: list[str] = []
     for number, line in enumerate(lines, 1):
-        secret, *device = line.partition("#")[0].split()[:3] or [""]
-        if not secret:
-            continue
-        where = f"{path}, line {number}"
-        if not SHORTEST <= len(secret) <= LONGEST or not secret.isascii():
-            raise ConfigError(
-                f"{where}: a token has {SHORTEST} to {LONGEST} characters, found {len(secret)}: "
-                f"make one with openssl rand -hex 32"
-            )
-        if len(device) > 1:
-            raise ConfigError(f"{where}: expected TOKEN or TOKEN DEVICE")
         try:
-            name = protocol.check_device(device[0]) if device else ""
-        except WireError as error:
-            raise ConfigError(f"{where}: {error}") from error
-        owner = _owner(secret)
-        if owner in found:
-            raise ConfigError(f"{where}: this token is there twice")
-        found[owner] = Token(owner, name, secret)
-    if not found:
-        raise ConfigError(f"{path} has no token: write one a line, made with openssl rand -hex 32")
-    return found
+            if (token := _token(line)) is None:
+                continue
+            if token.owner in found:
+                raise ConfigError("this token is there twice")
+            found[token.owner] = token
+        except (ConfigError, WireError) as error:
+            wrong.append(f"{path}, line {number}: {error}")
+    return found, wrong
+
+
+def _token(line: str) -> Token | None:
+    """The token of a line, None where it has none. Raises ConfigError, WireError for its name."""
+    secret, *device = line.partition("#")[0].split()[:3] or [""]
+    if not secret:
+        return None
+    if not SHORTEST <= len(secret) <= LONGEST or not secret.isascii():
+        raise ConfigError(
+            f"a token has {SHORTEST} to {LONGEST} characters, found {len(secret)}: "
+            f"make one with openssl rand -hex 32"
+        )
+    if len(device) > 1:
+        raise ConfigError("expected TOKEN or TOKEN DEVICE")
+    name = protocol.check_device(device[0]) if device else ""
+    return Token(_owner(secret), name, secret)
 
 
 class TokenFile(Mapping[str, Token]):
-    """The tokens of a file as it is now; while what is written there is wrong, as it was before."""
+    """The tokens of a file as it is now; while it cannot be read, as it was before.
+
+    A token that no longer stands there has no access, whatever else is wrong with the file: who
+    takes a stolen one out and mistypes another line, or takes all of them out, has revoked it.
+    """
 
     def __init__(self, path: Path) -> None:
         """Raises ConfigError."""
@@ -89,10 +110,15 @@ class TokenFile(Mapping[str, Token]):
             return
         self._seen = now
         try:
-            self._tokens = read_tokens(self._path)
-            self._named = named(self._tokens)
+            self._tokens, wrong = _right_lines(self._path)
         except ConfigError as error:
             _log.warning("tokens left as they were", why=str(error))
+            return
+        self._named = named(self._tokens)
+        for why in wrong:
+            _log.warning("this line of the tokens gives no access", why=why)
+        if not self._tokens:
+            _log.warning("no token is left: no device has access", path=str(self._path))
 
 
 def named(tokens: Mapping[str, Token]) -> frozenset[str]:

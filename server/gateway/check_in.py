@@ -7,9 +7,9 @@ from pathlib import Path
 from corolla.errors import WireError
 from corolla.host import logs
 from corolla.phones import protocol
+from corolla.phones.budget import Assignment
 from corolla.proto import device_pb2 as pb
 from corolla.server.gateway.access import Token
-from corolla.server.gateway.budget import Assignment
 from corolla.server.gateway.job import Job, Rounds
 from corolla.server.gateway.leases import Lease, OfferRound
 from corolla.server.gateway.natives import Denied, Natives

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from corolla.phones.budget import Demand
 from corolla.proto import device_pb2 as pb
-from corolla.server.gateway.budget import Demand
 from corolla.server.gateway.leases import Lease, OfferRound, Phase
 from corolla.server.gateway.merging import Merging
 from corolla.server.gateway.outbound import Parcel

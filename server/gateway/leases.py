@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum, auto
 
-from corolla.server.gateway.budget import Assignment
+from corolla.phones.budget import Assignment
 from corolla.server.gateway.shelf import Shelf
 
 

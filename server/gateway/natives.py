@@ -3,9 +3,9 @@
 from dataclasses import dataclass, replace
 
 from corolla.errors import WireError
+from corolla.phones.budget import Assignment, Demand
 from corolla.proto import device_pb2 as pb
 from corolla.server.gateway.blobs import Blobs
-from corolla.server.gateway.budget import Assignment, Demand
 from corolla.server.gateway.job import NO_PROGRAMS, Job
 from corolla.server.gateway.merging import Merging
 from corolla.server.gateway.programs import Programs, to_message

@@ -11,12 +11,11 @@ from corolla.config.run import RunConfig
 from corolla.directions import seedlog
 from corolla.errors import ArtefactError, ConfigError, WireError
 from corolla.host.text import one_line
-from corolla.phones import bundle, protocol
+from corolla.phones import budget, bundle, protocol
+from corolla.phones.budget import TRAINERS, Able, Assignment, Demand, Timing
 from corolla.phones.bundle import Manifest
 from corolla.proto import device_pb2 as pb
-from corolla.server.gateway import budget
 from corolla.server.gateway.blobs import Blobs, manifest_of
-from corolla.server.gateway.budget import TRAINERS, Able, Assignment, Demand, Timing
 from corolla.server.gateway.merging import Merging
 from corolla.server.rounds.federation import classes_behind
 from corolla.strategies import offset

@@ -75,16 +75,37 @@ def test_a_file_that_is_not_there_or_is_no_text(tmp_path: Path) -> None:
         read_tokens(tmp_path / "binary")
 
 
-def test_a_file_that_changes_is_read_again_and_a_wrong_one_changes_nothing(tmp_path: Path) -> None:
+def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "tokens"
-    path.write_text("a" * 16 + "\n")
+    path.write_text(A + "\n")
     tokens = TokenFile(path)
-    assert who(tokens, "Bearer " + "a" * 16)
-    assert who(tokens, "Bearer " + "b" * 20) is None
-    path.write_text("b" * 20 + "\n")
-    assert who(tokens, "Bearer " + "a" * 16) is None
-    assert who(tokens, "Bearer " + "b" * 20)
-    path.write_text("short\n")
-    assert who(tokens, "Bearer " + "b" * 20)
+    assert who(tokens, f"Bearer {A}")
+    assert who(tokens, f"Bearer {B}") is None
+    path.write_text(f"{B} p2\n")
+    assert who(tokens, f"Bearer {A}") is None
+    assert who(tokens, f"Bearer {B}")
+    assert tokens.names("p2")
     path.unlink()
-    assert who(tokens, "Bearer " + "b" * 20)
+    assert who(tokens, f"Bearer {B}")
+
+
+@pytest.mark.parametrize("text", [f"{A} p1\nshort\n", f"short\n{A} p1\n", f"{A} p1\n{A}\n"])
+def test_a_wrong_line_neither_keeps_a_revoked_token_nor_takes_others_along(
+    text: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "tokens"
+    path.write_text(f"{A} p1\n{B}\n")
+    tokens = TokenFile(path)
+    path.write_text(text)
+    assert who(tokens, f"Bearer {A}")
+    assert who(tokens, f"Bearer {B}") is None
+
+
+@pytest.mark.parametrize("text", ["", "# none at the moment\n", "short\n"])
+def test_a_file_without_a_token_revokes_all(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "tokens"
+    path.write_text(f"{A} p1\n{B}\n")
+    tokens = TokenFile(path)
+    path.write_text(text)
+    assert [who(tokens, f"Bearer {secret}") for secret in (A, B)] == [None, None]
+    assert not tokens.names("p1")

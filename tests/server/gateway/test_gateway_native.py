@@ -18,10 +18,10 @@ from corolla.directions import seedlog
 from corolla.errors import ConfigError
 from corolla.host import logs
 from corolla.phones import bundle, protocol
+from corolla.phones.budget import Demand
 from corolla.proto import device_pb2 as pb
 from corolla.proto import update_pb2
 from corolla.server.gateway.blobs import Blobs
-from corolla.server.gateway.budget import Demand
 from corolla.server.gateway.gateway import Gateway
 from corolla.server.gateway.merging import prepare
 from corolla.server.gateway.natives import Natives

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corolla.server.gateway.budget import Assignment
+from corolla.phones.budget import Assignment
 from corolla.server.gateway.leases import Bucket, Lease, OfferRound, Phase
 
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from corolla.phones import budget
+from corolla.phones.budget import Able, Assignment, Demand, Timing
 from corolla.phones.bundle import Manifest
-from corolla.server.gateway import budget
-from corolla.server.gateway.budget import Able, Assignment, Demand, Timing
 from tests.server.gateway import gateways
 
 ABLE = Able(
