@@ -26,6 +26,9 @@ SLOTS = 4
 MOST_VALUES = 1 << 30
 """Values of a vector at most: 4 GiB."""
 
+FIRST_BOUND = 16.0
+"""The bound on norms of updates in the first round, before a norm is known."""
+
 LARGEST_LOSS = 16.0
 """The largest loss that the slot of losses holds."""
 
@@ -164,3 +167,8 @@ def decode(quantiser: Quantiser, total: Vector, members: int) -> Decoded:
         )
     of_losses = quantiser.weight * LARGEST_LOSS / LEVELS
     return Decoded(values, weight, clipped, slots[2] * unit, slots[3] * of_losses)
+
+
+def next_bound(found: Decoded) -> float:
+    """The bound of the next round: twice the mean norm of this one, as a power of two above it."""
+    return float(2.0 ** math.ceil(math.log2(2 * found.norm / found.weight)))

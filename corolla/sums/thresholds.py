@@ -41,7 +41,7 @@ def most_missing(members: int, corrupt: int, smallest: int) -> int:
             return missing
     raise SecureSumError(
         f"{members} members with {corrupt} corrupt give no sum of {smallest} honest updates: ask "
-        f"more members, or lower smallest-sum"
+        f"more members, or lower smallest-sum or sum-corrupt"
     )
 
 

@@ -21,6 +21,7 @@ from corolla.commands.check import (
     options,
     oracle,
     ranks,
+    secure_sums,
     sparse_sets,
     tiny_models,
     traffic,
@@ -179,6 +180,7 @@ def _of_parts(probe: Probe) -> Iterator[Proof]:
         yield _PARTS, lambda: _in_parts(probe)
     if probe.kind == OPTIONS_ON:
         yield from sparse_sets.proofs(probe)
+        yield from secure_sums.proofs(probe)
 
 
 def _in_parts(probe: Probe) -> Finding:
