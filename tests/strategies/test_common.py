@@ -16,6 +16,7 @@ from corolla.commands.check.findings import Result
 from corolla.commands.check.proofs import conform
 from corolla.config.asked import takes_magnitudes, takes_parts, takes_start
 from corolla.config.build import build_strategy
+from corolla.config.sums import not_summed
 from corolla.directions import seedlog
 from corolla.errors import ConfigError
 from corolla.interfaces import Observed, Strategy, Traits
@@ -42,7 +43,7 @@ LIMITS = {
     **dict.fromkeys(["grouping", "order", "partial sums", "starts from the model"], 1e-6),
     **dict.fromkeys(["bytes up = formula", "bytes down = formula"], 0.0),
     **{"bytes at first = formula": 0.0, "evaluates the model": 1e-6},
-    **dict.fromkeys(["no leak between clients", "examples counted"], 0.0),
+    **dict.fromkeys(["no leak between clients", "examples counted", "secure sum"], 0.0),
     **dict.fromkeys(["every weight counts", "server half is pure"], 0.0),
     **dict.fromkeys(["what is kept counts", "what is kept stays", "directions of one's own"], 0.0),
     **dict.fromkeys(["mirrors what clients keep", "best of max_rank", "max_rank adds up"], 1e-6),
@@ -218,6 +219,8 @@ def proofs(name: str, model: str) -> set[str]:
         found |= {"sparse sets"}
     if takes_magnitudes(strategy) and model == "bert":
         found |= {"magnitudes"}
+    if not not_summed(strategy) and model == "bert":
+        found |= {"secure sum"}
     if goes_beside(name) and model == "bert":
         found |= {"start beside the base"}
     if said.mirrors:

@@ -22,6 +22,7 @@ from corolla.commands.check import (
     options,
     oracle,
     ranks,
+    secure_sums,
     sparse_sets,
     tiny_models,
     traffic,
@@ -180,6 +181,7 @@ def _of_parts(probe: Probe) -> Iterator[Proof]:
     if probe.kind == OPTIONS_ON:
         yield from sparse_sets.proofs(probe)
         yield from magnitudes.proofs(probe)
+        yield from secure_sums.proofs(probe)
 
 
 def _in_parts(probe: Probe) -> Finding:
