@@ -87,8 +87,13 @@ def test_what_was_cut_is_told(adapters: list[Path], tmp_path: Path) -> None:
 def test_a_mistake_is_a_line_and_leaves_nothing(
     adapters: list[Path], tiny_model: Path, tmp_path: Path
 ) -> None:
-    other, plain = tmp_path / "other", tmp_path / "plain"
-    for folder, change in ((other, {"base_model_name_or_path": "else"}), (plain, {"bias": "all"})):
+    other, plain, turned = (tmp_path / name for name in ("other", "plain", "turned"))
+    changes: list[tuple[Path, dict[str, str]]] = [
+        (other, {"base_model_name_or_path": "else"}),
+        (plain, {"bias": "all"}),
+        (turned, {"init_lora_weights": "pissa_niter_4"}),
+    ]
+    for folder, change in changes:
         folder.mkdir()
         told = json.loads((adapters[0] / "adapter_config.json").read_text())
         (folder / "adapter_config.json").write_text(json.dumps({**told, **change}))
@@ -99,6 +104,7 @@ def test_a_mistake_is_a_line_and_leaves_nothing(
         (2, [adapters[0]], "melt", "no such step"),
         (2, [adapters[0], other], "weights", "of several bases"),
         (1, [plain], "scale:2", "has bias=all"),
+        (1, [turned], "scale:2", "belongs to a base that pissa_niter_4 has changed"),
         (1, [tiny_model], "scale:2", "is a whole model"),
         (1, [tmp_path / "none"], "scale:2", "is no adapter"),
         (1, [other], "intruders", "no .safetensors files"),
