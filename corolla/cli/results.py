@@ -11,6 +11,7 @@ import typer
 from corolla.cli.options import EXPORT, PROGRAM, AsJson, Given, Set, takes
 from corolla.cli.screen import out, say
 from corolla.errors import ConfigError
+from corolla.host.heap import importing
 
 
 def evaluate(
@@ -28,7 +29,8 @@ def evaluate(
     settings: Set = None,
 ) -> None:
     """Score an adapter beside its base model on held-out examples, with plain PEFT."""
-    from corolla.commands.artefacts import evaluate_adapter, evaluate_tasks, print_scores
+    with importing():
+        from corolla.commands.artefacts import evaluate_adapter, evaluate_tasks, print_scores
 
     if tasks is not None:
         if data:
