@@ -182,7 +182,7 @@ class Commands:
     def run(self, *arguments: str, folder: Path) -> str:
         """A command that must succeed; what it has said."""
         log = folder / f"command-{len(list(folder.glob('command-*')))}.log"
-        code = self.start(*arguments, folder=folder, output=log).wait()
+        code = self.start(*arguments, folder=folder, output=log).wait(600.0)
         assert code == 0, log.read_text()
         return log.read_text()
 
