@@ -3,11 +3,12 @@
 import math
 
 from corolla.aggregation import robust
-from corolla.config import codecs
+from corolla.config import codecs, sums
 from corolla.config.asked import (
     Asked,
     able,
     not_noised,
+    takes_magnitudes,
     takes_parts,
     takes_patterns,
     takes_start,
@@ -115,6 +116,13 @@ _LAYERS: tuple[Rule[Asked], ...] = (
 )
 
 _RANKS: tuple[Rule[Asked], ...] = (
+    Rule(
+        when=lambda asked: asked.config.dora and not takes_magnitudes(asked.strategy),
+        why=lambda asked: (
+            f"dora divides by the lengths of W + s B A, and {asked.subject} reckons with B A alone"
+        ),
+        instead=lambda asked: f"use {able(takes_magnitudes)}",
+    ),
     Rule(
         when=lambda asked: asked.config.patterned and not takes_patterns(asked.strategy),
         why=lambda asked: (
@@ -290,7 +298,7 @@ _TRAINERS: tuple[Rule[Asked], ...] = (
 
 RULES = (
     *(*_STATE, *_RANKS, *_LAYERS, *codecs.SQUARES, *codecs.CODECS, *_START, *_ROBUST, *_PRIVATE),
-    *(*_HARDEST, *_TRAINERS),
+    *(*_HARDEST, *_TRAINERS, *sums.SECURE),
 )
 """Of several that apply, the first is told."""
 
@@ -318,6 +326,10 @@ _GATEWAYS: tuple[Rule[Asked], ...] = (
         why=lambda asked: (
             "local-epochs bounds the weight of an update by the examples of its client"
         ),
+    ),
+    Rule(
+        when=lambda asked: asked.config.secure_sum,
+        why=lambda asked: "members of a secure sum have keys of their own",
     ),
     Rule(
         when=lambda asked: asked.config.dp_sampling == "poisson",
@@ -352,6 +364,11 @@ def refuse_gateways(config: RunConfig, strategy: Strategy) -> None:
 
 def refuse_kept_updates(config: RunConfig) -> None:
     """Raises ConfigError for --keep-updates where updates may not be kept."""
+    if config.secure_sum:
+        raise ConfigError(
+            "--keep-updates keeps what secure-sum=true hides: the update of each client; leave it "
+            "out"
+        )
     if config.dp == "client":
         raise ConfigError(
             "--keep-updates keeps what dp=client hides: the update of each client; leave it out"

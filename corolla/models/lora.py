@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
@@ -55,6 +55,8 @@ class LoraModel(Unrounded):
 
     artefact = "adapter"
     """The name of the folder of a saved global model."""
+    dora: ClassVar[bool] = False
+    """True where modules have magnitudes beside their factors."""
 
     def __init__(
         self,
@@ -73,8 +75,7 @@ class LoraModel(Unrounded):
         them. `patterns`: modules with a rank or a scaling of their own. Raises ModelError when
         targets or patterns match no linear layer, or no tensor, and for a block that there is not.
         """
-        self.base = base
-        heads = heads_of(base)
+        self.base, heads = base, heads_of(base)
         self._head_dtype = base.model.dtype
         self.targets = free(base.model, targets, _linear_suffixes(base.model, heads))
         self._experts = Experts(base.model, experts, partial(layers.kept, text=blocks))
@@ -94,6 +95,7 @@ class LoraModel(Unrounded):
             modules_to_save=heads or None,
             exclude_modules=heads or None,
             fan_in_fan_out=conv1d,
+            use_dora=self.dora,
         )
         # peft draws its own start from torch's global state; `write` replaces it before any use.
         with torch.random.fork_rng(devices=[]), peft_speaks_to_transformers():
@@ -102,7 +104,7 @@ class LoraModel(Unrounded):
         self.device = next(self.model.parameters()).device
         wrapped = self.model.base_model.model
         self._layers: dict[str, Any] = {n: m for n, m in wrapped.named_modules() if _is_layer(m)}
-        self._heads, self._rows = _heads(wrapped), rows.trained(wrapped, _NAME)
+        self._heads, self._rows = _heads(wrapped), self._beside_factors(wrapped)
         self._hooks: list[RemovableHandle] = []
         for head in self._heads.values():
             head.float()  # trained and averaged in fp32 whatever the base is
@@ -275,6 +277,10 @@ class LoraModel(Unrounded):
     def digest(self, folder: Path) -> str:
         """sha256 of the tensors of a saved adapter."""
         return adapter_hash(folder)
+
+    def _beside_factors(self, wrapped: nn.Module) -> dict[str, nn.Parameter]:
+        """Tensors that are trained beside the factors and a head, by name."""
+        return rows.trained(wrapped, _NAME)
 
     def _head_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for module, head in self._heads.items():
