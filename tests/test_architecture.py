@@ -63,6 +63,7 @@ PLACES = {
         "evaluation.reader",
         "experiments.bench.llama_cpp",
         "experiments.bench.server_step",
+        "experiments.bench.step",
     },
     "opacus": {"client.training.dpsgd", "privacy.accounting"},
     "dp_accounting": {"privacy.accounting"},

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from corolla import seeds
-from corolla.client.training import dpsgd
+from corolla.client.training import dpsgd, micro_batches
 from corolla.client.training.trained import Trained, training
 from corolla.config import schedule
 from corolla.config.run import RunConfig
@@ -98,10 +98,10 @@ class PlainGradients:
     def _backward(self, batch: Sequence[Encoded]) -> tuple[float, int]:
         """Accumulate the gradient of Σ loss / Σ targets over the batch, for any micro-batch."""
         targets = sum(sequence.targets for sequence in batch)
-        size = self.config.micro_batch_size or len(batch)
-        total = 0.0
-        for start in range(0, len(batch), size):
-            part = collate(batch[start : start + size], self.model.base.pad_id, self.model.device)
+        lengths = [len(sequence.input_ids) for sequence in batch]
+        device, total = self.model.device, 0.0
+        for places in micro_batches.parts(lengths, self.config.micro_batch_size, device):
+            part = collate([batch[i] for i in places], self.model.base.pad_id, device)
             loss = loss_sum(self.model.model, part) / targets
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())

@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from corolla.data.encoding import IGNORE, Encoded, collate
+from corolla.models.products import surprise
 from corolla.types import Metrics
 
 SHARES = {
@@ -24,6 +26,9 @@ SHARES = {
 """Scores between 0 and 1, and what people call them."""
 
 
+_last: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""Model → whether its logits are what its output layer gives."""
+
 RowLosses = Mapping[int, tuple[float, int]]
 """Number of a row → (its summed loss, its targets)."""
 
@@ -31,9 +36,63 @@ RowLosses = Mapping[int, tuple[float, int]]
 def loss_sum(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """The summed cross-entropy of a batch over its targets, in fp32.
 
-    Logits of a causal model at position t predict label t + 1; masked labels add nothing.
+    Logits of a causal model at position t predict label t + 1; masked labels add nothing. Where
+    gradients are wanted, logits of a large vocabulary are computed a part at a time.
     """
+    if torch.is_grad_enabled() and (head := _in_parts(model, batch["labels"])):
+        states, labels = _before_head(model, head, batch)
+        return surprise.summed(states, head, labels)
     return F.cross_entropy(*predictions(model, batch), reduction="sum")
+
+
+def _in_parts(model: Any, labels: Tensor) -> Any:
+    """The output layer of a model, where it is the last step and its logits are too many; or None.
+
+    That it is the last is tried once for a model: others cap or scale what it gives.
+    """
+    if labels.dim() == 1:
+        return None
+    head = model.get_output_embeddings()
+    count = int((labels[:, 1:] != IGNORE).sum())
+    if not surprise.carried(head) or not surprise.worth(count, head):
+        return None
+    if model not in _last:
+        _last[model] = _is_last(model, head)
+    return head if _last[model] else None
+
+
+@torch.no_grad()
+def _is_last(model: Any, head: nn.Linear) -> bool:
+    """Returns whether logits are what the output layer gives, bit for bit, for a few tokens."""
+    given: list[Tensor] = []
+    hook = head.register_forward_hook(lambda module, args, output: given.append(output.clone()))
+    was = model.training
+    model.eval()
+    try:
+        ids = torch.arange(min(8, head.out_features), device=model.device)[None]
+        logits = model(input_ids=ids).logits
+    finally:
+        model.train(was)
+        hook.remove()
+    # A token of padding alone may have logits of zeros, which any factor leaves as they are.
+    return len(given) == 1 and torch.equal(given[0], logits) and bool(logits.any())
+
+
+def _before_head(model: Any, head: nn.Linear, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(what the output layer gets at the targets (n, width), labels (n,)); it computes none."""
+    wanted = batch["labels"][:, 1:] != IGNORE
+    states: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        states.append(_before(args[0], wanted)[wanted])
+        return (states[0][:0],)
+
+    hook = head.register_forward_pre_hook(keep)
+    try:
+        model(**{name: batch[name] for name in ("input_ids", "attention_mask") if name in batch})
+    finally:
+        hook.remove()
+    return states[0], batch["labels"][:, 1:][wanted]
 
 
 def sequence_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -85,9 +85,10 @@ class Training(Adapter):
     )
     micro_batch_size: Positive | None = key(
         None,
-        "The number of sequences that are computed at a time: fewer take less memory.",
+        "The number of sequences that are computed at a time, at most: fewer take less memory.",
         2,
-        effect="batch_size",
+        effect="batch_size; first-order steps on a CPU part a batch by length, where that saves "
+        "padding",
         against=("batch_size=1",),
     )
     schedule: Literal["constant", "linear", "cosine"] = key(

@@ -19,6 +19,7 @@ from corolla.evaluation.scoring import (
     score_by_row,
     standard_error,
 )
+from corolla.models.products import surprise
 from corolla.types import Metrics
 
 CPU = torch.device("cpu")
@@ -200,3 +201,43 @@ def test_a_choice_and_its_report_are_of_different_rows() -> None:
         {"loss_reported": 0.5},
     )
     assert halves({}) == {}
+
+
+def cohere(scale: float) -> transformers.PreTrainedModel:
+    """A model that multiplies the logits of its output layer by `scale`."""
+    config = transformers.CohereConfig(
+        vocab_size=100, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, logit_scale=scale,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return transformers.CohereForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize(("scale", "in_parts"), [(1.0, True), (0.5, False)])
+def test_logits_of_a_large_vocabulary_are_computed_in_parts_where_nothing_follows_them(
+    monkeypatch: pytest.MonkeyPatch, scale: float, in_parts: bool
+) -> None:
+    model = cohere(scale)
+    model.lm_head.requires_grad_(False)
+    trained = model.model.layers[0].mlp.down_proj.weight
+    batch = collate(DATA, 0, CPU)
+    wanted = loss_sum(model, batch)
+    (right,) = torch.autograd.grad(wanted, [trained])
+    monkeypatch.setattr(surprise, "_VALUES", 250)  # two rows and a half
+    summed: list[int] = []
+    whole = surprise.summed
+
+    def watched(states: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
+        summed.append(len(states))
+        return whole(states, head, labels)
+
+    monkeypatch.setattr(surprise, "summed", watched)
+    found = loss_sum(model, batch)
+    (gradient,) = torch.autograd.grad(found, [trained])
+    assert summed == ([sum(sequence.targets for sequence in DATA)] if in_parts else [])
+    assert float(found.detach() / wanted.detach()) == pytest.approx(1, rel=1e-6)
+    assert (gradient - right).norm() <= 1e-5 * right.norm()
+    with torch.no_grad():
+        assert torch.equal(loss_sum(model, batch), wanted.detach())
