@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 
 _CALL = 64
-"""Tokens whose computation takes as long as the calls of one more pass, on a CPU.
+"""Tokens whose computation is taken to cost as much as the calls of one more pass, on a CPU.
 
-From 10 (Gemma 3 270M) to 40 (the embedded model) were measured; of a tiny model it is more than a
-batch has, so that its batches stay whole.
+A choice between models, not a measurement of one: of large ones a pass costs less, of tiny ones
+more than all the tokens of a batch, which so stays whole.
 """
 
 
