@@ -14,6 +14,7 @@ from corolla.commands.check.probe import Probe, Recorder
 from corolla.commands.check.tables import CLIENTS
 from corolla.commands.plan import secure as plan
 from corolla.commands.simulate import secure
+from corolla.config import rules
 from corolla.config.build import build_strategy
 from corolla.config.load import load
 from corolla.config.sums import not_summed
@@ -29,6 +30,7 @@ from corolla.storage.memory import Memory
 from corolla.strategies.listing.registry import STRATEGIES
 from corolla.sums import device as devices
 from corolla.sums import ring, thresholds
+from corolla.sums.messages import Listing
 from corolla.sums.quantise import Quantiser
 from corolla.types import Params
 from corolla.wire.messages import Kind, pack_task, unpack_reply
@@ -236,3 +238,24 @@ def test_the_plan_knows_thresholds_and_bytes(members: Members) -> None:
     assert planned.to_json()["floor"] == planned.floor
     plain = members.probe.config.model_copy(update={"secure_sum": False})
     assert plan.of(replace(members.probe.federation, config=plain)) is None
+
+
+def test_updates_are_not_kept_and_gateways_are_no_members(members: Members) -> None:
+    with pytest.raises(ConfigError, match="what secure-sum=true hides"):
+        rules.refuse_kept_updates(members.probe.config)
+    with pytest.raises(ConfigError, match="keys of their own"):
+        replace(members.probe.federation, seats={"hub": 2})
+
+
+def test_another_model_for_one_member_opens_nothing(members: Members) -> None:
+    """Its context is its own: what it dealt does not open, and the sum is lost."""
+    worker = members.probe.worker
+
+    def begin(self: devices.Device, listing: Listing, task: bytes) -> None:
+        changed = bytes(32) if self.owner.index == 0 else task
+        devices.Device.begin(self, listing, changed)
+
+    victim = worker.devices[EVERYONE[0]]
+    victim.begin = begin.__get__(victim)  # type: ignore[method-assign]
+    with pytest.raises(RoundError, match=f"{EVERYONE[0]} dealt fit nothing"):
+        members.round()
