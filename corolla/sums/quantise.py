@@ -32,6 +32,9 @@ FIRST_BOUND = 16.0
 LARGEST_LOSS = 16.0
 """The largest loss that the slot of losses holds."""
 
+_PIECE = 1 << 15
+"""Values that are rounded at a time: they stay in the cache."""
+
 _STREAM = 1 << 32
 """The first of the Philox streams that round: those below it draw directions and signs."""
 
@@ -137,11 +140,20 @@ def quantise(quantiser: Quantiser, update: Contribution, random: NDArray[np.uint
     scale = share * LEVELS / (norm if clipped else bound)
     loss = min(max(update.loss / LARGEST_LOSS, -1.0), 1.0)
     slots = [update.weight, int(clipped), share * min(norm / bound, 1) * LEVELS]
-    exact = np.concatenate([values * scale, [*slots, share * loss * LEVELS]])
-    exact += random / 2.0**32
+    slots += [share * loss * LEVELS]
+    vector = np.empty(quantiser.size, np.int32)
+    for start in range(0, quantiser.values, _PIECE):
+        place = slice(start, min(start + _PIECE, quantiser.values))
+        vector[place] = _rounded(values[place] * scale, random[place])
+    vector[quantiser.values :] = _rounded(np.array(slots), random[quantiser.values :])
+    return vector.view(np.uint32)
+
+
+def _rounded(exact: NDArray[np.float64], random: NDArray[np.uint32]) -> NDArray[np.float64]:
+    """Whole numbers below or above `exact`, which is overwritten: in the mean what it was."""
+    exact += random * 2.0**-32
     np.floor(exact, out=exact)
-    np.clip(exact, -LEVELS, LEVELS, out=exact)
-    return exact.astype(np.int32).view(np.uint32)
+    return np.clip(exact, -LEVELS, LEVELS, out=exact)
 
 
 def decode(quantiser: Quantiser, total: Vector, members: int) -> Decoded:
