@@ -184,3 +184,12 @@ def decode(quantiser: Quantiser, total: Vector, members: int) -> Decoded:
 def next_bound(found: Decoded) -> float:
     """The bound of the next round: twice the mean norm of this one, as a power of two above it."""
     return float(2.0 ** math.ceil(math.log2(2 * found.norm / found.weight)))
+
+
+def within(clip: float, values: int) -> float:
+    """The bound with which no update is longer than `clip` after rounding: clip / (1 + √d / M).
+
+    Rounding moves each of d values by less than a level, of which there are M = 2^23 - 1 in the
+    bound: what noise of differential privacy is made for holds for what is added up.
+    """
+    return clip / (1 + math.sqrt(values) / LEVELS)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,7 +48,7 @@ def test_a_run_ends_where_a_plain_one_does_and_twice_in_the_same_bits(
     _no_update_is_told(found[0], tmp_path / "a")
 
 
-def _lines(folder: Path) -> list[dict[str, float]]:
+def _lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
