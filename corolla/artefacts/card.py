@@ -126,6 +126,8 @@ def _limits(config: RunConfig, info: Mapping[str, Any]) -> Iterator[tuple[str, s
         yield "target parameters", ", ".join(config.target_parameters)
     if config.new_tokens:
         yield "tokens of its own", ", ".join(config.new_tokens)
+    if config.dora:
+        yield "magnitudes", "DoRA"
     if config.layers:
         yield "blocks", config.layers
     for name, own in config.classes.items():

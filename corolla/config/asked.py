@@ -169,6 +169,11 @@ def takes_patterns(strategy: Strategy | type[Strategy]) -> bool:
     return without_factors(strategy) and not (strategy.mixed_ranks or personal)
 
 
+def takes_magnitudes(strategy: Strategy | type[Strategy]) -> bool:
+    """Returns whether a strategy can train magnitudes of DoRA: as any tensor, beside factors."""
+    return takes_patterns(strategy)
+
+
 def takes_sparse(strategy: Strategy) -> bool:
     """Returns whether clients may start from some values of the adapter and 0 for the others.
 

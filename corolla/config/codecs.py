@@ -53,6 +53,14 @@ CODECS: tuple[Rule[Asked], ...] = (
         instead="use fp16, bf16 or int8",
     ),
     Rule(
+        when=lambda asked: asked.down.needs_differences and asked.config.dora,
+        why=lambda asked: (
+            f"codec-down {', '.join(asked.config.codec_down)} leaves values out as 0, and a "
+            f"magnitude of dora that is 0 silences a row"
+        ),
+        instead="use fp16, bf16 or int8",
+    ),
+    Rule(
         when=lambda asked: asked.down.needs_differences and not takes_sparse(asked.strategy),
         why=lambda asked: (
             f"codec-down top_k lets clients start from a part of the factors, and {asked.subject} "

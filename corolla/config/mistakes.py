@@ -24,6 +24,7 @@ MEANINGS: Mapping[str, str] = {
     **dict.fromkeys(("lora_alpha", "scaling"), "alpha"),
     **dict.fromkeys(("lora_dropout", "use_dropout"), "dropout"),
     **dict.fromkeys(("use_rslora", "rs_lora"), "rslora"),
+    **dict.fromkeys(("use_dora", "weight_decomposed"), "dora"),
     **dict.fromkeys(("modules", "lora_target", "lora_target_modules"), "target_modules"),
     **dict.fromkeys(("peft", "peft_type", "adapter", "trainable", "train_mode"), "parameters"),
     **dict.fromkeys(("num_rounds", "comm_round", "num_server_rounds", "n_rounds"), "rounds"),

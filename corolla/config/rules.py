@@ -8,6 +8,7 @@ from corolla.config.asked import (
     Asked,
     able,
     not_noised,
+    takes_magnitudes,
     takes_parts,
     takes_patterns,
     takes_start,
@@ -115,6 +116,13 @@ _LAYERS: tuple[Rule[Asked], ...] = (
 )
 
 _RANKS: tuple[Rule[Asked], ...] = (
+    Rule(
+        when=lambda asked: asked.config.dora and not takes_magnitudes(asked.strategy),
+        why=lambda asked: (
+            f"dora divides by the lengths of W + s B A, and {asked.subject} reckons with B A alone"
+        ),
+        instead=lambda asked: f"use {able(takes_magnitudes)}",
+    ),
     Rule(
         when=lambda asked: asked.config.patterned and not takes_patterns(asked.strategy),
         why=lambda asked: (

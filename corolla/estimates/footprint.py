@@ -140,6 +140,7 @@ def client(
         "messages": messages if messages is not None else (0 if in_place else 8 * values),
         "experts with their adapters": _adapted_experts(anatomy, config, trainer),
         "tables with trained rows": _tables(anatomy, config, trainer),
+        "weights with their update": _turned(anatomy, config),
         "activations": _resident(activations, sparing),
         "logits": _resident(logits, sparing),
         "work": WORK,
@@ -167,6 +168,7 @@ def server(
         "weights": weights(anatomy, config),
         "state and updates": kept,
         "evaluation": _resident(scored, sparing=False),
+        "weights with their update": _turned(anatomy, config),
         "verification, beyond evaluation": _beyond(scored, verified, sparing=False),
         "work": WORK,
     }
@@ -267,9 +269,8 @@ def _apart(config: RunConfig, trainer: TrainerName, batch: Batch, values: int) -
     if config.dp != "example" or trainer != "first_order":
         return 0.0
     exact = config.dtype == "float32" and config.quantization == "none"
-    hooked = (
-        exact and config.kind.hooked and not config.target_parameters
-    )  # else one sequence at a time
+    alike = config.kind.hooked and not (config.target_parameters or config.dora)
+    hooked = exact and alike  # else one sequence at a time
     return 4.0 * values * (batch.sequences if hooked else 1) + 8.0 * values  # the sum is in fp64
 
 
@@ -288,6 +289,17 @@ def _tables(anatomy: Anatomy, config: RunConfig, trainer: TrainerName) -> float:
         math.prod(shape) for shape in tables.of_both(anatomy.tensors, anatomy.name).values()
     )
     return _WIDTH[config.dtype] * largest * (4 if trainer == "first_order" else 2)
+
+
+def _turned(anatomy: Anatomy, config: RunConfig) -> float:
+    """What peft makes of a module's weight to know the lengths of its rows, for a moment.
+
+    B A, s B A and W + s B A (out, in) in fp32, and the identity (in, in) that A is multiplied with.
+    """
+    if not config.dora:
+        return 0.0
+    modules = anatomy.linear(config.target_modules, config.layers)
+    return max(4.0 * (3 * out * into + into * into) for out, into in modules.values())
 
 
 def _kept(anatomy: Anatomy, config: RunConfig, batch: Batch) -> Blocks:
@@ -349,6 +361,9 @@ def _layer(anatomy: Anatomy, config: RunConfig, batch: Batch, frozen: bool = Fal
         adapted = len(_adapted(anatomy, config))
         each = len(modules) / adapted
         blocks.append((each, 4 * positions * config.lora.rank))
+        if config.dora:  # magnitudes scale what the base gives and what the adapter gives
+            outputs = positions * sum(out for out, _ in modules.values()) / len(modules)
+            blocks += [(each, width * outputs), (each, 4 * outputs)]
         if width < 4:  # adapters compute in fp32 on a copy of their input; norms do as well
             inputs = sum(into for _, into in modules.values()) / adapted
             blocks.append((1, 4 * positions * inputs))

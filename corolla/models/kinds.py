@@ -15,6 +15,7 @@ from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.models.anatomy import Anatomy, Shape
 from corolla.models.experts import fused
+from corolla.models.magnitudes import vectors
 from corolla.models.parts import PARTS, Shapes
 from corolla.models.patterns import Patterns
 from corolla.models.tokens import tables
@@ -41,14 +42,16 @@ def _lora_shapes(anatomy: Anatomy, config: RunConfig, labels: int) -> Mapping[st
     linear = anatomy.adapter(config.lora, config.target_modules, config.layers, patterns)
     trained = tables.rows(anatomy.tensors, config.new_tokens, anatomy.name)
     experts = fused.adapter(anatomy.stacks(config.layers), config, anatomy.name)
-    return {**linear, **experts, **trained}
+    lengths = vectors.shapes(anatomy.linear(config.target_modules, config.layers))
+    return {**linear, **(lengths if config.dora else {}), **experts, **trained}
 
 
 def _lora(config: RunConfig, base: Base) -> LoraModel:
+    from corolla.models.dora_model import DoraModel
     from corolla.models.lora import LoraModel
     from corolla.models.tokens import rows
 
-    return LoraModel(
+    return (DoraModel if config.dora else LoraModel)(
         base,
         config.target_modules,
         config.dropout,

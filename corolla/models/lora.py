@@ -5,13 +5,12 @@ Module names are those of the base model; tensors are `<module>.lora_A`, `<modul
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
@@ -38,6 +37,7 @@ from corolla.models.files.adapter_files import (
 from corolla.models.files.missing import within
 from corolla.models.patterns import Patterns, means
 from corolla.models.pretrained import Base, heads_of
+from corolla.models.products import low_rank
 from corolla.models.tokens import rows
 from corolla.tensors import factors
 from corolla.types import Adapter, LoraSpec, Move, Params
@@ -55,6 +55,8 @@ class LoraModel(Unrounded):
 
     artefact = "adapter"
     """The name of the folder of a saved global model."""
+    dora: ClassVar[bool] = False
+    """True where modules have magnitudes beside their factors."""
 
     def __init__(
         self,
@@ -73,8 +75,7 @@ class LoraModel(Unrounded):
         them. `patterns`: modules with a rank or a scaling of their own. Raises ModelError when
         targets or patterns match no linear layer, or no tensor, and for a block that there is not.
         """
-        self.base = base
-        heads = heads_of(base)
+        self.base, heads = base, heads_of(base)
         self._head_dtype = base.model.dtype
         self.targets = free(base.model, targets, _linear_suffixes(base.model, heads))
         self._experts = Experts(base.model, experts, partial(layers.kept, text=blocks))
@@ -94,6 +95,7 @@ class LoraModel(Unrounded):
             modules_to_save=heads or None,
             exclude_modules=heads or None,
             fan_in_fan_out=conv1d,
+            use_dora=self.dora,
         )
         # peft draws its own start from torch's global state; `write` replaces it before any use.
         with torch.random.fork_rng(devices=[]), peft_speaks_to_transformers():
@@ -102,7 +104,7 @@ class LoraModel(Unrounded):
         self.device = next(self.model.parameters()).device
         wrapped = self.model.base_model.model
         self._layers: dict[str, Any] = {n: m for n, m in wrapped.named_modules() if _is_layer(m)}
-        self._heads, self._rows = _heads(wrapped), rows.trained(wrapped, _NAME)
+        self._heads, self._rows = _heads(wrapped), self._beside_factors(wrapped)
         self._hooks: list[RemovableHandle] = []
         for head in self._heads.values():
             head.float()  # trained and averaged in fp32 whatever the base is
@@ -112,7 +114,7 @@ class LoraModel(Unrounded):
         self._frozen: dict[str, tuple[Tensor, Tensor]] = {}
         self._flat = torch.empty(0)
         self._settle = moving.Settled()
-        self._hooks += [m.register_forward_hook(_beside(self, n)) for n, m in self._layers.items()]
+        low_rank.install(self._layers, _NAME, lambda name: self._frozen.get(name))
         self._layers |= self._experts.install(wrapped, _NAME, lambda name: self._frozen.get(name))
         self.shapes |= self._experts.shapes
         self.model.requires_grad_(False)
@@ -276,6 +278,10 @@ class LoraModel(Unrounded):
         """sha256 of the tensors of a saved adapter."""
         return adapter_hash(folder)
 
+    def _beside_factors(self, wrapped: nn.Module) -> dict[str, nn.Parameter]:
+        """Tensors that are trained beside the factors and a head, by name."""
+        return rows.trained(wrapped, _NAME)
+
     def _head_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for module, head in self._heads.items():
             for name, parameter in head.named_parameters():
@@ -290,20 +296,6 @@ def _placed(blocks: Sequence[Params], device: torch.device) -> dict[str, tuple[T
         name: (stacked[name + factors.A].to(device), stacked[name + factors.B].to(device))
         for name in factors.modules(stacked)
     }
-
-
-def _beside(
-    model: LoraModel, name: str
-) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    """A forward hook that adds x Aᵀ Bᵀ of the frozen blocks: beside the base, never merged."""
-
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if name not in model._frozen:
-            return output
-        a, b = model._frozen[name]
-        return output + F.linear(F.linear(inputs[0].to(a.dtype), a), b).to(output.dtype)
-
-    return hook
 
 
 def _heads(wrapped: nn.Module) -> dict[str, nn.Module]:

@@ -132,7 +132,11 @@ def wanted(
             f"{source} is {kind} of {config.get('task_type')}: native clients train LoRA of causal "
             f"language models"
         )
-    for key, what in (("target_parameters", "experts"), ("trainable_token_indices", "tokens")):
+    for key, what in (
+        ("target_parameters", "experts"),
+        ("trainable_token_indices", "tokens"),
+        ("use_dora", "magnitudes"),
+    ):
         if config.get(key):
             raise ModelError(f"{source} trains {what} ({key}), which native clients cannot")
     if config.get("rank_pattern"):

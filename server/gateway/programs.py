@@ -142,7 +142,7 @@ def _refuses(config: RunConfig) -> str:
     wrong = {
         f"parameters={config.parameters}": not config.kind.native,
         "classes.NAME.layers": config.partial,
-        "target-parameters or new-tokens": not config.plain_lora,
+        "target-parameters, new-tokens or dora": not config.plain_lora,
         "strategy.train=A": config.options.get("train") == "A",
         "dp=example": config.dp == "example",
         "keep-hardest or rank- or alpha-pattern": bool(config.keep_hardest or config.patterned),

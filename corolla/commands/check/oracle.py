@@ -61,7 +61,7 @@ def errors(
     """
     last, claim = rounds[-1], claim_of(probe.strategy)
     p = shares_of(probe.strategy, last)
-    ideal = _weighted_mean(deltas, p)
+    ideal = weighted_mean(deltas, p)
     reached = probe.deltas(state)
     gap = relative(reached, ideal)
     if claim == "nothing":
@@ -70,7 +70,7 @@ def errors(
         return _against_expected(probe, state, rounds, reached), gap
     if claim == "weights":
         return gap, gap
-    means = _weighted_mean(last.trained, p)
+    means = weighted_mean(last.trained, p)
     scaling = probe.config.lora.scaling
     expected = {m: scaling * factors.product(means, m) for m in factors.modules(means)}
     expected |= {n: t for n, t in ideal.items() if n not in expected}  # the head is a mean itself
@@ -137,6 +137,7 @@ def _covariance(
     }
 
 
-def _weighted_mean(values: Mapping[str, Params], p: Mapping[str, float]) -> dict[str, Tensor]:
+def weighted_mean(values: Mapping[str, Params], p: Mapping[str, float]) -> dict[str, Tensor]:
+    """Σ p_m values[m], name by name in fp64."""
     names = next(iter(values.values()))
     return {n: torch.stack([w * values[c][n].double() for c, w in p.items()]).sum(0) for n in names}

@@ -198,12 +198,17 @@ def aggregation_errors(folder: Path) -> list[float] | None:
 
     ‖ΔW - Σ p_m ΔW_m‖ / ‖Σ p_m ΔW_m‖ in the Frobenius norm over all adapted modules, all relative to
     the base model, p_m by examples; from the files of --keep-updates, without a dense matrix. None
-    without such files.
+    without such files, and where magnitudes are in the weights as well, which need the base.
     """
     rounds = sorted((folder / "updates").glob("round-*"))
-    if not rounds:
+    if not rounds or _of_dora(folder / "global" / rounds[0].name):
         return None
     return [_error(path, folder / "global" / path.name) for path in rounds]
+
+
+def _of_dora(adapter: Path) -> bool:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    return bool(config.get("use_dora"))
 
 
 def _error(round: Path, after: Path) -> float:

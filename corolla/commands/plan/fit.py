@@ -288,6 +288,8 @@ def _refuse(config: RunConfig, asked: Mapping[str, Limits]) -> None:
         )
     if config.new_tokens or config.target_parameters:
         raise ConfigError("--fit is for linear layers: leave new-tokens and target-parameters out")
+    if config.dora:
+        raise ConfigError("--fit reckons with what LoRA takes, found dora: leave it out")
     if config.task == "classify":
         raise ConfigError(f"--fit is for models that generate, found task={config.task}")
     for name in asked:

@@ -22,6 +22,19 @@ class Adapter(SparseSet):
     rslora: bool = key(
         False, "Whether the scaling is alpha / sqrt(rank), which is stable for large ranks.", True
     )
+    dora: bool = key(
+        False,
+        "Whether modules have magnitudes beside their factors (DoRA): the lengths of the rows of a "
+        "weight are trained apart from its directions. Averaged apart, they are not the mean of "
+        "weights: `corolla check` says how far off.",
+        True,
+        against=(
+            *("parameters=bias", "strategy=flora", "strategy=ffa_lora", "quantization=4bit"),
+            *("start=pissa", 'codec_down=["top_k:0.25"]', "budget=flops:0.5"),
+            'target_parameters=["experts.down_proj"]',
+        ),
+        unsaid=True,
+    )
     served_rank: Annotated[int, within("rank")] = key(
         64,
         "The largest rank of the adapter that a run writes for servers of models; where the exact "
@@ -183,7 +196,8 @@ class Adapter(SparseSet):
     @property
     def plain_lora(self) -> bool:
         """True where all that is trained, but for a head, is LoRA of linear layers."""
-        return self.kind.factors and not (self.target_parameters or self.new_tokens)
+        more = self.target_parameters or self.new_tokens or self.dora
+        return self.kind.factors and not more
 
     @property
     def kind(self) -> Kind:
@@ -243,6 +257,34 @@ ALPHAS: tuple[Rule[Adapter], ...] = (
     Rule(
         when=lambda run: run.alphas and len(run.alphas) != len(run.ranks),
         why=lambda run: f"alphas has {len(run.alphas)} entries, ranks {len(run.ranks)}",
+    ),
+)
+
+DORA: tuple[Rule[Adapter], ...] = (
+    Rule(
+        when=lambda run: run.dora and not run.kind.factors,
+        why=lambda run: "dora has magnitudes beside LoRA factors",
+        instead=lambda run: f"parameters={run.parameters} has none",
+    ),
+    Rule(
+        when=lambda run: run.dora and not run.begins.still,
+        why=lambda run: (
+            f"dora begins with the magnitudes of the base, which start={run.start} leaves or moves"
+        ),
+        instead=f"use start={starts.still()}",
+    ),
+    Rule(
+        when=lambda run: run.dora and run.target_parameters,
+        why=lambda run: (
+            "dora has magnitudes of linear layers, and experts of target-parameters "
+            "have none in peft"
+        ),
+        instead="leave one of the two out",
+    ),
+    Rule(
+        when=lambda run: run.dora and run.budgeted,
+        why=lambda run: "budget chooses by what LoRA takes, and dora takes more",
+        instead="set layers or target-modules",
     ),
 )
 

@@ -60,6 +60,16 @@ EXPERTS: tuple[Rule[Machine], ...] = (
     ),
 )
 
+MAGNITUDES: tuple[Rule[Machine], ...] = (
+    Rule(
+        when=lambda run: run.dora and run.quantization != "none",
+        why=lambda run: (
+            f"dora needs the lengths of the rows of a base in full, found {run.quantization}"
+        ),
+        instead="leave quantization out, or use dtype=bfloat16",
+    ),
+)
+
 FULL_PRECISION: tuple[Rule[Machine], ...] = (
     Rule(
         when=lambda run: run.dtype != "float32" and run.kind.sparse,

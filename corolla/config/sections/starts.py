@@ -30,14 +30,16 @@ class Start:
     either."""
     zero: str = ""
     """The factor that is zero: it is the one to train first."""
+    still: bool = False
+    """True where the model with the start is the base, and any strategy may train both factors."""
 
 
 _ROWS = (
-    Start("random", "A random, B zero", weights=False, zero="B"),
+    Start("random", "A random, B zero", weights=False, zero="B", still=True),
     Start("gradient", "the best factors of AdamW's first step on public rows", rows=True),
     Start("pissa", "the largest singular directions of each weight", offset=True),
     Start("olora", "the first columns of each weight's QR", offset=True),
-    Start("orthogonal", "random factors whose product is zero", weights=False),
+    Start("orthogonal", "random factors whose product is zero", weights=False, still=True),
     Start("mica", "the smallest left singular directions, A zero", frozen="B", zero="A"),
     Start("lora_ga", "singular directions of the gradient on public rows", True, True),
     Start("corda_ipm", "the directions that the inputs of public rows use most", True, True),
@@ -48,6 +50,7 @@ _ROWS = (
         rows=True,
         weights=False,
         zero="B",
+        still=True,
     ),
     Start("loftq", "the part of each weight that quantisation lost", weights=False),
     Start("channels", "random channels of each layer", weights=False, frozen="either"),
@@ -72,6 +75,11 @@ def of(text: str) -> Start:
 def with_rows() -> str:
     """Names of all starts that are made from public rows."""
     return ", ".join(name for name, row in STARTS.items() if row.rows)
+
+
+def still() -> str:
+    """Names of the starts with which both factors are trained and the model is the base."""
+    return " or ".join(name for name, row in STARTS.items() if row.still)
 
 
 def checked(text: str) -> str:

@@ -156,8 +156,9 @@ def test_keys_are_written_section_by_section() -> None:
     own = [key for section in sections for key in vars(section)["__annotations__"]]
     assert list(RunConfig.model_fields) == own
     unsaid = {
-        "alpha_pattern",
+        *("alpha_pattern", "dora"),
         *("budget", "scores"),
+        "drift",
         "keep_hardest",
         *("select", "spectrum", "explored"),
         "layers",

@@ -40,8 +40,8 @@ def test_a_forgotten_head_passes_where_there_is_none() -> None:
         ("RaisesZeroDivision", "ZeroDivisionError: a mistake of its author"),
         ("RaisesAssertion", "AssertionError: a mistake of its author"),
         ("RaisesOnDevice", "RuntimeError: a mistake of its author"),
-        ("WrongKeys", "0 of 5 clients gave a valid update"),
-        ("PhaseStuck", "round 2: 0 of 6 clients gave a valid update"),
+        ("WrongKeys", "0 of 2 clients gave a valid update"),
+        ("PhaseStuck", "round 2: 0 of 5 clients gave a valid update"),
         ("NotFinite", "the aggregate is not finite"),
         ("SeedOfItsChoice", "update has seed "),
         ("RateOfItsChoice", "update has step "),
@@ -65,7 +65,7 @@ def test_a_users_own_strategy_passes_every_check_on_every_model() -> None:
     usual = [finding for finding in result.findings if not finding.options]
     found = {(finding.check, finding.model) for finding in usual}
     always = {(c, m) for c in [WEIGHTS, *ALWAYS] for m in ("llama", "gpt2", "bert")}
-    assert found == {*always, ("start beside the base", "bert")}
+    assert found == {*always, ("start beside the base", "bert"), ("secure sum", "bert")}
     assert len(usual) == len(found)
 
 
