@@ -77,7 +77,14 @@ SECURE: tuple[Rule[Asked], ...] = (
         "codec_down", "members must see the same broadcast, bit for bit", "leave codec-down out"
     ),
     _only_alone("buffer", "updates are applied in a round, not one by one", "leave buffer out"),
-    _only_alone("dp", "no noise is put on an opened sum yet", "leave dp out"),
+    Rule(
+        when=lambda asked: asked.config.secure_sum and asked.config.dp == "example",
+        why=lambda asked: (
+            "secure-sum=true does not go with dp=example: each client tells its epsilon"
+        ),
+        instead="use dp=client, whose noise is put on the sum",
+    ),
+    _only_alone("dp_sampling", "members see who is in a secret cohort", "use dp-sampling=fixed"),
     _only_alone(
         "deadline_simulated",
         "a masked update that comes late cannot be taken out of the sum",

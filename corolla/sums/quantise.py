@@ -32,6 +32,9 @@ FIRST_BOUND = 16.0
 LARGEST_LOSS = 16.0
 """The largest loss that the slot of losses holds."""
 
+_PIECE = 1 << 15
+"""Values that are rounded at a time: they stay in the cache."""
+
 _STREAM = 1 << 32
 """The first of the Philox streams that round: those below it draw directions and signs."""
 
@@ -137,11 +140,20 @@ def quantise(quantiser: Quantiser, update: Contribution, random: NDArray[np.uint
     scale = share * LEVELS / (norm if clipped else bound)
     loss = min(max(update.loss / LARGEST_LOSS, -1.0), 1.0)
     slots = [update.weight, int(clipped), share * min(norm / bound, 1) * LEVELS]
-    exact = np.concatenate([values * scale, [*slots, share * loss * LEVELS]])
-    exact += random / 2.0**32
+    slots += [share * loss * LEVELS]
+    vector = np.empty(quantiser.size, np.int32)
+    for start in range(0, quantiser.values, _PIECE):
+        place = slice(start, min(start + _PIECE, quantiser.values))
+        vector[place] = _rounded(values[place] * scale, random[place])
+    vector[quantiser.values :] = _rounded(np.array(slots), random[quantiser.values :])
+    return vector.view(np.uint32)
+
+
+def _rounded(exact: NDArray[np.float64], random: NDArray[np.uint32]) -> NDArray[np.float64]:
+    """Whole numbers below or above `exact`, which is overwritten: in the mean what it was."""
+    exact += random * 2.0**-32
     np.floor(exact, out=exact)
-    np.clip(exact, -LEVELS, LEVELS, out=exact)
-    return exact.astype(np.int32).view(np.uint32)
+    return np.clip(exact, -LEVELS, LEVELS, out=exact)
 
 
 def decode(quantiser: Quantiser, total: Vector, members: int) -> Decoded:
@@ -172,3 +184,12 @@ def decode(quantiser: Quantiser, total: Vector, members: int) -> Decoded:
 def next_bound(found: Decoded) -> float:
     """The bound of the next round: twice the mean norm of this one, as a power of two above it."""
     return float(2.0 ** math.ceil(math.log2(2 * found.norm / found.weight)))
+
+
+def within(clip: float, values: int) -> float:
+    """The bound with which no update is longer than `clip` after rounding: clip / (1 + √d / M).
+
+    Rounding moves each of d values by less than a level, of which there are M = 2^23 - 1 in the
+    bound: what noise of differential privacy is made for holds for what is added up.
+    """
+    return clip / (1 + math.sqrt(values) / LEVELS)

@@ -59,8 +59,8 @@ def a_round(members: int, values: int, lost: int) -> dict[str, Any]:
     listing = opening.announce(TASK)
     update = np.random.default_rng(0).normal(size=values)
     update /= np.linalg.norm(update)
-    words = rounding(0, 1, 0, quantiser.size)
     began = time.process_time()
+    words = rounding(0, 1, 0, quantiser.size)
     vector = quantise(quantiser, Contribution(update, 1), words)
     quantising = time.process_time() - began
     for number, own in enumerate(devices[lost:], lost):
@@ -82,7 +82,8 @@ def a_round(members: int, values: int, lost: int) -> dict[str, Any]:
         "missing": missing,
         "floor": thresholds.floor(members, corrupt, missing),
         "seconds": {**median, "quantise": quantising},
-        "client_seconds": sum(median[name] for name in ("prepare", "begin", "mask", "answer")),
+        "client_seconds": quantising
+        + sum(median[name] for name in ("prepare", "begin", "mask", "answer")),
         "server_seconds": sum(times["add"]) + times["open"][0],
         "client_bytes_up": exchanged(members)[0],
         "client_bytes_down": exchanged(members)[1],

@@ -89,7 +89,7 @@ def run_round(
     """
     config, events = call.federation.config, events or RoundEvents()
     asking = Asking(call, network, spending or Spending(config), events)
-    secure.begin(call, network)
+    secure.begin(call, network, asking.spending)
     gathered = gather(asking)
     fold = empty_fold(call, asking.spending)
     held = fold.add_all(gathered.answers)
@@ -109,7 +109,7 @@ def run_round(
         staleness(config, fold.staleness),
         fold.defence.metrics if fold.defence else {},
         release.metrics,
-        secure.metrics(summed),
+        secure.metrics(summed, fold),
     ]
     norms = norms_after(call, fold.defence) if fold.defence else {}
     return RoundResult(
@@ -118,7 +118,7 @@ def run_round(
         metrics={name: value for own in metrics for name, value in own.items()},
         num_examples={} if secret else fold.examples,
         client_loss={} if secret else losses,
-        dropped=dict.fromkeys(fold.dropped, "") if fold.clipped else fold.dropped,
+        dropped=dict.fromkeys(fold.dropped, "") if fold.clipped is not None else fold.dropped,
         traffic=asking.traffic,
         cost=_cost(fold),
         sampling_probability=gathered.probability,
@@ -127,7 +127,7 @@ def run_round(
         updates=sum(fold.updates.values()),
         answered=fold.answered,
         sim_seconds=simulated_seconds(config, asking.traffic, fold.examples, fold.dropped),
-        memory={**gathered.memory, **release.memory, **norms, **secure.memory(summed)},
+        memory={**gathered.memory, **release.memory, **norms, **secure.memory(summed, fold)},
     )
 
 

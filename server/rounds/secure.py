@@ -9,9 +9,10 @@ from corolla.server.rounds import expectations
 from corolla.server.rounds.call import RoundCall
 from corolla.server.rounds.fold import Fold
 from corolla.server.rounds.network import Network
+from corolla.server.rounds.spending import Spending
 from corolla.server.rounds.tasks import Traffic, run_settings
 from corolla.sums import task, vectors
-from corolla.sums.quantise import FIRST_BOUND, Quantiser, next_bound
+from corolla.sums.quantise import FIRST_BOUND, Quantiser, next_bound, within
 from corolla.sums.round import Summed, SumNetwork, SumPlan
 from corolla.tensors import tree
 from corolla.types import Metrics, Payload
@@ -19,7 +20,7 @@ from corolla.types import Metrics, Payload
 _MEMORY = "secure-sum"
 
 
-def begin(call: RoundCall, network: Network) -> None:
+def begin(call: RoundCall, network: Network, spending: Spending) -> None:
     """Tell the network of the sum of this round. Raises ConfigError where it makes none."""
     if not call.federation.config.secure_sum:
         return
@@ -28,12 +29,15 @@ def begin(call: RoundCall, network: Network) -> None:
             "secure-sum=true is for simulations in one process: leave engine=flower out, and "
             "devices of others"
         )
-    federation = call.federation
-    quantiser = Quantiser(
-        float(call.memory[_MEMORY]["bound"]) if _MEMORY in call.memory else FIRST_BOUND,
-        max(expectations.most_examples(federation, member) for member in federation.clients),
-        vectors.count(_form(call)),
-    )
+    federation, values = call.federation, vectors.count(_form(call))
+    if spending.level:
+        like = expectations.first_like(federation, call.number)
+        clip = spending.level.aggregator(federation.strategy.aggregator, call.memory, like).clip
+        quantiser = Quantiser(within(clip, values), 1, values)
+    else:
+        bound = float(call.memory[_MEMORY]["bound"]) if _MEMORY in call.memory else FIRST_BOUND
+        largest = max(expectations.most_examples(federation, c) for c in federation.clients)
+        quantiser = Quantiser(bound, largest, values)
     network.expect(SumPlan(federation.run_id, call.number, call.attempt, _task(call), quantiser))
 
 
@@ -44,6 +48,14 @@ def end(call: RoundCall, network: Network, fold: Fold, traffic: Traffic) -> Summ
     found = network.summed()
     traffic.framing_up += found.up
     traffic.framing_down += found.down
+    if fold.clipped is not None:
+        fold.clipped.total = {
+            group: dict(own)
+            for group, own in vectors.unflatten(found.decoded.values, fold.clipped.total).items()
+        }
+        fold.clipped.clients = found.members
+        fold.clipped.within = found.members - found.decoded.clipped
+        return found
     like, partial = expectations.first_like(call.federation, call.number), summable(fold.aggregator)
     if partial is None:
         raise RoundError(f"round {call.number}: its updates are not added up")
@@ -52,9 +64,12 @@ def end(call: RoundCall, network: Network, fold: Fold, traffic: Traffic) -> Summ
     return found
 
 
-def metrics(found: Summed | None) -> Metrics:
-    """The metrics that a sum tells: the mean loss, and what quantising has done to updates."""
-    if found is None:
+def metrics(found: Summed | None, fold: Fold) -> Metrics:
+    """The metrics that a sum tells: the mean loss, and what quantising has done to updates.
+
+    None with dp=client: no noise covers them.
+    """
+    if found is None or fold.clipped is not None:
         return {}
     own = found.decoded
     return {
@@ -65,9 +80,9 @@ def metrics(found: Summed | None) -> Metrics:
     }
 
 
-def memory(found: Summed | None) -> Payload:
-    """The bound of the next round: twice the mean norm, as a power of two."""
-    if found is None or not found.decoded.norm > 0:
+def memory(found: Summed | None, fold: Fold) -> Payload:
+    """The bound of the next round, where it follows from this one's mean norm."""
+    if found is None or fold.clipped is not None or not found.decoded.norm > 0:
         return {}
     bound = next_bound(found.decoded)
     return {_MEMORY: {"bound": torch.tensor(bound, dtype=torch.float64)}}

@@ -21,7 +21,7 @@ class SecureSums(Subject):
             "max_norm=10",
             "buffer=2",
             "dp=example epsilon=8",
-            "dp=client epsilon=8",
+            "dp=client epsilon=8 dp_sampling=poisson",
             'codec=["fp16"]',
             'codec_down=["fp16"]',
             "engine=flower",

@@ -14,10 +14,12 @@ from corolla.commands.check.probe import Probe, Recorder
 from corolla.commands.check.tables import CLIENTS
 from corolla.commands.plan import secure as plan
 from corolla.commands.simulate import secure
+from corolla.config import rules
 from corolla.config.build import build_strategy
 from corolla.config.load import load
 from corolla.config.sums import not_summed
 from corolla.errors import ConfigError, RoundError
+from corolla.privacy.client_level import ClientLevel
 from corolla.server.rounds.asking import Asking
 from corolla.server.rounds.call import RoundCall
 from corolla.server.rounds.network import Network
@@ -29,7 +31,8 @@ from corolla.storage.memory import Memory
 from corolla.strategies.listing.registry import STRATEGIES
 from corolla.sums import device as devices
 from corolla.sums import ring, thresholds
-from corolla.sums.quantise import Quantiser
+from corolla.sums.messages import Listing
+from corolla.sums.quantise import Quantiser, within
 from corolla.types import Params
 from corolla.wire.messages import Kind, pack_task, unpack_reply
 from corolla.wire.packet import Packet
@@ -201,7 +204,8 @@ def test_a_network_without_sums_is_refused(members: Members) -> None:
         ("buffer=2", "not one by one"),
         ('codec=["fp16"]', "cannot be compressed"),
         ('codec_down=["fp16"]', "bit for bit"),
-        ("dp=client epsilon=8", "no noise is put on an opened sum yet"),
+        ("dp=example epsilon=8", "each client tells its epsilon: use dp=client"),
+        ("dp=client epsilon=8 dp_sampling=poisson", "who is in a secret cohort"),
         ("engine=flower", "in one process"),
         ("classes.a.layers=last:1 classes.b.share=2", "of one form"),
         ("cohort=3 smallest_sum=3", "raise cohort"),
@@ -236,3 +240,54 @@ def test_the_plan_knows_thresholds_and_bytes(members: Members) -> None:
     assert planned.to_json()["floor"] == planned.floor
     plain = members.probe.config.model_copy(update={"secure_sum": False})
     assert plan.of(replace(members.probe.federation, config=plain)) is None
+
+
+def test_updates_are_not_kept_and_gateways_are_no_members(members: Members) -> None:
+    with pytest.raises(ConfigError, match="what secure-sum=true hides"):
+        rules.refuse_kept_updates(members.probe.config)
+    with pytest.raises(ConfigError, match="keys of their own"):
+        replace(members.probe.federation, seats={"hub": 2})
+
+
+def test_another_model_for_one_member_opens_nothing(members: Members) -> None:
+    """Its context is its own: what it dealt does not open, and the sum is lost."""
+    worker = members.probe.worker
+
+    def begin(self: devices.Device, listing: Listing, task: bytes) -> None:
+        changed = bytes(32) if self.owner.index == 0 else task
+        devices.Device.begin(self, listing, changed)
+
+    victim = worker.devices[EVERYONE[0]]
+    victim.begin = begin.__get__(victim)  # type: ignore[method-assign]
+    with pytest.raises(RoundError, match=f"{EVERYONE[0]} dealt fit nothing"):
+        members.round()
+
+
+def test_noise_is_put_on_a_sum_of_updates_that_are_no_longer_than_the_clip(
+    tmp_path: Path,
+) -> None:
+    """With noise of zero a round is a plain one of dp=client, but for what rounding changes."""
+    (tmp_path / "plain").mkdir()
+    private = {"dp": "client", "noise_multiplier": 1.0, "clip": 0.05, "delta": 1e-3}
+    plain = Probe("fedavg", "bert", tmp_path / "plain", {}, private)
+    probe = secure_sums.MemberProbe(
+        "fedavg", "bert", tmp_path / "sums", {}, {**secure_sums.CHANGES, **private}
+    )
+    network = SecureNetwork(probe.network, probe.worker, 2, 1)
+    cohort, found = dict.fromkeys(EVERYONE, 1), list[RoundResult]()
+    state = plain.fresh()
+    for own, over in ((plain, plain.network), (probe, network)):
+        level = ClientLevel(own.config, 7, 7, normal=lambda shape: torch.zeros(shape).double())
+        call = RoundCall(own.federation, state, {}, 1, cohort=cohort)
+        found.append(run_round(call, over, Spending(own.config, level)))
+    exact, moved = (_moved(result.state["adapter"], state["adapter"]) for result in found)
+    values = moved.numel()
+    level_of = 0.05 / (2**23 - 1)
+    assert 0 < float((moved - exact).norm()) < 2 * level_of * math.sqrt(7 * values) / 7
+    for vector in probe.worker.seen.values():
+        levels = vector.view(np.int32)[:values].astype(np.float64)
+        assert np.linalg.norm(levels) * within(0.05, values) / (2**23 - 1) <= 0.05
+        assert vector[values] == 1, "nobody weighs more"
+    assert found[1].metrics.keys() == found[0].metrics.keys()
+    assert found[1].memory.keys() == found[0].memory.keys()
+    assert found[1].num_examples == {}

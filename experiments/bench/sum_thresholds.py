@@ -1,6 +1,6 @@
 """Prints the thresholds of secure sums of 3 to 250 members, as in docs/secure-sums.md.
 
-python experiments/secure_sums/thresholds.py
+python -m experiments.bench.sum_thresholds
 """
 
 from corolla.sums import thresholds
