@@ -22,11 +22,12 @@ from corolla.host.processes import uninterrupted
 from corolla.interfaces import Strategy
 from corolla.models.sparse import carried
 from corolla.privacy.guarantee import Unit
+from corolla.selection import exchange
 from corolla.server.rounds.call import RoundCall
 from corolla.server.rounds.cohort import read_trace
 from corolla.server.rounds.federation import Federation
 from corolla.server.rounds.network import Network
-from corolla.server.rounds.round import evaluate_clients
+from corolla.server.rounds.round import RoundResult, evaluate_clients
 from corolla.server.rounds.spending import Spending
 from corolla.server.runs import beginning, checkpoint
 from corolla.server.runs.account import open_account
@@ -218,11 +219,19 @@ class Run:
         attempts = Attempts(self.network, self.observer, journal, self.own_devices, account)
         done = attempts.round(federation, at)
         fail_point("aggregated", at.round + 1)
+        if exchange.due(self.config, at.round + 1):
+            done = replace(done, result=self._regrown(done.result, at.round + 1))
         result = done.result
         after = Checkpoint(
             federation.run_id, at.round + 1, result.state, result.held, result.memory
         )
         return done.federation, after, self._measure(after.round, done, account)
+
+    def _regrown(self, result: RoundResult, round: int) -> RoundResult:
+        """The result of a round with other places of a sparse set."""
+        model, labels = self.evaluator.model, self.evaluator.labels
+        state = exchange.exchanged(model, self.config, result.state, round, labels)
+        return replace(result, state=state)
 
     def _measure(self, round: int, done: Done, account: Spending) -> dict[str, Any]:
         """The line of metrics.jsonl of a round, with an evaluation if one is due."""
@@ -300,6 +309,7 @@ class Run:
             privacy=info.get("privacy", {}).get("line", ""),
             answers=not self.evaluator.labels,
         )
+        info |= carried.facts(at.state)
         info |= summary.to_json(samples=self.config.dp != "client")
         info["warnings"] += [w.to_json() for w in outcome(self.config, info, course.lines)]
         write_cards(self.folder, info)

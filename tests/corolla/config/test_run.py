@@ -157,7 +157,7 @@ def test_keys_are_written_section_by_section() -> None:
         *("alpha_pattern", "dora"),
         *("budget", "scores"),
         "keep_hardest",
-        *("select", "spectrum", "explored"),
+        *("select", "spectrum", "explored", "regrow"),
         "layers",
         "max_rank",
         "new_head",
