@@ -9,13 +9,14 @@ CorollaError                 anything a user can cause; the command line prints 
 │   └── NotFiniteError       one with values that are NaN or infinite
 ├── RoundError               a round that could not be completed
 │   └── DivergedError        the loss is not finite
+├── SecureSumError           a step of a secure sum that a member or the server refuses
 ├── PeerError                a process beside this one that does not answer
 ├── DiskLimitError           what a run would keep on a device is more than its owner allows
 ├── StoppedError             the user or the engine has stopped the run
 └── ArtefactError            a checkpoint or an adapter folder
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -64,6 +65,19 @@ class RoundError(CorollaError):
 
 class DivergedError(RoundError):
     """The training loss of a client is NaN or infinite."""
+
+
+class SecureSumError(CorollaError):
+    """A step of a secure sum that a member or the server refuses, in one line.
+
+    `again` is True where another attempt of the same round may follow: nothing was opened. `named`
+    are the numbers of members whose messages are to blame.
+    """
+
+    def __init__(self, message: str, again: bool = False, named: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.again = again
+        self.named = tuple(named)
 
 
 class PeerError(CorollaError):

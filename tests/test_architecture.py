@@ -26,13 +26,13 @@ LAYERS = (
     ("interfaces",),
     ("host", "embedded", "tensors", "trackers", "proto"),
     ("wire", "directions"),
-    ("aggregation", "storage"),
+    ("aggregation", "storage", "sums"),
     ("strategies",),
     ("config",),
     ("privacy", "data", "models"),
     ("evaluation", "phones", "warnings", "estimates"),
-    ("artefacts", "budgets", "starts"),
-    ("selection",),
+    ("artefacts", "budgets", "drift", "starts"),
+    ("selection", "edits"),
     ("client", "server"),
     ("commands",),
     ("api", "cli"),
@@ -41,7 +41,7 @@ LAYERS = (
 
 # The same inside the two sides, for their rooms.
 ROOMS = {
-    "server": (("rounds",), ("runs",), ("gateway", "deployment"), ("app",)),
+    "server": (("rounds",), ("runs", "sums"), ("gateway", "deployment"), ("app",)),
     "client": (("training",), ("device", "app"), ("phone",)),
 }
 
@@ -54,6 +54,7 @@ PLACES = {
         "client.device",
         "wire.packet",
         "commands.simulate.flower",
+        "experiments.bench.sums",
     },
     "grpc": {"wire.rpc", "client.phone", "server.gateway.service", "proto"},
     "ray": set(),

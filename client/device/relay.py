@@ -7,6 +7,7 @@ Run as `flwr-clientapp` (see client/device/supernode.py) it also leaves aside th
 sends along with a run: what a device executes is what its owner has installed.
 """
 
+import argparse
 import time
 from pathlib import Path
 
@@ -69,8 +70,13 @@ def error_reply(packet: Packet, why: str, name: str) -> Packet:
 
 
 def main() -> None:
-    """`flwr-clientapp` for one message, with this app in place of the bundle's."""
-    from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
+    """`flwr-clientapp` for one message, with this app in place of the bundle's.
+
+    Flower's own command is not imported: its package brings the databases of SuperNodes, which
+    would double what a message costs a device.
+    """
+    from flwr.common.args import try_obtain_flwr_app_token
+    from flwr.supercore.tls import validate_and_resolve_root_certificates
     from flwr.supernode.runtime import run_clientapp
 
     # Both names are Flower's own (1.41): tests/client/device/test_relay.py holds them.
@@ -78,7 +84,26 @@ def main() -> None:
         install_from_fab=lambda *_, **__: None,
         get_load_client_app_fn=lambda *_, **__: lambda *_: app,
     )
-    flwr_clientapp()
+    told = parser().parse_args()
+    run_clientapp.run_clientapp(
+        runtime_api_address=told.runtime_api_address,
+        token=try_obtain_flwr_app_token(told),
+        insecure=told.insecure,
+        certificates=validate_and_resolve_root_certificates(told.root_certificates, told.insecure),
+        parent_pid=told.parent_pid,
+        runtime_dependency_install=told.runtime_dependency_install,
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of Flower's `flwr-clientapp`."""
+    from flwr.common.args import add_args_flwr_app_common
+    from flwr.supercore.constant import SUPERNODE_DEFAULT_CLIENT_ADDRESS
+
+    made = argparse.ArgumentParser(description="Run a Flower ClientApp")
+    made.add_argument("--runtime-api-address", default=SUPERNODE_DEFAULT_CLIENT_ADDRESS)
+    add_args_flwr_app_common(made)
+    return made
 
 
 if __name__ == "__main__":

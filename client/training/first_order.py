@@ -8,6 +8,7 @@ from torch import nn
 
 from corolla.client.training import hardest
 from corolla.client.training.gradients import Gradients, PlainGradients, PrivateGradients
+from corolla.client.training.optimiser import Optimiser
 from corolla.client.training.trained import Trained
 from corolla.config import schedule
 from corolla.config.run import RunConfig
@@ -61,16 +62,11 @@ class FirstOrder:
         steps, distance = 0, 0.0
         with gradients.attach(trained) as taken:
             stepped = trained.stepped
-            optimizer = self._optimizer(list(stepped.values()))
+            optimiser = Optimiser(list(stepped.values()), self.config)
             for tokens in taken:
                 self._correct(stepped, correct)
-                if gradients.clip_norm is not None:
-                    nn.utils.clip_grad_norm_(stepped.values(), gradients.clip_norm)
                 lr = self.config.lr * schedule.rate(self.config, self.round, gradients.steps, steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                optimiser.step(lr, gradients.clip_norm)
                 trained.push()
                 distance += lr
                 steps += 1
@@ -103,9 +99,3 @@ class FirstOrder:
         weights = {n: p.detach() for n, p in trained.items() if n in gradients}
         for name, gradient in correct(gradients, weights).items():
             trained[name].grad = gradient
-
-    def _optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        lr, decay = self.config.lr, self.config.weight_decay
-        if self.config.optimizer == "sgd":
-            return torch.optim.SGD(parameters, lr=lr, weight_decay=decay)
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=decay)

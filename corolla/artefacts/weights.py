@@ -68,12 +68,10 @@ class Weights:
         return out
 
 
-def open_weights(base: str, update: Params, transposed: bool = False) -> Weights:
-    """The weights of a base model (a folder, or a hub name that is in the cache) plus `update`.
+def open_tensors(base: str) -> dict[str, StoredTensor]:
+    """The tensors of a model (a folder, or a hub name that is in the cache), by name.
 
-    `update` holds factors of scaling 1 by module; `transposed`: the layers keep (in, out), as
-    Conv1D does. Raises ArtefactError for a checkpoint that is quantised, not in safetensors files,
-    or lacks a module.
+    Raises ArtefactError for a checkpoint that is quantised or not in safetensors files.
     """
     folder = folder_of(base)
     paths = sorted(folder.glob("*.safetensors"))
@@ -83,29 +81,91 @@ def open_weights(base: str, update: Params, transposed: bool = False) -> Weights
         )
     if _config(folder).get("quantization_config"):
         raise ArtefactError(f"{base} is quantised: give the model it was made from with --model")
-    tensors = {name: tensor for path in paths for name, tensor in stored_tensors(path).items()}
+    return {name: tensor for path in paths for name, tensor in stored_tensors(path).items()}
+
+
+@dataclass(frozen=True)
+class StoredModules:
+    """The weights of a model's linear layers, read a module at a time."""
+
+    tensors: Mapping[str, StoredTensor]
+    """Module → its weight."""
+    transposed: bool
+    """True where the layers keep (in, out), as Conv1D does."""
+
+    def whole(self, module: str) -> Tensor:
+        """The weight of a module, (out, in) in fp32."""
+        own = self.tensors[module]
+        weight = own.read(0, own.count).reshape(own.shape).float()
+        return weight.T if self.transposed else weight
+
+
+def open_modules(
+    base: str, shapes: Mapping[str, tuple[int, int]], transposed: bool = False
+) -> StoredModules:
+    """The weights of modules (name → (out, in)) of a model.
+
+    Raises ArtefactError as `open_tensors` does, for a module that is not there, and for one of
+    another shape.
+    """
+    tensors = open_tensors(base)
+    found = {}
+    for module, (out, into) in shapes.items():
+        name = stored_name(module, tensors, base)
+        check_shape(module, (out, into), tensors[name].shape, base, transposed)
+        found[module] = tensors[name]
+    return StoredModules(found, transposed)
+
+
+def check_shape(
+    module: str,
+    wanted: tuple[int, int],
+    found: tuple[int, ...],
+    base: str,
+    transposed: bool = False,
+) -> None:
+    """Raises ArtefactError for a weight that is not of the shape (out, in) of an adapter."""
+    if found != (wanted[::-1] if transposed else wanted):
+        raise ArtefactError(
+            f"the adapter's {module} is {wanted[0]} x {wanted[1]}, its weight in {base} is "
+            f"{' x '.join(map(str, found))}: it was trained on another model, name it with --model"
+        )
+
+
+def open_weights(base: str, update: Params, transposed: bool = False) -> Weights:
+    """The weights of a base model (a folder, or a hub name that is in the cache) plus `update`.
+
+    `update` holds factors of scaling 1 by module; `transposed`: the layers keep (in, out), as
+    Conv1D does. Raises ArtefactError for a checkpoint that is quantised, not in safetensors files,
+    or lacks a module.
+    """
+    tensors = open_tensors(base)
     added = {}
     for module in factors.modules(update):
-        name = _stored_name(module, tensors, base)
+        name = stored_name(module, tensors, base)
         left, right = update[module + factors.B].double(), update[module + factors.A].double()
+        wanted = (left.shape[0], right.shape[1])
+        check_shape(module, wanted, tensors[name].shape, base, transposed)
         if transposed:
             left, right = right.T, left.T
-        found = tensors[name].shape
-        if found != (left.shape[0], right.shape[1]):
-            raise ArtefactError(
-                f"the adapter's {module} is {left.shape[0]} x {right.shape[1]}, {name} of {base} "
-                f"is {found}: it was trained on another model, name it with --model"
-            )
         added[name] = (left, right)
     return Weights(tensors, added)
 
 
-def _stored_name(module: str, tensors: Mapping[str, StoredTensor], base: str) -> str:
-    """The name in a checkpoint, which may lack the prefix of the model that it is a part of."""
-    for name in (f"{module}.weight", f"{module.partition('.')[2]}.weight"):
-        if name in tensors:
-            return name
+def stored_name(module: str, tensors: Mapping[str, StoredTensor], base: str) -> str:
+    """The name of a module's weight in a checkpoint. Raises ArtefactError where there is none."""
+    if name := weight_of(module, tensors):
+        return name
     raise ArtefactError(f"{base} has no tensor {module}.weight: name the right base with --model")
+
+
+def weight_of(module: str, tensors: Mapping[str, StoredTensor]) -> str | None:
+    """The same; None where there is none.
+
+    A checkpoint may lack the prefix of the model that it is a part of.
+    """
+    names = (f"{module}.weight", f"{module.partition('.')[2]}.weight")
+    return next((name for name in names if name in tensors), None)
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -107,7 +107,7 @@ _PANELS: dict[str, tuple[Callable[..., None], ...]] = {
         deployment.tokens,
         deployment.status,
     ),
-    "Artefacts": (results.evaluate, results.chat, results.export),
+    "Artefacts": (results.evaluate, results.chat, results.edit, results.port, results.export),
     "Reference": (local.strategies, local.keys),
 }
 """Heading in `corolla --help` → its commands, in the order in which one needs them."""

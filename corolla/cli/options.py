@@ -182,6 +182,27 @@ PROGRAM: Table = {
 }
 """Options of the programs that `corolla export --to executorch` makes."""
 
+EVALUATION: Table = {
+    "tasks": Option(str | None, "Instead: lm-evaluation-harness tasks, NAME,FILE.yaml,…"),
+    "limit": Option(int | None, "Documents of each task; for trials.", more={"min": 1}),
+    "drift": Option(
+        list[str] | None,
+        "Instead: what tuning has changed beside its task, on rows of FILE or NAME=FILE, or on "
+        "refusals, knowledge, texts or all, which ship with Corolla; repeatable.",
+        more={"metavar": "[NAME=]FILE"},
+    ),
+}
+"""Options of `corolla evaluate`: what is measured instead of held-out rows."""
+
+PORT: Table = {
+    "model": Option(str | None, "Default: the one it was trained on."),
+    "data": Option(str | None, "Rows to measure on; default: held-out ones of its run."),
+    "force": Option(
+        bool, "Also where it is unmeasured, or makes things worse.", False, flags=("--force",)
+    ),
+}
+"""Options of `corolla port`: the old base, what it is measured on, harm as no reason."""
+
 EXPORT: Table = {
     "dtype": Option(
         str | None,

@@ -1,5 +1,6 @@
 """Commands on the result of a run: score it, talk with it, write it as others serve it."""
 
+import inspect
 import json
 import sys
 from functools import partial
@@ -8,33 +9,53 @@ from typing import Annotated, Literal
 
 import typer
 
-from corolla.cli.options import EXPORT, PROGRAM, AsJson, Given, Set, takes
+from corolla.cli.options import (
+    EVALUATION,
+    EXPORT,
+    PORT,
+    PROGRAM,
+    AsJson,
+    Given,
+    NewFolder,
+    Set,
+    takes,
+)
 from corolla.cli.screen import out, say
+from corolla.edits import grammar
 from corolla.errors import ConfigError
 
 
+@takes(instead=EVALUATION)
 def evaluate(
+    *,
     adapter: Annotated[Path, typer.Argument(help="A run's folder, or its adapter/ or model/.")],
     model: Annotated[str | None, typer.Option(help="Default: the one it was trained on.")] = None,
     data: Annotated[str | None, typer.Option(help="Default: the data of its run.")] = None,
-    tasks: Annotated[
-        str | None,
-        typer.Option(help="Instead: lm-evaluation-harness tasks, NAME,FILE.yaml,…"),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Documents of each task; for trials.")
-    ] = None,
+    instead: Given,
     as_json: AsJson = False,
     settings: Set = None,
 ) -> None:
     """Score an adapter beside its base model on held-out examples, with plain PEFT."""
     from corolla.commands.artefacts import evaluate_adapter, evaluate_tasks, print_scores
 
+    tasks, drift = instead["tasks"], instead["drift"]
+    if tasks is not None and drift:
+        raise ConfigError("--tasks and --drift measure different things: ask for one at a time")
+    if data and (drift or tasks is not None):
+        flag = "--drift" if drift else "--tasks"
+        raise ConfigError(f"{flag} bring their own data: leave out --data")
+    if drift:
+        from corolla.commands.drift import evaluate_drift, print_drift
+
+        told = evaluate_drift(adapter, model, drift, settings or ())
+        if as_json:
+            print(json.dumps(told, indent=2))
+        else:
+            print_drift(out, told)
+        return
     if tasks is not None:
-        if data:
-            raise ConfigError("--tasks bring their own data: leave out --data")
         names = [name for name in tasks.split(",") if name]
-        scores = evaluate_tasks(adapter, model, names, limit, settings or ())
+        scores = evaluate_tasks(adapter, model, names, instead["limit"], settings or ())
     else:
         tell = typer.echo if not as_json else partial(typer.echo, err=True)
         scores = evaluate_adapter(adapter, model, data, settings or (), tell)
@@ -77,6 +98,66 @@ def chat(
         return
     for name, answer in answers.items():
         say(f"{name}: {answer or '(nothing)'}")
+
+
+def edit(
+    adapters: Annotated[
+        list[Path],
+        typer.Argument(metavar="ADAPTER...", help="Folders of runs, or of adapters of one base."),
+    ],
+    steps: Annotated[
+        str,
+        typer.Option(
+            metavar="STEPS",
+            help="In their order: a line with spaces between steps, a JSON list of them, or a "
+            "FILE.json or FILE.toml (steps = [...]).",
+        ),
+    ],
+    out_dir: NewFolder,
+    model: Annotated[
+        str | None, typer.Option(help="The base model; default: the one that adapters name.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Combine, scale, trim and cut adapters, on the products of their factors.
+
+    Steps act on what an adapter adds to each weight, not on its factors, so that two adapters that
+    do the same are edited alike. docs/after.md says which to use when.
+    """
+    with out.status("loading"):
+        from corolla.commands.edit import edit as editing
+
+        done = editing.edit(editing.Order(adapters, steps, out_dir, model))
+    if as_json:
+        print(json.dumps(done.to_json(), indent=2))
+    else:
+        say(done.line)
+
+
+edit.__doc__ = f"{inspect.cleandoc(edit.__doc__ or '')}\n\n{grammar.explained()}"
+
+
+@takes(measured=PORT)
+def port(
+    *,
+    adapter: Annotated[Path, typer.Argument(help="A run's folder, or its adapter/.")],
+    to: Annotated[str, typer.Option(metavar="MODEL", help="The new version of its base.")],
+    out_dir: NewFolder,
+    measured: Given,
+    as_json: AsJson = False,
+    settings: Set = None,
+) -> None:
+    """Put an adapter on another version of its base, or refuse where that does harm."""
+    with out.status("loading"):
+        from corolla.commands.port import port as porting
+
+        order = porting.Order(adapter, to, out_dir, settings=settings or (), **measured)
+        done = porting.port(order)
+    if as_json:
+        print(json.dumps(done.to_json(), indent=2))
+        return
+    for line in done.lines:
+        say(line)
 
 
 @takes(program=PROGRAM, written=EXPORT)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from corolla.config.asked import not_noised
+from corolla.config.sums import not_summed
 from corolla.host.text import human_bytes
 from corolla.interfaces import Stacking, Strategy, Traits
 from corolla.strategies.listing.registry import STRATEGIES, traits
@@ -45,7 +46,8 @@ What is averaged, each client by the number of different examples that it traine
 round: "effective weights" is exact; "A and B apart" is not, unless
 clients agree on one of them, and is the mean of the weights themselves where all parameters or any
 tensors are trained. `corolla check` proves it. Secure sum: the server needs no more than the sum
-over clients. DP: that sum can carry the noise of dp=client. Keeps: devices keep
+over clients, and with `secure_sum=true` learns no more. DP: that sum can carry the noise of
+dp=client. Keeps: devices keep
 something between rounds. Late: an update made from an older state can still be applied.
 
 """
@@ -104,7 +106,6 @@ def entries() -> list[Entry]:
 
 def _entry(name: str, cls: type[Strategy]) -> Entry:
     about, own = sys.modules[cls.__module__].__doc__ or "", traits(cls)
-    secure = cls().aggregator().linear and not own.individual
     return Entry(
         name=name,
         title=about.partition("\n")[0].rstrip("."),
@@ -113,7 +114,7 @@ def _entry(name: str, cls: type[Strategy]) -> Entry:
         trainers=cls.trainers,
         mixed_ranks=cls.mixed_ranks,
         full=cls.full,
-        secure_sum=secure,
+        secure_sum=not not_summed(cls),
         dp=not own.personal and not not_noised(cls()),
         traits=own,
         costs={reference: costs(cls(), size) for reference, size in REFERENCES.items()},

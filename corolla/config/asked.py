@@ -151,7 +151,7 @@ def not_noised(strategy: Strategy) -> str:
         return "its updates are not added up, each is used by itself"
     if not traits.bounded:
         return "a clipped update may still move the model by any amount"
-    if not _is_mean(strategy.aggregator()):
+    if not is_mean(strategy.aggregator()):
         return "what it adds up is not one mean over all clients, which noise could be put on"
     return ""
 
@@ -226,10 +226,10 @@ def takes_start(strategy: Strategy) -> bool:
     return strategy.broadcast(state).log is None and abs(total - scaling) < 1e-5
 
 
-def _is_mean(aggregator: Aggregator) -> bool:
+def is_mean(aggregator: Aggregator) -> bool:
     """Returns whether an aggregator makes nothing of clients' updates but their mean."""
     if isinstance(aggregator, ByGroup):
-        return all(map(_is_mean, aggregator.groups.values()))
+        return all(map(is_mean, aggregator.groups.values()))
     return type(aggregator) in (WeightedMean, SeedSums)  # a subclass may keep single updates
 
 

@@ -3,7 +3,7 @@
 import math
 
 from corolla.aggregation import robust
-from corolla.config import codecs
+from corolla.config import codecs, sums
 from corolla.config.asked import (
     Asked,
     able,
@@ -304,7 +304,7 @@ _TRAINERS: tuple[Rule[Asked], ...] = (
 
 RULES = (
     *(*_STATE, *_RANKS, *_LAYERS, *codecs.SQUARES, *codecs.CODECS, *_START, *_ROBUST, *_PRIVATE),
-    *(*_HARDEST, *_TRAINERS),
+    *(*_HARDEST, *_TRAINERS, *sums.SECURE),
 )
 """Of several that apply, the first is told."""
 
@@ -332,6 +332,10 @@ _GATEWAYS: tuple[Rule[Asked], ...] = (
         why=lambda asked: (
             "local-epochs bounds the weight of an update by the examples of its client"
         ),
+    ),
+    Rule(
+        when=lambda asked: asked.config.secure_sum,
+        why=lambda asked: "members of a secure sum have keys of their own",
     ),
     Rule(
         when=lambda asked: asked.config.dp_sampling == "poisson",
@@ -366,6 +370,11 @@ def refuse_gateways(config: RunConfig, strategy: Strategy) -> None:
 
 def refuse_kept_updates(config: RunConfig) -> None:
     """Raises ConfigError for --keep-updates where updates may not be kept."""
+    if config.secure_sum:
+        raise ConfigError(
+            "--keep-updates keeps what secure-sum=true hides: the update of each client; leave it "
+            "out"
+        )
     if config.dp == "client":
         raise ConfigError(
             "--keep-updates keeps what dp=client hides: the update of each client; leave it out"

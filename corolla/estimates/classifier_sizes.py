@@ -1,15 +1,20 @@
 """Sizes of a classifier before anything of it is loaded."""
 
+from __future__ import annotations
+
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from corolla.errors import ModelError
 from corolla.models import pretrained
 from corolla.models.anatomy import Anatomy
 from corolla.models.files import missing
+
+if TYPE_CHECKING:  # only a classifier needs the classes of models
+    from transformers import PreTrainedModel
 
 
 def sized(anatomy: Anatomy, labels: int) -> Anatomy:

@@ -181,12 +181,7 @@ def choice_accuracy(
     divides ln p by the UTF-8 bytes of the choice, so that long ones are not at a disadvantage
     (`acc_norm` of Gao et al., lm-evaluation-harness). Long prompts lose their beginning.
     """
-    encoder = replace(Encoder.of(config, base.tokenizer), max_length=1 << 30)
-    asked = [
-        _last(encoder(replace(example, text=choice)), config.max_length)
-        for example in examples
-        for choice in example.choices
-    ]
+    asked = sequences_of_choices(examples, base, config)
     scores = iter(log_likelihoods(model, asked, base.pad_id, model.device))
     right = right_norm = 0
     for example in examples:
@@ -198,6 +193,21 @@ def choice_accuracy(
         right_norm += example.choices[each.index(max(each))] == example.text
     number = len(examples)
     return {"choice_accuracy": right / number, "choice_accuracy_norm": right_norm / number}
+
+
+def sequences_of_choices(
+    examples: Sequence[Example], base: Base, config: RunConfig
+) -> list[Encoded]:
+    """All choices of all examples in their order, each after its prompt, with its targets.
+
+    Raises DataError for a choice without a token that a model could predict.
+    """
+    encoder = replace(Encoder.of(config, base.tokenizer), max_length=1 << 30)
+    return [
+        _last(encoder(replace(example, text=choice)), config.max_length)
+        for example in examples
+        for choice in example.choices
+    ]
 
 
 def _last(encoded: Sequence[Encoded], length: int) -> Encoded:

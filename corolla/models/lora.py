@@ -5,13 +5,12 @@ Module names are those of the base model; tensors are `<module>.lora_A`, `<modul
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
@@ -38,6 +37,7 @@ from corolla.models.files.adapter_files import (
 from corolla.models.files.missing import within
 from corolla.models.patterns import Patterns, means
 from corolla.models.pretrained import Base, heads_of
+from corolla.models.products import low_rank
 from corolla.models.tokens import rows
 from corolla.tensors import factors
 from corolla.types import Adapter, LoraSpec, Move, Params
@@ -114,7 +114,7 @@ class LoraModel(Unrounded):
         self._frozen: dict[str, tuple[Tensor, Tensor]] = {}
         self._flat = torch.empty(0)
         self._settle = moving.Settled()
-        self._hooks += [m.register_forward_hook(_beside(self, n)) for n, m in self._layers.items()]
+        low_rank.install(self._layers, _NAME, lambda name: self._frozen.get(name))
         self._layers |= self._experts.install(wrapped, _NAME, lambda name: self._frozen.get(name))
         self.shapes |= self._experts.shapes
         self.model.requires_grad_(False)
@@ -296,20 +296,6 @@ def _placed(blocks: Sequence[Params], device: torch.device) -> dict[str, tuple[T
         name: (stacked[name + factors.A].to(device), stacked[name + factors.B].to(device))
         for name in factors.modules(stacked)
     }
-
-
-def _beside(
-    model: LoraModel, name: str
-) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    """A forward hook that adds x Aᵀ Bᵀ of the frozen blocks: beside the base, never merged."""
-
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if name not in model._frozen:
-            return output
-        a, b = model._frozen[name]
-        return output + F.linear(F.linear(inputs[0].to(a.dtype), a), b).to(output.dtype)
-
-    return hook
 
 
 def _heads(wrapped: nn.Module) -> dict[str, nn.Module]:

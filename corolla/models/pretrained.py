@@ -1,5 +1,7 @@
 """Base models and tokenizers by name or path: embedded, hub, local folder, GGUF file."""
 
+from __future__ import annotations
+
 import importlib
 import shutil
 import struct
@@ -7,7 +9,7 @@ import tempfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -17,7 +19,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -33,6 +34,9 @@ from corolla.models.files import missing as lost
 from corolla.models.files.folders import PACKAGED, converted, packaged
 from corolla.models.tokens import rows
 from corolla.tensors import tree
+
+if TYPE_CHECKING:  # a tokenizer is loaded without the classes of models
+    from transformers import PreTrainedModel
 
 LOADING = (
     *(OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, IndexError),

@@ -17,9 +17,6 @@ from dataclasses import dataclass
 from functools import cache, lru_cache, reduce
 from typing import Any
 
-from scipy.optimize import brentq
-from scipy.special import log_ndtr, ndtr
-
 from corolla.errors import StoppedError
 
 _INTERVAL = 0.03
@@ -109,6 +106,8 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     """
     if mu <= 0 or mu == math.inf:
         return max(0.0, mu)
+    from scipy.optimize import brentq  # half a second, which runs without privacy do not wait for
+    from scipy.special import log_ndtr, ndtr
 
     def over(e: float) -> float:
         near, far = float(ndtr(mu / 2 - e / mu)), float(log_ndtr(-mu / 2 - e / mu))
@@ -164,6 +163,8 @@ def _epsilon(counted: _Counted, delta: float) -> float:
 
 @lru_cache(maxsize=4096)
 def _calibrate(wanted: float, delta: float, count: int, q: float) -> float:
+    from scipy.optimize import brentq
+
     precision = (_PRECISION if q < 1 else 1e-9) / 4
 
     def root(accountant: Callable[[_Counted, float], float], start: float) -> float:

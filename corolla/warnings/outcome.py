@@ -1,10 +1,12 @@
 """Warnings of a run, with what to do: settings that do harm, and results that are harmful.
 
-Three verdicts are made of a run that has ended, from what run.json and metrics.jsonl hold:
+Four verdicts are made of a run that has ended, from what run.json and metrics.jsonl hold:
 
 - worse: the loss of the last model is above that of the base model by more than its standard error;
 - diverging: the loss rose in three evaluations running and has not come back, or is not finite;
-- noise: the noise of differential privacy is longer than the mean update in half of the rounds.
+- noise: the noise of differential privacy is longer than the mean update in half of the rounds;
+- drift: on rows of the key `drift` the margin of right answers is lower than the base model's, or
+  the loss is higher, by a mean change whose 95 % interval over rows does not reach 0.
 
 The loss is the held-out one with its standard error over rows (corolla.evaluation.scoring). Of
 personal models it is the mean over clients on their own examples, with that over clients.
@@ -19,10 +21,14 @@ from typing import Any
 from corolla.config.run import RunConfig
 from corolla.warnings import effects
 
-VERDICTS = ("worse", "diverging", "noise")
+VERDICTS = ("worse", "diverging", "noise", "drift")
 """Ids of warnings of a run that has ended; all others are told when it begins."""
 _RISES = 3
 """Evaluations running, each with a higher loss, after which a run is said to diverge."""
+_LESS = (
+    "turn the adapter down with corolla edit (lines, scale or safe), train less, or add such rows; "
+    "docs/after.md says what the numbers can show"
+)
 _PRIVACY = "docs/privacy.md says which strategies noise hurts least"
 
 
@@ -76,7 +82,8 @@ def outcome(
 ) -> list[RunWarning]:
     """The verdicts on a run that has ended; `info` and `lines` are run.json and metrics.jsonl."""
     losses = _personal(info, lines) if info["personal"] else _held_out(info, lines)
-    return [*_worse(config, losses), *_diverging(config, losses, lines), *_noise(config, lines)]
+    found = [*_worse(config, losses), *_diverging(config, losses, lines), *_noise(config, lines)]
+    return [*found, *drifted(info.get("drift", {}))]
 
 
 def _held_out(info: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> Measured:
@@ -192,6 +199,29 @@ def _noise(config: RunConfig, lines: Sequence[Mapping[str, Any]]) -> Iterator[Ru
         f"{_PRIVACY}",
         {"rounds": len(rounds), "over": over, "noise": noise, "update": update},
     )
+
+
+def drifted(domains: Mapping[str, Mapping[str, Any]]) -> list[RunWarning]:
+    """A warning for each domain, as corolla/drift/measure.py tells it, that tuning has harmed."""
+    found = []
+    for name, told in domains.items():
+        margin, loss = told.get("margin_change", {}), told["forgetting"]
+        if (high := margin.get("high")) is not None and high < 0:
+            what, change, interval = "margin of right answers", margin["mean"], margin
+        elif (low := loss["low"]) is not None and low > 0:
+            what, change, interval = "loss", loss["mean"], loss
+        else:
+            continue
+        found.append(
+            RunWarning(
+                "drift",
+                f"drift: on {name} the {what} changed by {change:+.3g} "
+                f"({interval['low']:+.3g} to {interval['high']:+.3g}, 95 % of {told['rows']} rows)",
+                _LESS,
+                {"mean": change, "low": interval["low"], "high": interval["high"]},
+            )
+        )
+    return found
 
 
 def _calmer(config: RunConfig) -> str:

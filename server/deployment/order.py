@@ -137,11 +137,16 @@ def read_outcome(folder: Path) -> Outcome | None:
 
 
 def refuse_simulated(config: RunConfig) -> None:
-    """Raises ConfigError for settings that describe devices which are not there."""
+    """Raises ConfigError for settings of simulations: of devices, or sums, that are not there."""
     if config.simulates_time or any(own.drop for own in config.classes.values()):
         raise ConfigError(
             "buffer, deadline-simulated, step-seconds, and speed, upload, download and drop of "
             "classes simulate devices: use corolla simulate"
+        )
+    if config.secure_sum:
+        raise ConfigError(
+            "secure-sum=true is for simulations: no device takes part in secure sums yet; leave it "
+            "out, or use corolla simulate"
         )
 
 

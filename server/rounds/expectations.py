@@ -7,12 +7,15 @@ import torch
 from torch import Tensor
 
 from corolla.aggregation import robust
+from corolla.aggregation.sums import summable
 from corolla.config.run import RunConfig
 from corolla.interfaces import Strategy, Summable, Tallied
 from corolla.models import layers
 from corolla.server.rounds.federation import Federation
 from corolla.server.rounds.verdicts import Expected
 from corolla.strategies.listing import registry
+from corolla.sums import vectors
+from corolla.sums.quantise import Quantiser
 from corolla.tensors import factors
 from corolla.types import Payload
 from corolla.wire.messages import Kind
@@ -24,6 +27,8 @@ def expected(
     """Returns the Expected of a member's reply to a task; `seats` is of a gateway's task."""
     if kind != Kind.TRAIN:
         return Expected(None)
+    if federation.config.secure_sum:
+        return Expected(None, most_examples=0, masked=masked_bytes(federation, round))
     names = federation.classes_of(member)
     if member not in federation.seats:
         return _of_class(federation, member, round, names[0])
@@ -80,6 +85,16 @@ def first_like(federation: Federation, round: int) -> Payload:
     """The form of the first member's update, where one form stands for those of all."""
     member = next(iter(federation.clients))
     return like(federation, member, round, federation.class_of(member))
+
+
+def masked_bytes(federation: Federation, round: int) -> int:
+    """Bytes of the vector that a member gives to a secure sum; 0 where there are no sums."""
+    partial = summable(federation.strategy.aggregator())
+    return (
+        4 * Quantiser(1.0, 1, vectors.count(partial.sums_like(first_like(federation, round)))).size
+        if partial
+        else 0
+    )
 
 
 def most_examples(federation: Federation, member: str) -> int:

@@ -178,9 +178,9 @@ class Federation:
 
         Of a personal strategy, or with eval_participants, those that will train: of a personal
         one the others have nothing of their own. Gateways have no examples. Nobody with
-        differential privacy: no noise covers what they would measure.
+        differential privacy, which covers not what they would measure, or with secure sums.
         """
-        if self.config.dp != "none":
+        if self.config.dp != "none" or self.config.secure_sum:
             return []
         able = set(self.clients)
         if self.config.eval_participants or registry.traits(self.strategy).personal:

@@ -75,6 +75,9 @@ class Fold:
         for name, own in (judged.members or {client: judged}).items():
             if own.reply is None or self._over(name):
                 continue
+            if self.call.federation.config.secure_sum:  # its update is in the sum
+                self._count(client, name, own, 1)
+                continue
             self.staleness.append(self.call.number - answer.task.round)
             power = self.call.federation.config.staleness_power
             weight = buffer.weight(own.reply.num_examples, self.staleness[-1], power)

@@ -68,7 +68,7 @@ def _judged(packet: Packet, client: str, task: Task, expect: Expected) -> Judged
     gate_checks.check_answers(reply, client, task)
     if expect.like is None:
         gate_checks.check_weight(reply.num_examples, 0, expect.most_examples)
-        return Judged(Verdict(Code.ACCEPTED), reply)
+        return Judged(Verdict(Code.ACCEPTED), reply, content=expect.masked)
     gate_checks.check_sender(reply, expect)
     if reply.bundle:
         return _bundle(reply, task, expect)

@@ -7,6 +7,7 @@ from corolla.aggregation import robust
 from corolla.errors import RoundError
 from corolla.interfaces import Stacking
 from corolla.models.sparse import carried
+from corolla.server.rounds import secure
 from corolla.server.rounds.asking import (
     Asking,
     answer_of,
@@ -88,9 +89,11 @@ def run_round(
     """
     config, events = call.federation.config, events or RoundEvents()
     asking = Asking(call, network, spending or Spending(config), events)
+    secure.begin(call, network)
     gathered = gather(asking)
     fold = empty_fold(call, asking.spending)
     held = fold.add_all(gathered.answers)
+    summed = secure.end(call, network, fold, asking.traffic)
     try:
         _require_quorum(fold, gathered.wanted)
         release = _release(fold, events)
@@ -98,7 +101,7 @@ def run_round(
     except RoundError as error:
         error.verdicts = dict(fold.verdicts)
         raise
-    secret = fold.clipped is not None
+    secret = fold.clipped is not None or summed is not None
     losses = {c: own["train_loss"] for c, own in fold.metrics.items() if "train_loss" in own}
     metrics = [
         {} if secret else mean_metrics(fold.metrics, fold.examples),
@@ -106,6 +109,7 @@ def run_round(
         staleness(config, fold.staleness),
         fold.defence.metrics if fold.defence else {},
         release.metrics,
+        secure.metrics(summed),
     ]
     norms = norms_after(call, fold.defence) if fold.defence else {}
     return RoundResult(
@@ -114,7 +118,7 @@ def run_round(
         metrics={name: value for own in metrics for name, value in own.items()},
         num_examples={} if secret else fold.examples,
         client_loss={} if secret else losses,
-        dropped=dict.fromkeys(fold.dropped, "") if secret else fold.dropped,
+        dropped=dict.fromkeys(fold.dropped, "") if fold.clipped else fold.dropped,
         traffic=asking.traffic,
         cost=_cost(fold),
         sampling_probability=gathered.probability,
@@ -123,7 +127,7 @@ def run_round(
         updates=sum(fold.updates.values()),
         answered=fold.answered,
         sim_seconds=simulated_seconds(config, asking.traffic, fold.examples, fold.dropped),
-        memory={**gathered.memory, **release.memory, **norms},
+        memory={**gathered.memory, **release.memory, **norms, **secure.memory(summed)},
     )
 
 

@@ -244,6 +244,8 @@ def costs(
     broadcast = strategy.broadcast(own) if config.codec_down else Broadcast({})
     for i, (client, count) in enumerate(updates.items()):
         lora = federation.lora(client)
+        if config.secure_sum:
+            costs[i] = replace(costs[i], up=expectations.masked_bytes(federation, round))
         if config.codec:
             like = expectations.like(federation, client, round, federation.class_of(client))
             saved, at_most = _saved(config.uplink, like)

@@ -79,6 +79,8 @@ class Expected:
     member: "Callable[[str], Sequence[Expected]] | None" = None
     parts: Mapping[frozenset[str], int] = field(default_factory=dict)
     tally: Callable[[Payload], Mapping[str, tuple[float, float]]] | None = None
+    masked: int = 0
+    """Bytes of the masked vector that came in a reply, where updates go to a secure sum."""
 
 
 @dataclass(frozen=True)

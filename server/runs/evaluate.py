@@ -1,9 +1,12 @@
 """The server's measurements: held-out loss, answers, and whether the saved adapter is right."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,6 +14,8 @@ from corolla.config.run import RunConfig
 from corolla.data.encoding import Encoded, Encoder, collate
 from corolla.data.federated import spread
 from corolla.data.rows import Example
+from corolla.drift import domains, measure
+from corolla.drift.pair import Pair
 from corolla.errors import DataError
 from corolla.evaluation import answers
 from corolla.evaluation.scoring import score_by_row, standard_error
@@ -74,6 +79,9 @@ class Evaluator:
                 f"none of {len(chosen)} held-out examples has a target left within "
                 f"max_length={config.max_length}: raise it"
             )
+        self._domains = domains.read(config.drift)
+        if config.drift:
+            measure.check(config, model.base.task)
         short = [e for e in heldout if e.size < 400]
         telling = [e for e in short if e.question or labels or len(e.text) > 40]
         self._samples = spread(telling or short, _SAMPLES)
@@ -95,6 +103,18 @@ class Evaluator:
         scores = self.score(adapter)
         asked = answers.ask(self.model.model, self.model.base, self._chosen, self.config)
         return {**scores, **asked}
+
+    def drift(self, before: Adapter, after: Adapter) -> dict[str, Any]:
+        """What tuning has changed in each domain of the key `drift`; empty without the key."""
+        shown = Pair(
+            partial(self._shown, before), partial(self._shown, after), bool(self.config.prefix)
+        )
+        return measure.measure(self._domains, shown, self.model.base, self.config)
+
+    @contextmanager
+    def _shown(self, adapter: Adapter) -> Iterator[Any]:
+        self.model.show(adapter, self.config.lora)
+        yield self.model.model
 
     def samples(self, adapter: Adapter) -> list[Sample]:
         """Greedy answers, or predicted labels, for a few held-out examples."""

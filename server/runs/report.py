@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from corolla.drift.interval import sentence
 from corolla.embedded.pages import inline, render_page
 from corolla.evaluation.scoring import SHARES
 from corolla.host.files import write_atomic
@@ -22,6 +23,7 @@ def write_report(path: Path, info: Mapping[str, Any], lines: Sequence[Mapping[st
         "report.html.j2",
         called=Path(info["config"]["data"]).name or info["config"]["data"],
         size=human_bytes,
+        change=sentence,
         number=_number,
         info=info,
         lines=lines,

@@ -270,7 +270,8 @@ class Run:
         adapter = federation.strategy.adapter(state)
         metrics = self.evaluator.examine(adapter)
         clients = evaluate_clients(RoundCall(federation, state, {}, 0), self.network)
-        return {"metrics": metrics, "samples": self._samples(adapter), "clients": clients}
+        found = {"metrics": metrics, "samples": self._samples(adapter), "clients": clients}
+        return {**found, **({"adapter": adapter} if self.config.drift else {})}
 
     def _samples(self, adapter: Adapter) -> Sequence[Sample]:
         """Held-out rows, answered; none with dp=client, for they are those of clients."""
@@ -286,6 +287,8 @@ class Run:
                 RoundCall(federation, at.state, at.held, self.config.rounds + 1), self.network
             )
             after = self._samples(adapter)
+            if self.config.drift:
+                info["drift"] = self.evaluator.drift(base["adapter"], adapter)
             peak = peak_rss()
             artefact, proof, smaller = save(self.evaluator, adapter, self.folder, other, final)
         summary = Summary(

@@ -1,8 +1,9 @@
 """The README's examples, run as they stand there.
 
-The first of each command is started cold, as a user starts it (`compare`, which starts many, in
-test_compare.py); the others are forks of a process that has imported everything, which a `corolla`
-in PATH asks for them. They train few steps on short sequences, whatever the line says.
+The first of those in STARTED_COLD is started as a user starts it; `simulate` and `compare` are in
+test_packaging.py and test_compare.py, and what each imports is in tests of its own. The others are
+forks of a process that has imported everything, which a `corolla` in PATH asks for them. They train
+few steps on short sequences, whatever the line says.
 """
 
 import json
@@ -28,6 +29,7 @@ from tests.e2e.forked import Commands, run_line
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BIN = Path(sys.executable).parent
+STARTED_COLD = ("evaluate", "export")
 COLD = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
 
 BASH = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
@@ -61,13 +63,21 @@ def test_shell_examples(block: int, commands: Commands, tmp_path: Path) -> None:
     for line in SHELL[block]:
         assert line.startswith("corolla ")
         name = line.split()[1]
-        cold = line == FIRST[name] and name != "compare"
+        cold = line == FIRST[name] and name in STARTED_COLD
         run_line(line, tmp_path, COLD if cold else commands.environment(small=True))
 
 
 @pytest.mark.parametrize("block", range(len(PYTHON)))
-def test_python_examples(block: int, tmp_path: Path) -> None:
-    assert " -> " in run([sys.executable, "-c", PYTHON[block]], tmp_path, COLD)
+def test_python_examples(
+    block: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In this process, which has imported what they need."""
+    monkeypatch.chdir(tmp_path)
+    exec(PYTHON[block], {})
+    assert " -> " in capsys.readouterr().out
 
 
 LOGITS = """

@@ -22,6 +22,7 @@ from corolla.commands.check import (
     options,
     oracle,
     ranks,
+    secure_sums,
     sparse_sets,
     tiny_models,
     traffic,
@@ -86,8 +87,8 @@ class _Check:
     models: Sequence[str]
     fixed: Mapping[str, object]
     tried: Sequence[str] | None
-    done: dict[tuple[str, str], str] = field(default_factory=dict)
-    """(model, options) → the digest of what was run with them."""
+    done: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    """(model, options) → the digest of each round that was run with them."""
 
     def result(self) -> Result:
         """All findings, and the time that they took."""
@@ -102,18 +103,17 @@ class _Check:
         seconds = time.perf_counter() - wall, time.process_time() - cpu
         return Result(self.name, cls.aggregates, findings, claims, dict(self.fixed), *seconds)
 
-    def _proven(self, kind: str, given: Mapping[str, object]) -> Iterator[Finding]:
+    def _proven(
+        self, kind: str, given: Mapping[str, object], trial: Trial | None = None
+    ) -> Iterator[Finding]:
         """All proofs with these options; briefly where they are those of a trial."""
-        briefly = given is not self.fixed
         try:
             with tempfile.TemporaryDirectory() as scratch:
                 probe = Probe(self.name, kind, Path(scratch), given)
-                done = list(probe.rounds(BRIEFLY if briefly else self.rounds))
-                self.done[_key(kind, given)] = _digest(done)
-                more = (
-                    () if briefly else (*ranks.proofs(probe), *_of_parts(probe), *_of_start(probe))
-                )
-                for proof in itertools.chain(_proofs(probe, done, briefly), more):
+                done = list(probe.rounds(trial.rounds if trial else self.rounds))
+                self.done[_key(kind, given)] = [_digest(round) for round in done]
+                more = () if trial else (*ranks.proofs(probe), *_of_parts(probe), *_of_start(probe))
+                for proof in itertools.chain(_proofs(probe, done, trial is not None), more):
                     yield replace(made(proof, kind), options=given)
         except Exception as error:  # noqa: BLE001 - whatever a strategy raises is its failure
             yield _raised(kind, error, given)
@@ -138,17 +138,17 @@ class _Check:
         """All proofs with an option at another value, and that it has an effect."""
         usual, given = {**self.fixed, **trial.beside}, {**self.fixed, **trial.beside}
         given[option] = trial.value
-        if _key(kind, usual) not in self.done:
+        if len(self.done.get(_key(kind, usual), [])) < trial.rounds:
             try:
                 with tempfile.TemporaryDirectory() as scratch:
                     probe = Probe(self.name, kind, Path(scratch), usual)
-                    self.done[_key(kind, usual)] = _digest(list(probe.rounds(BRIEFLY)))
+                    self.done[_key(kind, usual)] = list(map(_digest, probe.rounds(trial.rounds)))
             except Exception as error:  # noqa: BLE001 - whatever a strategy raises is its failure
                 yield _raised(kind, error, given)
                 return
-        yield from self._proven(kind, given)
-        if _key(kind, given) in self.done:
-            same = self.done[_key(kind, given)] == self.done[_key(kind, usual)]
+        yield from self._proven(kind, given, trial)
+        if found := self.done.get(_key(kind, given)):
+            same = found == self.done[_key(kind, usual)][: len(found)]
             note = f"{option}={trial.value} changes nothing" if same else ""
             yield Finding(_EFFECT, kind, float(same), 0.0, note, given)
 
@@ -181,6 +181,7 @@ def _of_parts(probe: Probe) -> Iterator[Proof]:
     if probe.kind == OPTIONS_ON:
         yield from sparse_sets.proofs(probe)
         yield from magnitudes.proofs(probe)
+        yield from secure_sums.proofs(probe)
 
 
 def _in_parts(probe: Probe) -> Finding:
@@ -240,11 +241,9 @@ def _key(kind: str, given: Mapping[str, object]) -> tuple[str, str]:
     return kind, repr(sorted(given.items()))
 
 
-def _digest(done: Sequence[Round]) -> str:
-    """Returns a digest of what clients sent and kept, and the server made, in the first rounds."""
-    parts: list[str] = []
-    for round in done[:BRIEFLY]:
-        payloads = [round.result.state, *round.observed.updates.values(), *round.left.values()]
-        parts += [tree.digest_all(payload) for payload in payloads]
-        parts.append(repr((round.result.traffic.up, round.result.traffic.down, round.result.cost)))
+def _digest(round: Round) -> str:
+    """Returns a digest of what clients sent and kept in a round, and the server made."""
+    payloads = [round.result.state, *round.observed.updates.values(), *round.left.values()]
+    parts = [tree.digest_all(payload) for payload in payloads]
+    parts.append(repr((round.result.traffic.up, round.result.traffic.down, round.result.cost)))
     return " ".join(parts)

@@ -21,13 +21,16 @@ STEPS, BATCH = 3, 4
 """Local steps of a round, and examples in each: a client trains on up to 12 distinct ones."""
 
 ROUNDS: Sequence[Sequence[str]] = (
+    ("dot", "gus"),
     ("ada", "ben", "cyd", "dot", "eve"),
     ("ada", "ben", "cyd", "eve", "fay", "gus"),
-    ("dot", "gus"),
     ("ben", "eve", "fay"),
     ("ada", "ben", "cyd", "dot", "eve", "fay", "gus"),
 )
-"""Cohorts of the rounds that are run: odd and even, clients that are new and that come back."""
+"""Cohorts of the rounds that are run: odd and even, clients that are new and that come back.
+
+A small one is the first, as what is run briefly is run often: trainings are most of the time.
+"""
 
 
 BRIEFLY = 2
@@ -84,14 +87,16 @@ ORDERS, TREES = 2, 2
 
 @dataclass(frozen=True)
 class Trial:
-    """A value of an option, and options without which it has no effect."""
+    """A value of an option, options without which it has no effect, and rounds until it has one."""
 
     value: object
     beside: Mapping[str, object] = field(default_factory=dict)
+    rounds: int = BRIEFLY
 
 
 TRIALS: Mapping[tuple[str, str], Sequence[Trial]] = {
-    ("fedex_lora", "compact_at"): [Trial(1.0)],
+    ("fedex_lora", "compact_at"): [Trial(1.0, rounds=3)],
+    ("flora", "compact_at"): [Trial(1.0)],
     ("mixed", "size"): [Trial(1024)],
     ("fedmezo", "interval"): [Trial(1, {"directions": "low_rank"})],
 }

@@ -7,8 +7,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-from scipy.stats import t as student
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ def mean(values: Sequence[float]) -> Mean:
     centre = statistics.fmean(values)
     if len(values) < 2:
         return Mean(centre, None, None, len(values))
-    half = float(student.ppf(0.975, len(values) - 1)) * _error(values)
+    half = float(_student().ppf(0.975, len(values) - 1)) * _error(values)
     return Mean(centre, centre - half, centre + half, len(values))
 
 
@@ -35,7 +34,7 @@ def p_value(differences: Sequence[float]) -> float:
     centre, error = statistics.fmean(differences), _error(differences)
     if error == 0:
         return float(centre == 0)
-    return float(2 * student.sf(abs(centre / error), len(differences) - 1))
+    return float(2 * _student().sf(abs(centre / error), len(differences) - 1))
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -45,6 +44,13 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
         least = max(least, min(1.0, (len(p_values) - rank) * p_values[name]))
         adjusted[name] = least
     return adjusted
+
+
+def _student() -> Any:
+    """Student's t of scipy, which takes a second to import: once all runs are done."""
+    from scipy.stats import t
+
+    return t
 
 
 def _error(values: Sequence[float]) -> float:

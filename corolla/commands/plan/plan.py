@@ -13,8 +13,9 @@ import torch
 
 from corolla.budgets import settle
 from corolla.client.device.machine import Choice, choose
-from corolla.commands.plan import lengths, subsets
+from corolla.commands.plan import lengths, secure, subsets
 from corolla.commands.plan.lengths import Batches
+from corolla.commands.plan.secure import SecureCost
 from corolla.commands.plan.throughput import throughput
 from corolla.config import schedule
 from corolla.config.build import build_strategy
@@ -133,6 +134,8 @@ class CostEstimate:
     duration: Duration
     privacy: Privacy | None
     """None without differential privacy."""
+    secure: SecureCost | None
+    """None without secure sums."""
     chosen: Mapping[str, Any]
     """The choice under the key `budget`; {} without one. With public rows these decide instead."""
 
@@ -163,6 +166,7 @@ class CostEstimate:
             },
             "epsilon": self.privacy and self.privacy.end.to_json()["epsilon"],
             "privacy": self.privacy and self.privacy.to_json(),
+            **({"secure_sum": self.secure.to_json()} if self.secure else {}),
             **({"chosen": dict(self.chosen)} if self.chosen else {}),
         }
 
@@ -209,6 +213,7 @@ def plan(config: RunConfig, budget: int | None = None) -> CostEstimate:
         memory=memory(federation, model, batches, sent, labels, budget),
         duration=duration(federation, model, batches, data),
         privacy=promised,
+        secure=secure.of(federation),
         chosen=told.get("budget", {}),
     )
 

@@ -58,6 +58,8 @@ def print_plan(console: Console, estimate: CostEstimate, budget: int | None) -> 
         ("time of a simulated round", f"about {_time(duration.round)}, estimated"),
         ("privacy", estimate.privacy.end.line() if estimate.privacy else NO_PRIVACY),
     ]
+    if estimate.secure:
+        rows.append(("secure sums", estimate.secure.line()))
     if estimate.privacy:
         rows += _promised(estimate.privacy)
     for name, value in rows:

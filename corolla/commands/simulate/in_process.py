@@ -8,6 +8,7 @@ from pathlib import Path
 
 from corolla.budgets import settle
 from corolla.client.training.worker import Worker
+from corolla.commands.simulate import secure
 from corolla.config.rules import refuse_kept_updates
 from corolla.config.run import RunConfig
 from corolla.errors import ConfigError, StoppedError, WireError
@@ -119,11 +120,12 @@ def _in_process(
     record = folder / "updates" if keep_updates else None
     with scratch_folder("memory") as scratch:
         memory = Memory(scratch, folder / "clients")
-        worker = Worker(config, loaded.model, loaded.data, memory, record, on_step)
+        given = (config, loaded.model, loaded.data, memory, record, on_step)
+        worker = secure.worker(*given) if config.secure_sum else Worker(*given)
         run = Run(
             config,
             loaded.strategy,
-            InProcess(worker),
+            secure.joined(InProcess(worker), worker),
             loaded.evaluator,
             folder,
             settle.recalled(loaded.facts, folder, resume),

@@ -30,6 +30,15 @@ class Evaluation(Subject):
         0,
         against=("strategy=fedsa_lora",),
     )
+    drift: list[str] = key(
+        [],
+        "The rows on which base and finished model are compared, to see what tuning has changed "
+        "beside its task: FILE, NAME=FILE, or refusals, knowledge, texts, all, which ship with "
+        "Corolla.",
+        ["texts"],
+        effect="none",
+        unsaid=True,
+    )
     answer: Literal["none", "exact", "gsm8k"] = key(
         "none",
         "What is compared of answers that the model writes before and after the run: nothing, the "

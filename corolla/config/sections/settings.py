@@ -11,6 +11,7 @@ from corolla.config.sections.evaluation import Evaluation
 from corolla.config.sections.machine import Machine
 from corolla.config.sections.population import Population
 from corolla.config.sections.privacy import Privacy
+from corolla.config.sections.secure_sums import SecureSums
 from corolla.config.sections.sparse_set import SparseSet
 from corolla.config.sections.subject import Subject
 from corolla.config.sections.training import Training
@@ -19,6 +20,7 @@ from corolla.config.sections.training import Training
 class Settings(  # from the last section to the first: pydantic takes their keys in this order
     Machine,
     Evaluation,
+    SecureSums,
     Privacy,
     Defence,
     Compression,

@@ -1,9 +1,14 @@
 """New heads of classifiers whose checkpoints have trained ones."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:  # the classes of models take as long to import as torch
+    from transformers import PreTrainedModel
 
 
 def draw(model: PreTrainedModel, names: Sequence[str]) -> set[str]:

@@ -1,23 +1,27 @@
 """Adapter folders in the form of peft: written whole, read back, merged and told apart."""
 
+from __future__ import annotations
+
 import json
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftConfig, PeftModel, PeftType
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from corolla.errors import ArtefactError, WireError
 from corolla.host.files import making_folder
 from corolla.tensors import factors, tree
 from corolla.types import LoraSpec, Params
 from corolla.wire import codec
+
+if TYPE_CHECKING:  # most of what reads these files loads no model
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel
 
 PREFIX = "base_model.model."
 """The prefix that peft puts before the names of the base model."""
@@ -34,6 +38,8 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     """A saved adapter on a base model, with plain peft. Raises ArtefactError when it is none."""
     if not (folder / "adapter_config.json").is_file():
         raise ArtefactError(f"{folder} is no adapter: it has no adapter_config.json")
+    from peft import PeftModel, PeftType
+
     try:
         with torch.random.fork_rng(devices=[]), peft_speaks_to_transformers():
             model = quiet(PeftModel.from_pretrained(base, str(folder)).eval())

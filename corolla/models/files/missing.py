@@ -4,12 +4,17 @@ transformers draws what it does not find from torch's global state: another proc
 weights there, and an adapter that does not bring them along means another model for everybody.
 """
 
+from __future__ import annotations
+
 from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from corolla.errors import ModelError
+
+if TYPE_CHECKING:  # the classes of models take as long to import as torch
+    from transformers import PreTrainedModel
 
 _SHOWN = 3
 """Names of tensors in a refusal."""

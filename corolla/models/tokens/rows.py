@@ -7,13 +7,17 @@ is `<module>.token_adapter.trainable_tokens_delta` (tokens, hidden), as in peft'
 strategies average it as they average the head of a classifier.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
 
-from peft.utils import TrainableTokensWrapper
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from corolla.errors import ModelError
+
+if TYPE_CHECKING:  # tokenizers are loaded without the classes of models
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def add(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
@@ -57,6 +61,8 @@ def trained(wrapped: nn.Module, name: str) -> dict[str, nn.Parameter]:
 
     A tied table has none of its own.
     """
+    from peft.utils import TrainableTokensWrapper  # with the model that peft has wrapped
+
     found: dict[str, nn.Parameter] = {}
     for path, module in wrapped.named_modules():
         if isinstance(module, TrainableTokensWrapper) and not module.token_adapter.tied_adapter:

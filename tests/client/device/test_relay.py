@@ -1,3 +1,4 @@
+import argparse
 import subprocess
 import sys
 import threading
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode.cli.flwr_clientapp import _parse_args_run_flwr_clientapp
 from flwr.supernode.runtime import run_clientapp
 
 from corolla.client.device import relay
@@ -56,11 +58,27 @@ def given(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_importing_it_loads_no_torch() -> None:
-    """It is imported for every message: torch, transformers and peft would cost it seconds."""
+    """It is started for every message: torch or Flower's databases would cost it seconds."""
     heavy = {"torch", "transformers", "peft", "datasets", "pydantic"}
-    code = f"import corolla.client.device.relay, sys; print(sorted({heavy} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
+    databases = {"sqlalchemy", "alembic", "uvicorn"}
+    code = (
+        "import corolla.client.device.relay as relay, sys\n"
+        f"print(sorted({heavy} & {{*sys.modules}}))\n"
+        "try: relay.main()\n"
+        f"except SystemExit: print(sorted({heavy - {'pydantic'} | databases} & {{*sys.modules}}))\n"
+    )
+    words = ["--insecure", "--token", " "]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n[]\n"
+
+
+def test_it_takes_the_arguments_of_flowers_own_command() -> None:
+    def options(parser: argparse.ArgumentParser) -> dict[str, tuple[object, ...]]:
+        return {own.dest: (own.option_strings, own.default, own.const) for own in parser._actions}
+
+    assert options(relay.parser()) == options(_parse_args_run_flwr_clientapp())
 
 
 def test_a_message_goes_to_the_socket_and_its_answer_back(tmp_path: Path, message: Message) -> None:

@@ -12,7 +12,7 @@ def test_commands_are_listed_in_the_order_in_which_one_needs_them() -> None:
     assert isinstance(commands, typer.core.TyperGroup)
     assert " ".join(commands.commands) == (
         "data simulate plan compare check audit certs members server client gateway phone tokens "
-        "status evaluate chat export strategies keys"
+        "status evaluate chat edit port export strategies keys"
     )
 
 

@@ -16,6 +16,7 @@ from corolla.config.sections.groups import ClientClass
 from corolla.config.sections.machine import Machine
 from corolla.config.sections.population import Population
 from corolla.config.sections.privacy import Privacy
+from corolla.config.sections.secure_sums import SecureSums
 from corolla.config.sections.sparse_set import SparseSet
 from corolla.config.sections.subject import Subject
 from corolla.config.sections.training import Training
@@ -148,6 +149,7 @@ def test_keys_are_written_section_by_section() -> None:
         Compression,
         Defence,
         Privacy,
+        SecureSums,
         Evaluation,
         Machine,
     )
@@ -156,6 +158,7 @@ def test_keys_are_written_section_by_section() -> None:
     unsaid = {
         *("alpha_pattern", "dora"),
         *("budget", "scores"),
+        "drift",
         "keep_hardest",
         *("select", "spectrum", "explored", "regrow"),
         "layers",
@@ -163,6 +166,7 @@ def test_keys_are_written_section_by_section() -> None:
         "new_head",
         "new_tokens",
         "rank_pattern",
+        *("secure_sum", "smallest_sum", "sum_corrupt"),
         "target_parameters",
         "template_date",
     }  # where they are as usual: what is stored stays as it was

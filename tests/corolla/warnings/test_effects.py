@@ -23,6 +23,7 @@ Settings = Callable[..., RunConfig]
 KEYS = {key.name: key for key in table()}
 ELSEWHERE = {
     **dict.fromkeys(("quorum", "attempts", "max_norm", "max_seconds"), "when something fails"),
+    **dict.fromkeys(("smallest_sum", "sum_corrupt"), "when members are lost"),
     **dict.fromkeys(("deadline", "wait", "max_examples"), "over Flower, or with devices"),
     **dict.fromkeys(("device", "threads", "engine"), "where the run is, not what it does"),
     **dict.fromkeys(("micro_batch_size", "gradient_checkpointing"), "memory"),
@@ -50,6 +51,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "rank": {"rank": 3},
     "warmup_rounds": {"warmup_rounds": 2},
     "robust": {"robust": "median"},
+    "secure_sum": {"secure_sum": True, "smallest_sum": 2, "sum_corrupt": 1},
     "pooled": {"pooled": True, "cohort": None},
 }
 """Key → values that show in the small run what its example would show in a larger one."""

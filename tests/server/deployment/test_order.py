@@ -86,7 +86,8 @@ def test_an_order_and_an_outcome_come_back_as_they_were(tmp_path: Path) -> None:
 
 def test_what_simulates_devices_is_refused() -> None:
     refuse_simulated(load(None, {}))
-    for options in ({"step_seconds": 1.0}, {"buffer": 2, "step_seconds": 1.0}):
+    simulated = ({"step_seconds": 1.0}, {"buffer": 2, "step_seconds": 1.0}, {"secure_sum": True})
+    for options in simulated:
         with pytest.raises(ConfigError, match="use corolla simulate"):
             refuse_simulated(load(None, options))
 

@@ -47,10 +47,10 @@ class Mutant:
 MUTANTS = [
     # How clients are put together.
     Mutant("MedianOfMeans", (EXPECTED, *FOLDED, EACH)),
-    Mutant("ByArrival", (SHARES, ORDER, GROUPING)),
+    Mutant("ByArrival", (SHARES, ORDER, GROUPING, EACH)),
     Mutant("FirstHalf", (FACTORS, *FOLDED, EACH)),
     Mutant("WeightsByPosition", (FACTORS, *FOLDED)),
-    Mutant("LastOfOddDropped", (FACTORS, *FOLDED)),
+    Mutant("LastOfOddDropped", (FACTORS, *FOLDED, EACH)),
     Mutant("LastThirtyTwo", (BY_EXAMPLES,)),
     Mutant("ClaimsLinear", (LINEAR,)),
     Mutant("SaysNothingOfWeights", (SHARES, EACH)),
@@ -72,7 +72,7 @@ MUTANTS = [
     Mutant("RateIgnored", (EXPECTED, BY_EXAMPLES, EFFECT), "bert", "lr"),
     Mutant("PullIgnored", (EFFECT,), "bert", "mu"),
     Mutant("FloorIgnored", (EXPECTED, BY_EXAMPLES), "bert", "tau"),
-    Mutant("CutTooFar", (EXPECTED, BY_EXAMPLES, DOWN), "bert", "residual_rank"),
+    Mutant("CutTooFar", (EXPECTED, BY_EXAMPLES), "bert", "residual_rank"),
     Mutant("EnergyOfValues", (EXPECTED, BY_EXAMPLES), "bert", "energy"),
     Mutant("StartUnbalanced", (START, EVALUATES), "bert", "balanced"),
     Mutant("LeavesOutWhatCounts", (PARTS,), "bert"),
@@ -99,7 +99,7 @@ MUTANTS = [
     Mutant("OnceForgotten", (FIRST,)),
     Mutant("GenerousDownload", (DOWN,)),
     Mutant("CountsIn32Bits", (BY_EXAMPLES, SHARES)),
-    Mutant("SameWeightReplaced", (FACTORS, BY_EXAMPLES, SHARES)),
+    Mutant("SameWeightReplaced", (FACTORS, BY_EXAMPLES, SHARES), rounds=3),
 ]
 
 SABOTAGED = [
@@ -189,7 +189,7 @@ def test_every_mutant_has_a_row() -> None:
 @pytest.mark.parametrize(
     ("name", "check", "said"),
     [
-        ("MedianOfMeans", EACH, "weights of ada, ben, cyd, eve, fay, gus change nothing"),
+        ("MedianOfMeans", EACH, "weights of ada, ben, cyd, dot, eve change nothing"),
         ("LastThirtyTwo", BY_EXAMPLES, "40 clients of 1 to 23 examples"),
         ("StillClientsForgotten", BY_EXAMPLES, "5 clients and 2 whose update changes nothing"),
         ("WeightsClamped", BY_EXAMPLES, "6 clients of 1 to 100,000 examples"),
@@ -198,7 +198,7 @@ def test_every_mutant_has_a_row() -> None:
         ("FirstHalf", ORDER, " clients in the order "),
         ("FirstFactorReused", START, " starts from another model than the server's"),
         ("ControlAveraged", MIRRORS, "control is not the mean of what 7 clients keep"),
-        ("SameDirections", DIRECTIONS, "ben in 1 takes those of ada in 1"),
+        ("SameDirections", DIRECTIONS, "gus in 1 takes those of dot in 1"),
     ],
 )
 def test_the_finding_says_which_cohort_order_weight_or_client(

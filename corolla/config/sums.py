@@ -1,0 +1,112 @@
+"""The settings that secure sums go with: what the server would have to see is refused."""
+
+from corolla.config.asked import Asked, able, is_mean
+from corolla.config.run import RunConfig
+from corolla.config.sections.rule import Rule
+from corolla.interfaces import Strategy
+from corolla.strategies.listing import registry
+from corolla.sums import thresholds
+
+
+def not_summed(strategy: Strategy | type[Strategy]) -> str:
+    """Why the updates of a strategy cannot go to a secure sum; "" if they can."""
+    made = strategy() if isinstance(strategy, type) else strategy
+    traits = registry.traits(made)
+    if traits.personal:
+        return "its clients measure models of their own, which would be told of each"
+    if traits.squares:
+        return "squared gradients and what they weigh have no common bound"
+    if traits.mirrors:
+        return "the server adds up what its clients keep, which would have to be rounded too"
+    if traits.individual or not made.aggregator().linear:
+        return "its updates are not added up, each is used by itself"
+    if not is_mean(made.aggregator()):
+        return "what it adds up is not one mean over all clients"
+    return ""
+
+
+def corrupt(config: RunConfig, clients: int) -> int:
+    """How many of all clients of a run are taken to be on the server's side."""
+    return config.sum_corrupt or thresholds.default_corrupt(clients)
+
+
+def _only_alone(key: str, why: str, instead: str) -> Rule[Asked]:
+    """Refuses secure sums beside a setting that is given."""
+    name = key.replace("_", "-")
+    return Rule(
+        when=lambda asked: (
+            asked.config.secure_sum
+            and getattr(asked.config, key) != type(asked.config).model_fields[key].default
+        ),
+        why=lambda asked: f"secure-sum=true does not go with {name}={_shown(asked, key)}: {why}",
+        instead=instead,
+    )
+
+
+def _shown(asked: Asked, key: str) -> str:
+    found = getattr(asked.config, key)
+    return ",".join(map(str, found)) if isinstance(found, list) else str(found)
+
+
+SECURE: tuple[Rule[Asked], ...] = (
+    Rule(
+        when=lambda asked: asked.config.smallest_sum != 5 and not asked.config.secure_sum,
+        why=lambda asked: f"smallest-sum={asked.config.smallest_sum} is for secure-sum=true",
+        instead="add it, or leave smallest-sum out",
+    ),
+    Rule(
+        when=lambda asked: asked.config.sum_corrupt and not asked.config.secure_sum,
+        why=lambda asked: f"sum-corrupt={asked.config.sum_corrupt} is for secure-sum=true",
+        instead="add it, or leave sum-corrupt out",
+    ),
+    Rule(
+        when=lambda asked: asked.config.secure_sum and not_summed(asked.strategy),
+        why=lambda asked: f"secure-sum=true does not fit {asked.subject}",
+        instead=lambda asked: (
+            f"{not_summed(asked.strategy)}; use {able(lambda cls: not not_summed(cls))}"
+        ),
+    ),
+    _only_alone("robust", "a rule compares single updates", "leave robust out"),
+    _only_alone(
+        "max_norm",
+        "the server sees no single update to refuse",
+        "leave it out, each member bounds its own",
+    ),
+    _only_alone("codec", "masked numbers cannot be compressed", "leave codec out"),
+    _only_alone(
+        "codec_down", "members must see the same broadcast, bit for bit", "leave codec-down out"
+    ),
+    _only_alone("buffer", "updates are applied in a round, not one by one", "leave buffer out"),
+    _only_alone("dp", "no noise is put on an opened sum yet", "leave dp out"),
+    _only_alone(
+        "deadline_simulated",
+        "a masked update that comes late cannot be taken out of the sum",
+        "leave deadline-simulated out",
+    ),
+    _only_alone(
+        "eval_participants", "nothing is measured on single clients", "leave eval-participants out"
+    ),
+    _only_alone("engine", "the three steps of a sum run in one process", "leave engine out"),
+    Rule(
+        when=lambda asked: (
+            asked.config.secure_sum
+            and (
+                asked.config.partial or len(asked.trainers) > 1 or len(set(asked.config.loras)) > 1
+            )
+        ),
+        why=lambda asked: "secure-sum=true adds up updates of one form",
+        instead="give all clients one rank, one trainer and all blocks",
+    ),
+    Rule(
+        when=lambda asked: (
+            asked.config.secure_sum
+            and asked.cohort - corrupt(asked.config, asked.config.clients or asked.cohort)
+            < asked.config.smallest_sum
+        ),
+        why=lambda asked: (
+            f"secure-sum=true with cohort {asked.cohort} has fewer than smallest-sum="
+            f"{asked.config.smallest_sum} honest updates beside those that may be corrupt"
+        ),
+        instead="raise cohort, or lower smallest-sum or sum-corrupt",
+    ),
+)

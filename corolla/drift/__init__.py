@@ -1,0 +1,1 @@
+"""Measures what tuning has changed beside its task: refusals, knowledge, language; per domain."""

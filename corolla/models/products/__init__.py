@@ -1,0 +1,1 @@
+"""Products of a step, in fewer passes over memory than peft and torch take for them."""

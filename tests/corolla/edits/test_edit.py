@@ -1,0 +1,119 @@
+"""`corolla edit` on folders: what it writes, and that a mistake leaves nothing."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+from typer.testing import CliRunner
+
+from corolla.cli.app import app
+from corolla.config.run import RunConfig
+from corolla.edits.grammar import FORMS
+from corolla.models import pretrained
+from corolla.models.files import adapter_files
+from corolla.models.lora import LoraModel
+from corolla.types import Adapter, LoraSpec
+from tests.strategies import tiny
+
+Settings = Callable[..., RunConfig]
+
+
+@pytest.fixture
+def adapters(settings: Settings, tmp_path: Path) -> list[Path]:
+    """Two adapters of a model on disk, of ranks 2 and 3."""
+    model = LoraModel(pretrained.load(settings()))
+    folders = []
+    for number, spec in enumerate((LoraSpec(2, 4.0), LoraSpec(3, 3.0))):
+        folder = tmp_path / f"adapter-{number}"
+        model.save(folder, Adapter(tiny.adapter(model, spec, number)), spec)
+        folders.append(folder)
+    return folders
+
+
+def run(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(app, ["edit", *map(str, arguments)])
+
+
+def logits(model: Path, adapters: Sequence[tuple[Path, float]]) -> torch.Tensor:
+    """Those of a model with adapters added to its weights, in fp64, times numbers."""
+    base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+    weights = dict(base.named_parameters())
+    for folder, number in adapters:
+        plain = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+        tuned = PeftModel.from_pretrained(plain, str(folder))
+        for name, layer in tuned.base_model.model.named_modules():
+            if hasattr(layer, "get_delta_weight"):
+                weights[f"{name}.weight"].data += number * layer.get_delta_weight("default").data
+    with torch.no_grad():
+        found: torch.Tensor = base(torch.arange(2, 26).reshape(2, 12)).logits
+    return found
+
+
+def test_the_edited_adapter_loads_in_peft(
+    adapters: list[Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "both"
+    done = run(*adapters, "--steps", "scale:2 weights:0.5,-1", "--out", out, "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["rank"] == 5
+    wanted = logits(tiny_model, [(adapters[0], 1.0), (adapters[1], -2.0)])
+    assert torch.allclose(logits(tiny_model, [(out, 1.0)]), wanted, atol=1e-5)
+    record = json.loads((out / "edit.json").read_text())
+    assert record["steps"] == ["scale:2", "weights:0.5,-1"]
+    assert [own["sha256"] for own in record["adapters"]] == [
+        adapter_files.adapter_hash(folder) for folder in adapters
+    ]
+    assert record["error"] == 0
+    assert "Made by `corolla edit` of 2 adapters" in (out / "README.md").read_text()
+    assert adapter_files.base_of(out) == str(tiny_model)
+
+
+def test_what_was_cut_is_told(adapters: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "small"
+    done = run(*adapters, "--steps", "ties:0.5 rank:2", "--out", out)
+    assert done.exit_code == 0, done.output
+    record = json.loads((out / "edit.json").read_text())
+    assert f"rank 2, {record['error']:.2%} off" in " ".join(done.stdout.split())
+    assert 0 < record["error"] < max(record["error_of_modules"].values())
+
+
+def test_a_mistake_is_a_line_and_leaves_nothing(
+    adapters: list[Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    other, plain = tmp_path / "other", tmp_path / "plain"
+    for folder, change in ((other, {"base_model_name_or_path": "else"}), (plain, {"bias": "all"})):
+        folder.mkdir()
+        told = json.loads((adapters[0] / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**told, **change}))
+        tensors = (adapters[0] / "adapter_model.safetensors").read_bytes()
+        (folder / "adapter_model.safetensors").write_bytes(tensors)
+    out = tmp_path / "out"
+    cases: list[tuple[int, list[str | Path], str, str]] = [
+        (2, [adapters[0]], "melt", "no such step"),
+        (2, [adapters[0], other], "weights", "of several bases"),
+        (1, [plain], "scale:2", "has bias=all"),
+        (1, [tiny_model], "scale:2", "is a whole model"),
+        (1, [tmp_path / "none"], "scale:2", "is no adapter"),
+        (1, [other], "intruders", "no .safetensors files"),
+        (1, [adapters[0]], f"safe:{tmp_path},{tiny_model}", "it has no config.json"),
+    ]
+    before = sorted(tmp_path.iterdir())
+    for code, folders, steps, message in cases:
+        done = run(*folders, "--steps", steps, "--out", out)
+        assert (done.exit_code, message in done.stderr) == (code, True), done.stderr
+        assert done.stderr.count("\n") == 1, done.stderr
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("kept")
+    done = run(adapters[0], "--steps", "scale:2", "--out", tmp_path / "full")
+    assert (done.exit_code, "is not empty" in done.stderr) == (2, True)
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "full"])
+
+
+def test_help_explains_every_step() -> None:
+    shown = " ".join(run("--help").stdout.split())
+    assert [form.written for form in FORMS.values() if form.written not in shown] == []
