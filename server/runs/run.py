@@ -27,7 +27,7 @@ from corolla.server.rounds.call import RoundCall
 from corolla.server.rounds.cohort import read_trace
 from corolla.server.rounds.federation import Federation
 from corolla.server.rounds.network import Network
-from corolla.server.rounds.round import RoundResult, evaluate_clients
+from corolla.server.rounds.round import evaluate_clients
 from corolla.server.rounds.spending import Spending
 from corolla.server.runs import beginning, checkpoint
 from corolla.server.runs.account import open_account
@@ -217,21 +217,13 @@ class Run:
     ) -> tuple[Federation, Checkpoint, dict[str, Any]]:
         """The round after `at`, and its line; the federation may have got new members."""
         attempts = Attempts(self.network, self.observer, journal, self.own_devices, account)
-        done = attempts.round(federation, at)
+        done = _regrown(attempts.round(federation, at), at.round + 1, self.evaluator)
         fail_point("aggregated", at.round + 1)
-        if exchange.due(self.config, at.round + 1):
-            done = replace(done, result=self._regrown(done.result, at.round + 1))
         result = done.result
         after = Checkpoint(
             federation.run_id, at.round + 1, result.state, result.held, result.memory
         )
         return done.federation, after, self._measure(after.round, done, account)
-
-    def _regrown(self, result: RoundResult, round: int) -> RoundResult:
-        """The result of a round with other places of a sparse set."""
-        model, labels = self.evaluator.model, self.evaluator.labels
-        state = exchange.exchanged(model, self.config, result.state, round, labels)
-        return replace(result, state=state)
 
     def _measure(self, round: int, done: Done, account: Spending) -> dict[str, Any]:
         """The line of metrics.jsonl of a round, with an evaluation if one is due."""
@@ -325,6 +317,16 @@ class Run:
         self.evaluator.model.save(folder, federation.strategy.adapter(state), self.config.lora)
         what = f"The global model after round {round} of {self.config.rounds}."
         write_brief_card(folder, what, self.config.model)
+
+
+def _regrown(done: Done, round: int, evaluator: Evaluator) -> Done:
+    """A round with other places of a sparse set, where they are exchanged after it."""
+    config, result = evaluator.config, done.result
+    if not exchange.due(config, round):
+        return done
+    labels = evaluator.labels
+    state = exchange.exchanged(evaluator.model, config, result.state, round, labels)
+    return replace(done, result=replace(result, state=state))
 
 
 def _refuse_cohort(federation: Federation) -> None:
