@@ -47,7 +47,7 @@ LIMITS = {
     **dict.fromkeys(["every weight counts", "server half is pure"], 0.0),
     **dict.fromkeys(["what is kept counts", "what is kept stays", "directions of one's own"], 0.0),
     **dict.fromkeys(["mirrors what clients keep", "best of max_rank", "max_rank adds up"], 1e-6),
-    **{"saved and reloaded": 1e-5, "magnitudes": 5e-6},
+    **{"saved and reloaded": 1e-5, "magnitudes": 5 * 1e-6},
 }
 EVERYWHERE = ("fedavg", "flora", "fedex_lora", "fed_sb", "lora_fair", "seed_pool")
 """Strategies that are proven on every probe model: a mean, stacks, exact residuals, scalars."""

@@ -17,7 +17,7 @@ CLIENTS: Mapping[str, int] = {
 }
 """Client → examples: unlike, from one to more than its steps reach."""
 
-STEPS, BATCH = 3, 4
+STEPS, BATCH = 2, 6
 """Local steps of a round, and examples in each: a client trains on up to 12 distinct ones."""
 
 ROUNDS: Sequence[Sequence[str]] = (
