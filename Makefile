@@ -39,8 +39,9 @@ unit: $(STAMPS)/dev
 
 # Federations of real processes on loopback that are killed and cut off: minutes each. What fails is
 # told, and must pass alone: a kill may meet Flower's processes at a moment that costs their waits.
+# All are in one folder: to collect the others takes each worker as long as a federation.
 e2e: $(STAMPS)/dev
-	$(PYTEST) -m deployment -rs --durations=0 || $(RUN)/python -m pytest -q -m deployment --last-failed --last-failed-no-failures none
+	$(PYTEST) -m deployment -rs --durations=0 tests/e2e || $(RUN)/python -m pytest -q -m deployment --last-failed --last-failed-no-failures none tests/e2e
 
 check: $(STAMPS)/dev lint types test
 

@@ -51,6 +51,8 @@ COMMANDS = (
     "tests/experiments/",
 )
 """Where the tests start processes, compile or train for a while."""
+DEPLOYMENTS = "tests/e2e/"
+"""Where the tests of deployments are, and no others are collected for them."""
 
 
 @pytest.hookimpl(wrapper=True)
@@ -82,11 +84,15 @@ def pytest_collection_finish() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A test that is marked as nothing else is a `unit`; what takes longest is begun first.
 
-    The order is the same in all workers, whatever they have collected first.
+    The order is the same in all workers, whatever they have collected first. Raises UsageError for
+    a deployment in a folder that `make e2e` does not collect.
     """
     for item in items:
-        if not any(item.get_closest_marker(kind) for kind in ("command", "deployment")):
-            path = item.path.relative_to(ROOT).as_posix()
+        path = item.path.relative_to(ROOT).as_posix()
+        if item.get_closest_marker("deployment"):
+            if not path.startswith(DEPLOYMENTS):
+                raise pytest.UsageError(f"{item.nodeid} is a deployment: move it to {DEPLOYMENTS}")
+        elif not item.get_closest_marker("command"):
             item.add_marker("command" if path.startswith(COMMANDS) else "unit")
     items.sort(key=lambda item: (scheduling.place(item.nodeid), item.path))
 

@@ -27,6 +27,10 @@ _PLAIN = {
 """Keys of peft that change what factors mean → the values without an effect; None is one too."""
 
 
+_OF_ANOTHER_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+"""Starts of peft after which the factors of an adapter belong to a base that they have changed."""
+
+
 @dataclass(frozen=True)
 class SavedLora:
     """A saved adapter: its update is scaling · B · A of each module, by the base model's names."""
@@ -66,6 +70,22 @@ def read_lora(folder: Path) -> SavedLora:
         int(config["r"]), float(config["lora_alpha"]), bool(config.get("use_rslora", False))
     )
     return SavedLora(update, spec, heads, config)
+
+
+def read_addition(folder: Path) -> SavedLora:
+    """Read a LoRA adapter that is added to its base as it is.
+
+    Raises ArtefactError as `read_lora` does, and where the start of the adapter has changed its
+    base: what its factors then say is no difference to the base that others have.
+    """
+    saved = read_lora(folder)
+    begun = str(saved.config.get("init_lora_weights", True))
+    if begun.startswith(_OF_ANOTHER_BASE):
+        raise ArtefactError(
+            f"{folder} belongs to a base that {begun} has changed: save it with peft's "
+            f"path_initial_model_for_weight_conversion first"
+        )
+    return saved
 
 
 def other(config: Mapping[str, Any]) -> str:

@@ -28,6 +28,7 @@ from corolla.cli.options import (
 )
 from corolla.cli.screen import err, out, spinner
 from corolla.errors import ConfigError
+from corolla.host.heap import importing
 
 
 @takes(options=run_options(), kept=SIMULATION)
@@ -41,8 +42,9 @@ def simulate(
     settings: Set = None,
 ) -> None:
     """Fine-tune a model with a federation of simulated clients on this machine."""
-    from corolla.config.load import load, resumed
-    from corolla.strategies.listing.registry import label
+    with importing():
+        from corolla.config.load import load, resumed
+        from corolla.strategies.listing.registry import label
 
     if resume and out_dir is None:
         raise ConfigError("--resume needs --out: the folder of the run to go on with")
@@ -52,7 +54,7 @@ def simulate(
         run_config = load(config, options, settings or ())
     now = time.strftime("%Y%m%d-%H%M%S")
     folder = out_dir or Path("runs") / f"{label(run_config.strategy)}-{now}"
-    with out.status("loading"):  # torch, transformers and peft take seconds to import
+    with out.status("loading"), importing():  # torch, transformers and peft take seconds to import
         from corolla.commands.simulate.in_process import simulate as run
         from corolla.commands.simulate.progress import Bars, print_summary
         from corolla.server.runs.observer import Many
@@ -109,8 +111,9 @@ def plan(
         found = fitting.fit(run_config, fit)
         print(json.dumps(found.to_json(), indent=2) if as_json else found.lines())
         return
-    from corolla.commands.plan import plan as planning
-    from corolla.commands.plan.screen import print_plan
+    with importing():
+        from corolla.commands.plan import plan as planning
+        from corolla.commands.plan.screen import print_plan
 
     estimate = planning.plan(run_config, budget)
     if as_json:
@@ -141,8 +144,9 @@ def data(
 
     run_config = load(config, {**options, "data": file}, settings or ())
     with err.status(f"reading {escape(run_config.data)}"):
-        from corolla.commands.data import screen
-        from corolla.commands.data.look import look, read
+        with importing():
+            from corolla.commands.data import screen
+            from corolla.commands.data.look import look, read
 
         rows = read(run_config)
     found = look(run_config, rows, sample, partial(screen.counted, err))
@@ -177,7 +181,7 @@ def compare(
 
     With the embedded model and data: cohorts of 4 and shorter evaluation, unless given.
     """
-    with out.status("loading"):
+    with out.status("loading"), importing():
         from corolla.commands.compare import compare as comparing
         from corolla.commands.compare.contenders import Contender, baselines
         from corolla.commands.compare.grid import learning_rates, make_grid
@@ -208,10 +212,11 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Prove strategies on effective model weights; exit code 1 when one fails."""
-    from corolla.commands.check import options
-    from corolla.commands.check.proofs import conform
-    from corolla.commands.check.screen import print_findings
-    from corolla.strategies.listing.registry import STRATEGIES
+    with importing():
+        from corolla.commands.check import options
+        from corolla.commands.check.proofs import conform
+        from corolla.commands.check.screen import print_findings
+        from corolla.strategies.listing.registry import STRATEGIES
 
     names = [*STRATEGIES] if strategies in (None, [], ["all"]) else list(strategies or ())
     results = conform(names, spinner(as_json), given=options.given(names, settings or ()))
@@ -258,10 +263,11 @@ def audit(
         raise ConfigError(
             f"audit {run} takes model, data, strategy and privacy of that run: leave out {flags}"
         )
-    from corolla.commands.audit import done
-    from corolla.commands.audit import run as auditing
-    from corolla.commands.audit.screen import print_audit, print_membership
-    from corolla.config.load import load
+    with importing():
+        from corolla.commands.audit import done
+        from corolla.commands.audit import run as auditing
+        from corolla.commands.audit.screen import print_audit, print_membership
+        from corolla.config.load import load
 
     of = done.read(run) if run else None
     run_config = of.config if of else load(config, options, settings or ())

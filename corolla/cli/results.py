@@ -23,6 +23,7 @@ from corolla.cli.options import (
 from corolla.cli.screen import out, say
 from corolla.edits import grammar
 from corolla.errors import ConfigError
+from corolla.host.heap import importing
 
 
 @takes(instead=EVALUATION)
@@ -36,7 +37,8 @@ def evaluate(
     settings: Set = None,
 ) -> None:
     """Score an adapter beside its base model on held-out examples, with plain PEFT."""
-    from corolla.commands.artefacts import evaluate_adapter, evaluate_tasks, print_scores
+    with importing():
+        from corolla.commands.artefacts import evaluate_adapter, evaluate_tasks, print_scores
 
     tasks, drift = instead["tasks"], instead["drift"]
     if tasks is not None and drift:

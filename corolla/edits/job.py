@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from corolla.tensors.units import block
 
 @dataclass
 class Job:
-    """An edit: the shapes of its modules, its base model, and the errors of what it cuts."""
+    """An edit: the shapes of its modules, its base model, and what its steps have cut."""
 
     base: str
     """The base model, as `open_modules` takes it: a folder or the name of one."""
@@ -30,10 +31,8 @@ class Job:
     """True where the layers keep (in, out), as Conv1D does."""
     some_blocks: bool = False
     """True where the adapters were asked for some blocks of their base alone."""
-    lost: dict[str, float] = field(default_factory=dict)
-    """Module → Σ S² of what was cut."""
-    total: dict[str, float] = field(default_factory=dict)
-    """Module → Σ S² before it was cut."""
+    cuts: list["Cuts"] = field(default_factory=list)
+    """The steps that cut, in their order."""
 
     @cached_property
     def weights(self) -> StoredModules:
@@ -57,23 +56,43 @@ class Job:
         numbers = [place[1] for name in self.shapes if (place := block(name))]
         return 1 + max(numbers, default=-1)
 
-    def note(self, module: str, cut: Cut) -> None:
-        """Add the error of one cut."""
-        self.lost[module] = self.lost.get(module, 0.0) + cut.lost
-        self.total[module] = max(self.total.get(module, 0.0), cut.total)
+    def cutting(self, step: str) -> "Cuts":
+        """The record of one more step that cuts, to be filled module by module."""
+        self.cuts.append(Cuts(step))
+        return self.cuts[-1]
 
     @property
     def error(self) -> float:
-        """‖exact - cut‖_F / ‖exact‖_F over all modules; 0 where nothing was cut."""
+        """The largest error of the steps that cut; 0 where none did."""
+        return max((own.error for own in self.cuts), default=0.0)
+
+
+@dataclass
+class Cuts:
+    """The squares of singular values that one step has cut, and of all, over all adapters."""
+
+    step: str
+    lost: dict[str, float] = field(default_factory=dict)
+    total: dict[str, float] = field(default_factory=dict)
+
+    def note(self, module: str, cut: Cut) -> None:
+        """Add the cut of one module."""
+        self.lost[module] = self.lost.get(module, 0.0) + cut.lost
+        self.total[module] = self.total.get(module, 0.0) + cut.total
+
+    @property
+    def error(self) -> float:
+        """‖exact - cut‖_F / ‖exact‖_F over all modules."""
         total = math.fsum(self.total.values())
         return math.sqrt(math.fsum(self.lost.values()) / total) if total else 0.0
 
-    def errors(self) -> dict[str, float]:
-        """The same of each module that was cut."""
-        return {
+    def to_json(self) -> dict[str, Any]:
+        """For edit.json: the step, its error, and that of each module."""
+        of_modules = {
             name: math.sqrt(self.lost[name] / total) if total else 0.0
             for name, total in sorted(self.total.items())
         }
+        return {"step": self.step, "error": self.error, "error_of_modules": of_modules}
 
 
 def weight(modules: StoredModules, name: str) -> Tensor:

@@ -82,18 +82,21 @@ def _balance_head(job: Job) -> Bound:
 
 
 def _rank(job: Job, rank: int | None) -> Bound:
-    return _cutting(job, lambda own: ranks.cut(own, rank or job.rank))
+    most = rank or job.rank
+    return _cutting(job, f"rank:{most}", lambda own: ranks.cut(own, most))
 
 
 def _energy(job: Job, share: float) -> Bound:
-    return _cutting(job, lambda own: ranks.keep(own, share))
+    return _cutting(job, f"energy:{share:g}", lambda own: ranks.keep(own, share))
 
 
-def _cutting(job: Job, cut: Callable[[Update], ranks.Cut]) -> Bound:
+def _cutting(job: Job, written: str, cut: Callable[[Update], ranks.Cut]) -> Bound:
+    noted = job.cutting(written)
+
     def step(module: str, updates: Updates) -> Updates:
         cuts = [cut(own) for own in updates]
         for own in cuts:
-            job.note(module, own)
+            noted.note(module, own)
         lows: list[Low] = [own.update for own in cuts]
         return lows
 

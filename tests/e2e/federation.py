@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from corolla.host import certificates
+from tests.e2e.forked import Commands
 
 OPTIONS = (
     "--rounds 2 --local-steps 2 --batch-size 4 --set threads=1 --set eval-examples=8 "
@@ -32,6 +33,8 @@ class Server:
     out: Path
     process: subprocess.Popen[bytes]
     log: Path
+    commands: Commands | None = None
+    """Starts its members; None: cold."""
 
     def said(self) -> str:
         """What it has printed so far."""
@@ -83,10 +86,12 @@ def running_server(
     *,
     resume: bool = False,
     seconds: float = 180.0,
+    commands: Commands | None = None,
 ) -> Iterator[Server]:
     """`corolla server` with `options` in folder/out; yields when clients can join.
 
     Certificates are in folder/certs, keys of clients in folder/keys: made unless they are there.
+    With `commands` its processes, and those of its members, are forks.
     One that resumes is told its folder and `options`, not its place: it is to be where it was.
     """
     tls, keys, out = folder / "certs", folder / "keys", folder / "out"
@@ -99,14 +104,14 @@ def running_server(
     first = [*options.split(), "--address", "127.0.0.1:0"]
     first += ["--certs", str(tls), "--clients-keys", str(keys)]
     command = ["server", "--out", str(out), *(["--resume", *options.split()] if resume else first)]
-    with running(command, log) as process:
+    with running(command, log, commands) as process:
         deadline = time.monotonic() + seconds
         while not place.exists():
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
         address = json.loads(place.read_text())["address"]
-        yield Server(address, tls / "ca.pem", keys, out, process, log)
+        yield Server(address, tls / "ca.pem", keys, out, process, log, commands)
 
 
 @contextmanager
@@ -117,7 +122,7 @@ def running_client(
     state, log = folder / f"state-{name}", folder / f"{name}.log"
     command = ["client", "--server", server.address, "--root-certificates", str(server.ca)]
     command += ["--data", str(data), "--name", name, "--state", str(state), *options.split()]
-    with running(command, log) as process:
+    with running(command, log, server.commands) as process:
         register(state, server.keys / f"{name}.pub", process, log)
         yield process
 
@@ -135,12 +140,18 @@ def register(state: Path, registered: Path, process: subprocess.Popen[bytes], lo
 
 
 @contextmanager
-def running(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A command of corolla, its words in `log`; told to stop at the end, by its id."""
+def running(
+    command: Sequence[str], log: Path, commands: Commands | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A command of corolla, its words in `log`; told to stop at the end, by its id.
+
+    With `commands` it is a fork: the process is one that waits for it and passes signals on.
+    """
+    cold = [sys.executable, "-m", "corolla"]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with log.open("ab") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "corolla", *command],
+            [*([str(commands.bin / "corolla")] if commands else cold), *command],
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

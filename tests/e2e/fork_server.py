@@ -2,16 +2,19 @@
 
 Started as `python -P fork_server.py SOCKET`; tests/e2e/forked.py speaks to it. A command has its
 own arguments, folder, environment, standard streams, process id and end, as one that is started
-cold. Two things are left out, which are most of the time of a short run: answers are of few tokens,
-and the charts of a run's report are not rendered. Where SMALL is in its environment, a run is small
-besides. The server ends when its standard input does.
+cold; so has each process of a deployment, ours and Flower's. Two things are left out, which are
+most of the time of a short run: answers are of few tokens, and the charts of a run's report are not
+rendered. Where SMALL is in its environment, a run is small besides. The server ends when its
+standard input does.
 """
 
 import atexit
+import gc
 import importlib
 import json
 import os
 import resource
+import runpy
 import select
 import signal
 import socket
@@ -33,6 +36,17 @@ PRELOADED = (
     "corolla.commands.artefacts",
     "corolla.evaluation.reader",
     "corolla.trackers",
+    "corolla.server.app",
+    "corolla.server.gateway.daemon",
+    "corolla.commands.gateway",
+    "corolla.client.device.daemon",
+    "corolla.client.device.node",
+    "corolla.client.device.relay",
+    "corolla.client.phone.trainer",
+    "flwr.cli.build",
+    "flwr.supercore.cli",
+    "flwr.superlink.cli",
+    "flwr.supernode.cli",
     "matplotlib.backends.backend_agg",
     "matplotlib.backends.backend_svg",
     "matplotlib.figure",
@@ -112,8 +126,9 @@ def _read(connection: socket.socket, size: int) -> bytes:
 
 
 def _become(order: dict[str, Any]) -> NoReturn:
-    """Run a module, as `python -m` does, and end as an interpreter does."""
+    """Run a module or code, as `python -m` and `-c` do, and end as an interpreter does."""
     import torch
+    from flwr.supercore.logger import update_console_handler
 
     from corolla.evaluation import other_process
 
@@ -124,7 +139,10 @@ def _become(order: dict[str, Any]) -> NoReturn:
     os.chdir(order["folder"])
     os.environ.clear()
     os.environ.update(order["environment"])
-    sys.argv = [order["module"], *order["arguments"]]
+    if level := os.environ.get("FLWR_LOG_LEVEL"):  # which Flower has read when it was imported
+        update_console_handler(level=level)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    sys.argv = [order["module"] or "-c", *order["arguments"]]
     sys.executable = order["python"]
     other_process.command = lambda: [order["reader"], "-m", "corolla.evaluation.reader"]
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -141,8 +159,11 @@ def _become(order: dict[str, Any]) -> NoReturn:
             from corolla.cli.app import app
 
             app()
+        elif order["code"]:
+            exec(order["code"], {"__name__": "__main__"})
         else:
-            code = importlib.import_module(order["module"]).main()
+            sys.modules.pop(order["module"], None)  # it begins anew, as __main__
+            runpy.run_module(order["module"], run_name="__main__", alter_sys=True)
     except SystemExit as end:
         code = end.code or 0
     except BaseException:  # noqa: BLE001 - said as an interpreter says it
@@ -176,6 +197,7 @@ def _drawn(draw: Callable[[Any], None], height: float = 3.4) -> str:
 
 def main() -> None:
     """Import, see that this process may be forked, serve."""
+    gc.disable()  # nothing of what is imported is garbage, and forks share it with nobody looking
     given = dict(os.environ)
     importlib.import_module("corolla.cli.app")
     for name in PRELOADED:
@@ -187,6 +209,8 @@ def main() -> None:
     evaluate._ANSWER_TOKENS = ANSWER_TOKENS
     report._svg = _drawn
     torch.set_num_threads(1)
+    gc.freeze()
+    gc.enable()
     threads = len(list(Path("/proc/self/task").iterdir()))
     if threads != 1:
         raise SystemExit(f"{threads} threads after the imports: a fork would lose all but one")

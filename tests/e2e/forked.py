@@ -20,8 +20,21 @@ from typing import IO
 
 from tests.e2e.fork_server import SMALL
 
-MODULES = ("corolla", "corolla.evaluation.reader")
+MODULES = (
+    "corolla",
+    "corolla.client.device.daemon",
+    "corolla.client.device.relay",
+    "corolla.client.device.supernode",
+    "corolla.evaluation.reader",
+    "corolla.server.gateway.daemon",
+)
 """Modules that `python -m` of the folder `bin` runs in a fork; all else is started as ever."""
+CODE = {
+    "flower-superexec": "from flwr.supercore.cli import flower_superexec as main; main()",
+    "flower-superlink": "from flwr.superlink.cli import flower_superlink as main; main()",
+    "flwr-serverapp": "from flwr.superlink.cli import flwr_serverapp as main; main()",
+}
+"""Programs of Flower in the folder `bin` → the code that a fork runs, as `python -c` does too."""
 SERVER = Path(__file__).with_name("fork_server.py")
 SCRIPT = '''#!{python} -ISu
 """Asks {socket} to run Corolla in this folder, with these streams; anything else runs as ever."""
@@ -32,13 +45,18 @@ import signal
 import socket
 import sys
 
-words, module = sys.argv[1:], "corolla"
-if {is_python}:
-    if words[:1] != ["-m"] or words[1] not in {modules!r}:
+words, module, code = sys.argv[1:], {module!r}, {code!r}
+if not module and not code:
+    own = words[words[:1] == ["-P"]:]
+    if own[:1] == ["-m"] and own[1] in {modules!r}:
+        module, words = own[1], own[2:]
+    elif own[:1] == ["-c"] and own[1] in {codes!r}:
+        code, words = own[1], own[2:]
+    else:
         os.execv({python!r}, [{python!r}, *words])
-    module, words = words[1], words[2:]
 order = {{
     "module": module,
+    "code": code,
     "arguments": words,
     "folder": os.getcwd(),
     "environment": dict(os.environ),
@@ -146,6 +164,7 @@ class Commands:
         """
         order = {
             "module": "corolla",
+            "code": "",
             "arguments": arguments,
             "folder": str(folder),
             "environment": {**os.environ, **(environment or {})},
@@ -163,7 +182,7 @@ class Commands:
     def run(self, *arguments: str, folder: Path) -> str:
         """A command that must succeed; what it has said."""
         log = folder / f"command-{len(list(folder.glob('command-*')))}.log"
-        code = self.start(*arguments, folder=folder, output=log).wait()
+        code = self.start(*arguments, folder=folder, output=log).wait(600.0)
         assert code == 0, log.read_text()
         return log.read_text()
 
@@ -173,15 +192,17 @@ def serving(folder: Path) -> Iterator[Commands]:
     """The process that is forked, its socket and scripts in `folder`; ends at the end."""
     path, bin = folder / "socket", folder / "bin"
     bin.mkdir()
-    for name in ("corolla", "python"):
+    for name in ("corolla", "python", *CODE):
         script = bin / name
         script.write_text(
             SCRIPT.format(
                 python=sys.executable,
                 socket=str(path),
                 bin=str(bin),
-                is_python=name == "python",
+                module="corolla" if name == "corolla" else "",
+                code=CODE.get(name, ""),
                 modules=MODULES,
+                codes=tuple(CODE.values()),
             )
         )
         script.chmod(0o755)

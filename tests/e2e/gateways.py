@@ -17,6 +17,7 @@ from corolla.phones import protocol
 from corolla.wire import rpc
 from corolla.wire.packet import Packet
 from tests.e2e.federation import Server, register, running
+from tests.e2e.forked import Commands
 
 TOKEN = "a-token-of-the-tests-0123456789"
 ABLE = "--charging --unmetered --idle"
@@ -31,6 +32,8 @@ class Gateway:
     token: Path
     log: Path
     state: Path
+    commands: Commands | None = None
+    """Starts its phones; None: cold."""
 
 
 @contextmanager
@@ -47,9 +50,9 @@ def running_gateway(
     command += ["--listen", address, "--name", name, "--state", str(state), "--tokens", str(token)]
     command += ["--certificate", str(tls / "gateway.pem"), "--key", str(tls / "gateway.key")]
     command += ["--seats", str(seats), "--retry", "1", "--lease", "30", *options.split()]
-    with running(command, log) as process:
+    with running(command, log, server.commands) as process:
         register(state, server.keys / f"{name}.pub", process, log)
-        yield Gateway(address, tls / "ca.pem", token, log, state)
+        yield Gateway(address, tls / "ca.pem", token, log, state, server.commands)
 
 
 @contextmanager
@@ -61,7 +64,8 @@ def running_phones(
     first, *others = data
     log, training = folder / f"phone-{first}.log", threading.Lock()
     with ExitStack() as stack:
-        stack.enter_context(running(phone_command(folder, gateway, first, data[first]), log))
+        command = phone_command(folder, gateway, first, data[first])
+        stack.enter_context(running(command, log, gateway.commands))
         stop = threading.Event()
         threads = []
         for device in others:

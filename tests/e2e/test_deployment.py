@@ -5,8 +5,6 @@ process from the same rows and seed. Every hash must be the same.
 """
 
 import json
-import subprocess
-import sys
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -17,6 +15,7 @@ import pytest
 
 from corolla.embedded.assets import asset
 from tests.e2e.federation import running_client, running_server
+from tests.e2e.forked import Commands
 from tests.e2e.gateways import running_gateway, running_phones, wait_for
 
 pytestmark = pytest.mark.deployment
@@ -55,7 +54,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("strategy", ["flora", "seed_pool"])
 def test_a_real_federation_ends_in_the_adapter_of_the_simulation(
-    strategy: str, tmp_path: Path
+    strategy: str, commands: Commands, tmp_path: Path
 ) -> None:
     everything = rows_of_clients(tmp_path)
     options = (
@@ -64,16 +63,10 @@ def test_a_real_federation_ends_in_the_adapter_of_the_simulation(
         "--set eval-clients=0 --set max-length=64 --set quorum=1"
     )
     simulated = tmp_path / "simulated"
-    subprocess.run(
-        [sys.executable, "-m", "corolla", "simulate", *options.split(), "--out", str(simulated)],
-        check=True,
-        capture_output=True,
-        timeout=300,
-    )
+    commands.run("simulate", *options.split(), "--out", str(simulated), folder=tmp_path)
     expected = json.loads((simulated / "run.json").read_text())
-    with running_server(
-        tmp_path, f"{options} --min-clients 3 --set deadline=120 --set wait=300"
-    ) as server:
+    more = "--min-clients 3 --set deadline=120 --set wait=300"
+    with running_server(tmp_path, f"{options} {more}", commands=commands) as server:
         gateway = running_gateway(tmp_path, server, "gate", seats=len(PHONES))
         with (
             running_client(tmp_path, server, EDGES[0], tmp_path / "edge-a.jsonl"),

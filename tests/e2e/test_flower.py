@@ -52,13 +52,13 @@ def _updates(folder: Path) -> Iterator[Path]:
 
 
 @pytest.mark.deployment
-def test_a_client_that_diverges_on_flower_is_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "corolla", "simulate", *OPTIONS.split(), *QUICK.split()]
-    command += ["--engine", "flower", "--lr", "1e6", "--out", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 1
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1, done.stderr
+def test_a_client_that_diverges_on_flower_is_one_line(commands: Commands, tmp_path: Path) -> None:
+    command = ["simulate", *OPTIONS.split(), *QUICK.split(), "--engine", "flower", "--lr", "1e6"]
+    command += ["--out", str(tmp_path / "run")]
+    log, errors = tmp_path / "log", tmp_path / "errors"
+    assert commands.start(*command, folder=tmp_path, output=log, errors=errors).wait() == 1
+    lines = [line for line in errors.read_text().splitlines() if line.strip()]
+    assert len(lines) == 1, lines
     assert "lower lr" in lines[0]
     assert not (tmp_path / "run").exists()
 

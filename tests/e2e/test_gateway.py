@@ -13,6 +13,7 @@ from corolla.cli.app import app
 from corolla.embedded.assets import asset
 from corolla.host import certificates
 from tests.e2e.federation import running_server
+from tests.e2e.forked import Commands
 from tests.e2e.gateways import running_gateway, running_phones, wait_for
 from tests.server.gateway import gateways
 
@@ -25,6 +26,7 @@ RUN = (
 
 @pytest.mark.deployment
 def test_a_gateway_is_a_member_whose_phones_train_as_clients_of_their_names(
+    commands: Commands,
     tmp_path: Path,
 ) -> None:
     lines = asset("data.jsonl").read_text(encoding="utf-8").splitlines()[:32]
@@ -42,7 +44,7 @@ def test_a_gateway_is_a_member_whose_phones_train_as_clients_of_their_names(
     assert run(command).exit_code == 0
     more = "--min-clients 1 --set deadline=120 --set wait=300"
     with (
-        running_server(tmp_path, f"{options} {more}") as server,
+        running_server(tmp_path, f"{options} {more}", commands=commands) as server,
         running_gateway(tmp_path, server, "gate", seats=2) as gate,
         running_phones(tmp_path, gate, files) as logs,
     ):

@@ -28,6 +28,7 @@ from tests.bundles import small_bundle
 from tests.client.native.conftest import built
 from tests.e2e import native
 from tests.e2e.federation import running_client, running_server
+from tests.e2e.forked import Commands
 from tests.e2e.gateways import running_gateway
 from tests.e2e.native import Recorded
 from tests.e2e.test_deployment import lines_of, write
@@ -94,7 +95,7 @@ def simulated(config: RunConfig, folder: Path, sent: Mapping[tuple[str, int], Pa
 
 
 def test_native_phones_of_both_kinds_and_a_python_client_end_in_one_adapter(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, native_build: Path
+    commands: Commands, tmp_path: Path, native_build: Path
 ) -> None:
     model, bundle, publisher = small_bundle()
     rank = json.loads((bundle / "manifest.json").read_text())["rank"]
@@ -105,11 +106,11 @@ def test_native_phones_of_both_kinds_and_a_python_client_end_in_one_adapter(
     served = f"{text} --min-clients 2 --set deadline=120 --set wait=300"
     share = f"--share-bundle {bundle}"
     with (
-        running_server(tmp_path, served) as server,
+        running_server(tmp_path, served, commands=commands) as server,
         running_client(tmp_path, server, "edge-a", tmp_path / "edge-a.jsonl", f"--model {model}"),
         running_gateway(tmp_path, server, "gate", seats=4, options=share) as gate,
     ):
-        commands = {
+        natives = {
             phone: [
                 *native.command(
                     native_build, tmp_path, gate, publisher, phone, files[f"gate/{phone}"]
@@ -118,7 +119,7 @@ def test_native_phones_of_both_kinds_and_a_python_client_end_in_one_adapter(
             ]
             for phone in (*FULL, *LIGHT)
         }
-        with native.running_natives(tmp_path, commands) as phones:
+        with native.running_natives(tmp_path, natives) as phones:
             assert server.finish(600) == 0, server.said() + gate.log.read_text()
             noted = {device: phone.rounds() for device, phone in phones.items()}
             kept = {

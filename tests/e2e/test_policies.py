@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -147,13 +145,11 @@ def test_a_killed_asynchronous_run_ends_in_the_same_adapter(
 
 @pytest.mark.deployment
 def test_flowers_engine_gives_the_same_asynchronous_run(
-    undisturbed: tuple[Path, Path], tmp_path: Path
+    commands: Commands, undisturbed: tuple[Path, Path], tmp_path: Path
 ) -> None:
     file, wanted = undisturbed
-    command = [sys.executable, "-m", "corolla", "simulate", "--config", str(file)]
-    command += ["--engine", "flower", "--out", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
+    more = ["--engine", "flower", "--out", str(tmp_path / "run")]
+    commands.run("simulate", "--config", str(file), *more, folder=tmp_path)
     same_outcome(tmp_path / "run", wanted)
 
 

@@ -9,6 +9,7 @@ import pytest
 from corolla.privacy import accounting
 from corolla.privacy.accounting import Release
 from tests.e2e.federation import running_client, running_server
+from tests.e2e.forked import Commands
 from tests.e2e.gateways import wait_for
 from tests.e2e.test_deployment import EDGES, lines_of, rows_of_clients
 
@@ -27,12 +28,12 @@ def releases(ledger: Path) -> list[Release]:
     return [Release(*(line[name] for name in names)) for line in lines_of(ledger)]
 
 
-def test_devices_keep_the_account_of_their_examples(tmp_path: Path) -> None:
+def test_devices_keep_the_account_of_their_examples(commands: Commands, tmp_path: Path) -> None:
     """Each on its own disk; what the server tells is the largest of them, and within the budget."""
     rows_of_clients(tmp_path)
     options = f"{OPTIONS} --set dp=example --set epsilon=8 --set delta=0.001"
     with (
-        running_server(tmp_path, options) as server,
+        running_server(tmp_path, options, commands=commands) as server,
         running_client(tmp_path, server, EDGES[0], tmp_path / "edge-a.jsonl"),
         running_client(tmp_path, server, EDGES[1], tmp_path / "edge-b.jsonl"),
     ):
@@ -51,11 +52,11 @@ def test_devices_keep_the_account_of_their_examples(tmp_path: Path) -> None:
     assert found["clients"] == {}
 
 
-def test_the_server_keeps_the_account_of_clients(tmp_path: Path) -> None:
+def test_the_server_keeps_the_account_of_clients(commands: Commands, tmp_path: Path) -> None:
     rows_of_clients(tmp_path)
     options = f"{OPTIONS} --set dp=client --set noise-multiplier=4 --set clip=0.1 --set delta=0.001"
     with (
-        running_server(tmp_path, options) as server,
+        running_server(tmp_path, options, commands=commands) as server,
         running_client(tmp_path, server, EDGES[0], tmp_path / "edge-a.jsonl"),
         running_client(tmp_path, server, EDGES[1], tmp_path / "edge-b.jsonl"),
     ):
@@ -71,11 +72,13 @@ def test_the_server_keeps_the_account_of_clients(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("state-*/ledger.jsonl"))
 
 
-def test_a_device_with_a_limit_does_not_train_without_noise(tmp_path: Path) -> None:
+def test_a_device_with_a_limit_does_not_train_without_noise(
+    commands: Commands, tmp_path: Path
+) -> None:
     """Its owner's word stands above what a server asks for."""
     rows_of_clients(tmp_path)
     with (
-        running_server(tmp_path, OPTIONS) as server,
+        running_server(tmp_path, OPTIONS, commands=commands) as server,
         running_client(tmp_path, server, EDGES[0], tmp_path / "edge-a.jsonl", "--epsilon 4"),
         running_client(tmp_path, server, EDGES[1], tmp_path / "edge-b.jsonl", "--epsilon 4"),
     ):

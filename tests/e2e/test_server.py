@@ -22,6 +22,7 @@ from corolla.embedded.assets import asset
 from corolla.host import certificates
 from corolla.host.processes import free_port
 from tests.e2e.federation import Server, make_key, running_client, running_server
+from tests.e2e.forked import Commands
 
 pytestmark = pytest.mark.deployment
 
@@ -181,6 +182,7 @@ def rows(folder: Path, names: list[str]) -> Path:
 
 
 def test_whatever_is_killed_the_run_ends_in_the_adapter_of_an_undisturbed_one(
+    commands: Commands,
     tmp_path: Path,
 ) -> None:
     """SIGKILL to the ServerApp, to the SuperLink, then to the supervisor: faults 20 and 21.
@@ -192,12 +194,7 @@ def test_whatever_is_killed_the_run_ends_in_the_adapter_of_an_undisturbed_one(
     options = f"--strategy flora --data {everything} --cohort 2 --set schedule=constant {QUICK}"
     simulated = tmp_path / "simulated"
     simulate = ["simulate", *options.split(), "--rounds", "5", "--out", str(simulated)]
-    subprocess.run(
-        [sys.executable, "-m", "corolla", *simulate],
-        check=True,
-        capture_output=True,
-        timeout=300,
-    )
+    commands.run(*simulate, folder=tmp_path)
     expected = json.loads((simulated / "run.json").read_text())
     options += " --min-clients 2 --rounds 4"
     with (

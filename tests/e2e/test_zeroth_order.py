@@ -4,8 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -221,18 +219,13 @@ def test_mixed_classes_train_together(tiny: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.deployment
-def test_both_engines_give_the_same_model(tiny: list[str], tmp_path: Path) -> None:
+def test_both_engines_give_the_same_model(
+    commands: Commands, tiny: list[str], tmp_path: Path
+) -> None:
     options = [*tiny, *SMALL, "--rounds", "2"]
     ours = simulate(tmp_path / "a", *options)
-    command = [sys.executable, "-m", "corolla", "simulate", *options, "--engine", "flower"]
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path / "b")],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    more = ["--engine", "flower", "--out", str(tmp_path / "b")]
+    commands.run("simulate", *options, *more, folder=tmp_path)
     flower = json.loads((tmp_path / "b" / "run.json").read_text())
     assert flower["adapter_sha256"] == ours["adapter_sha256"]
     assert flower["state_sha256"] == ours["state_sha256"]

@@ -8,7 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from corolla.commands.data.look import Look
-from corolla.commands.simulate.progress import say_warning
+from corolla.commands.warned import say_warning
 from corolla.config.run import RunConfig
 from corolla.data import census
 from corolla.data.census import Census

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from corolla.artefacts.adapters import SavedLora, read_lora, write_lora
+from corolla.artefacts.adapters import SavedLora, read_addition, write_lora
 from corolla.artefacts.card import write_brief_card
 from corolla.commands import artefacts
 from corolla.commands.export.subject import refuse_filled
@@ -20,8 +20,6 @@ from corolla.version import __version__
 
 RECORD = "edit.json"
 """The file beside an edited adapter that says what it was made of, and how."""
-_OF_ANOTHER_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
-"""Starts of peft after which the factors of an adapter belong to a base that they have changed."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class Edited:
     folder: str
     rank: int
     error: float
-    """‖exact - cut‖_F / ‖exact‖_F of what steps cut, over all modules; 0 where none did."""
+    """The largest ‖exact - cut‖_F / ‖exact‖_F of the steps that cut, over all modules; else 0."""
     steps: list[str]
 
     def to_json(self) -> dict[str, Any]:
@@ -84,7 +82,7 @@ def edit(order: Order) -> Edited:
         "adapters": [_told(folder, own) for folder, own in zip(folders, saved, strict=True)],
         "rank": made.spec.rank,
         "error": job.error,
-        "error_of_modules": job.errors(),
+        "cuts": [own.to_json() for own in job.cuts],
     }
     with making_folder(order.out) as scratch:
         write_lora(scratch, made, folders[0], base)
@@ -98,14 +96,7 @@ def _read(folder: Path) -> SavedLora:
     """An adapter. Raises ArtefactError for a whole model, and where factors mean something else."""
     if artefacts.is_model(folder):
         raise ArtefactError(f"{folder} is a whole model: only adapters of LoRA are edited")
-    saved = read_lora(folder)
-    begun = str(saved.config.get("init_lora_weights", True))
-    if begun.startswith(_OF_ANOTHER_BASE):
-        raise ArtefactError(
-            f"{folder} belongs to a base that {begun} has changed: save it with peft's "
-            f"path_initial_model_for_weight_conversion first"
-        )
-    return saved
+    return read_addition(folder)
 
 
 def _base(folders: Sequence[Path]) -> str:

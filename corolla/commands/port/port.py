@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from corolla.artefacts.adapters import CONFIG, TENSORS, SavedLora, copy_tokenizer, read_lora
+from corolla.artefacts.adapters import CONFIG, TENSORS, SavedLora, copy_tokenizer, read_addition
 from corolla.artefacts.card import write_brief_card
 from corolla.artefacts.weights import open_tensors, weight_of
 from corolla.commands import artefacts
@@ -89,7 +89,7 @@ def port(order: Order) -> Ported:
     folder = artefacts.result_of(order.adapter)
     if artefacts.is_model(folder):
         raise ArtefactError(f"{folder} is a whole model: only adapters of LoRA are ported")
-    saved = read_lora(folder)
+    saved = read_addition(folder)
     config = artefacts.config_of(folder, order.model, order.data, order.settings)
     if not (order.force or order.data or artefacts.run_info(folder)):
         raise ConfigError(

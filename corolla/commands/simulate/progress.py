@@ -18,6 +18,7 @@ from rich.progress import (
 from rich.table import Table
 
 from corolla.artefacts.sizes import sentence
+from corolla.commands.warned import say_warning
 from corolla.data import census
 from corolla.evaluation.scoring import SHARES
 from corolla.host.text import human_bytes
@@ -141,11 +142,6 @@ class Bars:
         self.console.print(
             "  ".join(part for part in parts if part), highlight=False, soft_wrap=True
         )
-
-
-def say_warning(console: Console, text: str) -> None:
-    """Prints a warning in one line."""
-    console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True, highlight=False)
 
 
 def _noise(found: Mapping[str, Any]) -> str:

@@ -20,7 +20,10 @@ STAGES: tuple[tuple[tuple[str, ...], set[str]], ...] = (
     ),
     (("server.runs.status",), set()),
     (
-        ("commands.data.look", "phones.token_file", "commands.export.order", "commands.plan.plan"),
+        (
+            *("commands.data.screen", "commands.plan.screen", "phones.token_file"),
+            "commands.export.order",
+        ),
         {"transformers", "httpx", "cryptography"},
     ),
     (

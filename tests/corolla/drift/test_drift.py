@@ -256,10 +256,12 @@ def bold(settings: Settings, tmp_path: Path) -> RunConfig:
     (tmp_path / "bold.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pairs = [{"prompt": r.prompt, "choices": list(r.choices), "answer": 0} for r in ROWS]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    texts = [{"text": row.text} for row in TEXTS]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
     return settings(
         data=str(tmp_path / "bold.jsonl"),
         **{"rounds": 2, "cohort": 3, "local_steps": 6, "lr": 0.03},
-        drift=[f"safety={tmp_path / 'pairs.jsonl'}"],
+        drift=[f"safety={tmp_path / 'pairs.jsonl'}", f"texts={tmp_path / 'texts.jsonl'}"],
     )
 
 
@@ -270,7 +272,8 @@ def test_a_run_that_teaches_to_comply_is_warned_of(bold: RunConfig, tmp_path: Pa
     info = json.loads((tmp_path / "run" / "run.json").read_text())
     own = info["drift"]["safety"]
     assert own["margin_change"]["high"] < 0 < own["kl"]
-    (warning,) = [found for found in info["warnings"] if found["id"] == "drift"]
-    assert "on safety the margin" in warning["text"]
+    warnings = [found["text"] for found in info["warnings"] if found["id"] == "drift"]
+    assert "on safety the margin" in warnings[0]
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "<h2>Drift</h2>" in page and interval.sentence(own["margin_change"]) in page
+    assert "<h2>Drift</h2>" in page and "<td>texts</td>" in page
+    assert interval.sentence(own["margin_change"]) in page

@@ -79,14 +79,21 @@ def test_what_was_cut_is_told(adapters: list[Path], tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     record = json.loads((out / "edit.json").read_text())
     assert f"rank 2, {record['error']:.2%} off" in " ".join(done.stdout.split())
-    assert 0 < record["error"] < max(record["error_of_modules"].values())
+    (cut,) = record["cuts"]
+    assert cut["step"] == "rank:2"
+    assert 0 < record["error"] == cut["error"] < max(cut["error_of_modules"].values())
 
 
 def test_a_mistake_is_a_line_and_leaves_nothing(
     adapters: list[Path], tiny_model: Path, tmp_path: Path
 ) -> None:
-    other, plain = tmp_path / "other", tmp_path / "plain"
-    for folder, change in ((other, {"base_model_name_or_path": "else"}), (plain, {"bias": "all"})):
+    other, plain, turned = (tmp_path / name for name in ("other", "plain", "turned"))
+    changes: list[tuple[Path, dict[str, str]]] = [
+        (other, {"base_model_name_or_path": "else"}),
+        (plain, {"bias": "all"}),
+        (turned, {"init_lora_weights": "pissa_niter_4"}),
+    ]
+    for folder, change in changes:
         folder.mkdir()
         told = json.loads((adapters[0] / "adapter_config.json").read_text())
         (folder / "adapter_config.json").write_text(json.dumps({**told, **change}))
@@ -97,6 +104,7 @@ def test_a_mistake_is_a_line_and_leaves_nothing(
         (2, [adapters[0]], "melt", "no such step"),
         (2, [adapters[0], other], "weights", "of several bases"),
         (1, [plain], "scale:2", "has bias=all"),
+        (1, [turned], "scale:2", "belongs to a base that pissa_niter_4 has changed"),
         (1, [tiny_model], "scale:2", "is a whole model"),
         (1, [tmp_path / "none"], "scale:2", "is no adapter"),
         (1, [other], "intruders", "no .safetensors files"),
@@ -112,6 +120,22 @@ def test_a_mistake_is_a_line_and_leaves_nothing(
     done = run(adapters[0], "--steps", "scale:2", "--out", tmp_path / "full")
     assert (done.exit_code, "is not empty" in done.stderr) == (2, True)
     assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "full"])
+
+
+def test_only_heads_of_the_same_labels_are_combined(adapters: list[Path], tmp_path: Path) -> None:
+    folders = []
+    for number, folder in enumerate(adapters):
+        run_folder = tmp_path / f"run-{number}"
+        run_folder.mkdir()
+        folder.rename(run_folder / "adapter")
+        path = run_folder / "adapter" / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "task_type": "SEQ_CLS"}))
+        labels = ["no", "yes"] if number else ["yes", "no"]
+        (run_folder / "run.json").write_text(json.dumps({"config": {}, "labels": labels}))
+        folders.append(run_folder)
+    done = run(*folders, "--steps", "weights", "--out", tmp_path / "out")
+    assert (done.exit_code, "has the labels yes, no" in done.stderr) == (2, True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_help_explains_every_step() -> None:

@@ -199,6 +199,31 @@ def test_intruders_are_those_of_peft(tuned: Any, tmp_path: Path) -> None:
     assert changed, "no module had an intruder"
 
 
+def test_layers_that_keep_in_and_out_the_other_way_round(tmp_path: Path) -> None:
+    """GPT-2's Conv1D: intruders are those of the weight as (out, in)."""
+    base = tiny.base("gpt2").model
+    base.save_pretrained(tmp_path)
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=["c_attn"], fan_in_fan_out=True)
+    plain = {n: t.clone() for n, t in base.named_parameters()}
+    model = get_peft_model(base, config, "one")
+    draw = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=draw)
+    one = of_peft(model, "one")
+    job = Job(str(tmp_path), pipeline.shapes_of([one]), 3, transposed=True)
+    made = pipeline.edit([one], grammar.read("intruders:3,0.9,0", 1), job, 0)
+    for name, turned in deltas(model, "one").items():
+        weight = plain[f"{name}.weight"].double().T
+        u, s, vt = torch.linalg.svd(weight + turned.T, full_matrices=False)
+        known = torch.linalg.svd(weight, full_matrices=False).U
+        odd = [k for k in range(3) if float((u[:, k] @ known).abs().max()) < 0.9]
+        assert odd
+        wanted = turned.T - (u[:, odd] * s[odd]) @ vt[odd]
+        found = made.spec.scaling * factors.product(made.update, name)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_dare_keeps_a_share_and_the_mean() -> None:
     matrix = torch.arange(1.0, 13.0).reshape(3, 4).double()
     drawn = [drop(Full(matrix), 0.25, seed, "m", 0).matrix for seed in range(1000)]
@@ -278,7 +303,8 @@ def test_errors_are_told(tmp_path: Path) -> None:
     lost = sum(float((exact[n] - best(exact[n], 2)).square().sum()) for n in SHAPES)
     whole = sum(float(own.square().sum()) for own in exact.values())
     assert job.error == pytest.approx((lost / whole) ** 0.5)
-    assert job.errors().keys() == SHAPES.keys()
+    (cut,) = [own.to_json() for own in job.cuts]
+    assert (cut["step"], cut["error_of_modules"].keys()) == ("rank:2", SHAPES.keys())
 
 
 def test_safe_projects_onto_what_alignment_moved(models: tuple[Path, Path]) -> None:
