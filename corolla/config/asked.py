@@ -174,6 +174,23 @@ def takes_magnitudes(strategy: Strategy | type[Strategy]) -> bool:
     return takes_patterns(strategy)
 
 
+def takes_other_places(asked: Asked) -> str:
+    """Why places of a sparse set cannot be exchanged between rounds of a run; "" if they can."""
+    strategy, traits = asked.strategy, asked.traits
+    state = strategy.init({"m.delta": torch.zeros(1)}, 0)
+    if state.keys() != {"adapter"} or strategy.broadcast(state).log is not None:
+        return f"{asked.subject} keeps more of each place than its value, use fedavg or fedprox"
+    if traits.keeps or traits.mirrors or traits.personal:
+        return f"clients of {asked.subject} keep something of each place, use fedavg or fedprox"
+    if asked.config.buffer:
+        return "buffer applies updates of places that are no more, leave it out"
+    if asked.up.needs_differences:
+        return "codec top_k sends later what it leaves out, of places that are no more"
+    if asked.config.dp_mechanism == "banded":
+        return "dp-mechanism=banded takes back noise of places that are no more"
+    return ""
+
+
 def takes_sparse(strategy: Strategy) -> bool:
     """Returns whether clients may start from some values of the adapter and 0 for the others.
 

@@ -9,6 +9,7 @@ from corolla.config.asked import (
     able,
     not_noised,
     takes_magnitudes,
+    takes_other_places,
     takes_parts,
     takes_patterns,
     takes_start,
@@ -66,6 +67,11 @@ _STATE: tuple[Rule[Asked], ...] = (
 )
 
 _LAYERS: tuple[Rule[Asked], ...] = (
+    Rule(
+        when=lambda asked: asked.config.regrow and takes_other_places(asked),
+        why=lambda asked: f"regrow={asked.config.regrow} exchanges places between rounds",
+        instead=takes_other_places,
+    ),
     Rule(
         when=lambda asked: asked.config.partial and not asked.config.kind.factors,
         why=lambda asked: "classes.NAME.layers are those of LoRA adapters",

@@ -23,7 +23,13 @@ class DoraModel(LoraModel):
         found = super()._beside_factors(wrapped)
         for name, layer in self._layers.items():
             (own,) = layer.lora_magnitude_vector.values()
-            own.weight = nn.Parameter(own.weight.detach().float(), requires_grad=False)
+            weight = layer.get_base_layer().weight.detach().float()
+            out, into = self.shapes[name]
+            # By peft's own code, of an update in its layout: else the last bits are others, and in
+            # half precision peft would begin with norms that are rounded to it.
+            zero = weight.new_zeros(into, out).T
+            length = own.get_weight_norm(weight, zero, 1.0)
+            own.weight = nn.Parameter(length, requires_grad=False)
             found[name + vectors.SUFFIX] = own.weight
         return found
 

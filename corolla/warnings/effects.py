@@ -267,6 +267,13 @@ EFFECTS: Mapping[str, tuple[Rule[Reader], ...]] = {
             ),
         ),
     ),
+    "regrow": (
+        _unless(
+            lambda reader: (reader.config.regrow or 0) < reader.config.rounds,
+            "no round follows in which other places would be trained",
+            "leave it out, or take more rounds",
+        ),
+    ),
     "max_new_tokens": (
         _unless(
             lambda reader: reader.config.answer != "none",

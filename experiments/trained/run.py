@@ -71,13 +71,15 @@ _TRIALS = (
     Trial("budget of half the backward pass", ("budget=flops:0.5",), public=True),
     Trial("start=pissa", ("start=pissa",)),
     Trial("start=lora_ga", ("start=lora_ga", "rslora=true"), public=True),
-    Trial("start=eva", ("start=eva",), public=True),
+    Trial("DoRA, fewer bytes", ("dora=true", "rank=7", "alpha=14")),
     Trial("sparse, random", ("parameters=sparse",)),
     Trial("sparse, gradient", ("parameters=sparse", "select=gradient"), public=True),
+    Trial("start=eva", ("start=eva",), public=True),
     Trial("start=olora", ("start=olora",)),
+    Trial("sparse, principal", ("parameters=sparse", "select=principal", "spectrum=32")),
+    Trial("DoRA, same rank", ("dora=true",)),
     Trial("start=corda_ipm", ("start=corda_ipm",), public=True),
     Trial("start=orthogonal", ("start=orthogonal",)),
-    Trial("sparse, principal", ("parameters=sparse", "select=principal", "spectrum=32")),
     Trial("sparse, magnitude", ("parameters=sparse", "select=magnitude")),
     Trial("sparse, fisher", ("parameters=sparse", "select=fisher"), public=True),
 )
@@ -88,7 +90,7 @@ MODELS: Mapping[str, Sizes] = {
             *("max-length=96", "eval-clients=0", "eval-every=1000", "eval-examples=64"),
         ),
         _TRIALS,
-        (0.1, 0.5, 2.0),
+        (0.5, 2.0),
     ),
     "smollm2-135m-instruct": Sizes(
         (

@@ -22,6 +22,7 @@ from corolla.host.processes import uninterrupted
 from corolla.interfaces import Strategy
 from corolla.models.sparse import carried
 from corolla.privacy.guarantee import Unit
+from corolla.selection import exchange
 from corolla.server.rounds.call import RoundCall
 from corolla.server.rounds.cohort import read_trace
 from corolla.server.rounds.federation import Federation
@@ -216,7 +217,7 @@ class Run:
     ) -> tuple[Federation, Checkpoint, dict[str, Any]]:
         """The round after `at`, and its line; the federation may have got new members."""
         attempts = Attempts(self.network, self.observer, journal, self.own_devices, account)
-        done = attempts.round(federation, at)
+        done = _regrown(attempts.round(federation, at), at.round + 1, self.evaluator)
         fail_point("aggregated", at.round + 1)
         result = done.result
         after = Checkpoint(
@@ -303,6 +304,7 @@ class Run:
             privacy=info.get("privacy", {}).get("line", ""),
             answers=not self.evaluator.labels,
         )
+        info |= carried.facts(at.state)
         info |= summary.to_json(samples=self.config.dp != "client")
         info["warnings"] += [w.to_json() for w in outcome(self.config, info, course.lines)]
         write_cards(self.folder, info)
@@ -315,6 +317,16 @@ class Run:
         self.evaluator.model.save(folder, federation.strategy.adapter(state), self.config.lora)
         what = f"The global model after round {round} of {self.config.rounds}."
         write_brief_card(folder, what, self.config.model)
+
+
+def _regrown(done: Done, round: int, evaluator: Evaluator) -> Done:
+    """A round with other places of a sparse set, where they are exchanged after it."""
+    config, result = evaluator.config, done.result
+    if not exchange.due(config, round):
+        return done
+    labels = evaluator.labels
+    state = exchange.exchanged(evaluator.model, config, result.state, round, labels)
+    return replace(done, result=replace(result, state=state))
 
 
 def _refuse_cohort(federation: Federation) -> None:

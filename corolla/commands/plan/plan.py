@@ -240,17 +240,25 @@ def traffic(federation: Federation) -> Traffic:
 
 
 def _with_places(sent: Traffic, config: RunConfig, model: Anatomy, clients: int) -> Traffic:
-    """The traffic with the places of a sparse set, where each client is sent them once."""
-    if not config.kind.sparse or config.select == "random":
+    """The traffic with the places of a sparse set, where each client is sent them once.
+
+    Where they are exchanged it is sent them again, if it takes part before the next time.
+    """
+    exchanges = (config.rounds - 1) // config.regrow if config.regrow else 0
+    chosen = config.select != "random"  # random ones are drawn by everybody
+    if not config.kind.sparse or not (chosen or exchanges):
         return sent
     shapes = model.linear(config.target_modules, config.layers)
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     counts = {name: places.count(name, shape, config.rank) for name, shape in shapes.items()}
     once = codec.content_bytes({carried.GROUP: places.blank(sizes, counts)})
+    least, most = sent.down
     return replace(
         sent,
-        once=sent.once + once,
-        total_down=sent.total_down + clients * once,
+        once=sent.once + chosen * once,
+        down=(least, most + once if exchanges else most),
+        at_most=sent.at_most or bool(exchanges),
+        total_down=sent.total_down + clients * (chosen + exchanges) * once,
         exchange=sent.exchange + once,
     )
 

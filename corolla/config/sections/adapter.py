@@ -166,7 +166,7 @@ class Adapter(SparseSet):
     public: str | None = key(
         None,
         "A .jsonl file of rows that belong to no client, for a start that is made from them, for "
-        "budget, and for select=fisher or gradient.",
+        "budget, for select=fisher or gradient, and for regrow.",
         "public.jsonl",
         effect="none",
         beside="start=gradient",
@@ -235,6 +235,16 @@ SELECTION: tuple[Rule[Adapter], ...] = (
         when=lambda run: run.select != "random" and not run.kind.sparse,
         why=lambda run: f"select={run.select} is for parameters=sparse",
         instead=lambda run: f"found parameters={run.parameters}, leave it out",
+    ),
+    Rule(
+        when=lambda run: run.regrow and not run.kind.sparse,
+        why=lambda run: f"regrow={run.regrow} is for parameters=sparse",
+        instead=lambda run: f"found parameters={run.parameters}, leave it out",
+    ),
+    Rule(
+        when=lambda run: run.regrow and not run.public,
+        why=lambda run: f"regrow={run.regrow} needs public=FILE.jsonl",
+        instead="rows that belong to no client",
     ),
     Rule(
         when=lambda run: run.explored and run.select != "movement",
@@ -386,7 +396,7 @@ STARTS: tuple[Rule[Adapter], ...] = (
         when=lambda run: run.public and not run.reads_public,
         why=lambda run: (
             f"public={run.public} is for start={starts.with_rows()}, for budget, and for "
-            f"select={' or '.join(READS_ROWS)}"
+            f"select={' or '.join(READS_ROWS)} or regrow"
         ),
         instead="leave it out",
     ),

@@ -45,7 +45,19 @@ class SparseSet(Subject):
         unsaid=True,
     )
 
+    regrow: Positive | None = key(
+        None,
+        "The number of rounds after which some places of a sparse set are exchanged, again and "
+        "again: those whose values have changed least for those with the largest gradients on "
+        "`public` rows (SpIEL). A fifth of them at first, fewer with each round.",
+        2,
+        effect="none, places stay",
+        beside="parameters=sparse public=public.jsonl",
+        against=("parameters=lora", "public=null", "strategy=fedavgm", "buffer=2"),
+        unsaid=True,
+    )
+
     @property
     def selects_by_rows(self) -> bool:
-        """True where places are chosen by gradients on public rows."""
-        return self.select in READS_ROWS
+        """True where places are chosen by gradients on public rows, at first or later."""
+        return self.select in READS_ROWS or self.regrow is not None

@@ -160,7 +160,7 @@ def test_keys_are_written_section_by_section() -> None:
         *("budget", "scores"),
         "drift",
         "keep_hardest",
-        *("select", "spectrum", "explored"),
+        *("select", "spectrum", "explored", "regrow"),
         "layers",
         "max_rank",
         "new_head",

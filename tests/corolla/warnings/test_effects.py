@@ -92,6 +92,10 @@ def test_a_default_is_no_setting() -> None:
         ("strategy=feddpa eval_participants=true", "eval-participants=True (strategy feddpa alw"),
         ("parameters=ia3 rank=4", "rank=4 (it is for adapters, and parameters=ia3 has none)"),
         ("parameters=sparse select=magnitude spectrum=9", "spectrum=9 (select=magnitude looks at"),
+        (
+            "parameters=sparse regrow=4 rounds=4 public=x.jsonl",
+            "regrow=4 (no round follows in which other places",
+        ),
         ("parameters=sparse rank=4 alpha=3", "alpha=3.0 (it is for adapters, and parameters=spa"),
         ("strategy=flora ranks=[4,8] rank=2", "rank=2 (ranks has those of all clients)"),
         ("strategy=flora ranks=[4,8] alphas=[1,2] alpha=3", "alpha=3.0 (alphas has those of all"),

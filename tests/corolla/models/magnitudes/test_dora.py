@@ -144,6 +144,24 @@ def test_what_is_saved_is_the_same_model_to_plain_peft(
     assert model.distance_to(tmp_path / "adapter", spec) == float("inf")
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_in_half_precision_and_beside_rows_of_tokens_it_begins_at_the_base(
+    kind: str, tmp_path: Path
+) -> None:
+    """Norms in fp32: rounded to bfloat16 they would be another model from the start."""
+    base = tiny.base(kind)
+    base.model.to(torch.bfloat16)
+    model = DoraModel(base, tokens=(3, 5))
+    plain = tiny.base(kind).model.to(torch.bfloat16)
+    model.write(model.init(SPEC, 0), SPEC)
+    assert torch.equal(tiny.logits(model.model), tiny.logits(plain))
+    params = tiny.adapter(model, SPEC, 1)
+    model.save(tmp_path / "adapter", Adapter(params), SPEC)
+    model.write(params, SPEC)
+    loaded = adapter_files.load_adapter(plain, tmp_path / "adapter")
+    torch.testing.assert_close(tiny.logits(loaded), tiny.logits(model.model), rtol=0, atol=0.02)
+
+
 def test_without_magnitudes_nothing_of_an_adapter_is_another(tmp_path: Path) -> None:
     plain, own = tiny.lora_model("llama").init(SPEC, 3), dora().init(SPEC, 3)
     more = own.keys() - plain.keys()
