@@ -160,7 +160,8 @@ def decode(quantiser: Quantiser, total: Vector, members: int) -> Decoded:
     """The sums in the vectors of so many members.
 
     Raises SecureSumError for sums that honest members cannot have: a weight outside of
-    [members, members · W], or a norm beyond R · Σ w and what rounding adds.
+    [members, members · W], a norm beyond R · Σ w and what rounding adds, and other slots beyond
+    what this weight allows.
     """
     whole = total.view(np.int32).astype(np.float64)
     unit = quantiser.bound * quantiser.weight / LEVELS
@@ -176,6 +177,13 @@ def decode(quantiser: Quantiser, total: Vector, members: int) -> Decoded:
     if not norm <= most:
         raise SecureSumError(
             f"the sum has a norm of {norm:.4g}, at most {most:.4g} is honest: the round is lost"
+        )
+    full = weight / quantiser.weight * LEVELS + members  # of norms of R, of the largest losses
+    if not (0 <= clipped <= members and 0 <= slots[2] <= full and abs(slots[3]) <= full):
+        raise SecureSumError(
+            f"the sum counts {clipped} clipped updates, a norm of {slots[2]:.0f} and a loss of "
+            f"{slots[3]:.0f} levels, {members} members have at most {members} and {full:.0f}: the "
+            f"round is lost"
         )
     of_losses = quantiser.weight * LARGEST_LOSS / LEVELS
     return Decoded(values, weight, clipped, slots[2] * unit, slots[3] * of_losses)

@@ -120,6 +120,26 @@ def test_sums_that_honest_members_cannot_have_are_refused() -> None:
         decode(quantiser, long, 1)
 
 
+@pytest.mark.parametrize(
+    ("slot", "levels"), [(1, 2), (1, -1), (2, LEVELS + 2), (2, -1), (3, LEVELS + 2), (3, -1 << 24)]
+)
+def test_slots_that_honest_members_cannot_have_are_refused(slot: int, levels: int) -> None:
+    """A count of clipped updates moves the clip of dp=client, a norm the bound of all others."""
+    quantiser = Quantiser(1.0, 2, 1)
+    vector = quantise(quantiser, Contribution(np.zeros(1), 2), np.zeros(5, np.uint32))
+    vector[1 + slot] = levels & 0xFFFFFFFF
+    with pytest.raises(SecureSumError, match="members have at most 1 and"):
+        decode(quantiser, vector, 1)
+
+
+def test_slots_at_their_bounds_are_decoded() -> None:
+    quantiser = Quantiser(1.0, 2, 1)
+    longest, up = Contribution(np.full(1, 9.0), 2, -99.0), np.full(5, 2**32 - 1, np.uint32)
+    found = decode(quantiser, quantise(quantiser, longest, up), 1)
+    assert found.clipped == 1
+    assert (found.norm, found.loss) == pytest.approx((2.0, -32.0), rel=1e-6)
+
+
 @pytest.mark.parametrize("weight", [0, 3, -1])
 def test_weights_are_bounded(weight: int) -> None:
     with pytest.raises(SecureSumError, match="weight"):
