@@ -81,6 +81,7 @@ class TokenFile(Mapping[str, Token]):
 
     A token that no longer stands there has no access, whatever else is wrong with the file: who
     takes a stolen one out and mistypes another line, or takes all of them out, has revoked it.
+    While a line is wrong no device loses its name to others' tokens, for the line may be its own.
     """
 
     def __init__(self, path: Path) -> None:
@@ -114,7 +115,7 @@ class TokenFile(Mapping[str, Token]):
         except ConfigError as error:
             _log.warning("tokens left as they were", why=str(error))
             return
-        self._named = named(self._tokens)
+        self._named = named(self._tokens) | (self._named if wrong else frozenset())
         for why in wrong:
             _log.warning("this line of the tokens gives no access", why=why)
         if not self._tokens:

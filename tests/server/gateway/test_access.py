@@ -108,4 +108,18 @@ def test_a_file_without_a_token_revokes_all(text: str, tmp_path: Path) -> None:
     tokens = TokenFile(path)
     path.write_text(text)
     assert [who(tokens, f"Bearer {secret}") for secret in (A, B)] == [None, None]
+
+
+@pytest.mark.parametrize(("line", "named"), [("short p1\n", True), ("", False)])
+def test_a_mistyped_line_does_not_give_its_device_to_the_tokens_of_others(
+    line: str, named: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "tokens"
+    path.write_text(f"{A} p1\n{B}\n")
+    tokens = TokenFile(path)
+    path.write_text(line + f"{B}\n")
+    assert who(tokens, f"Bearer {B}")
+    assert tokens.names("p1") == named
+    path.write_text(f"{B}\n#\n")
+    assert who(tokens, f"Bearer {B}")
     assert not tokens.names("p1")
