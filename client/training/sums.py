@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from corolla.aggregation.sums import summable
 from corolla.client.training.worker import Received, Worker
-from corolla.errors import SecureSumError
+from corolla.errors import DivergedError, SecureSumError
 from corolla.sums import keeper, vectors
 from corolla.sums import task as task_of
 from corolla.sums.device import Device, Owner, refuse_plain
@@ -64,10 +64,11 @@ class SumWorker(Worker):
         if self._listing is None:
             refuse_plain(device.owner, "TRAIN")
             return blank
-        groups = received.groups if task.log is None else {}
-        run, model = received.settings.run, task.model_sha256
-        device.begin(self._listing, task_of.digest(run, model, task.base_version, groups))
-        reply = super()._train(client, task, received, blank)
+        device.begin(self._listing, self._digest(task, received))
+        try:
+            reply = super()._train(client, task, received, blank)
+        except DivergedError as error:  # its text has a loss, or a value of the update
+            raise DivergedError("what was trained is not finite: lower lr") from error
         return replace(blank, payload=device.mask(self._vector(device, task, reply)).pack())
 
     def _evaluate(self, client: str, received: Received, blank: Reply) -> Reply:
@@ -89,3 +90,13 @@ class SumWorker(Worker):
         update = Contribution(values, weight, reply.metrics.get("train_loss", 0.0))
         words = rounding(self.config.seed, task.round, index, quantiser.size)
         return quantise(quantiser, update, words)
+
+    def _digest(self, task: Task, received: Received) -> bytes:
+        """The hash of a task as it has come, of a log by the version that its rows lead to."""
+        settings, log = received.settings, task.log
+        common = task_of.Common(settings.run, task.round, settings.lora, settings.population)
+        sent = self.downlink.open(task, settings.like)
+        alike = {group: own for group, own in sent.items() if not (log and log.start)}
+        groups = {**alike, **self.memory.recall(task.cached)}
+        version = log.version if log else task.base_version
+        return task_of.digest(common, task.model_sha256, version, groups)

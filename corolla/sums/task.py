@@ -2,19 +2,33 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from corolla.sums import transcript
 from corolla.tensors import tree
-from corolla.types import Payload
+from corolla.types import LoraSpec, Payload
 
 
-def digest(
-    run: Mapping[str, object], model_sha256: str, base_version: str, groups: Payload
-) -> bytes:
-    """The hash of a task: settings of the run, model, version, and every group in full.
+@dataclass(frozen=True)
+class Common:
+    """The settings of a task that are the same for all members of a sum.
 
-    Of a strategy with a log there are no groups: its rows are in `base_version`.
+    Who trains in another round or with another scaling may have an update of zeros, which leaves
+    the sum to the others.
     """
-    config = json.dumps(run, sort_keys=True).encode()
+
+    run: Mapping[str, Any]
+    round: int
+    lora: LoraSpec
+    population: int
+
+
+def digest(common: Common, model_sha256: str, version: str, groups: Payload) -> bytes:
+    """The hash of a task: its settings, the model, a version, and every group in full.
+
+    Of a strategy with a log `version` is that of its last row, which stands for all of them.
+    """
+    config = json.dumps(asdict(common), sort_keys=True).encode()
     contents = [(group, bytes.fromhex(tree.digest(own))) for group, own in groups.items()]
-    return transcript.task(config, model_sha256.encode(), base_version.encode(), contents, b"")
+    return transcript.task(config, model_sha256.encode(), version.encode(), contents, b"")

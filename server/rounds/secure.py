@@ -3,6 +3,7 @@
 import torch
 
 from corolla.aggregation.sums import summable
+from corolla.directions import seedlog
 from corolla.errors import ConfigError, RoundError
 from corolla.models.sparse import carried
 from corolla.server.rounds import expectations
@@ -97,10 +98,13 @@ def _form(call: RoundCall) -> Payload:
 
 def _task(call: RoundCall) -> bytes:
     """The hash of what members train from, as they compute it from what they have received."""
-    federation = call.federation
-    own = carried.apart(call.state)[0]
-    sent = federation.strategy.broadcast(own)
-    fitted = sent.fitted(federation.config.lora) if sent.fitted else {}
-    groups = {**sent.cached, **sent.payload, **fitted} if sent.log is None else {}
+    federation, version = call.federation, tree.digest_all(call.state)
+    own, support = carried.apart(call.state)
+    sent, lora = federation.strategy.broadcast(own), federation.lora(next(iter(federation.clients)))
+    fitted = sent.fitted(lora) if sent.fitted else {}
+    groups = {**sent.cached, **sent.payload, **fitted, **support}
+    if sent.log is not None:
+        version = seedlog.versions(federation.origin, sent.log)[-1]
     run = run_settings(federation.config, federation.own_devices)
-    return task.digest(run, federation.model_sha256, tree.digest_all(call.state), groups)
+    common = task.Common(run, call.number, lora, federation.population)
+    return task.digest(common, federation.model_sha256, version, groups)

@@ -1,7 +1,8 @@
 """Rounds whose updates go to secure sums: exact, silent about members, and refused in time."""
 
+import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from corolla.client.training.worker import Worker
 from corolla.commands.check import secure_sums
 from corolla.commands.check.probe import Probe, Recorder
 from corolla.commands.check.tables import CLIENTS
@@ -18,7 +20,8 @@ from corolla.config import rules
 from corolla.config.build import build_strategy
 from corolla.config.load import load
 from corolla.config.sums import not_summed
-from corolla.errors import ConfigError, RoundError
+from corolla.directions import seedlog
+from corolla.errors import ConfigError, DivergedError, RoundError
 from corolla.privacy.client_level import ClientLevel
 from corolla.server.rounds.asking import Asking
 from corolla.server.rounds.call import RoundCall
@@ -34,7 +37,7 @@ from corolla.sums import ring, thresholds
 from corolla.sums.messages import Listing
 from corolla.sums.quantise import Quantiser, within
 from corolla.types import Params
-from corolla.wire.messages import Kind, pack_task, unpack_reply
+from corolla.wire.messages import Kind, Task, pack_task, unpack_reply, unpack_task
 from corolla.wire.packet import Packet
 
 ABLE = {
@@ -129,6 +132,19 @@ def test_nothing_of_a_member_is_told(members: Members) -> None:
     assert found.num_examples == {}
     assert found.client_loss == {}
     assert set(found.metrics) == {"train_loss", "sum_members", "sum_clipped", "sum_norm"}
+
+
+def test_what_diverged_is_not_told_in_numbers(
+    members: Members, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(*given: object) -> None:
+        raise DivergedError("loss is 1234.5 at local step 1: lower lr")
+
+    monkeypatch.setattr(Worker, "_train", train)
+    with pytest.raises(RoundError):
+        members.round()
+    errors = {unpack_reply(packet, 0).error for packet in members.recorder.sent.values()}
+    assert errors == {"what was trained is not finite: lower lr"}
 
 
 def test_lost_members_are_left_out_and_one_more_is_refused(members: Members) -> None:
@@ -261,6 +277,67 @@ def test_another_model_for_one_member_opens_nothing(members: Members) -> None:
     victim.begin = begin.__get__(victim)  # type: ignore[method-assign]
     with pytest.raises(RoundError, match=f"{EVERYONE[0]} dealt fit nothing"):
         members.round()
+
+
+@dataclass(frozen=True)
+class Lying(Network):
+    """A network whose tasks are changed on the way to all members but the first."""
+
+    network: Network
+    change: Callable[[Task], Task]
+
+    def clients(self) -> Mapping[str, int]:
+        return self.network.clients()
+
+    def ask(self, packets: Mapping[str, Packet]) -> Iterator[tuple[str, Packet | None]]:
+        changed = {name: pack_task(self.change(unpack_task(own))) for name, own in packets.items()}
+        yield from self.network.ask({**changed, EVERYONE[0]: packets[EVERYONE[0]]})
+
+
+def _told(task: Task, key: str, value: object) -> Task:
+    """A task with another of the settings beside those of the run."""
+    return replace(task, config=json.dumps({**json.loads(task.config), key: value}))
+
+
+def _flat(task: Task) -> Task:
+    """A task with a scaling at which gradients are next to nothing."""
+    return _told(task, "lora", {**json.loads(task.config)["lora"], "alpha": 1e-6})
+
+
+def _row(task: Task) -> Task:
+    """A task of a strategy with a log, which has one more row than it should."""
+    assert task.log is not None
+    row = seedlog.row(torch.ones(512, dtype=torch.float64), torch.float16)
+    version, rows = seedlog.after(task.log.version, row), (*task.log.rows, row)
+    return replace(task, log=replace(task.log, version=version, rows=rows, number=len(rows)))
+
+
+def _sums(task: Task) -> Task:
+    """A task whose sums, which are the model, are others."""
+    sums = {name: tensor + 1 for name, tensor in task.scalars["sums"].items()}
+    return replace(task, scalars={**task.scalars, "sums": sums})
+
+
+LIES: Mapping[str, tuple[str, Callable[[Task], Task]]] = {
+    "round": ("fedavg", lambda task: replace(task, round=2)),
+    "scaling": ("fedavg", _flat),
+    "population": ("fedavg", lambda task: _told(task, "population", 99)),
+    "row": ("seed_pool", _row),
+    "sums": ("fedkseed", _sums),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_other_settings_for_all_but_one_member_open_nothing(tmp_path: Path, lie: str) -> None:
+    """Else theirs could be updates of zeros, and the sum that of the one."""
+    strategy, change = LIES[lie]
+    probe = secure_sums.MemberProbe(strategy, "bert", tmp_path, {}, secure_sums.CHANGES)
+    network = SecureNetwork(Lying(probe.network, change), probe.worker, 2, 1)
+    cohort = dict.fromkeys(EVERYONE, 1)
+    with pytest.raises(RoundError, match="0 members have answered for the sum, 5 are needed"):
+        run_round(RoundCall(probe.federation, probe.fresh(), {}, 1, cohort=cohort), network)
+    assert network.found is None
+    assert len(probe.worker.seen) == len(EVERYONE), "all have trained"
 
 
 def test_noise_is_put_on_a_sum_of_updates_that_are_no_longer_than_the_clip(
