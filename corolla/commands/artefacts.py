@@ -156,8 +156,10 @@ def config_of(
 def result_of(source: Path) -> Path:
     """The adapter or model folder that is meant: of a run's folder, its result.
 
-    Raises ArtefactError for a run that has none yet.
+    Raises ArtefactError for a run that has none yet, and where there is nothing.
     """
+    if not source.exists():
+        raise ArtefactError(f"{source} is no adapter: there is no such folder")
     if not (source / "run.json").is_file():
         return source
     found = [source / name for name in ("adapter", "model") if (source / name).is_dir()]
