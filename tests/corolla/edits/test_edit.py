@@ -127,7 +127,7 @@ def test_a_mistake_is_a_line_and_leaves_nothing(
         (1, [turned], "scale:2", "belongs to a base that pissa_niter_4 has changed"),
         (1, [tiny_model], "scale:2", "is a whole model"),
         (1, [tmp_path / "none"], "scale:2", "is no adapter"),
-        (1, [other], "intruders", "no .safetensors files"),
+        (1, [other], "intruders", "no model on this machine"),
         (1, [adapters[0]], f"safe:{tmp_path},{tiny_model}", "it has no config.json"),
     ]
     before = sorted(tmp_path.iterdir())
