@@ -5,8 +5,9 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.markup import escape
 
-out = Console()
-err = Console(stderr=True)
+# Text of users and of errors is shown as it is: ":abc:" is no name of a picture.
+out = Console(emoji=False)
+err = Console(stderr=True, emoji=False)
 
 
 def say(line: str) -> None:
