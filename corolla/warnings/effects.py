@@ -90,8 +90,12 @@ _COUNTED = _unless(
     "leave it out, or use parameters=lora",
 )
 _MEASURED = _unless(
-    lambda reader: reader.config.dp == "none",
-    lambda reader: f"with dp={reader.config.dp} nothing is measured on clients' examples",
+    lambda reader: reader.config.dp == "none" and not reader.config.secure_sum,
+    lambda reader: (
+        "with "
+        + ("secure-sum=true" if reader.config.secure_sum else f"dp={reader.config.dp}")
+        + " nothing is measured on clients' examples"
+    ),
     _LEAVE,
 )
 _CLIENTS = _unless(

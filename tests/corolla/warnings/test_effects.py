@@ -88,6 +88,7 @@ def test_a_default_is_no_setting() -> None:
         ("local_epochs=1 local_steps=3", "local-steps=3 (local-epochs=1 decides how many"),
         ("dp=example epsilon=8 clip_norm=0.5", "clip-norm=0.5 (dp=example clips each example's"),
         ("dp=client epsilon=8 eval_clients=4", "eval-clients=4 (with dp=client nothing is"),
+        ("secure_sum=true smallest_sum=2 eval_clients=4", "eval-clients=4 (with secure-sum=true"),
         ("eval_clients=0 eval_client_examples=4", "eval-client-examples=4 (eval-clients=0"),
         ("strategy=feddpa eval_participants=true", "eval-participants=True (strategy feddpa alw"),
         ("parameters=ia3 rank=4", "rank=4 (it is for adapters, and parameters=ia3 has none)"),
