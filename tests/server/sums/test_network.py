@@ -252,7 +252,7 @@ def test_the_plan_knows_thresholds_and_bytes(members: Members) -> None:
     # The headers of replies are beside what is planned; they are not of the protocol of sums.
     headers = sum(len(packet.header) for packet in members.recorder.sent.values())
     assert 0 <= found.traffic.framing_up - 7 * planned.up < headers
-    assert "7 members, 2 may be lost" in planned.line()
+    assert "7 members, of which 2 may be lost" in planned.line()
     assert planned.to_json()["floor"] == planned.floor
     plain = members.probe.config.model_copy(update={"secure_sum": False})
     assert plan.of(replace(members.probe.federation, config=plain)) is None
