@@ -5,8 +5,8 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.markup import escape
 
-out = Console()
-err = Console(stderr=True)
+out = Console(emoji=False)  # rank:-1 is no thumb
+err = Console(stderr=True, emoji=False)
 
 
 def say(line: str) -> None:
