@@ -179,9 +179,10 @@ def test_an_adapter_that_is_broken_or_more_than_factors_is_refused_in_a_line(
     file = str(adapters[0] / "adapter_model.safetensors")
     held = dict(codec.read(file)[0])
     for name, value in tensors.items():
-        old = held.pop(name, None)
-        if value is not None:
-            held[name] = torch.full_like(old, value) if isinstance(value, float) else value
+        if value is None:
+            del held[name]
+        else:
+            held[name] = torch.full_like(held[name], value) if isinstance(value, float) else value
     codec.write(file, held, {"format": "pt"})
     done = run(adapters[0], "--steps", "scale:0.5", "--out", tmp_path / "new")
     assert done.exit_code == 1
