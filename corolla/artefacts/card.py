@@ -45,7 +45,7 @@ def write_brief_card(folder: Path, what: str, model: str) -> None:
     config, licence = json.loads((folder / CONFIG).read_text()), _licence(model)
     lines = [*_head(config, licence), what, "", _licence_line(licence), "", "## Load it", ""]
     lines += [
-        'With PEFT in this folder ("."), which its run has not done:',
+        'With PEFT in this folder ("."), which was not tried here:',
         "",
         *_with_peft(config),
     ]

@@ -74,6 +74,10 @@ def open_tensors(base: str) -> dict[str, StoredTensor]:
     Raises ArtefactError for a checkpoint that is quantised or not in safetensors files.
     """
     folder = folder_of(base)
+    if not folder.is_dir():
+        raise ArtefactError(
+            f"{base} is no folder and no model on this machine: check the name, or download it"
+        )
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         raise ArtefactError(

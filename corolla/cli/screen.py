@@ -5,7 +5,8 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.markup import escape
 
-out = Console(emoji=False)  # rank:-1 is no thumb
+# Text of users and of errors is shown as it is: ":abc:" is no name of a picture.
+out = Console(emoji=False)
 err = Console(stderr=True, emoji=False)
 
 

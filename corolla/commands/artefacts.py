@@ -36,13 +36,19 @@ def evaluate_adapter(
     """Held-out scores of the base model and of the fine-tuned one: {"base": …, "adapter": …}.
 
     `adapter` is a run's folder, a PEFT adapter, or a whole model, where a run trains weights of its
-    base. Model,
-    data and the examples are those of its run (run.json beside it) unless given. `tell` hears which
-    weights of the base model are random. Raises ConfigError for another seed than the run's, with
-    which examples that were trained on would be held out.
+    base. Model, data and the examples are those of its run (run.json beside it) unless given.
+    `tell` hears which weights of the base model are random, and that rows may be known where there
+    is no run.json. Raises ConfigError for another seed than the run's, with which examples that
+    were trained on would be held out.
     """
     adapter = result_of(adapter)
     config = config_of(adapter, model, dataset, settings)
+    if not run_info(adapter) and dataset is None:
+        tell(
+            f"{adapter} has no run.json beside it: scored on held-out rows of data={config.data} "
+            f"with seed={config.seed}, of which it may have been trained on some; name rows that "
+            f"it has not seen with --data FILE"
+        )
     data = federated.load(config)
     data = replace(data, labels=ordered(config, data.labels))
     chosen = federated.spread(data.heldout, config.eval_examples)
@@ -156,8 +162,10 @@ def config_of(
 def result_of(source: Path) -> Path:
     """The adapter or model folder that is meant: of a run's folder, its result.
 
-    Raises ArtefactError for a run that has none yet.
+    Raises ArtefactError for a run that has none yet, and where there is nothing.
     """
+    if not source.exists():
+        raise ArtefactError(f"{source} is no adapter: there is no such folder")
     if not (source / "run.json").is_file():
         return source
     found = [source / name for name in ("adapter", "model") if (source / name).is_dir()]

@@ -45,7 +45,16 @@ def _only_alone(key: str, why: str, instead: str) -> Rule[Asked]:
 
 def _shown(asked: Asked, key: str) -> str:
     found = getattr(asked.config, key)
-    return ",".join(map(str, found)) if isinstance(found, list) else str(found)
+    if isinstance(found, list):
+        return ",".join(map(str, found))
+    if isinstance(found, bool):
+        return str(found).lower()
+    return f"{found:g}" if isinstance(found, float) else str(found)
+
+
+def _assumed(asked: Asked) -> int:
+    """The clients that may be on the server's side, where the number of all is not known yet."""
+    return corrupt(asked.config, asked.config.clients or asked.cohort)
 
 
 SECURE: tuple[Rule[Asked], ...] = (
@@ -106,14 +115,16 @@ SECURE: tuple[Rule[Asked], ...] = (
     ),
     Rule(
         when=lambda asked: (
-            asked.config.secure_sum
-            and asked.cohort - corrupt(asked.config, asked.config.clients or asked.cohort)
-            < asked.config.smallest_sum
+            asked.config.secure_sum and asked.cohort - _assumed(asked) < asked.config.smallest_sum
         ),
         why=lambda asked: (
-            f"secure-sum=true with cohort {asked.cohort} has fewer than smallest-sum="
-            f"{asked.config.smallest_sum} honest updates beside those that may be corrupt"
+            f"secure-sum=true with cohort {asked.cohort}, of which {_assumed(asked)} may be on the "
+            f"server's side (sum-corrupt), has fewer than smallest-sum={asked.config.smallest_sum} "
+            f"honest updates"
         ),
-        instead="raise cohort, or lower smallest-sum or sum-corrupt",
+        instead=lambda asked: (
+            f"raise cohort to {asked.config.smallest_sum + _assumed(asked)} or more, or lower "
+            f"smallest-sum or sum-corrupt"
+        ),
     ),
 )

@@ -22,7 +22,10 @@ def sequences(
     `wanted_by` is the setting that reads them, for what is said of a mistake. Raises DataError for
     rows that belong to a client, or have no target left.
     """
-    rows, _ = read_rows(str(config.public))
+    try:
+        rows, _ = read_rows(str(config.public))
+    except DataError as error:
+        raise DataError(f"public rows for {wanted_by}: {error}") from error
     owned = next((row.client for row in rows if row.client is not None), None)
     if owned is not None:
         raise DataError(

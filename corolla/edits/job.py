@@ -33,6 +33,8 @@ class Job:
     """True where the adapters were asked for some blocks of their base alone."""
     cuts: list["Cuts"] = field(default_factory=list)
     """The steps that cut, in their order."""
+    changed: list[int] = field(default_factory=list)
+    """In how many modules each step has changed something."""
 
     @cached_property
     def weights(self) -> StoredModules:

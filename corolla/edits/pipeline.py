@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def shapes_of(adapters: Sequence[SavedLora]) -> dict[str, tuple[int, int]]:
 
 
 def edit(adapters: Sequence[SavedLora], steps: Sequence[Step], job: Job, labels: int) -> SavedLora:
-    """One adapter from several; what was cut is noted in the job.
+    """One adapter from several; what was cut and changed is noted in the job.
 
     A module that an adapter lacks counts as zero. What no step touches keeps its bits. Memory is
     that of the adapters, and of the matrices of one module where a step needs them. Raises
@@ -46,11 +47,14 @@ def edit(adapters: Sequence[SavedLora], steps: Sequence[Step], job: Job, labels:
     bound = [bind(step, job) for step in steps]
     head = _head(adapters, steps, labels)
     done: dict[str, Low] = {}
+    job.changed = [0] * len(bound)
     for module in sorted(job.shapes):
         updates: Sequence[Update] = [_update(saved, module, job) for saved in adapters]
-        for step, asked in zip(bound, steps, strict=True):
-            updates = step(module, updates)
-            _check(updates, module, asked)
+        for number, step in enumerate(bound):
+            before, updates = updates, step(module, updates)
+            _check(updates, module, steps[number])
+            same = len(before) == len(updates) and all(map(is_, before, updates))
+            job.changed[number] += not same
         (last,) = updates
         if isinstance(last, Full):
             raise ValueError(f"{module} has no factors after the last step")

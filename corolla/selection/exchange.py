@@ -13,6 +13,7 @@ from torch import Tensor
 
 from corolla.config.run import RunConfig
 from corolla.data import public
+from corolla.data.encoding import Encoded
 from corolla.models.sparse import carried, places
 from corolla.models.sparse_model import SparseModel
 from corolla.models.trainable import Trainable
@@ -33,6 +34,11 @@ def share(config: RunConfig, round: int) -> float:
     return FIRST * (1 - round / config.rounds)
 
 
+def public_rows(model: Trainable, config: RunConfig, labels: Sequence[str] = ()) -> list[Encoded]:
+    """The sequences whose gradients choose places. Raises DataError for rows of no use."""
+    return public.sequences(config, model.base.tokenizer, labels, "regrow")
+
+
 def exchanged(
     model: Trainable, config: RunConfig, state: Payload, round: int, labels: Sequence[str] = ()
 ) -> Payload:
@@ -48,7 +54,7 @@ def exchanged(
     trained = dict(own["adapter"])
     carried.hold(model, state)
     model.show(Adapter(trained), config.lora)
-    sequences = public.sequences(config, model.base.tokenizer, labels, "regrow")
+    sequences = public_rows(model, config, labels)
     now, found = model.places, {}
     for name, gradient in rows.gradient(model, config, sequences):
         delta = trained[f"{name}.delta"]

@@ -45,6 +45,16 @@ def most_missing(members: int, corrupt: int, smallest: int) -> int:
     )
 
 
+def told(members: int, corrupt: int, missing: int) -> str:
+    """What the thresholds mean, for people."""
+    side = "a member" if corrupt == 1 else f"{corrupt} members"
+    return (
+        f"{members} members, of which {missing} may be lost at each step; a server that keeps to "
+        f"the protocol opens sums of at least {members - missing} updates, one that lies and has "
+        f"{side} on its side sums of at least {floor(members, corrupt, missing)} honest ones"
+    )
+
+
 def check(members: int, corrupt: int, missing: int, smallest: int) -> None:
     """Raises SecureSumError where a sum could hold fewer than `smallest` honest updates."""
     if members > LARGEST:

@@ -205,7 +205,7 @@ def step(options: Options, measure: Callable[[str, Options], Measured] = in_chil
     section.ratio("steps of plain loop / ours", theirs, mine, at_least=SPEED)
     sizes = {n: statistics.median(run["bytes"] for run in own) for n, own in found.items()}
     large, small = sizes.values()
-    ratio = small / large
+    ratio = small / max(large, 1)  # of a tiny model nothing may be left above the base
     section.ratios.append(
         {
             "ratio": "memory above the base, ours / plain loop",

@@ -1,5 +1,6 @@
 """The state of a run before its first round."""
 
+from corolla.selection import exchange
 from corolla.selection.choose import places_of
 from corolla.server.rounds.federation import Federation
 from corolla.server.runs.checkpoint import Checkpoint
@@ -19,4 +20,6 @@ def checkpoint(federation: Federation, evaluator: Evaluator, fresh: Params) -> C
     if config.start != "random":
         state = starts.begin(model, fresh, config, labels).state(federation.strategy, config.seed)
     places = places_of(model, config, labels)
+    if config.regrow and exchange.due(config, config.regrow):
+        exchange.public_rows(model, config, labels)  # a mistake in them is found before any round
     return Checkpoint(federation.run_id, 0, {**state, **places}, {})

@@ -86,7 +86,8 @@ def test_plain_peft_loads_the_adapter_and_it_differs_from_the_base(run: Path) ->
         base = base_model(run).eval()(**ids).logits
         difference = float((tuned.eval()(**ids).logits - base).abs().max())
     assert difference > 1e-2
-    assert float(info(run)["reload_max_logit_difference"]) <= 1e-5  # type: ignore[arg-type]
+    # Factors are multiplied in another order by plain peft: a few roundings of logits of ten to 30.
+    assert float(info(run)["reload_max_logit_difference"]) <= 1e-4  # type: ignore[arg-type]
 
 
 def test_anyone_can_check_the_aggregation_with_peft_alone(run: Path) -> None:

@@ -21,6 +21,9 @@ from corolla.version import __version__
 RECORD = "edit.json"
 """The file beside an edited adapter that says what it was made of, and how."""
 
+_FINDING = ("safe", "intruders", "reset")
+"""Steps that change the modules alone in which they find something."""
+
 
 @dataclass(frozen=True)
 class Order:
@@ -41,6 +44,9 @@ class Edited:
     error: float
     """The largest ‖exact - cut‖_F / ‖exact‖_F of the steps that cut, over all modules; else 0."""
     steps: list[str]
+    changed: list[int]
+    """In how many modules each step has changed something."""
+    modules: int
 
     def to_json(self) -> dict[str, Any]:
         """For --json."""
@@ -50,7 +56,12 @@ class Edited:
     def line(self) -> str:
         """The sentence that is shown."""
         cut = f", {self.error:.2%} off in effective weights by what was cut" if self.error else ""
-        return f"{self.folder}: rank {self.rank}{cut}; {RECORD} says how it was made"
+        found = "".join(
+            f"; {step} changed {changed} of {self.modules} modules"
+            for step, changed in zip(self.steps, self.changed, strict=True)
+            if step.startswith(_FINDING)
+        )
+        return f"{self.folder}: rank {self.rank}{cut}{found}; {RECORD} says how it was made"
 
 
 def edit(order: Order) -> Edited:
@@ -82,6 +93,7 @@ def edit(order: Order) -> Edited:
         "adapters": [_told(folder, own) for folder, own in zip(folders, saved, strict=True)],
         "rank": made.spec.rank,
         "error": job.error,
+        "changed": job.changed,
         "cuts": [own.to_json() for own in job.cuts],
     }
     with making_folder(order.out) as scratch:
@@ -89,7 +101,7 @@ def edit(order: Order) -> Edited:
         (scratch / RECORD).write_text(json.dumps(record, indent=2) + "\n")
         what = f"Made by `corolla edit` of {len(saved)} adapters with: {' '.join(written)}."
         write_brief_card(scratch, what, base)
-    return Edited(str(order.out), made.spec.rank, job.error, written)
+    return Edited(str(order.out), made.spec.rank, job.error, written, job.changed, len(job.shapes))
 
 
 def _read(folder: Path) -> SavedLora:

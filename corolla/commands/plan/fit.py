@@ -329,11 +329,13 @@ def _too_little(
         need = min(least, key=lambda need: need.memory)
         if beyond := need.beyond(limits):
             what, most = beyond[0], getattr(limits, beyond[0])
+            # An update has the same bytes however long the sequences are.
+            shorter = "" if what == "bytes" else f"or lower max-length ({config.max_length}), "
             return (
                 f"--fit: nothing fits {name or 'clients'} with {what}={_amount(what, most)}: one "
-                f"block of rank 1 takes {_amount(what, getattr(need, what))}, raise it, or lower "
-                f"max-length ({config.max_length}), or use forward passes, which need less: "
-                f"strategy seed_pool, or mixed for some classes alone"
+                f"block of rank 1 takes {_amount(what, getattr(need, what))}, raise it, "
+                f"{shorter}or use forward passes, which need less: strategy seed_pool, or mixed "
+                f"for some classes alone"
             )
     return "--fit: no rank fits all classes: use a strategy whose clients have ranks of their own"
 

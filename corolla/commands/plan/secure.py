@@ -29,6 +29,7 @@ class SecureCost:
     """
 
     members: int
+    corrupt: int
     missing: int
     floor: int
     up: int
@@ -43,11 +44,10 @@ class SecureCost:
     def line(self) -> str:
         """A sentence for people."""
         return (
-            f"{self.members} members, {self.missing} may be lost at each step, {self.floor} honest "
-            f"updates at least in what a lying server learns; {human_bytes(self.up)} more sent and "
-            f"{human_bytes(self.down)} received by a client a round, about "
-            f"{self.client_seconds:.2g} s of its processor and {self.server_seconds:.2g} s of the "
-            f"server's"
+            f"{thresholds.told(self.members, self.corrupt, self.missing)}; "
+            f"{human_bytes(self.up)} more sent and {human_bytes(self.down)} more received by a "
+            f"client a round; masks take about {self.client_seconds:.2g} s of its processor and "
+            f"{self.server_seconds:.2g} s of the server's"
         )
 
 
@@ -70,6 +70,7 @@ def of(federation: Federation) -> SecureCost | None:
     each = seconds_of_masks(values)
     return SecureCost(
         members,
+        corrupt,
         missing,
         thresholds.floor(members, corrupt, missing),
         up,

@@ -119,7 +119,8 @@ def far(distance: Distance) -> str:
         return ""
     if not distance.moved:
         return "the weights under the adapter are the same in both bases"
-    turned = "" if distance.cosine is None else f", with a mean cosine of {distance.cosine:.2f}"
+    cosine = distance.cosine
+    turned = "" if cosine is None else f", at a mean cosine of {cosine:.2f} to what it adds"
     return (
         f"from the old base to the new one the weights under the adapter have moved "
         f"{distance.ratio:.3g} times as far as the adapter moves them{turned}"
@@ -243,4 +244,11 @@ def _write(folder: Path, order: Order, found: Ported) -> None:
         (scratch / CONFIG).write_text(json.dumps(told, indent=2) + "\n")
         copy_tokenizer(folder, scratch)
         (scratch / RECORD).write_text(json.dumps(record, indent=2) + "\n")
-        write_brief_card(scratch, "Ported by `corolla port` from another base.", base)
+        write_brief_card(scratch, _origin(record["from"], found), base)
+
+
+def _origin(old: str, found: Ported) -> str:
+    """The sentences of the card on where a ported adapter is from, and what was measured."""
+    scores = found.scores.get("new")
+    measured = _losses("on held-out rows of this base", scores) if scores else "not measured"
+    return f"Ported by `corolla port`, untrained, from its base {old}: {measured}."

@@ -19,11 +19,14 @@ from rich.table import Table
 
 from corolla.artefacts.sizes import sentence
 from corolla.commands.warned import say_warning
+from corolla.config import sums
+from corolla.config.run import RunConfig
 from corolla.data import census
 from corolla.evaluation.scoring import SHARES
 from corolla.host.text import human_bytes
 from corolla.models.experts.reach import Reach
 from corolla.server.runs.summary import Summary
+from corolla.sums import thresholds
 from corolla.warnings.outcome import VERDICTS
 
 
@@ -91,6 +94,8 @@ class Bars:
             self.console.print(f"data  {escape('; '.join(told))}", soft_wrap=True, highlight=False)
         if found := facts.get("privacy"):
             self.console.print(f"privacy  {escape(_noise(found))}", soft_wrap=True, highlight=False)
+        if config.get("secure_sum"):
+            self.console.print(f"secure sums  {_sums(facts)}", soft_wrap=True, highlight=False)
         for warning in facts["warnings"]:
             self.warned(warning["text"])
         if first_round > 1:
@@ -153,6 +158,14 @@ def _noise(found: Mapping[str, Any]) -> str:
         f"of each {found['unit']}: {wanted}delta {found['delta']:g}, clip {found['clip']:g}, "
         f"{noise}; not told: {found['withheld']}"
     )
+
+
+def _sums(facts: Mapping[str, Any]) -> str:
+    """The members of a secure sum, and what the server learns at least."""
+    config: RunConfig = RunConfig.model_construct(**facts["config"])
+    members, corrupt = facts["cohort"], sums.corrupt(config, facts["num_clients"])
+    missing = thresholds.most_missing(members, corrupt, config.smallest_sum)
+    return thresholds.told(members, corrupt, missing)
 
 
 def _zeros(line: Mapping[str, Any]) -> str:

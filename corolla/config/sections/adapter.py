@@ -274,7 +274,7 @@ DORA: tuple[Rule[Adapter], ...] = (
     Rule(
         when=lambda run: run.dora and not run.kind.factors,
         why=lambda run: "dora has magnitudes beside LoRA factors",
-        instead=lambda run: f"parameters={run.parameters} has none",
+        instead=lambda run: f"parameters={run.parameters} has none, leave one of the two out",
     ),
     Rule(
         when=lambda run: run.dora and not run.begins.still,

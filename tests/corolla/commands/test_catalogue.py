@@ -158,7 +158,7 @@ def test_what_shows_single_updates_allows_no_secure_sum() -> None:
     for name in ("fedavg", "ffa_lora", "rolora", "fedsvd", "fed_sb", "fedkseed"):
         assert can[name] == (True, True)
     for name in ("scaffold", "mixed", "fedkseed_pro", "fedsa_lora", "feddpa"):
-        assert can[name] == (True, False), "a sum, but not one that noise may be put on"
+        assert can[name] == (False, False), "more than a sum is looked at, or kept"
 
 
 def test_strategies_that_send_only_scalars_say_so() -> None:

@@ -12,6 +12,7 @@ from peft import PeftModel
 from typer.testing import CliRunner
 
 from corolla.cli.app import app
+from corolla.commands.edit import edit
 from corolla.config.run import RunConfig
 from corolla.edits.grammar import FORMS
 from corolla.models import pretrained
@@ -91,6 +92,25 @@ def test_what_was_cut_is_told(adapters: list[Path], tmp_path: Path) -> None:
     assert 0 < record["error"] == cut["error"] < max(cut["error_of_modules"].values())
 
 
+def test_a_step_that_finds_nothing_says_so(
+    adapters: list[Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    """Two models that are the same have no directions to keep to: no module is changed."""
+    out, steps = tmp_path / "same", f"scale:2 safe:{tiny_model},{tiny_model} rank:2"
+    done = run(adapters[0], "--steps", steps, "--out", out, "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["changed"][:2] == [found["modules"], 0]
+    assert json.loads((out / "edit.json").read_text())["changed"] == found["changed"]
+    told = edit.Edited("out", 2, 0.0, ["scale:2", "safe:a,b"], [4, 0], 4).line
+    assert "safe:a,b changed 0 of 4 modules" in told and "scale" not in told
+
+
+def test_text_of_a_user_is_shown_as_it_is(adapters: list[Path], tmp_path: Path) -> None:
+    done = run(adapters[0], "--steps", "lines:abc:", "--out", tmp_path / "out")
+    assert done.exit_code == 2 and "lines:abc:" in done.output
+
+
 def test_a_mistake_is_a_line_and_leaves_nothing(
     adapters: list[Path], tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -114,7 +134,7 @@ def test_a_mistake_is_a_line_and_leaves_nothing(
         (1, [turned], "scale:2", "belongs to a base that pissa_niter_4 has changed"),
         (1, [tiny_model], "scale:2", "is a whole model"),
         (1, [tmp_path / "none"], "scale:2", "is no adapter"),
-        (1, [other], "intruders", "no .safetensors files"),
+        (1, [other], "intruders", "no model on this machine"),
         (1, [adapters[0]], f"safe:{tmp_path},{tiny_model}", "it has no config.json"),
     ]
     before = sorted(tmp_path.iterdir())

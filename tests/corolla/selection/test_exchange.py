@@ -13,7 +13,7 @@ from corolla.config.build import build_strategy
 from corolla.config.run import RunConfig
 from corolla.data.encoding import Encoder
 from corolla.data.rows import Example
-from corolla.errors import ConfigError, StoppedError
+from corolla.errors import ConfigError, DataError, StoppedError
 from corolla.models.sparse import carried, places
 from corolla.selection import exchange
 from corolla.server.runs.observer import Silent
@@ -165,3 +165,12 @@ def test_a_run_that_is_resumed_ends_in_the_places_of_an_undisturbed_one(
     assert told[0]["support_sha256"] == told[1]["support_sha256"]
     once = simulate(settings(**{**changes, "regrow": None, "public": None}), tmp_path / "once")
     assert once.adapter_hash != whole.adapter_hash
+
+
+def test_rows_that_cannot_be_read_are_refused_before_any_round(
+    settings: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    config = settings(parameters="sparse", regrow=1, public=str(tmp_path / "none.jsonl"))
+    with pytest.raises(DataError, match=r"public rows for regrow: .*none"):
+        simulate(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -91,7 +91,7 @@ def test_rows_take_the_place_of_those_of_the_tables(tied: bool, tmp_path: Path) 
     assert {name for name in params if ".lora_" not in name} == wanted
     model.write(params, SPEC)
     found = tiny.logits(model.model)
-    assert torch.equal(found, tiny.logits(by_peft(tied, params)))
+    torch.testing.assert_close(found, tiny.logits(by_peft(tied, params)), rtol=0, atol=1e-5)
     # By hand: the same factors on a model in which the rows are put.
     other = plain(tied)
     with torch.no_grad():
@@ -100,12 +100,12 @@ def test_rows_take_the_place_of_those_of_the_tables(tied: bool, tmp_path: Path) 
             module.weight[TOKENS] = params[name]
     without = LoraModel(replace(tiny.base("llama"), model=other))
     without.write({n: t for n, t in params.items() if n not in wanted}, SPEC)
-    torch.testing.assert_close(tiny.logits(without.model), found, rtol=0, atol=1e-6)
+    torch.testing.assert_close(tiny.logits(without.model), found, rtol=0, atol=1e-5)
     assert float((found - untouched).abs().max()) > 0.1
     model.save(tmp_path / "adapter", Adapter(params), SPEC)
     assert model.distance_to(tmp_path / "adapter", SPEC) < 1e-7
     loaded = adapter_files.load_adapter(plain(tied), tmp_path / "adapter")
-    torch.testing.assert_close(tiny.logits(loaded), found, rtol=0, atol=1e-6)
+    torch.testing.assert_close(tiny.logits(loaded), found, rtol=0, atol=1e-5)
     merged = adapter_files.merge(loaded)
     torch.testing.assert_close(tiny.logits(merged), found, rtol=0, atol=1e-5)
     detached = model.detach()
