@@ -1,11 +1,14 @@
 """LoRA adapters as they are saved: read strictly, cut to a rank, written again."""
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from corolla.errors import ArtefactError, WireError
 from corolla.host.files import making_folder
@@ -20,6 +23,11 @@ _PLAIN = {
     "rank_pattern": {},
     "alpha_pattern": {},
     "bias": "none",
+    "lora_bias": False,
+    "alora_invocation_tokens": None,
+    "use_qalora": False,
+    "use_bdlora": None,
+    "arrow_config": None,
     "layer_replication": None,
     "trainable_token_indices": None,
     "target_parameters": None,
@@ -54,6 +62,10 @@ def read_lora(folder: Path) -> SavedLora:
         config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
         tensors, _ = codec.read(str(folder / TENSORS))
         why = other(config)
+        if not why:
+            spec = LoraSpec(
+                int(config["r"]), float(config["lora_alpha"]), bool(config.get("use_rslora", False))
+            )
     except (OSError, ValueError, KeyError, TypeError, WireError) as error:
         raise ArtefactError(f"{folder} is no adapter: {error}") from error
     if why:
@@ -66,19 +78,37 @@ def read_lora(folder: Path) -> SavedLora:
         if factors.is_a(short) or factors.is_b(short)
     }
     heads = {name: named[name] for short, name in plain.items() if short not in update}
-    spec = LoraSpec(
-        int(config["r"]), float(config["lora_alpha"]), bool(config.get("use_rslora", False))
-    )
+    if odd := _odd(update, heads, spec):
+        raise ArtefactError(f"{folder} is no adapter of LoRA: {odd}")
     return SavedLora(update, spec, heads, config)
+
+
+def _odd(update: Params, heads: Params, spec: LoraSpec) -> str:
+    """What is wrong with the tensors of an adapter; "" for factors of its rank, in pairs."""
+    if spec.rank < 1 or not math.isfinite(spec.alpha):
+        return f"its configuration has r={spec.rank} and lora_alpha={spec.alpha:g}"
+    for name, tensor in update.items():
+        other_one = name[: -len(factors.A)] + (factors.B if factors.is_a(name) else factors.A)
+        if other_one not in update:
+            return f"it has {name} and no {other_one}"
+        rank = tensor.shape[-1 if factors.is_b(name) else 0] if tensor.dim() == 2 else None
+        if rank != spec.rank:
+            return f"{name} is of shape {tuple(tensor.shape)}, its configuration has r={spec.rank}"
+    more = [name for name in heads if ".lora_" in name]
+    return f"{more[0]} is no factor of a linear layer" if more else ""
 
 
 def read_addition(folder: Path) -> SavedLora:
     """Read a LoRA adapter that is added to its base as it is.
 
-    Raises ArtefactError as `read_lora` does, and where the start of the adapter has changed its
-    base: what its factors then say is no difference to the base that others have.
+    Raises ArtefactError as `read_lora` does, for values that are not finite, and where the start of
+    the adapter has changed its base: what its factors then say is no difference to the base that
+    others have.
     """
     saved = read_lora(folder)
+    for name, tensor in {**saved.update, **saved.heads}.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ArtefactError(f"{folder} has values in {name} that are not finite")
     begun = str(saved.config.get("init_lora_weights", True))
     if begun.startswith(_OF_ANOTHER_BASE):
         raise ArtefactError(

@@ -147,7 +147,7 @@ def config_of(
     run = run_info(adapter)
     if is_model(adapter) and not run and model is None:
         raise ConfigError(f"{adapter} has no run.json beside it: name its base model with --model")
-    known = {} if is_model(adapter) else {"model": adapter_files.base_of(adapter)}
+    known = {} if is_model(adapter) else {"model": model or adapter_files.base_of(adapter)}
     stored = validate(run["config"] if run else known)
     config = amended(stored, {"model": model, "data": dataset}, settings)
     if run and config.data == stored.data and config.seed != stored.seed:
@@ -200,5 +200,7 @@ def labels_of(adapter: Path) -> Sequence[str]:
     if labels := run_info(adapter).get("labels"):
         return [str(label) for label in labels]
     head = adapter_files.head_of(adapter)
+    if not head:
+        raise ArtefactError(f"{adapter} is one of a classifier, and has no head")
     # Other layers of a head, and a pooler, are as wide as the model.
     return [f"LABEL_{i}" for i in range(min(len(tensor) for tensor in head.values()))]

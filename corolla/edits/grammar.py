@@ -41,7 +41,8 @@ class Argument:
             value = self.kind(text)
         except ValueError:
             value = math.nan
-        if not (self.above < value and self.least <= value <= self.most):
+        within = self.above < value and self.least <= value <= self.most
+        if not (within and abs(value) < math.inf):
             raise ValueError(f"{self.name} is {self._expected()}, found {text!r}")
         return value
 

@@ -52,6 +52,7 @@ def edit(adapters: Sequence[SavedLora], steps: Sequence[Step], job: Job, labels:
         updates: Sequence[Update] = [_update(saved, module, job) for saved in adapters]
         for number, step in enumerate(bound):
             before, updates = updates, step(module, updates)
+            _check(updates, module, steps[number])
             same = len(before) == len(updates) and all(map(is_, before, updates))
             job.changed[number] += not same
         (last,) = updates
@@ -60,6 +61,17 @@ def edit(adapters: Sequence[SavedLora], steps: Sequence[Step], job: Job, labels:
         done[module] = last
     update, spec = _adapter(done, adapters[0].spec)
     return replace(adapters[0], update=update, spec=spec, heads=head)
+
+
+def _check(updates: Sequence[Update], module: str, step: Step) -> None:
+    """Raises ArtefactError where a step has made values that fp32 cannot hold."""
+    for own in updates:
+        parts = (own.matrix,) if isinstance(own, Full) else (own.left, own.right)
+        if not all(bool(torch.isfinite(part.float()).all()) for part in parts):
+            raise ArtefactError(
+                f"{step.name} makes values of {module} that are too large for fp32: give it a "
+                f"smaller number"
+            )
 
 
 def _update(saved: SavedLora, module: str, job: Job) -> Low:

@@ -66,7 +66,13 @@ def exchanged(
 
 
 def _moved(at: Tensor, delta: Tensor, gradient: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """(places, values) with `number` exchanged; of equal ones the first go, and the first come."""
+    """(places, values) with `number` exchanged, or as many as there are other places.
+
+    Of equal ones the first go, and the first come.
+    """
+    number = min(number, gradient.numel() - len(at))
+    if not number:
+        return at, delta
     order = torch.argsort(delta.abs(), stable=True)
     stay = order[number:]
     scores = gradient.flatten().float()

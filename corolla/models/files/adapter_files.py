@@ -139,9 +139,13 @@ def base_of(folder: Path) -> str:
     """
     try:
         config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
-        name = str(config["base_model_name_or_path"])
-    except (OSError, ValueError, KeyError) as error:
-        raise ArtefactError(f"{folder} is no adapter: it has no adapter_config.json") from error
+        name = config["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtefactError(
+            f"{folder} is no adapter: it has no adapter_config.json with base_model_name_or_path"
+        ) from error
+    if not isinstance(name, str) or not name:
+        raise ArtefactError(f"{folder} names no base model: name it with --model")
     beside = folder.resolve() / name
     return os.path.normpath(beside) if beside.exists() else name
 

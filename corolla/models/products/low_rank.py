@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 Block = tuple[Tensor, Tensor] | None
@@ -29,9 +30,9 @@ _WORTH = 1 << 14
 class LowRank:
     """The forward pass of one of peft's LoRA layers, with a frozen block beside it.
 
-    peft's own pass stands in where adapters are switched off or merged, under autocast, where torch
-    compiles or exports, and where hooks on the factors are to see what goes through them, as those
-    that tell the gradients of examples apart.
+    peft's own pass stands in where adapters are switched off or merged, or another one is active,
+    under autocast, where torch compiles or exports, and where hooks on the factors are to see what
+    goes through them, as those that tell the gradients of examples apart.
     """
 
     def __init__(self, layer: Any, name: str, block: Callable[[], Block]) -> None:
@@ -44,15 +45,13 @@ class LowRank:
         if args or kwargs or not self._free:
             return self.beside(x, self._peft(x, *args, **kwargs))
         a, b, scaling = self._a.weight, self._b.weight, self._layer.scaling[self._name]
-        rows = x.reshape(-1, x.shape[-1])
+        rows, block = x.reshape(-1, x.shape[-1]), self._block()
         result = _result(self._layer.base_layer, rows)
         if self._dropout.training and type(self._dropout) is not nn.Identity:
+            if block is not None:  # it is no part of the adapter: nothing of it is dropped
+                result, block = _added(result, rows, *block, 1.0, None), None
             rows = self._dropout(rows.to(a.dtype))
-        block = self._block()
-        if torch.is_grad_enabled() and rows.numel() >= _WORTH:
-            result = _Update.apply(result, rows, a, b, scaling, block)  # type: ignore[no-untyped-call]
-        else:
-            _add(result, rows, *_stacked(a, b, scaling, block))
+        result = _added(result, rows, a, b, scaling, block)
         return result.view(*x.shape[:-1], result.shape[-1])
 
     @property
@@ -63,6 +62,8 @@ class LowRank:
             a._forward_hooks or a._forward_pre_hooks or b._forward_hooks or b._forward_pre_hooks
         )
         if hooked or layer._disable_adapters or layer.merged_adapters:
+            return False
+        if layer.active_adapters != [self._name]:
             return False
         if torch.compiler.is_compiling():  # which fuses on its own, and exports peft's operators
             return False
@@ -104,13 +105,24 @@ def _after(own: LowRank, layer: nn.Module, inputs: tuple[Tensor, ...], output: T
 
 def _result(base: Any, rows: Tensor) -> Tensor:
     """The base's result (n, out) of rows (n, in), in memory that nobody else reads."""
-    if not (base._forward_hooks or base._forward_pre_hooks):
+    if not (base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base)):
         if type(base) is nn.Linear:
             return F.linear(rows, base.weight, base.bias)
         if type(base) is Conv1D:
             return torch.addmm(base.bias, rows, base.weight)
     found: Tensor = base(rows)
     return found.clone()
+
+
+def _added(
+    result: Tensor, rows: Tensor, a: Tensor, b: Tensor, scaling: float, block: Block
+) -> Tensor:
+    """`result` (n, out) with s · rows Aᵀ Bᵀ and the product of a block, in the same memory."""
+    if torch.is_grad_enabled() and rows.numel() >= _WORTH:
+        found: Tensor = _Update.apply(result, rows, a, b, scaling, block)  # type: ignore[no-untyped-call]
+        return found
+    _add(result, rows, *_stacked(a, b, scaling, block))
+    return result
 
 
 def _stacked(a: Tensor, b: Tensor, scaling: float, block: Block) -> tuple[Tensor, Tensor, float]:
@@ -152,6 +164,7 @@ class _Update(torch.autograd.Function):
         return result
 
     @staticmethod
+    @once_differentiable  # `inner` is saved without what it depends on
     def backward(ctx: Any, *gradients: Any) -> Any:
         """Gradients of result, rows, A and B; of what is not asked for None."""
         (gradient,) = gradients

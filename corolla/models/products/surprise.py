@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 _VALUES = 1 << 25
 """Logits that exist at a time: 128 MB. With fewer rows the weight is read too often."""
@@ -67,6 +68,7 @@ class _Sum(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> Any:
         """Scales what `forward` has computed."""
         back = ctx.back

@@ -19,6 +19,7 @@ from corolla.models import pretrained
 from corolla.models.files import adapter_files
 from corolla.models.lora import LoraModel
 from corolla.types import Adapter, LoraSpec
+from corolla.wire import codec
 from tests.strategies import tiny
 
 Settings = Callable[..., RunConfig]
@@ -38,6 +39,12 @@ def adapters(settings: Settings, tmp_path: Path) -> list[Path]:
 
 def run(*arguments: str | Path) -> Any:
     return CliRunner().invoke(app, ["edit", *map(str, arguments)])
+
+
+def one_line(done: Any) -> str:
+    """The refusal of a command."""
+    (found,) = done.stderr.splitlines()
+    return str(found)
 
 
 def logits(model: Path, adapters: Sequence[tuple[Path, float]]) -> torch.Tensor:
@@ -161,3 +168,62 @@ def test_only_heads_of_the_same_labels_are_combined(adapters: list[Path], tmp_pa
 def test_help_explains_every_step() -> None:
     shown = " ".join(run("--help").stdout.split())
     assert [form.written for form in FORMS.values() if form.written not in shown] == []
+
+
+A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "said"),
+    [
+        ({"r": 0}, {}, "has r=0"),
+        ({"r": "x"}, {}, "is no adapter"),
+        ({"r": None}, {}, "is no adapter"),
+        ({"lora_alpha": float("inf")}, {}, "lora_alpha=inf"),
+        ({"r": 5}, {}, "its configuration has r=5"),
+        ({"lora_bias": True}, {}, "has lora_bias=True"),
+        ({"alora_invocation_tokens": [1]}, {}, "alora_invocation_tokens"),
+        ({"task_type": "SEQ_CLS"}, {}, "has no head"),
+        ({"base_model_name_or_path": None}, {}, "--model"),
+        ({}, {A: None}, "has model.layers.0.self_attn.q_proj.lora_B and no"),
+        ({}, {A: torch.ones(3)}, "is of shape (3,)"),
+        ({}, {A: float("nan")}, "not finite"),
+        ({}, {"base_model.model.m.lora_embedding_A": torch.ones(2, 2)}, "lora_embedding_A"),
+    ],
+)
+def test_an_adapter_that_is_broken_or_more_than_factors_is_refused_in_a_line(
+    adapters: list[Path], tmp_path: Path, config: dict[str, Any], tensors: dict[str, Any], said: str
+) -> None:
+    path = adapters[0] / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    file = str(adapters[0] / "adapter_model.safetensors")
+    held = dict(codec.read(file)[0])
+    for name, value in tensors.items():
+        if value is None:
+            del held[name]
+        else:
+            held[name] = torch.full_like(held[name], value) if isinstance(value, float) else value
+    codec.write(file, held, {"format": "pt"})
+    done = run(adapters[0], "--steps", "scale:0.5", "--out", tmp_path / "new")
+    assert done.exit_code == 1
+    assert said in one_line(done)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "steps", ["scale:inf", "weights:inf", "lines:0.5,inf", "ties:1,inf rank:2"]
+)
+def test_infinite_numbers_are_refused(adapters: list[Path], tmp_path: Path, steps: str) -> None:
+    done = run(adapters[0], "--steps", steps, "--out", tmp_path / "new")
+    assert done.exit_code == 2
+    assert "found 'inf'" in one_line(done)
+
+
+@pytest.mark.parametrize("steps", ["scale:1e39", "scale:1e308 rank:1", "weights:1e200 ties rank:1"])
+def test_what_fp32_cannot_hold_is_not_written(
+    adapters: list[Path], tmp_path: Path, steps: str
+) -> None:
+    done = run(adapters[0], "--steps", steps, "--out", tmp_path / "new")
+    assert done.exit_code == 1
+    assert "too large for fp32" in one_line(done)
+    assert not (tmp_path / "new").exists()

@@ -30,6 +30,20 @@ def test_it_is_due_after_some_rounds_and_not_after_the_last_one() -> None:
     assert exchange.share(config, 3) == pytest.approx(0.1)
 
 
+def test_no_more_places_are_exchanged_than_there_are_others() -> None:
+    at, delta = torch.tensor([0, 1, 2, 3, 4, 6, 7]), torch.arange(7) + 1.0
+    found, values = exchange._moved(at, delta, torch.ones(8), 3)
+    assert found.tolist() == [1, 2, 3, 4, 5, 6, 7]
+    assert values.tolist() == [2, 3, 4, 5, 0, 6, 7]
+    whole, kept = exchange._moved(torch.arange(8), torch.ones(8), torch.ones(8), 3)
+    assert (whole.tolist(), kept.tolist()) == ([*range(8)], [1.0] * 8)
+
+
+def test_a_share_of_less_than_one_place_leaves_them() -> None:
+    at, delta = torch.tensor([0, 5]), torch.tensor([1.0, 2.0])
+    assert exchange._moved(at, delta, torch.ones(8), 0) == (at, delta)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_the_least_moved_go_and_the_largest_gradients_of_a_dense_model_come(
     kind: str, tmp_path: Path

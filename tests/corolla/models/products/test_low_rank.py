@@ -116,6 +116,41 @@ def test_masks_of_dropout_are_those_of_peft(x: Tensor) -> None:
     assert not torch.allclose(gradients(layer, x)["y"], gradients(layer.eval(), x)["y"])
 
 
+def test_nothing_of_a_block_is_dropped(x: Tensor) -> None:
+    layer, plain = layers(nn.Linear(INTO, OUT), rank=4, lora_dropout=0.5)
+    block = (random(3, INTO, seed=6), random(OUT, 3, seed=7))
+    low_rank.install({"m": layer}, NAME, lambda _: block)
+    near(gradients(layer.train(), x), gradients(plain.train(), x, block))
+
+
+def test_gradients_of_gradients_are_refused_rather_than_wrong() -> None:
+    layer, _ = layers(nn.Linear(INTO, OUT), rank=4)
+    low_rank.install({"m": layer}, NAME, lambda _: None)
+    (found,) = torch.autograd.grad(
+        layer(random(900, INTO)).square().sum(), layer.lora_B[NAME].weight, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        torch.autograd.backward(found.square().sum())
+
+
+def test_another_adapter_that_is_active_is_the_one_that_counts(x: Tensor) -> None:
+    layer, _ = layers(nn.Linear(INTO, OUT), rank=4)
+    low_rank.install({"m": layer}, NAME, lambda _: None)
+    layer.update_layer("two", 2, lora_alpha=4, config=LoraConfig(r=2, init_lora_weights=False))
+    layer.set_adapter("two")
+    a, b = layer.lora_A["two"].weight, layer.lora_B["two"].weight
+    wanted = layer.base_layer(x) + 2.0 * x @ (b @ a).T
+    assert torch.allclose(layer(x), wanted, atol=1e-4)
+
+
+def test_a_forward_pass_that_was_put_in_the_place_of_the_bases_is_called(x: Tensor) -> None:
+    layer, plain = layers(nn.Linear(INTO, OUT), rank=4)
+    for own in (layer, plain):
+        own.base_layer.forward = lambda rows, base=own.base_layer: -nn.Linear.forward(base, rows)
+    low_rank.install({"m": layer}, NAME, lambda _: None)
+    near(gradients(layer, x), gradients(plain, x))
+
+
 def test_a_base_in_half_precision_is_rounded_once(x: Tensor) -> None:
     layer, plain = layers(nn.Linear(INTO, OUT).bfloat16(), rank=4)
     low_rank.install({"m": layer}, NAME, lambda _: None)
