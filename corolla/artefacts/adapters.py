@@ -84,7 +84,7 @@ def read_lora(folder: Path) -> SavedLora:
 
 
 def _odd(update: Params, heads: Params, spec: LoraSpec) -> str:
-    """What is wrong with the tensors of an adapter; "" for factors of its rank, in pairs."""
+    """The fault of the tensors of an adapter; "" for factors of its rank, in pairs."""
     if spec.rank < 1 or not math.isfinite(spec.alpha):
         return f"its configuration has r={spec.rank} and lora_alpha={spec.alpha:g}"
     for name, tensor in update.items():

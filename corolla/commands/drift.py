@@ -20,7 +20,7 @@ DEMONSTRATION = (
 def evaluate_drift(
     adapter: Path, model: str | None, asked: Sequence[str], settings: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """What run.json says of the same: {"drift": domain → numbers, "warnings": […], "note": …}.
+    """The entry of run.json: {"drift": domain → numbers, "warnings": […], "note": …}.
 
     `asked` are files, NAME=FILE, or domains that ship with Corolla. Raises ConfigError for a
     classifier, DataError for rows that cannot be measured.

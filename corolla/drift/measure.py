@@ -1,4 +1,4 @@
-"""What a domain says of a base model and the tuned one: loss, margin, divergence, contribution."""
+"""Numbers of a base and its tuned model on a domain: loss, margin, divergence, contribution."""
 
 import math
 import statistics

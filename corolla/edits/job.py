@@ -1,4 +1,4 @@
-"""What the steps of an edit share: the modules, the base, and what was cut."""
+"""The job that all steps of an edit share: the modules, the base, and what was cut."""
 
 import math
 from collections.abc import Mapping

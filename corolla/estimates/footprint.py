@@ -292,7 +292,7 @@ def _tables(anatomy: Anatomy, config: RunConfig, trainer: TrainerName) -> float:
 
 
 def _turned(anatomy: Anatomy, config: RunConfig) -> float:
-    """What peft makes of a module's weight to know the lengths of its rows, for a moment.
+    """Bytes that peft makes of a module's weight to know the lengths of its rows, for a moment.
 
     B A, s B A and W + s B A (out, in) in fp32, and the identity (in, in) that A is multiplied with.
     """

@@ -281,7 +281,7 @@ class _Reader:
 
 
 def _whole(data: bytes, name: str, read: Callable[[_Reader], T]) -> T:
-    """What `read` reads of all the bytes; the message's name goes before what is wrong with it."""
+    """The value `read` from all the bytes; the message's name goes before what is wrong with it."""
     source = _Reader(data)
     try:
         message = read(source)

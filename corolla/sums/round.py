@@ -1,4 +1,4 @@
-"""What a round asks of a network whose members give their updates to secure sums, and learns."""
+"""The question of a round to members who give their updates to secure sums, and its answer."""
 
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable

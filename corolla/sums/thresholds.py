@@ -46,7 +46,7 @@ def most_missing(members: int, corrupt: int, smallest: int) -> int:
 
 
 def told(members: int, corrupt: int, missing: int) -> str:
-    """What the thresholds mean, for people."""
+    """A sentence on what the thresholds mean, for people."""
     side = "a member" if corrupt == 1 else f"{corrupt} members"
     return (
         f"{members} members, of which {missing} may be lost at each step; a server that keeps to "

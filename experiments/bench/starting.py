@@ -85,7 +85,7 @@ def starting(options: Options) -> Section:
 
 
 def commands(options: Options, out: Path) -> dict[str, list[str]]:
-    """What is measured → its command line."""
+    """Name of a measurement → its command line."""
     corolla = [sys.executable, "-m", "corolla"]
     heavy = "import torch, peft; from transformers import PreTrainedModel"
     run = ["simulate", "--set", f"threads={options.threads}", "--out", str(out)]

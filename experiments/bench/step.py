@@ -1,4 +1,4 @@
-"""What a local step takes, beside peft with a plain loop on the same batches.
+"""Time and memory of a local step, beside peft with a plain loop on the same batches.
 
     python -m experiments.bench.step --model gemma-3-270m --threads 1 --json FILE
 

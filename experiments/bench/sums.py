@@ -1,4 +1,4 @@
-"""What secure sums cost: a member's processor and bytes, the server's, and masks against Flower's.
+"""Costs of secure sums: a member's processor and bytes, the server's, and masks against Flower's.
 
     python -m experiments.bench.sums --json FILE
 
@@ -10,7 +10,6 @@ the integer sum. README.md says how to read the numbers.
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from corolla.sums.messages import Prepare
 from corolla.sums.opening import Opening
 from corolla.sums.quantise import Contribution, Quantiser, quantise, rounding
 from corolla.sums.roster import Roster
+from experiments.bench.zeroth_order import machine
 
 RUN, TASK = bytes(16), bytes(32)
 BARS = {"client_seconds": 0.6, "client_bytes_up": 15_000, "server_seconds": 6.0, "flower": 20.0}
@@ -112,18 +112,6 @@ def masks(values: int, repetitions: int) -> dict[str, float]:
         "flower": values / statistics.median(times["flower"]),
     }
     return {**rates, "ratio": rates["ours"] / rates["flower"]}
-
-
-def machine() -> dict[str, Any]:
-    """What this ran on."""
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if "model name" in line]
-    return {
-        "processor": names[0].partition(":")[2].strip() if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "date": time.strftime("%Y-%m-%d"),
-    }
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What is trained: layers, starts, sparse sets and DoRA against LoRA on all layers, in pairs.
+"""Layers, starts, sparse sets and DoRA are compared with LoRA on all layers, in pairs.
 
     python -m experiments.trained.run
     python -m experiments.trained.run --model smollm2-135m-instruct

@@ -85,7 +85,7 @@ class CheckIns:
         return ""
 
     def _lacks(self, request: pb.CheckInRequest, assigned: Assignment | None) -> Denied | None:
-        """That a phone has not the files that it would train with."""
+        """The refusal of a phone that has not the files it would train with; None if it has."""
         if assigned:
             return self._natives.lacks(assigned, request.manifest)
         if request.own_model or (self._model and request.manifest == self._model.sha256):

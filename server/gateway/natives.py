@@ -82,7 +82,7 @@ class Natives:
         return found
 
     def lacks(self, assigned: Assignment, manifest: str) -> Denied | None:
-        """That the files of its program are not those that a phone has."""
+        """The refusal of a phone that has not the files of its program; None if it has."""
         files = self._programs.files(assigned) if self._programs else None
         if files and manifest == files.sha256:
             return None

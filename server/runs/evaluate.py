@@ -105,7 +105,7 @@ class Evaluator:
         return {**scores, **asked}
 
     def drift(self, before: Adapter, after: Adapter) -> dict[str, Any]:
-        """What tuning has changed in each domain of the key `drift`; empty without the key."""
+        """The change by tuning in each domain of the key `drift`; empty without the key."""
         shown = Pair(
             partial(self._shown, before), partial(self._shown, after), bool(self.config.prefix)
         )

@@ -23,7 +23,7 @@ class SumMembers(Protocol):
 
     @property
     def roster(self) -> Roster:
-        """Who may be a member; by names of the network."""
+        """The roster of those who may be members, by names of the network."""
 
     def session(self, member: str, run: bytes) -> Session | None:
         """The session of a member's daemon; None for no answer."""

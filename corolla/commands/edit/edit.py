@@ -37,7 +37,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Edited:
-    """What came of an order."""
+    """The outcome of an order."""
 
     folder: str
     rank: int

@@ -53,7 +53,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Ported:
-    """What was found of a port."""
+    """The measurements of a port."""
 
     folder: str
     distance: Distance
