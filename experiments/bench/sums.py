@@ -20,6 +20,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from corolla.commands.plan.secure import exchanged
+from corolla.errors import SecureSumError
 from corolla.sums import keeper, ring, thresholds
 from corolla.sums.device import Device, Owner
 from corolla.sums.messages import Prepare
@@ -124,7 +125,10 @@ def main() -> None:
     parser.add_argument("--lost", type=int, default=10)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    found = a_round(options.members, options.values, options.lost)
+    try:
+        found = a_round(options.members, options.values, options.lost)
+    except SecureSumError as error:
+        parser.error(str(error))
     rates = masks(options.values, 5)
     met = {
         "client_seconds": found["client_seconds"] <= BARS["client_seconds"],
